@@ -1,0 +1,1 @@
+"""The frozen prefix, computed once: cut, replay, store."""

@@ -1,0 +1,1 @@
+"""Which plan: shift, transferability, advice, search."""

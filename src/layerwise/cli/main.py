@@ -1,0 +1,38 @@
+"""The ``layerwise`` command: global options, and the list of its commands in plain sight."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerwise import __version__
+from layerwise.cli import output
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Selective fine-tuning: which layers learn, when, how fast, and what their normalisation does.",
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"layerwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Set what holds for all commands."""
+    output.debug = debug
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

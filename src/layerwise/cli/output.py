@@ -1,0 +1,46 @@
+"""How every command prints: tables for people, JSON for machines, errors on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+debug = False
+"""Set by ``layerwise --debug``: let errors through with their traceback."""
+
+
+def print_json(data: Any) -> None:
+    """Print `data` as one JSON document on stdout."""
+    json.dump(data, sys.stdout, indent=2, default=str, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def friendly(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn layerwise's own errors into one message on stderr and exit code 1, Ctrl-C into 130."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from layerwise.errors import LayerwiseError
+
+        try:
+            return command(*args, **kwargs)
+        except LayerwiseError as error:
+            if debug:
+                raise
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(130) from error
+
+    return run

@@ -1,0 +1,68 @@
+"""The errors that layerwise raises, and what a caller may want to catch.
+
+    LayerwiseError
+    ├── ModelError     a model cannot be opened, recorded or changed
+    │   └── RecordingError   its forward pass could not be recorded
+    ├── PlanError      a plan, phase, schedule or strategy is wrong, or does not fit the model
+    ├── DataError      a data set, sample or label is wrong
+    ├── CacheError     a prefix cannot be cached, or a stored cache cannot be trusted
+    ├── RunError       a run folder or checkpoint is missing, damaged or in the way
+    └── MissingExtraError  an optional package is not installed (also an ImportError)
+
+Every message says what was wrong with the value received, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayerwiseError(Exception):
+    """Base of all errors that layerwise raises on purpose."""
+
+
+class ModelError(LayerwiseError):
+    """A model cannot be opened, recorded or changed as asked."""
+
+
+class RecordingError(ModelError):
+    """A model's forward pass could not be recorded."""
+
+
+class PlanError(LayerwiseError):
+    """A plan, phase, schedule or strategy is wrong in itself or does not fit the model."""
+
+
+class DataError(LayerwiseError):
+    """A data set, a sample or a label is not what was expected."""
+
+
+class CacheError(LayerwiseError):
+    """A frozen prefix cannot be cached, or a stored cache cannot be trusted."""
+
+
+class RunError(LayerwiseError):
+    """A run folder or a checkpoint is missing, damaged or in the way."""
+
+
+class MissingExtraError(LayerwiseError, ImportError):
+    """An optional package that this call needs is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Install it: pip install 'layerwise[{extra}]'"
+        )
+
+
+def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """Return ``" Did you mean 'layer4'?"`` for the closest of `known`, or ``""`` when none is close.
+
+    >>> did_you_mean("layer5", ["stem", "layer4", "head"], count=1)
+    " Did you mean 'layer4'?"
+    >>> did_you_mean("zzz", ["stem"])
+    ''
+    """
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,178 @@
+"""`LayerMap`: the ordered layer groups of a model, as plain data that knows no live model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from layerwise.errors import PlanError, did_you_mean
+
+Granularity = Literal["stages", "blocks", "layers"]
+Role = Literal["stem", "trunk", "head"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """One column of a plan: parameters that learn together.
+
+    Attributes:
+        name: a module path of the model (``"layer3"``, ``"encoder.layer.11"``, ``"head.fc"``), so that
+            it can be typed. A group of several modules is named after the first of them; the head
+            after its output layer.
+        role: ``"stem"`` for what stands before the first block, ``"head"`` for the output layer and
+            what belongs to it, ``"trunk"`` for everything between.
+        modules: paths of the top-most modules that lie wholly in the group, in order of execution,
+            modules without parameters (dropout, activation, pooling) included.
+        parameters: names of the parameters, in order of use; a shared parameter stands at its first
+            use, under one name.
+        numel: number of scalars in `parameters`.
+        flops: floating-point operations of one forward pass of one sample (multiply and add count
+            as two), or None where the recording could not tell.
+        activation_bytes: size of what the group hands on, per sample, in bytes; None likewise.
+    """
+
+    name: str
+    role: Role
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    numel: int
+    flops: int | None = None
+    activation_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The layer groups of a model in the order in which its input flows through them.
+
+    Attributes:
+        groups: from input to output.
+        granularity: what one group is: ``"stages"``, ``"blocks"`` or ``"layers"``.
+        model_class: qualified name of the model's class, for messages.
+        aliases: other names of shared parameters (tied weights) -> the name that stands in a group.
+        unused: parameters that the recorded forward pass does not read; each still stands in the
+            group of the module it belongs to.
+        outputs: module paths of the output layers (two for a distilled DeiT), empty without a head.
+        notes: what was chosen or could not be found, for people: the example input that was made up,
+            a recording that fell back to real samples.
+    """
+
+    groups: tuple[LayerGroup, ...]
+    granularity: Granularity
+    model_class: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the groups, input to output."""
+        return tuple(group.name for group in self.groups)
+
+    @cached_property
+    def head(self) -> LayerGroup | None:
+        """The group of the output layer; None for a model without one."""
+        return next((group for group in self.groups if group.role == "head"), None)
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of scalars in all parameters, shared ones counted once."""
+        return sum(group.numel for group in self.groups)
+
+    @cached_property
+    def _group_of(self) -> dict[str, LayerGroup]:
+        found = {name: group for group in self.groups for name in group.parameters}
+        return found | {alias: found[name] for alias, name in self.aliases.items()}
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[LayerGroup]:
+        return iter(self.groups)
+
+    def __getitem__(self, name: str) -> LayerGroup:
+        """Return the group called `name`: its name, ``"stem"``, ``"head"``, or a module inside it.
+
+        Raises:
+            PlanError: there is no such group, or a module path covers several groups.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        for group in self.groups:
+            if name == group.role and name != "trunk":
+                return group
+        inside = self.inside(name)
+        if len(inside) == 1:
+            return inside[0]
+        if inside:
+            raise PlanError(
+                f"{name!r} covers {len(inside)} groups of this layer map "
+                f"({', '.join(group.name for group in inside)}); name one of them."
+            )
+        raise PlanError(
+            f"group {name!r} is not in this layer map ({', '.join(self.names)})."
+            f"{did_you_mean(name, self.names, count=1)} List them: layerwise inspect MODEL"
+        )
+
+    def inside(self, path: str) -> tuple[LayerGroup, ...]:
+        """Return the groups that hold a parameter or a module at or below the module path `path`."""
+        dotted = path + "."
+        return tuple(
+            group
+            for group in self.groups
+            if any(name == path or name.startswith(dotted) for name in (*group.modules, *group.parameters))
+        )
+
+    def group_of(self, parameter: str) -> str:
+        """Return the name of the group that holds `parameter` (any of its names, if it is shared).
+
+        Raises:
+            PlanError: the model has no such parameter.
+        """
+        try:
+            return self._group_of[parameter].name
+        except KeyError:
+            raise PlanError(
+                f"parameter {parameter!r} is not in this layer map of {len(self._group_of)} parameters."
+                f"{did_you_mean(parameter, self._group_of)}"
+            ) from None
+
+    def depth_of(self, name: str) -> int:
+        """Return how many groups stand between `name` (a parameter or a group) and the output end.
+
+        The last group, which is the head where there is one, has depth 0 and the first ``len(self) - 1``.
+        This is the exponent of the rate: see `layerwise.plans.rates`.
+
+        Raises:
+            PlanError: there is no such parameter or group.
+        """
+        group = self.group_of(name) if name in self._group_of else self[name].name
+        return len(self) - 1 - self.names.index(group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the map as plain data for JSON; `from_dict` is its inverse."""
+        return {**dataclasses.asdict(self), "numel": self.numel}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerMap:
+        """Build a map from what `to_dict` returned (lists for tuples are fine, as JSON makes them)."""
+        groups = tuple(
+            LayerGroup(
+                **{**group, "modules": tuple(group["modules"]), "parameters": tuple(group["parameters"])}
+            )
+            for group in data["groups"]
+        )
+        return cls(
+            groups=groups,
+            granularity=data["granularity"],
+            model_class=data["model_class"],
+            aliases=dict(data["aliases"]),
+            unused=tuple(data["unused"]),
+            outputs=tuple(data["outputs"]),
+            notes=tuple(data["notes"]),
+        )

@@ -1,0 +1,1 @@
+"""Who learns when: plans as plain validated data, and the strategies that write them."""

@@ -1,0 +1,1 @@
+"""Open models and data sets by name."""
