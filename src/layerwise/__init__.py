@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise.errors import LayerwiseError as LayerwiseError
+    from layerwise.errors import LayerwiseWarning as LayerwiseWarning
     from layerwise.layers.layermap import LayerGroup as LayerGroup
     from layerwise.layers.layermap import LayerMap as LayerMap
     from layerwise.plans.plan import Norms as Norms
@@ -21,6 +22,7 @@ _HOME = {
     "LayerGroup": "layerwise.layers.layermap",
     "LayerMap": "layerwise.layers.layermap",
     "LayerwiseError": "layerwise.errors",
+    "LayerwiseWarning": "layerwise.errors",
     "Norms": "layerwise.plans.plan",
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",

@@ -9,6 +9,8 @@
     ├── RunError       a run folder or checkpoint is missing, damaged or in the way
     └── MissingExtraError  an optional package is not installed (also an ImportError)
 
+    LayerwiseWarning   (a UserWarning) what was asked for can be done, but is likely not what was meant
+
 Every message says what was wrong with the value received, what was expected, and what to do next.
 """
 
@@ -54,6 +56,10 @@ class MissingExtraError(LayerwiseError, ImportError):
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it: pip install 'layerwise[{extra}]'"
         )
+
+
+class LayerwiseWarning(UserWarning):
+    """What was asked for can be done, but is likely not what was meant."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -1,0 +1,149 @@
+"""Train and eval mode that stays: pin modules in eval, and put every module's mode back.
+
+``model.train()`` is called by every trainer, some of them at every step, and it reaches every module. A
+frozen layer must not listen: in train mode its dropout is noise and its batch-norm statistics drift. So a
+pinned module carries a stand-in for its ``train`` method as an *instance* attribute. The class, the
+module tree and the state-dict keys stay as they are, and copies and pickles keep the pin.
+
+Who looks at the ``training`` attribute alone is safe; who *assigns* ``module.training = True`` by hand
+goes round the pin (`layerwise.audit` reports it).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.errors import LayerwiseWarning
+
+
+@dataclass(slots=True, eq=False)
+class _Pin:
+    """Stands in for ``module.train``: notes what was asked for, and keeps the module in eval.
+
+    It is an object and not a closure, so that deepcopy and pickle carry it over to the copied module.
+    """
+
+    module: nn.Module
+    wanted: bool  # the mode that the module would have by now
+    hidden: Any  # somebody else's instance attribute ``train`` that this one covers, or None
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode must be a bool, got {mode!r}")
+        self.wanted = mode
+        self.module.training = False
+        for child in self.module.children():  # a child that is not pinned follows
+            child.train(mode)
+        return self.module
+
+
+def _pin_of(module: nn.Module) -> _Pin | None:
+    found = module.__dict__.get("train")
+    # A shallow copy shares the attribute of its original; that is not a pin of the copy.
+    return found if isinstance(found, _Pin) and found.module is module else None
+
+
+def pinned(module: nn.Module) -> bool:
+    """Return whether `module` itself is pinned in eval mode (its children are pinned one by one)."""
+    return _pin_of(module) is not None
+
+
+def pin_eval(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Put each of `modules` in eval mode and keep it there, whoever calls ``train()`` on it or above it.
+
+    Only the listed modules are pinned, not their children: pass ``layer.modules()`` for a whole layer.
+    The pin survives ``model.train()``, ``copy.deepcopy``, pickling (``torch.save`` of a whole module),
+    ``load_state_dict``, ``torch.compile``, DistributedDataParallel, autocast and checkpointing.
+    A class that overrides ``train`` has its override called once with False, and is left alone until
+    `unpin`.
+
+    Recurrent layers (``nn.LSTM`` and kin) without dropout between their layers are passed over: train
+    and eval mode compute the same there, and cuDNN refuses to send gradients through one in eval mode.
+
+    Args:
+        modules: any iterable of modules. One that is pinned already stays so.
+
+    Returns:
+        The modules that are newly pinned. Undo with `unpin`.
+
+    Warns:
+        LayerwiseWarning: a TorchScript module is pinned: its deepcopy or saved form forgets the pin,
+            and a traced one keeps the mode in which it was traced whatever is asked.
+
+    >>> layer = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> _ = pin_eval(layer.modules())
+    >>> layer.train()[1].training
+    False
+    """
+    new = tuple(
+        module
+        for module in dict.fromkeys(modules)
+        if not pinned(module) and not (isinstance(module, nn.RNNBase) and module.dropout == 0)
+    )
+    scripted = sum(isinstance(module, torch.jit.ScriptModule) for module in new)
+    if scripted:
+        warnings.warn(
+            f"{scripted} TorchScript modules are held in eval mode in this process, but a deepcopy or a "
+            "saved file of them forgets it, and traced ones keep the mode in which they were traced. "
+            "Freeze the Python model instead, and script it afterwards.",
+            LayerwiseWarning,
+            stacklevel=2,
+        )
+    for module in new:
+        wanted = module.training
+        if "train" in module.__dict__ or type(module).train is not nn.Module.train:
+            with held_modes(module):  # the override does its eval-mode work, its children keep their mode
+                module.train(False)
+        module.training = False
+        module.__dict__["train"] = _Pin(module, wanted, module.__dict__.get("train"))
+    return new
+
+
+def unpin(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
+    """Let each of `modules` follow ``train()`` again, and give it the mode it was last asked to have.
+
+    A module that was told ``train()`` while pinned is in train mode afterwards, so a group that is
+    unfrozen in the middle of an epoch learns at once. Only the listed modules are changed.
+
+    Returns:
+        The modules that were pinned.
+    """
+    freed = []
+    for module in dict.fromkeys(modules):
+        pin = _pin_of(module)
+        if pin is None:
+            continue
+        del module.__dict__["train"]
+        if pin.hidden is not None:
+            module.__dict__["train"] = pin.hidden
+        if pin.hidden is not None or type(module).train is not nn.Module.train:
+            with held_modes(module):
+                module.train(pin.wanted)
+        module.training = pin.wanted
+        freed.append(module)
+    return tuple(freed)
+
+
+@contextmanager
+def held_modes(model: nn.Module) -> Iterator[None]:
+    """Put the mode of every module of `model` back on leaving, exceptions included.
+
+    Flags are assigned one by one, not through ``train()``, so pins and overrides do not interfere; a
+    pinned module also forgets what it was asked to be in between.
+    """
+    modes = [(module, module.training, _pin_of(module)) for module in model.modules()]
+    wanted = [(pin, pin.wanted) for _, _, pin in modes if pin is not None]
+    try:
+        yield
+    finally:
+        for module, training, _ in modes:
+            module.training = training
+        for pin, mode in wanted:
+            pin.wanted = mode
