@@ -1,0 +1,156 @@
+"""Transferability scores against their definitions, scikit-learn and independent optimisation."""
+
+import numpy as np
+import pytest
+
+from layerwise.choosing import transferability as tr
+from layerwise.errors import DataError
+
+
+def task(seed=0, n=120, d=10, classes=3, apart=1.0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    centres = np.random.default_rng(7).normal(size=(classes, d)) * apart
+    return centres[labels] + rng.normal(size=(n, d)), labels
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 8), (20, 40)])
+def test_logme_maximises_the_evidence_of_the_gaussian_model(n, d):
+    # y ~ N(0, I/beta + FF'/alpha): its log density, maximised numerically by scipy, is the same number
+    optimize = pytest.importorskip("scipy.optimize")
+    stats = pytest.importorskip("scipy.stats")
+    features, labels = task(n=n, d=d, apart=0.5)
+    expected = []
+    for k in range(3):
+        target = (labels == k).astype(float)
+
+        def loss(logs, target=target):
+            alpha, beta = np.exp(logs)
+            covariance = np.eye(n) / beta + features @ features.T / alpha
+            return -stats.multivariate_normal(np.zeros(n), covariance).logpdf(target)
+
+        found = optimize.minimize(
+            loss, [2.0, 2.0], method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-7}
+        )
+        expected.append(-found.fun / n)
+    assert tr.logme(features, labels) == pytest.approx(np.mean(expected), abs=2e-4)
+
+
+def test_label_permutation_lowers_every_score():
+    # labels that have nothing to do with the features score lower on all five
+    features, labels = task()
+    permuted = np.random.default_rng(0).permutation(labels)
+    scores = [tr.logme, tr.h_score, tr.knn_accuracy, tr.probe_accuracy]
+    for score in scores:
+        assert score(features, labels) > score(features, permuted) + 0.05, score.__name__
+    clusters = tr.soft_clusters(features)
+    assert tr.leep(clusters, labels) > tr.leep(clusters, permuted) + 0.05
+
+
+def test_leep_equals_its_definition_in_loops():
+    # equations 1-3 of the paper written out with loops
+    rng = np.random.default_rng(0)
+    theta, labels = rng.dirichlet(np.ones(4), size=30), rng.integers(0, 3, 30)
+    joint = np.zeros((3, 4))
+    for i in range(30):
+        for z in range(4):
+            joint[labels[i], z] += theta[i, z] / 30
+    total = 0.0
+    for i in range(30):
+        total += np.log(sum(joint[labels[i], z] / joint[:, z].sum() * theta[i, z] for z in range(4)))
+    assert tr.leep(theta, labels) == pytest.approx(total / 30)
+
+
+def test_leep_at_its_two_ends():
+    # a source class for each label gives 0; uninformative probabilities give the entropy of the labels
+    labels = np.array([0, 1, 2, 2])
+    assert tr.leep(np.eye(3)[labels], labels) == pytest.approx(0)
+    assert tr.leep(np.full((4, 2), 0.5), labels) == pytest.approx(-1.5 * np.log(2))
+
+
+def test_leep_refuses_logits():
+    # values that are no probabilities
+    with pytest.raises(DataError, match="softmax"):
+        tr.leep(np.array([[2.0, -1.0], [0.5, 0.5]]), [0, 1])
+
+
+def test_h_score_equals_its_definition():
+    # tr(S^-1 B) with scikit-learn's shrunk covariance and the class means put in the place of each sample
+    from sklearn.covariance import LedoitWolf
+
+    features, labels = task(n=50, d=80)
+    estimator = LedoitWolf().fit(features)
+    centred = features - features.mean(0)
+    means = np.stack([centred[labels == k].mean(0) for k in labels])
+    between = means.T @ means / 50
+    expected = np.trace(np.linalg.inv(estimator.covariance_) @ between) * (1 - estimator.shrinkage_)
+    assert tr.h_score(features, labels) == pytest.approx(expected, rel=1e-6)
+    assert 0 < expected < 2
+
+
+def test_knn_equals_scikit_learn_leave_one_out():
+    # sklearn's classifier with LeaveOneOut on standardised features; one neighbour has no ties
+    from sklearn.model_selection import LeaveOneOut, cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
+
+    features, labels = task(apart=0.5)
+    scaled = (features - features.mean(0)) / features.std(0)
+    reference = cross_val_score(KNeighborsClassifier(1), scaled, labels, cv=LeaveOneOut()).mean()
+    assert tr.knn_accuracy(features, labels, neighbours=1) == pytest.approx(reference)
+    assert 0.4 < reference < 0.95
+
+
+def test_knn_tie_goes_to_the_nearest():
+    # on a line: 0 has the neighbours 1 (class 0) and 2.5 (class 1), a tie that the nearer one wins
+    assert tr.knn_accuracy([[0.0], [1.0], [2.5], [3.0]], [0, 0, 1, 1], neighbours=2) == 1.0
+
+
+def test_probe_equals_scikit_learn_cross_validation():
+    # the accuracy that sklearn reports for the same pipeline on the same folds
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features, labels = task(apart=0.4)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=0.5, max_iter=300, tol=1e-3))
+    folds = StratifiedKFold(5, shuffle=True, random_state=3)
+    reference = cross_val_score(pipeline, features, labels, cv=folds).mean()
+    assert tr.probe_accuracy(features, labels, strength=0.5, seed=3) == pytest.approx(reference)
+    assert 0.4 < reference < 0.95
+
+
+def test_labels_of_any_integers_are_renumbered():
+    # 7 and 30 are two classes; the score is that of 0 and 1
+    features, labels = task(classes=2)
+    assert tr.logme(features, np.array([7, 30])[labels]) == tr.logme(features, labels)
+    assert tr.as_labels([30, 7, 30], 3).tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1] * 6, "all 6 samples have the label 1"),
+        ([0, 1, 0], r"shape \(3,\).*6 samples"),
+        ([0.5, 1.5, 0, 1, 2, 3], "class labels"),
+    ],
+)
+def test_bad_labels_are_named(labels, message):
+    # one class, a wrong count and regression targets
+    with pytest.raises(DataError, match=message):
+        tr.logme(np.random.default_rng(0).normal(size=(6, 2)), labels)
+
+
+def test_probe_needs_two_samples_of_each_class():
+    # fewer samples than twice the classes cannot be held out
+    with pytest.raises(DataError, match="3 of 3 classes have a single sample"):
+        tr.probe_accuracy(np.eye(3), [0, 1, 2])
+
+
+def test_constant_features_score_nothing():
+    # features without any information give chance and no error
+    labels = np.arange(20) % 2
+    constant = np.ones((20, 3))
+    assert tr.h_score(constant, labels) == 0
+    assert tr.probe_accuracy(constant, labels) == pytest.approx(0.5)
+    assert np.isfinite(tr.logme(constant, labels))
