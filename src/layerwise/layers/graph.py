@@ -1,0 +1,202 @@
+"""What one recording of a model says: `Op`, `Call`, `Value` and the `Recording` that holds them.
+
+Plain data, read by the layer map and by the frozen-prefix cache. The words:
+
+*value*
+    What a storage holds. All views of one tensor are the same value, and a view is not an operation.
+    A value is known by its index in `Recording.values`.
+*operation* (`Op`)
+    One ATen operation that makes a value or writes into one, in order of execution.
+*call* (`Call`)
+    One call of one module. Calls form a tree. A call spans the operations ``start <= op.index < end``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Effect = Literal["random", "batch"]
+ValueKind = Literal["parameter", "buffer", "input", "constant", "computed"]
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """One storage that the forward pass read or wrote.
+
+    Attributes:
+        kind: where it came from. ``"constant"`` is a tensor that existed before the pass and is none of
+            the model's parameters and buffers (a plain attribute, a global); ``"computed"`` was made by
+            an operation of the pass.
+        name: of the parameter or buffer, first of its names; ``""`` for other kinds.
+        input: index into `Recording.inputs` for an input, else -1.
+        writer: index of the last operation that wrote it when the pass ended; None if none did.
+    """
+
+    kind: ValueKind
+    name: str = ""
+    input: int = -1
+    writer: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """One ATen operation.
+
+    Attributes:
+        index: position in `Recording.ops`.
+        name: of the operation without namespace and overload: ``"convolution"``, ``"addmm"``.
+        call: the innermost module call that it ran in.
+        reads: values of its tensor arguments, in order, doubles left out.
+        writes: values of its results, those written in place included.
+        mutates: the values among `writes` that existed before and were written in place (running
+            statistics of batch-norm in training included).
+        parameters: names of the parameters among `reads`.
+        buffers: names of the buffers among `reads`.
+        inputs: the model's inputs among `reads`, as indices into `Recording.inputs`.
+        sources: the operations that last wrote the values it reads, ascending. Since an in-place
+            operation also reads what it writes into, following `sources` finds every ancestor.
+        effect: ``"random"`` if it draws random numbers; ``"batch"`` if a sample's result depends on the
+            other samples of the batch (batch-norm that normalises by batch statistics); else None.
+        syncs: it hands data to Python (``item()``, ``bool()``), where its use can no longer be seen.
+        flops: floating-point operations of matrix products, convolutions and attention for the whole
+            recorded batch; a multiply and an add count as two; 0 for every other operation.
+        output_bytes: size of the results that it newly made, for the whole recorded batch.
+    """
+
+    index: int
+    name: str
+    call: Call | None
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    mutates: tuple[int, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    inputs: tuple[int, ...]
+    sources: tuple[int, ...]
+    effect: Effect | None
+    syncs: bool
+    flops: int
+    output_bytes: int
+
+    def __repr__(self) -> str:
+        where = self.call.path if self.call is not None else ""
+        return f"<Op {self.index} {self.name} in {where!r} from {list(self.sources)}>"
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of one module, compared and hashed by identity.
+
+    Attributes:
+        path: of the module, the first one of a module that is registered under several names; ``""``
+            is the recorded model itself.
+        module: the live module.
+        nth: how many calls of this module came before in the same forward pass.
+        parent: the call that it was made in; None for the root.
+        children: the calls made directly in it, in order.
+        start, end: its operations are ``recording.ops[start:end]``.
+        arguments: ``(args, kwargs)`` as the module received them, with their (fake) tensors.
+        input_keys: values of the tensors in `arguments`, in the order of `tensors_in`, one each.
+        output: what the module returned, with its (fake) tensors as leaves. Containers are copied, so
+            it is what was returned, whatever the model did to it later. None if the call raised.
+        output_keys: values of the tensors in `output`, in the order of `tensors_in`, one each.
+        output_ops: for each of them the operation that had last written it when the call returned;
+            None for an input, parameter or buffer handed through untouched. Together with
+            `input_ops`, this tells whether the call made the value or only passed it on.
+        input_ops: the same for `input_keys` when the call began.
+    """
+
+    path: str
+    module: nn.Module
+    nth: int
+    parent: Call | None
+    start: int
+    end: int = -1
+    children: list[Call] = field(default_factory=list)
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    input_keys: tuple[int, ...] = ()
+    input_ops: tuple[int | None, ...] = ()
+    output: Any = None
+    output_keys: tuple[int, ...] = ()
+    output_ops: tuple[int | None, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Call {self.path!r} #{self.nth} ops {self.start}..{self.end}>"
+
+    def walk(self) -> Iterator[Call]:
+        """Yield this call and all calls inside it, in order of execution."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclass(eq=False)
+class Recording:
+    """One forward pass: its operations, module calls and values.
+
+    Attributes:
+        model: the recorded model, wrappers taken off (`layerwise.layers.isolation.unwrap`).
+        how: ``"fake"``: on tensors without data; ``"real"``: on real samples, because fake ones could not
+            decide a branch.
+        ops: in order of execution.
+        calls: in order of their beginning; the first one is the root.
+        values: all values; keys elsewhere are indices into this list.
+        inputs: the example's tensors, in the order of `tensors_in` over ``(args, kwargs)``, as meta
+            tensors (shape, strides and dtype, no data).
+        output: what the model returned, with its (fake) tensors as leaves.
+        output_keys: values of the tensors in `output`.
+        names: every parameter's first name -> all its names (more than one where weights are tied).
+        batch_size: length of the first dimension of the first input tensor; 1 if there is none.
+        notes: for people: why a recording fell back to real samples.
+    """
+
+    model: nn.Module
+    how: Literal["fake", "real"]
+    ops: list[Op]
+    calls: list[Call]
+    values: list[Value]
+    inputs: list[torch.Tensor]
+    output: Any
+    output_keys: tuple[int, ...]
+    names: dict[str, tuple[str, ...]]
+    batch_size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Call:
+        """The call of the model itself."""
+        return self.calls[0]
+
+    @cached_property
+    def input_dependent(self) -> list[bool]:
+        """For each operation, whether its result depends on the model's input."""
+        depends = [False] * len(self.ops)
+        for op in self.ops:
+            depends[op.index] = bool(op.inputs) or any(depends[source] for source in op.sources)
+        return depends
+
+    @cached_property
+    def live(self) -> list[bool]:
+        """For each operation, whether the model's output depends on its result."""
+        live = [False] * len(self.ops)
+        for key in self.output_keys:
+            writer = self.values[key].writer
+            if writer is not None:
+                live[writer] = True
+        for op in reversed(self.ops):
+            if live[op.index]:
+                for source in op.sources:
+                    live[source] = True
+        return live
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """First names of the parameters that no operation reads."""
+        read = {name for op in self.ops for name in op.parameters}
+        return tuple(name for name in self.names if name not in read)

@@ -1,0 +1,168 @@
+"""Run a model's forward pass once and leave no trace: wrappers, hooks, buffers, caches, random state."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from layerwise.errors import ModelError
+
+_WRAPPED_AS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile(model)
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of ``torch.compile``, DDP, DataParallel and FSDP.
+
+    Layer maps and plans use the names of the unwrapped model, so one made before wrapping holds after it.
+    PEFT models are returned as they are: their parameters are new ones with names of their own.
+    Nothing is changed; the returned module shares everything with `model`.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> unwrap(nn.DataParallel(layer)) is layer
+    True
+    """
+    while True:
+        inner = getattr(model, _WRAPPED_AS.get(type(model).__name__, ""), None)
+        if not isinstance(inner, nn.Module) or not type(model).__module__.startswith("torch."):
+            return model
+        model = inner
+
+
+def check_ready(model: nn.Module) -> None:
+    """Refuse a model that has lazy modules whose shapes are not known yet.
+
+    Raises:
+        ModelError: a module is still uninitialised; all of them are named.
+    """
+    lazy = [
+        name
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]
+        if isinstance(parameter, UninitializedTensorMixin)
+    ]
+    if lazy:
+        raise ModelError(
+            f"{type(model).__name__} has lazy modules whose parameters have no shape yet "
+            f"({', '.join(lazy[:5])}{', ...' if len(lazy) > 5 else ''}). Run one real batch through the "
+            f"model first, so that they take their shapes, then ask again."
+        )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put everything back at the end that a forward pass could have changed in `model`.
+
+    Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others)
+    and lists, dicts and sets among them, one level deep; and the random state of Python, numpy, torch and
+    its CUDA devices. Does not cover writes into a tensor's memory: the recorder undoes those.
+    """
+    attributes = [(module, _copied(vars(module))) for module in model.modules() if not _scripted(module)]
+    randomness = _random_state(model)
+    try:
+        yield
+    finally:
+        for module, before in attributes:
+            _put_back(vars(module), before)
+        _restore_random_state(randomness)
+
+
+@contextlib.contextmanager
+def plain_execution(model: nn.Module) -> Iterator[None]:
+    """Within `untouched`: make the forward pass the plain one that a recording can see through.
+
+    Switches off, for the time being: compiled calls inside the model, the hooks by which torch's
+    distributed wrappers gather parameters, and the fused "fast path" of ``nn.TransformerEncoderLayer``,
+    which would hide a whole layer in one operation.
+    """
+    for module in model.modules():
+        if _scripted(module):
+            continue
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            module._compiled_call_impl = None
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for handle, hook in list(hooks.items()):
+                if _of_distributed(hook):
+                    del hooks[handle]  # `untouched` holds a copy
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if "torch._dynamo.eval_frame" in sys.modules:  # only then can compiled functions exist
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def _of_distributed(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # functools.partial
+    function = getattr(function, "__func__", function)
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed")
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Map each attribute to itself and, for a built-in container, a copy of its content."""
+    return {
+        name: (value, value.copy() if isinstance(value, dict | list | set) else None)
+        for name, value in attributes.items()
+    }
+
+
+def _put_back(attributes: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
+    for name in [name for name in attributes if name not in before]:
+        del attributes[name]
+    for name, (value, content) in before.items():
+        attributes[name] = value
+        if isinstance(content, dict) and not _same_items(value, content):
+            value.clear()
+            value.update(content)
+        elif isinstance(content, list):
+            value[:] = content
+        elif isinstance(content, set):
+            value.clear()
+            value.update(content)
+
+
+def _same_items(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    return len(now) == len(before) and all(
+        key is old_key and value is old_value
+        for (key, value), (old_key, old_value) in zip(now.items(), before.items(), strict=True)
+    )
+
+
+def _random_state(model: nn.Module) -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    return (
+        random.getstate(),
+        numpy.random.get_state() if numpy is not None else None,
+        torch.get_rng_state(),
+        [(device, torch.cuda.get_rng_state(device)) for device in devices],
+    )
+
+
+def _restore_random_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    if numpy is not None:
+        sys.modules["numpy"].random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    for device, value in cuda:
+        torch.cuda.set_rng_state(value, device)

@@ -1,0 +1,181 @@
+"""`record`: one forward pass of any model, seen operation by operation and call by call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from layerwise.errors import RecordingError
+from layerwise.layers.graph import Call, Op, Recording, Value
+from layerwise.layers.isolation import check_ready, plain_execution, untouched, unwrap
+from layerwise.layers.recorder import Recorder
+from layerwise.layers.structures import map_tensors, tensors_in
+
+__all__ = ["Call", "Op", "Recording", "Value", "record"]
+
+
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    fake: bool = True,
+    grad: bool = False,
+    mode: Literal["keep", "eval"] = "keep",
+) -> Recording:
+    """Return what one forward pass of `model` does: each operation, module call and value.
+
+    The pass runs on fake tensors, which have shapes and no data: it costs neither floating-point work
+    nor activation memory, and works for models on meta. Small integer and boolean inputs keep their
+    values. Where a branch depends on data that fake tensors do not have, the pass is run once more for
+    real, on the first two samples (`Recording.how` is then ``"real"`` and `Recording.notes` says why).
+
+    The model is left exactly as it was: parameters, buffers, modes, hooks, cached attributes; so is the
+    random state of Python, numpy and torch. Wrappers (``torch.compile``, DDP, FSDP) are taken off first.
+
+    What cannot be seen: numpy code, and Python code that reads data by ``item()`` (such an operation is
+    marked `Op.syncs`; what was made of the number is not linked to it).
+
+    Args:
+        model: any module, on any device, in any mode and precision.
+        args: positional arguments of its forward, batch dimension first. Two samples are enough.
+            Tensors are moved to the model's device.
+        kwargs: keyword arguments of its forward.
+        fake: False records a real pass at once.
+        grad: record with autograd on. Matters only to models that ask whether gradients are needed.
+        mode: ``"keep"`` records in the modes that the modules are in; ``"eval"`` as if all of them were
+            in evaluation mode.
+
+    Returns:
+        The recording; see `layerwise.layers.graph` for its words.
+
+    Raises:
+        ModelError: the model has lazy modules that have not seen a batch yet.
+        RecordingError: the forward pass raised, on fake tensors and on real samples.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> recording = record(net, (torch.zeros(2, 4),))
+    >>> [(op.name, op.parameters, op.sources) for op in recording.ops]
+    [('addmm', ('0.bias', '0.weight'), ()), ('relu', (), (0,)), ('addmm', ('2.bias', '2.weight'), (1,))]
+    >>> [call.path for call in recording.calls]
+    ['', '0', '1', '2']
+    """
+    model = unwrap(model)
+    check_ready(model)
+    arguments = (tuple(args), dict(kwargs or {}))
+    if not fake:
+        return _attempt(model, arguments, fake=False, grad=grad, mode=mode)
+    try:
+        return _attempt(model, arguments, fake=True, grad=grad, mode=mode)
+    except Exception as error:  # anything: it is the model's own code that runs
+        if any(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()]):
+            raise RecordingError(
+                f"the forward pass of {type(model).__name__} could not be recorded on tensors without data "
+                f"({_one_line(error)}), and the model is on meta, so it cannot be run for real either. "
+                f"Check the example input, or make the model on a real device."
+            ) from error
+        first = error
+    try:
+        recording = _attempt(model, _two_real_samples(arguments), fake=False, grad=grad, mode=mode)
+    except Exception as error:
+        raise RecordingError(
+            f"the forward pass of {type(model).__name__} failed with this example input "
+            f"({_describe(arguments)}): {_one_line(error)}. Pass example_input= as the model's forward "
+            f"takes it: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+        ) from error
+    recording.notes += (
+        f"recorded on {min(2, recording.batch_size)} real samples: fake tensors do not suffice "
+        f"({_one_line(first)})",
+    )
+    return recording
+
+
+def _attempt(
+    model: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    fake: bool,
+    grad: bool,
+    mode: Literal["keep", "eval"],
+) -> Recording:
+    arguments = map_tensors(arguments, lambda tensor: _on_device_of(model, tensor))
+    with untouched(model), plain_execution(model):
+        if mode == "eval":
+            for module in model.modules():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module.training = False
+        recorder = Recorder(model, fake=fake)
+        inputs = [
+            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            for tensor in tensors_in(arguments)
+        ]
+        args, kwargs = map_tensors(arguments, recorder.add_input)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_without_log("torch._subclasses.fake_tensor"))  # we report the failure
+            stack.callback(recorder.undo_writes)
+            stack.enter_context(torch.set_grad_enabled(grad))
+            stack.enter_context(recorder.hooks())
+            stack.enter_context(recorder)
+            output = model(*args, **kwargs)
+        return Recording(
+            model=model,
+            how="fake" if fake else "real",
+            ops=recorder.ops,
+            calls=recorder.calls,
+            values=recorder.values,
+            inputs=inputs,
+            output=output,
+            output_keys=tuple(recorder.key(tensor) for tensor in tensors_in(output)),
+            names=recorder.names,
+            batch_size=next((len(tensor) for tensor in inputs if tensor.ndim), 1),
+        )
+
+
+@contextlib.contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _on_device_of(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or tensor.device in devices or devices == {torch.device("meta")}:
+        return tensor  # a model spread over devices moves its inputs itself
+    return tensor.to(devices.pop())
+
+
+def _two_real_samples(
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cut the example to two samples and give meta tensors a content."""
+    batch = next((len(tensor) for tensor in tensors_in(arguments) if tensor.ndim), 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "meta":
+            like = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            tensor = like.normal_(generator=generator) if tensor.is_floating_point() else like + 1
+        return tensor[:2] if tensor.ndim and len(tensor) == batch and batch > 2 else tensor
+
+    mapped: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(arguments, real)
+    return mapped
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
+
+
+def _describe(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(arguments)]
+    return ", ".join(shapes) or "no tensors"
