@@ -7,6 +7,7 @@
     ├── DataError      a data set, sample or label is wrong
     ├── CacheError     a prefix cannot be cached, or a stored cache cannot be trusted
     ├── RunError       a run folder or checkpoint is missing, damaged or in the way
+    ├── TrainingError  an option of fit is wrong, or training had to stop (loss not finite, out of memory)
     └── MissingExtraError  an optional package is not installed (also an ImportError)
 
     LayerwiseWarning   (a UserWarning) what was asked for can be done, but is likely not what was meant
@@ -46,6 +47,10 @@ class CacheError(LayerwiseError):
 
 class RunError(LayerwiseError):
     """A run folder or a checkpoint is missing, damaged or in the way."""
+
+
+class TrainingError(LayerwiseError):
+    """An option of `fit` is wrong, or training had to stop: loss not finite, or out of memory."""
 
 
 class MissingExtraError(LayerwiseError, ImportError):

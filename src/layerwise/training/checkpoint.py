@@ -1,0 +1,159 @@
+"""Checkpoints: written whole or not at all, and believed only when their hashes agree.
+
+    checkpoints/
+      step-00000050/
+        manifest.json    format version, step, epoch, and the SHA-256 of each other file
+        state.pt         tensors and plain data, read with ``weights_only=True``
+
+A folder is filled under a temporary name, flushed and renamed, so a process killed at any moment leaves
+either the whole checkpoint or none. What was altered or cut short later does not match its hash: it is
+named, and the checkpoint before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.errors import RunError
+from layerwise.training.files import remove_leftovers, sha256, write_folder, write_json
+
+FORMAT = 1
+"""Version of the checkpoint format; another one is refused."""
+
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_latest` read.
+
+    Attributes:
+        path: folder of the checkpoint.
+        step: optimiser steps made when it was written.
+        state: what was given to `save_checkpoint`, tensors on the CPU.
+        skipped: one message for each later checkpoint that could not be believed.
+    """
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write `state` as the checkpoint of `step` into `folder`, then remove all but the last `keep`.
+
+    Old checkpoints are removed only once the new one is on the disk.
+
+    Args:
+        folder: the run's ``checkpoints`` folder; made when missing.
+        step: optimiser steps made so far; names the checkpoint.
+        state: tensors and plain data (dict, list, tuple, str, int, float, bool, None).
+        keep: how many checkpoints stay, at least 1.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        RunError: it could not be written (a full disk, a missing right). Earlier ones are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_PREFIX}{step:08d}"
+
+    def fill(temporary: Path) -> None:
+        torch.save(state, temporary / "state.pt")
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "sha256": {"state.pt": sha256(temporary / "state.pt")},
+        }
+        write_json(temporary / "manifest.json", manifest)
+
+    try:
+        write_folder(path, fill)
+    except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as RuntimeError
+        left = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+        raise RunError(
+            f"the checkpoint of step {step} could not be written to {folder}: {_first_line(error)} "
+            f"({_free(folder)} free there). Checkpoints that are whole: {left}. "
+            "Make room, then go on with: layerwise fit --resume RUN"
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders in `folder`, by step, whether or not they can be believed."""
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the state in the checkpoint folder `path`, after its hashes were checked.
+
+    Loading runs no code from the file: `torch.load` is called with ``weights_only=True``.
+
+    Raises:
+        RunError: something is missing, altered or cut short, or of another format version.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        version, hashes = manifest["format"], manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"checkpoint {path} has no readable manifest.json ({error}).") from error
+    if version != FORMAT:
+        raise RunError(f"checkpoint {path} has format {version!r}; this version of layerwise reads {FORMAT}.")
+    for name, expected in hashes.items():
+        file = path / name
+        if not file.is_file():
+            raise RunError(f"checkpoint {path} lacks its file {name}.")
+        if sha256(file) != expected:
+            raise RunError(
+                f"checkpoint {path} is damaged: {name} ({file.stat().st_size} bytes) does not match the "
+                "hash in its manifest, so it was altered or cut short."
+            )
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return state
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """Return the last checkpoint in `folder` that can be believed; None when there is none at all.
+
+    What a kill left half-written is removed first.
+
+    Raises:
+        RunError: there are checkpoints, but all of them are damaged; each is named.
+    """
+    if not folder.is_dir():
+        return None
+    remove_leftovers(folder)
+    skipped: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            state = load_checkpoint(path)
+        except RunError as error:
+            skipped.append(str(error))
+            continue
+        return Checkpoint(path, int(path.name.removeprefix(_PREFIX)), state, tuple(skipped))
+    if skipped:
+        raise RunError(
+            f"none of the {len(skipped)} checkpoints in {folder} can be used:\n  "
+            + "\n  ".join(skipped)
+            + "\nStart the run anew in another folder."
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"

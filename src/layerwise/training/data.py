@@ -1,0 +1,317 @@
+"""Batches in an order that can be begun again anywhere: a function of seed and epoch, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+from layerwise.errors import DataError
+from layerwise.training.randomness import epoch_seed, get_random_state, sample_randomness, set_random_state
+
+Data = Any
+"""A map-style data set, or a `torch.utils.data.DataLoader`."""
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of sample indices; the order of an epoch depends on the seed and the epoch alone.
+
+    ``torch.randperm(size)`` from a generator seeded with `epoch_seed`; with `weights`, as many draws
+    with replacement, each sample with a probability in proportion to its weight. In several processes
+    each takes every `world`-th batch, and the first batches are repeated until all have equally many.
+
+    Args:
+        size: number of samples.
+        batch_size: samples in a batch; the last one of an epoch may be smaller.
+        seed: of the order.
+        shuffle: False keeps the order of the data set in every epoch.
+        weights: float64[size], for drawing with replacement instead of shuffling.
+        drop_last: leave out a smaller last batch.
+        rank: number of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        weights: Tensor | None = None,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.shuffle, self.weights, self.drop_last = shuffle, weights, drop_last
+        self.rank, self.world = rank, world
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and its first batch."""
+        self.epoch, self.start = epoch, start
+
+    def order(self) -> list[int]:
+        """Return the indices of all samples of the chosen epoch, in order, before they are batched."""
+        if not self.shuffle:
+            return list(range(self.size))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        if self.weights is not None:
+            drawn = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
+        else:
+            drawn = torch.randperm(self.size, generator=generator)
+        return cast("list[int]", drawn.tolist())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        stop = self.size - self.size % self.batch_size if self.drop_last else self.size
+        batches = [order[i : min(i + self.batch_size, stop)] for i in range(0, stop, self.batch_size)]
+        while self.shuffle and len(batches) % self.world:
+            batches.append(batches[len(batches) % self.world - 1])
+        yield from batches[self.rank :: self.world][self.start :]
+
+    def __len__(self) -> int:
+        batches = self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+        if self.shuffle:
+            return -(-batches // self.world)
+        return len(range(self.rank, batches, self.world))
+
+
+class SeededSamples(Dataset[Any]):
+    """A data set whose random augmentation depends on (seed, epoch, index) alone.
+
+    So a sample comes out the same whichever worker loads it and however often the run was interrupted.
+
+    Args:
+        data: any map-style data set.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, data: Any, seed: int) -> None:
+        self.data, self.seed, self.epoch = data, seed, 0
+
+    def __getitem__(self, index: int) -> Any:
+        with sample_randomness(self.seed, self.epoch, index):
+            return self.data[index]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Batches:
+    """The batches of one data set, epoch by epoch, from any batch on.
+
+    Attributes:
+        loader: the `DataLoader` behind it (what the cache reads).
+        data: the data set that the caller gave.
+        exact: whether the order is ours, so that skipping batches costs nothing. False for a loader
+            with a sampler of its own: its batches are drawn and thrown away instead.
+    """
+
+    def __init__(self, loader: DataLoader[Any], data: Any, *, exact: bool) -> None:
+        self.loader, self.data, self.exact = loader, data, exact
+        self._random: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and the first batch, of the next iteration of `loader`."""
+        if self.exact:
+            cast(EpochBatches, self.loader.batch_sampler).set_epoch(epoch, start)
+            cast(SeededSamples, self.loader.dataset).epoch = epoch
+            return
+        for part in (self.loader, self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+
+    def epoch(
+        self, epoch: int, start: int = 0, *, random_state: dict[str, Any] | None = None
+    ) -> Iterator[Any]:
+        """Yield the batches of `epoch` from batch `start` on.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            start: how many batches to leave out at the beginning.
+            random_state: state of the global generators when the epoch first began. A loader of the
+                caller's own draws its order from them, so it gets that state back while `start`
+                batches are thrown away; then the present state is put in place again.
+        """
+        self.begin(epoch, start)
+        if self.exact or not start:
+            yield from self.loader
+            return
+        present = get_random_state()
+        if random_state is not None:
+            set_random_state(random_state)
+        batches = iter(self.loader)
+        for _ in range(start):
+            next(batches, None)
+        set_random_state(present)
+        yield from batches
+
+
+def open_batches(
+    data: Data,
+    *,
+    train: bool,
+    batch_size: int,
+    seed: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
+    workers: int = 0,
+    weights: Tensor | None = None,
+    drop_last: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
+    """Return the batches of a data set or a data loader.
+
+    A `DataLoader` over a map-style data set with torch's own random or sequential order gives its data
+    set, batch size, collate function, workers and drop_last, and gets our order in place of its own
+    (shuffled where it shuffled), so that a run on it can be resumed exactly. A loader with another
+    sampler, or over an iterable data set, is used as it is.
+
+    Args:
+        data: what to go through.
+        train: whether to shuffle a data set; also names it in messages.
+        batch_size: for a data set; a loader has its own.
+        seed: of the order and the augmentation.
+        collate: for a data set; a loader has its own.
+        workers: processes that load samples of a data set; 0 loads in this one.
+        weights: float64[samples], to draw with replacement.
+        drop_last: leave out a smaller last batch, of a data set.
+        rank: number of this process.
+        world: number of processes.
+
+    Raises:
+        DataError: `data` is neither, is empty, or cannot be combined with `weights` or `world`.
+    """
+    what = "train" if train else "val"
+    if isinstance(data, DataLoader):
+        loader = data
+        ours = type(loader.sampler) in (RandomSampler, SequentialSampler) and (
+            type(loader.batch_sampler) is BatchSampler
+        )
+        if isinstance(loader.dataset, IterableDataset) or not ours:
+            if weights is not None:
+                raise DataError(
+                    f"{what} is a DataLoader with a sampler of its own; sampler='weighted' needs to draw "
+                    "the samples itself. Give fit the data set, or leave sampler out."
+                )
+            if world > 1:
+                raise DataError(
+                    f"{what} is a DataLoader with a sampler of its own, which cannot be shared between "
+                    f"{world} processes. Give fit the data set."
+                )
+            return Batches(loader, loader.dataset, exact=False)
+        source, shuffle = cast(Any, loader.dataset), type(loader.sampler) is RandomSampler
+        batch_size, drop_last = cast(int, loader.batch_size), loader.drop_last
+        collate, workers = loader.collate_fn, loader.num_workers
+    else:
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise DataError(
+                f"{what} is a {type(data).__name__}; expected a map-style data set (with __len__ and "
+                "__getitem__) or a DataLoader."
+            )
+        source, shuffle = data, train
+    if not len(source):
+        raise DataError(f"{what} holds no samples.")
+    order = EpochBatches(
+        len(source),
+        batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        weights=weights,
+        drop_last=drop_last,
+        rank=rank,
+        world=world,
+    )
+    ours_loader = DataLoader(
+        SeededSamples(source, seed),
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),  # else each epoch would draw from the global generator
+        pin_memory=torch.cuda.is_available(),
+    )
+    return Batches(ours_loader, source, exact=True)
+
+
+def labels_of(data: Any) -> Tensor:
+    """Return the labels of a map-style data set, int64[samples].
+
+    From ``targets`` or ``labels``, the second tensor of a `TensorDataset`, or the column ``"labels"`` or
+    ``"label"`` of a table; a `Subset` looks through. Where there is none of these every sample is
+    loaded once to see its label.
+
+    Raises:
+        DataError: labels are not one integer for each sample.
+    """
+    found: Any = None
+    if isinstance(data, SeededSamples):
+        return labels_of(data.data)
+    if isinstance(data, Subset):
+        return labels_of(data.dataset)[torch.as_tensor(data.indices)]
+    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
+        found = data.tensors[1]
+    for name in ("targets", "labels"):
+        if found is None and (there := getattr(data, name, None)) is not None and not callable(there):
+            found = there
+    columns = getattr(data, "column_names", None)
+    if found is None and isinstance(columns, list):
+        found = next((data[name] for name in ("labels", "label") if name in columns), None)
+    if found is None:
+        found = [_label(data[index]) for index in range(len(data))]
+    labels = torch.as_tensor(found if isinstance(found, Tensor) else list(found))
+    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(data):
+        raise DataError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(data)} samples; expected "
+            "one integer each. Class weights and weighted sampling need that."
+        )
+    return labels.long()
+
+
+def _label(sample: Any) -> int:
+    if isinstance(sample, dict):
+        return int(sample["labels"] if "labels" in sample else sample["label"])
+    return int(sample[1])
+
+
+def balanced_class_weights(labels: Tensor, classes: Sequence[str]) -> tuple[float, ...]:
+    """Return ``N / (K * n_k)`` for each class k: rare classes weigh more, the mean over samples is 1.
+
+    >>> balanced_class_weights(torch.tensor([0, 0, 0, 1]), ["common", "rare"])
+    (0.6666666666666666, 2.0)
+
+    Raises:
+        DataError: a class has no sample.
+    """
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    if missing := [name for name, count in zip(classes, counts) if not count]:
+        raise DataError(
+            f"class {', '.join(map(repr, missing))} has no training sample, so it has no balanced weight. "
+            "Give class_weights as a sequence, or add samples."
+        )
+    return tuple(len(labels) / (len(classes) * count) for count in counts)
+
+
+def sampling_weights(labels: Tensor) -> Tensor:
+    """Return one weight a sample, float64, so that all classes are drawn equally often."""
+    return 1.0 / torch.bincount(labels).double()[labels]
+
+
+Sampling = Literal["weighted"]

@@ -1,0 +1,66 @@
+"""One pass over held-out data: loss, metrics, tables; and predictions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.training.data import Batches
+from layerwise.training.tasks import Scores, Task
+from layerwise.tuning.modes import held_modes
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    *,
+    device: torch.device | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Return loss and metrics of `model` on a data set; the model's modes and weights stay as they are.
+
+    The loss is the mean over samples of the batches' mean losses. In several processes every one sees
+    its share, and the numbers returned are those of all shares together.
+
+    Args:
+        model: in any mode; evaluated in eval mode without gradients.
+        batches: the data.
+        task: what a batch means.
+        device: where batches go; None leaves them.
+        autocast: context of the forward pass.
+        on_batch: called after each batch, for progress and interruption.
+    """
+    from accelerate.utils import send_to_device
+
+    metrics = task.metrics().to(device) if device is not None else task.metrics()
+    total = torch.zeros(2, dtype=torch.float64)
+    with held_modes(model), torch.no_grad():
+        model.eval()
+        for batch in batches.epoch(0):
+            batch = batch if device is None else send_to_device(batch, device)
+            with autocast():
+                output = task.forward(model, batch)
+                loss = task.loss(output, batch)
+            size = task.size(batch)
+            total += torch.tensor([float(loss) * size, size], dtype=torch.float64)
+            task.update(metrics, output.float(), batch)
+            on_batch()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = total.to(device)
+        torch.distributed.all_reduce(total)
+    scores = task.scores(metrics)
+    return Scores({"loss": float(total[0] / total[1]), **scores.values}, scores.tables)
+
+
+@torch.no_grad()
+def first_output(model: nn.Module, task_forward: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+    """Return the model's output for a batch in eval mode; modes, weights and gradients stay."""
+    with held_modes(model):
+        model.eval()
+        return task_forward(model, batch)

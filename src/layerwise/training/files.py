@@ -1,0 +1,92 @@
+"""Files that are written whole or not at all: under a temporary name, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"
+"""Every unfinished file or folder begins like this, so that what a kill left behind is recognised."""
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Make `path` hold what `write` puts into the path it is given, or leave it as it was.
+
+    The temporary file lies in the same folder, so that the rename is one operation of the file system.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; the temporary file is removed.
+    """
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Make the folder `path` hold what `fill` puts into the folder it is given, or leave it as it was.
+
+    A folder that is there already is moved aside first and removed last: a kill between the two leaves
+    no `path`, never a mixed one.
+
+    Raises:
+        OSError: as for `write_file`.
+    """
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
+    replaced = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-replaced"
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            path.rename(replaced)
+        temporary.rename(path)
+    finally:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make `path` hold `text`, in UTF-8, or leave it as it was."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Make `path` hold `data` as indented JSON, or leave it as it was."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove the temporary files and folders that a kill left in `folder`; return their names."""
+    found = sorted(folder.glob(f"{TEMPORARY}*"))
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return [path.name for path in found]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,131 @@
+"""What stops a run, told clearly: Ctrl-C between two steps, a loss that is not finite, no memory left."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import RunError, TrainingError
+from layerwise.training.checkpoint import list_checkpoints
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a request that the loop answers between two steps.
+
+    So the checkpoint that it then writes is of a whole step. The second Ctrl-C interrupts at once.
+    Outside of the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def raise_if_requested(self) -> None:
+        """Raise `KeyboardInterrupt` if Ctrl-C was pressed."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, out: Path | None) -> float:
+    """Return a loss as a number.
+
+    On a GPU this waits for the batch to be computed, which is the price of naming the step.
+
+    Raises:
+        TrainingError: it is NaN or infinite; the step and the last checkpoint are named.
+    """
+    value = float(loss.detach())
+    if math.isfinite(value):
+        return value
+    cause = (
+        "The batch itself holds values that are not finite: look at the data."
+        if not all(map(_is_finite, _tensors(batch)))
+        else "The batch is finite, so training diverged: lower lr, set clip_norm=1.0, add warm-up to the "
+        "plan's schedule, or use precision='fp32'."
+    )
+    raise TrainingError(
+        f"the loss became {value} at step {step + 1} (epoch {epoch + 1}, batch {index + 1}), before the "
+        f"weights were changed by it. {cause} {_last_checkpoint(out)}"
+    )
+
+
+def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
+    """Raise `TrainingError` if a trainable parameter is not finite, so that no checkpoint keeps it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not _is_finite(parameter):
+            raise TrainingError(
+                f"parameter {name!r} holds values that are not finite after step {step}. Lower lr or set "
+                f"clip_norm=1.0. {_last_checkpoint(out)}"
+            )
+
+
+@contextlib.contextmanager
+def explained(where: Any, *, out: Path | None) -> Iterator[None]:
+    """Turn an out-of-memory error in the body into a `TrainingError` that names the step.
+
+    Args:
+        where: called for the number of optimiser steps made so far.
+        out: the run's folder.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except RunError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (out_of_memory or should_reduce_batch_size(error)):
+            raise
+        raise TrainingError(
+            f"memory ran out at step {where() + 1}: {str(error).splitlines()[0] if str(error) else error!r} "
+            "Take a smaller batch_size and raise accumulate by the same factor, a plan that trains less, "
+            f"or precision='bf16'. {_last_checkpoint(out)}"
+        ) from error
+
+
+def _last_checkpoint(out: Path | None) -> str:
+    if out is None:
+        return "No checkpoint was kept, since the run has no folder (out=)."
+    there = list_checkpoints(out / "checkpoints")
+    if not there:
+        return f"{out} has no checkpoint yet."
+    return f"The last good checkpoint is {there[-1]}; go on from it: layerwise fit --resume {out}"
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

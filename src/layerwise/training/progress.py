@@ -1,0 +1,135 @@
+"""Progress on stderr: a live bar in a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Reporter:
+    """Tells a person how a run goes.
+
+    In a terminal: one bar over all steps of the run, with loss, metric, rates and time left. Elsewhere
+    (a log file, CI): one line at the end of each epoch. Never on stdout, which belongs to results.
+
+    Args:
+        enabled: False says nothing at all.
+        total_steps: optimiser steps of the whole plan.
+        total_epochs: epochs of the whole plan.
+        done_steps: steps that a resumed run has behind it.
+        console: where to write; None is stderr.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool,
+        total_steps: int,
+        total_epochs: int,
+        done_steps: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self.enabled, self.total_epochs = enabled, total_epochs
+        self._began_s = time.monotonic()
+        self._monitor = ""
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if enabled and self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("starting", total=total_steps, completed=done_steps, status="")
+
+    def __enter__(self) -> Reporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if self.enabled:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, *, epoch: int, phase: str, step: int, loss: float, rates: Mapping[str, float]) -> None:
+        """Show where the run is after an optimiser step."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=step,
+                description=f"epoch {epoch + 1}/{self.total_epochs} {phase}",
+                status=f"loss {loss:.4f} {self._monitor} lr {format_rates(rates)}",
+            )
+
+    def epoch(self, entry: Mapping[str, Any], *, monitor: str, steps_left: int, seconds: float) -> None:
+        """Print the line of a finished epoch."""
+        if monitor in entry:
+            self._monitor = f"{monitor} {entry[monitor]:.4f}"
+        left_s = steps_left * seconds / max(entry["steps"], 1)
+        parts = [
+            f"epoch {entry['epoch'] + 1}/{self.total_epochs}",
+            f"phase {entry['phase']}",
+            f"loss {entry['train_loss']:.4f}",
+        ]
+        parts += [f"val_loss {entry['val_loss']:.4f}"] if "val_loss" in entry else []
+        parts += [self._monitor] if monitor in entry and monitor != "val_loss" else []
+        parts += [f"lr {format_rates(entry['rates'])}", f"{seconds:.1f} s"]
+        parts += [f"{format_seconds(left_s)} left"] if steps_left else []
+        self.say("  ".join(parts))
+
+
+def format_rates(rates: Mapping[str, float]) -> str:
+    """Return the learning rates of what trains, as one number or as lowest to highest.
+
+    >>> format_rates({"stem": 0.0, "layer4": 5e-4, "fc": 1e-3})
+    '5.0e-04..1.0e-03'
+    >>> format_rates({"fc": 1e-3})
+    '1.0e-03'
+    """
+    live = sorted({rate for rate in rates.values() if rate > 0})
+    if not live:
+        return "0"
+    return f"{live[0]:.1e}" if len(live) == 1 else f"{live[0]:.1e}..{live[-1]:.1e}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time for people.
+
+    >>> format_seconds(7), format_seconds(75), format_seconds(3700)
+    ('7 s', '1 min 15 s', '1 h 01 min')
+    """
+    whole = max(0, math.ceil(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,81 @@
+"""Random state: one seed for all generators, and their state as plain data for a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of torch (all devices), numpy and Python with `seed`."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def get_random_state() -> dict[str, Any]:
+    """Return the state of the global generators as tensors and plain data."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the global generators into a state that `get_random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of one epoch's order: ``seed * 1_000_003 + epoch``.
+
+    A function of the two and of nothing else, so that an epoch can be begun again in the middle.
+
+    >>> epoch_seed(0, 3), epoch_seed(1, 0)
+    (3, 1000003)
+    """
+    return seed * 1_000_003 + epoch
+
+
+@contextmanager
+def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Give the body random numbers that depend on (seed, epoch, index) alone; undo it afterwards.
+
+    With it a random augmentation draws the same whatever worker process loads the sample, in which
+    order, and whether the run was interrupted before. The model's own randomness is not disturbed.
+    """
+    before_torch, before_python, before_numpy = (
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(),
+    )
+    mixed = hash((seed, epoch, index)) % 2**32  # a tuple of ints hashes the same in every process
+    torch.default_generator.manual_seed(mixed)
+    random.seed(mixed)
+    np.random.seed(mixed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before_torch)
+        random.setstate(before_python)
+        np.random.set_state(before_numpy)

@@ -1,0 +1,267 @@
+"""A run's folder: what was done, with what, and what came of it; enough to predict and to go on.
+
+runs/x/
+  run.json           plan, model, task and classes, preprocessing, settings, versions, git state; at
+                     the end also the result
+  plan.yaml          the plan, to edit and use again
+  model.safetensors  the weights that the run keeps (the best epoch's)
+  history.jsonl      one line an epoch
+  timings.jsonl      seconds of each epoch
+  audit.json         what the audit before training found
+  checkpoints/       to go on from
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from layerwise.errors import ModelError, RunError
+from layerwise.plans.plan import Plan
+from layerwise.training.files import remove_leftovers, sha256, write_file, write_json
+from layerwise.training.tasks import Task, task_from_dict
+
+FORMAT = 1
+"""Version of the format of ``run.json``."""
+
+_PACKAGES = (
+    "layerwise",
+    "torch",
+    "accelerate",
+    "torchmetrics",
+    "numpy",
+    "timm",
+    "torchvision",
+    "transformers",
+)
+
+
+def create_run(out: Path, *, plan: Plan, about: Mapping[str, Any]) -> None:
+    """Make a new run folder with ``run.json`` and ``plan.yaml``.
+
+    Args:
+        out: the folder; may exist, but must not hold a run.
+        plan: stored twice, as part of ``run.json`` and as YAML to use again.
+        about: what else ``run.json`` tells: model, task, settings, data.
+
+    Raises:
+        RunError: the folder already holds a run, or it cannot be written.
+    """
+    if (out / "run.json").exists():
+        raise RunError(
+            f"{out} already holds a run. Go on with it: layerwise fit --resume {out} (in Python: "
+            "resume=True), or name another folder: --out (out=)."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
+        plan.save(out / "plan.yaml")
+        data = {
+            "format": FORMAT,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **about,
+            "plan": plan.model_dump(mode="json"),
+            "versions": versions(),
+            "git": git_state(),
+            "result": None,
+        }
+        write_json(out / "run.json", data)
+    except OSError as error:
+        raise RunError(f"the run folder {out} cannot be written: {error}. Choose another: --out.") from error
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """Return what ``run.json`` of a run tells.
+
+    Raises:
+        RunError: there is no run, or its ``run.json`` cannot be read.
+    """
+    folder = Path(path)
+    file = folder / "run.json"
+    if not file.is_file():
+        near = (
+            sorted(p.parent.name for p in folder.parent.glob("*/run.json")) if folder.parent.is_dir() else []
+        )
+        there = "is not a run (it has no run.json)" if folder.is_dir() else "does not exist"
+        raise RunError(
+            f"{folder} {there}."
+            + (f" Runs in {folder.parent}: {', '.join(near[:8])}." if near else "")
+            + " Make one: layerwise fit --out FOLDER"
+        )
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        form = data["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} cannot be read as a run: {error!r}.") from error
+    if form != FORMAT:
+        raise RunError(f"{file} has format {form!r}; this version of layerwise reads {FORMAT}.")
+    return data
+
+
+def finish_run(out: Path, result: Mapping[str, Any]) -> None:
+    """Add the result, and the hash of the kept weights, to ``run.json``."""
+    data = read_run(out)
+    write_json(
+        out / "run.json", {**data, "weights_sha256": sha256(weights_file(out)), "result": dict(result)}
+    )
+
+
+def weights_file(path: Path) -> Path:
+    """Return where a run keeps its weights."""
+    return path / "model.safetensors"
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write all parameters and buffers of `model` to a safetensors file, shared tensors once.
+
+    Raises:
+        RunError: the file cannot be written; one that was there before is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_model
+
+    try:
+        write_file(path, lambda temporary: save_model(model, str(temporary)))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the weights could not be written to {path}: {error}. Make room and resume."
+        ) from error
+
+
+def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = None) -> None:
+    """Put the weights of a safetensors file into `model`.
+
+    Raises:
+        RunError: the file is missing, damaged or altered, or does not fit the model; each name is told.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    if not path.is_file():
+        raise RunError(f"{path} is missing: the run has kept no weights yet. Go on with it: --resume.")
+    if expected_sha256 is not None and sha256(path) != expected_sha256:
+        raise RunError(f"{path} does not match the hash in run.json: it was altered or cut short.")
+    try:
+        load_model(model, str(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{path} does not fit {type(model).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run, ready to predict.
+
+    Attributes:
+        path: its folder.
+        model: with the run's weights, in eval mode, on the CPU.
+        task: what its outputs mean.
+        about: what ``run.json`` tells.
+        preprocessing: of images, as `layerwise.sources.preprocessing.Preprocessing`; None where the run
+            does not know one.
+    """
+
+    path: Path
+    model: nn.Module
+    task: Task
+    about: dict[str, Any] = field(repr=False)
+    preprocessing: Any = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the model's outputs."""
+        return self.task.classes
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the run carried out."""
+        return Plan.model_validate(self.about["plan"])
+
+    def predict(self, batch: Tensor | Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return one readable prediction for each sample of a batch of preprocessed inputs.
+
+        Args:
+            batch: inputs of the model: a tensor, or a mapping of keyword arguments.
+
+        Returns:
+            For classification, mappings with ``"label"``, ``"probability"`` and ``"probabilities"``.
+        """
+        from layerwise.training.evaluate import first_output
+
+        whole = {**batch, "labels": None} if isinstance(batch, Mapping) else (batch, None)
+        return self.task.decode(first_output(self.model, self.task.forward, whole))
+
+
+def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
+    """Return a run with its model, ready to predict.
+
+    The model is built anew from the spec it was opened with, and gets the run's weights. Nothing in the
+    folder is executed. Where the run's model was an object of the caller's own, or came from a Python
+    file (``file.py:function``), it must be given as `model`.
+
+    Args:
+        path: the run's folder.
+        model: a model of the same architecture, to put the weights into. It is changed.
+
+    Raises:
+        RunError: there is no run, its weights are missing, damaged or do not fit, or the run does not
+            know how to build its model and none is given.
+    """
+    folder = Path(path)
+    about = read_run(folder)
+    spec = about["model"].get("spec")
+    if model is None and (spec is None or ".py:" in spec):
+        what = "was given as an object" if spec is None else f"came from the Python file {spec!r}"
+        raise RunError(
+            f"the model of {folder} ({about['model'].get('class')}) {what}, which loading does not run. "
+            "Build it yourself and pass it: layerwise.load_run(path, model=model)."
+        )
+    task = task_from_dict(about["task"])
+    if model is None:
+        from layerwise.sources.models import open_model
+
+        try:
+            model = open_model(str(spec), num_classes=len(task.classes) or None, pretrained=False).model
+        except ModelError as error:
+            raise RunError(f"the model of {folder} cannot be built again: {error}") from error
+    load_weights(model, weights_file(folder), expected_sha256=about.get("weights_sha256"))
+    preprocessing = about["model"].get("preprocessing")
+    if preprocessing is not None:
+        from layerwise.sources.preprocessing import Preprocessing
+
+        preprocessing = Preprocessing.from_dict(preprocessing)
+    return Run(folder, model.eval(), task, about, preprocessing)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a run, where installed."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return commit and cleanness of the git checkout that the process runs in; None outside of one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(changed.strip())}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout
