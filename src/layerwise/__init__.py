@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from layerwise.plans.plan import Phase as Phase
     from layerwise.plans.plan import Plan as Plan
     from layerwise.plans.plan import Schedule as Schedule
+    from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
+    from layerwise.tuning.norms import training_mode as training_mode
 
 _HOME = {
     "LayerGroup": "layerwise.layers.layermap",
@@ -27,10 +29,12 @@ _HOME = {
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
     "Schedule": "layerwise.plans.plan",
+    "freeze_batchnorm": "layerwise.tuning.norms",
+    "training_mode": "layerwise.tuning.norms",
 }
 
 __version__ = "0.1.0"
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604  (names come from _HOME alone)
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
