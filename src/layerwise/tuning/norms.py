@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.errors import ModelError, PlanError
+from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Norms
 from layerwise.tuning.modes import held_modes, pin_eval, pinned, unpin
@@ -44,7 +44,7 @@ class FrozenNorms:
         """Let the norms follow ``train()`` and learn again, as before the call."""
         unpin(self.modules)
         for parameter in self.parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
 
 def freeze_batchnorm(model: nn.Module, *, affine: bool = True) -> FrozenNorms:
@@ -78,7 +78,7 @@ def freeze_batchnorm(model: nn.Module, *, affine: bool = True) -> FrozenNorms:
         )
     )
     for parameter in parameters:
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # the method refuses lazy parameters, the attribute takes them
     return FrozenNorms(tuple(norm.name for norm in norms), modules, parameters)
 
 
@@ -181,14 +181,10 @@ def apply_norms(
         frozen_dropout: True holds only norms, and leaves the rest of the frozen groups in train mode.
 
     Raises:
-        PlanError: an unknown group, or ``"freeze_until"`` without `until`.
+        PlanError: a group, or `Norms.until`, is not in `layers`.
         ModelError: `layers` was made from another model.
     """
     frozen = {layers[name].name for name in frozen_groups}
-    if norms.policy == "freeze_until" and norms.until is None:
-        raise PlanError(
-            "the policy 'freeze_until' needs `until`, the first group whose norms adapt; got None."
-        )
     first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
     root = look_through(model, layers)
     release_norms(root)
