@@ -13,10 +13,26 @@ if TYPE_CHECKING:
     from layerwise.errors import LayerwiseWarning as LayerwiseWarning
     from layerwise.layers.layermap import LayerGroup as LayerGroup
     from layerwise.layers.layermap import LayerMap as LayerMap
+    from layerwise.plans.parsing import parse_strategy as parse_strategy
     from layerwise.plans.plan import Norms as Norms
     from layerwise.plans.plan import Phase as Phase
     from layerwise.plans.plan import Plan as Plan
     from layerwise.plans.plan import Schedule as Schedule
+    from layerwise.plans.recipes import auto_rgn as auto_rgn
+    from layerwise.plans.recipes import lisa as lisa
+    from layerwise.plans.recipes import reinit_last as reinit_last
+    from layerwise.plans.strategies import blocks as blocks
+    from layerwise.plans.strategies import discriminative as discriminative
+    from layerwise.plans.strategies import freeze_embeddings as freeze_embeddings
+    from layerwise.plans.strategies import full as full
+    from layerwise.plans.strategies import linear_probe as linear_probe
+    from layerwise.plans.strategies import pattern as pattern
+    from layerwise.plans.strategies import surgical as surgical
+    from layerwise.plans.strategies import top_k as top_k
+    from layerwise.plans.unfreezing import fine_tune as fine_tune
+    from layerwise.plans.unfreezing import gradual_unfreezing as gradual_unfreezing
+    from layerwise.plans.unfreezing import lp_ft as lp_ft
+    from layerwise.plans.unfreezing import ulmfit as ulmfit
     from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
     from layerwise.tuning.norms import training_mode as training_mode
 
@@ -29,8 +45,24 @@ _HOME = {
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
     "Schedule": "layerwise.plans.plan",
+    "auto_rgn": "layerwise.plans.recipes",
+    "blocks": "layerwise.plans.strategies",
+    "discriminative": "layerwise.plans.strategies",
+    "fine_tune": "layerwise.plans.unfreezing",
     "freeze_batchnorm": "layerwise.tuning.norms",
+    "freeze_embeddings": "layerwise.plans.strategies",
+    "full": "layerwise.plans.strategies",
+    "gradual_unfreezing": "layerwise.plans.unfreezing",
+    "linear_probe": "layerwise.plans.strategies",
+    "lisa": "layerwise.plans.recipes",
+    "lp_ft": "layerwise.plans.unfreezing",
+    "parse_strategy": "layerwise.plans.parsing",
+    "pattern": "layerwise.plans.strategies",
+    "reinit_last": "layerwise.plans.recipes",
+    "surgical": "layerwise.plans.strategies",
+    "top_k": "layerwise.plans.strategies",
     "training_mode": "layerwise.tuning.norms",
+    "ulmfit": "layerwise.plans.unfreezing",
 }
 
 __version__ = "0.1.0"

@@ -32,6 +32,8 @@ class LayerGroup:
         numel: number of scalars in `parameters`.
         flops: floating-point operations of one forward pass of one sample (multiply and add count
             as two), or None where the recording could not tell.
+        sizes: number of scalars of each of `parameters`, in the same order; empty where a map made by hand
+            does not tell.
         activation_bytes: size of what the group hands on, per sample, in bytes; None likewise.
     """
 
@@ -42,6 +44,7 @@ class LayerGroup:
     numel: int
     flops: int | None = None
     activation_bytes: int | None = None
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,10 @@ class LayerMap:
         """Build a map from what `to_dict` returned (lists for tuples are fine, as JSON makes them)."""
         groups = tuple(
             LayerGroup(
-                **{**group, "modules": tuple(group["modules"]), "parameters": tuple(group["parameters"])}
+                **{
+                    **group,
+                    **{field: tuple(group.get(field, ())) for field in ("modules", "parameters", "sizes")},
+                }
             )
             for group in data["groups"]
         )

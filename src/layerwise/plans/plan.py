@@ -3,14 +3,26 @@
 A plan is a matrix of learning-rate multipliers, one row a phase, one column a layer group; 0 is frozen.
 Around the matrix stand the settings that a row may have of its own: length, schedule, normalisation,
 regularisation. A plan holds names, never a live model.
+
+What goes wrong while a plan is built, edited or read is told in one `PlanError` that lists everything.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from layerwise.errors import PlanError, did_you_mean
+from layerwise.plans.data import Data
+
+if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
+    from layerwise.plans.explain import Explanation
 
 Multiplier = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -19,11 +31,7 @@ Shape = Literal["constant", "linear", "cosine", "slanted_triangular", "one_cycle
 NormKind = Literal["follow", "freeze", "freeze_until", "calibrate", "adapt"]
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Schedule(_Data):
+class Schedule(Data):
     """One factor in [0, 1] over time, times each group's own rate; so ratios between groups hold.
 
     Attributes:
@@ -33,9 +41,11 @@ class Schedule(_Data):
         floor: lowest value the factor falls to after its peak, as a share of the peak.
         span: ``"phase"`` starts anew at each phase, ``"run"`` goes once over the whole plan.
         cut_frac: share of the span in which the slanted triangle and the one-cycle rise.
-        ratio: how much smaller the lowest rate of the slanted triangle is than its peak.
-        patience_epochs, factor: the plateau shape multiplies by `factor` after so many epochs without
+        ratio: how much smaller than its peak the factor is at both ends of the slanted triangle and at
+            the start of the one-cycle.
+        patience_epochs: the plateau shape multiplies by `factor` after so many epochs without
             improvement of the validation metric.
+        factor: what it multiplies by.
     """
 
     shape: Shape = "constant"
@@ -48,8 +58,17 @@ class Schedule(_Data):
     patience_epochs: Annotated[int, Field(ge=0)] = 2
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
+    @classmethod
+    def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        if data.get("warmup_frac") and data.get("warmup_steps"):
+            return [
+                f"warmup_frac ({data['warmup_frac']!r}) and warmup_steps ({data['warmup_steps']!r}) are both "
+                "given; keep one"
+            ]
+        return []
 
-class Norms(_Data):
+
+class Norms(Data):
     """What batch-norm (and its kin with running statistics) does during a phase.
 
     Attributes:
@@ -73,8 +92,17 @@ class Norms(_Data):
     rate: Multiplier = 1.0
     tune: bool = False
 
+    @classmethod
+    def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        policy, until = data.get("policy", "follow"), data.get("until")
+        if policy == "freeze_until" and until is None:
+            return ["policy 'freeze_until' needs `until`, the first group whose norms adapt"]
+        if policy != "freeze_until" and until is not None:
+            return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
+        return []
 
-class Phase(_Data):
+
+class Phase(Data):
     """One row of the matrix, and how it is carried out.
 
     Attributes:
@@ -113,16 +141,36 @@ class Phase(_Data):
     sample_groups: Annotated[int, Field(gt=0)] | None = None
     sample_every_steps: Annotated[int, Field(gt=0)] | None = None
 
+    @classmethod
+    def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        found = []
+        lengths = [name for name in ("epochs", "steps") if data.get(name) is not None]
+        if len(lengths) != 1:
+            got = " and ".join(f"{name} = {data[name]!r}" for name in lengths) or "neither"
+            found.append(f"exactly one of `epochs` and `steps` gives its length; received {got}")
+        if data.get("patience_epochs") is not None and data.get("epochs") is None:
+            found.append("patience_epochs ends a phase that is counted in epochs; give `epochs` as the limit")
+        given = [name for name in ("sample_groups", "sample_every_steps") if data.get(name) is not None]
+        if len(given) == 1:
+            found.append(f"sample_groups and sample_every_steps go together; only {given[0]} is given")
+        if not _trains(data):
+            found.append("it trains nothing: no rate and no override is above 0, and no norm layer is tuned")
+        return found
+
     def rate(self, group: str) -> float:
         """Return the multiplier of `group`: 0 where it is frozen."""
         return self.rates.get(group, 0.0)
+
+    def trains(self, group: str) -> bool:
+        """Return whether the phase gives `group` a rate above 0."""
+        return self.rate(group) > 0
 
     def length_steps(self, steps_per_epoch: int) -> int:
         """Return the length of the phase in optimiser steps."""
         return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
 
 
-class Plan(_Data):
+class Plan(Data):
     """A whole strategy: phases in order, over the groups of a layer map.
 
     Attributes:
@@ -131,6 +179,17 @@ class Plan(_Data):
         granularity: of the layer map that the group names belong to.
         groups: all group names, input to output: the columns of the matrix.
         phases: its rows.
+
+    >>> plan = Plan(groups=["stem", "fc"], phases=[{"name": "probe", "rates": {"fc": 1.0}, "epochs": 2}])
+    >>> plan.phases[0].rate("stem"), plan.total_steps(steps_per_epoch=10)
+    (0.0, 20)
+    >>> Plan(groups=["stem", "fc"], phases=[{"name": "probe", "rates": {"fx": -1.0}}])
+    Traceback (most recent call last):
+    layerwise.errors.PlanError: this plan is not valid, 4 problems:
+      - phases[0] ('probe'): rates.fx is -1.0; expected greater than or equal to 0
+      - phases[0] ('probe'): exactly one of `epochs` and `steps` gives its length; received neither
+      - phases[0] ('probe'): it trains nothing: no rate and no override is above 0, and no norm layer is tuned
+      - phase 'probe', rates: group 'fx' is not among the groups (stem, fc). Did you mean 'fc'?
     """
 
     version: Literal[1] = 1
@@ -139,6 +198,29 @@ class Plan(_Data):
     groups: tuple[str, ...]
     phases: tuple[Phase, ...]
 
+    @classmethod
+    def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        groups = _strings(data.get("groups"))
+        phases = data.get("phases")
+        rows = [_row(phase) for phase in phases] if isinstance(phases, list | tuple) else []
+        found = [f"{name!r} is empty" for name in ("groups", "phases") if data.get(name) in ([], ())]
+        found += [
+            f"group {name!r} stands {count} times in `groups`; names are unique"
+            for name, count in Counter(groups).items()
+            if count > 1
+        ]
+        names = Counter(row["name"] for row in rows if isinstance(row.get("name"), str))
+        found += [f"{n} phases are called {name!r}; names are unique" for name, n in names.items() if n > 1]
+        for number, row in enumerate(rows):
+            for field, used in _group_names(row):
+                found += [
+                    f"phase {row.get('name', number)!r}, {field}: group {name!r} is not among the groups "
+                    f"({', '.join(groups)}).{did_you_mean(name, groups, count=1)}"
+                    for name in used
+                    if name not in groups
+                ]
+        return found
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the length of the whole plan in optimiser steps, no phase ending early."""
         return sum(phase.length_steps(steps_per_epoch) for phase in self.phases)
@@ -146,3 +228,130 @@ class Plan(_Data):
     def total_epochs(self, steps_per_epoch: int) -> int:
         """Return the number of epochs that the plan takes, a last partial one counted as one."""
         return math.ceil(self.total_steps(steps_per_epoch) / steps_per_epoch)
+
+    def check(self, layers: LayerMap) -> None:
+        """Raise unless the plan fits `layers`: same granularity and groups, known parameter names.
+
+        Raises:
+            PlanError: with all differences, from both sides.
+        """
+        found = []
+        if self.granularity != layers.granularity:
+            found.append(
+                f"the plan's groups are {self.granularity!r}, the layer map's {layers.granularity!r}; "
+                f"map the model with granularity={self.granularity!r}"
+            )
+        missing = [name for name in self.groups if name not in layers.names]
+        extra = [name for name in layers.names if name not in self.groups]
+        if missing:
+            found.append(f"only the plan has: {', '.join(missing)}")
+        if extra:
+            found.append(f"only the model has: {', '.join(extra)}")
+        if not missing and not extra and self.groups != layers.names:
+            found.append(
+                f"same groups, another order: {', '.join(self.groups)} in the plan, "
+                f"{', '.join(layers.names)} in the model"
+            )
+        known = [name for group in layers for name in group.parameters] + list(layers.aliases)
+        for phase in self.phases:
+            found += [
+                f"phase {phase.name!r} overrides parameter {name!r}, which the model does not have."
+                f"{did_you_mean(name, known)}"
+                for name in phase.overrides
+                if name not in known
+            ]
+        if found:
+            model = layers.model_class or "this model"
+            raise PlanError(
+                f"the plan {self.strategy!r} was made for another model than {model}:"
+                + "".join(f"\n  - {line}" for line in found)
+                + "\nMake one for it: layerwise plan MODEL --strategy ... -o plan.yaml"
+            )
+
+    def explain(
+        self, layers: LayerMap, *, lr: float | None = None, steps_per_epoch: int | None = None
+    ) -> Explanation:
+        """Return what the plan does to the model of `layers` and when: `print` it.
+
+        Args:
+            layers: the model's layer map.
+            lr: the base rate η; None shows multiples of it.
+            steps_per_epoch: optimiser steps per epoch; None assumes 100 and says so.
+
+        Raises:
+            PlanError: the plan does not fit `layers`.
+        """
+        from layerwise.plans.explain import explain
+
+        return explain(self, layers, lr=lr, steps_per_epoch=steps_per_epoch)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as YAML made to be edited by hand: defaults are left out, frozen groups too.
+
+        The file is written whole or not at all; one that is there already is replaced.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from layerwise.plans.storage import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save`, ``layerwise plan`` or a person wrote.
+
+        Reading never runs code (``yaml.safe_load``).
+
+        Raises:
+            PlanError: the file is missing, is not YAML, has another version, or is not a valid plan.
+        """
+        from layerwise.plans.storage import load
+
+        return load(Path(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, defaults left out; ``Plan(**data)`` is its inverse."""
+        return {"version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _strings(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple) else []
+
+
+def _row(phase: Any) -> Mapping[str, Any]:
+    if isinstance(phase, Phase):
+        return {name: getattr(phase, name) for name in type(phase).model_fields}
+    return phase if isinstance(phase, Mapping) else {}
+
+
+def _group_names(row: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return for each field of a phase that names groups the names in it."""
+    rates, norms = row.get("rates"), row.get("norms")
+    until = norms.get("until") if isinstance(norms, Mapping) else getattr(norms, "until", None)
+    return [
+        ("rates", [name for name in rates if isinstance(name, str)] if isinstance(rates, Mapping) else []),
+        ("reinit", _strings(row.get("reinit"))),
+        ("norms.until", [until] if isinstance(until, str) else []),
+    ]
+
+
+def _trains(data: Mapping[str, Any]) -> bool:
+    """Return whether a phase trains anything, as far as unchecked data tells (unreadable counts as yes)."""
+    norms = data.get("norms")
+    policy, tune = (
+        (norms.get("policy"), norms.get("tune"))
+        if isinstance(norms, Mapping)
+        else (getattr(norms, "policy", None), getattr(norms, "tune", None))
+    )
+    if policy == "adapt" or tune:
+        return True
+    rates = [
+        rate
+        for field in ("rates", "overrides")
+        if isinstance(table := data.get(field), Mapping)
+        for rate in table.values()
+    ]
+    if not isinstance(data.get("rates"), Mapping):
+        return True  # reported as such
+    return any(not isinstance(rate, int | float) or rate > 0 or math.isnan(rate) for rate in rates)

@@ -1,0 +1,330 @@
+"""What a plan does to a model and when, before anything is trained: a timeline and a heat map."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.layers.layermap import LayerGroup, LayerMap
+from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.plans.schedules import join_factor
+from layerwise.plans.timeline import joins, phase_factor
+
+ASSUMED_STEPS_PER_EPOCH = 100
+COLUMNS = 48
+SHADES = "·░▒▓█"
+
+
+@dataclass(frozen=True)
+class GroupRates:
+    """The rates of one group in one phase, as multiples of η or, with a base rate, absolute.
+
+    Attributes:
+        name: the group.
+        start: at the first step of the phase.
+        peak: the highest of the phase.
+        end: at its last step.
+        parameters: number of scalars that learn in the group.
+    """
+
+    name: str
+    start: float
+    peak: float
+    end: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase of a plan.
+
+    Attributes:
+        name: of the phase.
+        first_step: number of its first optimiser step, from 0.
+        steps: its length.
+        epochs: its length in epochs where it is counted in epochs, else None.
+        groups: those that learn, input -> output.
+        trainable: number of scalars that learn.
+        notes: what else is special: schedule, norms, regularisation.
+    """
+
+    name: str
+    first_step: int
+    steps: int
+    epochs: int | None
+    groups: tuple[GroupRates, ...]
+    trainable: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan does: ``print`` it, or take `to_dict` for a machine.
+
+    Attributes:
+        strategy: how the plan was made.
+        lr: the base rate, or None where rates are multiples of it.
+        steps_per_epoch: that lengths were computed with.
+        assumed: whether `steps_per_epoch` was not given.
+        total: number of scalars in the model.
+        phases: in order.
+        groups: all groups, input -> output.
+        heat_steps: the steps at which `heat` was read.
+        heat: for each group its rate at each of `heat_steps`.
+    """
+
+    strategy: str
+    lr: float | None
+    steps_per_epoch: int
+    assumed: bool
+    total: int
+    phases: tuple[PhaseSummary, ...]
+    groups: tuple[str, ...]
+    heat_steps: tuple[int, ...]
+    heat: tuple[tuple[float, ...], ...]
+
+    @property
+    def steps(self) -> int:
+        """Length of the plan in optimiser steps."""
+        return sum(phase.steps for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON."""
+        return {**asdict(self), "steps": self.steps}
+
+    def __str__(self) -> str:
+        """Return the text of `__rich__` without colours, 110 columns wide."""
+        console = Console(file=io.StringIO(), width=110, no_color=True, force_terminal=False)
+        console.print(self)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def __rich__(self) -> Group:
+        """Return the timeline and the heat map for a Rich console."""
+        return Group(
+            Text(self._title()), self._table(), self._heat_map(), Text(self._footnote(), style="dim")
+        )
+
+    def _title(self) -> str:
+        epochs = math.ceil(self.steps / self.steps_per_epoch)
+        phases = f"{len(self.phases)} phase{'s' * (len(self.phases) > 1)}"
+        return f"{self.strategy}: {phases}, {epochs} epoch{'s' * (epochs > 1)}, {self.steps:,} steps"
+
+    def _footnote(self) -> str:
+        rates = "rates are multiples of the learning rate" if self.lr is None else f"base rate {self.lr:g}"
+        steps = f"{self.steps_per_epoch:,} steps an epoch{' (assumed)' if self.assumed else ''}"
+        return f"{rates}; {steps}; a group without a row is frozen"
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("phase")
+        table.add_column("length", justify="right")
+        table.add_column("trainable", justify="right")
+        table.add_column("group")
+        for title in ("start", "peak", "end"):
+            table.add_column(title, justify="right")
+        for number, phase in enumerate(self.phases):
+            length = f"{phase.steps:,} steps"
+            if phase.epochs is not None:
+                length = f"{phase.epochs} epoch{'s' * (phase.epochs > 1)}"
+            share = f"{_count(phase.trainable)} ({phase.trainable / max(self.total, 1):.1%})"
+            first = [f"{number + 1} {phase.name}", length, share]
+            left = [first, *([f"  {note}", "", ""] for note in phase.notes)]
+            right = [
+                [group.name, *(_rate(value) for value in (group.start, group.peak, group.end))]
+                for group in reversed(phase.groups)
+            ]
+            for row in range(max(len(left), len(right))):
+                table.add_row(
+                    *(left[row] if row < len(left) else ["", "", ""]),
+                    *(right[row] if row < len(right) else ["", "", "", ""]),
+                    end_section=row + 1 == max(len(left), len(right)) and number + 1 < len(self.phases),
+                )
+        return table
+
+    def _heat_map(self) -> Table:
+        """Return groups (output on top) x time; darker and warmer is faster, on a logarithmic scale."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(justify="right")
+        table.add_column(no_wrap=True)
+        highest = max((rate for row in self.heat for rate in row), default=0.0)
+        positive = [rate for row in self.heat for rate in row if rate > highest * 1e-3]
+        lowest = min(positive, default=0.0)
+        for name, row in reversed(list(zip(self.groups, self.heat))):
+            cells = Text()
+            for rate in row:
+                cells.append(*_cell(rate, lowest, highest))
+            table.add_row(name, cells)
+        table.add_row("", Text(self._axis()))
+        return table
+
+    def _axis(self) -> str:
+        """Return a line that marks where each phase starts, by its number."""
+        line = [" "] * len(self.heat_steps)
+        for number, phase in enumerate(self.phases):
+            column = next((i for i, step in enumerate(self.heat_steps) if step >= phase.first_step), None)
+            label = str(number + 1)
+            if column is not None and all(cell == " " for cell in line[column : column + len(label)]):
+                line[column : column + len(label)] = label
+        return "".join(line[: len(self.heat_steps)])
+
+
+def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: int | None) -> Explanation:
+    """Return what `plan` does to the model of `layers`; see `Plan.explain`."""
+    plan.check(layers)
+    assumed = steps_per_epoch is None
+    per_epoch = ASSUMED_STEPS_PER_EPOCH if steps_per_epoch is None else steps_per_epoch
+    summaries = []
+    heat_steps = _heat_steps(plan.total_steps(per_epoch))
+    heat: dict[str, list[float]] = {name: [] for name in layers.names}
+    start = 0
+    for number, phase in enumerate(plan.phases):
+        length = phase.length_steps(per_epoch)
+        top = {group.name: _highest(phase, group) * (1.0 if lr is None else lr) for group in layers}
+        read = _rates_reader(plan, number, per_epoch, top)
+        for step in heat_steps:
+            if start <= step < start + length:
+                for name, rate in read(step - start).items():
+                    heat[name].append(rate)
+        # A factor has at most one rise and one fall, so that a few hundred samples show its peak; where
+        # there are fewer steps every one of them is read.
+        samples = [read(step) for step in [*range(0, length, max(1, length // 400)), length - 1]]
+        groups = tuple(
+            GroupRates(
+                name=group.name,
+                start=samples[0][group.name],
+                peak=max(sample[group.name] for sample in samples),
+                end=samples[-1][group.name],
+                parameters=_trainable(phase, group),
+            )
+            for group in layers
+            if top[group.name] > 0
+        )
+        summaries.append(
+            PhaseSummary(
+                name=phase.name,
+                first_step=start,
+                steps=length,
+                epochs=phase.epochs,
+                groups=groups,
+                trainable=sum(group.parameters for group in groups),
+                notes=_notes(phase),
+            )
+        )
+        start += length
+    return Explanation(
+        strategy=plan.strategy,
+        lr=lr,
+        steps_per_epoch=per_epoch,
+        assumed=assumed,
+        total=layers.numel,
+        phases=tuple(summaries),
+        groups=layers.names,
+        heat_steps=heat_steps,
+        heat=tuple(tuple(rates) for rates in heat.values()),
+    )
+
+
+def _highest(phase: Phase, group: LayerGroup) -> float:
+    """Return the highest multiplier that a parameter of `group` has in `phase`."""
+    return max((phase.overrides.get(name, phase.rate(group.name)) for name in group.parameters), default=0.0)
+
+
+def _trainable(phase: Phase, group: LayerGroup) -> int:
+    """Return the number of scalars of `group` that learn in `phase`."""
+    learning = [phase.overrides.get(name, phase.rate(group.name)) > 0 for name in group.parameters]
+    if all(learning):
+        return group.numel
+    if len(group.sizes) == len(learning):
+        return sum(size for size, learns in zip(group.sizes, learning) if learns)
+    return round(group.numel * sum(learning) / len(learning))  # a map without sizes: as if all were equal
+
+
+def _rates_reader(
+    plan: Plan, phase: int, steps_per_epoch: int, top: dict[str, float]
+) -> Callable[[int], dict[str, float]]:
+    """Return a function that gives each group's rate at a step of the phase, `top` being the peaks."""
+    before = sum(earlier.length_steps(steps_per_epoch) for earlier in plan.phases[:phase])
+    joined = joins(plan, phase, steps_per_epoch)
+
+    def read(step: int) -> dict[str, float]:
+        value = phase_factor(plan, phase, step, steps_per_epoch)
+        warmups = {name: join_factor(before + step - first, size) for name, (first, size) in joined.items()}
+        return {name: rate * value * warmups.get(name, 1.0) for name, rate in top.items()}
+
+    return read
+
+
+def _heat_steps(total: int) -> tuple[int, ...]:
+    count = min(total, COLUMNS)
+    return tuple(int((column + 0.5) * total / count) for column in range(count))
+
+
+def _notes(phase: Phase) -> tuple[str, ...]:
+    """Return what is special about `phase`, each in a few words."""
+    found = []
+    if phase.schedule != Schedule():
+        found.append(_schedule(phase.schedule))
+    if phase.patience_epochs:
+        found.append(f"ends after {phase.patience_epochs} epochs without improvement")
+    if phase.join_steps:
+        found.append(f"joining groups warm up for {phase.join_steps} steps")
+    if phase.norms.policy != "follow":
+        until = f" {phase.norms.until}" if phase.norms.until else ""
+        found.append(f"norms: {phase.norms.policy}{until}")
+    if phase.norms.tune:
+        found.append("norms of frozen groups learn")
+    if phase.frozen_dropout:
+        found.append("dropout stays active in frozen groups")
+    if phase.l2_sp:
+        found.append(f"L2-SP {phase.l2_sp:g}")
+    if phase.reinit:
+        found.append(f"starts anew: {', '.join(phase.reinit)}")
+    if phase.adapt_rates == "auto_rgn":
+        found.append("rates scaled by relative gradient norm")
+    if phase.sample_groups:
+        found.append(
+            f"{phase.sample_groups} of the blocks at a time, drawn every {phase.sample_every_steps} steps"
+        )
+    return tuple(found)
+
+
+def _schedule(schedule: Schedule) -> str:
+    warmup = ""
+    if schedule.warmup_frac:
+        warmup = f", warm-up {schedule.warmup_frac:.0%}"
+    if schedule.warmup_steps:
+        warmup = f", warm-up {schedule.warmup_steps} steps"
+    run = " over the run" if schedule.span == "run" else ""
+    return f"{schedule.shape.replace('_', ' ')}{run}{warmup}"
+
+
+def _cell(rate: float, lowest: float, highest: float) -> tuple[str, str]:
+    """Return the character and the style of one cell of the heat map."""
+    if rate <= 0:
+        return SHADES[0], "dim"
+    height = 1.0
+    if highest > lowest:
+        height = min(1.0, max(0.0, math.log(rate / lowest) / math.log(highest / lowest)))
+    shade = SHADES[1 + min(3, int(height * 4))]
+    red, blue = round(60 + 195 * height), round(220 - 180 * height)
+    return shade, f"#{red:02x}{round(90 + 60 * height):02x}{blue:02x}"
+
+
+def _rate(value: float) -> str:
+    return "0" if value == 0 else f"{value:.3g}" if value >= 0.01 else f"{value:.2e}"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

@@ -1,0 +1,125 @@
+"""The options that every strategy takes besides its own, and how they become phases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict, get_args
+
+from layerwise.errors import PlanError, did_you_mean
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import NormKind, Norms, Phase, Plan, Schedule, Shape
+
+DEFAULT_EPOCHS = 5
+"""Length of a plan where neither epochs nor steps are given: fine-tuning, not training from scratch."""
+
+
+class PhaseOptions(TypedDict, total=False):
+    """What every strategy takes as keyword options.
+
+    Attributes:
+        epochs: length of the whole plan in epochs; 5 where neither this nor `steps` is given.
+        steps: the same in optimiser steps. At most one of the two.
+        schedule: a `Schedule`, or the name of a shape (``"cosine"``); constant where not given.
+        norms: a `Norms`, or the name of a policy (``"freeze"``); ``"follow"`` where not given.
+        join_steps: warm-up of a group that joins after the first phase, in steps; 0.
+        l2_sp: strength of the pull towards the pretrained weights; 0.
+        frozen_dropout: whether dropout stays active in frozen groups; False.
+    """
+
+    epochs: int
+    steps: int
+    schedule: Schedule | Shape
+    norms: Norms | NormKind
+    join_steps: int
+    l2_sp: float
+    frozen_dropout: bool
+
+
+def settings(options: PhaseOptions) -> dict[str, Any]:
+    """Return the fields of a phase that `options` set, lengths left out.
+
+    Raises:
+        PlanError: an option is not known, or the name of a schedule or a norm policy is not.
+    """
+    known = PhaseOptions.__annotations__
+    for name in options:
+        if name not in known:
+            raise PlanError(
+                f"strategies have no option {name!r} (common ones: {', '.join(known)})."
+                f"{did_you_mean(name, known)}"
+            )
+    given = {name: value for name, value in options.items() if name not in ("epochs", "steps")}
+    schedule, norms = given.get("schedule"), given.get("norms")
+    if isinstance(schedule, str):
+        given["schedule"] = Schedule(shape=_known("schedule", schedule, get_args(Shape)))
+    if isinstance(norms, str):
+        given["norms"] = Norms(policy=_known("norms policy", norms, get_args(NormKind)))
+    return given
+
+
+def length(options: PhaseOptions) -> dict[str, int]:
+    """Return the length of a one-phase plan: the given epochs or steps, or the default."""
+    given = {name: options[name] for name in ("epochs", "steps") if options.get(name) is not None}
+    return given or {"epochs": DEFAULT_EPOCHS}
+
+
+def make_plan(layers: LayerMap, strategy: str, phases: list[Phase]) -> Plan:
+    """Return the plan of `phases` over the groups of `layers`."""
+    return Plan(strategy=strategy, granularity=layers.granularity, groups=layers.names, phases=tuple(phases))
+
+
+def one_phase(
+    layers: LayerMap,
+    strategy: str,
+    rates: Mapping[str, float],
+    options: PhaseOptions,
+    *,
+    name: str = "train",
+    **fields: Any,
+) -> Plan:
+    """Return a plan of one phase with `rates`, its length and settings from `options`."""
+    phase = Phase(
+        name=name,
+        rates={group: rate for group, rate in rates.items() if rate != 0},
+        **{**length(options), **settings(options), **fields},
+    )
+    return make_plan(layers, strategy, [phase])
+
+
+def call(name: str, **arguments: Any) -> str:
+    """Return how a strategy was called, for people: arguments that are None are left out.
+
+    >>> call("top_k", k=2, norms=None)
+    'top_k(k=2)'
+    """
+    shown = ", ".join(f"{key}={_short(value)}" for key, value in arguments.items() if value is not None)
+    return f"{name}({shown})" if shown else name
+
+
+def require_freezing(layers: LayerMap, trained: Mapping[str, float] | list[str], strategy: str) -> None:
+    """Raise `PlanError` when a strategy that is meant to freeze groups leaves none frozen."""
+    if len(set(trained) & set(layers.names)) == len(layers):
+        raise PlanError(
+            f"{strategy} freezes nothing: all {len(layers)} groups ({', '.join(layers.names)}) would learn. "
+            "Select fewer, or ask for full() or discriminative(decay=...)"
+        )
+
+
+def require_head(layers: LayerMap, strategy: str) -> str:
+    """Return the name of the head; raise `PlanError` for a model without one."""
+    if layers.head is None:
+        raise PlanError(
+            f"{strategy} trains the head, and this layer map has none ({', '.join(layers.names)}). "
+            "Add an output layer to the model, or name the groups with blocks([...])"
+        )
+    return layers.head.name
+
+
+def _known(what: str, name: str, names: tuple[str, ...]) -> Any:
+    if name not in names:
+        raise PlanError(f"{what} {name!r} is not known ({', '.join(names)}).{did_you_mean(name, names)}")
+    return name
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)

@@ -1,0 +1,200 @@
+"""Strategies by name: ``top_k:k=2`` or ``top_k(k=2)`` becomes a call with checked arguments."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from layerwise.errors import PlanError, did_you_mean
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans import recipes, strategies, unfreezing
+from layerwise.plans.options import PhaseOptions
+from layerwise.plans.plan import Plan
+
+STRATEGIES: dict[str, Callable[..., Plan]] = {
+    "linear_probe": strategies.linear_probe,
+    "top_k": strategies.top_k,
+    "blocks": strategies.blocks,
+    "pattern": strategies.pattern,
+    "full": strategies.full,
+    "discriminative": strategies.discriminative,
+    "gradual_unfreezing": unfreezing.gradual_unfreezing,
+    "ulmfit": unfreezing.ulmfit,
+    "lp_ft": unfreezing.lp_ft,
+    "fine_tune": unfreezing.fine_tune,
+    "surgical": strategies.surgical,
+    "auto_rgn": recipes.auto_rgn,
+    "lisa": recipes.lisa,
+    "reinit_last": recipes.reinit_last,
+    "freeze_embeddings": strategies.freeze_embeddings,
+}
+
+
+def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
+    """Return the plan that `text` asks for, made for `layers`.
+
+    Args:
+        text: the name of a strategy, with arguments after a colon or in parentheses: ``linear_probe``,
+            ``top_k:k=2``, ``blocks(layer3:)``, ``discriminative(decay=1/2.6, frozen=1)``,
+            ``blocks:[layer3, fc]``, ``discriminative:rates={layer4: 0.5, fc: 1},frozen=:layer3``. An argument
+            without a name is the strategy's first one (several make a list). A number may be a fraction.
+        layers: the layer map.
+        **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
+            those that `text` gives win.
+
+    Raises:
+        PlanError: the strategy or an argument is unknown, a value has the wrong type or is missing, or the
+            strategy itself refuses.
+    """
+    name, given, positional = _split(text)
+    if name not in STRATEGIES:
+        raise PlanError(
+            f"strategy {name!r} is not known ({', '.join(STRATEGIES)}).{did_you_mean(name, STRATEGIES)}"
+        )
+    function = STRATEGIES[name]
+    hints = _parameters(function)
+    if positional:
+        first = next(iter(hints))
+        if first in given or first in PhaseOptions.__annotations__:
+            raise PlanError(f"strategy {text!r}: {positional[0]!r} has no name; write option=value")
+        given[first] = positional[0] if len(positional) == 1 else positional
+    problems = []
+    arguments: dict[str, Any] = {key: value for key, value in common.items() if value is not None}
+    for key, value in given.items():
+        if key not in hints:
+            problems.append(f"no option {key!r} (known: {', '.join(hints)}).{did_you_mean(key, hints)}")
+            continue
+        try:
+            arguments[key] = _converted(value, hints[key])
+        except (ValidationError, ValueError):
+            problems.append(f"{key} = {value!r} is not {_shown(hints[key])}")
+    required = [
+        key
+        for key, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and key in hints
+        and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    problems += [f"{key} is missing: {name}:{key}=..." for key in required if key not in arguments | given]
+    if problems:
+        raise PlanError(f"strategy {text!r}: " + "; ".join(problems))
+    return function(layers, **arguments)
+
+
+def _split(text: str) -> tuple[str, dict[str, Any], list[Any]]:
+    """Return the name, the named and the unnamed arguments in `text`, values still as text."""
+    text = text.strip()
+    cut = min((index for index in (text.find(":"), text.find("(")) if index >= 0), default=len(text))
+    name, rest = text[:cut].strip(), text[cut:]
+    if rest.startswith("("):
+        if not rest.endswith(")"):
+            raise PlanError(f"strategy {text!r}: the parenthesis is not closed; write {name}(option=value)")
+        rest = rest[1:-1]
+    else:
+        rest = rest[1:]
+    given: dict[str, Any] = {}
+    positional: list[Any] = []
+    for piece in _pieces(rest, text):
+        key, equals, value = piece.partition("=")
+        if equals and key.strip().isidentifier():
+            if key.strip() in given:
+                raise PlanError(f"strategy {text!r}: {key.strip()} is given twice")
+            given[key.strip()] = _value(value, text)
+        else:
+            positional.append(_value(piece, text))
+    return name.replace("-", "_"), given, positional
+
+
+def _pieces(text: str, whole: str) -> list[str]:
+    """Return `text` cut at the commas that stand outside of brackets."""
+    pieces, depth, current = [], 0, ""
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            pieces.append(current)
+            current = ""
+        else:
+            current += letter
+    if depth != 0:
+        raise PlanError(f"strategy {whole!r}: its brackets do not match")
+    return [piece.strip() for piece in [*pieces, current] if piece.strip()]
+
+
+def _value(text: str, whole: str) -> Any:
+    """Return a list for ``[...]``, a dict for ``{...}``, else the text without its quotes."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(piece, whole) for piece in _pieces(text[1:-1], whole)]
+    if text.startswith("{") and text.endswith("}"):
+        pairs = [piece.rpartition(":") for piece in _pieces(text[1:-1], whole)]
+        return {_value(key, whole): _value(value, whole) for key, _, value in pairs}
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    return text
+
+
+def _parameters(function: Callable[..., Plan]) -> dict[str, Any]:
+    """Return the arguments that `function` takes besides the layer map, with their types."""
+    hints = get_type_hints(function)
+    own = [key for key in inspect.signature(function).parameters if key not in ("layers", "options")]
+    return {key: hints[key] for key in own} | get_type_hints(PhaseOptions)
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Return `value`, which is text or made of it, as the type `hint` asks for.
+
+    Whole numbers are tried before words, so that ``frozen=2`` counts groups and ``frozen=layer2`` names one.
+    """
+    if isinstance(value, list):
+        value = [_number(item) for item in value]
+    elif isinstance(value, dict):
+        value = {key: _number(item) for key, item in value.items()}
+    else:
+        value = _number(value)
+    if value in ("true", "false") and _accepts(hint, bool):
+        return value == "true"
+    config = ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(hint, config=None if _is_model(hint) else config).validate_python(value)
+
+
+def _number(text: Any) -> Any:
+    """Return the number that `text` is (``3``, ``0.9``, ``1/2.6``), or `text`."""
+    if not isinstance(text, str):
+        return text
+    over, slash, under = text.partition("/")
+    for kind in (int, float):
+        try:
+            return kind(over) / float(under) if slash else kind(text)
+        except (ValueError, ZeroDivisionError):
+            continue
+    return text
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    return hint is kind or any(_accepts(part, kind) for part in get_args(hint))
+
+
+def _is_model(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, object) and hasattr(hint, "model_fields")
+
+
+def _shown(hint: Any) -> str:
+    """Return the type `hint` in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_shown(part) for part in get_args(hint) if part is not type(None))
+    words = {int: "a whole number", float: "a number", str: "a name", bool: "true or false"}
+    if hint in words:
+        return words[hint]
+    if str(hint).startswith("typing.Literal"):
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    origin = get_origin(hint)
+    if origin is not None:
+        name = getattr(origin, "__name__", str(origin))
+        return {"Sequence": "a list [a, b]", "Mapping": "a mapping {a: 1, b: 2}"}.get(name, name)
+    return getattr(hint, "__name__", str(hint))

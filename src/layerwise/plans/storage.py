@@ -1,0 +1,109 @@
+"""Plans as YAML files that are pleasant to edit by hand."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerwise.errors import PlanError
+from layerwise.plans.plan import Plan
+
+HEADER = """\
+# layerwise plan: which layer groups learn, when and how fast.
+# A rate is a multiple of the learning rate; a group that is left out is frozen.
+# After editing, see what it does: layerwise plan MODEL --plan FILE. Run it: layerwise fit --plan FILE ...
+"""
+
+
+class _Flow(list[Any]):
+    """A list that YAML writes on one line."""
+
+
+class _FlowMap(dict[str, Any]):
+    """A mapping that YAML writes on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes the two above in flow style."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # a schedule that two phases share is written out twice, not as &id001
+
+
+_Dumper.add_representer(
+    _Flow, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+_Dumper.add_representer(
+    _FlowMap, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=True)
+)
+
+
+def to_yaml(plan: Plan) -> str:
+    """Return the text of `plan`'s file."""
+    data = plan.to_dict()
+    data["granularity"] = plan.granularity
+    data["groups"] = _Flow(data["groups"])
+    order = {name: number for number, name in enumerate(plan.groups)}
+    for phase in data["phases"]:
+        phase["rates"] = dict(sorted(phase["rates"].items(), key=lambda item: order[item[0]]))
+        for field in ("schedule", "norms"):
+            if field in phase:
+                phase[field] = _FlowMap(phase[field])
+        if "reinit" in phase:
+            phase["reinit"] = _Flow(phase["reinit"])
+    fields = ["version", "strategy", "granularity", "groups", "phases"]
+    ordered = {field: data[field] for field in fields if field in data}
+    return HEADER + yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def save(plan: Plan, path: Path) -> None:
+    """Write `plan` to `path`, whole or not at all."""
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}-{path.name}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(to_yaml(plan))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Plan:
+    """Read a plan from `path`; see `Plan.load`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan file {str(path)!r} cannot be read: {error}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Plan:
+    """Return the plan that `text` holds; `source` names it in messages.
+
+    Raises:
+        PlanError: as for `Plan.load`.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PlanError(f"{source} is not a YAML file that can be read safely: {error}") from error
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        raise PlanError(
+            f"{source} is not a plan: expected a mapping with `groups` and `phases`, "
+            f"received {type(data).__name__}. Write one: layerwise plan MODEL --strategy ... -o plan.yaml"
+        )
+    if data.get("version", 1) != 1:
+        raise PlanError(
+            f"{source} has format version {data['version']!r}; this layerwise reads version 1. "
+            "Update layerwise, or make the plan anew: layerwise plan MODEL --strategy ... -o plan.yaml"
+        )
+    try:
+        return Plan(**data)
+    except PlanError as error:
+        raise PlanError(f"{source}: {error}") from None
