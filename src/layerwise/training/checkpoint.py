@@ -13,6 +13,7 @@ named, and the checkpoint before it is used.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 f"checkpoint {path} is damaged: {name} ({file.stat().st_size} bytes) does not match the "
                 "hash in its manifest, so it was altered or cut short."
             )
-    state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise RunError(
+            f"checkpoint {path} cannot be read: state.pt holds something else than tensors and plain data, "
+            f"or is no file of torch ({_first_line(error)})."
+        ) from error
     return state
 
 

@@ -203,8 +203,12 @@ def open_batches(
     what = "train" if train else "val"
     if isinstance(data, DataLoader):
         loader = data
-        ours = type(loader.sampler) in (RandomSampler, SequentialSampler) and (
-            type(loader.batch_sampler) is BatchSampler
+        sampler = getattr(
+            loader.batch_sampler, "sampler", None
+        )  # with batch_sampler=, loader.sampler is idle
+        ours = type(loader.batch_sampler) is BatchSampler and type(sampler) in (
+            RandomSampler,
+            SequentialSampler,
         )
         if isinstance(loader.dataset, IterableDataset) or not ours:
             if weights is not None:
@@ -218,8 +222,9 @@ def open_batches(
                     f"{world} processes. Give fit the data set."
                 )
             return Batches(loader, loader.dataset, exact=False)
-        source, shuffle = cast(Any, loader.dataset), type(loader.sampler) is RandomSampler
-        batch_size, drop_last = cast(int, loader.batch_size), loader.drop_last
+        source, shuffle = cast(Any, loader.dataset), type(sampler) is RandomSampler
+        grouping = cast(BatchSampler, loader.batch_sampler)
+        batch_size, drop_last = grouping.batch_size, grouping.drop_last
         collate, workers = loader.collate_fn, loader.num_workers
     else:
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import signal
 import threading
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from layerwise.errors import RunError, TrainingError
 from layerwise.training.checkpoint import list_checkpoints
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Interrupt:
@@ -84,7 +87,7 @@ def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
 
 @contextlib.contextmanager
 def explained(where: Any, *, out: Path | None) -> Iterator[None]:
-    """Turn an out-of-memory error in the body into a `TrainingError` that names the step.
+    """Turn running out of memory, or of disk, in the body into an error of ours that names the step.
 
     Args:
         where: called for the number of optimiser steps made so far.
@@ -96,6 +99,12 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
         yield
     except RunError:
         raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RunError(
+            f"writing failed after step {where()}: {error}. Make room on the disk. {_last_checkpoint(out)}"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (out_of_memory or should_reduce_batch_size(error)):

@@ -1,6 +1,6 @@
 """History: one line of JSON for each epoch, with nothing in it that two equal runs would not share.
 
-Wall-clock times differ between equal runs, so they stand in a file of their own (``timings.jsonl``).
+Wall-clock times differ between equal runs, so they stand in a file of their own (``timings.json``).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ runs/x/
   plan.yaml          the plan, to edit and use again
   model.safetensors  the weights that the run keeps (the best epoch's)
   history.jsonl      one line an epoch
-  timings.jsonl      seconds of each epoch
+  timings.json       seconds of each epoch
   audit.json         what the audit before training found
   checkpoints/       to go on from
 """

@@ -191,9 +191,12 @@ class Classification:
         weight = None
         if self.class_weights is not None:
             weight = output.new_tensor(self.class_weights)
-        return F.cross_entropy(
-            output, split_batch(batch)[2], weight=weight, label_smoothing=self.label_smoothing
-        )
+        labels = split_batch(batch)[2]
+        try:
+            return F.cross_entropy(output, labels, weight=weight, label_smoothing=self.label_smoothing)
+        except (IndexError, RuntimeError, ValueError):  # torch names neither the classes nor the batch
+            self.check(output, batch)
+            raise
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Compare outputs, labels and classes.

@@ -1,0 +1,397 @@
+"""`fit`: the training loop, from top to bottom, on accelerate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import RunError
+from layerwise.plans.plan import Plan
+from layerwise.training import setup
+from layerwise.training.checkpoint import load_latest, save_checkpoint
+from layerwise.training.data import labels_of, open_batches, sampling_weights
+from layerwise.training.evaluate import evaluate
+from layerwise.training.files import write_json
+from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
+from layerwise.training.history import History
+from layerwise.training.options import (
+    CacheMode,
+    Keep,
+    Precision,
+    check_options,
+    check_same_run,
+    find_optimizer,
+)
+from layerwise.training.progress import Reporter
+from layerwise.training.randomness import get_random_state, seed_everything, set_random_state
+from layerwise.training.result import Result
+from layerwise.training.run import create_run, finish_run, load_weights, read_run, save_weights, weights_file
+from layerwise.training.tasks import Scores, Task, split_batch
+from layerwise.tuning.tuner import Tuner
+
+if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    *,
+    plan: Plan,
+    test: Any = None,
+    out: str | Path | None = None,
+    task: Task | Literal["auto"] = "auto",
+    classes: Sequence[str] | None = None,
+    lr: float = 1e-3,
+    optimizer: str | Callable[..., torch.optim.Optimizer] = "adamw",
+    weight_decay: float | None = None,
+    optimizer_options: Mapping[str, Any] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    class_weights: Literal["balanced"] | Sequence[float] | None = None,
+    sampler: Literal["weighted"] | None = None,
+    label_smoothing: float = 0.0,
+    early_stopping: int | None = None,
+    keep: Keep = "best",
+    checkpoint_every_steps: int | None = None,
+    keep_checkpoints: int = 2,
+    cache: CacheMode = "auto",
+    workers: int = 0,
+    layers: LayerMap | None = None,
+    device: Literal["auto", "cpu"] = "auto",
+    trackers: str | Sequence[str] | None = None,
+    progress: bool = True,
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> Result:
+    """Fine-tune `model` as `plan` says, and return what came of it.
+
+    The loop: for each epoch, forward, loss, backward, `Tuner.step` over all batches; then validation,
+    one line of history, the best weights kept, a checkpoint. With `out` the run can be interrupted at
+    any moment (Ctrl-C, SIGKILL, power) and resumed; on one process and a CPU it then ends in the same
+    bits as an uninterrupted run: weights, optimiser state, history and metrics.
+
+    Order of the samples: of epoch e, ``torch.randperm`` from a generator seeded by
+    `layerwise.training.randomness.epoch_seed`. Random augmentation of a sample is a function of (seed,
+    epoch, index). Everything else (dropout) draws from the global generators, which are seeded here.
+
+    Use a loop of your own with `layerwise.Tuner` where a batch needs more than one forward, or several
+    optimisers.
+
+    Args:
+        model: any module; changed in place, moved to the device, left in eval mode.
+        train: a map-style data set of pairs ``(input, label)`` or of mappings with ``"labels"``; or a
+            `DataLoader`, whose batch size, collate function and workers are then used, and whose order
+            is replaced by ours unless it has a sampler of its own.
+        val: the same; validated after each epoch. None: nothing is measured, the last weights are kept.
+        plan: which groups learn when and at which rate.
+        test: evaluated once at the end, with the kept weights.
+        out: folder of the run; must not hold one yet unless `resume`. None writes nothing.
+        task: what a batch means; ``"auto"`` looks at the first one (integer labels: classification).
+        classes: names of the classes; None takes ``train.classes``, or numbers.
+        lr: base learning rate eta, finite and above 0; a group's multiplier in the plan times this.
+        optimizer: ``"adamw"``, ``"adam"``, ``"sgd"`` (momentum 0.9), ``"nadam"``, ``"radam"``,
+            ``"rmsprop"``, ``"adafactor"``; or any torch optimiser class or factory.
+        weight_decay: None is the optimiser's own default. Norms and biases get none.
+        optimizer_options: further keyword options of the optimiser.
+        batch_size: samples of one forward pass, for data sets.
+        seed: of order, augmentation, dropout and re-initialised groups.
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` for autocast (fp16 on a GPU only). bf16 is slow on
+            a CPU without instructions for it.
+        accumulate: batches for one optimiser step; their gradients are averaged.
+        clip_norm: largest norm of all gradients together; None does not clip.
+        class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k).
+        sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
+            `class_weights` and `sampler` for imbalanced data; both together count twice.
+        label_smoothing: share of each target spread over all classes, in [0, 1).
+        early_stopping: stop after so many epochs without a better monitor (the task's metric).
+        keep: which weights the model and ``model.safetensors`` end with: of the ``"best"`` epoch by the
+            task's monitor, or of the ``"last"``.
+        checkpoint_every_steps: also inside epochs; None only at the end of each epoch and at phase
+            changes.
+        keep_checkpoints: how many stay.
+        cache: how outputs of the frozen prefix are kept (`layerwise.PrefixCache`).
+        workers: processes that load samples of data sets.
+        layers: the model's layer map at the plan's granularity; None records it from the first batch.
+        device: ``"auto"`` is what accelerate chooses; ``"cpu"``.
+        trackers: accelerate's experiment trackers (``"tensorboard"``, ``"wandb"``, ...).
+        progress: a bar on stderr, or a line an epoch where stderr is no terminal.
+        resume: go on with the run in `out` with the same arguments. Without a checkpoint yet it begins
+            at the start, so `model` must then be as it was; a finished run is only read.
+        about: what else ``run.json`` shall tell, by its keys ``model``, ``data`` and others.
+
+    Raises:
+        TrainingError: an option is out of range (all are listed); the loss is not finite, or memory ran
+            out (the step is named, the last checkpoint stays).
+        PlanError: the plan does not fit the model.
+        DataError: data, labels, classes and output do not belong together.
+        RunError: `out` already holds a run, or there is none to resume, or it was started with other
+            values, or the disk is full.
+        KeyboardInterrupt: after Ctrl-C, once the step at hand is done and saved.
+
+    Returns:
+        The result; `model` itself holds the kept weights.
+    """
+    options = dict(locals())
+    from accelerate.utils import send_to_device
+
+    check_options(options)
+    folder = None if out is None else Path(out)
+    if resume and folder is None:
+        raise RunError("resume=True needs out=, the folder of the run to go on with.")
+
+    # Data, task, and what the run is.
+    accelerator = setup.open_accelerator(precision, device, trackers, folder)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    seed_everything(seed + rank)
+    share = {"batch_size": batch_size, "seed": seed, "workers": workers, "rank": rank, "world": world}
+    share |= {} if task == "auto" else {"collate": task.collate}
+    weights = sampling_weights(labels_of(train)) if sampler == "weighted" else None
+    batches = open_batches(train, train=True, weights=weights, **share)
+    held_out = None if val is None else open_batches(val, train=False, **share)
+    model.to(accelerator.device)
+    first = send_to_device(setup.first_batch(batches), accelerator.device)
+    task = setup.find_task(
+        model,
+        batches,
+        first,
+        task=task,
+        classes=classes,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+    )
+    count = setup.batch_count(batches)
+    steps_per_epoch = -(-count // accumulate)
+    make_optimizer, optimizer_settings, optimizer_name = find_optimizer(optimizer, optimizer_options)
+    record = setup.describe(model, batches, held_out, task, options, optimizer_name, about)
+
+    previous = None
+    if resume:
+        folder = cast(Path, folder)
+        before = read_run(folder)
+        check_same_run(before, now=record, plan=plan, out=folder)
+        previous = load_latest(folder / "checkpoints")
+    elif folder is not None and accelerator.is_main_process:
+        create_run(folder, plan=plan, about=record)
+    accelerator.wait_for_everyone()
+
+    args, kwargs, _ = split_batch(first)
+    tuner = Tuner(
+        model,
+        plan,
+        make_optimizer,
+        lr=lr,
+        steps_per_epoch=steps_per_epoch,
+        layers=layers,
+        example_input=kwargs or args,
+        weight_decay=weight_decay,
+        **optimizer_settings,
+    )
+    total_steps = tuner.total_steps
+    if accelerator.scaler is not None:  # fp16: steps go through the loss scaler
+        tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
+
+    # What changes during the run, and how it is saved and put back.
+    history = History(None)
+    timings: list[dict[str, Any]] = []
+    best: dict[str, Any] = {"epoch": -1, "value": None, "metrics": {}, "tables": {}}
+    kept: dict[str, Tensor] | None = None  # the best weights of a run without a folder
+    within: dict[str, Any] = {
+        "epoch": -1,
+        "batch": 0,
+        "loss_sum": 0.0,
+        "samples": 0,
+    }  # how far the epoch at hand is
+    epoch_random: dict[str, Any] | None = None
+    stopped_early = False
+    notes: list[str] = []
+
+    def save(*, inside: bool) -> None:
+        """Write a checkpoint of the moment; `inside` says that the epoch at hand is not over."""
+        check_weights(model, step=tuner.step_count, out=folder)
+        randoms = setup.gather_objects(accelerator, get_random_state())
+        if folder is None or not accelerator.is_main_process:
+            return
+        state = {
+            "model": model.state_dict(),
+            "tuner": tuner.state_dict(),
+            "random": randoms,
+            "epoch_random": epoch_random if inside and not batches.exact else None,
+            "within": dict(within) if inside else None,
+            "history": history.entries,
+            "timings": timings,
+            "best": best,
+            "stopped_early": stopped_early,
+        }
+        save_checkpoint(folder / "checkpoints", tuner.step_count, state, keep=keep_checkpoints)
+
+    if previous is not None:
+        state = previous.state
+        model.load_state_dict(state["model"])
+        tuner.load_state_dict(state["tuner"])
+        within = state["within"] or within
+        epoch_random, best, timings = state["epoch_random"], state["best"], state["timings"]
+        stopped_early = state["stopped_early"]
+        history = History(cast(Path, folder) / "history.jsonl", state["history"])
+        set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
+        notes += [f"resumed from {previous.path} (step {previous.step})", *previous.skipped]
+    elif folder is not None:
+        history = History(folder / "history.jsonl" if accelerator.is_main_process else None)
+        save(inside=False)
+
+    reporter = Reporter(
+        enabled=progress and accelerator.is_main_process,
+        total_steps=total_steps,
+        total_epochs=tuner.total_epochs,
+        done_steps=tuner.step_count,
+    )
+    for note in notes:
+        reporter.say(note)
+
+    with Interrupt() as interrupt, reporter, explained(lambda: tuner.step_count, out=folder):
+        runner: nn.Module = model
+        wrapped_phase = -1
+        for epoch in () if stopped_early else tuner.epochs():
+            began_s = time.perf_counter()
+            if within["epoch"] != epoch:  # else a checkpoint inside this epoch was loaded
+                within = {"epoch": epoch, "batch": 0, "loss_sum": 0.0, "samples": 0}
+                epoch_random = get_random_state()
+            model.train()
+            phase = tuner.phase.name
+            stream = batches.epoch(epoch, within["batch"], random_state=epoch_random)
+
+            for index, batch in enumerate(stream, within["batch"]):
+                if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
+                    runner, wrapped_phase = accelerator.prepare_model(model), tuner.phase_index
+                batch = send_to_device(batch, accelerator.device)
+                with accelerator.autocast():
+                    output = task.forward(runner, batch)
+                    loss = task.loss(output, batch)
+                value = finite_loss(loss, batch, step=tuner.step_count, epoch=epoch, index=index, out=folder)
+                window = min(accumulate, count - index // accumulate * accumulate)
+                accelerator.backward(loss / window)
+                within["loss_sum"] += value * task.size(batch)
+                within["samples"] += task.size(batch)
+                within["batch"] = index + 1
+                if (index + 1) % accumulate and index + 1 < count:
+                    continue
+
+                if clip_norm is not None:
+                    learning = [p for group in tuner.optimizer.param_groups for p in group["params"]]
+                    accelerator.clip_grad_norm_(learning, clip_norm)
+                phase_index = tuner.phase_index
+                tuner.step()
+                reporter.step(
+                    epoch=epoch, phase=phase, step=tuner.step_count, loss=value, rates=tuner.rates()
+                )
+                if tuner.done or index + 1 == count:
+                    break  # the end of the epoch is saved below, with its validation
+                every = checkpoint_every_steps
+                if (
+                    interrupt.requested
+                    or tuner.phase_index != phase_index
+                    or (every is not None and tuner.step_count % every == 0)
+                ):
+                    save(inside=True)
+                    interrupt.raise_if_requested()
+
+            rates = tuner.rates()
+            scores = Scores({})
+            if held_out is not None:
+                scores = evaluate(
+                    model,
+                    held_out,
+                    task,
+                    device=accelerator.device,
+                    autocast=accelerator.autocast,
+                    on_batch=interrupt.raise_if_requested,
+                )
+            monitored = scores.values.get(task.monitor)
+            tuner.end_epoch(monitored, mode=task.mode)
+            loss_sum, samples = setup.sum_over_processes(accelerator, within["loss_sum"], within["samples"])
+            entry = {
+                "epoch": epoch,
+                "phase": phase,
+                "step": tuner.step_count,
+                "steps": tuner.step_count - epoch * steps_per_epoch,
+                "train_loss": loss_sum / samples,
+                **{f"val_{name}" if name == "loss" else name: v for name, v in scores.values.items()},
+                "rates": rates,
+            }
+            history.append(entry)
+            accelerator.log({k: v for k, v in entry.items() if isinstance(v, float)}, step=tuner.step_count)
+            if monitored is None or keep == "last" or setup.is_better(monitored, best["value"], task.mode):
+                best = {
+                    "epoch": epoch,
+                    "value": monitored,
+                    "metrics": scores.values,
+                    "tables": scores.tables,
+                }
+                if folder is None and keep == "best" and held_out is not None:
+                    kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
+                elif folder is not None and accelerator.is_main_process:
+                    save_weights(model, weights_file(folder))
+            if early_stopping is not None and monitored is not None:
+                monitors = [line[task.monitor] for line in history.entries]
+                stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
+            timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
+            save(inside=False)
+            reporter.epoch(
+                entry,
+                monitor=task.monitor,
+                steps_left=total_steps - tuner.step_count,
+                seconds=timings[-1]["seconds"],
+            )
+            interrupt.raise_if_requested()
+            if stopped_early:
+                reporter.say(f"stopped early: {task.monitor} did not improve for {early_stopping} epochs")
+                break
+
+    # The kept weights, the test data, and the record.
+    if folder is not None:
+        accelerator.wait_for_everyone()
+        load_weights(model, weights_file(folder))
+    elif kept is not None:
+        model.load_state_dict(kept)
+    model.eval()
+    tested = None
+    if test is not None:
+        tested = evaluate(
+            model,
+            open_batches(test, train=False, **share),
+            task,
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+        )
+    ever_trained = frozenset[str]().union(*(tuner.trainable_names(i) for i in range(len(plan.phases))))
+    result = Result(
+        model=model,
+        task=task,
+        history=history.entries,
+        best_epoch=best["epoch"],
+        metrics=best["metrics"],
+        tables=best["tables"],
+        test=None if tested is None else tested.values,
+        test_tables={} if tested is None else tested.tables,
+        stopped="early" if stopped_early else "finished",
+        trained_parameters=sum(p.numel() for n, p in model.named_parameters() if n in ever_trained),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        steps=tuner.step_count,
+        seconds=sum(t["seconds"] for t in timings),
+        out=folder,
+        notes=tuple(notes),
+    )
+    if folder is not None and accelerator.is_main_process:
+        write_json(folder / "timings.json", timings)
+        finish_run(folder, result.to_dict())
+    accelerator.end_training()
+    return result

@@ -1,0 +1,137 @@
+"""The options of `fit`: which values are legal, and what a run remembers of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from layerwise.errors import RunError, TrainingError, did_you_mean
+from layerwise.plans.plan import Plan
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Keep = Literal["best", "last"]
+CacheMode = Literal["auto", "memory", "disk", "off"]
+
+PRECISIONS: dict[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Our name of a precision -> accelerate's."""
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "adafactor": torch.optim.Adafactor,
+}
+
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+"""What an optimiser chosen by name gets unless `optimizer_options` says otherwise."""
+
+
+def find_optimizer(
+    optimizer: str | Callable[..., torch.optim.Optimizer], options: Mapping[str, Any] | None
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], str]:
+    """Return the optimiser's factory, its options, and its name for the record.
+
+    Raises:
+        TrainingError: no optimiser has that name.
+    """
+    if not isinstance(optimizer, str):
+        return optimizer, dict(options or {}), getattr(optimizer, "__qualname__", repr(optimizer))
+    if optimizer not in OPTIMIZERS:
+        raise TrainingError(
+            f"optimizer {optimizer!r} is not known by name ({', '.join(OPTIMIZERS)})."
+            f"{did_you_mean(optimizer, OPTIMIZERS)} In Python, any torch optimiser class can be given."
+        )
+    return OPTIMIZERS[optimizer], {**OPTIMIZER_DEFAULTS.get(optimizer, {}), **(options or {})}, optimizer
+
+
+def check_options(values: Mapping[str, Any]) -> None:
+    """Look at the options of `fit` all at once.
+
+    Raises:
+        TrainingError: one or several are out of range; all are listed.
+    """
+    found: list[str] = []
+
+    def expect(name: str, legal: bool, expected: str) -> None:
+        if not legal:
+            found.append(f"{name} is {values[name]!r}; expected {expected}")
+
+    def whole(name: str, least: int) -> bool:
+        value = values[name]
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    def number(name: str) -> float:
+        value = values[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number and math.isfinite(value) else math.nan
+
+    expect("lr", number("lr") > 0, "a finite number above 0")
+    expect("batch_size", whole("batch_size", 1), "a whole number of at least 1")
+    expect("accumulate", whole("accumulate", 1), "a whole number of at least 1")
+    expect("workers", whole("workers", 0), "a whole number of at least 0")
+    expect("keep_checkpoints", whole("keep_checkpoints", 1), "a whole number of at least 1")
+    expect("seed", whole("seed", 0) and values["seed"] < 2**32, "a whole number from 0 to 2**32 - 1")
+    expect("precision", values["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    expect("label_smoothing", 0 <= number("label_smoothing") < 1, "a number from 0 to below 1")
+    expect("keep", values["keep"] in ("best", "last"), "'best' or 'last'")
+    expect("sampler", values["sampler"] in (None, "weighted"), "None or 'weighted'")
+    expect("cache", values["cache"] in ("auto", "memory", "disk", "off"), "'auto', 'memory', 'disk' or 'off'")
+    if values["weight_decay"] is not None:
+        expect("weight_decay", number("weight_decay") >= 0, "None or a finite number of at least 0")
+    if values["clip_norm"] is not None:
+        expect("clip_norm", number("clip_norm") > 0, "None or a finite number above 0")
+    for name in ("early_stopping", "checkpoint_every_steps"):
+        if values[name] is not None:
+            expect(name, whole(name, 1), "None or a whole number of at least 1")
+    weights = values["class_weights"]
+    if isinstance(weights, str):
+        expect("class_weights", weights == "balanced", "None, 'balanced' or one number for each class")
+    elif isinstance(weights, Sequence):
+        legal = all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights)
+        expect("class_weights", legal and any(weights), "finite numbers of at least 0, one above it")
+    elif weights is not None:
+        expect("class_weights", False, "None, 'balanced' or one number for each class")
+    if values["precision"] == "fp16" and not torch.cuda.is_available():
+        found.append("precision is 'fp16', which needs a GPU; there is none here. Take 'fp32' or 'bf16'")
+    if found:
+        listed = "".join(f"\n  - {problem}" for problem in found)
+        raise TrainingError(
+            f"{len(found)} option{'s' if len(found) > 1 else ''} of fit cannot be used:{listed}"
+        )
+
+
+def check_same_run(about: Mapping[str, Any], *, now: Mapping[str, Any], plan: Plan, out: Any) -> None:
+    """Compare what a run was started with and what it is to be resumed with.
+
+    Raises:
+        RunError: they differ; each difference is listed. A resumed run would not be the same run.
+    """
+    found = []
+    if (before := about["plan"]) != (after := plan.model_dump(mode="json")):
+        found += [
+            f"plan.{key}: {before[key]!r} -> {after[key]!r}" for key in after if before.get(key) != after[key]
+        ]
+    for part in ("settings", "data", "task"):
+        old, new = about.get(part) or {}, now.get(part) or {}
+        for key in sorted(set(old) | set(new)):
+            if old.get(key) != new.get(key):
+                found.append(f"{part}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    for key in ("class", "spec"):
+        if about["model"].get(key) != now["model"].get(key):
+            found.append(f"model.{key}: {about['model'].get(key)!r} -> {now['model'].get(key)!r}")
+    if found:
+        listed = "".join(f"\n  - {_short(difference)}" for difference in found)
+        raise RunError(
+            f"{out} was started with other values than it is to be resumed with:{listed}\n"
+            "Give the same values, or start a new run in another folder."
+        )
+
+
+def _short(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

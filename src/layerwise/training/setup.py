@@ -1,0 +1,215 @@
+"""The parts of `fit` before and around its loop: what is given is looked at, named and recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from layerwise.errors import DataError, TrainingError
+from layerwise.training.data import Batches, balanced_class_weights, labels_of
+from layerwise.training.evaluate import first_output
+from layerwise.training.options import PRECISIONS, Precision
+from layerwise.training.randomness import get_random_state, set_random_state
+from layerwise.training.tasks import Batch, Task, infer_task, run_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+REMEMBERED = (
+    "lr",
+    "weight_decay",
+    "optimizer_options",
+    "batch_size",
+    "seed",
+    "precision",
+    "accumulate",
+    "clip_norm",
+    "class_weights",
+    "sampler",
+    "label_smoothing",
+    "early_stopping",
+    "keep",
+)
+"""Options of `fit` that shape the result, so that a resumed run must have the same ones."""
+
+
+def open_accelerator(
+    precision: Precision,
+    device: Literal["auto", "cpu"],
+    trackers: str | Sequence[str] | None,
+    out: Path | None,
+) -> Accelerator:
+    """Return accelerate's object for devices, precision, processes and trackers."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    shared = AcceleratorState._shared_state  # one for the whole process, so two runs must agree or reset it
+    if shared and shared.get("_mixed_precision") != PRECISIONS[precision]:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[precision],
+        cpu=device == "cpu",
+        log_with=trackers,
+        project_dir=None if out is None else str(out),
+    )
+    if trackers is not None:
+        accelerator.init_trackers("layerwise")
+    return accelerator
+
+
+def first_batch(batches: Batches) -> Batch:
+    """Return a batch of the first one or two samples; no generator's state is changed."""
+    loader, data = batches.loader, batches.loader.dataset
+    before = get_random_state()
+    try:
+        if isinstance(data, IterableDataset):
+            return next(iter(loader))
+        return loader.collate_fn([data[i] for i in range(min(2, len(data)))])  # type: ignore[arg-type]
+    finally:
+        set_random_state(before)
+
+
+def batch_count(batches: Batches) -> int:
+    """Return the number of batches of an epoch.
+
+    Raises:
+        DataError: it is not known (an iterable data set without a length) or it is 0.
+    """
+    try:
+        count = len(batches)
+    except TypeError as error:
+        raise DataError(
+            "the training loader has no length, so schedules cannot be laid out. Give its iterable data set "
+            "a __len__, or use a map-style data set."
+        ) from error
+    if not count:
+        raise DataError("train makes no batch: it has fewer samples than batch_size, and drop_last is set.")
+    return count
+
+
+def find_task(
+    model: nn.Module,
+    batches: Batches,
+    first: Batch,
+    *,
+    task: Task | Literal["auto"],
+    classes: Sequence[str] | None,
+    class_weights: Literal["balanced"] | Sequence[float] | None,
+    label_smoothing: float,
+) -> Task:
+    """Return the task of a run, after its output, labels and classes were compared on `first`.
+
+    Raises:
+        DataError: they do not belong together.
+        TrainingError: `class_weights` or `label_smoothing` is given beside a task object.
+    """
+    output = first_output(model, run_model if task == "auto" else task.forward, first)
+    if task == "auto":
+        names = classes if classes is not None else _class_names(batches.data)
+        found = infer_task(first, classes=names, outputs=output.shape[-1], label_smoothing=label_smoothing)
+        found.check(output, first)
+        if class_weights is not None:
+            if class_weights == "balanced":
+                weights: Sequence[float] = balanced_class_weights(labels_of(batches.data), found.classes)
+            else:
+                weights = [float(w) for w in class_weights]
+            if len(weights) != len(found.classes):
+                raise DataError(
+                    f"class_weights has {len(weights)} numbers for {len(found.classes)} classes "
+                    f"({', '.join(found.classes)})."
+                )
+            found = infer_task(
+                first,
+                classes=found.classes,
+                outputs=output.shape[-1],
+                label_smoothing=label_smoothing,
+                class_weights=tuple(weights),
+            )
+        return found
+    given = [n for n, v in (("class_weights", class_weights), ("label_smoothing", label_smoothing)) if v]
+    if given:
+        raise TrainingError(f"{' and '.join(given)} and a task object are both given; set them on the task.")
+    task.check(output, first)
+    return task
+
+
+def _class_names(data: Any) -> Sequence[str] | None:
+    while data is not None:
+        if isinstance(names := getattr(data, "classes", None), list | tuple):
+            return [str(name) for name in names]
+        data = getattr(data, "dataset", None)
+    return None
+
+
+def describe(
+    model: nn.Module,
+    train: Batches,
+    val: Batches | None,
+    task: Task,
+    options: Mapping[str, Any],
+    optimizer: str,
+    about: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return what ``run.json`` tells of a run, as JSON would give it back."""
+    more = dict(about or {})
+    record = {
+        **more,
+        "model": {"class": type(model).__qualname__, **more.get("model", {})},
+        "task": task.to_dict(),
+        "data": {
+            "train_samples": len(train.data),
+            "val_samples": None if val is None else len(val.data),
+            **more.get("data", {}),
+        },
+        "settings": {"optimizer": optimizer, **{name: options[name] for name in REMEMBERED}},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return plain
+
+
+def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return the value of each process, in order of rank."""
+    if accelerator.num_processes == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    gathered: list[Any] = gather_object([value])
+    return gathered
+
+
+def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
+    """Return each value summed over all processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    summed: Tensor = accelerator.reduce(
+        torch.tensor(values, dtype=torch.float64, device=accelerator.device), reduction="sum"
+    )
+    return [float(value) for value in summed]
+
+
+def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
+    """Return whether `value` improves on `than` (on nothing, always; NaN never improves)."""
+    if than is None:
+        return True
+    return value > than if mode == "max" else value < than
+
+
+def has_stalled(values: Sequence[float], mode: Literal["max", "min"], *, patience_epochs: int) -> bool:
+    """Return whether the last `patience_epochs` values are no better than the best before them.
+
+    >>> has_stalled([0.5, 0.7, 0.6, 0.7], "max", patience_epochs=2)
+    True
+    >>> has_stalled([0.5, 0.7, 0.6], "max", patience_epochs=2)
+    False
+    """
+    if len(values) <= patience_epochs:
+        return False
+    pick = max if mode == "max" else min
+    before, late = values[:-patience_epochs], values[-patience_epochs:]
+    return not is_better(pick(late), pick(before), mode)

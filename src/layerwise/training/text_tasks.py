@@ -1,0 +1,584 @@
+"""Tasks of text beside one class a text: several labels, numbers, tags of tokens, language modelling.
+
+Each is a frozen dataclass with the members of `layerwise.training.tasks.Task`. In a batch of tokens the
+label `IGNORED` marks what is not scored: padding, further pieces of a word, the prompt of an instruction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerwise.errors import DataError
+from layerwise.training.tasks import Batch, Scores, Task, run_model, split_batch
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+IGNORED = -100
+"""Label of a token that is not scored; torch's and transformers' own choice."""
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Any number of labels for each text, each on or off by itself.
+
+    The loss is the mean over samples and labels of the binary cross-entropy of each output.
+
+    Attributes:
+        classes: names, in the order of the model's outputs.
+        threshold: probability from which a label counts as on, in (0, 1).
+        monitor: metric that picks the best epoch. Macro F1 by default: with many labels nearly all of
+            which are off, exact match and accuracy say little.
+        mode: ``"max"``.
+        name: key in `layerwise.training.tasks.TASKS`.
+    """
+
+    classes: tuple[str, ...]
+    threshold: float = 0.5
+    monitor: str = "macro_f1"
+    mode: Literal["max", "min"] = "max"
+    name: str = "multi_label"
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """Return samples of equal length stacked; texts are padded by the collator of their data."""
+        return torch.utils.data.default_collate(samples)
+
+    def size(self, batch: Batch) -> int:
+        """Return the number of samples."""
+        return len(split_batch(batch)[2])
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits, float[N, classes]."""
+        return run_model(model, batch)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the mean binary cross-entropy."""
+        return F.binary_cross_entropy_with_logits(output, split_batch(batch)[2].to(output.dtype))
+
+    def check(self, output: Tensor, batch: Batch) -> None:
+        """Compare outputs, labels and classes.
+
+        Raises:
+            DataError: output or labels are not [N, number of classes], or labels are not 0 and 1.
+        """
+        labels = split_batch(batch)[2]
+        found = _wrong_width(output, len(self.classes), "classes")
+        if not isinstance(labels, Tensor) or labels.shape != (len(output), len(self.classes)):
+            found.append(f"labels are {_kind(labels)}; expected [{len(output)}, {len(self.classes)}]")
+        elif not bool(((labels == 0) | (labels == 1)).all()):
+            found.append(f"labels go from {float(labels.min())} to {float(labels.max())}; expected 0 and 1")
+        _raise(found)
+
+    def metrics(self) -> MetricCollection:
+        """Return macro and micro F1, exact match, and scores of each label."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import (
+            MultilabelExactMatch,
+            MultilabelF1Score,
+            MultilabelPrecision,
+            MultilabelRecall,
+            MultilabelStatScores,
+        )
+
+        k, threshold = len(self.classes), self.threshold
+        return MetricCollection(
+            {
+                "macro_f1": MultilabelF1Score(k, threshold, average="macro"),
+                "micro_f1": MultilabelF1Score(k, threshold, average="micro"),
+                "exact_match": MultilabelExactMatch(k, threshold),
+                "precision": MultilabelPrecision(k, threshold, average=None),
+                "recall": MultilabelRecall(k, threshold, average=None),
+                "f1": MultilabelF1Score(k, threshold, average=None),
+                "counts": MultilabelStatScores(k, threshold, average=None),
+            },
+            compute_groups=False,  # exact match counts differently, and groups are only found on 2nd use
+        )
+
+    def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
+        """Count one batch."""
+        metrics.update(output.sigmoid(), split_batch(batch)[2].long())
+
+    def scores(self, metrics: MetricCollection) -> Scores:
+        """Return the counted metrics as numbers, and one row a label."""
+        found = {key: value.detach().cpu() for key, value in metrics.compute().items()}
+        rows = [
+            {
+                "class": name,
+                **{key: round(float(found[key][i]), 6) for key in ("precision", "recall", "f1")},
+                "samples": int(found["counts"][i, 4]),  # tp, fp, tn, fn, support
+            }
+            for i, name in enumerate(self.classes)
+        ]
+        values = {key: float(found[key]) for key in ("macro_f1", "micro_f1", "exact_match")}
+        return Scores(values, {"per_class": rows})
+
+    def decode(self, output: Tensor) -> list[dict[str, Any]]:
+        """Return for each sample the labels that are on, and the probability of every label."""
+        decoded = []
+        for row in output.float().sigmoid().tolist():
+            on = [name for name, probability in zip(self.classes, row) if probability >= self.threshold]
+            decoded.append({"labels": on, "probabilities": dict(zip(self.classes, row))})
+        return decoded
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task as plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """One or several numbers for each text.
+
+    The loss is the mean squared error of *standardised* numbers, ``(y - mean) / scale``, so that prices
+    in thousands and scores in [0, 1] learn at the same rates; metrics and predictions are in the
+    caller's own unit. Take mean and scale from the training labels: `Regression.fitted`.
+
+    Attributes:
+        classes: names of the numbers, in the order of the model's outputs.
+        mean: of each number; empty is 0.
+        scale: of each number, above 0; empty is 1.
+        monitor: metric that picks the best epoch: ``"rmse"``, ``"mae"`` (both the mean over the
+            numbers), or, with mode ``"max"``, ``"r2"`` or ``"pearson"``.
+        mode: ``"min"``.
+        name: key in `layerwise.training.tasks.TASKS`.
+    """
+
+    classes: tuple[str, ...] = ("value",)
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    monitor: str = "rmse"
+    mode: Literal["max", "min"] = "min"
+    name: str = "regression"
+
+    def __post_init__(self) -> None:
+        """Look at mean and scale.
+
+        Raises:
+            DataError: there is not one finite mean, and one finite scale above 0, for each number.
+        """
+        for field, values in (("mean", self.mean), ("scale", self.scale)):
+            if values and len(values) != len(self.classes):
+                raise DataError(f"{field} has {len(values)} values for {len(self.classes)} numbers.")
+            if any(not math.isfinite(value) or (field == "scale" and value <= 0) for value in values):
+                expected = "finite numbers above 0" if field == "scale" else "finite numbers"
+                raise DataError(f"{field} is {values}; expected {expected}.")
+
+    @classmethod
+    def fitted(cls, labels: Tensor, classes: tuple[str, ...] = ("value",)) -> Regression:
+        """Return the task with the mean and standard deviation of `labels`, float[N] or [N, numbers].
+
+        >>> Regression.fitted(torch.tensor([1.0, 3.0])).mean
+        (2.0,)
+
+        Raises:
+            DataError: a number is the same in all samples, or not finite.
+        """
+        columns = labels.double().reshape(len(labels), -1)
+        scale = columns.std(dim=0, correction=0)
+        for name, one in zip(classes, scale.tolist()):
+            if not math.isfinite(one) or one == 0:
+                what = "is the same in all samples" if one == 0 else "is not finite in some samples"
+                raise DataError(f"{name!r} {what}; there is nothing to learn. Look at its column.")
+        return cls(classes, tuple(columns.mean(dim=0).tolist()), tuple(scale.tolist()))
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """Return samples of equal length stacked; texts are padded by the collator of their data."""
+        return torch.utils.data.default_collate(samples)
+
+    def size(self, batch: Batch) -> int:
+        """Return the number of samples."""
+        return len(split_batch(batch)[2])
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the standardised numbers, float[N, numbers]."""
+        output = run_model(model, batch)
+        return output.unsqueeze(-1) if output.ndim == 1 else output
+
+    def _targets(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the standardised labels, float[N, numbers]."""
+        labels = split_batch(batch)[2].to(output.dtype).reshape(output.shape)
+        return (labels - self._constant(output, self.mean, 0.0)) / self._constant(output, self.scale, 1.0)
+
+    def _constant(self, like: Tensor, values: tuple[float, ...], default: float) -> Tensor:
+        return like.new_tensor(values or (default,) * len(self.classes))
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the mean squared error of the standardised numbers."""
+        return F.mse_loss(output, self._targets(output, batch))
+
+    def check(self, output: Tensor, batch: Batch) -> None:
+        """Compare outputs and labels.
+
+        Raises:
+            DataError: the output is not [N, numbers], or labels do not have one number for each.
+        """
+        labels = split_batch(batch)[2]
+        found = _wrong_width(output, len(self.classes), "numbers")
+        if not isinstance(labels, Tensor) or labels.numel() != len(output) * len(self.classes):
+            found.append(f"labels are {_kind(labels)}; expected [{len(output)}, {len(self.classes)}]")
+        elif not bool(torch.isfinite(labels).all()):
+            found.append("labels are not all finite")
+        _raise(found)
+
+    def metrics(self) -> MetricCollection:
+        """Return root mean squared and mean absolute error, R2 and Pearson's correlation."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.regression import (
+            MeanAbsoluteError,
+            MeanSquaredError,
+            PearsonCorrCoef,
+            R2Score,
+        )
+
+        k = len(self.classes)
+        return MetricCollection(
+            {
+                "rmse": MeanSquaredError(squared=False, num_outputs=k),
+                "mae": MeanAbsoluteError(num_outputs=k),
+                "r2": R2Score(multioutput="raw_values"),
+                "pearson": PearsonCorrCoef(num_outputs=k),
+            },
+            compute_groups=False,
+        )
+
+    def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
+        """Count one batch, in standardised numbers."""
+        targets = self._targets(output, batch)
+        # the correlation of one column wants vectors
+        metrics.update(*(t.squeeze(-1) if t.shape[-1] == 1 else t for t in (output, targets)))
+
+    def scores(self, metrics: MetricCollection) -> Scores:
+        """Return the metrics in the caller's unit, and one row a number.
+
+        R2 and the correlation are not defined for one sample, or where all labels or all predictions
+        are equal; they are 0 there.
+        """
+        columns: dict[str, list[float]] = {}
+        scale = self.scale or (1.0,) * len(self.classes)
+        for name, metric in metrics.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they say that variances are near 0: see above
+                try:
+                    found = metric.compute().detach().double().cpu().reshape(-1).tolist()
+                except ValueError:  # R2 of fewer than two samples
+                    found = []
+            found = found or [0.0] * len(self.classes)
+            if name in ("rmse", "mae"):
+                columns[name] = [value * unit for value, unit in zip(found, scale)]
+            else:
+                columns[name] = [value if math.isfinite(value) else 0.0 for value in found]
+        rows = [
+            {"number": number, **{name: round(values[i], 6) for name, values in columns.items()}}
+            for i, number in enumerate(self.classes)
+        ]
+        means = {name: sum(values) / len(values) for name, values in columns.items()}
+        return Scores(means, {"per_number": rows})
+
+    def decode(self, output: Tensor) -> list[dict[str, Any]]:
+        """Return for each sample its numbers by name, in the caller's unit."""
+        scale = self._constant(output.double(), self.scale, 1.0)
+        values = output.double() * scale + self._constant(output.double(), self.mean, 0.0)
+        return [dict(zip(self.classes, row)) for row in values.tolist()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task as plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """One tag for each token: named entities in BIO tags, or plain tags such as parts of speech.
+
+    The loss is the mean cross-entropy over all tokens that are scored. For BIO tags the metrics are
+    those of whole entities (type and both ends right), micro-averaged, as in CoNLL.
+
+    Attributes:
+        classes: the tags, in the order of the model's outputs.
+        name: key in `layerwise.training.tasks.TASKS`.
+    """
+
+    classes: tuple[str, ...]
+    name: str = "token_classification"
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        """Look at the tags.
+
+        Raises:
+            DataError: some are BIO and others are not.
+        """
+        _ = self.types
+
+    @cached_property
+    def types(self) -> tuple[str, ...]:
+        """Types of entities; empty for plain tags."""
+        from layerwise.training.entities import entity_types
+
+        return entity_types(self.classes)
+
+    @property
+    def monitor(self) -> str:
+        """``"entity_f1"`` for BIO tags, ``"macro_f1"`` over tokens for plain ones."""
+        return "entity_f1" if self.types else "macro_f1"
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """Return samples of equal length stacked; texts are padded by the collator of their data."""
+        return torch.utils.data.default_collate(samples)
+
+    def size(self, batch: Batch) -> int:
+        """Return the number of scored tokens, over which the loss is a mean."""
+        return _scored(split_batch(batch)[2])
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits, float[N, tokens, tags]."""
+        return run_model(model, batch)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the scored tokens; 0 where none is."""
+        return _token_loss(output, split_batch(batch)[2])
+
+    def check(self, output: Tensor, batch: Batch) -> None:
+        """Compare outputs, labels and tags.
+
+        Raises:
+            DataError: the output is not [N, tokens, tags], or labels are no tags of its tokens.
+        """
+        _raise(_wrong_tokens(output, split_batch(batch)[2], len(self.classes), "tags"))
+
+    def metrics(self) -> MetricCollection:
+        """Return accuracy and macro F1 of tokens and, for BIO tags, counts of entities."""
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+        from layerwise.training.entities import EntityCounts
+
+        k = len(self.classes)
+        counts = {"entities": EntityCounts(self.types)} if self.types else {}
+        return MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(k, average="micro"),
+                "macro_f1": MulticlassF1Score(k, average="macro"),
+                **counts,
+            },
+            compute_groups=False,  # they take different things
+        )
+
+    def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
+        """Count one batch."""
+        labels = split_batch(batch)[2]
+        best, scored = output.argmax(dim=-1), labels != IGNORED
+        if bool(scored.any()):
+            for name in ("accuracy", "macro_f1"):
+                metrics[name].update(best[scored], labels[scored])
+        if self.types:
+            metrics["entities"].update(
+                [self._tags(row[keep]) for row, keep in zip(best, scored)],
+                [self._tags(row[keep]) for row, keep in zip(labels, scored)],
+            )
+
+    def _tags(self, indices: Tensor) -> list[str]:
+        return [self.classes[index] for index in indices.tolist()]
+
+    def scores(self, metrics: MetricCollection) -> Scores:
+        """Return the metrics as numbers and, for BIO tags, one row a type of entity."""
+        from layerwise.training.entities import precision_recall_f1
+
+        values = {name: float(metrics[name].compute()) for name in ("accuracy", "macro_f1")}
+        if not self.types:
+            return Scores(values)
+        counts = metrics["entities"].compute().cpu()
+        precision, recall, f1 = precision_recall_f1(*counts.sum(dim=1).tolist())
+        rows = []
+        for i, kind in enumerate(self.types):
+            of_kind = precision_recall_f1(*counts[:, i].tolist())
+            named = {key: round(v, 6) for key, v in zip(("precision", "recall", "f1"), of_kind)}
+            rows.append({"class": kind, **named, "samples": int(counts[2, i])})
+        entities = {"entity_precision": precision, "entity_recall": recall, "entity_f1": f1}
+        return Scores({**entities, **values}, {"per_class": rows})
+
+    def decode(self, output: Tensor) -> list[dict[str, Any]]:
+        """Return for each sample the tag of every token (padding included), and its probability."""
+        probabilities, best = output.float().softmax(dim=-1).max(dim=-1)
+        return [
+            {"tags": self._tags(row), "probabilities": sure}
+            for row, sure in zip(best, probabilities.tolist())
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task as plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """The next token, or the masked tokens, from those around; no labels but the text itself.
+
+    The loss is the mean cross-entropy over all scored tokens; its exponential over a whole data set is
+    the perplexity: how many tokens the model hesitates between. A causal model's output at a position
+    is compared with the token after it; a masked model's with the one that stood there. Prompts of
+    instruction data carry `IGNORED` labels and are not scored.
+
+    Attributes:
+        name: ``"causal_lm"`` or ``"masked_lm"``.
+        classes: empty: the vocabulary belongs to the tokenizer.
+        monitor: metric that picks the best epoch.
+        mode: ``"min"``.
+    """
+
+    name: str = "causal_lm"
+    classes: tuple[str, ...] = ()
+    monitor: str = "perplexity"
+    mode: Literal["max", "min"] = "min"
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """Return samples of equal length stacked; texts are padded by the collator of their data."""
+        return torch.utils.data.default_collate(samples)
+
+    def _targets(self, batch: Batch) -> Tensor:
+        """Return int64[N, tokens]: what the output at each position is compared with."""
+        labels: Tensor = split_batch(batch)[2]
+        if self.name == "masked_lm":
+            return labels
+        # Labels move, not logits: a shifted copy of [N, tokens, vocabulary] would double the memory.
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def size(self, batch: Batch) -> int:
+        """Return the number of scored tokens, over which the loss is a mean."""
+        return _scored(self._targets(batch))
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits, float[N, tokens, vocabulary]."""
+        return run_model(model, batch)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the scored tokens; 0 where none is."""
+        return _token_loss(output, self._targets(batch))
+
+    def check(self, output: Tensor, batch: Batch) -> None:
+        """Compare outputs and labels.
+
+        Raises:
+            DataError: the output is not [N, tokens, vocabulary], labels are no tokens, or none of the
+                first batch is scored.
+        """
+        labels = split_batch(batch)[2]
+        width = output.shape[-1] if output.ndim == 3 else 0
+        found = _wrong_tokens(output, labels, width, "tokens of the vocabulary")
+        if not found and not _scored(self._targets(batch)):
+            found.append("no token of the first batch is scored; expected some labels other than -100")
+        _raise(found)
+
+    def metrics(self) -> MetricCollection:
+        """Return the means over tokens of the negative log-likelihood and of being right."""
+        from torchmetrics import MeanMetric, MetricCollection
+
+        means = {"nll": MeanMetric(), "accuracy": MeanMetric()}
+        for mean in means.values():
+            mean.set_dtype(torch.float64)  # a corpus has more tokens than float32 can count one by one
+        return MetricCollection(means, compute_groups=False)
+
+    def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
+        """Count one batch."""
+        targets = self._targets(batch)
+        count = _scored(targets)
+        if not count:
+            return
+        right = (output.argmax(dim=-1) == targets)[targets != IGNORED]
+        metrics["nll"].update(_token_loss(output, targets).double(), count)
+        metrics["accuracy"].update(right.double().mean(), count)
+
+    def scores(self, metrics: MetricCollection) -> Scores:
+        """Return perplexity and accuracy of single tokens."""
+        nll = float(metrics["nll"].compute())
+        perplexity = math.exp(min(nll, 700.0))  # above it a float64 would be infinite
+        return Scores({"perplexity": perplexity, "token_accuracy": float(metrics["accuracy"].compute())})
+
+    def decode(self, output: Tensor) -> list[dict[str, Any]]:
+        """Return for each sample the most likely token at every position, and its probability."""
+        probabilities, best = output.float().softmax(dim=-1).max(dim=-1)
+        return [
+            {"tokens": row, "probabilities": sure} for row, sure in zip(best.tolist(), probabilities.tolist())
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the task as plain data."""
+        return dataclasses.asdict(self)
+
+
+def _from_dict(build: Callable[..., Task]) -> Callable[[dict[str, Any]], Task]:
+    def from_dict(data: dict[str, Any]) -> Task:
+        # JSON knows no tuples
+        return build(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+
+    return from_dict
+
+
+TEXT_TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {
+    "multi_label": _from_dict(MultiLabel),
+    "regression": _from_dict(Regression),
+    "token_classification": _from_dict(TokenClassification),
+    "causal_lm": _from_dict(LanguageModelling),
+    "masked_lm": _from_dict(LanguageModelling),
+}
+"""Task name -> function that builds the task from what its ``to_dict`` returned."""
+
+
+def _scored(labels: Tensor) -> int:
+    return int((labels != IGNORED).sum())
+
+
+def _token_loss(output: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy over scored tokens.
+
+    Torch's own mean over no token is 0 / 0; a batch of prompts that were cut before their answers must
+    not end a run.
+    """
+    total = F.cross_entropy(output.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / max(_scored(targets), 1)
+
+
+def _wrong_width(output: Tensor, width: int, what: str) -> list[str]:
+    if output.ndim == 2 and output.shape[1] == width:
+        return []
+    return [
+        f"the model's output has shape {tuple(output.shape)}; expected [N, {width}] for {width} {what}. Give "
+        "the model a head of that size"
+    ]
+
+
+def _wrong_tokens(output: Tensor, labels: Any, width: int, what: str) -> list[str]:
+    if output.ndim != 3 or output.shape[2] != width:
+        return [
+            f"the model's output has shape {tuple(output.shape)}; expected [N, tokens, {width or 'vocabulary'}]"
+            ". Open the model for this task"
+        ]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != output.shape[:2]:
+        return [f"labels are {_kind(labels)}; expected integers [{output.shape[0]}, {output.shape[1]}]"]
+    scored = labels[labels != IGNORED]
+    if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < width:
+        return [
+            f"labels go from {int(scored.min())} to {int(scored.max())}; expected 0 to {width - 1} ({what}), "
+            f"or {IGNORED} for what is not scored"
+        ]
+    return []
+
+
+def _kind(labels: Any) -> str:
+    if not isinstance(labels, Tensor):
+        return f"a {type(labels).__name__}"
+    return f"{labels.dtype} of shape {tuple(labels.shape)}"
+
+
+def _raise(found: list[str]) -> None:
+    if found:
+        raise DataError("; ".join(found) + ".")

@@ -1,0 +1,194 @@
+"""The order of samples and their augmentation depend on seed, epoch and index, and on nothing else."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from layerwise.errors import DataError
+from layerwise.training.data import (
+    EpochBatches,
+    balanced_class_weights,
+    labels_of,
+    open_batches,
+    sampling_weights,
+)
+from layerwise.training.randomness import epoch_seed, get_random_state, seed_everything, set_random_state
+
+
+class Noisy(Dataset):
+    """Adds random numbers of all three generators to the index."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int):
+        return torch.tensor([index + torch.rand(()).item(), np.random.rand(), random.random()]), index % 2
+
+
+def flat(batches) -> list:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def numbers(count: int) -> TensorDataset:
+    return TensorDataset(torch.arange(count, dtype=torch.float32), torch.arange(count) % 2)
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch() -> None:
+    # Same seed and epoch, same order; another of either, another order; every sample exactly once.
+    order = EpochBatches(50, 8, seed=3)
+    order.set_epoch(2)
+    first = list(order)
+    torch.rand(5)
+    order.set_epoch(1)
+    other = list(order)
+    order.set_epoch(2)
+    assert list(order) == first != other
+    assert sorted(flat(first)) == list(range(50))
+    generator = torch.Generator().manual_seed(epoch_seed(3, 2))
+    assert flat(first) == torch.randperm(50, generator=generator).tolist()
+    again = EpochBatches(50, 8, seed=4)
+    again.set_epoch(2)
+    assert list(again) != first
+
+
+def test_an_epoch_can_begin_at_any_batch() -> None:
+    # The rest of an epoch is the tail of the whole one.
+    order = EpochBatches(21, 4, seed=0)
+    order.set_epoch(5)
+    whole = list(order)
+    assert [len(b) for b in whole] == [4, 4, 4, 4, 4, 1]
+    for start in range(7):
+        order.set_epoch(5, start)
+        assert list(order) == whole[start:]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_batches(world: int, drop_last: bool) -> None:
+    # Every process gets equally many batches, and together they see every sample of the epoch.
+    shares = []
+    for rank in range(world):
+        order = EpochBatches(22, 4, seed=1, drop_last=drop_last, rank=rank, world=world)
+        shares.append(list(order))
+        assert len(shares[-1]) == len(order)
+    assert len({len(share) for share in shares}) == 1
+    assert len({i for share in shares for batch in share for i in batch}) == (20 if drop_last else 22)
+
+
+def test_augmentation_is_the_same_in_workers_and_after_a_restart() -> None:
+    # A sample's random numbers do not depend on the process that loads it or on where the epoch began.
+    here = open_batches(Noisy(), train=True, batch_size=3, seed=1)
+    workers = open_batches(Noisy(), train=True, batch_size=3, seed=1, workers=2)
+    whole = list(here.epoch(4))
+    for one, other in zip(whole, workers.epoch(4), strict=True):
+        assert torch.equal(one[0], other[0])
+    for one, other in zip(whole[2:], here.epoch(4, 2), strict=True):
+        assert torch.equal(one[0], other[0])
+    assert not torch.equal(whole[0][0], next(here.epoch(5))[0])
+
+
+def test_loading_leaves_the_global_generators_alone() -> None:
+    # Dropout draws the same numbers whether or not the data set augments at random.
+    seed_everything(0)
+    expected = torch.rand(3), np.random.rand(3), random.random()
+    seed_everything(0)
+    list(open_batches(Noisy(), train=True, batch_size=3).epoch(0))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+    assert random.random() == expected[2]
+
+
+def test_random_state_round_trip() -> None:
+    # All three generators go on from the state that was saved.
+    saved = get_random_state()
+    first = torch.rand(3), np.random.rand(3), random.random()
+    set_random_state(saved)
+    assert torch.equal(torch.rand(3), first[0])
+    assert np.array_equal(np.random.rand(3), first[1])
+    assert random.random() == first[2]
+
+
+def test_a_plain_loader_gets_our_order_and_keeps_its_settings() -> None:
+    # Shuffling loaders shuffle by our order, sequential ones stay sequential; batch size is theirs.
+    shuffled = open_batches(
+        DataLoader(numbers(9), batch_size=4, shuffle=True), train=True, batch_size=1, seed=7
+    )
+    assert shuffled.exact
+    epoch = [batch[0].tolist() for batch in shuffled.epoch(1)]
+    assert [len(b) for b in epoch] == [4, 4, 1]
+    assert (
+        flat(epoch) == torch.randperm(9, generator=torch.Generator().manual_seed(epoch_seed(7, 1))).tolist()
+    )
+    plain = open_batches(DataLoader(numbers(9), batch_size=4), train=True, batch_size=1)
+    assert flat(batch[0].tolist() for batch in plain.epoch(1)) == list(range(9))
+
+
+def test_a_loader_with_its_own_sampler_is_fast_forwarded() -> None:
+    # Its order comes from the global generator; skipping draws the same order and leaves today's state.
+    class Mine(torch.utils.data.Sampler):
+        def __iter__(self):
+            yield from torch.randperm(9).tolist()
+
+        def __len__(self) -> int:
+            return 9
+
+    loader = DataLoader(numbers(9), batch_sampler=BatchSampler(Mine(), 2, False))
+    batches = open_batches(loader, train=True, batch_size=1)
+    assert not batches.exact
+    seed_everything(5)
+    state = get_random_state()
+    whole = [batch[0].tolist() for batch in batches.epoch(0)]
+    torch.rand(7)
+    present = torch.get_rng_state()
+    rest = batches.epoch(0, 2, random_state=state)
+    head = next(rest)[0].tolist()
+    assert torch.equal(torch.get_rng_state(), present)
+    assert [head, *(batch[0].tolist() for batch in rest)] == whole[2:]
+
+
+def test_data_that_cannot_be_used_is_told() -> None:
+    # Empty sets, things that are no data, weights on a foreign sampler.
+    with pytest.raises(DataError, match="no samples"):
+        open_batches(numbers(0), train=True, batch_size=2)
+    with pytest.raises(DataError, match="train is a int"):
+        open_batches(3, train=True, batch_size=2)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from range(3)
+
+    with pytest.raises(DataError, match="sampler of its own"):
+        open_batches(DataLoader(Stream()), train=True, batch_size=1, weights=torch.ones(3))
+
+
+def test_labels_are_found_where_data_sets_keep_them() -> None:
+    # targets, tensors, subsets, mappings and plain samples.
+    data = numbers(6)
+    assert labels_of(data).tolist() == [0, 1, 0, 1, 0, 1]
+    assert labels_of(Subset(data, [1, 3])).tolist() == [1, 1]
+    assert labels_of(Noisy()).tolist() == [0, 1] * 5
+    assert labels_of([{"labels": 2}, {"labels": 0}]).tolist() == [2, 0]
+
+    class Folder(Noisy):
+        targets = list(range(10))  # noqa: RUF012
+
+    assert labels_of(Folder()).tolist() == list(range(10))
+    with pytest.raises(DataError, match="one integer each"):
+        labels_of(TensorDataset(torch.zeros(3), torch.zeros(3)))
+
+
+def test_rare_classes_weigh_more() -> None:
+    # Balanced weights give each class the same total; a class without samples has none.
+    labels = torch.tensor([0] * 8 + [1] * 2)
+    weights = balanced_class_weights(labels, ["a", "b"])
+    assert weights[0] * 8 == pytest.approx(weights[1] * 2)
+    assert sampling_weights(labels)[:8].sum() == pytest.approx(sampling_weights(labels)[8:].sum())
+    with pytest.raises(DataError, match="'c'"):
+        balanced_class_weights(labels, ["a", "b", "c"])
+    order = EpochBatches(10_000, 10, weights=sampling_weights(labels.repeat(1000)), seed=0)
+    drawn = labels.repeat(1000)[torch.tensor(flat(order))]
+    assert drawn.float().mean() == pytest.approx(0.5, abs=0.02)

@@ -1,0 +1,119 @@
+"""Options of fit: every wrong one is listed, and a run is resumed only with the same ones."""
+
+import math
+
+import pytest
+import torch
+
+from layerwise.errors import RunError, TrainingError
+from layerwise.plans.plan import Plan
+from layerwise.training.options import check_options, check_same_run, find_optimizer
+from layerwise.training.setup import has_stalled, is_better
+
+GOOD = {
+    "lr": 1e-3,
+    "batch_size": 8,
+    "accumulate": 1,
+    "workers": 0,
+    "keep_checkpoints": 2,
+    "seed": 0,
+    "precision": "fp32",
+    "label_smoothing": 0.0,
+    "keep": "best",
+    "sampler": None,
+    "cache": "off",
+    "weight_decay": None,
+    "clip_norm": None,
+    "early_stopping": None,
+    "checkpoint_every_steps": None,
+    "class_weights": None,
+}
+
+
+def test_good_options_pass() -> None:
+    # Defaults and the other legal values raise nothing.
+    check_options(GOOD)
+    check_options({**GOOD, "class_weights": [1, 2.0], "clip_norm": 1, "early_stopping": 3, "weight_decay": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", 0),
+        ("lr", math.nan),
+        ("lr", math.inf),
+        ("lr", "1e-3"),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("batch_size", True),
+        ("accumulate", 0),
+        ("seed", -1),
+        ("precision", "fp8"),
+        ("precision", "fp16"),
+        ("label_smoothing", 1.0),
+        ("class_weights", "rare"),
+        ("class_weights", [1.0, -1.0]),
+        ("class_weights", 3),
+        ("early_stopping", 0),
+        ("clip_norm", 0),
+        ("weight_decay", -0.1),
+    ],
+)
+def test_each_wrong_value_is_told(name: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The option and the value received stand in the message.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(TrainingError, match=name) as caught:
+        check_options({**GOOD, name: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_all_wrong_values_are_told_at_once() -> None:
+    # One error lists every problem.
+    with pytest.raises(TrainingError, match="3 options") as caught:
+        check_options({**GOOD, "lr": -1, "batch_size": 0, "keep": "first"})
+    assert all(name in str(caught.value) for name in ("lr is -1", "batch_size is 0", "keep is 'first'"))
+
+
+def test_optimisers_by_name_and_as_classes() -> None:
+    # A name has its defaults, which options win over; anything callable is taken as it is.
+    assert find_optimizer("sgd", None)[:2] == (torch.optim.SGD, {"momentum": 0.9})
+    assert find_optimizer("sgd", {"momentum": 0.5})[1] == {"momentum": 0.5}
+    assert find_optimizer(torch.optim.Adagrad, None) == (torch.optim.Adagrad, {}, "Adagrad")
+    with pytest.raises(TrainingError, match="Did you mean 'adamw'"):
+        find_optimizer("adam_w", None)
+
+
+def test_a_resumed_run_must_be_the_same_run() -> None:
+    # Every difference in plan, settings, data, task or model is listed; none passes.
+    plan = Plan.model_validate(
+        {"groups": ["a", "b"], "phases": [{"name": "p", "rates": {"b": 1.0}, "epochs": 1}]}
+    )
+    about = {
+        "plan": plan.model_dump(mode="json"),
+        "settings": {"lr": 0.1, "seed": 0},
+        "data": {"train_samples": 10},
+        "task": {"classes": ["x", "y"]},
+        "model": {"class": "Net"},
+    }
+    check_same_run(about, now=about, plan=plan, out="runs/x")
+    now = {**about, "settings": {"lr": 0.2, "seed": 0}, "task": {"classes": ["x", "z"]}}
+    with pytest.raises(RunError) as caught:
+        check_same_run(about, now=now, plan=plan, out="runs/x")
+    assert "settings.lr: 0.1 -> 0.2" in str(caught.value)
+    assert "task.classes: ['x', 'y'] -> ['x', 'z']" in str(caught.value)
+    assert "seed" not in str(caught.value)
+    longer = plan.model_copy(update={"strategy": "another"})
+    with pytest.raises(RunError, match=r"plan\.strategy"):
+        check_same_run(about, now=about, plan=longer, out="runs/x")
+
+
+def test_better_and_stalled() -> None:
+    # NaN never improves; equal is not better; lower is better where the mode says so.
+    assert is_better(1.0, None, "max")
+    assert not is_better(1.0, 1.0, "max")
+    assert not is_better(math.nan, 0.5, "max")
+    assert is_better(0.4, 0.5, "min")
+    assert has_stalled([1.0, 0.5, 0.6, 0.5], "min", patience_epochs=2)
+    assert not has_stalled([1.0, 0.5, 0.6, 0.4], "min", patience_epochs=2)
+    assert not has_stalled([], "max", patience_epochs=1)
