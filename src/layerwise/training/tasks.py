@@ -295,9 +295,20 @@ def _classification_from_dict(data: dict[str, Any]) -> Task:
     )
 
 
+def _text_from_dict(data: dict[str, Any]) -> Task:
+    from layerwise.training.text_tasks import TEXT_TASKS  # it builds on this module
+
+    return TEXT_TASKS[data["name"]](data)
+
+
 TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {
     "image_classification": _classification_from_dict,
     "text_classification": _classification_from_dict,
+    "multi_label": _text_from_dict,
+    "regression": _text_from_dict,
+    "token_classification": _text_from_dict,
+    "causal_lm": _text_from_dict,
+    "masked_lm": _text_from_dict,
 }
 """Task name -> function that builds the task from what its ``to_dict`` returned."""
 
