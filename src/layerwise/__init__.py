@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from layerwise.plans.unfreezing import gradual_unfreezing as gradual_unfreezing
     from layerwise.plans.unfreezing import lp_ft as lp_ft
     from layerwise.plans.unfreezing import ulmfit as ulmfit
+    from layerwise.tuning.calibration import calibrate_batchnorm as calibrate_batchnorm
     from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
     from layerwise.tuning.norms import training_mode as training_mode
 
@@ -47,6 +48,7 @@ _HOME = {
     "Schedule": "layerwise.plans.plan",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
+    "calibrate_batchnorm": "layerwise.tuning.calibration",
     "discriminative": "layerwise.plans.strategies",
     "fine_tune": "layerwise.plans.unfreezing",
     "freeze_batchnorm": "layerwise.tuning.norms",
