@@ -202,9 +202,11 @@ def h_score(features: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     counts = np.bincount(y)
     means = np.stack([centred[y == k].mean(0) for k in range(len(counts))])
     between = (means * counts[:, None] / len(x)).T @ means
-    if not np.trace(covariance) > 0:
+    scale = float(np.trace(covariance)) / x.shape[1]
+    if not scale > 0:
         return 0.0
-    return float(np.trace(np.linalg.lstsq(covariance, (1 - shrinkage) * between, rcond=None)[0]))
+    covariance = covariance + 1e-9 * scale * np.eye(x.shape[1])  # a constant dimension without shrinkage
+    return float(np.trace(np.linalg.solve(covariance, (1 - shrinkage) * between)))
 
 
 def knn_accuracy(features: npt.ArrayLike, labels: npt.ArrayLike, *, neighbours: int = 5) -> float:

@@ -1,0 +1,176 @@
+"""Transferability at every depth: how well each group's frozen features separate the classes of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from layerwise.choosing import transferability as scores
+from layerwise.choosing.features import Features, collect_features, map_for
+from layerwise.choosing.tables import text_table
+from layerwise.errors import DataError
+from layerwise.layers.layermap import LayerMap
+
+
+@dataclass(frozen=True)
+class DepthScores:
+    """Scores of one layer group's features; `layerwise.choosing.transferability` has the definitions.
+
+    Attributes:
+        group: the layer group; for the head, what its output layer receives.
+        depth: groups between it and the head; the head is 0.
+        logme: log evidence, per sample.
+        leep: NLEEP: through soft clusters of the features in place of source classes.
+        h_score: with shrinkage.
+        knn: leave-one-out accuracy of five neighbours.
+        probe: cross-validated accuracy of a linear probe; NaN where a class has a single sample.
+    """
+
+    group: str
+    depth: int
+    logme: float
+    leep: float
+    h_score: float
+    knn: float
+    probe: float
+
+
+@dataclass(frozen=True)
+class Transferability:
+    """Scores at every depth, input to output, and what they are of.
+
+    Attributes:
+        depths: from the first group to the head.
+        samples: number of samples scored.
+        classes: number of classes among them.
+        chance: accuracy of always naming the most frequent class.
+        head_leep: LEEP through the model's own outputs, or None without them. It means something only while
+            the head is the pretrained one; a new head's outputs are noise.
+    """
+
+    depths: tuple[DepthScores, ...]
+    samples: int
+    classes: int
+    chance: float
+    head_leep: float | None
+
+    @property
+    def best(self) -> DepthScores:
+        """The depth with the highest probe accuracy, the nearest to the output among equals."""
+        return max(self.depths, key=lambda d: (np.nan_to_num(d.probe), -d.depth))
+
+    @property
+    def last(self) -> DepthScores:
+        """The depth nearest to the output."""
+        return self.depths[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores as plain data for JSON; a missing probe accuracy is None."""
+        data = dataclasses.asdict(self)
+        for row in data["depths"]:
+            row["probe"] = None if np.isnan(row["probe"]) else row["probe"]
+        return data
+
+    def __str__(self) -> str:
+        rows = [
+            [d.group, str(d.depth), *(f"{v:.3f}" for v in (d.probe, d.knn, d.logme, d.leep, d.h_score))]
+            for d in self.depths
+        ]
+        return text_table(["group", "depth", "probe", "kNN", "LogME", "NLEEP", "H-score"], rows)
+
+
+def transferability(
+    model: nn.Module,
+    data: Any,
+    *,
+    layers: LayerMap | None = None,
+    example_input: Any = None,
+    max_samples: int | None = 512,
+    batch_size: int = 32,
+    collate: Any = None,
+    seed: int = 0,
+) -> Transferability:
+    """Return transferability scores of every layer group's frozen features, from one pass over the data.
+
+    Where the probe's accuracy is highest in the middle, the last groups are too special for this task and
+    are the ones to train; where it still rises at the end, a linear probe loses least.
+
+    Args:
+        model: the pretrained network; unchanged.
+        data: labelled; as for `layerwise.choosing.features.collect_features`.
+        layers: its layer map; one at granularity ``"stages"`` is made when None.
+        example_input: to make the map from; None takes two samples of the data.
+        max_samples: so many samples are drawn; None takes all. The scores' cost grows with their cube.
+        batch_size: of data that is no loader.
+        collate: makes a batch of samples, of data that is no loader.
+        seed: of the draw and of the folds.
+
+    Raises:
+        DataError: no labels, a single class, fewer samples than classes.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    layers = map_for(model, data, layers, example_input, batch_size=batch_size, collate=collate)
+    features = collect_features(
+        model,
+        data,
+        layers,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        collate=collate,
+        norms=False,
+        seed=seed,
+    )
+    return score_depths(features, seed=seed)
+
+
+def score_depths(features: Features, *, seed: int = 0) -> Transferability:
+    """Return transferability scores of features that are collected already.
+
+    Args:
+        features: with labels.
+        seed: of folds and clusters.
+
+    Raises:
+        DataError: no labels, a single class, or no class with two samples.
+        MissingExtraError: scikit-learn is not installed.
+    """
+    if features.labels is None:
+        raise DataError("the data has no labels, and transferability is about them. Give (inputs, labels).")
+    labels = scores.as_labels(features.labels, features.samples)
+    counts = np.bincount(labels)
+    if counts.max() < 2:
+        raise DataError(
+            f"{features.samples} samples of {len(counts)} classes are one of each; to tell whether features "
+            "separate classes, at least two samples of a class are needed."
+        )
+    outputs = features.outputs
+    head_leep = None
+    if outputs is not None and outputs.shape[1] > 1:
+        shifted = np.exp(outputs - outputs.max(1, keepdims=True).astype(np.float64))
+        head_leep = scores.leep(shifted / shifted.sum(1, keepdims=True), labels)
+    found = []
+    for name, values in features.groups.items():
+        found.append(
+            DepthScores(
+                group=name,
+                depth=features.depth[name],
+                logme=scores.logme(values, labels),
+                leep=scores.leep(scores.soft_clusters(values, seed=seed), labels),
+                h_score=scores.h_score(values, labels),
+                knn=scores.knn_accuracy(values, labels),
+                probe=scores.probe_accuracy(values, labels, folds=3, seed=seed)
+                if counts.min() >= 2
+                else float("nan"),
+            )
+        )
+    return Transferability(
+        depths=tuple(found),
+        samples=features.samples,
+        classes=len(counts),
+        chance=float(counts.max() / counts.sum()),
+        head_leep=head_leep,
+    )

@@ -1,0 +1,109 @@
+"""A seeded sample of anybody's data, and what a batch of it holds: inputs, perhaps labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from layerwise.errors import DataError
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a structure, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a structure with its tensors on `device`."""
+    from accelerate.utils import send_to_device
+
+    return send_to_device(value, device)
+
+
+def split_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """Return (positional, keyword, labels) of a batch; labels None where it has none.
+
+    Raises:
+        DataError: the batch is of an unknown kind, or its labels are no integers.
+    """
+    if isinstance(batch, Tensor):
+        return (batch,), {}, None
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+        rest = {key: value for key, value in batch.items() if key != "labels"}
+        return (), rest, None if found is None else _checked_labels(found)
+    if isinstance(batch, Sequence) and len(batch) == 1:
+        return split_inputs(batch[0])
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
+        if isinstance(batch[0], Mapping):
+            return (), dict(batch[0]), _checked_labels(batch[1])
+        return (batch[0],), {}, _checked_labels(batch[1])
+    size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
+    raise DataError(
+        f"a batch is a {type(batch).__name__}{size}; expected inputs, a pair (inputs, labels), or a mapping. "
+        "Give a loader with a collate_fn that makes one."
+    )
+
+
+def _checked_labels(labels: Any) -> Tensor:
+    found = torch.as_tensor(labels)
+    if found.ndim != 1 or found.is_floating_point():
+        raise DataError(
+            f"labels are {found.dtype} of shape {tuple(found.shape)}; expected one integer for each sample. "
+            "To measure shift alone, leave the labels out."
+        )
+    return found.detach().cpu()
+
+
+def open_sample(
+    data: Any,
+    max_samples: int | None,
+    batch_size: int,
+    collate: Callable[[list[Any]], Any] | None,
+    seed: int,
+) -> tuple[Any, int | None]:
+    """Return (loader over a drawn sample, number of samples there are or None).
+
+    See `layerwise.choosing.features.collect_features` for the arguments.
+
+    Raises:
+        DataError: the data is of an unknown kind or empty, or inputs and labels differ in number.
+    """
+    if isinstance(data, Tensor):
+        data = TensorDataset(data)
+    elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        if len(data[0]) != len(data[1]):
+            raise DataError(f"{len(data[0])} inputs came with {len(data[1])} labels; expected one for each.")
+        data = TensorDataset(*data)
+    if isinstance(data, DataLoader):
+        if isinstance(data.dataset, IterableDataset) or not hasattr(data.dataset, "__len__"):
+            return data, None
+        batch_size, collate, data = data.batch_size or batch_size, data.collate_fn, data.dataset
+    if isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        if hasattr(data, "__iter__") and not isinstance(data, str):
+            return data, None
+        raise DataError(
+            f"the data is a {type(data).__name__}; expected a data set, a DataLoader, a tensor of inputs, or "
+            "a pair (inputs, labels) of tensors."
+        )
+    total = len(data)
+    if not total:
+        raise DataError("the data holds no samples. Give at least one batch.")
+    dataset: Dataset[Any] = data
+    if max_samples is not None and total > max_samples:
+        drawn = np.random.default_rng(seed).permutation(total)[:max_samples]
+        dataset = Subset(data, sorted(drawn.tolist()))  # sorted: files lie in that order
+    generator = torch.Generator()  # else the loader would draw from the global one
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=generator), total

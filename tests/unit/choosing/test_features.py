@@ -1,0 +1,177 @@
+"""Pooled features: the right axis, the right samples, and norm inputs that are the true statistics."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from layerwise.choosing.depths import score_depths, transferability
+from layerwise.choosing.features import collect_features, pool
+from layerwise.errors import DataError
+
+from .small import Net, images, map_of, pretrained
+
+
+def test_features_are_the_pooled_outputs_of_the_groups():
+    # each group's row is its own output, averaged over positions; the head's is what fc receives
+    model = Net().eval()
+    x, y = images(10)
+    found = collect_features(model, (x, y), map_of(model), batch_size=4)
+    with torch.no_grad():
+        value = x
+        for i in range(4):
+            value = getattr(model, f"stage{i}")(value)
+            np.testing.assert_allclose(
+                found.groups[f"stage{i}"], value.mean((2, 3)).numpy(), rtol=1e-5, atol=1e-6
+            )
+        np.testing.assert_allclose(found.groups["fc"], value.mean((2, 3)).numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.outputs, model(x).numpy(), rtol=1e-5, atol=1e-6)
+    assert list(found.groups) == ["stage0", "stage1", "stage2", "stage3", "fc"]
+    assert found.depth == {"stage0": 4, "stage1": 3, "stage2": 2, "stage3": 1, "fc": 0}
+    assert found.labels.tolist() == y.tolist()
+    assert (found.samples, found.total, found.shape, found.modality) == (10, 10, (3, 24, 24), "image")
+
+
+def test_norm_inputs_are_the_statistics_of_what_the_norm_receives():
+    # mean and mean square over the chunks are those of the convolution's output
+    model = pretrained()
+    x, _ = images(64)
+    found = collect_features(model, x, map_of(model), batch_size=10)
+    with torch.no_grad():
+        before = model.stage1[0](model.stage0(x))
+    norm = found.norms["stage1.1"]
+    assert norm.group == "stage1"
+    np.testing.assert_allclose(norm.mean.mean(0), before.mean((0, 2, 3)).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.square.mean(0), (before**2).mean((0, 2, 3)).numpy(), rtol=1e-4)
+    np.testing.assert_array_equal(norm.running_mean, model.stage1[1].running_mean.numpy())
+
+
+@pytest.mark.parametrize(
+    ("shape", "widths", "mask", "ratio", "axis"),
+    [
+        ((2, 5, 7, 7), {5}, None, 1.0, 1),  # (N, C, H, W)
+        ((2, 7, 7, 5), {5}, None, 1.0, 3),  # (N, H, W, C), as Swin's blocks hand on
+        ((2, 7, 7, 7), {7}, None, 1.0, 1),  # nothing to tell them apart: channels first
+        ((2, 8, 4, 8), {8}, None, 2.0, 3),  # the two positions have the ratio of the image
+        ((2, 9, 6), {6}, None, 1.0, 2),  # (N, T, C)
+        ((2, 6, 9), {6}, None, 1.0, 1),  # (N, C, T)
+        ((2, 6, 6), {6}, None, 1.0, 2),
+    ],
+)
+def test_pool_finds_the_channels(shape, widths, mask, ratio, axis):
+    # the mean over all other axes but the batch
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = value.movedim(axis, 1).flatten(2).mean(2)
+    torch.testing.assert_close(pool(value, widths=widths, mask=mask, ratio=ratio), expected)
+
+
+def test_pool_leaves_padding_out():
+    # only the positions that the attention mask names count
+    value = torch.randn(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    found = pool(value, widths={3}, mask=mask)
+    torch.testing.assert_close(found, torch.stack([value[0, :2].mean(0), value[1].mean(0)]))
+
+
+class Stream(IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        yield from self.x
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dataset", "loader", "stream", "list"])
+def test_every_kind_of_data_gives_the_same_features(kind):
+    # a tensor, a data set, a loader, an iterable loader and a list hold the same samples
+    model = Net().eval()
+    x, _ = images(12)
+    data = {
+        "tensor": x,
+        "dataset": TensorDataset(x),
+        "loader": DataLoader(TensorDataset(x), batch_size=5, shuffle=True),
+        "stream": DataLoader(Stream(x), batch_size=5),
+        "list": list(x),
+    }[kind]
+    found = collect_features(model, data, map_of(model))
+    expected = collect_features(model, (x, torch.zeros(12, dtype=torch.long)), map_of(model))
+    if kind == "loader":  # rows may come in any order
+        assert found.labels is None
+    np.testing.assert_allclose(found.groups["stage3"], expected.groups["stage3"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_drawn_sample_depends_on_the_seed_alone():
+    # 8 of 40 samples: the same seed the same ones, labels still with their inputs
+    model = Net().eval()
+    x, y = images(40)
+    one, same, other = (
+        collect_features(model, (x, y), map_of(model), max_samples=8, seed=s) for s in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one.groups["fc"], same.groups["fc"])
+    assert not np.array_equal(one.groups["fc"], other.groups["fc"])
+    whole = collect_features(model, (x, y), map_of(model), max_samples=None)
+    where = [int(np.abs(whole.groups["fc"] - row).sum(1).argmin()) for row in one.groups["fc"]]
+    assert len(set(where)) == 8
+    assert one.labels.tolist() == y[where].tolist()
+    assert (one.samples, one.total) == (8, 40)
+
+
+def test_unusable_data_is_named():
+    # a string, a batch of three, and a mapping without tensors
+    model = Net().eval()
+    with pytest.raises(DataError, match="is a str"):
+        collect_features(model, "folder", map_of(model))
+    with pytest.raises(DataError, match="tuple of 3"):
+        collect_features(model, iter([(torch.zeros(1), 2, 3)]), map_of(model))
+    with pytest.raises(DataError, match="no tensor"):
+        collect_features(model, iter([{"text": "words"}]), map_of(model))
+
+
+def test_transferability_rises_with_depth_on_the_task_the_network_knows():
+    # trained on these classes: the last depth separates them better than the first, and LEEP of its own
+    # head is near 0
+    model = pretrained()
+    x, y = images(240, seed=2)
+    found = transferability(model, (x, y), layers=map_of(model))
+    first, last = found.depths[0], found.last
+    assert last.group == "fc"
+    assert last.probe > first.probe
+    assert last.logme > first.logme
+    assert found.head_leep > -0.5
+    assert found.chance == 0.25
+    assert found.best.probe >= last.probe
+    assert "stage0" in str(found)
+
+
+def test_one_sample_a_class_cannot_be_scored():
+    # as many classes as samples: the message gives the numbers
+    model = Net().eval()
+    x, _ = images(6)
+    with pytest.raises(DataError, match="6 samples of 6 classes"):
+        score_depths(collect_features(model, (x, torch.arange(6)), map_of(model)))
+
+
+def test_scores_without_labels_are_refused():
+    # unlabelled data has no transferability
+    model = Net().eval()
+    with pytest.raises(DataError, match="no labels"):
+        transferability(model, images(6)[0], layers=map_of(model))
+
+
+def test_model_of_values_without_positions():
+    # a plain network on vectors: features are the outputs themselves, and there are no image figures
+    from layerwise.layers.layermap import LayerGroup, LayerMap
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    layers = LayerMap(
+        (LayerGroup("0", "trunk", ("0", "1"), ("0.weight", "0.bias"), 30),
+         LayerGroup("2", "head", ("2",), ("2.weight", "2.bias"), 14)),
+        "layers",
+        outputs=("2",),
+    )  # fmt: skip
+    x = torch.randn(9, 4)
+    found = collect_features(model, x, layers)
+    np.testing.assert_allclose(found.groups["0"], model[:2](x).detach().numpy(), rtol=1e-6)
+    assert found.modality == "values"
+    assert found.inputs == {}

@@ -1,0 +1,225 @@
+"""Shift on a small trained network: where it sits, what moved, and that nothing is not called something."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from layerwise.choosing.shift import Shift, shift
+from layerwise.choosing.signature import Signature, signature
+from layerwise.errors import DataError, ModelError
+
+from .small import Net, images, map_of, pretrained
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrained()
+
+
+@pytest.fixture(scope="module")
+def sketch(model):
+    return signature(model, images(400, seed=1)[0], layers=map_of(model))
+
+
+def measured(model, target, source=None, **options):
+    return shift(model, target, source, layers=map_of(model), **options)
+
+
+def corrupted(x, kind, strength):
+    generator = torch.Generator().manual_seed(5)
+    if kind == "noise":
+        return x + strength * torch.randn(x.shape, generator=generator)
+    if kind == "contrast":
+        return (x - x.mean((1, 2, 3), keepdim=True)) / (1 + 2 * strength)
+    if kind == "grey":
+        return x.mean(1, keepdim=True).expand_as(x)
+    small = nn.functional.interpolate(x, scale_factor=1 / 4, mode="area")
+    return nn.functional.interpolate(small, size=x.shape[2:], mode="bilinear")
+
+
+def test_fresh_data_of_the_same_domain_shows_no_shift(model, sketch):
+    # against running statistics, a signature and a source sample the overall interval contains zero
+    x, _ = images(300, seed=2)
+    for source in (None, sketch, images(400, seed=1)[0]):
+        found = measured(model, x, source)
+        assert found.overall.nothing
+        assert found.where == "none"
+        assert found.moved == ()
+
+
+def test_identical_arrays_show_no_shift(model):
+    # the same tensor as source and as target: every distance has zero in its interval
+    x, _ = images(200, seed=3)
+    found = measured(model, x, x)
+    assert found.overall.nothing
+    for group in found.groups:
+        assert group.frechet.nothing, group
+        assert group.mmd.nothing, group
+        assert group.proxy_a.nothing, group
+        assert group.cka.high > 0.95, group
+
+
+@pytest.mark.parametrize("against", ["norms", "signature"])
+def test_low_level_corruption_raises_the_early_groups_first(model, sketch, against):
+    # slight pixel noise: the first stage leaves zero while the last has not; more noise, more shift
+    x, _ = images(300, seed=2)
+    source = None if against == "norms" else sketch
+    weak, strong = (measured(model, corrupted(x, "noise", s), source) for s in (0.3, 1.0))
+    assert weak.method == against
+    assert not weak.groups[0].main.nothing
+    assert weak.groups[0].main.value > 2 * weak.groups[3].main.value
+    assert weak.where == "early"
+    assert strong.overall.low > weak.overall.high
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "sign"),
+    [("noise", "noise", 1), ("contrast", "contrast", -1), ("grey", "colour", -1), ("blur", "resolution", -1)],
+)
+def test_the_dimension_that_moved_is_named(model, sketch, kind, name, sign):
+    # each corruption is found on the raw inputs, with its direction
+    x, _ = images(300, seed=2)
+    source = signature(model, corrupted(x, "noise", 0.2), layers=map_of(model)) if kind == "blur" else sketch
+    found = measured(model, corrupted(x, kind, 1.0), source)
+    moved = {entry.name: entry.effect.value for entry in found.moved}
+    assert name in moved
+    assert np.sign(moved[name]) == sign
+    if kind != "blur":  # which also takes the noise away
+        assert found.moved[0].name == name
+
+
+def test_label_permutation_is_not_an_input_shift_and_lowers_logme(model, sketch):
+    # the inputs are the same, so the shift is; transferability falls at every depth
+    x, y = images(300, seed=2)
+    permuted = y[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    found, shuffled = (measured(model, (x, labels), sketch) for labels in (y, permuted))
+    assert shuffled.overall == found.overall
+    assert shuffled.overall.nothing
+    for before, after in zip(found.labels.transfer.depths, shuffled.labels.transfer.depths):
+        assert after.logme < before.logme
+    assert found.labels.separable > shuffled.labels.separable + 0.3
+
+
+def test_signature_and_its_source_give_the_same_figures(model, tmp_path):
+    # measuring against data, its signature, and the saved file agree (the file within half precision)
+    source, target = images(100, seed=1)[0], corrupted(images(100, seed=2)[0], "noise", 0.5)
+    made = signature(model, source, layers=map_of(model))
+    path = made.save(tmp_path / "sig.safetensors")
+    direct, stored, read = (measured(model, target, s, draws=50) for s in (source, made, path))
+    assert [g.frechet for g in direct.groups] == [g.frechet for g in stored.groups]
+    for one, other in zip(direct.groups, read.groups):
+        assert other.frechet.value == pytest.approx(one.frechet.value, rel=1e-4)
+        assert other.mmd.value == pytest.approx(one.mmd.value, abs=2e-3)
+    assert path.stat().st_size < 40_000
+
+
+def test_shift_leaves_model_modes_hooks_and_random_state_alone(model):
+    # weights, buffers, train flags, hooks and generators are as before, also when a batch fails
+    subject = copy.deepcopy(model).train()
+    subject.stage1.eval()
+    before = {k: v.clone() for k, v in subject.state_dict().items()}
+    modes = [m.training for m in subject.modules()]
+    state = torch.get_rng_state()
+    measured(subject, images(40)[0])
+    with pytest.raises(RuntimeError):
+        measured(subject, torch.ones(4, 5, 8, 8))  # five channels do not fit
+    assert all(torch.equal(before[k], v) for k, v in subject.state_dict().items())
+    assert [m.training for m in subject.modules()] == modes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in subject.modules())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_result_is_a_function_of_its_arguments(model, sketch):
+    # equal arguments, equal result; another seed draws other samples
+    x, _ = images(300, seed=2)
+    one, same, other = (measured(model, x, sketch, max_samples=64, seed=s) for s in (1, 1, 2))
+    assert one == same
+    assert one.overall != other.overall
+
+
+def test_printing_and_plain_data(model, sketch):
+    # the table names every group and every moved input; the dictionary survives JSON
+    x, y = images(60, seed=2)
+    found = measured(model, (corrupted(x, "grey", 1), y), sketch, draws=50)
+    text = str(found)
+    assert all(name in text for name in ("stage0", "fc", "frechet", "colour", "moved", "LogME"))
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["moved"] == [entry.name for entry in found.moved]
+    assert data["groups"][0]["frechet"]["value"] == found.groups[0].frechet.value
+    assert isinstance(found, Shift)
+
+
+def test_network_without_norms_and_source_says_what_is_missing():
+    # the message names the command that makes a signature
+    model = Net(norm=False)
+    with pytest.raises(ModelError, match=r"no layer with running statistics.*layerwise signature MODEL"):
+        measured(model, images(20)[0])
+
+
+def test_network_without_norms_works_with_a_source():
+    # the same network is measured once there is a source
+    model = pretrained(norm=False)
+    x, _ = images(200, seed=2)
+    assert measured(model, x, images(200, seed=1)[0]).overall.nothing
+    assert not measured(model, corrupted(x, "noise", 1.0), images(200, seed=1)[0]).overall.nothing
+
+
+def test_source_of_another_resolution_or_modality_is_refused(model):
+    # 24 and 32 pixels, and token ids, are not comparable; both sides are named
+    with pytest.raises(DataError, match=r"3x32x32.*3x24x24"):
+        measured(model, images(20)[0], images(20, size=32)[0])
+    other = signature(model, images(20)[0], layers=map_of(model))
+    tokens = Signature(**{**other.__dict__, "modality": "tokens", "shape": (7,)})
+    with pytest.raises(DataError, match="tokens inputs"):
+        measured(model, images(20)[0], tokens)
+
+
+def test_signature_of_another_network_is_refused(model):
+    # widths differ: the groups are named
+    wide = pretrained(widths=(8, 12, 20, 24))
+    made = signature(wide, images(20)[0], layers=map_of(wide))
+    with pytest.raises(ModelError, match="stage2"):
+        measured(model, images(20)[0], made)
+
+
+def test_one_class_is_noted_and_the_shift_still_measured(model):
+    # labels of one class tell nothing; the inputs still do
+    x, _ = images(40)
+    found = measured(model, (x, torch.zeros(40, dtype=torch.long)))
+    assert found.labels is None
+    assert any("the label 0" in note for note in found.notes)
+    assert found.groups
+
+
+def test_bad_arguments_are_named(model):
+    # one sample, too few draws, no data, unequal numbers of inputs and labels, float labels
+    x, y = images(20)
+    with pytest.raises(DataError, match="at least two samples"):
+        measured(model, x[:1])
+    with pytest.raises(DataError, match="draws is 3"):
+        measured(model, x, draws=3)
+    with pytest.raises(DataError, match="no samples"):
+        measured(model, x[:0])
+    with pytest.raises(DataError, match="20 inputs came with 19 labels"):
+        measured(model, (x, y[:19]))
+    with pytest.raises(DataError, match="one integer for each sample"):
+        measured(model, (x, y.float()))
+
+
+def test_damaged_and_foreign_signature_files_are_refused(model, tmp_path):
+    # missing, truncated, and a safetensors file of something else
+    from safetensors.torch import save_file
+
+    path = signature(model, images(20)[0], layers=map_of(model)).save(tmp_path / "sig.safetensors")
+    with pytest.raises(DataError, match="no signature at"):
+        Signature.load(tmp_path / "none.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="cannot be read"):
+        Signature.load(tmp_path / "cut.safetensors")
+    save_file({"w": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(DataError, match="no layerwise signature"):
+        Signature.load(tmp_path / "weights.safetensors")
