@@ -1,0 +1,40 @@
+"""Downloads that libraries do on their own: recognise their failures, and say what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from layerwise.errors import ModelError
+
+T = TypeVar("T")
+
+
+def fetch(spec: str, create: Callable[[], T]) -> T:
+    """Return what `create` makes, which may download pretrained weights.
+
+    Raises:
+        ModelError: the download failed; the message names `spec` and the ways to do without.
+    """
+    try:
+        return create()
+    except Exception as error:
+        if not is_download_error(error):
+            raise
+        raise ModelError(
+            f"the pretrained weights of {spec!r} could not be downloaded ({first_line(error)}). Fetch the "
+            f"file on a machine with a network and give it: --weights FILE (weights= in Python). Random "
+            f"weights: pretrained=False."
+        ) from error
+
+
+def is_download_error(error: BaseException) -> bool:
+    """Return whether `error` is one that the libraries' downloads fail with."""
+    # huggingface_hub lets errors of its HTTP library through, which are no OSErrors, beside its own.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(names & {"HTTPError", "HfHubHTTPError", "TransportError"})
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,315 @@
+"""Open models of the transformers library: a local folder or a hub id, with tokenizer or image settings.
+
+Code that comes with a model on a hub is never run: ``trust_remote_code`` stays off in every call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.errors import MissingExtraError, ModelError, did_you_mean
+from layerwise.sources.fetching import first_line, is_download_error
+from layerwise.sources.fitting import Mismatched, load_file
+from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, example_image
+from layerwise.sources.preprocessing import Preprocessing, from_image_processor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+AUTO_CLASSES: dict[Task, str] = {
+    "image_classification": "AutoModelForImageClassification",
+    "text_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+}
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
+EXAMPLE_TEXTS = ["A short text.", "Another text, which is somewhat longer than the first."]
+
+
+def open_model(
+    spec: str,
+    name: str,
+    *,
+    num_classes: int | None,
+    weights: str | Path | None,
+    pretrained: bool,
+    input_size: int | tuple[int, int] | None,
+    preprocessing: Preprocessing | None,
+    task: Task | None,
+    problem: str | None,
+    mismatched: Mismatched,
+) -> OpenedModel:
+    """Return the transformers model at `name`; see `layerwise.sources.models.open_model`.
+
+    The output layer is made by transformers itself, so that the configuration says the right number of
+    labels and `save_pretrained` writes a folder that others can load.
+    """
+    transformers = _transformers(spec)
+    transformers.logging.set_verbosity_error()  # what it would print stands in `notes`
+    folder = _local_folder(spec, name)
+    config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+    task = task or _task_of(spec, config, transformers)
+    if task not in TASKS:
+        raise ModelError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
+    if problem not in (None, *PROBLEMS):
+        raise ModelError(f"problem is {problem!r}; expected one of {', '.join(PROBLEMS)}.")
+    labelled = task.endswith("classification")
+    if num_classes is not None and not labelled:
+        raise ModelError(f"num_classes is {num_classes}, but a model for {task} has no classes.")
+    old_classes = config.num_labels if labelled else None
+    if num_classes is not None and num_classes != config.num_labels:
+        config.num_labels = num_classes
+    if problem is not None:
+        config.problem_type = problem
+
+    auto = getattr(transformers, AUTO_CLASSES[task])
+    notes: list[str] = []
+    download = pretrained and weights is None
+    if download:
+        if folder is not None:
+            _require_weights(spec, folder)
+        model, info = _read(
+            spec,
+            lambda: auto.from_pretrained(
+                name,
+                config=config,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            ),
+        )
+        replaced, found = _loading_notes(spec, model, info, old_classes, num_classes)
+        notes.extend(found)
+    else:
+        model = _read(spec, lambda: auto.from_config(config, trust_remote_code=False))
+        replaced = None
+    if weights is not None:
+        loaded = load_file(
+            spec,
+            model,
+            Path(weights),
+            num_classes=num_classes,
+            outputs=lambda: _head_modules(model),
+            resize=None,  # its labels are set by the configuration, before it is built
+            mismatched=mismatched,
+        )
+        notes.extend(loaded.notes)
+        if loaded.head_is_new and num_classes is not None:
+            replaced = ReplacedHead(_head_modules(model), None, num_classes)
+    if replaced is not None:
+        notes.append(str(replaced))
+
+    tokenizer: Any = None
+    example: Any = None
+    if task == "image_classification":
+        if preprocessing is None:
+            preprocessing = _image_settings(spec, name, transformers)
+        if input_size is not None:
+            preprocessing = preprocessing.at(input_size)
+        example = example_image(preprocessing)
+    else:
+        tokenizer = open_tokenizer(spec, name, model, notes)
+        example = dict(tokenizer(EXAMPLE_TEXTS, padding=True, return_tensors="pt"))
+    return OpenedModel(
+        model=model.eval(),
+        spec=spec,
+        task=task,
+        weights=str(weights) if weights is not None else "pretrained" if download else "random",
+        num_classes=config.num_labels if labelled else None,
+        preprocessing=preprocessing if task == "image_classification" else None,
+        tokenizer=tokenizer,
+        example_input=example,
+        replaced_head=replaced,
+        notes=tuple(notes),
+    )
+
+
+def open_tokenizer(spec: str, name: str, model: nn.Module, notes: list[str]) -> Any:
+    """Return the tokenizer at `name`, checked against `model`; it is given a padding token if it has none.
+
+    Args:
+        spec: for messages.
+        name: folder or hub id.
+        model: a transformers model; its configuration gets the id of the padding token.
+        notes: gets a line where something was chosen.
+
+    Raises:
+        ModelError: there is no tokenizer, or it makes ids that the model has no embedding for.
+    """
+    transformers = _transformers(spec)
+    tokenizer = _read(
+        spec, lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer"
+    )
+    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest < 0:
+        raise ModelError(f"{spec!r} has a tokenizer without a vocabulary. Give a folder with its tokenizer.")
+    if highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {spec!r} does not fit its model: its ids go up to {highest}, and the model "
+            f"has {rows} embeddings. Expected the tokenizer that the model was trained with; put its files "
+            f"into the model's folder."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"the tokenizer of {spec!r} has neither a padding nor an end token; expected one, to make "
+                f"texts of one length. Set pad_token in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        notes.append(f"the tokenizer has no padding token: the end token {tokenizer.eos_token!r} is used")
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        # Decoders that classify look for the last token that is no padding.
+        config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _transformers(spec: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "text", f"The model {spec!r}") from error
+    return transformers
+
+
+def _local_folder(spec: str, name: str) -> Path | None:
+    """Return the folder that `name` means, None for a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            raise ModelError(
+                f"folder {name!r} has no config.json, so it is not a transformers model (it holds {inside}). "
+                f"Expected what save_pretrained writes."
+            )
+        return path
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()
+    if looks_local:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(
+            f"there is no folder {name!r}.{did_you_mean(path.name, siblings)} Expected one with config.json "
+            f"and weights, or a hub id such as hf:google-bert/bert-base-uncased."
+        )
+    return None
+
+
+def _read(spec: str, call: Any, what: str = "model") -> Any:
+    """Return what `call` reads; the library's errors become one that says what to do."""
+    try:
+        return call()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        reason = first_line(error)
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise ModelError(
+                f"{spec!r} brings its own Python code, which layerwise never runs. Open the model yourself "
+                f"in a function after reading that code, and give FILE.py:FUNCTION."
+            ) from error
+        local = Path(spec.partition(":")[2]).expanduser().is_dir()
+        if is_download_error(error) and not local:
+            raise ModelError(
+                f"the {what} of {spec!r} could not be downloaded ({reason}). Check the id; without a "
+                f"network, fetch the folder elsewhere and give hf:FOLDER."
+            ) from error
+        raise ModelError(
+            f"the {what} of {spec!r} cannot be opened: {type(error).__name__}: {reason}. Expected a folder "
+            f"or hub id with a transformers configuration, weights, and a tokenizer or image processor."
+        ) from error
+    except Exception as error:
+        if not is_download_error(error):
+            raise
+        raise ModelError(f"the {what} of {spec!r} could not be downloaded ({first_line(error)}).") from error
+
+
+def _task_of(spec: str, config: Any, transformers: Any) -> Task:
+    """Return what a configuration's model is for, as its library's own tables say."""
+    from transformers.models.auto import modeling_auto as tables
+
+    for architecture in config.architectures or ():
+        for ending, task in (
+            ("ForImageClassification", "image_classification"),
+            ("ForSequenceClassification", "text_classification"),
+            ("ForTokenClassification", "token_classification"),
+        ):
+            if architecture.endswith(ending):
+                return task  # type: ignore[return-value]
+    if config.model_type in tables.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return "image_classification"
+    if config.model_type in tables.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return "text_classification"
+    raise ModelError(
+        f"{spec!r} is a {config.model_type!r} model, which transformers has no image or text classifier for. "
+        f"Name another task (task=), or give FILE.py:FUNCTION."
+    )
+
+
+def _require_weights(spec: str, folder: Path) -> None:
+    if any(found for pattern in WEIGHT_FILES for found in folder.glob(pattern)):
+        return
+    inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+    raise ModelError(
+        f"folder {str(folder)!r} has no weights (it holds {inside}). Expected model.safetensors beside "
+        f"config.json. Give a file (--weights FILE), or start from random weights (pretrained=False)."
+    )
+
+
+def _loading_notes(
+    spec: str, model: nn.Module, info: Mapping[str, Any], old_classes: int | None, num_classes: int | None
+) -> tuple[ReplacedHead | None, list[str]]:
+    """Return the output layer that is new, and lines about other tensors that did not match.
+
+    Raises:
+        ModelError: tensors of the network's body have no weights.
+    """
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
+    new = sorted(set(info["missing_keys"]) | mismatched)
+    # A pooler counts as head: encoders pretrained on words alone are published without one.
+    body = f"{model.base_model_prefix}."
+    in_body = [name for name in new if name.startswith(body) and "pooler" not in name]
+    if in_body:
+        raise ModelError(
+            f"the weights of {spec!r} do not fit its configuration: {len(in_body)} tensors of the body are "
+            f"missing or of another shape ({', '.join(in_body[:5])}). Expected weights and config.json of "
+            f"one model."
+        )
+    notes = []
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        shown = ", ".join(unexpected[:3]) + (", ..." if len(unexpected) > 3 else "")
+        notes.append(f"{len(unexpected)} tensors of the file are not used ({shown})")
+    modules = tuple(dict.fromkeys(n.rpartition(".")[0] for n in new))
+    if not modules:
+        return None, notes
+    from_file = old_classes if mismatched else None
+    return ReplacedHead(modules, from_file, num_classes or int(model.config.num_labels)), notes  # type: ignore
+
+
+def _head_modules(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the modules with parameters outside the network's body."""
+    body = str(model.base_model_prefix) + "."
+    names = [name for name, _ in model.named_parameters() if not name.startswith(body)]
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def _image_settings(spec: str, name: str, transformers: Any) -> Preprocessing:
+    # Read as plain data: no processor object is needed, and none of its packages.
+    settings: Any = None
+    local = Path(name).expanduser() / "preprocessor_config.json"
+    if local.is_file():
+        try:
+            settings = json.loads(local.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{str(local)!r} is not JSON ({error}). Fetch it again.") from error
+    if settings is None:
+        processor = _read(
+            spec,
+            lambda: transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False),
+            "image processor",
+        )
+        settings = processor.to_dict()
+    return from_image_processor(settings)

@@ -1,0 +1,270 @@
+"""Open a model by name: ``timm:NAME``, ``torchvision:NAME``, ``hf:PATH_OR_ID``, ``file.py:function``.
+
+What differs between the libraries ends here: the caller gets the network with its weights, an output
+layer for the classes at hand, and the preprocessing that the weights were trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from layerwise.errors import MissingExtraError, ModelError, did_you_mean
+from layerwise.sources.fetching import fetch
+from layerwise.sources.fitting import Mismatched, fit_head, load_file, output_layers, replace_head
+from layerwise.sources.opened import OpenedModel, Task, example_image
+from layerwise.sources.preprocessing import Preprocessing, from_timm, from_torchvision
+from layerwise.sources.userfile import call_function
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SOURCES = ("timm", "torchvision", "hf")
+DEFAULT_PREPROCESSING = Preprocessing(crop=(224, 224), resize=256)
+
+
+def open_model(
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    input_size: int | tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    task: Task | None = None,
+    problem: str | None = None,
+    mismatched: Mismatched = "error",
+) -> OpenedModel:
+    """Return the model called `spec`, its weights loaded and its output layer fit for `num_classes`.
+
+    Args:
+        spec: ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or ``hf:ID`` (transformers), or
+            ``path/to/file.py:function``, your own function, which returns an ``nn.Module`` or a pair of
+            one and its `Preprocessing`. The file is run, as by ``import``; code that comes with a model
+            on a hub never is.
+        num_classes: how many outputs are wanted. Where the model has another number, its output layer is
+            replaced by a new one (randomly initialised from torch's global generator). None keeps it.
+        weights: a file to load instead of the library's own: ``.safetensors``, or ``.pth`` and kin,
+            which are refused if they hold more than tensors. Names may carry the prefix of a wrapper
+            (``module.``); if names differ altogether, tensors are paired in order where shapes and last
+            name components agree for every pair, and `notes` says so.
+        pretrained: load the library's own pretrained weights (downloaded, or from its local store) when
+            there are no `weights`. False gives a random initialisation.
+        input_size: side, or height and width, in pixels, instead of the model's own.
+        preprocessing: of images, instead of what the model's library names.
+        task: for ``hf:``, what the model is for; None reads it from its configuration.
+        problem: for ``hf:`` text classification, transformers' ``problem_type``:
+            ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
+        mismatched: what to do with `weights` of another number of classes than asked for:
+            ``"error"``, or ``"drop_head"``: load all but the output layer, and make that anew.
+
+    Raises:
+        ModelError: there is no such model (the closest names are listed), its weights cannot be
+            fetched, read, or fitted to it, or `weights` has other classes.
+        MissingExtraError: the library is not installed.
+    """
+    kind, name = _split(spec)
+    if num_classes is not None and num_classes < 1:
+        raise ModelError(f"num_classes is {num_classes}; expected at least 1.")
+    if kind == "hf":
+        from layerwise.sources import huggingface
+
+        return huggingface.open_model(
+            spec,
+            name,
+            num_classes=num_classes,
+            weights=weights,
+            pretrained=pretrained,
+            input_size=input_size,
+            preprocessing=preprocessing,
+            task=task,
+            problem=problem,
+            mismatched=mismatched,
+        )
+    if task not in (None, "image_classification"):
+        raise ModelError(
+            f"task is {task!r}, but {spec!r} is an image model; only hf: models have other tasks."
+        )
+
+    wanted = _Wanted(spec, name, num_classes, download=pretrained and weights is None)
+    found = {"timm": _open_timm, "torchvision": _open_torchvision, "file": _open_file}[kind](wanted)
+    model, own, notes = found.model, found.preprocessing, list(found.notes)
+    if preprocessing is None and own is None:
+        own = DEFAULT_PREPROCESSING
+        notes.append("preprocessing not known: images cropped to 224 px, normalised as for ImageNet")
+    settings = preprocessing or own
+    assert settings is not None  # one of the two is set
+    if input_size is not None:
+        exact = kind == "timm" and preprocessing is None
+        settings = from_timm(model, input_size) if exact else settings.at(input_size)
+    native = example_image(own or settings)
+
+    origin = found.origin
+    head_is_new = False
+    classes = found.classes
+    if weights is not None:
+        loaded = load_file(
+            spec,
+            model,
+            Path(weights),
+            num_classes=num_classes,
+            outputs=lambda: output_layers(model, native),
+            resize=lambda classes: replace_head(model, classes, native),
+            mismatched=mismatched,
+        )
+        origin, head_is_new, classes = str(weights), loaded.head_is_new, loaded.classes or classes
+        notes.extend(loaded.notes)
+    replaced = fit_head(model, num_classes, classes, native, is_new=head_is_new)
+    if replaced is not None:
+        notes.append(str(replaced))
+    if own is not None and settings.crop != own.crop:
+        _set_input_size(spec, model, settings.crop)
+    return OpenedModel(
+        model=model.eval(),
+        spec=spec,
+        task="image_classification",
+        weights=origin,
+        num_classes=num_classes if num_classes is not None else classes,
+        preprocessing=settings,
+        example_input=example_image(settings),
+        replaced_head=replaced,
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What was asked for: the whole spec, the name in it, classes, and whether to fetch weights."""
+
+    spec: str
+    name: str
+    num_classes: int | None
+    download: bool
+
+
+@dataclass
+class _Found:
+    """A model as its library makes it: with `classes` outputs where that is known."""
+
+    model: nn.Module
+    origin: str
+    preprocessing: Preprocessing | None = None
+    classes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _split(spec: str) -> tuple[str, str]:
+    """Return the kind of source (``"timm"``, ``"torchvision"``, ``"hf"``, ``"file"``) and the rest."""
+    kind, colon, name = spec.partition(":")
+    if kind in SOURCES and name:
+        return kind, name
+    path, colon, function = spec.rpartition(":")
+    if colon and path.endswith(".py") and function.isidentifier():
+        return "file", spec
+    if Path(spec.partition(":")[0]).suffix == ".py":
+        hint = f"Name the function in it: {path or spec}:build_model"
+    elif kind in SOURCES:
+        hint = f"Add a name after {kind}:"
+    elif Path(spec).is_dir():
+        hint = f"For a transformers folder: hf:{spec}"
+    else:
+        close = did_you_mean(kind, SOURCES, count=1) if colon else ""
+        hint = close.strip() or f"For a model of timm: timm:{spec}"
+    raise ModelError(
+        f"model {spec!r} is not understood; expected timm:NAME, torchvision:NAME, hf:FOLDER_OR_ID or "
+        f"FILE.py:FUNCTION. {hint}"
+    )
+
+
+def _open_timm(wanted: _Wanted) -> _Found:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError("timm", "vision", f"The model {wanted.spec!r}") from error
+
+    name = wanted.name
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise _unknown(wanted.spec, architecture, timm.list_models(), "timm")
+    tags = [known for known in timm.list_pretrained(f"{architecture}.*") if "." in known]
+    if tag and name not in tags:
+        raise _unknown(wanted.spec, name, tags, "timm")
+    if wanted.download and not tags:
+        raise ModelError(
+            f"timm has no pretrained weights for {name!r}. Give a file (--weights FILE, weights= in "
+            f"Python), or start from random weights (pretrained=False)."
+        )
+    model = fetch(wanted.spec, lambda: timm.create_model(name, pretrained=wanted.download))
+    return _Found(
+        model=model,
+        origin="pretrained" if wanted.download else "random",
+        preprocessing=from_timm(model),
+        classes=int(model.num_classes),
+    )
+
+
+def _open_torchvision(wanted: _Wanted) -> _Found:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise MissingExtraError("torchvision", "vision", f"The model {wanted.spec!r}") from error
+
+    name = wanted.name.lower()
+    known = models.list_models(module=models)
+    if name not in known:
+        if name in models.list_models():
+            raise ModelError(
+                f"torchvision's {name!r} is not an image classifier, so it cannot be opened by name. "
+                f"Write a function that returns it, and give FILE.py:FUNCTION."
+            )
+        raise _unknown(wanted.spec, name, known, "torchvision")
+    entry = models.get_model_weights(name).DEFAULT
+    options: dict[str, Any] = {"weights": entry if wanted.download else None}
+    if name in ("googlenet", "inception_v3") and not wanted.download:
+        # Without weights these two warn until they are told to initialise, and leave the pixels as they
+        # are; with them they undo ImageNet's normalisation inside. A file of weights expects the latter.
+        options |= {"init_weights": True, "transform_input": True}
+    model = fetch(wanted.spec, lambda: models.get_model(name, **options))
+    return _Found(
+        model=model,
+        origin="pretrained" if wanted.download else "random",
+        preprocessing=from_torchvision(entry),
+        classes=len(entry.meta["categories"]),
+    )
+
+
+def _open_file(wanted: _Wanted) -> _Found:
+    model, preprocessing = call_function(wanted.spec, wanted.num_classes)
+    return _Found(model, "as returned", preprocessing)
+
+
+def _unknown(spec: str, name: str, known: Iterable[str], library: str) -> ModelError:
+    known = list(known)
+    listing = {
+        "timm": "python -c 'import timm; print(timm.list_models())'",
+        "torchvision": "python -c 'import torchvision; print(torchvision.models.list_models())'",
+    }[library]
+    return ModelError(
+        f"{library} has no model {spec.partition(':')[2]!r}.{did_you_mean(name, known)} "
+        f"Names are listed by: {listing}"
+    )
+
+
+def _set_input_size(spec: str, model: nn.Module, size: tuple[int, int]) -> None:
+    """Tell a model that is built for one size that inputs have another, its weights loaded already."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if config.get("fixed_input_size"):
+        if not hasattr(model, "set_input_size"):
+            raise ModelError(
+                f"{spec!r} works at {config['input_size'][1]} px only; expected no input_size, or a model "
+                f"without a fixed size."
+            )
+        cast(Any, model).set_input_size(img_size=size)
+    fixed = getattr(model, "image_size", None)  # torchvision's vision transformers
+    if isinstance(fixed, int) and size != (fixed, fixed):
+        raise ModelError(
+            f"{spec!r} works at {fixed} px only, {size[0]}x{size[1]} was asked for. timm's vision "
+            f"transformers take other sizes, e.g. timm:vit_base_patch16_224."
+        )

@@ -1,0 +1,113 @@
+"""Split samples into parts by a seed: stratified by class, or keeping what belongs together on one side."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+
+from layerwise.errors import DataError
+
+
+def stratified_split(
+    labels: Sequence[Hashable], fracs: Sequence[float], *, seed: int, names: Sequence[str] = ("val", "test")
+) -> list[list[int]]:
+    """Return the indices of the parts of a split in which every class has the same share of each part.
+
+    Of each class, ``round(frac * n)`` samples go to a part, and at least one where `frac` is above 0; the
+    rest is the first part (train). Nothing but `labels` and `seed` decides, so the same files give the
+    same split on every machine.
+
+    Args:
+        labels: the class of each sample.
+        fracs: share of each further part, in [0, 1), their sum below 1; 0 gives an empty part.
+        seed: of Python's generator, made anew here.
+        names: of the further parts, for messages.
+
+    Returns:
+        One sorted list of indices for train, then one for each of `fracs`.
+
+    Raises:
+        DataError: a share is out of range, or a class has too few samples for one in each part.
+
+    >>> [len(part) for part in stratified_split(["a"] * 8 + ["b"] * 4, [0.25], seed=0)]
+    [9, 3]
+    """
+    if any(not 0 <= frac < 1 for frac in fracs) or sum(fracs) >= 1:
+        shares = ", ".join(f"{name}_frac={frac}" for name, frac in zip(names, fracs))
+        raise DataError(f"{shares}: expected shares of at least 0 whose sum is below 1.")
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    wanted = sum(frac > 0 for frac in fracs) + 1
+    small = {label: len(indices) for label, indices in members.items() if len(indices) < wanted}
+    if small:
+        listed = ", ".join(f"{label!r} has {count}" for label, count in sorted(small.items(), key=str))
+        raise DataError(
+            f"{len(small)} classes are too small to be split into {wanted} parts ({listed}); expected at "
+            f"least {wanted} samples of each class. Add samples, leave the classes out, or set a share to 0."
+        )
+    parts: list[list[int]] = [[] for _ in range(len(fracs) + 1)]
+    generator = random.Random(seed)
+    for label in sorted(members, key=str):
+        indices = members[label]
+        generator.shuffle(indices)
+        for part, count in zip(parts[1:], _counts(len(indices), fracs)):
+            part.extend(indices[:count])
+            indices = indices[count:]
+        parts[0].extend(indices)
+    return [sorted(part) for part in parts]
+
+
+def _counts(total: int, fracs: Sequence[float]) -> list[int]:
+    """Return how many of `total` samples each part gets; at least one is left for train."""
+    counts = [max(1, round(frac * total)) if frac > 0 else 0 for frac in fracs]
+    while sum(counts) >= total:
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def grouped_split(
+    groups: Sequence[Hashable], fracs: Sequence[float], *, seed: int, names: Sequence[str] = ("val", "test")
+) -> list[list[int]]:
+    """Return the indices of the parts of a split in which all samples of one group are in one part.
+
+    For samples that are near copies of each other (photos of one object, packages built from one
+    source): a random split would put copies on both sides and flatter the result. Groups are drawn in
+    random order and given to the part that lacks most samples, so shares are met up to one group's size.
+    Classes are not balanced.
+
+    Args:
+        groups: what belongs together, for each sample.
+        fracs: share of samples of each further part, in [0, 1), their sum below 1.
+        seed: of Python's generator, made anew here.
+        names: of the further parts, for messages.
+
+    Raises:
+        DataError: a share is out of range, or there are fewer groups than parts.
+
+    >>> grouped_split(["x", "x", "y", "z"], [0.25], seed=1)[1] in ([2], [3])
+    True
+    """
+    if any(not 0 <= frac < 1 for frac in fracs) or sum(fracs) >= 1:
+        shares = ", ".join(f"{name}_frac={frac}" for name, frac in zip(names, fracs))
+        raise DataError(f"{shares}: expected shares of at least 0 whose sum is below 1.")
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    wanted = sum(frac > 0 for frac in fracs) + 1
+    if len(members) < wanted:
+        raise DataError(f"{len(members)} groups cannot be split into {wanted} parts that share none.")
+    # By size, ties at random: what is left for the end is small, so that the shares come out close.
+    order = sorted(members, key=str)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda group: -len(members[group]))
+    targets = [frac * len(groups) for frac in (1 - sum(fracs), *fracs)]
+    parts: list[list[int]] = [[] for _ in targets]
+    for group in order:
+        lacking = [
+            (target - len(part)) / target if target else -1.0
+            for target, part in zip(targets, parts, strict=True)
+        ]
+        parts[lacking.index(max(lacking))].extend(members[group])
+    return [sorted(part) for part in parts]

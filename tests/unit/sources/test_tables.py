@@ -1,0 +1,92 @@
+"""Tables of all kinds give the same rows, and say what is wrong with them."""
+
+import json
+
+import pytest
+
+from layerwise.errors import DataError
+from layerwise.sources.tables import read_rows
+
+ROWS = [{"text": 'a "quoted", one', "label": "x"}, {"text": "zwei\nZeilen ä", "label": "y"}]
+
+
+def written(tmp_path, suffix):
+    path = tmp_path / f"t{suffix}"
+    if suffix in (".csv", ".tsv"):
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter="," if suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n", encoding="utf-8")
+    elif suffix == ".json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_all_formats_give_the_same_rows(tmp_path, suffix):
+    assert read_rows(written(tmp_path, suffix), ["text", "label"]) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_missing_column_names_those_there_are(tmp_path, suffix):
+    with pytest.raises(
+        DataError, match=r"no column 'texts'; its columns are 'text', 'label'. Did you mean 'text'"
+    ):
+        read_rows(written(tmp_path, suffix), ["texts"])
+
+
+def test_wrong_encoding_names_the_line(tmp_path):
+    path = tmp_path / "w.csv"
+    path.write_bytes("text,label\nplain,a\nfür,b\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"not utf-8: line 3 has the byte 0xfc.*encoding='cp1252'"):
+        read_rows(path)
+    assert read_rows(path, encoding="cp1252")[1]["text"] == "für"
+    path.write_bytes("text,label\nä,b\n".encode("utf-16"))
+    with pytest.raises(DataError, match="encoding='utf-16'"):
+        read_rows(path)
+    with pytest.raises(DataError, match="encoding 'utf8000' is not known"):
+        read_rows(path, encoding="utf8000")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "a,b\n1,2\n1,2,3\n1\n", "line 3 has 3 cells, line 4 has 1 cells"),
+        ("b.csv", 'a,b\n"open,2\n', "malformed"),
+        ("c.csv", "a,a\n1,2\n", "two columns of one name"),
+        ("d.csv", "a,b\n", "no rows"),
+        ("e.csv", "", "no rows"),
+        ("f.jsonl", '{"a": 1}\nnope\n', "line 2"),
+        ("g.jsonl", '{"a": 1}\n3\n', "line 2 is a int"),
+        ("h.json", "[1, 2", "not JSON"),
+        ("i.parquet", "PAR1", "not a whole Parquet file"),
+        ("j.xlsx", "x", "ends in '.xlsx'; expected one of .csv"),
+    ],
+)
+def test_malformed_tables(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_rows(tmp_path / name)
+
+
+def test_a_missing_table_names_a_neighbour(tmp_path):
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(DataError, match=r"Did you mean 'train\.csv'"):
+        read_rows(tmp_path / "trian.csv")
+
+
+def test_long_cells_are_read_and_the_limit_of_csv_is_left_as_it_was(tmp_path):
+    import csv
+
+    before = csv.field_size_limit()
+    (tmp_path / "l.csv").write_text("text\n" + "x" * 300_000 + "\n")
+    assert len(read_rows(tmp_path / "l.csv")[0]["text"]) == 300_000
+    assert csv.field_size_limit() == before
