@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from layerwise.tuning.calibration import calibrate_batchnorm as calibrate_batchnorm
     from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
     from layerwise.tuning.norms import training_mode as training_mode
+    from layerwise.tuning.watch import watch as watch
 
 _HOME = {
     "LayerGroup": "layerwise.layers.layermap",
@@ -65,6 +66,7 @@ _HOME = {
     "top_k": "layerwise.plans.strategies",
     "training_mode": "layerwise.tuning.norms",
     "ulmfit": "layerwise.plans.unfreezing",
+    "watch": "layerwise.tuning.watch",
 }
 
 __version__ = "0.1.0"

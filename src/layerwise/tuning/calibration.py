@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, ModelError, did_you_mean
-from layerwise.tuning.modes import held_modes, unwrapped
+from layerwise.tuning.modes import held_modes
 from layerwise.tuning.moments import Moments, clone_statistics, distributed, mean_shift, restore_statistics
 from layerwise.tuning.norm_layers import NormLayer, find_norms, shorten
 from layerwise.tuning.passes import Enough, Forward, Passes, before_forward, feed
+from layerwise.tuning.wrappers import unwrapped
 
 Method = Literal["exact", "one_pass", "moving"]
 METHODS: tuple[str, ...] = get_args(Method)

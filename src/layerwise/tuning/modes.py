@@ -131,17 +131,6 @@ def unpin(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     return tuple(freed)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network inside torch's wrappers: compile, DistributedDataParallel, DataParallel."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 @contextmanager
 def held_modes(model: nn.Module) -> Iterator[None]:
     """Put the mode of every module of `model` back on leaving, exceptions included.
