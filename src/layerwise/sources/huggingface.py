@@ -6,7 +6,8 @@ Code that comes with a model on a hub is never run: ``trust_remote_code`` stays 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,6 @@ def open_model(
     labels and `save_pretrained` writes a folder that others can load.
     """
     transformers = _transformers(spec)
-    transformers.logging.set_verbosity_error()  # what it would print stands in `notes`
     folder = _local_folder(spec, name)
     config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
     task = task or _task_of(spec, config, transformers)
@@ -146,9 +146,13 @@ def open_tokenizer(spec: str, name: str, model: nn.Module, notes: list[str]) -> 
         spec, lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer"
     )
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest < 0:
-        raise ModelError(f"{spec!r} has a tokenizer without a vocabulary. Give a folder with its tokenizer.")
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"the tokenizer of {spec!r} has no vocabulary. Expected tokenizer.json, vocab.txt or the like "
+            f"beside config.json."
+        )
+    highest = max(vocabulary.values())
     if highest >= rows:
         raise ModelError(
             f"the tokenizer of {spec!r} does not fit its model: its ids go up to {highest}, and the model "
@@ -202,8 +206,9 @@ def _local_folder(spec: str, name: str) -> Path | None:
 def _read(spec: str, call: Any, what: str = "model") -> Any:
     """Return what `call` reads; the library's errors become one that says what to do."""
     try:
-        return call()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        with _quiet():
+            return call()
+    except Exception as error:  # the library, its formats and its downloads raise all kinds
         reason = first_line(error)
         if "trust_remote_code" in str(error) or "custom code" in str(error):
             raise ModelError(
@@ -220,10 +225,22 @@ def _read(spec: str, call: Any, what: str = "model") -> Any:
             f"the {what} of {spec!r} cannot be opened: {type(error).__name__}: {reason}. Expected a folder "
             f"or hub id with a transformers configuration, weights, and a tokenizer or image processor."
         ) from error
-    except Exception as error:
-        if not is_download_error(error):
-            raise
-        raise ModelError(f"the {what} of {spec!r} could not be downloaded ({first_line(error)}).") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing what stands in `OpenedModel.notes`; its settings are put back."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _task_of(spec: str, config: Any, transformers: Any) -> Task:

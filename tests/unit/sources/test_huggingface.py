@@ -1,0 +1,180 @@
+"""Transformers folders open with the right head, tokenizer or image settings; no code of theirs runs."""
+
+import json
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+
+from layerwise.errors import ModelError
+from layerwise.sources.models import open_model
+from layerwise.sources.opened import TASKS
+from tiny_transformers import save_bert, save_gpt2, save_tokenizer, save_vit
+
+pytest.importorskip("transformers")
+
+
+def test_an_encoder_becomes_a_classifier(tmp_path):
+    theirs = save_bert(tmp_path)
+    opened = open_model(f"hf:{tmp_path}", num_classes=4)
+    assert opened.task == "text_classification"
+    assert opened.model(**opened.example_input).logits.shape == (2, 4)
+    assert set(opened.replaced_head.modules) == {"bert.pooler.dense", "classifier"}
+    assert torch.equal(
+        opened.model.bert.embeddings.word_embeddings.weight, theirs.bert.embeddings.word_embeddings.weight
+    )
+    assert any("are not used (cls.predictions" in note for note in opened.notes)
+    assert opened.preprocessing is None
+    assert opened.num_classes == 4
+
+
+def test_a_classifier_keeps_its_head_or_gets_one_for_other_classes(tmp_path):
+    theirs = save_bert(tmp_path, "BertForSequenceClassification", num_labels=3)
+    opened = open_model(f"hf:{tmp_path}")
+    assert (opened.num_classes, opened.replaced_head) == (3, None)
+    theirs.eval()
+    assert torch.equal(opened.model(**opened.example_input).logits, theirs(**opened.example_input).logits)
+    other = open_model(f"hf:{tmp_path}", num_classes=5)
+    assert other.replaced_head.modules == ("classifier",)
+    assert (other.replaced_head.old_classes, other.replaced_head.new_classes) == (3, 5)
+    assert other.model.config.num_labels == 5
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("token_classification", "BertForTokenClassification"),
+        ("masked_lm", "BertForMaskedLM"),
+        ("causal_lm", "GPT2LMHeadModel"),
+    ],
+)
+def test_other_tasks(tmp_path, task, kind):
+    (save_gpt2 if task == "causal_lm" else save_bert)(tmp_path)
+    opened = open_model(f"hf:{tmp_path}", task=task)
+    assert type(opened.model).__name__ == kind
+    assert opened.task == task
+    logits = opened.model(**opened.example_input).logits
+    assert logits.shape[:2] == opened.example_input["input_ids"].shape
+    assert task in TASKS
+
+
+def test_problem_is_written_to_the_configuration(tmp_path):
+    save_bert(tmp_path)
+    opened = open_model(f"hf:{tmp_path}", num_classes=3, problem="multi_label_classification")
+    assert opened.model.config.problem_type == "multi_label_classification"
+    with pytest.raises(ModelError, match="problem is 'multi'; expected one of single_label"):
+        open_model(f"hf:{tmp_path}", problem="multi")
+
+
+def test_a_decoder_without_padding_token_gets_one(tmp_path):
+    save_gpt2(tmp_path)
+    opened = open_model(f"hf:{tmp_path}", num_classes=2)
+    assert opened.tokenizer.pad_token == "[SEP]"
+    assert opened.model.config.pad_token_id == 3
+    assert any("no padding token" in note for note in opened.notes)
+    assert opened.model(**opened.example_input).logits.shape == (2, 2)
+
+
+def test_an_image_model_brings_its_preprocessing(tmp_path):
+    save_vit(tmp_path)
+    opened = open_model(f"hf:{tmp_path}", num_classes=3)
+    assert opened.task == "image_classification"
+    assert opened.preprocessing.crop == opened.preprocessing.resize == (32, 32)
+    assert opened.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert opened.model(opened.example_input).logits.shape == (1, 3)
+    assert opened.tokenizer is None
+    assert opened.replaced_head.modules == ("classifier",)
+
+
+def test_random_weights_and_a_file_of_weights(tmp_path):
+    theirs = save_bert(tmp_path / "m", "BertForSequenceClassification", num_labels=3).eval()
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    random = open_model(f"hf:{tmp_path}/m", pretrained=False)
+    assert random.weights == "random"
+    assert not torch.equal(random.model.classifier.weight, theirs.classifier.weight)
+    opened = open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.safetensors")
+    assert torch.equal(opened.model(**opened.example_input).logits, theirs(**opened.example_input).logits)
+    with pytest.raises(ModelError, match="is for 3 classes, not 5"):
+        open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.safetensors", num_classes=5)
+    dropped = open_model(
+        f"hf:{tmp_path}/m", weights=tmp_path / "w.safetensors", num_classes=5, mismatched="drop_head"
+    )
+    assert dropped.replaced_head.modules == ("classifier",)
+    assert torch.equal(dropped.model.bert.pooler.dense.weight, theirs.bert.pooler.dense.weight)
+
+
+def test_a_folder_without_weights(tmp_path):
+    save_bert(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no weights \(it holds config.json.*pretrained=False"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+
+
+def test_weights_of_another_model(tmp_path):
+    save_bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(ModelError, match=r"do not fit its configuration: 6 tensors of the body"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+
+
+def test_damaged_weights(tmp_path):
+    save_bert(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ModelError, match="cannot be opened"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    save_bert(tmp_path)
+    save_tokenizer(tmp_path, words=[f"w{index}" for index in range(40)])
+    with pytest.raises(ModelError, match=r"does not fit its model: its ids go up to 44.*30 embeddings"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    save_bert(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+    save_bert(tmp_path)
+    victim = tmp_path / "victim"
+    (tmp_path / "evil.py").write_text(
+        f"open({str(victim)!r}, 'w')\nfrom transformers import BertConfig\n"
+        f"class C(BertConfig):\n  model_type = 'evil'\n"
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="brings its own Python code, which layerwise never runs"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+    assert not victim.exists()
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        open_model(f"hf:{tmp_path}")
+    save_bert(tmp_path / "minilm")
+    with pytest.raises(ModelError, match=r"there is no folder.*Did you mean 'minilm'"):
+        open_model(f"hf:{tmp_path}/minilmm")
+
+
+def test_an_unreachable_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"'hf:nobody/nothing' could not be downloaded.*give hf:FOLDER"):
+        open_model("hf:nobody/nothing")
+
+
+def test_tasks_that_do_not_fit(tmp_path):
+    save_bert(tmp_path)
+    with pytest.raises(ModelError, match="task is 'translation'; expected one of"):
+        open_model(f"hf:{tmp_path}", task="translation")
+    with pytest.raises(ModelError, match="a model for masked_lm has no classes"):
+        open_model(f"hf:{tmp_path}", task="masked_lm", num_classes=3)
