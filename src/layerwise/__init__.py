@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from layerwise.errors import LayerwiseWarning as LayerwiseWarning
     from layerwise.layers.layermap import LayerGroup as LayerGroup
     from layerwise.layers.layermap import LayerMap as LayerMap
+    from layerwise.layers.mapping import layer_map as layer_map
     from layerwise.plans.parsing import parse_strategy as parse_strategy
     from layerwise.plans.plan import Norms as Norms
     from layerwise.plans.plan import Phase as Phase
@@ -47,6 +48,7 @@ _HOME = {
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
     "Schedule": "layerwise.plans.plan",
+    "layer_map": "layerwise.layers.mapping",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
     "calibrate_batchnorm": "layerwise.tuning.calibration",

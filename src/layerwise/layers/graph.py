@@ -35,12 +35,16 @@ class Value:
             an operation of the pass.
         name: of the parameter or buffer, first of its names; ``""`` for other kinds.
         input: index into `Recording.inputs` for an input, else -1.
+        shape: of the tensor in which the value was first met.
+        nbytes: size of that tensor in bytes.
         writer: index of the last operation that wrote it when the pass ended; None if none did.
     """
 
     kind: ValueKind
     name: str = ""
     input: int = -1
+    shape: tuple[int, ...] = ()
+    nbytes: int = 0
     writer: int | None = None
 
 
@@ -53,13 +57,14 @@ class Op:
         name: of the operation without namespace and overload: ``"convolution"``, ``"addmm"``.
         call: the innermost module call that it ran in.
         reads: values of its tensor arguments, in order, doubles left out.
+        read_ops: for each of `reads` the operation that had last written it; None where no operation had.
         writes: values of its results, those written in place included.
         mutates: the values among `writes` that existed before and were written in place (running
             statistics of batch-norm in training included).
         parameters: names of the parameters among `reads`.
         buffers: names of the buffers among `reads`.
         inputs: the model's inputs among `reads`, as indices into `Recording.inputs`.
-        sources: the operations that last wrote the values it reads, ascending. Since an in-place
+        sources: the operations among `read_ops`, ascending and without doubles. Since an in-place
             operation also reads what it writes into, following `sources` finds every ancestor.
         effect: ``"random"`` if it draws random numbers; ``"batch"`` if a sample's result depends on the
             other samples of the batch (batch-norm that normalises by batch statistics); else None.
@@ -73,6 +78,7 @@ class Op:
     name: str
     call: Call | None
     reads: tuple[int, ...]
+    read_ops: tuple[int | None, ...]
     writes: tuple[int, ...]
     mutates: tuple[int, ...]
     parameters: tuple[str, ...]

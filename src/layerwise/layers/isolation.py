@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from layerwise.errors import ModelError
 
@@ -48,9 +48,7 @@ def check_ready(model: nn.Module) -> None:
         ModelError: a module is still uninitialised; all of them are named.
     """
     lazy = [
-        name
-        for name, parameter in [*model.named_parameters(), *model.named_buffers()]
-        if isinstance(parameter, UninitializedTensorMixin)
+        name for name, parameter in [*model.named_parameters(), *model.named_buffers()] if is_lazy(parameter)
     ]
     if lazy:
         raise ModelError(

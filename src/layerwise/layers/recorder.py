@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerwise.layers.flops import COUNTED, flops
-from layerwise.layers.graph import Call, Effect, Op, Value
+from layerwise.layers.graph import Call, Effect, Op, Value, ValueKind
 from layerwise.layers.structures import map_tensors, tensors_in
 
 _SMALL = 2**16  # elements: up to here masks, indices and flags keep their real values
@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
 
     def _name_tensors(self) -> None:
         names: dict[int, list[str]] = {}
-        tensors: list[tuple[str, str, torch.Tensor]] = []
+        tensors: list[tuple[ValueKind, str, torch.Tensor]] = []
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
             if len(names[id(parameter)]) == 1:
@@ -110,14 +110,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             storage = _storage(tensor)
             owners[storage] = owners.get(storage, 0) + 1
         for kind, name, tensor in tensors:
-            key = self._new_value(Value(kind, name))  # type: ignore[arg-type]
+            key = self._new_value(kind, tensor, name=name)
             self._kept.append(tensor)
             self._by_tensor[id(tensor)] = key
             if owners[_storage(tensor)] == 1:  # flattened weights share one storage: told apart by id only
                 self._by_storage[_storage(tensor)] = key
 
-    def _new_value(self, value: Value) -> int:
-        self.values.append(value)
+    def _new_value(self, kind: ValueKind, tensor: torch.Tensor, *, name: str = "", number: int = -1) -> int:
+        nbytes = tensor.numel() * tensor.element_size()
+        self.values.append(Value(kind, name, number, tuple(tensor.shape), nbytes))
         return len(self.values) - 1
 
     def add_input(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         number = sum(value.kind == "input" for value in self.values)
         if self._fake is not None and not self._keeps_value(tensor):
             tensor = self._twin(tensor)
-        key = self._new_value(Value("input", input=number))
+        key = self._new_value("input", tensor, number=number)
         self._kept.append(tensor)
         self._by_tensor[id(tensor)] = self._by_storage[_storage(tensor)] = key
         return tensor
@@ -137,7 +138,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             storage = _storage(tensor)
             key = self._by_storage.get(storage)
             if key is None:
-                key = self._by_storage[storage] = self._new_value(Value("constant"))
+                key = self._by_storage[storage] = self._new_value("constant", tensor)
                 self._kept.append(tensor)
         return key
 
@@ -192,23 +193,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             storage = _storage(result)
             key = self._by_storage.get(storage)
             if key is None:
-                key = self._by_storage[storage] = self._new_value(Value("computed"))
-                size += result.numel() * result.element_size()
+                key = self._by_storage[storage] = self._new_value("computed", result)
+                size += values[key].nbytes
             if key not in writes:
                 writes.append(key)
         kinds = [(values[key].kind, values[key]) for key in reads]
+        read_ops = tuple(value.writer for _, value in kinds)
         self.ops.append(
             Op(
                 index=index,
                 name=facts.name,
                 call=self._stack[-1] if self._stack else None,
                 reads=reads,
+                read_ops=read_ops,
                 writes=tuple(writes),
                 mutates=mutates,
                 parameters=tuple(value.name for kind, value in kinds if kind == "parameter"),
                 buffers=tuple(value.name for kind, value in kinds if kind == "buffer"),
                 inputs=tuple(value.input for kind, value in kinds if kind == "input"),
-                sources=tuple(sorted({w for _, value in kinds if (w := value.writer) is not None})),
+                sources=tuple(sorted({op for op in read_ops if op is not None})),
                 effect=_effect(facts, args, kwargs),
                 syncs=not writes and bool(reads),
                 flops=flops(facts.name, args, results[0]) if facts.counts_flops and results else 0,

@@ -1,0 +1,278 @@
+"""`layer_map`: from a live model to its `LayerMap`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from layerwise.errors import ModelError, did_you_mean
+from layerwise.layers.graph import Call, Recording
+from layerwise.layers.grouping import Group, group_blocks, group_layers, group_stages
+from layerwise.layers.grouping import blocks_of as find_blocks
+from layerwise.layers.head import head_parameters, output_layers
+from layerwise.layers.inputs import example_arguments
+from layerwise.layers.isolation import unwrap
+from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
+from layerwise.layers.order import Order, order_of
+from layerwise.layers.recording import record
+from layerwise.layers.units import Unit, filled_forward, find_units, neighbours_of_unread, together
+
+
+def layer_map(model: nn.Module, example_input: Any = None, granularity: Granularity = "blocks") -> LayerMap:
+    """Return the layer groups of any model, in the order in which its input flows through them.
+
+    One forward pass is recorded on tensors without data (`layerwise.layers.recording.record`), so it costs
+    neither floating-point work nor memory and the model is left exactly as it was. The order is that of
+    the recorded dependencies; registration order and names play no part. ``docs/guide/layer-maps.md``
+    says what one group is at each granularity.
+
+    Args:
+        model: any module: on any device (meta as well), in any precision, compiled, in DDP or FSDP, with
+            PEFT adapters, partly frozen or not. Names in the map are those of the unwrapped model.
+        example_input: a tensor, a tuple of positional arguments, or a dict of keyword arguments, batch
+            dimension first. None derives one and says so in `LayerMap.notes`.
+        granularity: ``"stages"`` (a resolution of a convolutional network, an encoder layer of a plain
+            transformer), ``"blocks"`` (a residual block, an encoder layer) or ``"layers"`` (a module with
+            parameters of its own; weight and bias never part).
+
+    Returns:
+        The map: plain data that keeps no reference to `model`.
+
+    Raises:
+        ModelError: the model has no parameters or uninitialised lazy modules; the granularity is unknown.
+        RecordingError: the forward pass raised with this input.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> layers = layer_map(net)
+    >>> layers.names, layers.head.name, layers.depth_of("0.weight")
+    (('0', '2', '4'), '4', 2)
+    """
+    if granularity not in GRANULARITIES:
+        raise ModelError(
+            f"granularity {granularity!r} is unknown; expected one of {', '.join(GRANULARITIES)}."
+            f"{did_you_mean(str(granularity), GRANULARITIES, count=1)}"
+        )
+    model = unwrap(model)
+    if next(model.parameters(), None) is None:
+        raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to group.")
+    (args, kwargs), notes = example_arguments(model, example_input)
+    recording = record(model, args, kwargs, mode="eval")
+    return map_recording(recording, granularity, notes=notes)
+
+
+def map_recording(recording: Recording, granularity: Granularity, *, notes: tuple[str, ...] = ()) -> LayerMap:
+    """Return the layer map of a recording that was made in evaluation mode; see `layer_map`."""
+    order = order_of(recording)
+    units = find_units(recording, order)
+    outputs = output_layers(recording, order)
+    head = head_parameters(recording, outputs, units, find_blocks(units))
+    groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
+    if head:
+        output = next((path for path in outputs if any(_under(name, path) for name in head)), head[0])
+        groups.append(Group("head", [Unit(output, output, [], 0, 1, list(head))], output))
+    groups = [group for group in groups if group.parameters]
+    layers = _Finished(recording, order, groups).layer_groups()
+    unread = recording.unread
+    extra = _head_note(outputs, bool(head), recording)
+    return LayerMap(
+        groups=tuple(layers),
+        granularity=granularity,
+        model_class=f"{type(recording.model).__module__}.{type(recording.model).__qualname__}",
+        aliases={alias: names[0] for names in recording.names.values() for alias in names[1:]},
+        unused=unread,
+        outputs=outputs,
+        notes=(*notes, *recording.notes, *extra),
+    )
+
+
+def _head_note(outputs: tuple[str, ...], has_head: bool, recording: Recording) -> tuple[str, ...]:
+    if has_head:
+        return ()
+    if outputs:
+        tied = [
+            names[0]
+            for names in recording.names.values()
+            if any(_under(name, path) for name in names for path in outputs)
+        ]
+        return (
+            f"the output layer {', '.join(outputs)} has no weights of its own: it is tied to "
+            f"{', '.join(tied) or 'an earlier layer'}, so there is no head group",
+        )
+    return ("no output layer was found: the model ends in a norm or a block, so there is no head group",)
+
+
+def _without(units: list[Unit], names: set[str]) -> list[Unit]:
+    """Return the units without the parameters `names`, those that have none left dropped."""
+    kept = []
+    for unit in units:
+        rest = [name for name in unit.parameters if name not in names]
+        if rest:
+            weights = unit.weights if len(rest) == len(unit.parameters) else min(unit.weights, 1)
+            kept.append(Unit(unit.path, unit.kind, unit.calls, unit.start, weights, rest))
+    return kept
+
+
+def _trunk(
+    recording: Recording, order: Order, units: list[Unit], head: set[str], granularity: Granularity
+) -> list[Group]:
+    if granularity == "layers":
+        position = {name: at for name, at in together(recording, order).items() if name not in head}
+        groups = group_layers(recording, order, position)
+        home = {name: group for group in groups for name in group.parameters}
+        spare = {name for unit in units for name in unit.parameters} - home.keys()
+        for name, neighbour in neighbours_of_unread(recording, position).items():
+            if name in spare:
+                home[neighbour].units[0].parameters.append(name)
+        return groups
+    groups = group_blocks(recording, units)
+    return group_stages(recording, groups) if granularity == "stages" else groups
+
+
+def _under(parameter: str, path: str) -> bool:
+    return parameter == path or parameter.startswith(path + ".")
+
+
+class _Finished:
+    """Names, modules and costs of finished groups."""
+
+    def __init__(self, recording: Recording, order: Order, groups: list[Group]) -> None:
+        self._recording = recording
+        self._order = order
+        self._groups = groups
+        self._modules = dict(recording.model.named_modules())
+        self._numel = {name: recording.model.get_parameter(name).numel() for name in recording.names}
+        self._group_of = {name: n for n, group in enumerate(groups) for name in group.parameters}
+        self._inside = self._groups_inside()
+        self._at = self._groups_of_operations()
+
+    def layer_groups(self) -> list[LayerGroup]:
+        modules = self._top_modules()
+        flops, handed_on = self._costs()
+        result = []
+        for number, group in enumerate(self._groups):
+            name = self._name(group, modules[number])
+            position = self._order.position
+            last = len(self._recording.ops)
+            names = sorted(group.parameters, key=lambda name: position.get(name, last))
+            result.append(
+                LayerGroup(
+                    name=name,
+                    role=group.role,
+                    modules=tuple(modules[number]),
+                    parameters=tuple(names),
+                    numel=sum(self._numel[name] for name in names),
+                    flops=flops[number],
+                    activation_bytes=handed_on[number],
+                )
+            )
+        return result
+
+    def _groups_inside(self) -> dict[str, set[int]]:
+        """Return for each module path the groups of the parameters at and below it."""
+        inside: dict[str, set[int]] = {path: set() for path in self._modules}
+        for first, names in self._recording.names.items():
+            for name in names:
+                parts = name.split(".")[:-1]
+                for depth in range(len(parts) + 1):
+                    path = ".".join(parts[:depth])
+                    if path in inside:
+                        inside[path].add(self._group_of[first])
+        return inside
+
+    def _groups_of_operations(self) -> list[int]:
+        """Return the group that each operation belongs to; glue belongs to the group before it."""
+        recording = self._recording
+        at = [-1] * len(recording.ops)
+        first_use: dict[str, bool] = {}
+        for call in recording.calls:
+            groups = self._inside.get(call.path, set())
+            if len(groups) != 1:
+                continue
+            if call.path not in first_use:  # a tied output layer runs long after its weight's group
+                names = [name for name, _ in call.module.named_parameters(prefix=call.path)]
+                positions = [self._order.position.get(name, -1) for name in names]
+                first_use[call.path] = any(call.start <= place < call.end for place in positions)
+            if first_use[call.path]:
+                at[call.start : call.end] = list(groups) * (call.end - call.start)
+        for op in recording.ops:
+            if at[op.index] < 0 and (needed := self._order.needed[op.index]):
+                groups = {self._group_of[n] for n in needed if self._order.position[n] == op.index}
+                at[op.index] = max(groups, default=-1)
+        return [max(group, 0) for group in filled_forward(at)]
+
+    def _top_modules(self) -> list[list[str]]:
+        """Return for each group the top-most modules that lie wholly in it, in order of execution."""
+        inside = {path: set(groups) for path, groups in self._inside.items()}
+        begins: dict[str, int] = {}
+        for number, call in enumerate(self._recording.calls):
+            if call.path in begins:
+                continue
+            begins[call.path] = number
+            if not self._inside.get(call.path) and not call.children:
+                group = self._group_of_plain(call)
+                parts = call.path.split(".")
+                for depth in range(len(parts) + 1):
+                    inside[".".join(parts[:depth])].add(group)
+        tops: list[list[str]] = [[] for _ in self._groups]
+        whole: set[str] = set()
+        for path in self._modules:
+            if path and len(inside[path]) == 1 and path.rpartition(".")[0] not in whole:
+                tops[next(iter(inside[path]))].append(path)
+            if path and (len(inside[path]) == 1 or path.rpartition(".")[0] in whole):
+                whole.add(path)
+        last = len(begins)
+        earliest = {
+            path: min((n for called, n in begins.items() if _under(called, path)), default=last)
+            for paths in tops
+            for path in paths
+        }
+        return [sorted(paths, key=earliest.__getitem__) for paths in tops]
+
+    def _group_of_plain(self, call: Call) -> int:
+        """Return the group of a module without parameters: where it runs, a head's dropout in the head."""
+        above = call.parent
+        while above is not None and not self._inside.get(above.path):
+            above = above.parent
+        if above is not None and len(groups := self._inside[above.path]) == 1:
+            return next(iter(groups))
+        last = len(self._at) - 1
+        before = (
+            self._at[min(call.start, last)] if call.end > call.start else self._at[max(call.start - 1, 0)]
+        )
+        after = self._at[min(call.end, last)]
+        is_dropout = "drop" in type(call.module).__name__.lower()
+        if is_dropout and self._groups[after].role == "head":
+            return after
+        return before
+
+    def _costs(self) -> tuple[list[int], list[int]]:
+        """Return FLOPs and the bytes handed on to later groups or the output, per sample and group."""
+        recording = self._recording
+        flops = [0] * len(self._groups)
+        sizes = [0] * len(self._groups)
+        counted: set[tuple[int, int]] = set()
+
+        def hand_on(key: int, source: int | None, to: int) -> None:
+            if source is None or not recording.input_dependent[source]:
+                return
+            group = self._at[source]
+            if group < to and (group, key) not in counted:
+                counted.add((group, key))
+                sizes[group] += recording.values[key].nbytes
+
+        for op in recording.ops:
+            flops[self._at[op.index]] += op.flops
+            for key, source in zip(op.reads, op.read_ops, strict=True):
+                hand_on(key, source, self._at[op.index])
+        for key in recording.output_keys:
+            hand_on(key, recording.values[key].writer, len(self._groups))
+        batch = max(recording.batch_size, 1)
+        return [total // batch for total in flops], [total // batch for total in sizes]
+
+    def _name(self, group: Group, modules: list[str]) -> str:
+        """Return the stage's or block's path; the first module's for a stem."""
+        if group.role != "stem":
+            return group.stage or group.core
+        with_parameters = (path for path in modules if self._inside[path])
+        return next(with_parameters, group.parameters[0])

@@ -1,0 +1,376 @@
+"""Units: the modules that a layer map never splits at block granularity, found in the tree of calls.
+
+The tree of module calls is opened from the root downwards. A module is *opened* (its children are looked
+at one by one) or kept whole, and then it is a *unit*: a residual block, an Inception module, an encoder
+layer, or a single convolution of the stem. What decides is what the module computes, not its name:
+
+1. A leaf is a unit.
+2. A kind of module that occurs inside itself (a tree of trees) is opened.
+3. A kind that occurs several times is a *block* if, somewhere, it keeps the shape of its input and a
+   value of that shape passes by one of its weighted children on the way to the output: a residual
+   connection. Blocks are units wherever they occur, also where a stage's first one has no shortcut.
+4. Any other kind that occurs several times is opened if it holds a *stack*, several siblings of one kind
+   with two or more weighted layers each: a ResNet stage, a dense block, a cross-stage-partial stage.
+5. A kind that occurs once is kept whole if its path differs only in numbers from a block's (the one
+   ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals). Else it is opened if it holds a
+   stack, or is a plain chain (no value passes by one of its children), or has two or more children with
+   several weighted layers each.
+
+The *kind* of a module is its class; of a plain ``nn.Sequential`` also the classes of its children.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import re
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from layerwise.layers.graph import Call, Recording
+from layerwise.layers.order import Order
+from layerwise.layers.structures import tensors_in
+
+
+@dataclass(eq=False)
+class Unit:
+    """A module, or a bare parameter of an opened module, that stands in one group as a whole.
+
+    Attributes:
+        path: of the module, or the name of the bare parameter.
+        kind: of the module, to find units alike; the path itself for a bare parameter.
+        calls: the recorded calls of the module; empty for a bare parameter.
+        start: index of its first operation, by which units are ordered.
+        weights: number of weighted layers in it: parameters that enter products with its input.
+        parameters: names, in order of use. Filled by `assign_parameters`.
+    """
+
+    path: str
+    kind: Hashable
+    calls: list[Call]
+    start: int
+    weights: int
+    parameters: list[str] = field(default_factory=list)
+
+
+def find_units(recording: Recording, order: Order) -> list[Unit]:
+    """Return the units of the recorded model in the order in which they first run, parameters assigned."""
+    tree = _Tree(recording, order)
+    units: dict[nn.Module, Unit] = {}
+    opened: set[nn.Module] = set()
+
+    def visit(call: Call) -> None:
+        module = call.module
+        if module in units:
+            units[module].calls.append(call)
+        elif module in opened or tree.opens(call):
+            opened.add(module)
+            for child in tree.children(call):
+                visit(child)
+        else:
+            units[module] = Unit(call.path, tree.kind(module), [call], call.start, tree.weights(call))
+
+    visit(recording.root)
+    found = sorted([*units.values(), *_bare_units(recording, order, units.values())], key=lambda u: u.start)
+    assign_parameters(recording, order, found)
+    return [unit for unit in found if unit.parameters]
+
+
+def spans_of(units: Iterable[Unit], length: int) -> list[int]:
+    """Return for each operation the position of the unit that it runs in; -1 outside of all units."""
+    at = [-1] * length
+    for number, unit in enumerate(units):
+        for call in unit.calls:
+            at[call.start : call.end] = [number] * (call.end - call.start)
+        if not unit.calls:
+            at[unit.start] = number
+    return at
+
+
+def filled_forward(numbers: list[int]) -> list[int]:
+    """Return `numbers` with each negative one replaced by the last one before it that is not.
+
+    >>> filled_forward([-1, 3, -1, -1, 5])
+    [-1, 3, 3, 3, 5]
+    """
+    filled, last = [], -1
+    for number in numbers:
+        last = number if number >= 0 else last
+        filled.append(last)
+    return filled
+
+
+def assign_parameters(recording: Recording, order: Order, units: list[Unit]) -> None:
+    """Give each parameter to the unit in which it is first needed, or to the last one begun before that.
+
+    The parameters of one leaf module stay together, at the first of them. A parameter that no operation
+    reads follows a used one: the nearest before it in registration order under the closest common parent.
+    """
+    at = spans_of(units, len(recording.ops))
+    before = filled_forward(at)
+    position = together(recording, order)
+    for name in sorted(position, key=position.__getitem__):
+        if units:
+            units[max(before[position[name]], 0)].parameters.append(name)
+    home = {name: unit for unit in units for name in unit.parameters}
+    for name, neighbour in neighbours_of_unread(recording, position).items():
+        home[neighbour].parameters.append(name)
+
+
+def together(recording: Recording, order: Order) -> dict[str, int]:
+    """Return the positions with those of one leaf module's own parameters made equal: the smallest."""
+    leaves = {
+        path
+        for path, module in recording.model.named_modules()
+        if path and not any(True for child in module.children() for _ in child.parameters())
+    }
+    first: dict[str, int] = {}
+    for name, index in order.position.items():
+        owner = name.rpartition(".")[0]
+        first[owner] = min(first.get(owner, index), index)
+    return {
+        name: first[owner] if (owner := name.rpartition(".")[0]) in leaves else index
+        for name, index in order.position.items()
+    }
+
+
+def neighbours_of_unread(recording: Recording, position: dict[str, int]) -> dict[str, str]:
+    """Return for each parameter without a position the one with a position that it should stand with."""
+    names = list(recording.names)
+    number = {name: place for place, name in enumerate(names)}
+    under: dict[str, list[str]] = collections.defaultdict(list)
+    for name in names:
+        if name in position:
+            for parent in _parents(name):
+                under[parent].append(name)
+    neighbours: dict[str, str] = {}
+    for name in names:
+        if name in position:
+            continue
+        candidates = next((under[parent] for parent in _parents(name) if under[parent]), [])
+        if candidates:
+            place = bisect.bisect_left([number[other] for other in candidates], number[name])
+            neighbours[name] = candidates[max(place - 1, 0)]
+    return neighbours
+
+
+def _parents(name: str) -> list[str]:
+    """Return the module paths above a parameter, the closest first and the root (``""``) last."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _bare_units(recording: Recording, order: Order, units: Iterable[Unit]) -> list[Unit]:
+    """Return units for weights that are applied outside of every unit: ``x @ self.projection``.
+
+    Where the weight belongs to a module of its own (``F.linear(x, self.out.weight)``) the unit is called
+    after that module.
+    """
+    at = spans_of(list(units), len(recording.ops))
+    bare: dict[str, Unit] = {}
+    claimed: set[str] = {name for unit in units for name in _names_in(recording, order, unit)}
+    for op in recording.ops:
+        if at[op.index] >= 0:
+            continue
+        for name in order.weights(op):
+            if name in claimed or order.position.get(name) != op.index:
+                continue
+            owner = name.rpartition(".")[0]
+            called = bool(owner) and any(call.path == owner for call in recording.calls)
+            path = owner if owner and not called else name
+            bare.setdefault(path, Unit(path, path, [], op.index, 1))
+    return list(bare.values())
+
+
+def _names_in(recording: Recording, order: Order, unit: Unit) -> set[str]:
+    return {
+        name
+        for call in unit.calls
+        for op in recording.ops[call.start : call.end]
+        for name in order.needed[op.index]
+    }
+
+
+class _Tree:
+    """What the tree of calls tells about each module, worked out once per recording."""
+
+    def __init__(self, recording: Recording, order: Order) -> None:
+        self._recording = recording
+        self._order = order
+        self._weighted = [order.weights(op) for op in recording.ops]
+        self._parametric: dict[nn.Module, bool] = {}
+        self._kinds: dict[nn.Module, Hashable] = {}
+        self._weights: dict[Call, int] = {}
+        composite = {
+            call.module: self.kind(call.module)
+            for call in recording.calls
+            if self._has_parameters(call.module) and self.children(call)
+        }
+        self._instances = collections.Counter(composite.values())
+        self._nested = self._kinds_inside_themselves()
+        self._stacks = self._calls_with_stacks()
+        self._blocks = {
+            self.kind(call.module)
+            for call in recording.calls
+            if call.module in composite
+            and self._instances[composite[call.module]] > 1
+            and self._is_residual(call)
+        } - self._nested
+        self._block_paths = {
+            _numberless(call.path)
+            for call in recording.calls
+            if "." in call.path and self.kind(call.module) in self._blocks and self.weights(call) >= 2
+        }
+
+    def opens(self, call: Call) -> bool:
+        """Whether the module of `call` is looked into, by the rules at the top of this file."""
+        children = self.children(call)
+        if not children:
+            return False
+        if call.parent is None:
+            return True
+        kind = self.kind(call.module)
+        stacked = call in self._stacks
+        several = sum(self.weights(child) >= 2 for child in children) >= 2
+        if kind in self._nested:
+            return stacked or several
+        if kind in self._blocks:
+            return False
+        if self._instances[kind] > 1:
+            return stacked or self._only_holds_a_block(call, children)
+        if _is_sequence(call.module) or stacked:
+            return True
+        if _numberless(call.path) in self._block_paths:
+            return False
+        return not self._is_residual(call) and (several or not self._passes_by(call, any_shape=True))
+
+    def _only_holds_a_block(self, call: Call, children: list[Call]) -> bool:
+        return (
+            _is_sequence(call.module) and len(children) == 1 and self.kind(children[0].module) in self._blocks
+        )
+
+    def children(self, call: Call) -> list[Call]:
+        """Return the calls directly inside that have parameters and run at least one operation."""
+        return [
+            child for child in call.children if child.end > child.start and self._has_parameters(child.module)
+        ]
+
+    def kind(self, module: nn.Module) -> Hashable:
+        """Return what makes two modules alike."""
+        if module not in self._kinds:
+            inside = tuple(type(child) for child in module.children()) if _is_sequence(module) else ()
+            self._kinds[module] = (type(module), inside)
+        return self._kinds[module]
+
+    def weights(self, call: Call) -> int:
+        """Return the number of weighted layers in a call: distinct first weights of its products."""
+        if call not in self._weights:
+            names = {names[0] for names in self._weighted[call.start : call.end] if names}
+            self._weights[call] = len(names)
+        return self._weights[call]
+
+    def _has_parameters(self, module: nn.Module) -> bool:
+        if module not in self._parametric:
+            self._parametric[module] = next(module.parameters(), None) is not None
+        return self._parametric[module]
+
+    def _kinds_inside_themselves(self) -> set[Hashable]:
+        nested: set[Hashable] = set()
+
+        def visit(call: Call, above: tuple[Hashable, ...]) -> None:
+            kind = self.kind(call.module)
+            if kind in above and not _is_sequence(call.module):
+                nested.add(kind)
+            for child in self.children(call):
+                visit(child, (*above, kind))
+
+        visit(self._recording.root, ())
+        return nested
+
+    def _calls_with_stacks(self) -> set[Call]:
+        """Return the calls that hold, at any depth, siblings of one kind with several layers each."""
+        found: set[Call] = set()
+        for call in reversed(self._recording.calls):  # children come before their parent
+            families: dict[Hashable, set[nn.Module]] = collections.defaultdict(set)
+            for child in self.children(call):
+                if self.weights(child) >= 2:
+                    family = "*" if _is_sequence(call.module) else re.sub(r"\d+$", "#", child.path)
+                    families[family, self.kind(child.module)].add(child.module)
+            if any(len(modules) >= 2 for modules in families.values()) or any(
+                child in found for child in call.children
+            ):
+                found.add(call)
+        return found
+
+    def _is_residual(self, call: Call) -> bool:
+        """Whether the call keeps the shape of its input and a value of that shape passes by a layer."""
+        received = [tuple(tensor.shape) for tensor in _main_input(call)]
+        returned = [tuple(tensor.shape) for tensor in tensors_in(call.output)]
+        return (
+            bool(received)
+            and received == returned[: len(received)]
+            and self._passes_by(call, any_shape=False)
+        )
+
+    def _passes_by(self, call: Call, *, any_shape: bool) -> bool:
+        """Whether some operation reads a value that was made before one of the call's children ran.
+
+        The children are intervals of operations, one after the other, so an edge from operation `s` to
+        operation `i` passes by those with ``s < start`` and ``end <= i``. Without `any_shape` only
+        children with weights count, and only values that have as many elements as the call's output.
+        Values from outside count if they are the call's main input (masks and memories do not).
+        """
+        recording = self._recording
+        children = [child for child in self.children(call) if any_shape or self.weights(child)]
+        starts = [child.start for child in children]
+        ends = [child.end for child in children]
+        main = set(_main_keys(call))
+        main_ops = {op for key, op in zip(call.input_keys, call.input_ops, strict=True) if key in main}
+        sizes = {tensor.numel() for tensor in tensors_in(call.output)}
+        depends = recording.input_dependent
+        for op in recording.ops[call.start : call.end]:
+            last = bisect.bisect_right(ends, op.index) - 1
+            if last < 0:
+                continue
+            for key, source in zip(op.reads, op.read_ops, strict=True):
+                outside = source is None or source < call.start
+                if outside and not (key in main and source in main_ops):
+                    continue
+                if source is not None and not depends[source]:
+                    continue
+                if not any_shape and _numel(recording.values[key].shape) not in sizes:
+                    continue
+                first = 0 if outside or source is None else bisect.bisect_right(starts, source)
+                if first <= last:
+                    return True
+        return False
+
+
+def _numberless(path: str) -> str:
+    return re.sub(r"\d+", "#", path)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (
+        type(module).forward in (nn.Sequential.forward, nn.Module.forward)
+    )
+
+
+def _main_input(call: Call) -> list[torch.Tensor]:
+    """Return the tensors of the first argument that holds any."""
+    args, kwargs = call.arguments
+    return next((found for value in (*args, *kwargs.values()) if (found := tensors_in(value))), [])
+
+
+def _main_keys(call: Call) -> tuple[int, ...]:
+    return call.input_keys[: len(_main_input(call))]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
