@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from layerwise.plans.unfreezing import gradual_unfreezing as gradual_unfreezing
     from layerwise.plans.unfreezing import lp_ft as lp_ft
     from layerwise.plans.unfreezing import ulmfit as ulmfit
+    from layerwise.training.fit import fit as fit
+    from layerwise.training.result import Result as Result
+    from layerwise.training.run import Run as Run
+    from layerwise.training.run import load_run as load_run
     from layerwise.tuning.calibration import calibrate_batchnorm as calibrate_batchnorm
     from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
     from layerwise.tuning.norms import training_mode as training_mode
@@ -47,12 +51,15 @@ _HOME = {
     "Norms": "layerwise.plans.plan",
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
+    "Result": "layerwise.training.result",
+    "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
     "layer_map": "layerwise.layers.mapping",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
     "calibrate_batchnorm": "layerwise.tuning.calibration",
     "discriminative": "layerwise.plans.strategies",
+    "fit": "layerwise.training.fit",
     "fine_tune": "layerwise.plans.unfreezing",
     "freeze_batchnorm": "layerwise.tuning.norms",
     "freeze_embeddings": "layerwise.plans.strategies",
@@ -60,6 +67,7 @@ _HOME = {
     "gradual_unfreezing": "layerwise.plans.unfreezing",
     "linear_probe": "layerwise.plans.strategies",
     "lisa": "layerwise.plans.recipes",
+    "load_run": "layerwise.training.run",
     "lp_ft": "layerwise.plans.unfreezing",
     "parse_strategy": "layerwise.plans.parsing",
     "pattern": "layerwise.plans.strategies",

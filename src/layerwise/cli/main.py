@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerwise import __version__
-from layerwise.cli import output
+from layerwise.cli import demo, fit, output, predict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +31,11 @@ def options(
 ) -> None:
     """Set what holds for all commands."""
     output.debug = debug
+
+
+app.command("fit")(fit.fit)
+app.command("predict")(predict.predict)
+app.command("demo")(demo.demo)
 
 
 def main() -> None:

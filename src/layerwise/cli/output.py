@@ -25,6 +25,21 @@ def print_json(data: Any) -> None:
     sys.stdout.write("\n")
 
 
+def say(message: str) -> None:
+    """Print one line for people on stderr, so that stdout holds results alone."""
+    typer.echo(message, err=True)
+
+
+def print_table(table: Any) -> None:
+    """Print a Rich table (or anything Rich prints) on stdout; 110 columns wide outside of a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    console.print(table)
+
+
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
     """Turn layerwise's own errors into one message on stderr and exit code 1, Ctrl-C into 130."""
 

@@ -194,6 +194,7 @@ def fit(
         layers=layers,
         example_input=kwargs or args,
         weight_decay=weight_decay,
+        seed=seed,
         **optimizer_settings,
     )
     total_steps = tuner.total_steps
@@ -266,7 +267,9 @@ def fit(
                 within = {"epoch": epoch, "batch": 0, "loss_sum": 0.0, "samples": 0}
                 epoch_random = get_random_state()
             model.train()
-            phase = tuner.phase.name
+            phase, rates = tuner.phase.name, tuner.rates()
+            if tuner.step_in_phase == 0:
+                setup.calibrate(model, tuner.phase.norms, train, share)
             stream = batches.epoch(epoch, within["batch"], random_state=epoch_random)
 
             for index, batch in enumerate(stream, within["batch"]):
@@ -286,25 +289,21 @@ def fit(
                     continue
 
                 if clip_norm is not None:
-                    learning = [p for group in tuner.optimizer.param_groups for p in group["params"]]
-                    accelerator.clip_grad_norm_(learning, clip_norm)
-                phase_index = tuner.phase_index
+                    accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+                phase_index, rates = tuner.phase_index, tuner.rates()
                 tuner.step()
-                reporter.step(
-                    epoch=epoch, phase=phase, step=tuner.step_count, loss=value, rates=tuner.rates()
-                )
+                reporter.step(epoch=epoch, phase=phase, step=tuner.step_count, loss=value, rates=rates)
                 if tuner.done or index + 1 == count:
                     break  # the end of the epoch is saved below, with its validation
+                changed = tuner.phase_index != phase_index
+                if changed:
+                    setup.calibrate(model, tuner.phase.norms, train, share)
                 every = checkpoint_every_steps
-                if (
-                    interrupt.requested
-                    or tuner.phase_index != phase_index
-                    or (every is not None and tuner.step_count % every == 0)
-                ):
+                due = every is not None and tuner.step_count % every == 0
+                if due or changed or interrupt.requested:
                     save(inside=True)
                     interrupt.raise_if_requested()
 
-            rates = tuner.rates()
             scores = Scores({})
             if held_out is not None:
                 scores = evaluate(

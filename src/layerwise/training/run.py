@@ -46,6 +46,17 @@ _PACKAGES = (
 )
 
 
+def require_free(out: Path) -> None:
+    """Raise `RunError` if the folder `out` already holds a run, or is a file."""
+    if (out / "run.json").exists():
+        raise RunError(
+            f"{out} already holds a run. Go on with it: layerwise fit --resume {out} (in Python: "
+            "resume=True), or name another folder: --out (out=)."
+        )
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; --out (out=) names the folder of the new run.")
+
+
 def create_run(out: Path, *, plan: Plan, about: Mapping[str, Any]) -> None:
     """Make a new run folder with ``run.json`` and ``plan.yaml``.
 
@@ -57,11 +68,7 @@ def create_run(out: Path, *, plan: Plan, about: Mapping[str, Any]) -> None:
     Raises:
         RunError: the folder already holds a run, or it cannot be written.
     """
-    if (out / "run.json").exists():
-        raise RunError(
-            f"{out} already holds a run. Go on with it: layerwise fit --resume {out} (in Python: "
-            "resume=True), or name another folder: --out (out=)."
-        )
+    require_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from layerwise.errors import DataError, TrainingError
-from layerwise.training.data import Batches, balanced_class_weights, labels_of
+from layerwise.plans.plan import Norms
+from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
 from layerwise.training.evaluate import first_output
 from layerwise.training.options import PRECISIONS, Precision
 from layerwise.training.randomness import get_random_state, set_random_state
@@ -145,6 +146,22 @@ def _class_names(data: Any) -> Sequence[str] | None:
             return [str(name) for name in names]
         data = getattr(data, "dataset", None)
     return None
+
+
+def calibrate(model: nn.Module, norms: Norms, train: Any, share: Mapping[str, Any]) -> None:
+    """Measure batch-norm statistics on the training data, where the policy of a phase asks for it."""
+    if norms.policy != "calibrate":
+        return
+    from layerwise.tuning.calibration import calibrate_batchnorm
+
+    batches = open_batches(train, train=False, **share)
+    batches.begin(0)
+    if norms.momentum is None:
+        calibrate_batchnorm(model, batches.loader, samples=norms.samples)
+    else:
+        calibrate_batchnorm(
+            model, batches.loader, samples=norms.samples, method="moving", momentum=norms.momentum
+        )
 
 
 def describe(

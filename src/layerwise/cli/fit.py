@@ -1,0 +1,233 @@
+"""``layerwise fit``: train a model as a plan says, or go on with a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from layerwise.training.job import Job
+    from layerwise.training.result import Result
+
+Granularity = Literal["stages", "blocks", "layers"]
+_MODEL = "Model"
+_DATA = "Data"
+_PLAN = "Plan"
+_TRAINING = "Training"
+
+
+@friendly
+def fit(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="timm:NAME, torchvision:NAME, hf:PATH_OR_ID or file.py:function.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Weights file (.safetensors, .pth) to start from.", rich_help_panel=_MODEL),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option(help="Start from the library's pretrained weights.", rich_help_panel=_MODEL)
+    ] = True,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=_MODEL)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with a folder of images a class, or a table of paths.", rich_help_panel=_DATA
+        ),
+    ] = None,
+    val_frac: Annotated[
+        float, typer.Option(help="Share to validate on, where there is no val folder.", rich_help_panel=_DATA)
+    ] = 0.2,
+    test_frac: Annotated[
+        float, typer.Option(help="Share to test on, where there is no test folder.", rich_help_panel=_DATA)
+    ] = 0.0,
+    augment: Annotated[
+        str, typer.Option(help="none, flip, light, randaugment, trivialaugment.", rich_help_panel=_DATA)
+    ] = "none",
+    skip_bad_images: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-images", help="Leave out images that cannot be read.", rich_help_panel=_DATA
+        ),
+    ] = False,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="A strategy with its options, like 'top_k:k=2'.", rich_help_panel=_PLAN),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan file, from layerwise plan.", rich_help_panel=_PLAN)
+    ] = None,
+    granularity: Annotated[
+        Granularity, typer.Option(help="What one layer group is.", rich_help_panel=_PLAN)
+    ] = "blocks",
+    epochs: Annotated[int | None, typer.Option(help="Length of the plan.", rich_help_panel=_PLAN)] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant, linear, cosine, ...", rich_help_panel=_PLAN)
+    ] = None,
+    norms: Annotated[
+        str | None, typer.Option(help="Batch-norm policy: follow, freeze, ...", rich_help_panel=_PLAN)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new run.", rich_help_panel=_TRAINING)
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="A run to go on with; it knows all other options.", rich_help_panel=_TRAINING),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would learn when, time and memory.", rich_help_panel=_TRAINING
+        ),
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Base learning rate.", rich_help_panel=_TRAINING)] = 1e-3,
+    optimizer: Annotated[
+        str,
+        typer.Option(help="adamw, adam, sgd, nadam, radam, rmsprop, adafactor.", rich_help_panel=_TRAINING),
+    ] = "adamw",
+    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
+    batch_size: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 32,
+    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_TRAINING)] = "fp32",
+    accumulate: Annotated[
+        int, typer.Option(help="Batches for one optimiser step.", rich_help_panel=_TRAINING)
+    ] = 1,
+    clip_norm: Annotated[
+        float | None, typer.Option(help="Largest norm of all gradients.", rich_help_panel=_TRAINING)
+    ] = None,
+    class_weights: Annotated[
+        Literal["balanced"] | None, typer.Option(help="Weigh rare classes more.", rich_help_panel=_TRAINING)
+    ] = None,
+    sampler: Annotated[
+        Literal["weighted"] | None,
+        typer.Option(help="Draw all classes equally often.", rich_help_panel=_TRAINING),
+    ] = None,
+    label_smoothing: Annotated[float, typer.Option(rich_help_panel=_TRAINING)] = 0.0,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(help="Stop after so many epochs without a better one.", rich_help_panel=_TRAINING),
+    ] = None,
+    keep: Annotated[
+        Literal["best", "last"],
+        typer.Option(help="Which epoch's weights to keep.", rich_help_panel=_TRAINING),
+    ] = "best",
+    checkpoint_every_steps: Annotated[
+        int | None, typer.Option(help="Also inside epochs.", rich_help_panel=_TRAINING)
+    ] = None,
+    keep_checkpoints: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 2,
+    cache: Annotated[
+        Literal["auto", "memory", "disk", "off"],
+        typer.Option(help="Where outputs of the frozen part are kept.", rich_help_panel=_TRAINING),
+    ] = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that load images.", rich_help_panel=_TRAINING)] = 0,
+    tracker: Annotated[
+        str | None, typer.Option(help="tensorboard, wandb, ...", rich_help_panel=_TRAINING)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fine-tune a model on images as a plan says; or resume a run.
+
+    layerwise fit --model timm:resnet18 --data photos --strategy top_k:k=2 --out runs/a
+    """
+    given = {"--model": model, "--data": data, "--out": out}
+    if resume is not None:
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise typer.BadParameter(f"a resumed run knows its {', '.join(extra)}; give --resume alone.")
+        _show(_resume(resume, workers=workers), as_json)
+        return
+    if missing := [n for n, v in given.items() if v is None and not (dry_run and n == "--out")]:
+        raise typer.BadParameter(f"{', '.join(missing)} is missing (or --resume RUN).")
+    if (strategy is None) == (plan is None):
+        raise typer.BadParameter("give exactly one of --strategy and --plan.")
+
+    from layerwise.training.job import Job
+
+    options: dict[str, Any] = {
+        "lr": lr,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "batch_size": batch_size,
+        "seed": seed,
+        "precision": precision,
+        "accumulate": accumulate,
+        "clip_norm": clip_norm,
+        "class_weights": class_weights,
+        "sampler": sampler,
+        "label_smoothing": label_smoothing,
+        "early_stopping": early_stopping,
+        "keep": keep,
+        "checkpoint_every_steps": checkpoint_every_steps,
+        "keep_checkpoints": keep_checkpoints,
+        "cache": cache,
+    }
+    job = Job(
+        model=str(model),
+        data=str(data) if str(data).startswith("demo:") else str(Path(str(data)).resolve()),
+        strategy=strategy,
+        plan=None if plan is None else str(plan.resolve()),
+        weights=None if weights is None else str(weights.resolve()),
+        pretrained=pretrained,
+        granularity=granularity,
+        epochs=epochs,
+        schedule=schedule,
+        norms=norms,
+        input_size=input_size,
+        val_frac=val_frac,
+        test_frac=test_frac,
+        augment=augment,
+        skip_bad_images=skip_bad_images,
+        options=options,
+    )
+    if dry_run:
+        _dry_run(job, as_json)
+    else:
+        _show(_start(job, Path(str(out)), workers=workers, trackers=tracker), as_json)
+
+
+def _start(job: Job, out: Path, **more: Any) -> Result:
+    from layerwise.training.job import prepare
+    from layerwise.training.run import require_free
+
+    require_free(out)  # before a model is downloaded or an image is read
+    prepared = prepare(job)
+    for note in prepared.notes:
+        say(note)
+    return prepared.fit(out=out, **more)
+
+
+def _resume(run: Path, **more: Any) -> Result:
+    from layerwise.training.job import resume_job
+
+    return resume_job(run, say=say, **more)
+
+
+def _dry_run(job: Job, as_json: bool) -> None:
+    from layerwise.training.job import prepare
+
+    prepared = prepare(job)
+    for note in prepared.notes:
+        say(note)
+    found = prepared.dry_run()
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_table(found)
+
+
+def _show(result: Result, as_json: bool) -> None:
+    from layerwise.cli.tables import result_tables
+
+    if as_json:
+        print_json({**result.to_dict(), "history": result.history})
+        return
+    for table in result_tables(result):
+        print_table(table)

@@ -1,0 +1,241 @@
+"""A dry run: what would learn when, how long an epoch would take, and in how much memory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.explain import Explanation
+from layerwise.plans.plan import Plan
+from layerwise.training import setup
+from layerwise.training.data import open_batches
+from layerwise.training.evaluate import first_output
+from layerwise.training.memory import peak_memory
+from layerwise.training.options import find_optimizer
+from layerwise.training.progress import format_seconds
+from layerwise.training.randomness import get_random_state, set_random_state
+from layerwise.training.tasks import split_batch
+from layerwise.tuning.tuner import Tuner
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MEASURED_STEPS = 2
+"""Steps that are timed in each phase, after one that is not."""
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """What one phase costs, measured.
+
+    Attributes:
+        name: of the phase.
+        trainable: scalars that learn, norms that follow a policy included.
+        step_s: seconds of one optimiser step, its batches loaded.
+        epoch_s: seconds of one epoch of training and validation.
+        peak_bytes: highest use of memory in a step (see `layerwise.training.memory`).
+    """
+
+    name: str
+    trainable: int
+    step_s: float
+    epoch_s: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `dry_run` found; print it, or take `to_dict`.
+
+    Attributes:
+        explanation: the timeline and the heat map.
+        costs: of each phase.
+        total_s: estimated seconds of the whole plan.
+        steps_per_epoch: optimiser steps.
+        exact_memory: whether the peak is of the measured step alone.
+        device: where it was measured.
+    """
+
+    explanation: Explanation
+    costs: tuple[PhaseCost, ...]
+    total_s: float
+    steps_per_epoch: int
+    exact_memory: bool
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON."""
+        return {
+            "plan": self.explanation.to_dict(),
+            "costs": [asdict(cost) for cost in self.costs],
+            "total_s": self.total_s,
+            "steps_per_epoch": self.steps_per_epoch,
+            "exact_memory": self.exact_memory,
+            "device": self.device,
+        }
+
+    def __rich__(self) -> Group:
+        """Return the timeline, the heat map and the measured costs."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("phase")
+        for name in ("trainable parameters", "time per epoch", "peak memory"):
+            table.add_column(name, justify="right")
+        for number, cost in enumerate(self.costs):
+            table.add_row(
+                f"{number + 1} {cost.name}",
+                f"{cost.trainable:,}",
+                format_seconds(cost.epoch_s),
+                f"{'' if self.exact_memory else '<= '}{cost.peak_bytes / 2**20:,.0f} MiB",
+            )
+        note = (
+            f"measured on {self.device}: {MEASURED_STEPS} steps a phase, with loading, without a cache; the "
+            f"whole plan takes about {format_seconds(self.total_s)}. Memory is that of the whole process."
+            if self.device == "cpu"
+            else f"measured on {self.device}: {MEASURED_STEPS} steps a phase, with loading, without a cache; "
+            f"the whole plan takes about {format_seconds(self.total_s)}. Memory is that of torch's tensors."
+        )
+        return Group(self.explanation, table, Text(note, style="dim"))
+
+
+def dry_run(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    *,
+    plan: Plan,
+    layers: LayerMap,
+    lr: float = 1e-3,
+    optimizer: Any = "adamw",
+    weight_decay: float | None = None,
+    optimizer_options: Mapping[str, Any] | None = None,
+    batch_size: int = 32,
+    accumulate: int = 1,
+    seed: int = 0,
+    workers: int = 0,
+    classes: Sequence[str] | None = None,
+    precision: Any = "fp32",
+    device: Any = "auto",
+    label_smoothing: float = 0.0,
+    **_other: Any,
+) -> DryRun:
+    """Return what `fit` with the same arguments would do, measured on a few steps of each phase.
+
+    Each phase is carried out for three steps on a copy of the model, the last two are timed. So it takes a
+    second copy of the model in memory, and about three steps for each phase. The model, its modes and the
+    random state are as before afterwards.
+
+    Args:
+        model: as for `layerwise.fit`, as all others that are not named here.
+        train: likewise.
+        val: likewise; one batch of it is timed.
+        plan: likewise.
+        layers: the model's layer map at the plan's granularity.
+        lr: likewise.
+        optimizer: likewise.
+        weight_decay: likewise.
+        optimizer_options: likewise.
+        batch_size: likewise.
+        accumulate: likewise.
+        seed: likewise.
+        workers: of `fit`; loading is measured in this process.
+        classes: likewise.
+        precision: likewise.
+        device: likewise.
+        label_smoothing: likewise.
+
+    Raises:
+        LayerwiseError: as `layerwise.fit` would before training.
+    """
+    from accelerate.utils import send_to_device
+
+    before = get_random_state()
+    accelerator = setup.open_accelerator(precision, device, None, None)
+    batches = open_batches(train, train=True, batch_size=batch_size, seed=seed)
+    held_out = None if val is None else open_batches(val, train=False, batch_size=batch_size)
+    first = setup.first_batch(batches)
+    task = setup.find_task(
+        model,
+        batches,
+        first,
+        task="auto",
+        classes=classes,
+        class_weights=None,
+        label_smoothing=label_smoothing,
+    )
+    steps_per_epoch = -(-setup.batch_count(batches) // accumulate)
+    factory, options, _ = find_optimizer(optimizer, optimizer_options)
+    args, kwargs, _ = split_batch(first)
+    costs, exact = [], True
+    for phase in plan.phases:
+        tried = copy.deepcopy(model).to(accelerator.device)
+        tuner = Tuner(
+            tried,
+            Plan(strategy=plan.strategy, granularity=plan.granularity, groups=plan.groups, phases=(phase,)),
+            factory,
+            lr=lr,
+            steps_per_epoch=steps_per_epoch,
+            layers=layers,
+            example_input=kwargs or args,
+            weight_decay=weight_decay,
+            **options,
+        )
+        next(tuner.epochs())
+        tried.train()
+        times = []
+        stream = batches.epoch(0)
+        with peak_memory(accelerator.device) as peak:
+            for _ in range(1 + MEASURED_STEPS):
+                began_s = time.perf_counter()
+                for _ in range(accumulate):
+                    batch = next(stream, None)
+                    if batch is None:  # a tiny data set: go through it again
+                        stream = batches.epoch(0)
+                        batch = next(stream)
+                    batch = send_to_device(batch, accelerator.device)
+                    with accelerator.autocast():
+                        loss = task.loss(task.forward(tried, batch), batch)
+                    accelerator.backward(loss / accumulate)
+                tuner.step()
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize(accelerator.device)
+                times.append(time.perf_counter() - began_s)
+                if tuner.done:
+                    break
+        exact &= peak.exact
+        step_s = min(times[1:] or times)
+        validation_s = 0.0
+        if held_out is not None:
+            began_s = time.perf_counter()
+            batch = send_to_device(next(held_out.epoch(0)), accelerator.device)
+            first_output(tried, task.forward, batch)
+            validation_s = (time.perf_counter() - began_s) * len(held_out)
+        costs.append(
+            PhaseCost(
+                name=phase.name,
+                trainable=sum(p.numel() for p in tried.parameters() if p.requires_grad),
+                step_s=step_s,
+                epoch_s=step_s * steps_per_epoch + validation_s,
+                peak_bytes=peak.bytes,
+            )
+        )
+        del tried, tuner
+    set_random_state(before)
+    epochs = [phase.length_steps(steps_per_epoch) / steps_per_epoch for phase in plan.phases]
+    return DryRun(
+        explanation=plan.explain(layers, lr=lr, steps_per_epoch=steps_per_epoch),
+        costs=tuple(costs),
+        total_s=sum(cost.epoch_s * count for cost, count in zip(costs, epochs)),
+        steps_per_epoch=steps_per_epoch,
+        exact_memory=exact,
+        device=str(accelerator.device),
+    )

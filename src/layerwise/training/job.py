@@ -1,0 +1,276 @@
+"""A run described by names: what the command line gives, and what a run needs to be resumed by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from layerwise.errors import DataError, ModelError, PlanError, RunError
+from layerwise.plans.plan import Plan
+from layerwise.training.fit import fit
+from layerwise.training.randomness import seed_everything
+from layerwise.training.result import Result
+from layerwise.training.run import read_run
+
+if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
+    from layerwise.sources.images import ImageData, ImageSet
+    from layerwise.sources.opened import OpenedModel
+    from layerwise.sources.preprocessing import Preprocessing
+    from layerwise.training.dryrun import DryRun
+
+DEMO_DATA = "demo:elpv"
+"""Data of this name are the packaged solar cells; ``demo:elpv:800/400/600`` says how many of them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that defines a run, as plain data.
+
+    Attributes:
+        model: spec of the model (``"timm:resnet18"``).
+        data: folder or table of images, or `DEMO_DATA`.
+        strategy: a strategy with its options (``"top_k:k=2"``); exactly one of this and `plan`.
+        plan: path of a plan file.
+        weights: path of a weights file; None is the library's own pretrained ones.
+        pretrained: False starts from random weights.
+        granularity: of the layer map, for `strategy`; a plan file has its own.
+        epochs: length of the plan, for `strategy`; None is the strategy's default.
+        schedule: name of a schedule's shape, for `strategy`.
+        norms: name of a norm policy, for `strategy`.
+        input_size: side of the images in pixels; None is the model's own.
+        val_frac: share of train to validate on, where the data has no part for it.
+        test_frac: share of train to test on at the end, likewise.
+        augment: random variation of the training images.
+        skip_bad_images: leave out images that cannot be read.
+        options: of `layerwise.fit`, those that are not its defaults.
+    """
+
+    model: str
+    data: str
+    strategy: str | None = None
+    plan: str | None = None
+    weights: str | None = None
+    pretrained: bool = True
+    granularity: str = "blocks"
+    epochs: int | None = None
+    schedule: str | None = None
+    norms: str | None = None
+    input_size: int | None = None
+    val_frac: float = 0.2
+    test_frac: float = 0.0
+    augment: str = "none"
+    skip_bad_images: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the split, the new head and the run."""
+        return int(self.options.get("seed", 0))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job with its model and data open.
+
+    Attributes:
+        job: as given.
+        opened: the model and its preprocessing.
+        data: train, val and test.
+        layers: the model's layer map at the plan's granularity.
+        plan: what to do.
+        about: what ``run.json`` shall tell of all this.
+        notes: what was chosen on the way, for people.
+    """
+
+    job: Job
+    opened: OpenedModel
+    data: ImageData
+    layers: LayerMap
+    plan: Plan
+    about: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def fit(self, **more: Any) -> Result:
+        """Carry the job out; `more` are further options of `layerwise.fit`, such as `out`."""
+        return fit(
+            self.opened.model,
+            self.data.train,
+            self.data.val,
+            test=self.data.test,
+            plan=self.plan,
+            layers=self.layers,
+            classes=self.data.classes,
+            about=self.about,
+            **{**self.job.options, **more},
+        )
+
+    def dry_run(self) -> DryRun:
+        """Return what the job would do, measured on a few steps (see `layerwise.training.dryrun`)."""
+        from layerwise.training.dryrun import dry_run
+
+        return dry_run(
+            self.opened.model,
+            self.data.train,
+            self.data.val,
+            plan=self.plan,
+            layers=self.layers,
+            classes=self.data.classes,
+            **self.job.options,
+        )
+
+
+def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
+    """Open the model and the data of a job, and lay out its plan.
+
+    The new head is initialised from ``job.seed``, so two calls give the same model.
+
+    Args:
+        job: what to do.
+        plan: to use instead of what the job names (the one of a run that is resumed).
+
+    Raises:
+        LayerwiseError: model, weights, data or plan cannot be opened, or do not fit each other.
+    """
+    from layerwise.sources.models import open_model
+    from layerwise.sources.preprocessing import Preprocessing
+
+    if plan is None and (job.strategy is None) == (job.plan is None):
+        got = "both are given" if job.strategy else "neither is given"
+        raise PlanError(f"exactly one of a strategy and a plan file says what learns; {got}.")
+    if plan is None and job.plan is not None:
+        ignored = [n for n in ("epochs", "schedule", "norms") if getattr(job, n) is not None]
+        if ignored:
+            raise PlanError(
+                f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
+                f"Change it in {job.plan}, or give a strategy."
+            )
+        plan = Plan.load(job.plan)  # first, since it is quick to find wrong
+
+    # The data says how many classes the head must tell apart, the model how it wants its images; so the
+    # images are opened first and get their preprocessing afterwards.
+    found = _open_data(job, Preprocessing(crop=(32, 32), resize=None))
+    seed_everything(job.seed)
+    opened = open_model(
+        job.model,
+        num_classes=len(found.classes),
+        weights=job.weights,
+        pretrained=job.pretrained,
+        input_size=job.input_size,
+    )
+    if opened.preprocessing is None:
+        raise ModelError(f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:).")
+    data = dataclasses.replace(
+        found,
+        train=_prepared(found.train, opened.preprocessing),
+        val=None if found.val is None else _prepared(found.val, opened.preprocessing),
+        test=None if found.test is None else _prepared(found.test, opened.preprocessing),
+    )
+    return assemble(job, opened, data, plan=plan)
+
+
+def assemble(job: Job, opened: OpenedModel, data: ImageData, *, plan: Plan | None = None) -> Prepared:
+    """Return a job with a model and data that are open already, and its plan laid out."""
+    from layerwise.layers.mapping import layer_map
+    from layerwise.plans.parsing import parse_strategy
+
+    granularity = cast(Any, plan.granularity if plan is not None else job.granularity)
+    layers = layer_map(opened.model, opened.example_input, granularity=granularity)
+    if plan is None:
+        plan = parse_strategy(
+            cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
+        )
+    plan.check(layers)
+    about = {
+        "model": opened.to_dict(),
+        "data": {
+            "source": job.data,
+            "classes": list(data.classes),
+            "samples": {name: len(part) for name, part in data.parts().items()},
+            "digest": {name: _digest(part) for name, part in data.parts().items()},
+            "augment": job.augment,
+            "skipped": [list(entry) for entry in data.skipped],
+        },
+        "job": dataclasses.asdict(job),
+    }
+    return Prepared(job, opened, data, layers, plan, about, (*opened.notes, *data.notes))
+
+
+def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None, **more: Any) -> Result:
+    """Go on with the run in the folder `path`, which knows its own model, data and options.
+
+    Args:
+        path: the run's folder.
+        say: told the notes of opening model and data.
+        more: options of `layerwise.fit` that do not shape the result (`progress`, `workers`).
+
+    Raises:
+        RunError: there is no run, or it was started from Python with objects that have no names.
+    """
+    about = read_run(path)
+    if about.get("job") is None:
+        raise RunError(
+            f"{path} was started from Python with a model or data that have no names. Resume it there: "
+            f"layerwise.fit(model, train, val, plan=plan, out={str(path)!r}, resume=True)."
+        )
+    prepared = prepare(job_from_dict(about["job"]), plan=Plan.model_validate(about["plan"]))
+    for note in prepared.notes:
+        say(note)
+    return prepared.fit(out=path, resume=True, **more)
+
+
+def job_from_dict(data: Mapping[str, Any]) -> Job:
+    """Return the job that ``dataclasses.asdict`` made `data` of."""
+    return Job(**data)
+
+
+def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
+    from layerwise.sources.demo import elpv_images
+    from layerwise.sources.images import open_images
+
+    augment = cast(Any, job.augment)
+    if not job.data.startswith(DEMO_DATA):
+        return open_images(
+            job.data,
+            preprocessing,
+            val_frac=job.val_frac,
+            test_frac=job.test_frac,
+            seed=job.seed,
+            augment=augment,
+            skip_bad_images=job.skip_bad_images,
+        )
+    sizes = job.data.removeprefix(DEMO_DATA).lstrip(":").split("/")
+    if sizes == [""]:
+        return elpv_images(preprocessing, seed=job.seed, augment=augment)
+    if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
+        raise DataError(
+            f"data {job.data!r}: expected {DEMO_DATA} or {DEMO_DATA}:TRAIN/VAL/TEST, three numbers."
+        )
+    train, val, test = map(int, sizes)
+    return elpv_images(
+        preprocessing,
+        train_samples=train,
+        val_samples=val,
+        test_samples=test,
+        seed=job.seed,
+        augment=augment,
+    )
+
+
+def _prepared(part: ImageSet, preprocessing: Preprocessing) -> ImageSet:
+    from layerwise.sources.images import ImageSet
+
+    return ImageSet(part.paths, part.targets, part.classes, preprocessing, augment=part.augment)
+
+
+def _digest(part: ImageSet) -> str:
+    """Return a hash of names, sizes and labels, so that a run is not resumed on other data."""
+    digest = hashlib.sha256()
+    for path, target in zip(part.paths, part.targets):
+        file = Path(path)
+        digest.update(f"{file.parent.name}/{file.name}\0{file.stat().st_size}\0{target}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""Predictions of a run for image files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.errors import DataError, RunError
+from layerwise.training.run import Run
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict_images` found.
+
+    Attributes:
+        rows: for each image ``"image"`` (its path) and what `Run.predict` returns for it.
+        skipped: (path, reason) of images that could not be read, where they were to be left out.
+    """
+
+    rows: list[dict[str, Any]]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def predict_images(
+    run: Run, images: Sequence[str | Path], *, batch_size: int = 32, skip_bad_images: bool = False
+) -> Predictions:
+    """Return the run's predictions for image files, preprocessed as in training.
+
+    Args:
+        run: from `load_run`.
+        images: files, or folders that stand for their images.
+        batch_size: images of one forward pass.
+        skip_bad_images: leave out files that cannot be read and list them.
+
+    Raises:
+        RunError: the run knows no preprocessing of images.
+        DataError: a path does not exist, or (without `skip_bad_images`) a file cannot be read.
+    """
+    from layerwise.sources.images import image_list
+
+    if run.preprocessing is None:
+        raise RunError(
+            f"{run.path} does not know how its images were prepared (it was started from Python). Load it "
+            "with layerwise.load_run(...) and give its predict() a batch of tensors."
+        )
+    data = image_list(images, run.preprocessing, classes=run.classes)
+    rows: list[dict[str, Any]] = []
+    skipped: list[tuple[str, str]] = []
+    for begin in range(0, len(data), batch_size):
+        tensors, paths = [], []
+        for index in range(begin, min(begin + batch_size, len(data))):
+            try:
+                tensors.append(data[index][0])
+                paths.append(data.paths[index])
+            except DataError as error:
+                if not skip_bad_images:
+                    raise
+                skipped.append((data.paths[index], str(error)))
+        if tensors:
+            decoded = run.predict(torch.stack(tensors))
+            rows += [{"image": path, **row} for path, row in zip(paths, decoded)]
+    return Predictions(rows, tuple(skipped))

@@ -1,0 +1,222 @@
+"""Predictions of a run for texts: from files, from standard input, or from a list."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from layerwise.errors import DataError, RunError
+from layerwise.training.run import Run
+from layerwise.training.token_tasks import LanguageModelling, TokenClassification
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to predict for.
+
+    Attributes:
+        text: what the model reads.
+        pair: the second text, for models of pairs.
+    """
+
+    text: str
+    pair: str | None = None
+
+
+def read_texts(
+    inputs: Sequence[str | Path],
+    *,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    encoding: str = "utf-8",
+    stdin: TextIO | None = None,
+) -> list[Text]:
+    """Return the texts in some files, in order.
+
+    Of a table (CSV, TSV, JSON lines, Parquet) the named columns; of any other file every line that is
+    not blank.
+
+    Args:
+        inputs: files; ``"-"``, or none at all, is standard input, read as lines.
+        text_column: column of the text in tables.
+        pair_column: column of the second text in tables; lines hold it after a tab.
+        encoding: of files.
+        stdin: read for ``"-"``; None is the process's own.
+
+    Raises:
+        DataError: a file is missing, is not in `encoding`, lacks a column, or there is no text at all.
+    """
+    from layerwise.sources.tables import TABLES, read_rows
+
+    columns = [text_column, *([pair_column] if pair_column else [])]
+    texts: list[Text] = []
+    for name in inputs or [STDIN]:
+        path = Path(name)
+        if str(name) == STDIN:
+            texts += _lines(stdin or sys.stdin, pair_column is not None)
+        elif path.suffix.lower() in TABLES:
+            for row in read_rows(path, columns, encoding=encoding):
+                texts.append(Text(*(str(row[column] or "") for column in columns)))
+        else:
+            texts += _lines(_read(path, encoding).splitlines(), pair_column is not None)
+    if not texts:
+        raise DataError(f"{', '.join(map(str, inputs)) or 'standard input'} holds no text.")
+    return texts
+
+
+def _read(path: Path, encoding: str) -> str:
+    try:
+        return path.read_text(encoding=encoding)
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error.strerror}. Give a file of texts.") from error
+    except (UnicodeDecodeError, LookupError) as error:
+        raise DataError(
+            f"{str(path)!r} is not {encoding}: {error}. Name its encoding: --encoding."
+        ) from error
+
+
+def _lines(lines: Iterable[str], pairs: bool) -> list[Text]:
+    found = []
+    for line in lines:
+        if line := line.strip("\r\n"):
+            text, tab, pair = line.partition("\t") if pairs else (line, "", "")
+            found.append(Text(text, pair if tab else None))
+    return [text for text in found if text.text.strip()]
+
+
+@torch.no_grad()
+def predict_texts(
+    run: Run,
+    texts: Sequence[Text | str],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    new_tokens: int = 64,
+) -> list[dict[str, Any]]:
+    """Return one prediction for each text, in order.
+
+    Texts of about one length go through the model together, so that little of a batch is padding; in
+    float32 a prediction may so differ in the last digits from that of the text alone.
+
+    Args:
+        run: from `layerwise.load_run`; one that knows its tokenizer.
+        texts: strings, or `Text` for pairs.
+        batch_size: texts of one forward pass.
+        max_length: tokens of a text, the rest is cut off; None is what the run was trained with.
+        new_tokens: how many tokens a causal language model writes at most.
+
+    Returns:
+        Mappings with ``"text"`` and what the task decodes: label and probabilities, numbers; for tokens
+        ``"words"``, their ``"tags"`` and the ``"entities"``; for a causal language model its
+        ``"completion"``; for a masked one the ``"fillers"`` of the masks.
+
+    Raises:
+        RunError: the run has no tokenizer.
+    """
+    tokenizer = run.tokenizer
+    if tokenizer is None:
+        raise RunError(
+            f"{run.path} has no tokenizer (it was started from Python, or is no run of texts). Load it with "
+            "layerwise.load_run(...) and give its predict() a batch of tensors."
+        )
+    asked = [text if isinstance(text, Text) else Text(text) for text in texts]
+    length = max_length or run.about.get("data", {}).get("max_length")
+    order = sorted(range(len(asked)), key=lambda index: len(asked[index].text))
+    rows: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        part = [asked[index] for index in indices]
+        if isinstance(run.task, TokenClassification):
+            found = _tag(run, tokenizer, part, length)
+        elif isinstance(run.task, LanguageModelling) and run.task.name == "causal_lm":
+            found = _complete(run, tokenizer, part, length, new_tokens)
+        elif isinstance(run.task, LanguageModelling):
+            found = _fill(run, tokenizer, part, length)
+        else:
+            found = run.predict(_encode(run, tokenizer, part, length))
+        rows |= dict(zip(indices, found, strict=True))
+    shown = ({"text": t.text} if t.pair is None else {"text": t.text, "pair": t.pair} for t in asked)
+    return [{**text, **rows[index]} for index, text in enumerate(shown)]
+
+
+def _encode(run: Run, tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
+    pairs = [text.pair for text in part]
+    if any(pair is not None for pair in pairs):
+        options["text_pair"] = [pair or "" for pair in pairs]
+    limit = {"max_length": length} if length else {}
+    batch = tokenizer(
+        [text.text for text in part],
+        padding=True,
+        truncation=True,
+        return_tensors="pt",
+        **limit,
+        **options,
+    )
+    return dict(batch)
+
+
+def _tag(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list[dict[str, Any]]:
+    """Return for each text its words, the tag of each (that of its first piece), and the entities."""
+    from layerwise.training.entities import spans
+
+    words = [text.text.split() for text in part]
+    limit = {"max_length": length} if length else {}
+    batch = tokenizer(
+        words, is_split_into_words=True, padding=True, truncation=True, return_tensors="pt", **limit
+    )
+    found = []
+    for index, decoded in enumerate(run.predict(dict(batch))):
+        tags = ["O"] * len(words[index])  # words that were cut off
+        seen: set[int] = set()
+        for position, word in enumerate(batch.word_ids(index)):
+            if word is not None and word not in seen:
+                seen.add(word)
+                tags[word] = decoded["tags"][position]
+        entities = [
+            {"type": kind, "text": " ".join(words[index][start:end]), "start": start, "end": end}
+            for kind, start, end in spans(tags)
+        ]
+        found.append({"words": words[index], "tags": tags, "entities": entities})
+    return found
+
+
+def _complete(
+    run: Run, tokenizer: Any, part: list[Text], length: int | None, new_tokens: int
+) -> list[dict[str, Any]]:
+    """Return what the model writes after each text, greedily."""
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "left"  # generation goes on from the last position
+    try:
+        batch = _encode(run, tokenizer, part, length)
+    finally:
+        tokenizer.padding_side = side
+    batch.pop("token_type_ids", None)
+    model: Any = run.model
+    written = model.generate(
+        **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    start = batch["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)
+    return [{"completion": text} for text in texts]
+
+
+def _fill(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list[dict[str, Any]]:
+    """Return the most likely token at each mask of each text, with its probability."""
+    batch = _encode(run, tokenizer, part, length)
+    masks = batch["input_ids"] == tokenizer.mask_token_id
+    found = []
+    for row, decoded in zip(masks, run.predict(batch), strict=True):
+        at = row.nonzero().flatten().tolist()
+        fillers = [
+            {"token": tokenizer.decode([decoded["tokens"][i]]), "probability": decoded["probabilities"][i]}
+            for i in at
+        ]
+        found.append({"fillers": fillers})
+    return found
