@@ -69,11 +69,12 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
         return [Group("trunk", units, units[0].path)] if units else []
     first = is_block.index(True)
     last = len(units) - 1 - is_block[::-1].index(True)
-    shared = _shared_path([unit.path for unit, block in zip(units, is_block) if block])
+    stages = _numbered_containers([unit.path for unit, block in zip(units, is_block) if block])
     groups: list[Group] = []
     waiting: list[Unit] = []
     if any(unit.weights >= 2 for unit in units[first:]):
-        inside = next((n for n in range(first) if _common(units[n].path, units[first].path) > shared), first)
+        own = [path for path in stages if units[first].path.startswith(path + ".")]
+        inside = next((n for n in range(first) if _inside(units[n], own)), first)
         if inside:
             groups.append(Group("stem", units[:inside], units[0].path))
         waiting = units[inside:first]
@@ -88,8 +89,9 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
             waiting = _share_out(recording, groups, waiting, block)
         groups.append(Group("trunk", [*waiting, block], block.path))
         waiting = []
+    own = [path for path in stages if units[last].path.startswith(path + ".")]
     for unit in units[last + 1 :]:
-        if unit.weights and _common(unit.path, units[last].path) <= shared:
+        if unit.weights and not _inside(unit, own):
             groups.append(Group("trunk", [unit], unit.path))
         else:
             groups[-1].units.append(unit)
@@ -129,6 +131,26 @@ def _reads(recording: Recording, unit: Unit, previous: Unit) -> bool:
         if not reached.isdisjoint(op.sources):
             reached.add(op.index)
     return any(op.index in reached for op in recording.ops[unit.calls[0].start : unit.calls[0].end])
+
+
+def _numbered_containers(blocks: list[str]) -> list[str]:
+    """Return the paths above blocks that differ from another such path only in their last number."""
+    above = {path for block in blocks for path in _paths_above(block)}
+    families = collections.Counter(_family(path) for path in above)
+    return [path for path in above if families[_family(path)] > 1]
+
+
+def _paths_above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _family(path: str) -> str:
+    return re.sub(r"_?\d+$", "", path)
+
+
+def _inside(unit: Unit, containers: list[str]) -> bool:
+    return any(unit.path.startswith(path + ".") for path in containers)
 
 
 def _common(one: str, other: str) -> int:
@@ -181,18 +203,19 @@ def _stages_under(
     flat = [path for path, inside in below.items() if inside == [path]]
     stages: dict[str, str] = {}
     families: dict[str, list[str]] = {}
-    for path in nests:
-        families.setdefault(re.sub(r"_?\d+$", "", path), []).append(path)
+    for path in below:
+        families.setdefault(_family(path), []).append(path)  # repeat, repeat_1
+    numbered = [paths for paths in families.values() if any(path in nests for path in paths)]
     alike = {
         path
-        for paths in [*families.values(), _of_one_kind(nests, groups)]
-        if len(paths) > 1 and _is_chain(paths, nests, groups, recording)
+        for paths in [*numbered, _of_one_kind(nests, groups)]
+        if len(paths) > 1 and _is_chain(paths, below, groups, recording)
         for path in paths
     }
-    for path, inside in nests.items():
+    for path, inside in below.items():
         if path in alike:
             stages |= dict.fromkeys(inside, path)
-        else:
+        elif path in nests:
             stages |= _stages_under(path, inside, groups, recording)
     blocks = [core for core in flat if _block(groups[core]).weights >= 1 and _block(groups[core]).calls]
     sizes = [_positions(_block(groups[core]), recording) for core in blocks]
@@ -218,12 +241,12 @@ def _of_one_kind(nests: dict[str, list[str]], groups: dict[str, Group]) -> list[
 
 
 def _is_chain(
-    paths: list[str], nests: dict[str, list[str]], groups: dict[str, Group], recording: Recording
+    paths: list[str], below: dict[str, list[str]], groups: dict[str, Group], recording: Recording
 ) -> bool:
     """Whether the main input of each nest's first block comes from the nest before it."""
     for one, other in itertools.pairwise(paths):
-        before = _block(groups[nests[one][-1]])
-        after = _block(groups[nests[other][0]])
+        before = _block(groups[below[one][-1]])
+        after = _block(groups[below[other][0]])
         if not before.calls or not after.calls or not _main_input_from(recording, after, before):
             return False
     return True

@@ -208,7 +208,7 @@ def _features_before(recording: Recording, name: str, positions: dict[str, tuple
 def _sizes(recording: Recording, call: Call) -> tuple[int, int, int] | None:
     """Return (positions per sample, values read per position, features made) of a leaf's call."""
     weights = list(call.module.parameters(recurse=False))
-    if call.children or not weights:
+    if not weights or any(True for child in call.module.children() for _ in child.parameters()):
         return None
     received = tensors_in(call.arguments)
     returned = tensors_in(call.output)

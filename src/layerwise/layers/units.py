@@ -9,8 +9,9 @@ layer, or a single convolution of the stem. What decides is what the module comp
 3. A kind that occurs several times is a *block* if, somewhere, it keeps the shape of its input and a
    value of that shape passes by one of its weighted children on the way to the output: a residual
    connection. Blocks are units wherever they occur, also where a stage's first one has no shortcut.
-4. Any other kind that occurs several times is opened if it holds a *stack*, several siblings of one kind
-   with two or more weighted layers each: a ResNet stage, a dense block, a cross-stage-partial stage.
+4. Any other kind that occurs several times is opened if, somewhere, it holds a *stack*, several
+   siblings of one kind with two or more weighted layers each: a ResNet stage, a dense block, a
+   cross-stage-partial stage.
 5. A kind that occurs once is kept whole if its path differs only in numbers from a block's (the one
    ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals). Else it is opened if it holds a
    stack, or is a plain chain (no value passes by one of its children), or has two or more children with
@@ -212,6 +213,7 @@ class _Tree:
         self._instances = collections.Counter(composite.values())
         self._nested = self._kinds_inside_themselves()
         self._stacks = self._calls_with_stacks()
+        self._stacked_kinds = {self.kind(call.module) for call in self._stacks}
         self._blocks = {
             self.kind(call.module)
             for call in recording.calls
@@ -240,17 +242,13 @@ class _Tree:
         if kind in self._blocks:
             return False
         if self._instances[kind] > 1:
-            return stacked or self._only_holds_a_block(call, children)
+            wraps_one = _is_sequence(call.module) and len(children) == 1
+            return kind in self._stacked_kinds or wraps_one
         if _is_sequence(call.module) or stacked:
             return True
         if _numberless(call.path) in self._block_paths:
             return False
         return not self._is_residual(call) and (several or not self._passes_by(call, any_shape=True))
-
-    def _only_holds_a_block(self, call: Call, children: list[Call]) -> bool:
-        return (
-            _is_sequence(call.module) and len(children) == 1 and self.kind(children[0].module) in self._blocks
-        )
 
     def children(self, call: Call) -> list[Call]:
         """Return the calls directly inside that have parameters and run at least one operation."""

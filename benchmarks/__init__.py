@@ -1,0 +1,1 @@
+"""Measurements that make the figures in the documentation: ``python -m benchmarks [name]``."""

@@ -1,0 +1,155 @@
+"""Calibrate the similarity thresholds of `layerwise.advise` on real and synthetic shifts.
+
+For each data set the network's batch-norm statistics are set to that data set, so that it is the source,
+and a linear probe is fitted on its frozen features. Then corruptions of increasing strength, and the other
+data sets, take the place of the target. Recorded for each: the shift figures, and the *harm*: the share of
+the probe's accuracy above chance that is lost. (For another domain there is no accuracy; all is lost.) A
+threshold is the figure at which the isotonic regression of harm on it crosses a given loss.
+
+``python -m benchmarks calibrate`` measures what is missing from ``benchmarks/results/calibration.json``
+and writes ``src/layerwise/choosing/thresholds.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.tasks import CORRUPTIONS, PIXELS, corrupt, lite0, normalised
+from layerwise.choosing.features import Features, collect_features
+from layerwise.choosing.shift import measure
+from layerwise.choosing.signature import summarise
+from layerwise.layers.mapping import layer_map
+from layerwise.training.files import write_json
+from layerwise.tuning.calibration import calibrate_batchnorm
+
+RESULTS = Path(__file__).parent / "results" / "calibration.json"
+THRESHOLDS = Path(__file__).parents[1] / "src" / "layerwise" / "choosing" / "thresholds.json"
+SIZE, SOURCE, TARGET = 96, 240, 160
+STRENGTHS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+HIGH, LOW = 0.1, 0.5
+"""Loss of accuracy above chance up to which data count as similar, and from which on as dissimilar."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks calibrate", description=__doc__)
+    parser.add_argument("--fit-only", action="store_true", help="use the results as they are")
+    options = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if not options.fit_only:
+        for name in PIXELS:
+            measure_source(name, rows)
+    write_json(THRESHOLDS, fit(rows))
+    print(THRESHOLDS.read_text())
+    return 0
+
+
+def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
+    """Add the rows of one source data set that are missing, saving after each."""
+    torch.manual_seed(0)
+    pixels, labels = PIXELS[name](SIZE)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    source, target = order[:SOURCE], order[SOURCE : SOURCE + TARGET]
+    model = lite0()
+    calibrate_batchnorm(model, torch.utils.data.DataLoader(normalised(pixels[source]), batch_size=60))
+    layers = layer_map(model, torch.zeros(2, 3, SIZE, SIZE), "stages")
+
+    def collect(x: Tensor, y: Tensor | None = None) -> Features:
+        data = normalised(x) if y is None else (normalised(x), y)
+        return collect_features(model, data, layers, max_samples=None)
+
+    clean = collect(pixels[source], labels[source])
+    probe = fit_probe(clean)
+    chance = float(np.bincount(labels[target].numpy()).max() / len(target))
+    reference = summarise(clean, layers)
+    best = None
+    targets: list[tuple[str, float]] = [
+        (kind, s) for kind in CORRUPTIONS for s in STRENGTHS if s or kind == "noise"
+    ]
+    targets += [(f"domain:{other}", 1.0) for other in PIXELS if other != name]
+    for kind, strength in targets:
+        key = {"source": name, "kind": kind if strength else "none", "strength": strength}
+        done = next((r for r in rows if all(r[k] == v for k, v in key.items())), None)
+        if done is None:
+            if kind.startswith("domain:"):
+                x, y = PIXELS[kind.partition(":")[2]](SIZE)
+                found, accuracy = collect(x[torch.randperm(len(y))[:TARGET]]), None
+            else:
+                found = collect(corrupt(pixels[target], kind, strength), labels[target])
+                accuracy = float((probe(found) == found.labels).mean())
+            by_norms = measure(found, None, layers, method="norms", draws=40)
+            by_source = measure(found, reference, layers, method="source", draws=40)
+            done = {
+                **key,
+                "accuracy": accuracy,
+                "chance": chance,
+                "norms": [round(g.main.value, 5) for g in by_norms.groups],
+                "source_frechet": [round(g.main.value, 5) for g in by_source.groups],
+            }
+            rows.append(done)
+            write_json(RESULTS, rows)
+        if not strength:
+            best = done["accuracy"]
+        accuracy = done["accuracy"]
+        done["harm"] = (
+            1.0
+            if accuracy is None
+            else round(float(np.clip(1 - (accuracy - chance) / (best - chance), 0, 1)), 4)
+        )
+        print(f"{name:8} {kind:16} {strength:.1f} harm {done['harm']:.2f}", flush=True)
+    write_json(RESULTS, rows)
+
+
+def fit_probe(features: Features) -> Any:
+    """Return a function that predicts classes from the features that the head receives."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    last = list(features.groups)[-1]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=500))
+    probe.fit(features.groups[last], features.labels)
+    return lambda found: probe.predict(found.groups[last])
+
+
+def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return thresholds for both kinds of figure, and how well they tell the rows apart."""
+    from sklearn.isotonic import IsotonicRegression
+
+    found: dict[str, Any] = {
+        "command": "python -m benchmarks calibrate",
+        "figure": "mean over the first two thirds of the groups",
+        "high_up_to_harm": HIGH,
+        "low_from_harm": LOW,
+        "rows": len(rows),
+    }
+    for method, column in (("norms", "norms"), ("source", "source_frechet")):
+        x = np.array([input_side(row[column]) for row in rows])
+        harm = np.array([row["harm"] for row in rows])
+        grid = np.geomspace(max(x.min(), 1e-3), x.max(), 2000)
+        curve = IsotonicRegression(out_of_bounds="clip").fit(x, harm).predict(grid)
+        high, low = (float(grid[np.argmax(curve >= limit)]) for limit in (HIGH, LOW))
+        level = np.digitize(harm, [HIGH, LOW])
+        told = np.digitize(x, [high, low])
+        found[method] = {
+            "high": round(high, 4),
+            "low": round(low, 4),
+            "agree": round(float((level == told).mean()), 3),
+            "agree_within_one": round(float((np.abs(level - told) <= 1).mean()), 3),
+        }
+    return found
+
+
+def input_side(figures: list[float]) -> float:
+    """Return the mean over the first two thirds of the groups, as `Shift.input_side` does."""
+    return float(np.mean(figures[: max(1, round(len(figures) * 2 / 3))]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main([]))
