@@ -39,8 +39,13 @@ if TYPE_CHECKING:
     from layerwise.training.run import Run as Run
     from layerwise.training.run import load_run as load_run
     from layerwise.tuning.calibration import calibrate_batchnorm as calibrate_batchnorm
+    from layerwise.tuning.freezing import count_parameters as count_parameters
+    from layerwise.tuning.freezing import freeze as freeze
+    from layerwise.tuning.freezing import unfreeze as unfreeze
     from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
     from layerwise.tuning.norms import training_mode as training_mode
+    from layerwise.tuning.param_groups import param_groups as param_groups
+    from layerwise.tuning.tuner import Tuner as Tuner
     from layerwise.tuning.watch import watch as watch
 
 _HOME = {
@@ -54,21 +59,25 @@ _HOME = {
     "Result": "layerwise.training.result",
     "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
-    "layer_map": "layerwise.layers.mapping",
+    "Tuner": "layerwise.tuning.tuner",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
     "calibrate_batchnorm": "layerwise.tuning.calibration",
+    "count_parameters": "layerwise.tuning.freezing",
     "discriminative": "layerwise.plans.strategies",
-    "fit": "layerwise.training.fit",
     "fine_tune": "layerwise.plans.unfreezing",
+    "fit": "layerwise.training.fit",
+    "freeze": "layerwise.tuning.freezing",
     "freeze_batchnorm": "layerwise.tuning.norms",
     "freeze_embeddings": "layerwise.plans.strategies",
     "full": "layerwise.plans.strategies",
     "gradual_unfreezing": "layerwise.plans.unfreezing",
+    "layer_map": "layerwise.layers.mapping",
     "linear_probe": "layerwise.plans.strategies",
     "lisa": "layerwise.plans.recipes",
     "load_run": "layerwise.training.run",
     "lp_ft": "layerwise.plans.unfreezing",
+    "param_groups": "layerwise.tuning.param_groups",
     "parse_strategy": "layerwise.plans.parsing",
     "pattern": "layerwise.plans.strategies",
     "reinit_last": "layerwise.plans.recipes",
@@ -76,6 +85,7 @@ _HOME = {
     "top_k": "layerwise.plans.strategies",
     "training_mode": "layerwise.tuning.norms",
     "ulmfit": "layerwise.plans.unfreezing",
+    "unfreeze": "layerwise.tuning.freezing",
     "watch": "layerwise.tuning.watch",
 }
 

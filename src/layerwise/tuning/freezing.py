@@ -1,0 +1,187 @@
+"""Freeze and unfreeze parameters by name, and count them. For loops that no plan drives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from layerwise.errors import ModelError
+from layerwise.plans.selection import match_names
+from layerwise.tuning.modes import pin_eval, unpin
+
+
+@dataclass(frozen=True)
+class FreezeRecord:
+    """What `freeze` or `unfreeze` changed.
+
+    Attributes:
+        action: which of the two.
+        names: parameters whose ``requires_grad`` was switched, one name for a shared one.
+        numel: number of scalars in them.
+        modules: paths of the modules that were pinned in eval mode (`freeze`) or let go (`unfreeze`).
+        skipped: parameters that cannot have gradients (integers of a quantised model) and so stayed as
+            they are.
+    """
+
+    action: Literal["freeze", "unfreeze"]
+    names: tuple[str, ...]
+    numel: int
+    modules: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+    _parameters: tuple[nn.Parameter, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    _modules: tuple[nn.Module, ...] = dataclasses.field(default=(), repr=False, compare=False)
+
+    def undo(self) -> None:
+        """Give the switched parameters and modules the state that they had before the call."""
+        for parameter in self._parameters:
+            parameter.requires_grad = self.action == "freeze"
+        if self.action == "freeze":
+            unpin(self._modules)
+        else:
+            pin_eval(self._modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data for JSON."""
+        fields = ("action", "names", "numel", "modules", "skipped")
+        return {name: getattr(self, name) for name in fields}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of scalars in a model's parameters, shared ones counted once.
+
+    Attributes:
+        trainable: those that require gradients.
+        frozen: the others.
+    """
+
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        """Trainable and frozen together."""
+        return self.trainable + self.frozen
+
+    @property
+    def percent(self) -> float:
+        """Trainable share of the total, in percent; 0 for a model without parameters."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trainable ({self.percent:.2f} %)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain data for JSON."""
+        return {**dataclasses.asdict(self), "total": self.total, "percent": self.percent}
+
+
+def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
+    """Freeze the parameters that `patterns` match (all, without patterns), and still their modules.
+
+    A module whose parameters are all frozen afterwards, and everything below it, is pinned in eval mode:
+    batch-norm statistics stop and dropout falls silent even when somebody calls ``model.train()``. Gradients
+    that lie on the parameters are dropped, so that an optimiser that already holds them leaves them alone,
+    weight decay included.
+
+    Args:
+        model: changed in place; `unfreeze`, or the record's ``undo()``, takes it back.
+        *patterns: full names, whole name components (``"layer1"``; ``"bn"`` never matches ``subnet``),
+            globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression.
+
+    Raises:
+        PlanError: a pattern matches no parameter; the closest names are listed.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+    >>> freeze(model, "0").names
+    ('0.weight', '0.bias')
+    >>> count_parameters(model).percent
+    50.0
+    """
+    return _switch(model, patterns, "freeze")
+
+
+def unfreeze(model: nn.Module, *patterns: str) -> FreezeRecord:
+    """Let the parameters that `patterns` match (all, without patterns) learn, and wake their modules.
+
+    A module that is no longer wholly frozen follows ``train()`` again, and is in the mode that it was last
+    asked to have. An optimiser that was built before does not know the parameters: add them with
+    ``optimizer.add_param_group``, or let `layerwise.Tuner` do it.
+
+    Args:
+        model: changed in place.
+        *patterns: as for `freeze`.
+
+    Raises:
+        PlanError: a pattern matches no parameter.
+    """
+    return _switch(model, patterns, "unfreeze")
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Return how many scalars of `model` are trainable and frozen; shared parameters count once.
+
+    Raises:
+        ModelError: a lazy layer has no shape yet.
+    """
+    numbers = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ModelError(
+                f"parameter {name!r} has no shape yet (a lazy layer); run one forward pass first"
+            )
+        numbers[parameter.requires_grad] += parameter.numel()
+    return ParameterCount(trainable=numbers[True], frozen=numbers[False])
+
+
+def _switch(
+    model: nn.Module, patterns: tuple[str, ...], action: Literal["freeze", "unfreeze"]
+) -> FreezeRecord:
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen = match_names(patterns, every) if patterns else list(every)
+    wanted = action == "unfreeze"
+    still_before = dict(_wholly_frozen(model))
+    switched: dict[int, tuple[str, nn.Parameter]] = {}
+    skipped = []
+    for name in chosen:
+        parameter = every[name]
+        if wanted and not (parameter.is_floating_point() or parameter.is_complex()):
+            skipped.append(name)
+        elif parameter.requires_grad != wanted:
+            parameter.requires_grad = wanted  # the method refuses lazy parameters, the attribute takes them
+            switched[id(parameter)] = (name, parameter)
+        if not parameter.requires_grad:
+            parameter.grad = None
+    still = dict(_wholly_frozen(model))
+    if wanted:
+        changed = unpin(module for module in still_before if module not in still)
+    else:
+        changed = pin_eval(module for module in still if module not in still_before)
+    paths = still_before if wanted else still
+    return FreezeRecord(
+        action=action,
+        names=tuple(name for name, _ in switched.values()),
+        numel=sum(
+            parameter.numel() for _, parameter in switched.values() if not nn.parameter.is_lazy(parameter)
+        ),
+        modules=tuple(paths[module] for module in changed),
+        skipped=tuple(skipped),
+        _parameters=tuple(parameter for _, parameter in switched.values()),
+        _modules=changed,
+    )
+
+
+def _wholly_frozen(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules that have parameters, none of them trainable, and all modules below these."""
+    still: set[nn.Module] = set()
+    for _, module in model.named_modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            still.update(module.modules())
+    for path, module in model.named_modules():
+        if module in still:
+            yield module, path

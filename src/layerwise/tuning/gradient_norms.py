@@ -1,0 +1,61 @@
+"""Relative gradient norms of layer groups, measured on the gradients that train (Auto-RGN)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+MEASURED_STEPS = 5
+"""So many steps of each epoch are averaged: one batch is noisy, and later ones come too late to help."""
+
+
+class RelativeGradientNorms:
+    """Averages ``|gradient| / |weights|`` of each group over the first steps of an epoch.
+
+    Attributes:
+        weights: group -> share of the largest relative gradient norm, in [0, 1]; 1 before the first
+            measurement, and for a group whose weights are all zero (a new head may be).
+        sums: group -> sum over the measured steps of this epoch.
+        steps: number of these.
+
+    Source: Lee et al. 2023, section 4.2.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+
+    def start_epoch(self) -> None:
+        """Begin to measure anew; the weights stay until the first measurement."""
+        self.sums, self.steps = {}, 0
+
+    @torch.no_grad()
+    def measure(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> bool:
+        """Take in the gradients that `groups` hold now; return whether the weights changed.
+
+        After `MEASURED_STEPS` steps of an epoch nothing is measured any more. Costs two norms a parameter.
+        """
+        if self.steps >= MEASURED_STEPS:
+            return False
+        for name, parameters in groups.items():
+            gradient = _norm([p.grad for p in parameters if p.grad is not None])
+            weight = _norm(list(parameters))
+            ratio = gradient / weight if weight > 0 else math.nan
+            self.sums[name] = self.sums.get(name, 0.0) + ratio
+        self.steps += 1
+        known = {name: total for name, total in self.sums.items() if math.isfinite(total)}
+        largest = max(known.values(), default=0.0)
+        self.weights = {
+            name: known[name] / largest if name in known and largest > 0 else 1.0 for name in self.sums
+        }
+        return True
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    if not tensors:
+        return 0.0
+    return math.sqrt(sum(float(tensor.float().square().sum()) for tensor in tensors))

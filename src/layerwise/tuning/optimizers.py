@@ -1,0 +1,142 @@
+"""Any optimiser class or factory: build it on named groups, and change these while it keeps its state."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from layerwise.errors import PlanError
+from layerwise.tuning.param_groups import GroupSpec, as_dict
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class OptimizerBuilder:
+    """Builds one optimiser, and keeps its param groups equal to a list of `GroupSpec`.
+
+    Args:
+        factory: a ``torch.optim.Optimizer`` class, or a callable that takes the param groups.
+        lr: base rate; a class gets it as ``lr=``, any other callable only if it has such an argument. The
+            rate of each group is set on the group anyway.
+        weight_decay: of the groups that decay; None takes the optimiser's own default for them.
+        options: further keyword arguments of the factory.
+
+    Raises:
+        PlanError: an optimiser that cannot be used (an instance, LBFGS).
+    """
+
+    def __init__(
+        self, factory: OptimizerFactory, *, lr: float, weight_decay: float | None, options: dict[str, Any]
+    ) -> None:
+        if isinstance(factory, torch.optim.Optimizer):
+            raise PlanError(
+                f"an optimiser instance ({type(factory).__name__}) was given; expected its class or a "
+                f"factory, since the Tuner builds the param groups: "
+                f"Tuner(model, plan, {type(factory).__name__}, lr=...)"
+            )
+        if not callable(factory):
+            raise PlanError(f"optimizer is {factory!r}; expected a class (torch.optim.AdamW) or a factory")
+        if isinstance(factory, type) and issubclass(factory, torch.optim.LBFGS):
+            raise PlanError(_LBFGS)
+        self._factory: Any = factory
+        self._options = dict(options)
+        if isinstance(factory, type) or "lr" in _arguments(factory):
+            self._options["lr"] = lr
+        self._weight_decay = weight_decay
+        self._eager = False
+
+    def build(self, specs: Sequence[GroupSpec]) -> torch.optim.Optimizer:
+        """Return a new optimiser on the groups of `specs`.
+
+        Raises:
+            PlanError: it is an LBFGS; or `weight_decay` is given and the optimiser has none.
+        """
+        optimizer: torch.optim.Optimizer = self._factory(
+            [as_dict(spec, lr=self._options.get("lr", 0.0)) for spec in specs], **self._options
+        )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise PlanError(_LBFGS)
+        if self._weight_decay is not None and "weight_decay" not in optimizer.param_groups[0]:
+            raise PlanError(
+                f"weight_decay is {self._weight_decay!r}, but {type(optimizer).__name__} has no such option; "
+                "leave it out"
+            )
+        for group, spec in zip(optimizer.param_groups, specs):
+            self._set_decay(group, spec)
+        # Adagrad and some others make the state of all parameters at once, and none for those that join.
+        self._eager = len(optimizer.state) > 0
+        return optimizer
+
+    def sync(self, optimizer: torch.optim.Optimizer, specs: Sequence[GroupSpec]) -> None:
+        """Make the param groups of `optimizer` those of `specs`, in their order.
+
+        What stays keeps its state, bit for bit, and its group's options. What joins starts without state.
+        What leaves loses its state and its gradients.
+        """
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        wanted = {spec.name: spec for spec in specs}
+        stays = {id(parameter) for spec in specs for parameter in spec.parameters}
+        joins = stays - {id(parameter) for group in groups for parameter in group["params"]}
+        options: dict[str, dict[str, Any]] = {}
+        for group in list(groups):
+            for parameter in group["params"]:
+                if id(parameter) not in stays:
+                    optimizer.state.pop(parameter, None)
+                    parameter.grad = None
+            spec = wanted.get(group["name"])
+            if spec is None or [*map(id, group["params"])] != [*map(id, spec.parameters)]:
+                options[group["name"]] = {
+                    key: value for key, value in group.items() if key not in ("params", "param_names")
+                }
+                # by identity: dicts of tensors have no usable equality
+                del groups[next(index for index, other in enumerate(groups) if other is group)]
+        present = {group["name"] for group in groups}
+        for spec in specs:
+            if spec.name not in present:
+                kept = options.get(spec.name, {})
+                optimizer.add_param_group({**as_dict(spec, lr=0.0), **kept, "params": list(spec.parameters)})
+                if not kept:
+                    self._set_decay(groups[-1], spec)
+        place = {spec.name: index for index, spec in enumerate(specs)}
+        groups.sort(key=lambda group: place[group["name"]])
+        if self._eager and joins:
+            new = [
+                GroupSpec(spec.name, spec.layer_group, spec.multiplier, spec.decays, spec.names, joined)
+                for spec in specs
+                if (joined := tuple(p for p in spec.parameters if id(p) in joins))
+            ]
+            fresh = self.build(new)
+            for parameter, state in fresh.state.items():
+                optimizer.state[parameter] = state
+
+    def _set_decay(self, group: dict[str, Any], spec: GroupSpec) -> None:
+        if "weight_decay" not in group:
+            return
+        if not spec.decays:
+            group["weight_decay"] = 0.0
+        elif self._weight_decay is not None:
+            group["weight_decay"] = self._weight_decay
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a param group, in place where it is a tensor (capturable, compiled)."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+_LBFGS = (
+    "LBFGS takes one param group with one rate, and a closure; a plan needs one group a layer group. Use a "
+    "first-order optimiser (AdamW, SGD), or train a linear probe on cached features with LBFGS by hand"
+)
+
+
+def _arguments(factory: OptimizerFactory) -> Sequence[str]:
+    try:
+        return list(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):  # builtins have no signature
+        return []

@@ -1,0 +1,56 @@
+"""L2-SP: a pull towards the pretrained weights, decoupled from the optimiser's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+
+class L2SP:
+    """Pulls parameters towards the weights that they had when they were first unfrozen.
+
+    One step moves each weight by ``w -= rate * strength * (w - w0)`` before the optimiser's own step, as
+    AdamW does with its decay (which is the case w0 = 0): the pull does not enter Adam's moments, so it is
+    not divided by them. A new head has no pretrained weights and is left out.
+
+    Costs one copy of every parameter that learns; none of those that stay frozen.
+
+    Source: Li, Grandvalet and Davoine 2018, Explicit Inductive Bias for Transfer Learning with Convolutional
+    Networks, section 3. There the pull is part of the loss, and new layers get a plain L2 penalty (use
+    weight decay for that).
+    """
+
+    def __init__(self) -> None:
+        self.references: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def remember(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Keep a copy of each of `parameters` that has none yet."""
+        for name, parameter in parameters.items():
+            if name not in self.references:
+                self.references[name] = parameter.detach().clone()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the copies of `names`, as no later phase trains them."""
+        for name in names:
+            self.references.pop(name, None)
+
+    @torch.no_grad()
+    def pull(
+        self, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float], strength: float
+    ) -> None:
+        """Move each of `parameters` that has a gradient towards its reference.
+
+        Args:
+            parameters: changed in place.
+            rates: learning rate of each parameter.
+            strength: λ; ``rate * strength`` above 1 would jump past the reference and is held at 1.
+        """
+        for name, parameter in parameters.items():
+            reference = self.references.get(name)
+            if reference is not None and parameter.grad is not None:
+                if reference.device != parameter.device:
+                    reference = self.references[name] = reference.to(parameter.device)
+                parameter.lerp_(reference, min(1.0, rates[name] * strength))

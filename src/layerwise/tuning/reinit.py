@@ -1,0 +1,66 @@
+"""Start layers anew, with the initialisation that their own classes define."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.errors import ModelError
+from layerwise.layers.layermap import LayerMap
+
+
+def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed: int) -> tuple[str, ...]:
+    """Initialise all parameters of `groups` anew, and the buffers that belong to their modules.
+
+    A transformers model does it with its own ``_init_weights``, any other with each module's
+    ``reset_parameters``. The global random state is put back afterwards.
+
+    Args:
+        model: changed in place; not to be undone (keep a copy).
+        layers: the model's layer map.
+        groups: names of groups.
+        seed: where the new weights come from.
+
+    Returns:
+        The names of the parameters.
+
+    Raises:
+        ModelError: a module with parameters of its own knows no initialisation; nothing is changed then.
+    """
+    wanted = {name for group in groups for name in layers[group].parameters}
+    modules = []
+    unknown = []
+    init_weights: Any = getattr(model, "_init_weights", None)
+    for path, module in model.named_modules():
+        own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        if not wanted.intersection(own):
+            continue
+        modules.append((module, own))
+        if _initialiser(module) is None and init_weights is None:
+            unknown.append(f"{path} ({type(module).__name__})")
+    if unknown:
+        raise ModelError(
+            f"these modules cannot be initialised anew, as their classes have no reset_parameters(): "
+            f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
+        )
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        for module, _ in modules:
+            if init_weights is not None:
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    if hasattr(tensor, "_is_hf_initialized"):
+                        del tensor._is_hf_initialized  # or transformers passes the tensor over
+                init_weights(module)
+            else:
+                initialise = _initialiser(module)
+                assert initialise is not None
+                initialise()
+    return tuple(name for _, own in modules for name in own)
+
+
+def _initialiser(module: nn.Module) -> Any:
+    # nn.MultiheadAttention alone calls it by another name
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

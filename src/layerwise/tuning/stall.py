@@ -1,0 +1,37 @@
+"""When a validation metric has stopped to improve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Mode = Literal["max", "min"]
+
+
+@dataclass
+class Stall:
+    """Counts the epochs since the best value of a metric. NaN never improves.
+
+    Attributes:
+        best: the best value so far, None before the first.
+        bad_epochs: epochs since then.
+    """
+
+    best: float | None = None
+    bad_epochs: int = 0
+
+    def update(self, metric: float, mode: Mode) -> int:
+        """Take in the metric of one epoch and return the epochs without improvement, 0 for a new best.
+
+        >>> stall = Stall()
+        >>> [stall.update(value, "max") for value in (0.5, 0.4, 0.6, 0.6)]
+        [0, 1, 0, 1]
+        """
+        better = not math.isnan(metric) and (
+            self.best is None or (metric > self.best if mode == "max" else metric < self.best)
+        )
+        if better:
+            self.best = metric
+        self.bad_epochs = 0 if better else self.bad_epochs + 1
+        return self.bad_epochs

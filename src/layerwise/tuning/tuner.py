@@ -1,0 +1,609 @@
+"""`Tuner`: carries a plan out on a live model and optimiser, in anybody's training loop.
+
+    tuner = layerwise.Tuner(model, plan, torch.optim.AdamW, lr=1e-3, steps_per_epoch=len(loader))
+    for epoch in tuner.epochs():
+        for x, y in loader:
+            criterion(model(x), y).backward()
+            tuner.step()                    # optimiser, schedule, zero_grad, phases by steps
+        tuner.end_epoch(accuracy)           # only where a phase or a schedule waits for validation
+
+At each phase change, in this order: groups to be started anew are; modes and norms follow the phase's policy
+(`layerwise.tuning.norms`); ``requires_grad`` says who learns; the optimiser's param groups become those of
+the phase. There is one optimiser for the whole plan, so moments of groups that go on learning go on too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.errors import LayerwiseWarning, ModelError, PlanError
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.schedules import join_factor
+from layerwise.plans.timeline import joining, phase_factor
+from layerwise.tuning.gradient_norms import RelativeGradientNorms
+from layerwise.tuning.matching import check_ddp, check_numbers, layers_for, never_trained, parameters_of, some
+from layerwise.tuning.norms import NormRecord
+from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory, set_rate
+from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
+from layerwise.tuning.progress import Progress
+from layerwise.tuning.regularisers import L2SP
+from layerwise.tuning.reinit import reinit
+from layerwise.tuning.stall import Mode, Stall
+from layerwise.tuning.trainability import set_modes
+from layerwise.tuning.wrappers import unwrapped
+
+STATE_VERSION = 1
+
+
+class Tuner:
+    """Drives a live model and its optimiser through a plan.
+
+    Args:
+        model: changed in place: ``requires_grad``, modes of frozen modules, weights. May be wrapped by
+            ``torch.compile``, DistributedDataParallel or PEFT (what PEFT froze then stays frozen).
+        plan: who learns when.
+        optimizer: a torch optimiser class (any with param groups, also a third party's) or a callable that
+            takes param groups. Not LBFGS.
+        lr: base rate η; a group learns at η times its multiplier times the schedule's factor.
+        steps_per_epoch: optimiser steps in an epoch: ``len(loader)``, divided by the accumulated batches.
+        layers: the model's layer map; made here where not given.
+        example_input: for `layerwise.layer_map`.
+        weight_decay: of matrices; None is the optimiser's default. Vectors never decay.
+        seed: of what the Tuner draws itself (LISA's groups, weights started anew); the global random state is
+            left alone.
+        **optimizer_options: passed on (``momentum=0.9``, ``fused=True``).
+
+    Attributes:
+        optimizer: the one optimiser; its param groups hold exactly what learns now, each with ``"name"`` and
+            ``"layer_group"``. May be replaced by a wrapper of it: ``tuner.optimizer =
+            accelerator.prepare(tuner.optimizer)``.
+        layers: the layer map.
+        plan: the plan.
+        norms: what the norms do in this phase.
+
+    Raises:
+        PlanError: the plan was made for another model; `lr` or `steps_per_epoch` is out of range; the
+            optimiser cannot be used.
+        ModelError: the model has parameters that the layer map does not know; or it is wrapped by a
+            DistributedDataParallel that does not look for unused parameters, though the plan freezes.
+
+    >>> from layerwise.plans.strategies import linear_probe
+    >>> from layerwise.layers.layermap import LayerGroup, LayerMap
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> groups = [("0", "stem"), ("1", "head")]
+    >>> layers = LayerMap(
+    ...     tuple(LayerGroup(n, role, (n,), (f"{n}.weight", f"{n}.bias"), 10) for n, role in groups), "layers"
+    ... )
+    >>> tuner = Tuner(
+    ...     model, linear_probe(layers, epochs=2), torch.optim.SGD, lr=0.1, steps_per_epoch=3, layers=layers
+    ... )
+    >>> for epoch in tuner.epochs():
+    ...     for _ in range(3):
+    ...         model(torch.ones(1, 4)).sum().backward()
+    ...         tuner.step()
+    >>> tuner.done, tuner.step_count, tuner.rates()
+    (True, 6, {'0': 0.0, '1': 0.1})
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: OptimizerFactory,
+        *,
+        lr: float,
+        steps_per_epoch: int,
+        layers: LayerMap | None = None,
+        example_input: Any = None,
+        weight_decay: float | None = None,
+        seed: int = 0,
+        **optimizer_options: Any,
+    ) -> None:
+        check_numbers(lr, steps_per_epoch)
+        self._model = unwrapped(model)
+        self.layers = layers_for(self._model, plan, layers, example_input)
+        plan.check(self.layers)
+        self.plan = plan
+        self._lr = lr
+        self._steps_per_epoch = steps_per_epoch
+        self._seed = seed
+        self._parameters = parameters_of(self._model, self.layers)
+        self._held = never_trained(self._model, self._parameters)
+        self._exempt = no_decay_names(self._model, self.layers)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._progress = Progress()
+        self._stall, self._plateau = Stall(), Stall()
+        self._l2_sp = L2SP()
+        self._rgn = RelativeGradientNorms()
+        self._names_of_phase: dict[int, frozenset[str]] = {}
+        self._warned: set[str] = set()
+        self._open = False  # inside an epoch
+        self._unchecked = True  # the next step is the first since groups changed
+
+        self._builder = OptimizerBuilder(
+            optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
+        )
+        self._progress.enter(0, plan)
+        self._draw()
+        specs = self._set_trainable()
+        check_ddp(model, plan)
+        self.optimizer = self._builder.build(specs)
+        self._set_rates()
+
+    # ------------------------------------------------------------------ where the run stands
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that is being carried out (the last one, when the plan is done)."""
+        return self.plan.phases[self._progress.phase]
+
+    @property
+    def phase_index(self) -> int:
+        """Its number, from 0."""
+        return self._progress.phase
+
+    @property
+    def epoch(self) -> int:
+        """Number of the running epoch, from 0: how many are finished."""
+        return self._progress.epoch
+
+    @property
+    def step_count(self) -> int:
+        """Optimiser steps taken so far."""
+        return self._progress.step
+
+    @property
+    def step_in_epoch(self) -> int:
+        """Optimiser steps taken in the running epoch: above 0 after a resume in the middle of one."""
+        return self._progress.step_in_epoch
+
+    @property
+    def step_in_phase(self) -> int:
+        """Optimiser steps taken in this phase."""
+        return self._progress.step_in_phase
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in steps, those of phases that ended early left out."""
+        return self._progress.step + self._progress.steps_left(self.plan, self._steps_per_epoch)
+
+    @property
+    def total_epochs(self) -> int:
+        """Length of the run in epochs, a last partial one counted as one."""
+        return self._progress.epoch + self._progress.epochs_left(self.plan, self._steps_per_epoch)
+
+    @property
+    def done(self) -> bool:
+        """Whether the plan is over."""
+        return self._progress.done
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rate of the next step by layer group, input -> output; 0 is frozen.
+
+        Where parameters of one group have different rates it is the highest.
+        """
+        found = dict.fromkeys(self.layers.names, 0.0)
+        for group in self.optimizer.param_groups:
+            name = group["layer_group"]
+            found[name] = max(found[name], float(group["lr"]))
+        return found
+
+    def trainable_names(self, phase_index: int | None = None) -> frozenset[str]:
+        """Return the names of the parameters that learn now, or that learn in another phase.
+
+        With LISA a phase's answer holds everything that may be drawn in it.
+
+        Args:
+            phase_index: number of the phase; None is now.
+        """
+        if phase_index is None:
+            return frozenset(name for name, parameter in self._parameters.items() if parameter.requires_grad)
+        if phase_index not in self._names_of_phase:
+            multipliers, _ = self._multipliers(phase_index, None)
+            self._multipliers(self._progress.phase, self._progress.drawn)  # asking must not change the model
+            learning = frozenset(name for name, value in multipliers.items() if value > 0)
+            self._names_of_phase[phase_index] = learning
+        return self._names_of_phase[phase_index]
+
+    # ------------------------------------------------------------------ the loop
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the number of each epoch until the plan is done; go on where `load_state_dict` left off.
+
+        An epoch that the loop did not end itself is ended with ``end_epoch(None)``.
+        """
+        while not self.done:
+            self.begin_epoch()
+            yield self.epoch
+            if self._open:
+                self.end_epoch()
+
+    def begin_epoch(self) -> None:
+        """Start an epoch; `epochs` calls it. For loops that belong to somebody else (Lightning, Trainer)."""
+        if self.done:
+            raise PlanError(_over(self.plan))
+        if not self._progress.begun:
+            self._begin_phase()
+        if self._progress.step_in_epoch == 0:
+            self._rgn.start_epoch()
+        self._open = True
+
+    def step(self, *, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Take one optimiser step: check, regularise, step, zero the gradients, move the schedule on.
+
+        Called once per optimiser step, so after the last of the accumulated batches. When a plan by steps
+        ends in the middle of an epoch, further calls in that epoch drop the gradients and change nothing:
+        leave the loop when `done`.
+
+        Args:
+            scaler: scales the gradients (mixed precision in fp16); None where there is none, or where the
+                wrapped optimiser has its own, as Accelerate's does.
+
+        Raises:
+            ModelError: on the first step of a phase: no trainable parameter has a gradient, or what the
+                optimiser holds is not what should learn.
+        """
+        if self.done:
+            self._after_the_end()
+            return
+        if not self._open:
+            self.begin_epoch()
+        if self._unchecked:
+            self._check_step()
+        phase = self.phase
+        if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
+            self._set_rates()
+        if phase.l2_sp:
+            self._l2_sp.pull(*self._named_rates(), phase.l2_sp)
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._progress.step += 1
+        self._progress.step_in_phase += 1
+        self._progress.step_in_epoch += 1
+        self._after_step()
+
+    def end_epoch(self, metric: float | None = None, *, mode: Mode = "max") -> None:
+        """End the running epoch; needed only where a phase or a plateau schedule waits for validation.
+
+        Args:
+            metric: the epoch's validation metric.
+            mode: whether more of it is better (``"max"``) or less.
+
+        Raises:
+            PlanError: no epoch is running, or it had no step.
+        """
+        progress = self._progress
+        if not self._open:
+            raise PlanError(
+                "end_epoch() ends an epoch that tuner.epochs() or begin_epoch() started; none is running"
+            )
+        if progress.step_in_epoch == 0:
+            raise PlanError(
+                f"epoch {progress.epoch} ended without an optimiser step; call tuner.step() in the loop "
+                "after loss.backward(), and check that the loader is not empty"
+            )
+        if progress.step_in_epoch != self._steps_per_epoch and not self.done:
+            self._warn(
+                "steps",
+                f"epoch {progress.epoch} had {progress.step_in_epoch} optimiser steps, the Tuner was made "
+                f"for steps_per_epoch={self._steps_per_epoch}; schedules are computed for the latter",
+            )
+        self._open = False
+        progress.epoch += 1
+        progress.step_in_epoch = 0
+        if self.done:
+            return
+        progress.epochs_in_phase += 1
+        stalled = self._take_in(metric, mode)
+        over = progress.whole_epochs and progress.epochs_in_phase >= (self.phase.epochs or 0)
+        if over or stalled:
+            self._next_phase()
+        else:
+            self._set_rates()
+
+    @contextmanager
+    def all_phases(self) -> Iterator[None]:
+        """Let everything that any phase trains require gradients inside the context.
+
+        For wrapping the model in a DistributedDataParallel that lives through all phases: it only ever
+        averages the gradients of what required them when it was built. Give it
+        ``find_unused_parameters=True``, as frozen parameters take no part in the backward pass.
+        """
+        ever = frozenset[str]().union(
+            *(self.trainable_names(index) for index in range(len(self.plan.phases)))
+        )
+        before = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        for name in ever:
+            self._parameters[name].requires_grad = True
+        try:
+            yield
+        finally:
+            for name, wanted in before.items():
+                self._parameters[name].requires_grad = wanted
+
+    # ------------------------------------------------------------------ save and go on
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the model's weights, as data that ``weights_only=True`` loads.
+
+        Tensors are the live ones, as in torch's own state dicts: copy or save before the next step.
+        """
+        return {
+            "version": STATE_VERSION,
+            "plan": self.plan.to_dict(),
+            "lr": self._lr,
+            "steps_per_epoch": self._steps_per_epoch,
+            "progress": self._progress.to_dict(),
+            "open": self._open,
+            "stall": dataclasses.asdict(self._stall),
+            "plateau": dataclasses.asdict(self._plateau),
+            "rgn": {
+                "weights": dict(self._rgn.weights),
+                "sums": dict(self._rgn.sums),
+                "steps": self._rgn.steps,
+            },
+            "generator": self._generator.get_state(),
+            "references": dict(self._l2_sp.references),
+            "names": [group["name"] for group in self.optimizer.param_groups],
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand where the Tuner stood whose `state_dict` this is; load the model's weights separately.
+
+        The order of the two does not matter. `epochs` then goes on with the epoch that was running.
+
+        Raises:
+            PlanError: the state is of another plan, base rate or number of steps, or of another version.
+        """
+        self._check_state(state)
+        self._progress = Progress.from_dict(dict(state["progress"]))
+        self._open = bool(state["open"])
+        self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
+        self._rgn.weights, self._rgn.sums = dict(state["rgn"]["weights"]), dict(state["rgn"]["sums"])
+        self._rgn.steps = int(state["rgn"]["steps"])
+        self._generator.set_state(state["generator"].cpu())
+        self._l2_sp.references = {
+            name: value.to(self._parameters[name].device, copy=True)
+            for name, value in state["references"].items()
+        }
+        self._builder.sync(self.optimizer, self._set_trainable())
+        names = [group["name"] for group in self.optimizer.param_groups]
+        if names != list(state["names"]):
+            raise PlanError(
+                f"the saved optimiser has the param groups {', '.join(state['names'])}, this one "
+                f"{', '.join(names)}; the model's parameters differ. Rebuild the model as it was when saved"
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._unchecked = True
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise PlanError(
+                f"the Tuner's state has version {state.get('version')!r}; this layerwise reads version "
+                f"{STATE_VERSION}. Start the run anew, or use the layerwise that saved it"
+            )
+        mine = {"plan": self.plan.to_dict(), "lr": self._lr, "steps_per_epoch": self._steps_per_epoch}
+        differs = [name for name, value in mine.items() if state[name] != value]
+        if differs:
+            told = "; ".join(
+                "the plan is another one"
+                if name == "plan"
+                else f"{name} was {state[name]!r}, now {mine[name]!r}"
+                for name in differs
+            )
+            raise PlanError(
+                f"the Tuner's state is of another run: {told}. Make the Tuner as it was when saved"
+            )
+
+    # ------------------------------------------------------------------ phases
+
+    def _begin_phase(self) -> None:
+        """Do once what happens to weights when a phase starts: start groups anew, remember the pretrained."""
+        self._progress.begun = True
+        if self.phase.reinit:
+            names = reinit(
+                self._model, self.layers, self.phase.reinit, seed=self._seed + self._progress.phase
+            )
+            for name in names:
+                if name in self._parameters:
+                    self.optimizer.state.pop(self._parameters[name], None)
+        self._take_references()
+
+    def _take_references(self) -> None:
+        """Keep the pretrained weights of what learns and is pulled to them, now or in a later phase."""
+        first = self._progress.phase
+        pulled = frozenset[str]().union(
+            *(
+                self.trainable_names(number)
+                for number, phase in enumerate(self.plan.phases)
+                if number >= first and phase.l2_sp
+            )
+        )
+        self._l2_sp.forget([name for name in self._l2_sp.references if name not in pulled])
+        wanted = pulled & self.trainable_names() & self._pretrained()
+        self._l2_sp.remember({name: p for name, p in self._parameters.items() if name in wanted})
+
+    def _pretrained(self) -> frozenset[str]:
+        """Return the parameters with pretrained weights to be pulled to: no head, nothing started anew."""
+        new = {name for phase in self.plan.phases[: self._progress.phase + 1] for name in phase.reinit}
+        if self.layers.head is not None:
+            new.add(self.layers.head.name)
+        return frozenset(name for group in self.layers if group.name not in new for name in group.parameters)
+
+    def _next_phase(self) -> None:
+        progress = self._progress
+        if progress.phase + 1 == len(self.plan.phases):
+            progress.done = True
+            return
+        number = progress.phase + 1
+        progress.enter(number, self.plan)
+        row = self.plan.phases[number]
+        progress.joined = {name: join for name, join in progress.joined.items() if row.trains(name)}
+        progress.joined |= dict.fromkeys(joining(self.plan, number), (progress.step, row.join_steps))
+        self._stall = Stall()
+        if row.schedule.span == "phase":
+            self._plateau = Stall()
+        self._rgn = RelativeGradientNorms()
+        self._draw()
+        self._builder.sync(self.optimizer, self._set_trainable())
+        if self._open:  # in the middle of an epoch there is no begin_epoch to wait for
+            self._begin_phase()
+        self._set_rates()
+
+    def _after_step(self) -> None:
+        """Change the phase, or LISA's groups, when it is time; then set the rates of the next step."""
+        progress, phase = self._progress, self.phase
+        if not progress.whole_epochs and progress.step_in_phase >= phase.length_steps(self._steps_per_epoch):
+            self._next_phase()
+            return
+        if phase.sample_every_steps and progress.step_in_phase % phase.sample_every_steps == 0:
+            self._draw()
+            self._builder.sync(self.optimizer, self._set_trainable())
+            self._take_references()
+        self._set_rates()
+
+    def _take_in(self, metric: float | None, mode: Mode) -> bool:
+        """Count epochs without improvement; return whether the phase is to end because of them."""
+        schedule, patience = self.phase.schedule, self.phase.patience_epochs
+        if metric is None:
+            if patience is not None or schedule.shape == "plateau":
+                what = "phase ends when" if patience is not None else "schedule falls when"
+                self._warn(
+                    "metric",
+                    f"the plan's {what} validation stalls, but end_epoch() got no metric; call "
+                    "tuner.end_epoch(metric) at the end of each epoch",
+                )
+            return False
+        if schedule.shape == "plateau" and self._plateau.update(metric, mode) > schedule.patience_epochs:
+            self._progress.stalls += 1
+            self._plateau.bad_epochs = 0
+        return self._stall.update(metric, mode) >= (patience or math.inf)
+
+    def _draw(self) -> None:
+        """Draw the trunk groups that learn until the next draw."""
+        phase = self.phase
+        if phase.sample_groups is None:
+            return
+        trunk = [group.name for group in self.layers if group.role == "trunk" and phase.trains(group.name)]
+        order = torch.randperm(len(trunk), generator=self._generator).tolist()
+        self._progress.drawn = sorted((trunk[i] for i in order[: phase.sample_groups]), key=trunk.index)
+
+    # ------------------------------------------------------------------ who learns
+
+    def _set_trainable(self) -> list[GroupSpec]:
+        """Make the model's modes and ``requires_grad`` those of the phase; return its param groups."""
+        multipliers, self.norms = self._multipliers(self._progress.phase, self._progress.drawn)
+        for name, parameter in self._parameters.items():
+            wanted = multipliers[name] > 0
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad = wanted
+            if not wanted:
+                parameter.grad = None
+        self._unchecked = True
+        specs = group_specs(self.layers, self._parameters, multipliers, self._exempt)
+        self._group_multiplier = {spec.name: spec.multiplier for spec in specs}
+        return specs
+
+    def _multipliers(self, number: int, drawn: list[str] | None) -> tuple[dict[str, float], NormRecord]:
+        """Return each parameter's multiplier in a phase, and give the model that phase's modes."""
+        return set_modes(self._model, self.layers, self.plan.phases[number], drawn, self._held)
+
+    def _learning(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that learn, by layer group."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            found.setdefault(group["layer_group"], []).extend(group["params"])
+        return found
+
+    # ------------------------------------------------------------------ how fast
+
+    def _set_rates(self) -> None:
+        """Give each param group the rate of the next step."""
+        progress = self._progress
+        # An epoch with more steps than were told goes on at the last rate, not at the foot of the schedule.
+        step = min(progress.step_in_phase, self.phase.length_steps(self._steps_per_epoch) - 1)
+        factor = phase_factor(self.plan, progress.phase, step, self._steps_per_epoch, stalls=progress.stalls)
+        for group in self.optimizer.param_groups:
+            value = self._lr * self._group_multiplier[group["name"]] * factor
+            start, length = progress.joined.get(group["layer_group"], (0, 0))
+            value *= join_factor(progress.step - start, length)
+            if self.phase.adapt_rates == "auto_rgn":
+                value *= self._rgn.weights.get(group["layer_group"], 1.0)
+            set_rate(group, value)
+
+    def _named_rates(self) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+        """Return the parameters that learn and the rate of each, by name."""
+        rate = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        learning = {name: p for name, p in self._parameters.items() if id(p) in rate}
+        return learning, {name: rate[id(p)] for name, p in learning.items()}
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_step(self) -> None:
+        """Check on the first step of a phase that what should learn does, and nothing else.
+
+        Raises:
+            ModelError: it does not.
+        """
+        self._unchecked = False
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        learning = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        stray = [name for name, p in learning.items() if id(p) not in held]
+        lost = [name for name, p in self._parameters.items() if id(p) in held and not p.requires_grad]
+        if stray or lost or len(held) != len(learning):
+            raise ModelError(
+                f"phase {self.phase.name!r}: the optimiser does not hold what should learn "
+                f"(trainable but not held: {some(stray)}; held but not trainable: {some(lost)}). Something "
+                "else changed requires_grad, or replaced the parameters after the Tuner was made"
+            )
+        idle = [name for name, p in learning.items() if p.grad is None]
+        if len(idle) == len(learning):
+            raise ModelError(
+                f"phase {self.phase.name!r}: none of the {len(learning)} trainable parameters has a "
+                "gradient; call loss.backward() before tuner.step(), on a loss that depends on the model. "
+                "With reentrant gradient checkpointing and frozen first layers use use_reentrant=False"
+            )
+        unknown = [name for name in idle if name not in self._warned]
+        if unknown:
+            self._warned.update(unknown)
+            warnings.warn(
+                f"phase {self.phase.name!r}: {len(unknown)} parameters should learn but have no gradient at "
+                f"its first step: {some(unknown)}. The forward pass does not use them, or is cut from "
+                "the loss",
+                LayerwiseWarning,
+                stacklevel=4,
+            )
+
+    def _after_the_end(self) -> None:
+        if not self._open:
+            raise PlanError(_over(self.plan))
+        self._warn(
+            "end",
+            f"the plan ended at step {self.step_count}, in the middle of an epoch; this and further "
+            "tuner.step() calls change nothing. Leave the loop when tuner.done",
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _warn(self, key: str, message: str) -> None:
+        """Warn once of each kind."""
+        if f"!{key}" not in self._warned:
+            self._warned.add(f"!{key}")
+            warnings.warn(message, LayerwiseWarning, stacklevel=4)
+
+
+def _over(plan: Plan) -> str:
+    return f"the plan {plan.strategy!r} is done; make a new Tuner to train on"

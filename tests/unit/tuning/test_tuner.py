@@ -1,0 +1,648 @@
+"""The Tuner on tiny models: phases, optimiser state, checks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_mlp
+from layerwise.errors import LayerwiseWarning, ModelError, PlanError
+from layerwise.plans import recipes, strategies, unfreezing
+from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.tuning.tuner import Tuner
+
+STEPS = 3
+
+
+def make(
+    plan: Any, *, model: nn.Module | None = None, optimizer: Any = torch.optim.AdamW, **options: Any
+) -> Tuner:
+    """Return a Tuner on the tiny MLP (or `model`) with `plan`, which may be a strategy of its map."""
+    model = tiny_mlp() if model is None else model
+    layers = map_by_children(model)
+    if callable(plan):
+        plan = plan(layers)
+    return Tuner(
+        model, plan, optimizer, **{"lr": 0.01, "steps_per_epoch": STEPS, "layers": layers, **options}
+    )
+
+
+def train(
+    tuner: Tuner,
+    *,
+    shape: tuple[int, ...] = (6,),
+    classes: int = 3,
+    stop: int | None = None,
+    metric: Any = None,
+) -> None:
+    """Run the loop, each step on its own batch, until the plan is done or `stop` steps are taken."""
+    model = tuner._model
+    for epoch in tuner.epochs():
+        for inputs, labels in batches(STEPS, shape, classes=classes, seed=epoch)[tuner.step_in_epoch :]:
+            F.cross_entropy(model(inputs), labels).backward()
+            tuner.step()
+            if tuner.done or tuner.step_count == stop:
+                break
+        if stop is not None and tuner.step_count >= stop:
+            return
+        if metric is not None:
+            tuner.end_epoch(metric(epoch))
+
+
+def gradual(layers: Any, **options: Any) -> Plan:
+    return unfreezing.gradual_unfreezing(layers, decay=0.5, **{"last_epochs": 1, "join_steps": 2, **options})
+
+
+# ------------------------------------------------------------------ who learns
+
+
+def test_exactly_the_groups_of_the_phase_move() -> None:
+    """After the probe phase only the head has moved; after the plan everything has."""
+    model = tiny_mlp()
+    tuner = make(lambda layers: unfreezing.lp_ft(layers, epochs=2), model=model)
+    before = snapshot(model)
+    train(tuner, stop=STEPS - 1)
+    assert changed(before, snapshot(model)) == {"head.weight", "head.bias"}
+    train(tuner)
+    assert changed(before, snapshot(model)) == set(before)
+    assert tuner.done
+
+
+def test_param_groups_hold_exactly_the_trainable_parameters() -> None:
+    """In every phase the optimiser holds what requires gradients, in groups named after layer groups."""
+    tuner = make(gradual)
+    seen = []
+    for _ in tuner.epochs():
+        held = {id(p) for group in tuner.optimizer.param_groups for p in group["params"]}
+        assert held == {id(p) for p in tuner._model.parameters() if p.requires_grad}
+        seen.append([group["name"] for group in tuner.optimizer.param_groups])
+        for inputs, labels in batches(STEPS, (6,), classes=3):
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+    assert seen[0] == ["head", "head (no decay)"]
+    assert seen[1] == ["b2", "b2 (no decay)", "head", "head (no decay)"]
+    assert seen[3][0] == "b0"
+
+
+def test_frozen_modules_stay_still_whatever_train_mode_is_asked() -> None:
+    """Batch-norm buffers of frozen groups do not move and their dropout is silent, after model.train()."""
+    model = tiny_cnn()
+    tuner = make(lambda layers: strategies.blocks(layers, ["layer2:"], epochs=1), model=model)
+    model.train()
+    before = snapshot(model)
+    train(tuner, shape=(3, 8, 8), classes=4)
+    moved = changed(before, snapshot(model))
+    assert not {name for name in moved if name.startswith(("stem", "layer1"))}
+    assert {name for name in moved if name.startswith("layer2")} >= {
+        "layer2.0.weight",
+        "layer2.1.running_mean",
+    }
+
+
+def test_norms_frozen_by_pattern_keep_their_statistics() -> None:
+    """A plan that freezes batch-norm by name in groups that learn holds its running statistics too."""
+    model = tiny_cnn()
+    tuner = make(lambda layers: strategies.pattern(layers, freeze=["re:[.]1[.]"], epochs=1), model=model)
+    before = snapshot(model.train())
+    train(tuner, shape=(3, 8, 8), classes=4)
+    moved = changed(before, snapshot(model))
+    assert "stem.0.weight" in moved
+    assert not {name for name in moved if ".1." in name}
+
+
+def test_overrides_get_their_own_rate() -> None:
+    """A parameter with an override learns at its own multiple in a param group of its own."""
+    model = tiny_mlp(blocks=1)
+    layers = map_by_children(model)
+    phase = Phase(
+        name="a", rates={"b0": 1.0, "head": 1.0}, overrides={"b0.0.weight": 0.1, "head.bias": 0.0}, epochs=1
+    )
+    tuner = make(Plan(groups=layers.names, phases=(phase,)), model=model)
+    rates = {group["name"]: group["lr"] for group in tuner.optimizer.param_groups}
+    assert rates == {
+        "b0 x0.1": pytest.approx(0.001),
+        "b0 (no decay)": pytest.approx(0.01),
+        "head": pytest.approx(0.01),
+    }
+    assert not model.head.bias.requires_grad
+
+
+def test_trainable_names_of_other_phases_change_nothing() -> None:
+    """Asking what a later phase trains leaves modes and requires_grad as they are, and is right later."""
+    model = tiny_cnn().train()
+    tuner = make(gradual, model=model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    asked = [tuner.trainable_names(index) for index in range(len(tuner.plan.phases))]
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert tuner.trainable_names() == asked[0] == {"fc.weight", "fc.bias"}
+    train(tuner, shape=(3, 8, 8), classes=4)
+    assert tuner.trainable_names() == asked[-1] == frozenset(name for name, _ in model.named_parameters())
+
+
+# ------------------------------------------------------------------ optimisers
+
+FACTORIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "adamw": (torch.optim.AdamW, {}),
+    "adamw foreach": (torch.optim.AdamW, {"foreach": True}),
+    "adamw fused": (torch.optim.AdamW, {"fused": True}),
+    "adamw amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
+    "adafactor": (torch.optim.Adafactor, {}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5}),
+    "factory": (lambda groups: torch.optim.NAdam(groups, lr=1.0), {}),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_state_survives_phase_changes_bit_for_bit(name: str) -> None:
+    """At each phase change the state of parameters that go on learning is untouched, tensor by tensor."""
+    factory, options = FACTORIES[name]
+    tuner = make(gradual, optimizer=factory, **options)
+    for epoch in tuner.epochs():
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+        before = {id(p): copy.deepcopy(dict(state)) for p, state in tuner.optimizer.state.items()}
+        kept = {id(p) for group in tuner.optimizer.param_groups for p in group["params"]}
+        tuner.end_epoch()
+        assert before or epoch == 0
+        for p, state in tuner.optimizer.state.items():
+            if id(p) in kept:
+                assert state.keys() == before[id(p)].keys()
+                for key, value in state.items():
+                    assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[id(p)][key])), key
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_trainable_parameter_is_stepped(name: str) -> None:
+    """With any optimiser every parameter that learns moves in the last phase, early and late joiners."""
+    factory, options = FACTORIES[name]
+    tuner = make(gradual, optimizer=factory, **options)
+    last = len(tuner.plan.phases) - 1
+    before: dict[str, torch.Tensor] = {}
+    for epoch in tuner.epochs():
+        if tuner.phase_index == last:
+            before = snapshot(tuner._model)
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+    assert changed(before, snapshot(tuner._model)) == set(before)
+
+
+def test_refrozen_groups_release_state_and_gradients() -> None:
+    """A group that is frozen again loses its moments and its gradients, and starts clean later."""
+    model = tiny_mlp(blocks=1)
+    layers = map_by_children(model)
+    rows = [
+        Phase(name="both", rates={"b0": 1.0, "head": 1.0}, steps=1),
+        Phase(name="head", rates={"head": 1.0}, steps=1),
+        Phase(name="again", rates={"b0": 1.0, "head": 1.0}, steps=1),
+    ]
+    tuner = make(Plan(groups=layers.names, phases=tuple(rows)), model=model)
+    weight = model.b0[0].weight
+    (inputs, labels), *_ = batches(1, (6,), classes=3)
+    steps = []
+    for _ in tuner.epochs():
+        for _ in range(STEPS):
+            F.cross_entropy(model(inputs), labels).backward()
+            tuner.step()
+            steps.append((weight.requires_grad, weight.grad is None, weight in tuner.optimizer.state))
+            if tuner.done:
+                break
+    assert steps == [(False, True, False), (True, True, False), (True, True, True)]
+    assert float(tuner.optimizer.state[weight]["step"]) == 1
+    assert float(tuner.optimizer.state[model.head.weight]["step"]) == 3
+
+
+def test_weight_decay_applies_to_matrices_alone() -> None:
+    """Matrices get the given decay, vectors none; without one matrices keep the optimiser's default."""
+    for given, expected in ((0.3, 0.3), (None, 0.01)):
+        tuner = make(strategies.full, weight_decay=given)
+        for group in tuner.optimizer.param_groups:
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (expected if parameter.ndim >= 2 else 0.0)
+
+
+def test_joiners_get_their_decay_too() -> None:
+    """A param group that joins later has the same weight decay rule as the first ones."""
+    tuner = make(gradual, weight_decay=0.3)
+    train(tuner)
+    decays = {
+        (p.ndim >= 2, group["weight_decay"])
+        for group in tuner.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert decays == {(True, 0.3), (False, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("factory", "told"),
+    [
+        (torch.optim.LBFGS, "LBFGS takes one param group"),
+        (
+            lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]),
+            "LBFGS takes one param group",
+        ),
+        (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), "an optimiser instance"),
+        ("adam", "expected a class"),
+    ],
+)
+def test_unusable_optimisers_are_refused(factory: Any, told: str) -> None:
+    """LBFGS, an instance and a string each get a clear error."""
+    with pytest.raises(PlanError, match=told):
+        make(strategies.full, optimizer=factory)
+
+
+def test_decay_without_such_an_option_is_refused() -> None:
+    """weight_decay for an optimiser that has none is an error, not a silent nothing."""
+
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(params, {"lr": lr})
+
+    with pytest.raises(PlanError, match="has no such option"):
+        make(strategies.full, optimizer=Plain, weight_decay=0.1)
+
+
+def test_tensor_rates_are_filled_in_place() -> None:
+    """A capturable optimiser's tensor rate stays the same tensor while the schedule moves it."""
+    tuner = make(lambda layers: strategies.full(layers, epochs=1, schedule="linear"))
+    for group in tuner.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    tensors = [group["lr"] for group in tuner.optimizer.param_groups]
+    train(tuner)
+    assert all(group["lr"] is tensor for group, tensor in zip(tuner.optimizer.param_groups, tensors))
+    assert float(tensors[0]) == pytest.approx(0.01 / STEPS)
+
+
+# ------------------------------------------------------------------ phases and lengths
+
+
+def test_phases_by_steps_change_in_the_middle_of_an_epoch() -> None:
+    """A plan by steps changes phase at its step, ends at its last one, and says so to a loop that goes on."""
+    tuner = make(lambda layers: gradual(layers, steps_per_group=2, last_steps=4, last_epochs=None))
+    assert (tuner.total_steps, tuner.total_epochs) == (10, 4)
+    phases = []
+
+    def loop() -> None:
+        for _ in tuner.epochs():
+            for inputs, labels in batches(STEPS, (6,), classes=3):
+                phases.append(tuner.phase_index)
+                F.cross_entropy(tuner._model(inputs), labels).backward()
+                tuner.step()
+
+    with pytest.warns(LayerwiseWarning, match="the plan ended at step 10"):
+        loop()
+    assert phases[:10] == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+    assert (tuner.step_count, tuner.epoch, tuner.done) == (10, 4, True)
+
+
+def test_totals_hold_at_every_step() -> None:
+    """total_steps and total_epochs are the same at every step of a run in which no phase ends early."""
+    tuner = make(lambda layers: gradual(layers, steps_per_group=2, last_steps=4, last_epochs=None))
+    seen = set()
+    for _ in tuner.epochs():
+        for inputs, labels in batches(STEPS, (6,), classes=3):
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+            seen.add((tuner.total_steps, tuner.total_epochs))
+            if tuner.done:
+                break
+    assert seen == {(10, 4)}
+
+
+def test_epochs_after_a_phase_by_steps_end_by_steps() -> None:
+    """A phase in epochs that begins inside an epoch takes as many steps as its epochs have."""
+    model = tiny_mlp(blocks=1)
+    rows = (
+        Phase(name="a", rates={"head": 1.0}, steps=2),
+        Phase(name="b", rates={"b0": 1.0, "head": 1.0}, epochs=1),
+    )
+    tuner = make(Plan(groups=("b0", "head"), phases=rows), model=model)
+    assert (tuner.total_steps, tuner.total_epochs) == (2 + STEPS, 2)
+    train(tuner)
+    assert (tuner.step_count, tuner.epoch) == (2 + STEPS, 2)
+
+
+def test_phase_ends_when_validation_stalls() -> None:
+    """With patience 1 a phase ends after one epoch without improvement, and not before its first two."""
+    tuner = make(lambda layers: gradual(layers, patience_epochs=1, epochs_per_group=5))
+    phases = []
+
+    def metric(epoch: int) -> float:
+        phases.append(tuner.phase_index)
+        return 0.5
+
+    train(tuner, metric=metric)
+    assert phases == [0, 0, 1, 1, 2, 2, 3]
+    assert tuner.total_epochs == tuner.epoch == 7
+
+
+def test_plateau_lowers_the_rate_and_keeps_ratios() -> None:
+    """The plateau schedule multiplies all rates by its factor each time validation stalls."""
+    schedule = Schedule(shape="plateau", patience_epochs=1, factor=0.5, floor=0.2)
+    tuner = make(lambda layers: strategies.discriminative(layers, decay=0.5, epochs=8, schedule=schedule))
+    heads = []
+
+    def metric(epoch: int) -> float:
+        heads.append(tuner.rates()["head"])
+        assert tuner.rates()["b2"] == pytest.approx(0.5 * heads[-1])
+        return float("nan") if epoch == 0 else 0.3
+
+    train(tuner, metric=metric)
+    assert heads == pytest.approx([0.01] * 4 + [0.005] * 2 + [0.0025] * 2)
+
+
+def test_stall_without_a_metric_warns_once() -> None:
+    """A plan that waits for validation and gets no metric runs to its limit, and says why."""
+    tuner = make(lambda layers: gradual(layers, patience_epochs=1, epochs_per_group=2))
+    with pytest.warns(LayerwiseWarning, match="got no metric") as caught:
+        train(tuner)
+    assert len(caught) == 1
+    assert tuner.epoch == 7
+
+
+def test_joining_groups_warm_up_and_the_others_keep_their_ratio() -> None:
+    """A joiner's rate rises over join_steps; the ratio of the groups already there never changes."""
+    tuner = make(lambda layers: gradual(layers, join_steps=2))
+    seen = []
+    for epoch in tuner.epochs():
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            seen.append(tuner.rates())
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+    assert [rates["b2"] / rates["head"] for rates in seen[STEPS:]] == pytest.approx(
+        [0.5 / 3, 1.0 / 3] + [0.5] * (3 * STEPS - 2)
+    )
+
+
+def test_reinit_starts_weights_anew_without_touching_the_random_state() -> None:
+    """reinit changes exactly the named groups when the phase begins, from the Tuner's seed alone."""
+    weights = []
+    for _ in range(2):
+        model = tiny_mlp()
+        before = snapshot(model)
+        tuner = make(lambda layers: recipes.reinit_last(layers, k=1, epochs=1), model=model, seed=7)
+        assert not changed(before, snapshot(model))
+        state = torch.get_rng_state()
+        next(tuner.epochs())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert changed(before, snapshot(model)) == {"b2.0.weight", "b2.0.bias", "head.weight", "head.bias"}
+        weights.append(snapshot(model))
+        torch.rand(3)
+    assert not changed(*weights)
+
+
+def test_lisa_draws_groups_and_frees_the_others() -> None:
+    """So many trunk groups learn at a time, drawn anew on time; stem and head always do."""
+    model = tiny_mlp(blocks=6)
+    tuner = make(lambda layers: recipes.lisa(layers, groups=2, every_steps=2, epochs=6), model=model)
+    drawn = []
+    for epoch in tuner.epochs():
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            F.cross_entropy(model(inputs), labels).backward()
+            names = [name for name, rate in tuner.rates().items() if rate]
+            assert names[0] == "b0"
+            assert names[-1] == "head"
+            drawn.append(tuple(names[1:-1]))
+            tuner.step()
+            assert set(tuner.optimizer.state) <= {p for p in model.parameters() if p.requires_grad}
+    assert {len(groups) for groups in drawn} == {2}
+    assert all(first == second for first, second in zip(drawn[::2], drawn[1::2]))
+    assert len(set(drawn)) > 2
+    assert tuner.trainable_names(0) == {name for name, _ in model.named_parameters()}
+
+
+def test_auto_rgn_follows_the_measured_gradients() -> None:
+    """Rates are shares of the largest |gradient| / |weights|, as computed by hand on the first step."""
+    model = tiny_mlp(blocks=1)
+    tuner = make(lambda layers: recipes.auto_rgn(layers, epochs=2), model=model, optimizer=torch.optim.SGD)
+    (inputs, labels), *_ = batches(1, (6,), classes=3)
+    next(tuner.epochs())
+    F.cross_entropy(model(inputs), labels).backward()
+
+    def rgn(part: nn.Module) -> float:
+        flat = torch.cat([p.detach().flatten() for p in part.parameters()])
+        grad = torch.cat([p.grad.flatten() for p in part.parameters() if p.grad is not None])
+        return float(grad.norm() / flat.norm())
+
+    by_hand = {"b0": rgn(model.b0), "head": rgn(model.head)}
+    tuner.step()
+    largest = max(by_hand.values())
+    assert tuner.rates() == pytest.approx(
+        {name: 0.01 * value / largest for name, value in by_hand.items()}, rel=1e-5
+    )
+
+
+def test_l2_sp_pulls_to_the_pretrained_weights_apart_from_the_moments() -> None:
+    """One step with L2-SP differs by -rate * strength * (w - w0) from one without; the moments are equal."""
+    (inputs, labels), *_ = batches(1, (6,), classes=3)
+
+    def run(strength: float) -> tuple[nn.Sequential, Tuner]:
+        model = tiny_mlp(blocks=1)
+        tuner = make(
+            lambda layers: strategies.full(layers, epochs=1, l2_sp=strength), model=model, weight_decay=0.0
+        )
+        epochs = tuner.epochs()
+        next(epochs)
+        with torch.no_grad():
+            model.b0[0].weight += 1.0  # now 1 away from the reference
+            model.head.weight += 1.0
+        F.cross_entropy(model(inputs), labels).backward()
+        tuner.step()
+        return model, tuner
+
+    (plain, plain_tuner), (pulled, pulled_tuner) = run(0.0), run(0.5)
+    difference = plain.b0[0].weight - pulled.b0[0].weight
+    assert torch.allclose(difference, torch.full_like(difference, 0.01 * 0.5), atol=1e-6)
+    assert torch.equal(plain.head.weight, pulled.head.weight)
+    for one, other in zip(plain_tuner.optimizer.state.values(), pulled_tuner.optimizer.state.values()):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+    assert set(pulled_tuner.state_dict()["references"]) == {"b0.0.weight", "b0.0.bias"}
+
+
+def test_l2_sp_copies_nothing_that_is_frozen() -> None:
+    """References are taken when a parameter is first unfrozen, and never for what stays frozen."""
+    tuner = make(lambda layers: gradual(layers, l2_sp=0.1))
+    held = []
+    for epoch in tuner.epochs():
+        held.append({name.split(".")[0] for name in tuner.state_dict()["references"]})
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+    assert held == [set(), {"b2"}, {"b1", "b2"}, {"b0", "b1", "b2"}]
+
+
+# ------------------------------------------------------------------ checks
+
+
+def test_a_parameter_without_gradient_is_named_once() -> None:
+    """What should learn but gets no gradient on the first step of a phase is warned of, by name, once."""
+
+    class Idle(nn.Sequential):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.head(inputs)
+
+    model = Idle()
+    model.add_module("unused", nn.Linear(6, 6))
+    model.add_module("head", nn.Linear(6, 3))
+    tuner = make(lambda layers: unfreezing.lp_ft(layers, epochs=2), model=model)
+    with pytest.warns(LayerwiseWarning, match=r"2 parameters .* 'unused.weight', 'unused.bias'") as caught:
+        train(tuner)
+    assert len(caught) == 1
+
+
+def test_no_gradient_at_all_is_an_error() -> None:
+    """step() without backward() says what to call."""
+    tuner = make(strategies.full)
+    next(tuner.epochs())
+    with pytest.raises(ModelError, match=r"loss.backward\(\) before tuner.step"):
+        tuner.step()
+
+
+def test_meddling_with_requires_grad_is_noticed() -> None:
+    """Somebody else's unfreezing behind the Tuner's back is told on the first step."""
+    tuner = make(strategies.linear_probe)
+    model = tuner._model
+    next(tuner.epochs())
+    model.b0[0].weight.requires_grad = True  # type: ignore[union-attr,index]
+    (inputs, labels), *_ = batches(1, (6,), classes=3)
+    F.cross_entropy(model(inputs), labels).backward()
+    with pytest.raises(ModelError, match=r"trainable but not held: 'b0.0.weight'"):
+        tuner.step()
+
+
+def test_an_epoch_without_steps_is_an_error() -> None:
+    """A loop that forgets tuner.step() does not run for ever."""
+    tuner = make(strategies.full)
+    with pytest.raises(PlanError, match="ended without an optimiser step"):
+        for _ in tuner.epochs():
+            pass
+
+
+def test_another_number_of_steps_warns_and_keeps_epochs() -> None:
+    """A loader that is shorter than steps_per_epoch is told of, and phases still last whole epochs."""
+    tuner = make(lambda layers: gradual(layers), steps_per_epoch=5)
+    with pytest.warns(LayerwiseWarning, match="had 3 optimiser steps"):
+        train(tuner)
+    assert (tuner.epoch, tuner.step_count) == (4, 4 * STEPS)
+
+
+def test_steps_after_the_end_are_an_error() -> None:
+    """A finished Tuner does not train on in another loop."""
+    tuner = make(lambda layers: strategies.full(layers, epochs=1))
+    train(tuner)
+    with pytest.raises(PlanError, match="is done"):
+        tuner.step()
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(-1.0, 3), (float("nan"), 3), (0.1, 0), (0.1, 2.5)])
+def test_bad_numbers_are_refused(lr: float, steps: int) -> None:
+    """Rates and step counts out of range are told with their value."""
+    with pytest.raises(PlanError, match=r"expected a (whole )?number"):
+        make(strategies.full, lr=lr, steps_per_epoch=steps)
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    """The error lists what only the plan and what only the model has."""
+    plan = strategies.full(map_by_children(tiny_cnn()))
+    with pytest.raises(
+        PlanError, match=r"only the plan has: stem, layer1, layer2, fc\n.*only the model has: b0"
+    ):
+        make(plan)
+
+
+def test_a_map_that_is_out_of_date_is_refused() -> None:
+    """A head replaced by one with other parameter names after the map was made is noticed."""
+    model = tiny_mlp()
+    layers = map_by_children(model)
+    model.head = nn.Sequential(nn.Linear(6, 2))
+    with pytest.raises(
+        ModelError, match=r"only the map has 'head.weight', 'head.bias'; only the model has 'head.0"
+    ):
+        Tuner(model, strategies.full(layers), torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)
+
+
+# ------------------------------------------------------------------ resume
+
+PLANS: dict[str, Any] = {
+    "gradual": lambda layers: gradual(layers, l2_sp=0.1, schedule=Schedule(shape="cosine", span="run")),
+    "by steps": lambda layers: gradual(layers, steps_per_group=4, last_steps=5, last_epochs=None),
+    "ulmfit": lambda layers: unfreezing.ulmfit(layers, last_epochs=1),
+    "lisa": lambda layers: recipes.lisa(layers, groups=1, every_steps=2, epochs=4, l2_sp=0.1),
+    "auto_rgn": lambda layers: recipes.auto_rgn(layers, epochs=4, schedule="linear"),
+    "reinit": lambda layers: recipes.reinit_last(layers, k=1, epochs=4),
+    "stall": lambda layers: gradual(
+        layers, patience_epochs=1, epochs_per_group=3, schedule=Schedule(shape="plateau", patience_epochs=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_interrupted_runs_end_bit_for_bit_like_whole_ones(name: str, optimizer: Any, tmp_path: Any) -> None:
+    """Saved and loaded anew after every single step, a run ends in the same weights, rates and state."""
+
+    def metric(epoch: int) -> float:
+        return [0.1, 0.3, 0.2, 0.4, 0.1][epoch % 5]
+
+    def fresh() -> tuple[nn.Module, Tuner]:
+        model = tiny_mlp()
+        return model, make(PLANS[name], model=model, optimizer=optimizer, seed=3)
+
+    whole_model, whole = fresh()
+    start = snapshot(whole_model)
+    train(whole, metric=metric)
+    assert changed(start, snapshot(whole_model)) == set(start)
+
+    model, tuner = fresh()
+    file = tmp_path / "state.pt"
+    interruptions = 0
+    while not tuner.done:
+        train(tuner, metric=metric, stop=tuner.step_count + 1)
+        if tuner._open and tuner.step_in_epoch == STEPS:
+            tuner.end_epoch(metric(tuner.epoch))
+        torch.save({"model": model.state_dict(), "tuner": tuner.state_dict()}, file)
+        saved = torch.load(file, weights_only=True)
+        model, tuner = fresh()
+        if interruptions % 2:  # the order of the two does not matter
+            tuner.load_state_dict(saved["tuner"])
+            model.load_state_dict(saved["model"])
+        else:
+            model.load_state_dict(saved["model"])
+            tuner.load_state_dict(saved["tuner"])
+        interruptions += 1
+    if tuner._open:
+        tuner.end_epoch()
+    assert interruptions >= 12
+    assert not changed(snapshot(whole_model), snapshot(model))
+    assert tuner.rates() == whole.rates()
+    assert (tuner.epoch, tuner.step_count) == (whole.epoch, whole.step_count)
+    mine, theirs = tuner.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
+    assert mine.keys() == theirs.keys()
+    for number, state in mine.items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[number][key]))
+
+
+def test_state_of_another_run_is_refused() -> None:
+    """A state of another plan or rate is told apart by what differs; nothing is loaded."""
+    state = make(strategies.full).state_dict()
+    with pytest.raises(PlanError, match=r"the plan is another one; lr was 0\.01, now 0\.5"):
+        make(strategies.linear_probe, lr=0.5).load_state_dict(state)
+    with pytest.raises(PlanError, match="version 99"):
+        make(strategies.full).load_state_dict({**state, "version": 99})
+
+
+def test_a_quiet_run_raises_no_warning() -> None:
+    """The ordinary loop on the ordinary plan warns of nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(make(gradual))
