@@ -6,6 +6,8 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "advice": "benchmarks.advice",
+    "calibrate": "benchmarks.calibrate",
     "layer_maps": "benchmarks.layer_maps",
 }
 """Name -> module; each has a ``main(arguments)`` that prints its figures."""

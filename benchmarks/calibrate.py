@@ -6,8 +6,9 @@ data sets, take the place of the target. Recorded for each: the shift figures, a
 the probe's accuracy above chance that is lost. (For another domain there is no accuracy; all is lost.) A
 threshold is the figure at which the isotonic regression of harm on it crosses a given loss.
 
-``python -m benchmarks calibrate`` measures what is missing from ``benchmarks/results/calibration.json``
-and writes ``src/layerwise/choosing/thresholds.json``.
+``python -m benchmarks calibrate --run`` measures what is missing from
+``benchmarks/results/calibration.json`` and writes ``src/layerwise/choosing/thresholds.json``; without
+``--run`` the results are only fitted and printed.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ HIGH, LOW = 0.1, 0.5
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks calibrate", description=__doc__)
-    parser.add_argument("--fit-only", action="store_true", help="use the results as they are")
+    parser.add_argument("--run", action="store_true", help="measure what is missing, and write thresholds")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    if not options.fit_only:
+    if options.run:
         for name in PIXELS:
             measure_source(name, rows)
-    write_json(THRESHOLDS, fit(rows))
-    print(THRESHOLDS.read_text())
+        write_json(THRESHOLDS, fit(rows))
+    print(json.dumps(fit(rows), indent=2))
     return 0
 
 
@@ -57,7 +58,7 @@ def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     source, target = order[:SOURCE], order[SOURCE : SOURCE + TARGET]
     model = lite0()
-    calibrate_batchnorm(model, torch.utils.data.DataLoader(normalised(pixels[source]), batch_size=60))
+    calibrate_batchnorm(model, [normalised(pixels[source])])  # one batch needs one pass
     layers = layer_map(model, torch.zeros(2, 3, SIZE, SIZE), "stages")
 
     def collect(x: Tensor, y: Tensor | None = None) -> Features:
@@ -123,7 +124,7 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
     from sklearn.isotonic import IsotonicRegression
 
     found: dict[str, Any] = {
-        "command": "python -m benchmarks calibrate",
+        "command": "python -m benchmarks calibrate --run",
         "figure": "mean over the first two thirds of the groups",
         "high_up_to_harm": HIGH,
         "low_from_harm": LOW,

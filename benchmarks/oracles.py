@@ -166,9 +166,7 @@ def judge_timm(name: str) -> Verdict:
         verdict.head = set(layers.outputs) == classifier
     if first := real(model.default_cfg.get("first_conv")):
         verdict.first = all(
-            places[name] == 0
-            for name in parameters
-            if any(name.startswith(path + ".") for path in first)
+            places[name] == 0 for name in parameters if any(name.startswith(path + ".") for path in first)
         )
     return verdict
 
@@ -218,9 +216,12 @@ def judge_torchvision(name: str) -> Verdict:
 
 
 def _no_backbone(name: str) -> dict[str, Any]:
-    return {"weights_backbone": None} if any(w in name for w in ("rcnn", "ssd", "fcos", "retina")) or (
-        name.startswith(("deeplab", "fcn", "lraspp"))
-    ) else {}
+    return (
+        {"weights_backbone": None}
+        if any(w in name for w in ("rcnn", "ssd", "fcos", "retina"))
+        or (name.startswith(("deeplab", "fcn", "lraspp")))
+        else {}
+    )
 
 
 def _torchvision_input(model: nn.Module, name: str) -> Any:
@@ -228,7 +229,11 @@ def _torchvision_input(model: nn.Module, name: str) -> Any:
     if "optical_flow" in kind:
         return (torch.zeros(2, 3, 128, 128), torch.zeros(2, 3, 128, 128))
     if "video" in kind:
-        return torch.zeros(2, 3, 16, 224, 224) if "mvit" in name or "swin" in name else torch.zeros(2, 3, 8, 112, 112)
+        return (
+            torch.zeros(2, 3, 16, 224, 224)
+            if "mvit" in name or "swin" in name
+            else torch.zeros(2, 3, 8, 112, 112)
+        )
     if "detection" in kind:
         return ([torch.rand(3, 128, 128), torch.rand(3, 128, 128)],)
     if "quantization" in kind or "inception" in name:
@@ -255,7 +260,8 @@ def numbered_layers(layers: LayerMap, model: nn.Module) -> dict[str, list[int]]:
         if len(children) < 2 or len({type(child) for child in children}) != 1:
             continue
         spots = [
-            [places[n] for n in places if n.startswith(f"{path}.{number}.")] for number in range(len(children))
+            [places[n] for n in places if n.startswith(f"{path}.{number}.")]
+            for number in range(len(children))
         ]
         if all(len(s) > 1 for s in spots):
             outer.append(path)

@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layerwise.cache.prefix import PrefixCache as PrefixCache
     from layerwise.errors import LayerwiseError as LayerwiseError
     from layerwise.errors import LayerwiseWarning as LayerwiseWarning
+    from layerwise.layers.head import replace_head as replace_head
     from layerwise.layers.layermap import LayerGroup as LayerGroup
     from layerwise.layers.layermap import LayerMap as LayerMap
     from layerwise.layers.mapping import layer_map as layer_map
@@ -56,6 +58,7 @@ _HOME = {
     "Norms": "layerwise.plans.plan",
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
+    "PrefixCache": "layerwise.cache.prefix",
     "Result": "layerwise.training.result",
     "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
@@ -81,6 +84,7 @@ _HOME = {
     "parse_strategy": "layerwise.plans.parsing",
     "pattern": "layerwise.plans.strategies",
     "reinit_last": "layerwise.plans.recipes",
+    "replace_head": "layerwise.layers.head",
     "surgical": "layerwise.plans.strategies",
     "top_k": "layerwise.plans.strategies",
     "training_mode": "layerwise.tuning.norms",

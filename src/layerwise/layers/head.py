@@ -1,221 +1,251 @@
-"""The head of a network: its output layers, found by walking back from the output, and what is theirs."""
+"""`replace_head`: give a model an output layer for another number of classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from layerwise.layers.graph import Call, Op, Recording
-from layerwise.layers.order import Order
-from layerwise.layers.structures import tensors_in
-from layerwise.layers.units import Unit
+from layerwise.errors import ModelError, did_you_mean
+from layerwise.layers.graph import Recording
+from layerwise.layers.inputs import example_arguments
+from layerwise.layers.isolation import unwrap
+from layerwise.layers.order import order_of
+from layerwise.layers.outputs import output_layers
+from layerwise.layers.recording import record
 
-_MAIN_OUTPUTS = ("logits", "pred_boxes", "pred_masks")
-_FEW = 4  # a layer that reads fewer than so many values per feature of the map before it reads a pooled map
+_SIZE_ATTRIBUTES = ("num_classes", "num_labels", "n_classes")
 
 
-def output_layers(recording: Recording, order: Order) -> tuple[str, ...]:
-    """Return the module paths of the output layers, in order of execution; empty without a head.
+@dataclass(frozen=True)
+class HeadChange:
+    """What `replace_head` did.
 
-    From each output tensor the operations are followed backwards, on every path up to the first product
-    with a parameter. Those are the output layers, unless
-
-    - an operation with other parameters comes first (a network that ends in a norm), or
-    - one of them feeds another (a residual stream that ends the network): then that tensor has none.
-
-    A layer that feeds another output's layer (features returned beside the logits) is left out. Of a
-    ``transformers`` output only ``logits`` and detection outputs count, else its first tensor: the rest
-    are by-products.
+    Attributes:
+        modules: paths of the output layers that were replaced.
+        auxiliary: paths of layers of the same size that only training uses (GoogLeNet's ``aux1.fc2``)
+            and that were replaced with them.
+        in_features: values that each of `modules` reads per position.
+        old_classes: number of outputs that they had.
+        num_classes: number of outputs that they have now.
+        attributes: what else was set, as paths: ``"num_classes"``, ``"config.num_labels"``.
     """
-    found: dict[int, tuple[str, ...]] = {}
-    for tensor_key in _main_keys(recording):
-        writer = recording.values[tensor_key].writer
-        if writer is not None:
-            found |= _last_products(recording, order, writer)
-    feeding = _ancestors(recording, found)
-    paths: dict[str, None] = {}
-    for index in sorted(found):
-        if index not in feeding:
-            paths.setdefault(_applied_by(recording, recording.ops[index], found[index]))
-    return tuple(paths)
+
+    modules: tuple[str, ...]
+    auxiliary: tuple[str, ...]
+    in_features: tuple[int, ...]
+    old_classes: int
+    num_classes: int
+    attributes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        layers = ", ".join(
+            f"{path} ({features} -> {self.num_classes})"
+            for path, features in zip(self.modules, self.in_features, strict=True)
+        )
+        also = f"; also {', '.join(self.auxiliary)}" if self.auxiliary else ""
+        attributes = f"; set {', '.join(self.attributes)}" if self.attributes else ""
+        return f"new output layer {layers} instead of {self.old_classes} outputs{also}{attributes}"
 
 
-def _main_keys(recording: Recording) -> list[int]:
-    output = recording.output
-    tensors = tensors_in(output)
-    main = tensors
-    if isinstance(output, Mapping) and type(output) is not dict:
-        named = [output[name] for name in _MAIN_OUTPUTS if isinstance(output.get(name), torch.Tensor)]
-        main = named or tensors[:1]
-    chosen = {id(tensor) for tensor in main}
-    return [key for tensor, key in zip(tensors, recording.output_keys, strict=True) if id(tensor) in chosen]
+def replace_head(
+    model: nn.Module,
+    num_classes: int,
+    *,
+    example_input: Any = None,
+    outputs: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> HeadChange:
+    """Replace the output layers of `model` by new ones with `num_classes` outputs; return what was done.
 
+    The output layers are found by walking back from the model's output, not by name. Linear layers,
+    convolutions and transformers' ``Conv1D`` are replaced by one of the same class, bias, device and
+    precision, with gradients on. Several output layers of one size (a distilled DeiT) are all replaced,
+    and so are layers of that size that only training uses. A ``num_classes`` or ``num_labels`` attribute
+    that held the old number, and a transformers configuration's ``num_labels`` and ``id2label``, follow.
 
-def _last_products(recording: Recording, order: Order, start: int) -> dict[int, tuple[str, ...]]:
-    """Return the weighted products met first on the paths back from `start`, by operation."""
-    found: dict[int, tuple[str, ...]] = {}
-    seen: set[int] = set()
-    waiting = [start]
-    while waiting:
-        index = waiting.pop()
-        if index in seen:
-            continue
-        seen.add(index)
-        op = recording.ops[index]
-        weights = order.weights(op)
-        if weights:
-            found[index] = weights
-        elif _is_norm(op) and order.needed[index]:
-            return {}
-        else:
-            waiting += [source for source in op.sources if recording.input_dependent[source]]
-    return {} if _ancestors(recording, found) & found.keys() else found
-
-
-def _is_norm(op: Op) -> bool:
-    return "norm" in op.name
-
-
-def _ancestors(recording: Recording, of: Mapping[int, Any]) -> set[int]:
-    seen: set[int] = set()
-    waiting = [source for index in of for source in recording.ops[index].sources]
-    while waiting:
-        index = waiting.pop()
-        if index not in seen:
-            seen.add(index)
-            waiting += recording.ops[index].sources
-    return seen
-
-
-def _applied_by(recording: Recording, op: Op, weights: tuple[str, ...]) -> str:
-    """Return the path of the module that applies the weight; the name of a bare parameter if none does.
-
-    A tied weight is called after the module that uses it here, not after its first name.
-    """
-    call: Call | None = op.call
-    names = [name for weight in weights for name in recording.names[weight]]
-    while call is not None:
-        for name in names:
-            if call.path and name.rpartition(".")[0] == call.path:
-                return call.path
-        call = call.parent
-    largest = max(weights, key=lambda name: recording.model.get_parameter(name).ndim)
-    owner = largest.rpartition(".")[0]
-    if owner and not any(True for _ in recording.model.get_submodule(owner).children()):
-        return owner
-    return largest
-
-
-def head_parameters(
-    recording: Recording, outputs: tuple[str, ...], units: list[Unit], is_block: list[bool]
-) -> tuple[str, ...]:
-    """Return the parameters of the head, in order of use: what a linear probe should train.
-
-    These are the output layers' own parameters (a weight that is tied to an earlier layer is not one),
-    and of what comes after the last block
-
-    - the layers that stand after the last pooling, where a map or a sequence has become one vector, and
-    - the layers that share a module of the user's own making with the output layer
-      (``classifier.dense`` beside ``classifier.out_proj``).
-
-    In a network of single layers, where each of them is a block, only the first of the two holds.
+    The new weights are torch's default initialisation, drawn from the global generator: call
+    ``torch.manual_seed`` before for repeatable ones. The layer is new even where the old one already had
+    `num_classes` outputs. An optimizer made before holds the old parameters: make it afterwards.
 
     Args:
-        recording: of the model.
-        outputs: the output layers' paths.
-        units: in order.
-        is_block: for each of them whether it is a block.
+        model: changed in place. To undo, keep ``model.get_submodule(path)`` and set it again.
+        num_classes: at least 1.
+        example_input: as for `layerwise.layer_map`; needed only where none can be derived.
+        outputs: paths of the output layers, where the found ones are not the ones wanted.
+        class_names: names for a transformers configuration's ``id2label``.
+
+    Raises:
+        ModelError: there is no output layer; there are several of different sizes (say which by
+            `outputs`); its weights are tied to another layer's; or it is of a class that cannot be made
+            anew. Nothing is changed then.
+        RecordingError: the forward pass raised with this input.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1000))
+    >>> print(replace_head(net, 3))
+    new output layer 2 (8 -> 3) instead of 1000 outputs
+    >>> net[2]
+    Linear(in_features=8, out_features=3, bias=True)
     """
-    holds = [any(_belongs(name, outputs) for name in unit.parameters) for unit in units]
-    if not any(holds):
-        return ()
-    single_layers = not any(unit.weights >= 2 for unit, block in zip(units, is_block) if block)
-    last_block = max(
-        (n for n, unit in enumerate(units) if is_block[n] and not holds[n] and not single_layers), default=-1
+    if num_classes < 1:
+        raise ModelError(f"num_classes is {num_classes}; expected at least 1.")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ModelError(f"{len(class_names)} class_names were given for {num_classes} classes.")
+    model = unwrap(model)
+    (args, kwargs), _ = example_arguments(model, example_input)
+    recording = record(model, args, kwargs, mode="eval")
+    found = output_layers(recording, order_of(recording))
+    paths = tuple(outputs) if outputs is not None else found
+    _check_paths(model, paths, found)
+    layers = [model.get_submodule(path) for path in paths]
+    sizes = {path: _size(path, layer, recording) for path, layer in zip(paths, layers)}
+    if len({size for _, size in sizes.values()}) > 1:
+        described = ", ".join(f"{path} ({size} outputs)" for path, (_, size) in sizes.items())
+        raise ModelError(
+            f"{type(model).__name__} has output layers of different sizes: {described}. "
+            f"Say which to replace: outputs=[...]."
+        )
+    old = next(size for _, size in sizes.values())
+    auxiliary = _unused_of_size(model, recording, old)
+    replacements = {
+        layer: _new_layer(path, layer, num_classes)
+        for path, layer in [*zip(paths, layers), *((p, model.get_submodule(p)) for p in auxiliary)]
+    }
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:  # a module may be registered under several names
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, replacements[module])
+    return HeadChange(
+        modules=paths,
+        auxiliary=auxiliary,
+        in_features=tuple(features for features, _ in sizes.values()),
+        old_classes=old,
+        num_classes=num_classes,
+        attributes=_follow(model, [*paths, *auxiliary], old, num_classes, class_names),
     )
-    last_use = max(n for n, held in enumerate(holds) if held)
-    if not single_layers and last_block > last_use:  # the "output layer" is read inside the trunk
-        last_block = last_use - 1
-    before = {name for unit in units[: last_block + 1] for name in unit.parameters}
-    after = [name for unit in units[last_block + 1 :] for name in unit.parameters]
-    head = {name for name in after if _belongs(name, outputs)}
-    if head and not single_layers:
-        for output in outputs:
-            container = _own_container(recording.model, output, before)
-            head |= {name for name in after if container and name.startswith(container + ".")}
-    head |= set(_after_pooling(recording, after, head))
-    return tuple(name for name in after if name in head)
 
 
-def _belongs(parameter: str, outputs: tuple[str, ...]) -> bool:
-    return parameter in outputs or parameter.rpartition(".")[0] in outputs
+def _check_paths(model: nn.Module, paths: tuple[str, ...], found: tuple[str, ...]) -> None:
+    if not paths:
+        raise ModelError(
+            f"no output layer was found in {type(model).__name__}: it ends in a norm or a block. Add one "
+            f"(nn.Sequential(model, nn.Linear(features, classes))), or name it: outputs=[...]."
+        )
+    modules = dict(model.named_modules())
+    for path in paths:
+        if path in modules and path:
+            continue
+        if path in dict(model.named_parameters()):
+            raise ModelError(
+                f"the output layer of {type(model).__name__} is the bare parameter {path!r}, not a module, "
+                f"so it cannot be replaced. Assign a new parameter to it yourself."
+            )
+        if not path:
+            raise ModelError("the model is itself one output layer; make a new one instead.")
+        raise ModelError(
+            f"outputs names {path!r}, which is no module of {type(model).__name__}; the output layers "
+            f"found are {', '.join(found) or 'none'}.{did_you_mean(path, modules, count=1)}"
+        )
 
 
-def _own_container(model: nn.Module, output: str, earlier: set[str]) -> str:
-    """Return the outermost module above `output` that starts after the last block and is no plain list."""
-    parts = output.split(".")
-    container = ""
-    for depth in range(len(parts) - 1, 0, -1):
-        path = ".".join(parts[:depth])
-        if any(name.startswith(path + ".") for name in earlier):
-            break
-        if type(model.get_submodule(path)) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
-            container = path
-    return container
+def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
+    """Return (values read, values made) per position, or raise for a layer that cannot be replaced."""
+    tied = [
+        name
+        for names in recording.names.values()
+        for name in names
+        if len(names) > 1 and name.startswith(path + ".") and name.endswith("weight")
+    ]
+    if tied:
+        other = next(names for names in recording.names.values() if tied[0] in names)
+        raise ModelError(
+            f"the weight of the output layer {path!r} is tied ({' = '.join(other)}); a new one would break "
+            f"that. Use the model's classification variant, or untie it first."
+        )
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if layer.groups != 1:
+            raise ModelError(f"the output layer {path!r} is a convolution in {layer.groups} groups.")
+        return layer.in_channels, layer.out_channels
+    if _is_conv1d(layer):
+        weight: Any = layer.weight
+        return int(weight.shape[0]), int(weight.shape[1])
+    raise ModelError(
+        f"the output layer {path!r} is a {type(layer).__name__}; expected nn.Linear, a convolution, or "
+        f"transformers' Conv1D. Replace it yourself: model.{path} = ..."
+    )
 
 
-def _after_pooling(recording: Recording, names: list[str], own: set[str]) -> list[str]:
-    """Return the parameters among `names` whose layers see one position per sample, after a pooling.
-
-    Walks back from the last layer while layers see one position. If the layer before those sees several
-    and the first of them reads about as many values as that one has features, the map was pooled; if it
-    reads many more, the map was flattened, and these layers still read positions (VGG's ``classifier.0``).
-    """
-    positions = {call.path: sizes for call in recording.calls if (sizes := _sizes(recording, call))}
-    collapsed: list[str] = []
-    first_reads = 0
-    for name in reversed(names):
-        sizes = positions.get(name.rpartition(".")[0])
-        if sizes is None:
-            if name in own:
-                collapsed.append(name)
-                continue
-            return []
-        seen, reads, _ = sizes
-        if seen > 1:
-            break
-        collapsed.append(name)
-        first_reads = reads
-    before = _features_before(recording, collapsed[-1] if collapsed else "", positions)
-    return collapsed if before and first_reads < _FEW * before else []
+def _is_conv1d(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
 
 
-def _features_before(recording: Recording, name: str, positions: dict[str, tuple[int, int, int]]) -> int:
-    """Return how many features the last layer has that sees several positions and runs before `name`."""
-    features = 0
-    for call in recording.calls:
-        if name and call.path == name.rpartition(".")[0]:
-            return features
-        sizes = positions.get(call.path)
-        if sizes and sizes[0] > 1:
-            features = sizes[2]
-    return 0
+def _new_layer(path: str, layer: nn.Module, num_classes: int) -> nn.Module:
+    new: nn.Module
+    kind: Any = type(layer)
+    try:
+        if isinstance(layer, nn.Linear):
+            new = kind(layer.in_features, num_classes, bias=layer.bias is not None)
+        elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            new = kind(
+                layer.in_channels,
+                num_classes,
+                layer.kernel_size,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                bias=layer.bias is not None,
+                padding_mode=layer.padding_mode,
+            )
+        else:
+            weight: Any = layer.weight
+            new = kind(num_classes, int(weight.shape[0]))
+    except TypeError as error:
+        raise ModelError(
+            f"the output layer {path!r} is a {kind.__name__}, which cannot be made by its features and bias "
+            f"alone ({error}). Replace it yourself: model.{path} = ..."
+        ) from error
+    old = next(layer.parameters())
+    if old.device.type == "meta":
+        return new.to_empty(device="meta").to(dtype=old.dtype).train(layer.training)
+    return new.to(device=old.device, dtype=old.dtype).train(layer.training)
 
 
-def _sizes(recording: Recording, call: Call) -> tuple[int, int, int] | None:
-    """Return (positions per sample, values read per position, features made) of a leaf's call."""
-    weights = list(call.module.parameters(recurse=False))
-    if not weights or any(True for child in call.module.children() for _ in child.parameters()):
-        return None
-    received = tensors_in(call.arguments)
-    returned = tensors_in(call.output)
-    if not received or not returned:
-        return None
-    features = max(weights, key=lambda weight: weight.ndim).shape[0]
-    positions = returned[0].numel() // max(recording.batch_size * int(features), 1)
-    if positions < 1:
-        return None
-    return positions, received[0].numel() // max(recording.batch_size * positions, 1), int(features)
+def _unused_of_size(model: nn.Module, recording: Recording, size: int) -> tuple[str, ...]:
+    """Return paths of layers that the recorded pass never read and that have `size` outputs."""
+    unread = {name.rpartition(".")[0] for name in recording.unread}
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if path in unread
+        and (
+            (isinstance(module, nn.Linear) and module.out_features == size)
+            or (isinstance(module, nn.Conv2d) and module.out_channels == size and module.groups == 1)
+        )
+    )
+
+
+def _follow(
+    model: nn.Module, paths: list[str], old: int, new: int, class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Set the attributes that hold the number of classes; return their paths."""
+    changed: list[str] = []
+    parts = [path.split(".") for path in paths]
+    holders = {".".join(names[:depth]): None for names in parts for depth in range(len(names))}
+    for path, attribute in itertools.product(holders, _SIZE_ATTRIBUTES):
+        holder: Any = model.get_submodule(path)
+        if type(vars(holder).get(attribute)) is int and vars(holder)[attribute] == old:
+            setattr(holder, attribute, new)
+            changed.append(f"{path}.{attribute}" if path else attribute)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "id2label") and hasattr(config, "num_labels"):
+        names = [str(name) for name in class_names] if class_names else [f"LABEL_{n}" for n in range(new)]
+        if class_names or config.num_labels != new:
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: number for number, name in enumerate(names)}
+            changed += ["config.num_labels", "config.id2label"]
+    return tuple(changed)

@@ -10,11 +10,11 @@ from layerwise.errors import ModelError, did_you_mean
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.grouping import Group, group_blocks, group_layers, group_stages
 from layerwise.layers.grouping import blocks_of as find_blocks
-from layerwise.layers.head import head_parameters, output_layers
 from layerwise.layers.inputs import example_arguments
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
 from layerwise.layers.order import Order, order_of
+from layerwise.layers.outputs import head_parameters, output_layers
 from layerwise.layers.recording import record
 from layerwise.layers.units import Unit, filled_forward, find_units, neighbours_of_unread, together
 
@@ -164,6 +164,7 @@ class _Finished:
                     numel=sum(self._numel[name] for name in names),
                     flops=flops[number],
                     activation_bytes=handed_on[number],
+                    sizes=tuple(self._numel[name] for name in names),
                 )
             )
         return result
