@@ -29,6 +29,7 @@ AUTO_CLASSES: dict[Task, str] = {
     "masked_lm": "AutoModelForMaskedLM",
 }
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.index.json")
+DEFAULT_MAX_LENGTH = 512
 EXAMPLE_TEXTS = ["A short text.", "Another text, which is somewhat longer than the first."]
 
 
@@ -126,7 +127,30 @@ def open_model(
         example_input=example,
         replaced_head=replaced,
         notes=tuple(notes),
+        max_length=None if tokenizer is None else max_length_of(model, tokenizer),
+        problem=problem,
     )
+
+
+def max_length_of(model: nn.Module, tokenizer: Any) -> int:
+    """Return how many tokens `model` and `tokenizer` take at most; 512 where neither sets a limit.
+
+    A table of learned positions sets one, less the rows before the first position that RoBERTa's kind
+    leaves out (its index starts after the padding index).
+    """
+    limits = [DEFAULT_MAX_LENGTH]
+    if tokenizer.model_max_length < 10**9:  # transformers writes 1e30 for "none"
+        limits = [int(tokenizer.model_max_length)]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions:
+        padding = [
+            table.padding_idx
+            for name, table in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None
+        ]
+        limit = int(positions) - (padding[0] + 1 if padding else 0)
+        limits = [limit] if tokenizer.model_max_length >= 10**9 else [*limits, limit]
+    return min(limits)
 
 
 def open_tokenizer(spec: str, name: str, model: nn.Module, notes: list[str]) -> Any:

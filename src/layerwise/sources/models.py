@@ -6,7 +6,8 @@ layer for the classes at hand, and the preprocessing that the weights were train
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -132,6 +133,32 @@ def open_model(
         replaced_head=replaced,
         notes=tuple(notes),
     )
+
+
+def reopen(record: Mapping[str, Any], *, spec: str | None = None) -> OpenedModel:
+    """Return the network that `OpenedModel.to_dict` described, with random weights for a run's to go in.
+
+    Nothing is downloaded, except by ``hf:ID`` the configuration and tokenizer where they are not in the
+    local store.
+
+    Args:
+        record: what `OpenedModel.to_dict` returned.
+        spec: another name for the same architecture, such as the folder that a run saved.
+
+    Raises:
+        ModelError: the model cannot be built; see `open_model`.
+    """
+    images = record.get("preprocessing")
+    preprocessing = None if images is None else Preprocessing.from_dict(images)
+    opened = open_model(
+        spec or record["spec"],
+        num_classes=record.get("num_classes"),
+        pretrained=False,
+        input_size=None if preprocessing is None else preprocessing.crop,
+        task=record.get("task"),
+        problem=record.get("problem"),
+    )
+    return opened if preprocessing is None else dataclasses.replace(opened, preprocessing=preprocessing)
 
 
 @dataclass(frozen=True)

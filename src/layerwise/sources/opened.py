@@ -51,6 +51,8 @@ class OpenedModel:
             integer tensors (2, T) for text; None where no example can be made up.
         replaced_head: what a new output layer replaced; None where the head is the loaded one.
         notes: what was chosen or could not be done, for people.
+        max_length: how many tokens the model and its tokenizer take at most; None for images.
+        problem: transformers' ``problem_type`` where one was asked for.
     """
 
     model: nn.Module
@@ -63,9 +65,14 @@ class OpenedModel:
     example_input: Any = None
     replaced_head: ReplacedHead | None = None
     notes: tuple[str, ...] = field(default=())
+    max_length: int | None = None
+    problem: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a run keeps of it, as plain data: all but the model, tokenizer and example."""
+        """Return what a run keeps of it, as plain data: all but the model, tokenizer and example.
+
+        `layerwise.sources.models.reopen` builds the same network from it.
+        """
         return {
             "spec": self.spec,
             "task": self.task,
@@ -74,6 +81,8 @@ class OpenedModel:
             "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
             "replaced_head": None if self.replaced_head is None else str(self.replaced_head),
             "notes": list(self.notes),
+            "max_length": self.max_length,
+            "problem": self.problem,
         }
 
 

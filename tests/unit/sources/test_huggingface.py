@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from layerwise.errors import ModelError
-from layerwise.sources.models import open_model
+from layerwise.sources.models import open_model, reopen
 from layerwise.sources.opened import TASKS
 from tiny_transformers import save_bert, save_gpt2, save_tokenizer, save_vit
 
@@ -178,3 +178,34 @@ def test_tasks_that_do_not_fit(tmp_path):
         open_model(f"hf:{tmp_path}", task="translation")
     with pytest.raises(ModelError, match="a model for masked_lm has no classes"):
         open_model(f"hf:{tmp_path}", task="masked_lm", num_classes=3)
+
+
+def test_a_run_opens_the_same_network_again(tmp_path):
+    save_bert(tmp_path)
+    opened = open_model(f"hf:{tmp_path}", num_classes=3, problem="multi_label_classification")
+    again = reopen(json.loads(json.dumps(opened.to_dict())))
+    again.model.load_state_dict(opened.model.state_dict())
+    assert again.model.config.problem_type == "multi_label_classification"
+    assert torch.equal(again.model(**again.example_input).logits, opened.model(**opened.example_input).logits)
+
+
+def test_the_longest_text_is_what_model_and_tokenizer_take(tmp_path):
+    save_bert(tmp_path / "bert")
+    assert open_model(f"hf:{tmp_path}/bert", num_classes=2).max_length == 24
+    tokenizer = save_tokenizer(tmp_path / "bert")
+    tokenizer.model_max_length = 12
+    tokenizer.save_pretrained(tmp_path / "bert")
+    assert open_model(f"hf:{tmp_path}/bert", num_classes=2).max_length == 12
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=26,
+        pad_token_id=0,
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    save_tokenizer(tmp_path / "roberta")
+    assert open_model(f"hf:{tmp_path}/roberta", num_classes=2).max_length == 25

@@ -1,0 +1,377 @@
+"""Texts with labels from any table, checked and split: what `layerwise.sources.text` turns into tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from layerwise.errors import DataError, did_you_mean
+from layerwise.sources.splits import grouped_split, stratified_split
+from layerwise.sources.tables import Row, require_columns
+from layerwise.sources.textfiles import read_parts
+
+TextTask = Literal[
+    "text_classification", "multi_label", "regression", "token_classification", "causal_lm", "masked_lm"
+]
+TEXT_TASKS: tuple[str, ...] = get_args(TextTask)
+MAX_CHARS = 1_000_000
+SHOWN = 10
+
+
+@dataclass
+class TextPart:
+    """The rows of one part, parsed; lists of equal length.
+
+    Attributes:
+        texts: the text of each row (the prompt, of instruction data); empty for token classification.
+        pairs: the second text of each, or None.
+        words: the words of each row, for token classification; None otherwise.
+        targets: class name, tuple of names, number, or tags; None where there are no labels.
+        responses: what is learned of each row of instruction data; None otherwise.
+        groups: what belongs on one side of a split; None without a group column.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    pairs: list[str] | None = None
+    words: list[list[str]] | None = None
+    targets: list[Any] | None = None
+    responses: list[str] | None = None
+    groups: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts if self.words is None else self.words)
+
+    def take(self, indices: Sequence[int]) -> TextPart:
+        """Return the rows at `indices`."""
+
+        def pick(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[index] for index in indices]
+
+        return TextPart(
+            pick(self.texts) or [],
+            pick(self.pairs),
+            pick(self.words),
+            pick(self.targets),
+            pick(self.responses),
+            pick(self.groups),
+        )
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Texts and labels of a data set, checked and split, before they are tokenized.
+
+    Attributes:
+        task: what the labels are.
+        parts: ``"train"`` and, where there are such, ``"val"`` and ``"test"``.
+        classes: names in order (of tags, for token classification); empty for numbers and language
+            models.
+        skipped: (row, reason) of what was left out.
+        notes: what was chosen, for people.
+    """
+
+    task: TextTask
+    parts: Mapping[str, TextPart]
+    classes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_texts(
+    source: str | Path,
+    *,
+    task: TextTask = "text_classification",
+    text_column: str | None = None,
+    pair_column: str | None = None,
+    label_column: str | None = None,
+    response_column: str | None = None,
+    group_column: str | None = None,
+    split_column: str | None = None,
+    val: str | Path | None = None,
+    test: str | Path | None = None,
+    val_frac: float = 0.2,
+    test_frac: float = 0.0,
+    seed: int = 0,
+    encoding: str = "utf-8",
+    label_separator: str = ",",
+    prompt_template: str = "{prompt}\n",
+    max_chars: int = MAX_CHARS,
+    skip_bad_rows: bool = False,
+) -> TextTable:
+    """Return the texts and labels of `source`, checked and split.
+
+    Args:
+        source: a table, a folder of tables, a folder of Hugging Face `datasets`, or ``hf:ID``; see
+            `layerwise.sources.textfiles.read_parts`.
+        task: ``"text_classification"`` (one class a row), ``"multi_label"`` (any number of labels: a list,
+            or names joined by `label_separator`), ``"regression"`` (a number),
+            ``"token_classification"`` (one tag a word), ``"causal_lm"`` and ``"masked_lm"`` (no labels).
+        text_column: default ``"text"``; ``"tokens"`` for token classification.
+        pair_column: of a second text, for pairs.
+        label_column: default ``"label"``; ``"tags"`` for token classification.
+        response_column: for ``"causal_lm"``: `text_column` is a prompt, and only this is learned.
+        group_column: rows with the same value stay on one side of the split (documents of one author).
+        split_column: holds train, val or test.
+        val: a table for validation, instead of splitting one off.
+        test: likewise for testing.
+        val_frac: share of the training rows to split off where there is no val part.
+        test_frac: likewise.
+        seed: of the split; classes keep their shares, unless there is a group column.
+        encoding: of text files.
+        label_separator: between the labels of a ``"multi_label"`` row.
+        prompt_template: how a prompt is written, with ``{prompt}`` in it.
+        max_chars: longer texts are an error: nearly always a file that was read as one cell.
+        skip_bad_rows: leave out rows without text or label, or with too long a text, and list them.
+
+    Raises:
+        DataError: a column is missing (those there are are named), rows have no text or label or too
+            long a text, there is one class only, or validation has labels that training has not. All
+            problems found are in one message.
+        MissingExtraError: a package that the format needs is not installed.
+    """
+    if task not in TEXT_TASKS:
+        raise DataError(
+            f"task is {task!r}; expected one of {', '.join(TEXT_TASKS)}.{did_you_mean(task, TEXT_TASKS)}"
+        )
+    if response_column is not None and task != "causal_lm":
+        raise DataError(f"response_column is for task 'causal_lm', not {task!r}.")
+    if response_column is not None and "{prompt}" not in prompt_template:
+        raise DataError(f"prompt_template is {prompt_template!r}; expected {{prompt}} in it.")
+    tags = task == "token_classification"
+    labelled = task not in ("causal_lm", "masked_lm")
+    text_column = text_column or ("tokens" if tags else "text")
+    label_column = label_column or ("tags" if tags else "label")
+    columns = [text_column]
+    columns += [column for column in (pair_column, response_column, group_column) if column is not None]
+    columns += [label_column] if labelled else []
+
+    found = read_parts(source, val=val, test=test, split_column=split_column, encoding=encoding)
+    reader = _Reader(
+        text_column=text_column,
+        label_column=label_column if labelled else None,
+        parse_label=_label_parser(task, found.label_names.get(label_column), label_separator),
+        tags=tags,
+        pair_column=pair_column,
+        response_column=response_column,
+        prompt_template=prompt_template if response_column is not None else "{prompt}",
+        group_column=group_column,
+        max_chars=max_chars,
+    )
+    parts: dict[str, TextPart] = {}
+    bad: list[tuple[str, str]] = []
+    for name, rows in found.parts.items():
+        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns)
+        parts[name], problems = reader.read(name, rows)
+        bad += problems
+    if bad and not skip_bad_rows:
+        total = sum(map(len, found.parts.values()))
+        raise DataError(
+            _listed(f"{len(bad)} of {total} rows cannot be used", [f"{row} {reason}" for row, reason in bad])
+            + "\nRepair or remove them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
+        )
+    if not len(parts["train"]):
+        raise DataError(f"data {str(source)!r} has no usable training row left; {len(bad)} were left out.")
+    classes = _classes(source, task, parts, found.label_names.get(label_column))
+    notes = _split(task, parts, val_frac, test_frac, seed)
+    return TextTable(task, parts, classes, tuple(bad), tuple(notes))
+
+
+@dataclass
+class _Reader:
+    """Turns raw rows into a `TextPart`, noting the rows that cannot be used."""
+
+    text_column: str
+    label_column: str | None
+    parse_label: Callable[[Any], Any]
+    tags: bool
+    pair_column: str | None
+    response_column: str | None
+    prompt_template: str
+    group_column: str | None
+    max_chars: int
+
+    def read(self, name: str, rows: Sequence[Row]) -> tuple[TextPart, list[tuple[str, str]]]:
+        part = TextPart(
+            pairs=[] if self.pair_column else None,
+            words=[] if self.tags else None,
+            targets=[] if self.label_column else None,
+            responses=[] if self.response_column else None,
+            groups=[] if self.group_column else None,
+        )
+        problems = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                self._read_row(part, row)
+            except _BadRowError as error:
+                problems.append((f"row {number} of {name}", str(error)))
+        return part, problems
+
+    def _read_row(self, part: TextPart, row: Row) -> None:
+        words = self._words(row) if self.tags else None
+        text = "" if self.tags else self._text(row, self.text_column)
+        pair = self._text(row, self.pair_column) if self.pair_column else None
+        response = self._text(row, self.response_column) if self.response_column else None
+        target: Any = None if self.label_column is None else self.parse_label(row[self.label_column])
+        if words is not None and len(target) != len(words):
+            raise _BadRowError(f"has {len(words)} words and {len(target)} tags")
+        # Only now that nothing can fail any more, so that all lists stay of one length.
+        columns: list[tuple[list[Any] | None, Any]] = [
+            (part.words, words),
+            (part.pairs, pair),
+            (part.responses, response),
+            (part.targets, target),
+            (part.groups, row[self.group_column] if self.group_column else None),
+        ]
+        for values, value in columns:
+            if values is not None:
+                values.append(value)
+        if not self.tags:
+            part.texts.append(self.prompt_template.replace("{prompt}", text))
+
+    def _text(self, row: Row, column: str) -> str:
+        value = row[column]
+        if isinstance(value, int | float) and not isinstance(value, bool) and not _is_nan(value):
+            value = str(value)  # a column of numbers that are meant as text
+        if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
+            raise _BadRowError(f"has an empty {column!r}")
+        if not isinstance(value, str):
+            raise _BadRowError(f"has a {type(value).__name__} in {column!r}; expected a text")
+        if len(value) > self.max_chars:
+            raise _BadRowError(
+                f"has {len(value):,} characters in {column!r}; expected at most {self.max_chars:,} (cut it "
+                f"into texts, or raise max_chars)"
+            )
+        return value
+
+    def _words(self, row: Row) -> list[str]:
+        value = row[self.text_column]
+        words = value.split() if isinstance(value, str) else value
+        if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+            raise _BadRowError(f"has no list of words in {self.text_column!r}")
+        if not words:
+            raise _BadRowError(f"has an empty {self.text_column!r}")
+        return list(words)
+
+
+class _BadRowError(Exception):
+    """Why one row cannot be used."""
+
+
+def _label_parser(task: TextTask, names: tuple[str, ...] | None, separator: str) -> Callable[[Any], Any]:
+    def name_of(value: Any) -> str:
+        if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
+            raise _BadRowError("has no label")
+        if names is not None and isinstance(value, int):
+            if not 0 <= value < len(names):
+                raise _BadRowError(f"has the class number {value}; expected 0 to {len(names) - 1}")
+            return names[value]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # whole numbers of a column with gaps
+        return str(value).strip()
+
+    def listed(value: Any, split: Callable[[str], list[str]]) -> tuple[str, ...]:
+        entries = split(value) if isinstance(value, str) else value
+        if not isinstance(entries, Sequence):
+            raise _BadRowError(f"has {value!r} as labels; expected a list or a text")
+        return tuple(name_of(entry) for entry in entries)
+
+    def several(value: Any) -> tuple[str, ...]:
+        if value is None or _is_nan(value):
+            return ()  # none of the labels
+        found = listed(value, lambda text: [name for name in text.split(separator) if name.strip()])
+        return tuple(dict.fromkeys(found))
+
+    def number(value: Any) -> float:
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            raise _BadRowError(f"has {value!r} as label; expected a number") from None
+        if not math.isfinite(found):
+            raise _BadRowError(f"has {value!r} as label; expected a finite number")
+        return found
+
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "text_classification": name_of,
+        "multi_label": several,
+        "regression": number,
+        "token_classification": lambda value: listed(value, str.split),
+    }
+    return parsers.get(task, lambda value: None)
+
+
+def _classes(
+    source: str | Path, task: TextTask, parts: Mapping[str, TextPart], names: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """Return the class names in order; raise one error with all that is wrong with the labels."""
+    if task in ("regression", "causal_lm", "masked_lm"):
+        return ()
+    seen: dict[str, set[str]] = {}
+    for name, part in parts.items():
+        targets = part.targets or []
+        flat = targets if task == "text_classification" else [label for row in targets for label in row]
+        seen[name] = set(flat)
+    train = seen["train"]
+    problems = []
+    if task == "text_classification" and len(train) == 1:
+        problems.append(f"there is one class ({next(iter(train))!r}); expected at least two")
+    if not train:
+        problems.append("no training row has a label")
+    for name, labels in seen.items():
+        for label in _in_order(labels - train):
+            close = did_you_mean(label, train, count=1).rstrip("?")
+            problems.append(f"label {label!r} is in {name} and never in train.{close}".rstrip("."))
+    if problems:
+        raise DataError(_listed(f"labels of {str(source)!r} cannot be used", problems))
+    if names is not None:
+        return tuple(name for name in names if name in train)
+    return tuple(_in_order(train))
+
+
+def _in_order(labels: set[str]) -> list[str]:
+    """Return names sorted, numbers by value."""
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return sorted(labels, key=int)
+    return sorted(labels)
+
+
+def _split(
+    task: TextTask, parts: dict[str, TextPart], val_frac: float, test_frac: float, seed: int
+) -> list[str]:
+    """Split off the parts that are missing; return what was done."""
+    fracs = [0.0 if "val" in parts else val_frac, 0.0 if "test" in parts else test_frac]
+    if not any(fracs):
+        return []
+    train = parts["train"]
+    if train.groups is not None:
+        split, how = grouped_split(train.groups, fracs, seed=seed), "by group"
+    else:
+        labels = train.targets if task == "text_classification" else None
+        split, how = stratified_split(labels or [0] * len(train), fracs, seed=seed), "stratified"
+    notes = []
+    for name, frac, indices in zip(("val", "test"), fracs, split[1:], strict=True):
+        if frac:
+            parts[name] = train.take(indices)
+            notes.append(f"{name}: {len(indices)} rows split off from train, {how}, seed {seed}")
+    parts["train"] = train.take(split[0])
+    if train.groups is not None and task == "text_classification":
+        kept = set(parts["train"].targets or ())
+        lost = _in_order(set(train.targets or ()) - kept)
+        if lost:
+            raise DataError(
+                f"no training row is left of {', '.join(map(repr, lost))} after the split by group; expected "
+                f"at least two groups of each class. Leave the classes out, or take another seed."
+            )
+    return notes
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _listed(summary: str, problems: Sequence[str]) -> str:
+    shown = [f"\n  - {problem}" for problem in problems[:SHOWN]]
+    more = f"\n  - and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{summary}:{''.join(shown)}{more}"
