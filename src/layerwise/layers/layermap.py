@@ -6,9 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from layerwise.errors import PlanError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from layerwise.layers.difference import MapDifference
 
 Granularity = Literal["stages", "blocks", "layers"]
 Role = Literal["stem", "trunk", "head"]
@@ -21,8 +26,9 @@ class LayerGroup:
 
     Attributes:
         name: a module path of the model (``"layer3"``, ``"encoder.layer.11"``, ``"head.fc"``), so that
-            it can be typed. A group of several modules is named after the first of them; the head
-            after its output layer.
+            it can be typed. A stage is named after the module that holds it, else a group of several
+            modules after its block; the stem after the first of them; the head after its output layer.
+            A weight that is no module's (``x @ self.projection``) goes by its own name.
         role: ``"stem"`` for what stands before the first block, ``"head"`` for the output layer and
             what belongs to it, ``"trunk"`` for everything between.
         modules: paths of the top-most modules that lie wholly in the group, in order of execution,
@@ -34,7 +40,9 @@ class LayerGroup:
             as two), or None where the recording could not tell.
         sizes: number of scalars of each of `parameters`, in the same order; empty where a map made by hand
             does not tell.
-        activation_bytes: size of what the group hands on, per sample, in bytes; None likewise.
+        activation_bytes: size of what the group hands on to later groups or to the output, per sample,
+            in bytes; None likewise. Both depend on the size of the example input, so that equality of
+            groups leaves them out.
     """
 
     name: str
@@ -42,8 +50,8 @@ class LayerGroup:
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     numel: int
-    flops: int | None = None
-    activation_bytes: int | None = None
+    flops: int | None = field(default=None, compare=False)
+    activation_bytes: int | None = field(default=None, compare=False)
     sizes: tuple[int, ...] = ()
 
 
@@ -156,6 +164,22 @@ class LayerMap:
         """
         group = self.group_of(name) if name in self._group_of else self[name].name
         return len(self) - 1 - self.names.index(group)
+
+    def diff(self, other: LayerMap) -> MapDifference:
+        """Return what changes from this map to `other`; it is false, and prints so, if nothing does."""
+        from layerwise.layers.difference import difference
+
+        return difference(self, other)
+
+    def __rich__(self) -> Table:
+        from layerwise.layers.table import layer_table
+
+        return layer_table(self)
+
+    def __str__(self) -> str:
+        from layerwise.layers.table import as_text
+
+        return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the map as plain data for JSON; `from_dict` is its inverse."""

@@ -1,0 +1,70 @@
+"""``layerwise inspect``: the layer map of a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from layerwise.cli.output import JsonFlag, friendly, print_json, print_table
+
+
+@friendly
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="timm:NAME, torchvision:NAME, hf:FOLDER or hf:ID, or file.py:function.")
+    ],
+    granularity: Annotated[
+        Literal["stages", "blocks", "layers"], typer.Option(help="What one group is.")
+    ] = "stages",
+    input_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images in pixels, instead of the model's own.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the layer groups of a model, input first, with their names, sizes and costs.
+
+    Nothing is downloaded but a configuration, and no weights are made: names are what plans and
+    ``--strategy`` take.
+    """
+    from layerwise.layers.mapping import layer_map
+    from layerwise.layers.table import layer_table, trainable_numel
+
+    opened = _open_without_weights(model, input_size)
+    layers = layer_map(opened.model, _usable(opened.example_input), granularity)
+    if as_json:
+        trainable = trainable_numel(layers, opened.model)
+        groups = [
+            {**group, "depth": layers.depth_of(group["name"]), "trainable": trainable[group["name"]]}
+            for group in layers.to_dict()["groups"]
+        ]
+        print_json({"model": model, **layers.to_dict(), "groups": groups})
+    else:
+        print_table(layer_table(layers, opened.model))
+
+
+def _open_without_weights(spec: str, input_size: int | None) -> Any:
+    """Open a model on meta, where weights take no memory; for real if its constructor computes with them."""
+    import torch
+
+    from layerwise.errors import LayerwiseError
+    from layerwise.sources.models import open_model
+
+    try:
+        with torch.device("meta"):
+            return open_model(spec, pretrained=False, input_size=input_size)
+    except LayerwiseError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return open_model(spec, pretrained=False, input_size=input_size)
+
+
+def _usable(example: Any) -> Any:
+    """Return the example, or None if it holds token ids without values, for one to be derived."""
+    import torch
+
+    from layerwise.layers.structures import tensors_in
+
+    tensors: list[torch.Tensor] = tensors_in(example)
+    on_meta = any(t.device.type == "meta" and not t.is_floating_point() for t in tensors)
+    return None if on_meta or not tensors else example
