@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from layerwise.training.result import Result as Result
     from layerwise.training.run import Run as Run
     from layerwise.training.run import load_run as load_run
+    from layerwise.tuning.audit import audit as audit
     from layerwise.tuning.calibration import calibrate_batchnorm as calibrate_batchnorm
     from layerwise.tuning.freezing import count_parameters as count_parameters
     from layerwise.tuning.freezing import freeze as freeze
@@ -63,6 +64,7 @@ _HOME = {
     "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
     "Tuner": "layerwise.tuning.tuner",
+    "audit": "layerwise.tuning.audit",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
     "calibrate_batchnorm": "layerwise.tuning.calibration",

@@ -188,7 +188,7 @@ def apply_norms(
     first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
     root = look_through(model, layers)
     release_norms(root)
-    owners = _owners(root, layers)
+    owners = module_owners(root, layers)
     canonical = {id(root.get_parameter(name)): name for group in layers for name in group.parameters}
 
     adapting, fixed, batch_only, trainable, held = [], [], [], [], []
@@ -282,7 +282,7 @@ def look_through(model: nn.Module, layers: LayerMap) -> nn.Module:
     )
 
 
-def _owners(root: nn.Module, layers: LayerMap) -> dict[nn.Module, set[str]]:
+def module_owners(root: nn.Module, layers: LayerMap) -> dict[nn.Module, set[str]]:
     """Return for each module the names of the groups in which it, or one of its parameters, stands."""
     owners: dict[nn.Module, set[str]] = {}
     known = dict(root.named_modules(remove_duplicate=False))

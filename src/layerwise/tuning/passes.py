@@ -68,12 +68,12 @@ class Passes:
 
     def forward_all(self) -> None:
         """Run the model over the data; `Enough` ends the pass of one batch."""
-        for batch in self._batches():
+        for batch in self.batches():
             self._forward(batch)
 
     def forward_first(self) -> bool:
         """Run the model over the first batch only; return whether there is no second one."""
-        batches = self._batches()
+        batches = self.batches()
         self._forward(next(batches))
         return next(batches, None) is None
 
@@ -91,7 +91,8 @@ class Passes:
         except Enough:
             return
 
-    def _batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches on the model's device, the last one cut to the number of samples."""
         from accelerate.utils import find_batch_size, send_to_device, slice_tensors
 
         device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))

@@ -1,0 +1,228 @@
+"""`audit`: look over a training set-up, made with layerwise or not, and say what will go wrong and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from layerwise.errors import ModelError
+from layerwise.layers.layermap import LayerMap
+from layerwise.tuning import audit_graph, audit_modes, audit_optimizer
+from layerwise.tuning.audit_probe import probe
+from layerwise.tuning.audit_setup import Finding, Setup, optimizers_of
+from layerwise.tuning.passes import Forward, feed
+
+CHECKS: tuple[Callable[[Setup], Iterator[Finding]], ...] = (
+    audit_modes.frozen_norms_in_train_mode,
+    audit_modes.norms_that_move_in_frozen_parts,
+    audit_modes.norms_without_statistics,
+    audit_modes.dropout_in_frozen_parts,
+    audit_modes.small_batches,
+    audit_optimizer.nothing_trains,
+    audit_optimizer.membership,
+    audit_optimizer.frozen_in_optimizer,
+    audit_optimizer.rate_zero,
+    audit_optimizer.scales_without_effect,
+    audit_optimizer.broken_ratios,
+    audit_optimizer.head_slower_than_backbone,
+    audit_optimizer.uneven_decay,
+    audit_optimizer.schedulers_and_new_groups,
+    audit_optimizer.without_state,
+    audit_optimizer.decay_on_norms_and_biases,
+    audit_graph.split_ties,
+    audit_graph.reentrant_checkpointing,
+    audit_graph.ddp_before_unfreezing,
+    audit_graph.compiled_with_frozen_parts,
+)
+_ORDER = ("error", "warning", "info")
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+
+
+@dataclass(frozen=True)
+class RateRow:
+    """One line of the table of rates: what trains, and how fast.
+
+    Attributes:
+        name: layer group, or param group where no layer map is at hand.
+        lr: lowest and highest learning rate in it; None where nothing trains.
+        weight_decay: the highest weight decay.
+        trainable: number of scalars that train.
+        frozen: number of scalars that do not.
+    """
+
+    name: str
+    lr: tuple[float, float] | None
+    weight_decay: float
+    trainable: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings of an audit, gravest first. Print it, iterate over it, or take ``to_dict()``.
+
+    Attributes:
+        findings: what was found.
+        rates: the table of rates, input to output; empty without an optimiser.
+        notes: what could not be checked.
+    """
+
+    findings: tuple[Finding, ...]
+    rates: tuple[RateRow, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def __getitem__(self, index: int) -> Finding:
+        return self.findings[index]
+
+    @property
+    def codes(self) -> frozenset[str]:
+        """The codes of all findings."""
+        return frozenset(finding.code for finding in self.findings)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings of severity error."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    def raise_for_errors(self) -> None:
+        """Raise `ModelError` with all findings of severity error, if there are any."""
+        if self.errors:
+            lines = [f"{found.code} ({found.module}): {found.why} Fix: {found.fix}." for found in self.errors]
+            raise ModelError("the audit found faults in this set-up:\n" + "\n".join(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON."""
+        return {
+            "ok": not self.errors,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "rates": [dataclasses.asdict(row) for row in self.rates],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        if not self.findings:
+            return "audit: no findings"
+        return "\n".join(
+            f"{found.severity}: {found.code}: {found.module}\n  {found.why}\n  fix: {found.fix}"
+            for found in self.findings
+        )
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="audit" if self.findings else "audit: no findings", show_lines=True)
+        for column in ("severity", "where", "what and why", "fix"):
+            table.add_column(column, overflow="fold")
+        for found in self.findings:
+            why = Text.assemble((found.code, "bold"), "\n", found.why)
+            severity = Text(found.severity, style=_STYLES[found.severity])
+            table.add_row(severity, Text(found.module), why, Text(found.fix))
+        rates = Table(title="rates")
+        for column in ("group", "learning rate", "weight decay", "trainable", "frozen"):
+            rates.add_column(column, justify="left" if column == "group" else "right")
+        for row in self.rates:
+            low, high = row.lr or (0.0, 0.0)
+            rate = "frozen" if row.lr is None else f"{low:g}" if low == high else f"{low:g} .. {high:g}"
+            rates.add_row(
+                Text(row.name), rate, f"{row.weight_decay:g}", f"{row.trainable:,}", f"{row.frozen:,}"
+            )
+        return Group(table, *([rates] if self.rates else []), *map(Text, self.notes))
+
+
+def audit(
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    scheduler: Any = None,
+    layers: LayerMap | None = None,
+    loader: Iterable[Any] | None = None,
+    forward: Forward = feed,
+    batch_size: int | None = None,
+) -> Audit:
+    """Return what is wrong, or risky, in a training set-up; for any loop, made with layerwise or not.
+
+    It looks at modes (what would be in train mode after ``model.train()``), at frozen batch-norm and
+    dropout, at who is in the optimiser and at which rate, at schedulers, ties, checkpointing,
+    DistributedDataParallel and compilation. ``docs/guide/audit.md`` lists all codes. Without `loader`
+    nothing is computed and it takes milliseconds (plus one recording of the model, about half a second,
+    where the head has to be known and no `layers` were given). With `loader` one batch is run forward
+    and backward, which measures what drifts and where no gradient arrives.
+
+    The model, the optimiser, modes, gradients, buffers and random states are as before afterwards.
+
+    Args:
+        model: as it is about to train, or in the middle of a run; wrapped or not.
+        optimizer: a torch optimiser, a list of them, or a wrapper with one inside (fastai, accelerate).
+        scheduler: one, or a list.
+        layers: the model's layer map. Without one, the frozen part is told by the module tree.
+        loader: batches to take one from; see `calibrate_batchnorm` for their form.
+        forward: ``forward(model, batch)`` for batches of another form.
+        batch_size: samples in a batch; read from the loader if it has the attribute.
+
+    Raises:
+        ModelError: `layers` is of another model, or `optimizer` is none.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    >>> for parameter in model[:2].parameters(): parameter.requires_grad = False
+    >>> [(found.code, found.module) for found in audit(model)]
+    [('frozen-norm-trains', '1')]
+    """
+    if batch_size is None:
+        found = getattr(loader, "batch_size", None)
+        batch_size = found if isinstance(found, int) else None
+    schedulers = [] if scheduler is None else scheduler
+    schedulers = schedulers if isinstance(schedulers, list | tuple) else [scheduler]
+    setup = Setup(model, optimizers_of(optimizer), schedulers, layers, batch_size)
+    findings = [finding for check in CHECKS for finding in check(setup)]
+    if loader is not None:
+        findings += probe(setup, loader, forward)
+    findings.sort(key=lambda finding: _ORDER.index(finding.severity))
+    notes = []
+    if "map" in vars(setup) and setup.map is None:
+        notes.append(
+            "The order of the layers could not be recorded, so the head's rate and the decay between "
+            "layers were not checked. Pass layers=layerwise.layer_map(model, example_input)."
+        )
+    return Audit(tuple(findings), tuple(_rates(setup)), tuple(notes))
+
+
+def _rates(setup: Setup) -> Iterator[RateRow]:
+    """Yield the table of rates by layer group, or by param group where there is no map."""
+    if not setup.optimizers:
+        return
+    if "map" not in vars(setup) and setup.layers is None:  # not worth a recording of its own
+        for name, group in setup.param_groups:
+            yield _row(name, [(p, group) for p in group["params"]])
+        return
+    homes = {id(p): group for _, group in setup.param_groups for p in group["params"]}
+    layers = setup.map
+    if layers is None:
+        return
+    for layer in layers:
+        members = [setup.root.get_parameter(name) for name in layer.parameters]
+        yield _row(layer.name, [(p, homes.get(id(p))) for p in members])
+
+
+def _row(name: str, members: list[tuple[nn.Parameter, dict[str, Any] | None]]) -> RateRow:
+    training = [(p, group) for p, group in members if p.requires_grad and group is not None]
+    rates = [float(group["lr"]) for _, group in training]
+    size = sum(p.numel() for p, _ in training)
+    return RateRow(
+        name=name,
+        lr=(min(rates), max(rates)) if rates else None,
+        weight_decay=max((float(group.get("weight_decay", 0)) for _, group in training), default=0.0),
+        trainable=size,
+        frozen=sum(p.numel() for p, _ in members) - size,
+    )

@@ -1,0 +1,536 @@
+"""The audit: each fault is built plainly and found under its code; the same set-up done right is silent."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, lr_scheduler
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from helpers import map_by_children
+from layerwise.errors import ModelError
+from layerwise.tuning.audit import audit
+from layerwise.tuning.audit_optimizer import CANNOT_GROW
+from layerwise.tuning.modes import pin_eval
+from layerwise.tuning.norms import freeze_batchnorm
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.mid = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.mid(self.stem(x)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def frozen(net, *names):
+    """Freeze children properly: no gradients, no modes."""
+    for name in names:
+        child = net.get_submodule(name)
+        child.requires_grad_(False)
+        pin_eval(child.modules())
+    return net
+
+
+def trainable(net):
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def no_decay_groups(net, lr=0.1, **options):
+    groups = [{"params": [p], "lr": lr, "name": n} for n, p in net.named_parameters() if p.requires_grad]
+    return AdamW(groups, weight_decay=0.0, **options)
+
+
+def data(batch_size=16):
+    return DataLoader(TensorDataset(torch.randn(32, 3), torch.zeros(32)), batch_size)
+
+
+def test_a_sound_set_up_has_no_findings(net):
+    frozen(net, "stem")
+    report = audit(net, no_decay_groups(net), layers=map_by_children(net), loader=data())
+    assert report.findings == ()
+    assert str(report) == "audit: no findings"
+    report.raise_for_errors()
+    assert audit(Net(), loader=data()).findings == ()
+
+
+# --------------------------------------------------------------------------------------------------- modes
+
+
+def test_a_frozen_norm_that_would_train(net):
+    net.stem.requires_grad_(False)
+    for model in (net, net.eval()):  # an eval mode of the whole model does not last
+        report = audit(model)
+        assert report.codes == {"frozen-norm-trains", "dropout-in-frozen-part"}
+        assert report[0].module == "stem.1"
+        assert report[0].severity == "error"
+    freeze_batchnorm(net)
+    assert audit(net).codes == {"dropout-in-frozen-part"}
+
+
+def test_eval_by_hand_is_undone_by_the_next_train(net):
+    net.stem.requires_grad_(False)
+    net.train()
+    net.stem.eval()
+    report = audit(net)
+    assert report.codes == {"frozen-norm-eval-undone", "dropout-in-frozen-part"}
+    assert not net.stem[1].training  # looking changed nothing
+
+
+def test_a_train_method_that_takes_care_itself_is_respected(net):
+    class Careful(Net):
+        def train(self, mode=True):
+            super().train(mode)
+            self.stem.eval()
+            return self
+
+    net = Careful()
+    net.stem.requires_grad_(False)
+    assert audit(net.train()).findings == ()
+
+
+def test_a_pin_that_was_gone_round(net):
+    frozen(net, "stem")
+    net.stem[1].training = True
+    assert "pin-bypassed" in audit(net).codes
+
+
+def test_a_frozen_norm_without_tracking_normalises_by_the_batch(net):
+    net.stem.requires_grad_(False)
+    net.stem[1].track_running_stats = False
+    assert "frozen-norm-uses-batch" in audit(net).codes
+
+
+def test_a_norm_that_learns_between_frozen_layers(net):
+    net.stem.requires_grad_(False)
+    net.stem[1].requires_grad_(True)
+    for layers in (None, map_by_children(net)):
+        report = audit(net, layers=layers)
+        assert [f.module for f in report if f.code == "norm-trains-in-frozen-part"] == ["stem.1"]
+
+
+def test_a_frozen_norm_without_statistics(net):
+    net.stem[1] = nn.BatchNorm1d(4, track_running_stats=False)
+    frozen(net, "stem")
+    assert audit(net).codes == {"norm-without-statistics"}
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_dropout_in_a_frozen_part_of_every_kind(net, layers):
+    class Functional(nn.Module):  # as attention layers do
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.attention_dropout = 0.1
+
+        def forward(self, x):
+            return nn.functional.dropout(self.lin(x), self.attention_dropout, self.training)
+
+    net.mid = nn.Sequential(Functional(), nn.LSTM(4, 4, num_layers=2, dropout=0.2), nn.Dropout(0.0))
+    net.mid.requires_grad_(False)
+    net.stem.requires_grad_(False)
+    report = audit(net, layers=map_by_children(net) if layers else None)
+    (found,) = [f for f in report if f.code == "dropout-in-frozen-part"]
+    assert set(found.modules) == {"stem.2", "mid.0", "mid.1"}
+
+
+def test_small_batches_are_named_with_the_layers(net):
+    report = audit(net, loader=data(batch_size=4))
+    assert report.codes == {"small-batch-norm"}
+    assert report[0].modules == ("stem.1", "mid.1")
+    assert audit(net, batch_size=9).findings == ()
+    frozen(net, "stem", "mid")
+    assert audit(net, batch_size=2).findings == ()
+
+
+# -------------------------------------------------------------------------------------------- the optimiser
+
+
+def test_nothing_trains(net):
+    frozen(net, "stem", "mid", "fc")
+    assert audit(net).codes == {"nothing-trains"}
+
+
+def test_trainable_parameters_outside_of_the_optimiser(net):
+    optimizer = SGD(net.fc.parameters(), lr=0.1)
+    report = audit(net, optimizer)
+    (found,) = [f for f in report if f.code == "trainable-not-in-optimizer"]
+    assert len(found.modules) == 8
+    assert (
+        audit(net, [optimizer, SGD([*net.stem.parameters(), *net.mid.parameters()], lr=0.1)]).findings == ()
+    )
+    with pytest.raises(ModelError, match="trainable-not-in-optimizer"):
+        report.raise_for_errors()
+
+
+def test_a_parameter_in_two_groups(net):
+    report = audit(net, [SGD(net.parameters(), lr=0.1), SGD(net.fc.parameters(), lr=0.1)])
+    (found,) = report
+    assert (found.code, found.modules) == ("in-two-param-groups", ("fc.weight", "fc.bias"))
+
+
+def test_a_head_replaced_after_the_optimiser_was_built(net):
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net.fc = nn.Linear(4, 5)
+    assert audit(net, optimizer).codes == {"optimizer-holds-strangers", "trainable-not-in-optimizer"}
+
+
+def test_frozen_parameters_in_the_optimiser_from_harmless_to_moving(net):
+    def codes(optimizer):
+        return {f.code: f.severity for f in audit(net, optimizer) if f.code.startswith("frozen-")}
+
+    plain = SGD(net.parameters(), lr=0.1)
+    adam = AdamW(net.parameters(), lr=0.1)
+    net(torch.randn(8, 3)).sum().backward()
+    frozen(net, "stem")
+    assert codes(plain) == {"frozen-with-gradient": "error"}
+    before = net.stem[0].weight.clone()
+    adam.step()
+    assert not torch.equal(before, net.stem[0].weight)  # what the finding says is true
+    net.zero_grad()
+    assert codes(plain) == {"frozen-in-optimizer": "info"}
+    assert codes(adam) == {"frozen-with-state": "warning"}
+    assert codes(AdamW(net.parameters())) == {"frozen-with-decay": "warning"}
+    assert codes(AdamW(trainable(net))) == {}
+
+
+def test_a_rate_of_zero_is_not_freezing_but_a_warm_up_from_zero_is_fine(net):
+    optimizer = SGD([{"params": net.stem.parameters(), "lr": 0.0}, {"params": net.mid.parameters()}], lr=0.1)
+    optimizer.add_param_group({"params": list(net.fc.parameters())})
+    (found,) = [f for f in audit(net, optimizer) if f.code == "rate-zero-is-not-frozen"]
+    assert set(found.modules) == {n for n, _ in net.named_parameters() if n.startswith("stem")}
+    warm = SGD(net.parameters(), lr=0.1)
+    lr_scheduler.LambdaLR(warm, lambda step: step / 10)
+    assert warm.param_groups[0]["lr"] == 0
+    assert audit(net, warm).findings == ()
+
+
+def test_decay_on_norms_and_biases(net):
+    report = audit(net, AdamW(net.parameters(), weight_decay=0.1))
+    found = {f.code: f.modules for f in report}
+    assert found["decay-on-norms"] == ("stem.1.weight", "stem.1.bias", "mid.1.weight", "mid.1.bias")
+    assert found["decay-on-biases"] == ("stem.0.bias", "mid.0.bias", "fc.bias")
+
+
+def test_lr_scales_that_nobody_reads(net):
+    def groups(scales):
+        return [
+            {"params": list(child.parameters()), "lr_scale": scale}
+            for child, scale in zip(net.children(), scales)
+        ]
+
+    assert audit(net, SGD(groups([0.25, 0.5, 1.0]), lr=0.1)).codes == {"lr-scale-ignored"}
+    assert audit(net, SGD(groups([1.0, 1.0, 1.0]), lr=0.1)).codes == {"layer-decay-without-effect"}
+    applied = SGD([{**g, "lr": 0.1 * g["lr_scale"]} for g in groups([0.25, 0.5, 1.0])], lr=0.1)
+    assert audit(net, applied).findings == ()
+
+
+def two_groups(net, late_lr):
+    """Train the head under a schedule, then let the middle join at an absolute rate."""
+    frozen(net, "stem", "mid")
+    optimizer = SGD(net.fc.parameters(), lr=0.1)
+    schedule = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    net.mid.requires_grad_(True)
+    optimizer.add_param_group({"params": list(net.mid.parameters()), "lr": late_lr})
+    return optimizer, schedule
+
+
+def test_a_late_group_off_the_schedule(net):
+    optimizer, schedule = two_groups(net, late_lr=0.1 / 2.6)
+    report = audit(net, optimizer, scheduler=schedule, layers=map_by_children(net))
+    assert {"late-group-off-schedule", "head-slower-than-backbone"} <= report.codes
+
+
+def test_a_floor_in_absolute_terms_breaks_the_ratio(net):
+    def schedule(optimizer, eta_min):
+        made = lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=eta_min)
+        for _ in range(9):
+            optimizer.step()
+            made.step()
+
+    def optimizer():
+        groups = [{"params": c.parameters(), "lr": lr} for c, lr in zip(net.children(), (0.01, 0.03, 0.1))]
+        return SGD(groups)
+
+    broken, whole = optimizer(), optimizer()
+    schedule(broken, 0.01)
+    schedule(whole, 0.0)
+    assert "ratio-broken" in audit(net, broken).codes
+    assert audit(net, whole, layers=map_by_children(net)).findings == ()
+
+
+def test_a_head_slower_than_the_backbone(net):
+    groups = [{"params": c.parameters(), "lr": lr} for c, lr in zip(net.children(), (0.1, 0.1, 0.01))]
+    for layers in (map_by_children(net), None):  # without a map one is made here
+        report = audit(net, SGD(groups), layers=layers)
+        (found,) = [f for f in report if f.code == "head-slower-than-backbone"]
+        assert found.module == "fc"
+        assert report.rates[-1].lr == (0.01, 0.01)
+
+
+def test_a_model_that_cannot_be_recorded_is_audited_with_a_note():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, something, else_):
+            raise NotImplementedError
+
+    net = Odd()
+    groups = [{"params": net.a.parameters(), "lr": 0.1}, {"params": net.b.parameters(), "lr": 0.01}]
+    report = audit(net, SGD(groups))
+    assert report.findings == ()
+    assert "could not be recorded" in report.notes[0]
+
+
+@pytest.mark.parametrize(("exponents", "found"), [((4, 3, 2, 1, 0), False), ((5, 4, 3, 2, 0), True)])
+def test_an_off_by_one_in_layer_decay(exponents, found):
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    groups = [{"params": c.parameters(), "lr": 0.1 * 0.8**e} for c, e in zip(net, exponents)]
+    report = audit(net, SGD(groups), layers=map_by_children(net))
+    assert [f.modules for f in report if f.code == "uneven-layer-decay"] == ([("3", "4")] if found else [])
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda e: 1 / (1 + e)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda e: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 1, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.3, 4),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 10),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 1, 10),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 10),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 5),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1, 3), lr_scheduler.CosineAnnealingLR(o, 7)], [3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.LambdaLR(o, lambda e: 0.5)]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_is_said_of_each_scheduler_is_what_torch_does(net, name):
+    # foretold while the middle is still frozen, certain once it has joined, and true when it steps
+    frozen(net, "stem", "mid")
+    optimizer = SGD(net.fc.parameters(), lr=0.1, momentum=0.9)
+    schedule = SCHEDULERS[name](optimizer)
+    metric = (1.0,) if name == "ReduceLROnPlateau" else ()
+    foretold = "scheduler-cannot-grow" in audit(net, optimizer, scheduler=schedule).codes
+    optimizer.step()
+    schedule.step(*metric)
+    net.mid.requires_grad_(True)
+    optimizer.add_param_group({"params": list(net.mid.parameters()), "lr": 0.01})
+    certain = "scheduler-will-crash" in audit(net, optimizer, scheduler=schedule).codes
+    crashes = False
+    try:
+        for _ in range(4):
+            optimizer.step()
+            schedule.step(*metric)
+    except (ValueError, KeyError, IndexError):
+        crashes = True
+    assert foretold == certain == crashes
+
+
+def test_every_scheduler_of_torch_is_in_the_table_above():
+    known = {
+        name
+        for name, kind in vars(lr_scheduler).items()
+        if isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler) and not name.startswith("_")
+    }
+    assert known - {"LRScheduler"} == set(SCHEDULERS)
+    assert {kind.__name__ for kind in CANNOT_GROW} <= known
+
+
+def test_parameters_that_never_stepped(net):
+    optimizer = Adam(net.parameters(), lr=0.01)
+    net.fc(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    (found,) = [f for f in audit(net, optimizer) if f.code == "never-stepped"]
+    assert len(found.modules) == 8
+
+
+# ------------------------------------------------------------------------------------- ties, wrappers, graphs
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.body = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 5)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(self.body(self.embed(x)))
+
+
+def test_tied_weights_split_by_freezing():
+    net = Tied()
+    assert audit(net).findings == ()
+    net.embed.requires_grad_(False)
+    for layers in (None, map_by_children(net)):
+        (found,) = audit(net, layers=layers)
+        assert (found.code, set(found.modules)) == ("tied-weight-frozen", {"embed.weight", "out.weight"})
+    net.requires_grad_(False)
+    net.embed.requires_grad_(True)
+    assert audit(net).codes == {"tied-weight-learns"}
+
+
+def test_a_tie_that_came_apart():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    net = transformers.GPT2LMHeadModel(config)
+    assert "tie-broken" not in audit(net).codes
+    net.lm_head.weight = nn.Parameter(net.lm_head.weight.detach().clone())
+    (found,) = [f for f in audit(net) if f.code == "tie-broken"]
+    assert set(found.modules) == {"transformer.wte", "lm_head"}
+
+
+def test_ddp_built_before_unfreezing(net, tmp_path):
+    frozen(net, "stem")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        assert audit(wrapped).findings == ()
+        net.stem.requires_grad_(True)
+        (found,) = audit(wrapped)
+        assert found.code == "ddp-built-for-other-parameters"
+        assert "6 parameters that required them" in found.why
+        assert audit(wrapped, loader=data()).codes == {"ddp-built-for-other-parameters"}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("version", "severity"), [("2.9.1", "warning"), ("2.14.1+cu130", "info")])
+def test_compiled_before_unfreezing_is_graver_where_torch_is_blind(net, monkeypatch, version, severity):
+    monkeypatch.setattr(torch, "__version__", version)
+    compiled = torch.compile(net, backend="eager")
+    assert audit(compiled).findings == ()
+    frozen(net, "stem")
+    (found,) = audit(compiled)
+    assert (found.code, found.severity) == ("compiled-before-unfreezing", severity)
+    net.mid.compile(backend="eager")
+    assert audit(net)[0].modules == ("mid",)
+
+
+# ------------------------------------------------------------------------------------------- with one batch
+
+
+def test_drift_is_measured_on_a_batch(net):
+    # a buffer that no rule knows: an average that a frozen module of the user's own keeps
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += x.mean().detach() if self.training else 0
+            return self.lin(x)
+
+    net.mid = Average()
+    net.mid.requires_grad_(False)
+    (found,) = audit(net, loader=data())
+    assert (found.code, found.module) == ("frozen-statistics-drift", "mid.seen")
+    pin_eval(net.mid.modules())
+    assert audit(net, loader=data()).findings == ()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_reentrant_checkpointing_over_a_frozen_prefix(net, reentrant):
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.fc(checkpoint(self.mid, self.stem(x), use_reentrant=reentrant))
+
+    net = frozen(Checkpointed(), "stem")
+    assert audit(net, loader=data()).codes == ({"reentrant-checkpointing"} if reentrant else set())
+
+
+def test_where_no_gradient_arrives(net):
+    class Detached(Net):
+        def forward(self, x):
+            return self.fc(self.mid(self.stem(x).detach()))
+
+    (found,) = audit(Detached(), loader=data())
+    assert found.code == "no-gradient"
+    assert all(name.startswith("stem") for name in found.modules)
+
+
+def test_an_audit_leaves_no_trace(net):
+    frozen(net, "stem")
+    net.mid.eval()
+    optimizer = AdamW(net.parameters(), lr=0.1)
+    net(torch.randn(8, 3)).sum().backward()
+    optimizer.step()
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    gradients = {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
+    modes = [module.training for module in net.modules()]
+    loader = DataLoader(data().dataset, 16, shuffle=True)
+    state = torch.get_rng_state()
+    audit(net, optimizer, loader=loader)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [module.training for module in net.modules()] == modes
+    after = (net.state_dict(), optimizer.state_dict())
+    assert all(torch.equal(before[0][key], value) for key, value in after[0].items())
+    assert before[1]["param_groups"] == after[1]["param_groups"]
+    assert all(
+        torch.equal(before[1]["state"][i][key], value)
+        for i, values in after[1]["state"].items()
+        for key, value in values.items()
+    )
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name])
+
+
+# -------------------------------------------------------------------------------------------------- the faces
+
+
+def test_findings_print_as_a_table_and_as_json(net):
+    net.stem.requires_grad_(False)
+    report = audit(net, AdamW(trainable(net), lr=0.1), layers=map_by_children(net))
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["ok"] is False
+    assert told["findings"][0]["code"] == "frozen-norm-trains"
+    assert [row["name"] for row in told["rates"]] == ["stem", "mid", "fc"]
+    assert told["rates"][0]["lr"] is None
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(report)
+    text = console.export_text()
+    assert "frozen-norm-trains" in text
+    assert "frozen" in text
+    assert len(report) == len(list(report))
+
+
+@pytest.mark.parametrize("wrong", [3, "adam", nn.Linear(2, 2)])
+def test_something_that_is_no_optimizer_is_refused(net, wrong):
+    with pytest.raises(ModelError, match="no param_groups"):
+        audit(net, wrong)
+
+
+def test_a_map_of_another_model_is_refused(net):
+    with pytest.raises(ModelError, match="does not have"):
+        audit(nn.Linear(2, 2), layers=map_by_children(net))
