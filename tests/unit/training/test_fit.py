@@ -1,0 +1,443 @@
+"""The loop as a whole: what it trains, keeps, writes, and how it stops."""
+
+import json
+import math
+import os
+import signal
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from layerwise.errors import DataError, RunError, TrainingError
+from layerwise.plans.plan import Plan
+from layerwise.training import checkpoint
+from layerwise.training.checkpoint import list_checkpoints, load_latest
+from layerwise.training.fit import fit
+from layerwise.training.history import read_history
+from layerwise.training.result import Result
+from layerwise.training.run import load_run, read_run
+from layerwise.training.tasks import Classification
+from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
+
+VAL = tiny_data(30, seed=5)
+
+
+def run(model: nn.Module | None = None, train: object = None, val: object = VAL, **options: object) -> Result:
+    """Fit a tiny model quickly; any option can be changed."""
+    model = Tiny() if model is None else model
+    settings: dict = {
+        "plan": tiny_plan(),
+        "layers": tiny_layers(model),
+        "lr": 3e-2,
+        "batch_size": 8,
+        "cache": "off",
+        "progress": False,
+        **options,
+    }
+    return fit(model, tiny_data() if train is None else train, val, **settings)
+
+
+def one_phase(**changes: object) -> Plan:
+    return tiny_plan(
+        phases=[{"name": "all", "rates": {"stem": 1.0, "body": 1.0, "head": 1.0}, "epochs": 6, **changes}]
+    )
+
+
+def test_it_learns_what_the_plan_says_and_nothing_else() -> None:
+    # Loss falls, accuracy rises above the largest class, the frozen stem keeps every bit and buffer.
+    model = Tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = run(model, tiny_data(200), keep="last")
+    moved = {
+        name.split(".")[0]
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(before[name], tensor)
+    }
+    assert moved == {"body", "head"}
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert result.metrics["accuracy"] > 0.6
+    assert result.trained_parameters == sum(p.numel() for n, p in model.named_parameters() if "stem" not in n)
+    assert result.total_parameters == sum(p.numel() for p in model.parameters())
+    assert not model.training
+    assert result.steps == 4 * 25
+
+
+def test_history_says_what_happened_in_each_epoch() -> None:
+    # One line an epoch: phase, steps, losses, metrics, and the rates of its last step.
+    history = run().history
+    assert [line["epoch"] for line in history] == [0, 1, 2, 3]
+    assert [line["phase"] for line in history] == ["head", "head", "more", "more"]
+    assert [line["step"] for line in history] == [7, 14, 21, 28]
+    assert all(line["steps"] == 7 for line in history)
+    assert history[0]["rates"] == {"stem": 0.0, "body": 0.0, "head": 3e-2}
+    assert 0 < history[-1]["rates"]["body"] < history[-1]["rates"]["head"]
+    assert {"train_loss", "val_loss", "accuracy", "balanced_accuracy", "macro_f1"} <= history[0].keys()
+
+
+def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
+    # With and without a folder the model ends with the weights of the best epoch; "last" keeps the last.
+    kept = {}
+    for name, options in {
+        "memory": {},
+        "folder": {"out": tmp_path / "a"},
+        "last": {"keep": "last", "out": tmp_path / "b"},
+    }.items():
+        model = Tiny()
+        result = run(model, plan=one_phase(epochs=4), lr=0.3, **options)
+        metrics = [line["balanced_accuracy"] for line in result.history]
+        expected = len(metrics) - 1 if name == "last" else metrics.index(max(metrics))
+        assert result.best_epoch == expected
+        assert result.metrics["balanced_accuracy"] == metrics[expected]
+        kept[name] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        if name == "folder":
+            assert expected < len(metrics) - 1, "the test needs a best epoch that is not the last"
+    assert torch.equal(kept["memory"], kept["folder"])
+    assert not torch.equal(kept["memory"], kept["last"])
+
+
+def test_a_run_folder_holds_what_is_needed(tmp_path: Path) -> None:
+    # run.json tells plan, settings, classes, versions and result; plan.yaml loads; files are whole.
+    out = tmp_path / "run"
+    result = run(out=out, classes=["a", "b", "c"], test=VAL)
+    about = read_run(out)
+    assert about["plan"] == tiny_plan().model_dump(mode="json")
+    assert about["task"]["classes"] == ["a", "b", "c"]
+    assert about["settings"]["lr"] == 3e-2
+    assert about["versions"]["torch"] == version("torch")
+    assert about["result"]["metrics"] == result.metrics
+    assert about["result"]["test"] == result.test
+    assert result.test is not None
+    assert result.test["accuracy"] == pytest.approx(result.metrics["accuracy"])  # the same data
+    assert Plan.load(out / "plan.yaml") == tiny_plan()
+    assert read_history(out / "history.jsonl") == result.history
+    assert len(list_checkpoints(out / "checkpoints")) == 2
+    assert not list(out.rglob(".tmp-*"))
+
+
+def test_a_folder_with_a_run_is_left_alone(tmp_path: Path) -> None:
+    # A second run in the same folder is refused before anything is written.
+    run(out=tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match=r"already holds a run.*--resume"):
+        run(out=tmp_path / "run")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
+    # Other settings, data or classes: each difference is listed.
+    run(out=tmp_path / "run")
+    with pytest.raises(RunError) as caught:
+        run(train=tiny_data(60), out=tmp_path / "run", lr=1e-3, resume=True, classes=["a", "b", "c"])
+    for part in ("settings.lr: 0.03 -> 0.001", "data.train_samples: 50 -> 60", "task.classes"):
+        assert part in str(caught.value)
+    with pytest.raises(RunError, match="does not exist"):
+        run(out=tmp_path / "nothing", resume=True)
+    with pytest.raises(RunError, match="needs out="):
+        run(resume=True)
+
+
+def test_a_run_is_loaded_to_predict(tmp_path: Path) -> None:
+    # The model of a Python run has no name, so it is given; predictions are those of the trained model.
+    model = Tiny()
+    run(model, out=tmp_path / "run", classes=["a", "b", "c"])
+    with pytest.raises(RunError, match="model=model"):
+        load_run(tmp_path / "run")
+    loaded = load_run(tmp_path / "run", model=Tiny(seed=9))
+    x = VAL.tensors[0][:4]
+    expected = model(x).softmax(1)
+    for row, probabilities in zip(loaded.predict(x), expected):
+        assert row["label"] == loaded.classes[int(probabilities.argmax())]
+        assert row["probability"] == pytest.approx(float(probabilities.max().detach()))
+    assert loaded.plan == tiny_plan()
+
+
+def test_altered_weights_are_refused(tmp_path: Path) -> None:
+    # The hash in run.json is compared before the weights are believed; other classes do not fit.
+    run(out=tmp_path / "run")
+    file = tmp_path / "run" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with pytest.raises(RunError, match="does not fit Tiny"):
+        load_run(tmp_path / "run", model=Tiny(classes=5))
+    file.write_bytes(data)
+    with pytest.raises(RunError, match="altered or cut short"):
+        load_run(tmp_path / "run", model=Tiny())
+    with pytest.raises(RunError, match=r"does not exist.*Runs in"):
+        load_run(tmp_path / "ruin")
+
+
+class Poisoned(Dataset):
+    """Real samples, one of which holds a NaN."""
+
+    def __init__(self, bad: int) -> None:
+        self.data, self.bad = tiny_data(), bad
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        x, y = self.data[index]
+        return (x * math.nan if index == self.bad else x), y
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    # The step is named, bad data told from divergence, and the last checkpoint is whole and finite.
+    with pytest.raises(
+        TrainingError, match=r"loss became nan at step \d+ .*The batch itself holds"
+    ) as caught:
+        run(train=Poisoned(30), out=tmp_path / "a", checkpoint_every_steps=1)
+    latest = load_latest(tmp_path / "a" / "checkpoints")
+    assert latest is not None
+    assert f"at step {latest.step + 1} " in str(caught.value)
+    assert str(latest.path) in str(caught.value)
+    assert all(torch.isfinite(t).all() for t in latest.state["model"].values())
+    with pytest.raises(TrainingError, match=r"training diverged: lower lr"):
+        run(plan=one_phase(), lr=1e30, optimizer="sgd", out=tmp_path / "b")
+    with pytest.raises(TrainingError, match="No checkpoint was kept"):
+        run(train=Poisoned(3))
+
+
+def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path) -> None:
+    # A step can make weights infinite from a finite loss; the checkpoint before it is the last good one.
+    class Bursts(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            super().step(closure)
+            Bursts.steps += 1
+            if Bursts.steps == 5:
+                self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    with pytest.raises(TrainingError, match=r"not finite after step 5.*step-00000004"):
+        run(optimizer=Bursts, out=tmp_path / "run", checkpoint_every_steps=1)
+    latest = load_latest(tmp_path / "run" / "checkpoints")
+    assert latest is not None
+    assert latest.step == 4
+
+
+class Fails(Tiny):
+    """Raises an error in the n-th forward pass in train mode."""
+
+    def __init__(self, at: int, error: BaseException) -> None:
+        super().__init__()
+        self.left, self.error = at, error
+
+    def forward(self, x):
+        self.left -= self.training
+        if self.left == 0:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"
+        ),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_out_of_memory_names_the_step(tmp_path: Path, error: BaseException) -> None:
+    # Whatever kind of memory ran out: step, advice, last checkpoint; the run can then be resumed.
+    with pytest.raises(
+        TrainingError, match=r"memory ran out at step 10: .*smaller batch_size.*step-00000009"
+    ):
+        run(Fails(10, error), out=tmp_path / "run", checkpoint_every_steps=3)
+    latest = load_latest(tmp_path / "run" / "checkpoints")
+    assert latest is not None
+    assert latest.step == 9
+
+
+def test_other_errors_pass_unchanged() -> None:
+    # Only what is understood is explained.
+    with pytest.raises(RuntimeError, match="something else"):
+        run(Fails(3, RuntimeError("something else")))
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The checkpoint of step 9 fails; that of step 6 is used, and the end is that of an undisturbed run.
+    undisturbed = run(out=tmp_path / "a", checkpoint_every_steps=3)
+    save = torch.save
+    calls = 0
+
+    def full(state: object, path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # after those of steps 0, 3, 6 and 7 (the end of the epoch)
+            Path(path).write_bytes(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+        save(state, path)
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(RunError, match=r"checkpoint of step 9 could not be written.*file write failed"):
+        run(out=tmp_path / "b", checkpoint_every_steps=3)
+    monkeypatch.undo()
+    resumed = run(out=tmp_path / "b", checkpoint_every_steps=3, resume=True)
+    assert resumed.history == undisturbed.history
+    assert any("step 7" in note for note in resumed.notes)
+
+
+def test_ctrl_c_saves_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
+    # The signal comes in the middle of step 10; the step is finished and saved, then the run stops.
+    class Presses(Tiny):
+        left = 10
+
+        def forward(self, x):
+            self.left -= self.training
+            if self.left == 0 and self.training:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x)
+
+    before = signal.getsignal(signal.SIGINT)
+    undisturbed = run(Presses.__base__(), out=tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        run(Presses(), out=tmp_path / "b")
+    assert signal.getsignal(signal.SIGINT) is before
+    latest = load_latest(tmp_path / "b" / "checkpoints")
+    assert latest is not None
+    assert latest.step == 10
+    about = json.loads((tmp_path / "b" / "run.json").read_text())
+    about["model"]["class"] = "Tiny"
+    (tmp_path / "b" / "run.json").write_text(json.dumps(about))
+    resumed = run(out=tmp_path / "b", resume=True)
+    assert resumed.history == undisturbed.history
+
+
+def test_it_stops_early() -> None:
+    # A rate too low to change anything: two epochs without improvement end the run.
+    result = run(plan=one_phase(epochs=30), lr=1e-12, optimizer="sgd", early_stopping=2)
+    assert result.stopped == "early"
+    assert len(result.history) == 3
+    assert result.best_epoch == 0
+
+
+def test_an_early_stop_is_remembered(tmp_path: Path) -> None:
+    # Resuming a run that stopped early does not train on.
+    options: dict = {
+        "plan": one_phase(epochs=30),
+        "lr": 1e-12,
+        "optimizer": "sgd",
+        "early_stopping": 2,
+        "out": tmp_path / "run",
+    }
+    first = run(**options)
+    again = run(**options, resume=True)
+    assert again.history == first.history
+    assert again.stopped == "early"
+
+
+def test_phases_by_steps_end_inside_an_epoch(tmp_path: Path) -> None:
+    # 7 steps an epoch: phases of 4 and 6 steps; a checkpoint at each phase change; 10 steps in all.
+    plan = tiny_plan(
+        phases=[
+            {"name": "one", "rates": {"head": 1.0}, "steps": 4},
+            {"name": "two", "rates": {"body": 1.0, "head": 1.0}, "steps": 6},
+        ]
+    )
+    result = run(plan=plan, out=tmp_path / "run", keep_checkpoints=9)
+    assert result.steps == 10
+    assert [line["steps"] for line in result.history] == [7, 3]
+    steps = [int(p.name.split("-")[1]) for p in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert steps == [0, 4, 7, 10]
+
+
+def test_imbalance_is_met_by_weights_or_by_sampling() -> None:
+    # Balanced weights reach the task; weighted sampling needs labels; both change the run.
+    plain = run()
+    weighted = run(class_weights="balanced")
+    assert isinstance(weighted.task, Classification)
+    counts = torch.bincount(tiny_data().tensors[1]).tolist()
+    assert weighted.task.class_weights == pytest.approx(tuple(50 / (3 * n) for n in counts))
+    assert weighted.history != plain.history
+    sampled = run(sampler="weighted")
+    assert sampled.history != plain.history
+    assert run(class_weights=[1, 1, 1]).history == plain.history
+    with pytest.raises(DataError, match="2 numbers for 3 classes"):
+        run(class_weights=[1, 2])
+    with pytest.raises(TrainingError, match="set them on the task"):
+        run(class_weights="balanced", task=Classification(("a", "b", "c")))
+
+
+def test_mappings_are_understood() -> None:
+    # Batches with "labels" go into the model by keyword; the same numbers come out.
+    class Keyword(Tiny):
+        def forward(self, *, features):
+            return {"logits": super().forward(features)}
+
+    class Rows(Dataset):
+        def __len__(self) -> int:
+            return 50
+
+        def __getitem__(self, index: int):
+            x, y = tiny_data()[index]
+            return {"features": x, "labels": y}
+
+    result = run(Keyword(), Rows(), Rows(), plan=tiny_plan())
+    assert result.task.name == "text_classification"
+    assert result.history == run(val=tiny_data()).history
+
+
+def test_loaders_are_understood() -> None:
+    # A loader with drop_last and its own batch size; a loader whose sampler is foreign.
+    shuffled = DataLoader(tiny_data(), batch_size=8, shuffle=True, drop_last=True)
+    assert run(train=shuffled, val=DataLoader(VAL, batch_size=7)).steps == 4 * 6
+
+    class Sampler(torch.utils.data.Sampler):
+        def __iter__(self):
+            yield from torch.randperm(50).tolist()
+
+        def __len__(self) -> int:
+            return 50
+
+    assert run(train=DataLoader(tiny_data(), batch_size=10, sampler=Sampler())).steps == 4 * 5
+
+
+def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
+    # Wrong options, classes, labels: no folder is made.
+    out = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"lr is nan"):
+        run(lr=math.nan, out=out)
+    with pytest.raises(DataError, match=r"expected \[N, 2\]"):
+        run(classes=["a", "b"], out=out)
+    with pytest.raises(DataError, match="one integer for each sample"):
+        run(train=TensorDataset(torch.zeros(4, 8), torch.zeros(4)), out=out)
+    assert not out.exists()
+
+
+def test_batch_norm_statistics_are_calibrated_where_the_plan_says() -> None:
+    # Policy "calibrate": before the phase the stem's statistics become those of the training data.
+    model = Tiny()
+    plan = tiny_plan(
+        phases=[
+            {"name": "head", "rates": {"head": 1.0}, "epochs": 1, "norms": {"policy": "calibrate"}},
+        ]
+    )
+    inputs = tiny_data().tensors[0]
+    expected = model.stem[0](inputs).mean(0).detach()
+    assert not torch.allclose(model.stem[1].running_mean, expected, atol=1e-3)
+    run(model, plan=plan)
+    assert torch.allclose(model.stem[1].running_mean, expected, atol=1e-6)
+
+
+def test_bf16_runs_and_differs() -> None:
+    # Autocast is on: losses are near those of fp32 and not equal.
+    half, whole = run(precision="bf16"), run()
+    assert half.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=0.05)
+    assert half.history != whole.history
+
+
+def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
+    # No metrics, the last epoch, and weights in the folder.
+    result = run(val=None, out=tmp_path / "run")
+    assert result.metrics == {}
+    assert result.best_epoch == 3
+    assert load_run(tmp_path / "run", model=Tiny()).classes == ("0", "1", "2")
