@@ -1,0 +1,162 @@
+"""Prove on one batch that a cut is exact: samples do not touch each other, nothing is secretly random."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.cut import Cut, Site
+from layerwise.cache.layout import Layout, find_layout
+from layerwise.cache.reading import same_bits
+from layerwise.errors import CacheError
+from layerwise.layers.structures import tensors_in
+
+_NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
+
+Run = Callable[[list[int], int], Mapping[Site, torch.Tensor]]
+"""Runs the prefix on some samples of the batch (by position), under a seed; returns values by site."""
+
+
+class BufferGuard(contextlib.AbstractContextManager["BufferGuard"]):
+    """Within: what a forward pass writes into the model's buffers is undone after."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> BufferGuard:
+        """Save the buffers."""
+        self._saved = [(buffer, buffer.detach().clone()) for buffer in self._model.buffers()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put back those that were written to."""
+        with torch.no_grad():
+            for buffer, content in self._saved:
+                if not torch.equal(buffer, content):  # batch-norm's kernel does not bump `_version`
+                    buffer.copy_(content)
+        self._saved = []
+
+
+def find_layouts(
+    sites: Iterable[Site],
+    full: Mapping[Site, torch.Tensor],
+    batch: int,
+    part: Mapping[Site, torch.Tensor],
+    part_batch: int,
+) -> dict[Site, Layout]:
+    """Return how each site's value is made of samples, from two batch sizes.
+
+    Raises:
+        CacheError: a value does not grow with the batch although it depends on the input, or is not made
+            of samples side by side.
+    """
+    layouts = {}
+    for site in sites:
+        if site not in full:
+            continue
+        if site not in part:
+            raise CacheError(f"{site} runs at one batch size and not at another.")
+        layout = find_layout(full[site], batch, part[site], part_batch, where=f"the value at {site}")
+        if layout is None:
+            raise CacheError(
+                f"the value at {site} depends on the input and has the shape {tuple(full[site].shape)} for "
+                f"{batch} and for {part_batch} samples: it mixes the samples of a batch."
+            )
+        layouts[site] = layout
+    return layouts
+
+
+def size_sensitive(
+    layouts: Mapping[Site, Layout],
+    full: Mapping[Site, torch.Tensor],
+    batch: int,
+    part: Mapping[Site, torch.Tensor],
+    chosen: list[int],
+    run: Run,
+) -> bool:
+    """Return whether a sample's bits depend on how many samples are computed with it.
+
+    Compares the values of a whole batch with those of some of its samples, which were computed on their
+    own, in another order and under another seed. Equal bits prove that no sample reads another, that the
+    place in the batch does not matter, and that nothing draws random numbers that the recording cannot
+    see (numpy's, Python's). Differences that are only rounding are traced to the batch size.
+
+    Args:
+        layouts: of the sites to compare.
+        full: values of the whole batch.
+        batch: its number of samples.
+        part: values of the samples `chosen`, computed on their own.
+        chosen: positions in the batch.
+        run: to compute more.
+
+    Raises:
+        CacheError: the values are random, or depend on the other samples.
+    """
+    unequal = [
+        site
+        for site, layout in layouts.items()
+        if not same_bits(layout.to_rows(full[site])[chosen], layout.to_rows(part[site]))
+    ]
+    if not unequal:
+        return False
+    everything = list(range(batch))
+    again = run(everything, 2)
+    for site in unequal:
+        if not same_bits(full[site], again[site]):
+            raise CacheError(
+                f"the value at {site} differs when the same batch is computed again: the frozen part draws "
+                f"random numbers that torch does not know of (numpy's or Python's)."
+            )
+    for site in unequal:
+        layout = layouts[site]
+        if not _near(layout.to_rows(full[site])[chosen], layout.to_rows(part[site])):
+            raise CacheError(f"the value at {site} of one sample depends on the other samples of its batch.")
+    backwards = run(everything[::-1], 3)
+    for site in unequal:
+        layout = layouts[site]
+        if not same_bits(layout.to_rows(full[site]).flip(0), layout.to_rows(backwards[site])):
+            raise CacheError(
+                f"the last bits of the value at {site} depend on a sample's place in its batch, so a "
+                f"cached run would not be exactly the plain one. Pass exact=False to accept that."
+            )
+    return True
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    scale = float(one.abs().max()) if one.numel() else 0.0
+    return float((one - other).abs().max()) <= _NEAR * scale if one.numel() else True
+
+
+def difference(expected: list[torch.Tensor], output: Any) -> str:
+    """Return what is not bit for bit equal in two outputs of a model; ``""`` if nothing is."""
+    found = tensors_in(output)
+    if len(found) != len(expected):
+        return f"{len(expected)} tensors in its output, and {len(found)} in the plain one"
+    for number, (one, other) in enumerate(zip(expected, found)):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return (
+                f"output {number} is {tuple(one.shape)} {one.dtype}, not {tuple(other.shape)} {other.dtype}"
+            )
+        if not same_bits(one, other.detach()):
+            gap = float((one.double() - other.detach().double()).abs().max())
+            return f"output {number} differs by up to {gap:.3g}"
+    return ""
+
+
+def sites_of(cuts: Iterable[Cut]) -> dict[Site, Cut]:
+    """Return the frontier sites of several cuts, each with the first cut that has it."""
+    found: dict[Site, Cut] = {}
+    for cut in cuts:
+        for site in cut.frontier:
+            found.setdefault(site, cut)
+    return found

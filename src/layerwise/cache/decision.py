@@ -1,0 +1,146 @@
+"""`decide`: whether caching the frozen prefix pays, where to keep it, and why."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil  # type: ignore[import-untyped]
+
+Storage = Literal["auto", "memory", "disk", "off"]
+
+MEMORY_FRAC = 0.25  # of the memory that is free now
+DISK_FRAC = 0.5  # of the free space of the cache folder's disk
+_MEMORY_BYTES_PER_S = 2e9  # gathering rows from memory or the page cache, cautiously
+_DISK_BYTES_PER_S = 2e8  # an ordinary SSD when the page cache does not hold the file
+_LEAST_GAIN = 1.05
+_BACKWARD = 2.0  # a backward pass costs about two forward passes
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for one loader and one set of trainable parameters.
+
+    Attributes:
+        storage: ``"memory"``, ``"disk"`` or ``"off"``.
+        reason: a sentence for people.
+        bytes_per_sample: of what is stored.
+        samples: number of samples (times views).
+        prefix_frac: part of an uncached step that the frozen prefix takes, 0 to 1; measured on one batch.
+        speedup: expected time of an uncached step over a cached one.
+    """
+
+    storage: Literal["memory", "disk", "off"]
+    reason: str
+    bytes_per_sample: int = 0
+    samples: int = 0
+    prefix_frac: float = 0.0
+    speedup: float = 1.0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes for all samples."""
+        return self.bytes_per_sample * self.samples
+
+
+def decide(
+    storage: Storage,
+    *,
+    bytes_per_sample: int,
+    samples: int,
+    batch: int,
+    prefix_s: float,
+    suffix_s: float,
+    epochs: int | None,
+    memory_bytes: int,
+    disk_bytes: int,
+    shared: bool = False,
+) -> Decision:
+    """Weigh time saved against bytes needed.
+
+    With :math:`p` seconds for the prefix and :math:`s` for forward and backward of the rest, reading
+    included, a cached step is :math:`(p + s) / s` times faster.
+
+    Args:
+        storage: what the user asked for. ``"memory"`` and ``"disk"`` are taken as they are, as long as
+            they fit.
+        bytes_per_sample: to store.
+        samples: to store, views included.
+        batch: samples in a step.
+        prefix_s: forward time of the prefix for one batch, in seconds.
+        suffix_s: forward time of the rest for one batch, in seconds; its backward is taken as twice that.
+        epochs: how many epochs this cut will serve; None if unknown (several are assumed).
+        memory_bytes: budget in memory.
+        disk_bytes: budget on disk.
+        shared: a folder was named to keep the cache for later runs.
+
+    Returns:
+        The choice with its reason.
+    """
+    total = bytes_per_sample * samples
+    after = suffix_s * (1 + _BACKWARD)
+    fits_memory, fits_disk = total <= memory_bytes, total <= disk_bytes
+    in_memory = storage == "memory" or (storage == "auto" and fits_memory and not shared)
+    speed = _MEMORY_BYTES_PER_S if in_memory else _DISK_BYTES_PER_S
+    speedup = (prefix_s + after) / max(after + bytes_per_sample * batch / speed, 1e-9)
+    prefix_frac = prefix_s / max(prefix_s + after, 1e-9)
+
+    def made(where: Literal["memory", "disk", "off"], reason: str) -> Decision:
+        return Decision(where, reason, bytes_per_sample, samples, prefix_frac, speedup)
+
+    size = f"{format_bytes(bytes_per_sample)} a sample, {format_bytes(total)} in all"
+    gain = f"the frozen prefix is {prefix_frac:.0%} of a step; about {speedup:.1f}x faster once cached"
+    if storage == "off":
+        return made("off", "switched off")
+    if storage == "auto":
+        if epochs is not None and epochs <= 1 and not shared:
+            return made("off", "each sample is seen only once with this cut, so nothing would be reused")
+        if speedup < _LEAST_GAIN:
+            return made("off", f"too little to gain: {gain} ({size})")
+        if fits_memory and not shared:
+            return made("memory", f"{gain} ({size}; budget {format_bytes(memory_bytes)})")
+        if fits_disk:
+            return made("disk", f"{gain} ({size})")
+        return made(
+            "off",
+            f"{size} fit neither in the memory budget ({format_bytes(memory_bytes)}) nor on the disk "
+            f"({format_bytes(disk_bytes)}); {gain}. Give budget_bytes= or store bfloat16",
+        )
+    if storage == "memory" and not fits_memory:
+        return made("off", f"{size} do not fit into the budget of {format_bytes(memory_bytes)}")
+    if storage == "disk" and not fits_disk:
+        return made("off", f"{size} do not fit on the disk, of which {format_bytes(disk_bytes)} may be used")
+    return made(storage, f"asked for; {gain} ({size})")
+
+
+def free_memory_bytes() -> int:
+    """Return how much memory this process may still take, control-group limits included."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            free = min(free, max(int(text) - int(used.read_text()), 0))
+    return free
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free space of the disk on which `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def format_bytes(count: float) -> str:
+    """Return a size for people.
+
+    >>> format_bytes(1536), format_bytes(3 * 2**30)
+    ('1.5 KB', '3.0 GB')
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

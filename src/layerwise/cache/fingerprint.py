@@ -1,0 +1,119 @@
+"""What a cached value depends on, as a hash: weights, operations, data, precision.
+
+Two strengths. `weights_digest` and `data_digest` name a cache that outlives the process. `quick_state`
+costs a few milliseconds and is compared at each epoch, to notice that somebody changed the frozen prefix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.layers.structures import tensors_in
+
+_PROBES = 32  # samples hashed of a dataset whose content cannot be listed
+_DATASET_DEPTH = 5  # Subset of a Subset ...
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the model's parameters and buffers by each of their names."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's type, shape and content."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    if data.numel():
+        digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
+    return digest.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
+    """Return one hash of the named tensors' contents."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name} {tensor_digest(tensors[name])}\n".encode())
+    return digest.hexdigest()
+
+
+def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tuple[tuple[Any, ...], ...]:
+    """Return something small that differs when one of the named tensors was changed.
+
+    Holds a checksum of the bits of each tensor, so a change that goes past autograd's version counter
+    (``p.data.copy_``) is seen as well.
+    """
+    state = []
+    for name in sorted(set(names)):
+        tensor = tensors[name].detach()
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+        bits = tensor if width is None or tensor.dtype == torch.bool else tensor.view(width)
+        state.append((name, tuple(tensor.shape), int(bits.sum(dtype=torch.int64))))
+    return tuple(state)
+
+
+def data_digest(dataset: Any, load: Any, size: int) -> str:
+    """Return a hash that names the content of a dataset and what its transforms make of it.
+
+    Hashes what can be listed without loading all samples: tensors of a ``TensorDataset``, the indices of a
+    ``Subset``, the ``_fingerprint`` of a Hugging Face dataset, path, size and time of the files of an image
+    folder; and always some loaded samples, spread evenly, which show a changed transform. A change inside
+    a file that keeps its size and time, or in an unlisted sample of another kind of dataset, is not seen.
+
+    Args:
+        dataset: map-style.
+        load: function from a list of indices to their collated batch.
+        size: number of samples.
+    """
+    digest = hashlib.sha256(f"{size}\n".encode())
+    part = dataset
+    for _ in range(_DATASET_DEPTH):
+        digest.update(f"{type(part).__module__}.{type(part).__qualname__}\n".encode())
+        _describe_into(digest, part)
+        inner = getattr(part, "dataset", None)
+        if inner is None:
+            break
+        part = inner
+    count = min(_PROBES, size)
+    for number in range(count):
+        index = round(number * (size - 1) / max(count - 1, 1))
+        for tensor in tensors_in(load([index])):
+            digest.update(tensor_digest(tensor).encode())
+    return digest.hexdigest()
+
+
+def _describe_into(digest: Any, dataset: Any) -> None:
+    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    if isinstance(fingerprint, str):
+        digest.update(fingerprint.encode())
+    for tensor in getattr(dataset, "tensors", ()) or ():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(tensor_digest(tensor).encode())
+    indices = getattr(dataset, "indices", None)
+    if isinstance(indices, list | tuple | range):
+        digest.update(repr(list(indices)).encode())
+    for sample in getattr(dataset, "samples", ()) or ():
+        path = sample[0] if isinstance(sample, tuple | list) and sample else sample
+        if isinstance(path, str | os.PathLike) and os.path.exists(path):
+            status = os.stat(path)
+            digest.update(f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for name in ("transform", "transforms", "target_transform"):
+        if hasattr(dataset, name):
+            digest.update(_stable_repr(getattr(dataset, name)).encode())
+
+
+def _stable_repr(thing: Any) -> str:
+    """Return a repr without memory addresses; those differ from one process to the next."""
+    text = repr(thing)
+    return type(thing).__qualname__ if " at 0x" in text else text
+
+
+def column_key(*parts: str) -> str:
+    """Return the name of a cached value that depends on all of `parts`."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]

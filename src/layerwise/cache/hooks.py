@@ -1,0 +1,67 @@
+"""`RootHook`: see every call of one model while a loop runs, and vanish from copies and pickles of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+After = Callable[[Any], None]
+
+
+class _OnlyHere:
+    """A hook that works on one model; deepcopies and pickles of the model carry a dead one."""
+
+    def __init__(self, model: nn.Module | None, function: Callable[..., Any] | None) -> None:
+        self.model, self.function = model, function
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        if self.function is None or module is not self.model:
+            return None
+        return self.function(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OnlyHere:
+        return _OnlyHere(None, None)
+
+    def __reduce__(self) -> Any:
+        return _OnlyHere, (None, None)
+
+
+class RootHook:
+    """Calls `before` and `after` around every call of a model, for the time of a ``with`` block.
+
+    Args:
+        before: gets the arguments; returns them changed (with every tensor replaced, for example), or
+            None to leave them.
+        after: gets the output, or None if the call raised.
+    """
+
+    def __init__(self, before: Before, after: After) -> None:
+        self._before, self._after = before, after
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Attach to `model`; blocks may be nested."""
+        self._depth += 1
+        if self._depth > 1:
+            try:
+                yield
+            finally:
+                self._depth -= 1
+            return
+        before = _OnlyHere(model, lambda args, kwargs: self._before(args, kwargs))
+        after = _OnlyHere(model, lambda args, kwargs, output: self._after(output))
+        handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            for handle in handles:
+                handle.remove()

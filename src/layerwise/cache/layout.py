@@ -1,0 +1,86 @@
+"""How one value of a batch is taken apart into one row a sample, and put together again, bit for bit.
+
+The physical order of the dimensions in memory (channels_last, for example) survives: a convolution may
+choose another kernel, and so other last bits, for another order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from layerwise.errors import CacheError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which dimension of a tensor counts samples, and how its dimensions lie in memory.
+
+    Attributes:
+        dim: the dimension that grows with the batch.
+        per_sample: entries of that dimension for one sample: 1, or the number of windows for a tensor of
+            ``batch * windows`` rows.
+        order: dimensions from the outermost in memory to the innermost.
+    """
+
+    dim: int
+    per_sample: int
+    order: tuple[int, ...]
+
+    def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as (batch, per_sample, ...): the other dimensions in memory order; a view."""
+        physical = tensor.permute(self.order).movedim(self.order.index(self.dim), 0)
+        samples = physical.shape[0] // self.per_sample
+        return physical.unflatten(0, (samples, self.per_sample))  # type: ignore[no-untyped-call,no-any-return]
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what `to_rows` took apart; a view of `rows` where the sample dimension lies outermost."""
+        physical = rows.flatten(0, 1).movedim(0, self.order.index(self.dim)).contiguous()
+        return physical.permute([self.order.index(dim) for dim in range(len(self.order))])
+
+    def shape(self, recorded: tuple[int, ...], batch: int) -> tuple[int, ...]:
+        """Return the shape of the tensor for another batch size."""
+        return (*recorded[: self.dim], batch * self.per_sample, *recorded[self.dim + 1 :])
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions of `tensor` from the outermost in memory to the innermost.
+
+    >>> memory_order(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    (0, 2, 3, 1)
+    """
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+
+
+def find_layout(
+    one: torch.Tensor, batch: int, other: torch.Tensor, other_batch: int, *, where: str
+) -> Layout | None:
+    """Compare a value at two batch sizes; return how it depends on them, or None if it does not.
+
+    Args:
+        one: the value for `batch` samples.
+        batch: its batch size.
+        other: the value for `other_batch` samples; a different number.
+        other_batch: its batch size.
+        where: what the value is, for the message.
+
+    Raises:
+        CacheError: the shape depends on the batch size in another way than samples side by side along
+            one dimension.
+    """
+    differ = [
+        dim for dim in range(one.dim()) if other.dim() != one.dim() or one.shape[dim] != other.shape[dim]
+    ]
+    if one.dim() == other.dim() and not differ:
+        return None
+    if one.dim() == other.dim() and len(differ) == 1:
+        dim = differ[0]
+        per_sample = one.shape[dim] // batch
+        if one.shape[dim] == per_sample * batch and other.shape[dim] == per_sample * other_batch:
+            return Layout(dim, per_sample, memory_order(one))
+    raise CacheError(
+        f"{where} has the shape {tuple(one.shape)} for {batch} samples and {tuple(other.shape)} for "
+        f"{other_batch}: it cannot be taken apart into samples."
+    )

@@ -1,0 +1,141 @@
+"""`Link`: how a training loop's batch becomes the arguments of the model's forward.
+
+The loop is the user's own: ``model(x)``, ``model(**batch)``, ``model(batch["image"].to(device))``. So the
+first call is watched, and each tensor argument is recognised among the tensors of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise.cache.ghost import Ghost
+from layerwise.cache.reading import same_bits
+from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors, tensors_in
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One way to call the model.
+
+    Attributes:
+        leaves: for each tensor argument, which tensor of the batch it is.
+        dtypes: of the arguments: a loop may cast what the loader gives.
+        arguments: ``(args, kwargs)`` with None in place of tensors: the constants.
+        template: ``(args, kwargs)`` with meta tensors.
+        autocast: state of autocast around the call.
+        device: of the arguments.
+    """
+
+    leaves: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    arguments: Any
+    template: Any
+    autocast: Autocast
+    device: torch.device
+
+    def build(self, leaves: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return ``(args, kwargs)`` for the batch with the given tensors."""
+        pairs = iter(zip(self.leaves, self.dtypes))
+
+        def leaf(_: torch.Tensor) -> torch.Tensor:
+            number, dtype = next(pairs)
+            return leaves[number].to(self.device, dtype)
+
+        built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(self.template, leaf)
+        return built
+
+    def recognises(self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor]) -> bool:
+        """Return whether the arguments are those of the batch that was handed out as `leaves`.
+
+        Raises:
+            CacheError: one argument is and another is not.
+        """
+        tensors = tensors_in((args, kwargs))
+        if len(tensors) != len(self.leaves):
+            return False
+        same = [
+            _is_handed_out(tensor, leaves[number], number) for tensor, number in zip(tensors, self.leaves)
+        ]
+        if all(same):
+            return True
+        if any(isinstance(tensor, Ghost) for tensor in tensors):
+            raise CacheError(
+                "the model was called with a tensor that the loop made from a cached batch, whose values are "
+                "not loaded. Do that step in the dataset's transform, or use storage='off'."
+            )
+        return False
+
+    def same_constants(self, args: Any, kwargs: Any) -> bool:
+        """Return whether all arguments that are not tensors are those of the first call."""
+        try:
+            return bool(map_tensors((args, kwargs), lambda tensor: None) == self.arguments)
+        except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
+            return False
+
+
+def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | None:
+    """Return how the arguments come from the batch's tensors; None if the call is not about this batch.
+
+    A tensor argument is a leaf of the batch if it is the same object or has the same values (after a
+    move to another device, a cast, or a change of memory format).
+
+    Raises:
+        CacheError: one argument is in the batch and another is not: it may be anything.
+    """
+    tensors = tensors_in((args, kwargs))
+    found = [_position(tensor, leaves) for tensor in tensors]
+    if not any(number is not None for number in found):
+        return None
+    unknown = next((tensor for tensor, number in zip(tensors, found) if number is None), None)
+    if unknown is not None:
+        raise CacheError(
+            f"the model's argument of shape {tuple(unknown.shape)} is not one of the batch's tensors: the "
+            f"loop computes it, and it may differ next time. Let the dataset return it."
+        )
+    return Link(
+        leaves=tuple(number for number in found if number is not None),
+        dtypes=tuple(tensor.dtype for tensor in tensors),
+        arguments=map_tensors((args, kwargs), lambda tensor: None),
+        template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
+        autocast=autocast_state(tensors[0].device),
+        device=tensors[0].device,
+    )
+
+
+def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
+    for number, leaf in enumerate(leaves):
+        if tensor is leaf:
+            return number
+    for number, leaf in enumerate(leaves):
+        if tensor.shape == leaf.shape and not isinstance(tensor, Ghost):
+            moved = leaf.detach().to(tensor.device, tensor.dtype)
+            if moved.data_ptr() == tensor.data_ptr() or same_bits(moved, tensor.detach()):
+                return number
+    return None
+
+
+def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, number: int) -> bool:
+    if tensor is leaf:
+        return True
+    if isinstance(leaf, Ghost):
+        return isinstance(tensor, Ghost) and tensor.tag is not None and tensor.tag == leaf.tag
+    if isinstance(tensor, Ghost) or tensor.shape != leaf.shape:
+        return False
+    return same_bits(leaf.to(tensor.device, tensor.dtype), tensor.detach())
+
+
+def autocast_state(device: torch.device) -> Autocast:
+    """Return the state of autocast on the CPU and on `device`."""
+    kinds = dict.fromkeys(("cpu", device.type))
+    return tuple(
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in kinds
+        if kind != "meta"
+    )

@@ -1,0 +1,363 @@
+"""`Observer`: what happens to a model at the first batch of a phase, and where samples are computed.
+
+The first batch of each phase goes through the plain model. On the way, the cut is found, the prefix's
+values are computed and proved to be independent of the other samples, a replay is run, and its output is
+compared with the plain one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.checking import BufferGuard, difference, find_layouts, sites_of, size_sensitive
+from layerwise.cache.cut import Cut, Site
+from layerwise.cache.cutbook import CutBook
+from layerwise.cache.feed import BatchShape, Feed, Phase, padded
+from layerwise.cache.fingerprint import named_tensors, quick_state
+from layerwise.cache.ghost import ghost
+from layerwise.cache.link import Link
+from layerwise.cache.reading import kept_random_state, reseed, same_bits
+from layerwise.cache.replay import Captured, capture, compare_skeletons, refuse_ghosts, replaying
+from layerwise.cache.stock import Stock
+from layerwise.errors import CacheError
+from layerwise.layers.isolation import untouched
+from layerwise.layers.structures import map_tensors, tensors_in
+
+logger = logging.getLogger("layerwise.cache")
+
+
+class Live:
+    """A batch that was handed out, until the loop asks for the next one."""
+
+    def __init__(self, feed: Feed, rows: torch.Tensor, indices: list[int], key: Any) -> None:
+        self.feed, self.rows, self.indices, self.key = feed, rows, indices, key
+        self.batch: Any = None
+        self.leaves: list[torch.Tensor] = []
+        self.observing = False  # real, and to be looked at when it reaches the model
+        self.replayed = False  # with ghosts
+        self.seen = False  # it reached the model
+        self.phase: Phase | None = None
+
+
+class Observer:
+    """Computes the values of samples, and proves that a cut is exact before it is used.
+
+    Args:
+        model: the model.
+        book: knows its cuts.
+        stock: keeps values.
+        keep_inputs: batches hold the real inputs.
+        exact: refuse values whose last bits depend on where in a batch they were computed.
+        epochs: that the loop will run; None if unknown.
+
+    Attributes:
+        busy: the model runs for the cache itself just now, and not for the loop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        book: CutBook,
+        stock: Stock,
+        *,
+        keep_inputs: bool,
+        exact: bool,
+        epochs: int | None,
+    ) -> None:
+        self.model, self.book, self.stock = model, book, stock
+        self.keep_inputs, self.exact, self.epochs = keep_inputs, exact, epochs
+        self.busy = False
+
+    def observe(
+        self, live: Live, link: Link, phase: Phase, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Any], None]:
+        """Find the cut, compute the batch's values, and run a replay.
+
+        Returns:
+            What to call with the plain forward's output: it compares, decides, and stores.
+
+        Raises:
+            CacheError: this phase cannot be cached. So may the returned function, and OSError.
+        """
+        feed, count = live.feed, len(live.indices)
+        if feed.link is None or feed.shape is None:
+            feed.shape, feed.link, feed.full = BatchShape.of(live.batch, count), link, count
+        elif (feed.link.leaves, feed.link.arguments) != (link.leaves, link.arguments):
+            raise CacheError("the model is called in another way than for the first batch.")
+        else:
+            feed.shape.check(live.batch, count)
+        self.drop_stale(feed)
+        cut = phase.cut = self.book.find(args, kwargs)
+        phase.ghosts = feed.ghosts_of(cut, self.keep_inputs)
+        later = self.book.later()
+        cuts = [cut, *(other for _, other in later)]
+        self.stock.release_unused(feed, cuts)
+        prefix_s = 0.0
+        if self._is_stored(feed, cut, live.rows):
+            values = feed.values(cut, live.rows, link.device)
+        else:
+            started = time.perf_counter()
+            found = self._run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True)
+            prefix_s = time.perf_counter() - started
+            values = found.values
+            self._learn(live, link, cuts, found)
+            self.stock.adopt(feed, cuts, values, live.rows)
+            missing = [site for site in (*cut.frontier, *cut.constants) if site not in values]
+            if missing:
+                raise CacheError(f"{missing[0]} was not reached when the model ran again.")
+        started = time.perf_counter()
+        expected = self._replayed(live, link, phase, values, args, kwargs)
+        suffix_s = time.perf_counter() - started
+        leaves = list(live.leaves)
+
+        def compare(output: Any) -> None:
+            problem = difference(expected, output)
+            if problem:
+                raise CacheError(f"a replayed batch is not the plain one: {problem}.")
+            self._store(feed, phase, values, leaves, live.rows, prefix_s, suffix_s)
+
+        return compare
+
+    def _is_stored(self, feed: Feed, cut: Cut, rows: torch.Tensor) -> bool:
+        """Whether a batch can be replayed from what was stored in an earlier phase."""
+        return (
+            all(site in feed.constants for site in cut.constants)
+            and all(call in feed.skeletons for call in cut.skipped)
+            and all(
+                site in feed.sites and not feed.sites[site].column.missing(rows).any()
+                for site in cut.frontier
+            )
+        )
+
+    def _learn(self, live: Live, link: Link, cuts: list[Cut], found: Captured) -> None:
+        """Find out how values are made of samples, and that samples are independent of each other."""
+        feed, count = live.feed, len(live.indices)
+        assert feed.reader is not None
+        assert feed.shape is not None
+        feed.constants |= {
+            site: found.values[site] for cut in cuts for site in cut.constants if site in found.values
+        }
+        chosen = self._part_of(feed, count)
+        if count == 1:
+            other = (live.indices[0] + 1) % feed.reader.size
+            batch = feed.reader.load_now([live.indices[0], other])
+            part_leaves, chosen = feed.shape.check(batch, 2), [0]
+        elif feed.views > 1:
+            part_leaves = [leaf[chosen] for leaf in live.leaves]
+        else:
+            with kept_random_state():
+                batch = feed.reader.load_now([live.indices[i] for i in chosen])
+            part_leaves = feed.shape.check(batch, len(chosen))
+            if map_tensors(batch, lambda t: None) != feed.shape.blank:
+                feed.reload = True  # per-sample values that are not tensors (names, strings)
+            if not all(same_bits(leaf[chosen], part) for leaf, part in zip(live.leaves, part_leaves)):
+                raise CacheError(
+                    "a sample of a batch depends on the other samples that are collated with it."
+                )
+        part_count = len(part_leaves[0])
+
+        def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
+            again = link.build([leaf[positions] for leaf in live.leaves])
+            more = self._run_prefix(link, cuts, *again, batch=len(positions), skeletons=False, seed=seed)
+            return more.values
+
+        part_args = link.build(part_leaves)
+        part = self._run_prefix(link, cuts, *part_args, batch=part_count, skeletons=True, seed=1)
+        compare_skeletons(found.skeletons, part.skeletons)
+        feed.skeletons |= found.skeletons
+        layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count)
+        feed.layouts |= layouts
+        try:
+            seen = {
+                site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
+                for site, value in part.values.items()
+                if site in layouts
+            }
+            sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
+        except CacheError:
+            if self.exact or count == 1:
+                raise
+            sensitive = False
+        feed.size_sensitive |= sensitive and self.exact
+
+    def _part_of(self, feed: Feed, count: int) -> list[int]:
+        """Return the positions to compute on their own: as many as the last, smaller batch has, reversed."""
+        assert feed.reader is not None
+        tail = feed.reader.size % count
+        keeps_tail = not getattr(feed.loader.batch_sampler, "drop_last", False)
+        size = tail if tail and keeps_tail else max(count // 2, 1)
+        return list(range(size))[::-1]
+
+    def _replayed(
+        self,
+        live: Live,
+        link: Link,
+        phase: Phase,
+        values: Mapping[Site, torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[torch.Tensor]:
+        """Return what the model gives for this batch when it is replayed; undo all side effects."""
+        assert phase.cut is not None
+        numbers = iter(link.leaves)
+        args, kwargs = map_tensors(
+            (args, kwargs),
+            lambda t: ghost(tuple(t.shape), t.dtype, t.device) if next(numbers) in phase.ghosts else t,
+        )
+        fresh = {site: values[site].clone() for site in (*phase.cut.frontier, *phase.cut.constants)}
+        with (
+            kept_random_state(),
+            untouched(self.model),
+            BufferGuard(self.model),
+            replaying(phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device),
+        ):
+            output = self.model(*args, **kwargs)
+        refuse_ghosts(output)
+        return [tensor.detach() for tensor in tensors_in(output)]
+
+    def _store(
+        self,
+        feed: Feed,
+        phase: Phase,
+        values: Mapping[Site, torch.Tensor],
+        leaves: list[torch.Tensor],
+        rows: torch.Tensor,
+        prefix_s: float,
+        suffix_s: float,
+    ) -> None:
+        assert phase.cut is not None
+        epochs = self.book.epochs_now() or self.epochs
+        later = self.book.later()
+        if later and epochs is not None:  # the same pass serves later phases as well
+            epochs += sum(length for length, _ in later)
+        phase.decision = self.stock.decide(
+            feed, phase.cut, phase.ghosts, values,
+            batch=len(rows), prefix_s=prefix_s, suffix_s=suffix_s, epochs=epochs,
+        )  # fmt: skip
+        where = phase.decision.storage
+        if where == "off":
+            raise CacheError(phase.decision.reason)
+        self.stock.provide(feed, phase.cut, phase.ghosts, values, where)
+        self.stock.provide_later(feed, later, values, where)
+        self._put(feed, values, leaves, rows)
+        phase.verified = True
+
+    def complete(self, feed: Feed, phase: Phase, live: Live, batch: Any) -> Any:
+        """Compute and store what is missing of a batch's samples.
+
+        Args:
+            feed: whose samples.
+            phase: under way, and verified.
+            live: names the samples.
+            batch: the loaded batch; None if it was not loaded.
+
+        Returns:
+            The loaded batch if one must be handed out, else None.
+        """
+        assert phase.cut is not None
+        assert feed.reader is not None
+        assert feed.shape is not None
+        count = len(live.indices)
+        absent = feed.missing(phase.cut, phase.ghosts, live.rows)
+        if feed.reload and batch is None:
+            batch = feed.reader.load_now(live.indices)
+        if absent.any():
+            where = absent.nonzero().flatten().tolist()
+            if batch is None:
+                part = feed.reader.load_now([live.indices[i] for i in where])
+                leaves = feed.shape.check(part, len(where))
+            else:
+                leaves = feed.shape.check(batch, count)
+                leaves = leaves if len(where) == count else [leaf[where] for leaf in leaves]
+            cuts = [phase.cut, *(cut for _, cut in self.book.later())]
+            found = self._captured(feed, cuts, leaves, len(where))
+            self._put(feed, found.values, leaves, live.rows[absent])
+        elif feed.reload:
+            feed.shape.check(batch, count)
+        return batch if feed.reload else None
+
+    def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
+        """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""
+        assert feed.link is not None
+        size = feed.full if feed.size_sensitive else count
+        if size != count:
+            repeated = padded(range(count), size)
+            leaves = [leaf[repeated] for leaf in leaves]
+        args, kwargs = feed.link.build(leaves)
+        found = self._run_prefix(feed.link, cuts, args, kwargs, batch=size, skeletons=False)
+        if size != count:
+            for site, value in found.values.items():
+                if site in feed.sites:
+                    layout = feed.sites[site].layout
+                    found.values[site] = layout.from_rows(layout.to_rows(value)[:count])
+        return found
+
+    def _run_prefix(
+        self,
+        link: Link,
+        cuts: list[Cut],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        batch: int,
+        skeletons: bool,
+        seed: int | None = None,
+    ) -> Captured:
+        """Run the model up to the last site, leaving no trace in it and in the random numbers."""
+        impure = any(cut.impure for cut in cuts) or skeletons
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "busy", self.busy)
+            self.busy = True
+            stack.enter_context(kept_random_state())
+            if impure:
+                stack.enter_context(untouched(self.model))
+                stack.enter_context(BufferGuard(self.model))
+            for kind, enabled, dtype in link.autocast:
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
+            if seed is not None:
+                reseed(seed)
+            return capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
+
+    def _put(
+        self,
+        feed: Feed,
+        values: Mapping[Site, torch.Tensor],
+        leaves: list[torch.Tensor],
+        rows: torch.Tensor,
+    ) -> None:
+        for site, value in values.items():
+            stored = feed.sites.get(site)
+            if stored is not None:
+                absent = stored.column.missing(rows)
+                if absent.any():
+                    taken = stored.layout.to_rows(value)
+                    stored.column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
+        for number, column in feed.leaves.items():
+            column.put(rows, leaves[number].detach().cpu())
+
+    def drop_stale(self, feed: Feed) -> None:
+        """Forget stored values whose weights changed since they were computed."""
+        names = {name for stored in feed.sites.values() for name, *_ in stored.weights}
+        if not names:
+            return
+        now = {item[0]: item for item in quick_state(named_tensors(self.model), names)}
+        stale = [
+            site
+            for site, stored in feed.sites.items()
+            if any(now[item[0]] != item for item in stored.weights)
+        ]
+        for site in stale:
+            logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
+            del feed.sites[site]
+        if stale:
+            feed.constants.clear()
+            for phase in feed.phases.values():
+                if phase.cut is not None and not set(stale).isdisjoint(phase.cut.frontier):
+                    phase.verified = False

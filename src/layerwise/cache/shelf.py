@@ -1,0 +1,283 @@
+"""`Shelf`: a folder of columns on disk that runs and processes share, each whole or not there at all.
+
+    FOLDER/<key>/meta.json     format, shape, type, rows, SHA-256 of the data
+    FOLDER/<key>/rows.bin      the rows
+    FOLDER/.part-<random>/     a column that somebody is filling; a lock file inside shows that he lives
+
+A column is filled in a folder of its own and renamed when it is complete, so a reader never meets half a
+column; of two processes that fill the same one, the first to finish publishes. The key is a hash of all
+that the values depend on, so a stale column is simply not found. What is found is checked against its
+SHA-256 once, and removed if it was cut short or altered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from layerwise.cache.store import Column, RowSpec
+from layerwise.errors import CacheError
+
+FORMAT = 1
+_KEY = re.compile(r"[0-9a-f]{40}")
+_CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published column, for listings.
+
+    Attributes:
+        key: its name.
+        nbytes: size on disk.
+        rows: number of samples.
+        what: where in which model it was taken.
+        modified_s: time of publication, seconds since the epoch.
+    """
+
+    key: str
+    nbytes: int
+    rows: int
+    what: str
+    modified_s: float
+
+
+class Shelf:
+    """Columns on disk.
+
+    Args:
+        folder: where; made when the first column is. None is a temporary folder that is removed when the
+            shelf is closed or the program ends.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._lasting = folder
+        self._folder: Path | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._filling: dict[str, tuple[Column, Path, IO[bytes], str]] = {}
+        self._finalizer = weakref.finalize(self, _remove_all, self._filling)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether what is published can be found by later runs."""
+        return self._lasting is not None
+
+    @property
+    def root(self) -> Path:
+        """The folder, whether it exists or not."""
+        return self._folder or self._lasting or Path(tempfile.gettempdir())
+
+    def _open(self) -> Path:
+        if self._folder is None:
+            if self._lasting is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="layerwise-cache-")
+                self._folder = Path(self._temporary.name)
+            else:
+                self._lasting.mkdir(parents=True, exist_ok=True)
+                self._folder = self._lasting
+                remove_leftovers(self._folder)
+        return self._folder
+
+    def find(self, key: str, rows: int, spec: RowSpec) -> Column | None:
+        """Return the published column `key`, read-only; None if there is none that can be trusted."""
+        if self._lasting is None or not self._lasting.is_dir():
+            return None
+        folder = self._open() / key
+        if not folder.is_dir():
+            return None
+        problem = _problem(folder, rows, spec)
+        if problem:
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return Column.opened(folder / "rows.bin", rows, spec, torch.ones(rows, dtype=torch.bool))
+
+    def create(self, key: str, rows: int, spec: RowSpec, what: str) -> Column:
+        """Return a new column in a file of its own, not yet to be seen by others.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        part = self._open() / f".part-{secrets.token_hex(8)}"
+        part.mkdir()
+        lock = _locked(part / "lock")
+        try:
+            column = Column(rows, spec, file=part / "rows.bin")
+        except BaseException:
+            lock.close()
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        self._filling[key] = (column, part, lock, what)
+        return column
+
+    def publish_complete(self) -> None:
+        """Make the columns whose rows are all there visible to others."""
+        if not self.lasting:
+            return
+        for key, (column, part, lock, what) in list(self._filling.items()):
+            if not bool(column.filled.all()):
+                continue
+            column.flush()
+            meta = {
+                "format": FORMAT,
+                "shape": list(column.spec.shape),
+                "dtype": str(column.spec.dtype),
+                "stored": str(column.spec.stored),
+                "rows": len(column.filled),
+                "sha256": _digest(part / "rows.bin"),
+                "what": what,
+            }
+            _write_whole(part / "meta.json", json.dumps(meta, indent=1).encode())
+            lock.close()
+            (part / "lock").unlink(missing_ok=True)
+            target = self.root / key
+            try:
+                os.rename(part, target)  # fails if somebody else was first: his is as good
+            except OSError:
+                shutil.rmtree(part, ignore_errors=True)
+            del self._filling[key]
+
+    def close(self) -> None:
+        """Remove unfinished columns, and the folder if it is temporary."""
+        _remove_all(self._filling)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+
+def _remove_all(filling: dict[str, tuple[Column, Path, IO[bytes], str]]) -> None:
+    for _, part, lock, _ in filling.values():
+        lock.close()
+        shutil.rmtree(part, ignore_errors=True)
+    filling.clear()
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """Return an open file with a lock that ends with this process, however it ends."""
+    file = open(path, "wb")  # noqa: SIM115  (held open as long as the column is being filled)
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _abandoned(part: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return False  # without locks there is no telling
+    try:
+        with open(part / "lock", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return (part / "rows.bin").exists() is False and not any(part.iterdir())
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete unfinished columns of processes that are gone; return how many there were."""
+    count = 0
+    for part in folder.glob(".part-*"):
+        with contextlib.suppress(FileNotFoundError):  # its owner may finish at this moment
+            if _abandoned(part):
+                shutil.rmtree(part, ignore_errors=True)
+                count += 1
+    return count
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Return what is published in `folder`, oldest first; damaged columns count as ``"damaged"``."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _KEY.fullmatch(path.name):
+            continue
+        meta = _meta(path)
+        data = path / "rows.bin"
+        found.append(
+            Entry(
+                key=path.name,
+                nbytes=data.stat().st_size if data.is_file() else 0,
+                rows=int(meta.get("rows", 0)) if meta else 0,
+                what=str(meta.get("what", "")) if meta else "damaged",
+                modified_s=path.stat().st_mtime,
+            )
+        )
+    return sorted(found, key=lambda entry: (entry.modified_s, entry.key))
+
+
+def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
+    """Delete published columns (all of them, or those whose key begins with one of `keys`), and leftovers.
+
+    Returns:
+        What was deleted.
+
+    Raises:
+        CacheError: one of `keys` fits no column; nothing is deleted then.
+    """
+    present = entries(folder)
+    chosen = present
+    if keys is not None:
+        unknown = [key for key in keys if not key or not any(e.key.startswith(key) for e in present)]
+        if unknown:
+            raise CacheError(
+                f"no cached column in {folder} has a key that begins with {unknown[0]!r}. List them: "
+                f"layerwise cache ls {folder}"
+            )
+        chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]
+    for entry in chosen:
+        shutil.rmtree(folder / entry.key)
+    if folder.is_dir():
+        remove_leftovers(folder)
+    return chosen
+
+
+def _meta(folder: Path) -> dict[str, Any] | None:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) else None
+
+
+def _problem(folder: Path, rows: int, spec: RowSpec) -> str:
+    meta = _meta(folder)
+    if meta is None or meta.get("format") != FORMAT:
+        return "unknown format"
+    wanted = [list(spec.shape), str(spec.dtype), str(spec.stored), rows]
+    if [meta.get(name) for name in ("shape", "dtype", "stored", "rows")] != wanted:
+        return "other shape or type"
+    data = folder / "rows.bin"
+    if not data.is_file() or data.stat().st_size != max(rows * spec.row_bytes, 1):
+        return "cut short"
+    return "" if _digest(data) == meta.get("sha256") else "altered"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

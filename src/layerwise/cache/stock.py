@@ -1,0 +1,280 @@
+"""`Stock`: where stored values live: the choice of storage, the budget, and what can be shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from layerwise.cache.cut import Cut, Site, Source
+from layerwise.cache.decision import (
+    DISK_FRAC,
+    MEMORY_FRAC,
+    Decision,
+    Storage,
+    decide,
+    format_bytes,
+    free_disk_bytes,
+    free_memory_bytes,
+)
+from layerwise.cache.feed import Feed, SiteColumn
+from layerwise.cache.fingerprint import (
+    column_key,
+    data_digest,
+    named_tensors,
+    quick_state,
+    weights_digest,
+)
+from layerwise.cache.layout import Layout
+from layerwise.cache.reading import kept_random_state
+from layerwise.cache.shelf import Shelf
+from layerwise.cache.store import Column, RowSpec
+
+logger = logging.getLogger("layerwise.cache")
+
+Pool = dict[str, Column]
+
+
+class Stock:
+    """Makes columns, within a budget, and finds those that were made before.
+
+    Args:
+        model: whose weights the values depend on.
+        storage: what the user asked for.
+        budget_bytes: most bytes to hold; None for a part of what is free.
+        folder: of a lasting cache; None if there is none.
+        dtype: in which floating-point values are stored; None for their own.
+        pool: columns that several caches of this process share; None if there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        storage: Storage,
+        budget_bytes: int | None,
+        folder: Path | None,
+        dtype: torch.dtype | None,
+        pool: Pool | None,
+    ) -> None:
+        self._model = model
+        self._storage: Storage = storage
+        self._dtype = dtype
+        self._pool = pool
+        self.shelf = Shelf(folder)
+        self._memory_bytes = int(free_memory_bytes() * MEMORY_FRAC) if budget_bytes is None else budget_bytes
+        self._disk_bytes = budget_bytes
+        self._held: dict[int, Column] = {}
+        self._data: dict[int, str] = {}
+
+    def _spare(self, where: Literal["memory", "disk"]) -> int:
+        held = sum(column.nbytes for column in self._held.values() if column.where == where)
+        if where == "memory":
+            return max(self._memory_bytes - held, 0)
+        free = int(free_disk_bytes(self.shelf.root) * DISK_FRAC)
+        return free if self._disk_bytes is None else min(free, max(self._disk_bytes - held, 0))
+
+    def spec(self, layout: Layout, value: torch.Tensor) -> RowSpec:
+        """Return what one row of a site's column is like."""
+        stored = self._dtype if self._dtype is not None and value.is_floating_point() else value.dtype
+        return RowSpec(tuple(layout.to_rows(value).shape[1:]), value.dtype, stored)
+
+    # -- sharing ------------------------------------------------------------------------------
+
+    @property
+    def _shares(self) -> bool:
+        return self._pool is not None or self.shelf.lasting
+
+    def _data_digest(self, feed: Feed) -> str:
+        assert feed.reader is not None
+        if id(feed) not in self._data:
+            with kept_random_state():
+                digest = data_digest(feed.loader.dataset, feed.reader.load_now, feed.reader.size)
+            self._data[id(feed)] = digest
+        return self._data[id(feed)]
+
+    def _key(self, feed: Feed, source: Source | None, what: str, spec: RowSpec) -> str:
+        """Return the name of a column: all that its values depend on. ``""`` if nothing is shared."""
+        if not self._shares:
+            return ""
+        assert feed.link is not None
+        weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
+        return column_key(
+            f"torch {torch.__version__}",
+            what,
+            weights,
+            source.structure if source is not None else "",
+            self._data_digest(feed),
+            f"{spec} views {feed.views}",
+            f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.arguments}",
+            f"batches of {feed.full}" if feed.size_sensitive else "",
+        )
+
+    def _shared(self, key: str, rows: int, spec: RowSpec) -> Column | None:
+        if self._pool is not None and key in self._pool:
+            column = self._pool[key]
+            return column if column.spec == spec and len(column.filled) == rows else None
+        return self.shelf.find(key, rows, spec) if key else None
+
+    def adopt(
+        self, feed: Feed, cuts: Iterable[Cut], values: Mapping[Site, torch.Tensor], rows: torch.Tensor
+    ) -> None:
+        """Give `feed` the columns of `cuts` that others have filled, if they agree with `values`.
+
+        Args:
+            feed: whose samples.
+            cuts: whose sites.
+            values: just computed for `rows`: what is stored for these must be the same, bit for bit.
+            rows: int64.
+        """
+        if not self._shares:
+            return
+        for cut in cuts:
+            for site in cut.frontier:
+                if site in feed.sites or site not in values:
+                    continue
+                layout = feed.layouts[site]
+                spec = self.spec(layout, values[site])
+                key = self._key(feed, cut.sources[site], str(site), spec)
+                column = self._shared(key, feed.rows, spec)
+                if column is None:
+                    continue
+                there = column.filled[rows]
+                fresh = layout.to_rows(values[site])[there].to(spec.stored).to(spec.dtype).cpu()
+                if torch.equal(column.get(rows[there]), fresh):
+                    logger.info("prefix cache: found the values at %s, computed before", site)
+                    feed.sites[site] = self._site_column(column, layout, cut.sources[site], key)
+
+    def _site_column(self, column: Column, layout: Layout, source: Source, key: str) -> SiteColumn:
+        weights = quick_state(named_tensors(self._model), source.tensors)
+        return SiteColumn(column, layout, source.structure, weights, key)
+
+    # -- making -------------------------------------------------------------------------------
+
+    def decide(
+        self,
+        feed: Feed,
+        cut: Cut,
+        ghosts: frozenset[int],
+        values: Mapping[Site, torch.Tensor],
+        *,
+        batch: int,
+        prefix_s: float,
+        suffix_s: float,
+        epochs: int | None,
+    ) -> Decision:
+        """Choose whether and where to store what `cut` needs; see `decide`."""
+        sizes = [
+            self.spec(feed.layouts[site], values[site]).row_bytes
+            for site in cut.frontier
+            if site not in feed.sites
+        ]
+        sizes += [size for number, size in feed.stored_leaves(ghosts).items() if number not in feed.leaves]
+        choice = decide(
+            self._storage,
+            bytes_per_sample=sum(sizes),
+            samples=feed.rows,
+            batch=batch,
+            prefix_s=prefix_s,
+            suffix_s=suffix_s,
+            epochs=epochs,
+            memory_bytes=self._spare("memory"),
+            disk_bytes=self._spare("disk"),
+            shared=self.shelf.lasting,
+        )
+        if self._dtype is not None:
+            short = str(self._dtype).removeprefix("torch.")
+            choice = dataclasses.replace(choice, reason=f"{choice.reason}; stored as {short}, not exact")
+        return choice
+
+    def provide(
+        self,
+        feed: Feed,
+        cut: Cut,
+        ghosts: frozenset[int],
+        values: Mapping[Site, torch.Tensor],
+        where: Literal["memory", "disk"],
+    ) -> None:
+        """Make the columns of `cut` and of the batch's own tensors that do not exist yet.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        assert feed.shape is not None
+        for site in cut.frontier:
+            if site not in feed.sites:
+                spec = self.spec(feed.layouts[site], values[site])
+                key = self._key(feed, cut.sources[site], str(site), spec)
+                column = self._made(key, feed.rows, spec, where, f"{type(self._model).__name__} {site}")
+                feed.sites[site] = self._site_column(column, feed.layouts[site], cut.sources[site], key)
+        for number in feed.stored_leaves(ghosts):
+            if number not in feed.leaves:
+                shape, dtype = feed.shape.rows[number]
+                spec = RowSpec(shape, dtype, dtype)
+                key = self._key(feed, None, f"batch tensor {number}", spec)
+                shared = self._shared(key, feed.rows, spec)
+                made = shared or self._made(key, feed.rows, spec, where, f"batch tensor {number}")
+                feed.leaves[number] = made
+
+    def _made(
+        self, key: str, rows: int, spec: RowSpec, where: Literal["memory", "disk"], what: str
+    ) -> Column:
+        if where == "disk":
+            column = self.shelf.create(key or column_key(what, str(id(spec))), rows, spec, what)
+        else:
+            column = Column(rows, spec)
+        self._held[id(column)] = column
+        if self._pool is not None:
+            self._pool[key] = column
+        return column
+
+    def provide_later(
+        self,
+        feed: Feed,
+        later: Iterable[tuple[int, Cut]],
+        values: Mapping[Site, torch.Tensor],
+        where: Literal["memory", "disk"],
+    ) -> None:
+        """Make columns for the phases to come, those first that save most work per byte, while they fit."""
+        ranked = []
+        for epochs, cut in later:
+            if any(site not in values for site in cut.frontier):
+                continue
+            ghosts = feed.ghosts_of(cut, keep_inputs=False)
+            sizes = sum(
+                self.spec(feed.layouts[site], values[site]).row_bytes
+                for site in cut.frontier
+                if site not in feed.sites
+            )
+            ranked.append((epochs * cut.skipped_flops / max(sizes, 1), sizes * feed.rows, cut, ghosts))
+        for _, size, cut, ghosts in sorted(ranked, key=lambda item: -item[0]):
+            if size <= self._spare(where):
+                self.provide(feed, cut, ghosts, values, where)
+            elif where == "memory" and self._storage == "auto" and size <= self._spare("disk"):
+                self.provide(feed, cut, ghosts, values, "disk")
+            else:
+                logger.info(
+                    "prefix cache: no room for a later phase (%s); it will be looked at again when it comes",
+                    format_bytes(size),
+                )
+
+    def release_unused(self, feed: Feed, cuts: Iterable[Cut]) -> None:
+        """Give back the memory of this feed's sites that none of `cuts` reads, unless others share them."""
+        wanted = {site for cut in cuts for site in cut.frontier}
+        for site in [site for site in feed.sites if site not in wanted]:
+            column = feed.sites.pop(site).column
+            self._held.pop(id(column), None)
+
+    def close(self) -> None:
+        """Forget all columns and remove temporary files."""
+        self._held.clear()
+        self.shelf.close()
+
+
+def checked_folder(folder: str | Path | None) -> Path | None:
+    """Return `folder` as a path with ``~`` resolved."""
+    return None if folder is None else Path(folder).expanduser()

@@ -1,0 +1,162 @@
+"""`Column`: one cached value of every sample, in memory or in a memory-mapped file.
+
+A row is one sample's value in the physical order in which it was computed. All rows of a column have one
+shape, or (a *ragged* column) each its own. Reading gathers rows into a new tensor, so what the training
+step does to it in place never reaches the cache.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from layerwise.errors import CacheError
+
+Where = Literal["memory", "disk"]
+_FP16_MAX = 65504.0
+_FIRST_ARENA_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Shape and type of one row.
+
+    Attributes:
+        shape: of a row; of the widest one known for a ragged column.
+        dtype: of the values as they are computed and handed out.
+        stored: of the values as they are kept; another one than `dtype` is not exact.
+        ragged: rows differ in shape.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: torch.dtype
+    ragged: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row takes (the widest one, for a ragged column)."""
+        return torch.Size(self.shape).numel() * self.stored.itemsize
+
+
+class Column:
+    """Rows of one value; filled in any order.
+
+    Args:
+        rows: how many samples there can be.
+        spec: of one row.
+        file: of a column on disk; None keeps it in memory. The whole file is reserved at once, so a full
+            disk shows here and not in the middle of an epoch.
+
+    Attributes:
+        spec: of one row.
+        filled: for each row whether it holds its value; bool, (rows,).
+
+    Raises:
+        OSError: the file cannot be made or reserved.
+    """
+
+    def __init__(self, rows: int, spec: RowSpec, *, file: Path | None = None) -> None:
+        self.spec = spec
+        self.filled = torch.zeros(rows, dtype=torch.bool)
+        self._file = file
+        self._data = self._reserve(rows)
+
+    def _reserve(self, rows: int) -> torch.Tensor:
+        shape = (rows, *self.spec.shape)
+        if self._file is None:
+            return torch.empty(shape, dtype=self.spec.stored)
+        size = max(rows * self.spec.row_bytes, 1)
+        with open(self._file, "wb") as file:
+            reserve_file(file.fileno(), size)
+        return map_file(self._file, shape, self.spec.stored, writable=True)
+
+    @classmethod
+    def opened(cls, file: Path, rows: int, spec: RowSpec, filled: torch.Tensor) -> Column:
+        """Return a read-only column on a file that a former column wrote."""
+        column = cls.__new__(cls)
+        column.spec, column._file, column.filled = spec, file, filled
+        column._data = map_file(file, (rows, *spec.shape), spec.stored, writable=False)
+        return column
+
+    @property
+    def where(self) -> Where:
+        """Where the rows are kept."""
+        return "memory" if self._file is None else "disk"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for all rows."""
+        return len(self.filled) * self.spec.row_bytes
+
+    def missing(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return for each of `rows` (int64) whether its value is not there yet."""
+        return ~self.filled[rows]
+
+    def put(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Store one value a row.
+
+        Args:
+            rows: which; int64, (n,).
+            values: (n, *shape) in the computed type.
+
+        Raises:
+            CacheError: a value is too large for the type in which it is to be stored.
+        """
+        if self.spec.stored != values.dtype:
+            values = _narrowed(values, self.spec.stored)
+        self._data[rows] = values.to(self._data.device)
+        self.filled[rows] = True
+
+    def get(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return a new tensor (n, *shape) with the values of `rows` (int64, all filled)."""
+        return self._data.index_select(0, rows).to(self.spec.dtype)
+
+    def flush(self) -> None:
+        """Write what is still in the page cache to the disk; a memory column has nothing to do."""
+        if self._file is not None:
+            with open(self._file, "rb+") as file:
+                os.fsync(file.fileno())
+
+    def release(self) -> None:
+        """Forget the values and give their memory back; the file, if there is one, stays."""
+        self._data = torch.empty(0)
+        self.filled.fill_(False)
+
+
+def reserve_file(descriptor: int, size: int) -> None:
+    """Give an open file `size` bytes of real disk space.
+
+    Writing to a mapped file on a full disk would kill the process; reserving first raises instead.
+
+    Raises:
+        OSError: there is no room, or the file may not grow so large.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    if shutil.disk_usage(os.path.dirname(os.path.abspath(f"/dev/fd/{descriptor}"))).free < size:
+        raise OSError(28, "No space left on device")  # macOS has no posix_fallocate
+    os.truncate(descriptor, size)
+
+
+def map_file(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool) -> torch.Tensor:
+    """Return a tensor on the content of `file`; changes reach the file only if `writable`."""
+    count = torch.Size(shape).numel()
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(str(file), shared=writable, size=count, dtype=dtype).view(shape)
+
+
+def _narrowed(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    if stored == torch.float16 and values.numel() and float(values.abs().max()) > _FP16_MAX:
+        raise CacheError(
+            f"a frozen activation of {float(values.abs().max()):.3g} does not fit into float16 (largest "
+            f"value {_FP16_MAX:g}). Store it as bfloat16, or in its own type."
+        )
+    return values.to(stored)
