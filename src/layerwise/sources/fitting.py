@@ -155,10 +155,10 @@ def replace_head(
     model: nn.Module, num_classes: int, example: Tensor, classes: int | None = None
 ) -> ReplacedHead:
     """Replace the output layers of `model` and say which; `classes` is how many outputs they had."""
-    from layerwise.layers import head
+    from layerwise.layers.head import replace_head as change_head
 
-    record = head.replace_head(model, num_classes, example_input=example)
-    return ReplacedHead(record.modules, classes, num_classes)
+    change = change_head(model, num_classes, example_input=example)
+    return ReplacedHead(change.modules, classes or change.old_classes, num_classes)
 
 
 def output_layers(model: nn.Module, example: Tensor) -> tuple[str, ...]:

@@ -234,10 +234,11 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
         )
     task = task_from_dict(about["task"])
     if model is None:
-        from layerwise.sources.models import open_model
+        from layerwise.sources.models import reopen
 
         try:
-            model = open_model(str(spec), num_classes=len(task.classes) or None, pretrained=False).model
+            # With the size of its images too: a vision transformer's positions depend on it.
+            model = reopen({"num_classes": len(task.classes) or None, **about["model"]}).model
         except ModelError as error:
             raise RunError(f"the model of {folder} cannot be built again: {error}") from error
     load_weights(model, weights_file(folder), expected_sha256=about.get("weights_sha256"))
