@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerwise import __version__
-from layerwise.cli import demo, fit, output, predict
+from layerwise.cli import audit, demo, fit, inspect, output, plan, predict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +33,12 @@ def options(
     output.debug = debug
 
 
+app.command("inspect")(inspect.inspect)
 app.command("fit")(fit.fit)
+app.command("plan")(plan.plan)
 app.command("predict")(predict.predict)
 app.command("demo")(demo.demo)
+app.command("audit")(audit.audit)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from layerwise.plans.timeline import joins, phase_factor
 ASSUMED_STEPS_PER_EPOCH = 100
 COLUMNS = 48
 SHADES = "·░▒▓█"
+_JOINING = "joining groups warm up for"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,18 @@ class Explanation:
     def _title(self) -> str:
         epochs = math.ceil(self.steps / self.steps_per_epoch)
         phases = f"{len(self.phases)} phase{'s' * (len(self.phases) > 1)}"
-        return f"{self.strategy}: {phases}, {epochs} epoch{'s' * (epochs > 1)}, {self.steps:,} steps"
+        title = f"{self.strategy}: {phases}, {epochs} epoch{'s' * (epochs > 1)}, {self.steps:,} steps"
+        return "\n".join([title, *(f"  {note}" for note in self._common_notes())])
+
+    def _common_notes(self) -> list[str]:
+        """Return the notes that hold for all phases (nothing joins in the first one)."""
+        later = self.phases[1:] or self.phases
+        return [
+            note
+            for note in later[0].notes
+            if all(note in phase.notes for phase in later)
+            and (note in self.phases[0].notes or note.startswith(_JOINING))
+        ]
 
     def _footnote(self) -> str:
         rates = "rates are multiples of the learning rate" if self.lr is None else f"base rate {self.lr:g}"
@@ -124,20 +136,21 @@ class Explanation:
         return f"{rates}; {steps}; a group without a row is frozen"
 
     def _table(self) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("phase")
-        table.add_column("length", justify="right")
-        table.add_column("trainable", justify="right")
-        table.add_column("group")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("phase", max_width=44)
+        for title in ("length", "trainable"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("group", no_wrap=True)
         for title in ("start", "peak", "end"):
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="right", no_wrap=True)
+        common = self._common_notes()
         for number, phase in enumerate(self.phases):
             length = f"{phase.steps:,} steps"
             if phase.epochs is not None:
                 length = f"{phase.epochs} epoch{'s' * (phase.epochs > 1)}"
-            share = f"{_count(phase.trainable)} ({phase.trainable / max(self.total, 1):.1%})"
+            share = f"{_count(phase.trainable)} {phase.trainable / max(self.total, 1):6.1%}"
             first = [f"{number + 1} {phase.name}", length, share]
-            left = [first, *([f"  {note}", "", ""] for note in phase.notes)]
+            left = [first, *([f"  {note}", "", ""] for note in phase.notes if note not in common)]
             right = [
                 [group.name, *(_rate(value) for value in (group.start, group.peak, group.end))]
                 for group in reversed(phase.groups)
@@ -216,7 +229,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
                 epochs=phase.epochs,
                 groups=groups,
                 trainable=sum(group.parameters for group in groups),
-                notes=_notes(phase),
+                notes=_notes(phase, first=number == 0),
             )
         )
         start += length
@@ -268,15 +281,15 @@ def _heat_steps(total: int) -> tuple[int, ...]:
     return tuple(int((column + 0.5) * total / count) for column in range(count))
 
 
-def _notes(phase: Phase) -> tuple[str, ...]:
+def _notes(phase: Phase, *, first: bool) -> tuple[str, ...]:
     """Return what is special about `phase`, each in a few words."""
     found = []
     if phase.schedule != Schedule():
         found.append(_schedule(phase.schedule))
     if phase.patience_epochs:
         found.append(f"ends after {phase.patience_epochs} epochs without improvement")
-    if phase.join_steps:
-        found.append(f"joining groups warm up for {phase.join_steps} steps")
+    if phase.join_steps and not first:
+        found.append(f"{_JOINING} {phase.join_steps} steps")
     if phase.norms.policy != "follow":
         until = f" {phase.norms.until}" if phase.norms.until else ""
         found.append(f"norms: {phase.norms.policy}{until}")
@@ -326,5 +339,5 @@ def _rate(value: float) -> str:
 def _count(number: int) -> str:
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
-            return f"{number / size:.2f} {unit}"
+            return f"{number / size:.3g} {unit}"
     return str(number)

@@ -1,0 +1,153 @@
+"""``layerwise plan``: make a plan, look at one, or print the table of the rate formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from layerwise.cli.output import JsonFlag, friendly, print_json
+
+if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
+    from layerwise.plans.plan import Plan
+
+_SOURCE = "Where the plan comes from"
+_SHOW = "What is shown"
+
+
+@friendly
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="timm:NAME, torchvision:NAME, hf:PATH_OR_ID or file.py:function."),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="A strategy with its options, like 'top_k:k=2'.", rich_help_panel=_SOURCE),
+    ] = None,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan file to check and show.", rich_help_panel=_SOURCE)
+    ] = None,
+    granularity: Annotated[
+        Literal["stages", "blocks", "layers"],
+        typer.Option(help="What one layer group is.", rich_help_panel=_SOURCE),
+    ] = "blocks",
+    epochs: Annotated[int | None, typer.Option(help="Length of the plan.", rich_help_panel=_SOURCE)] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="constant, linear, cosine, ...", rich_help_panel=_SOURCE)
+    ] = None,
+    norms: Annotated[
+        str | None, typer.Option(help="Batch-norm policy: follow, freeze, ...", rich_help_panel=_SOURCE)
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Outputs of a new head.", rich_help_panel=_SOURCE)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the plan to this file.", rich_help_panel=_SHOW)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Base rate; without one, multiples of it.", rich_help_panel=_SHOW)
+    ] = None,
+    steps_per_epoch: Annotated[
+        int | None, typer.Option(help="Optimiser steps in an epoch.", rich_help_panel=_SHOW)
+    ] = None,
+    rate_table: Annotated[
+        bool,
+        typer.Option(
+            "--rate-table",
+            help="Print lr * decay^(L - l) for a network of --layers layers instead.",
+            rich_help_panel=_SHOW,
+        ),
+    ] = False,
+    layers: Annotated[int, typer.Option(help="L, for --rate-table.", min=1, rich_help_panel=_SHOW)] = 12,
+    decay: Annotated[
+        str, typer.Option(help="Decays, for --rate-table.", rich_help_panel=_SHOW)
+    ] = "0.95,0.9,0.8,0.7",
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a plan for a model, or check and show one that you edited.
+
+    layerwise plan timm:resnet18 --strategy gradual_unfreezing -o plan.yaml
+
+    layerwise plan timm:resnet18 --plan plan.yaml --lr 1e-3 --steps-per-epoch 25
+    """
+    if rate_table:
+        _rate_table(layers, lr, decay, as_json)
+        return
+    if model is None:
+        raise typer.BadParameter("MODEL is missing (or give --rate-table).")
+    if (strategy is None) == (plan_file is None):
+        raise typer.BadParameter("give exactly one of --strategy and --plan.")
+    for name, value in (("--steps-per-epoch", steps_per_epoch), ("--lr", lr)):
+        if value is not None and not value > 0:
+            raise typer.BadParameter(f"{name} is {value}; expected a number above 0.")
+    if out is not None and out.exists():
+        raise typer.BadParameter(f"{out} is there already; give another name to -o, or remove it.")
+    from layerwise.plans.parsing import parse_strategy
+    from layerwise.plans.plan import Plan as Loaded
+
+    made = Loaded.load(plan_file) if plan_file is not None else None
+    mapped = _map(model, made.granularity if made is not None else granularity, num_classes)
+    if made is None:
+        assert strategy is not None
+        made = parse_strategy(strategy, mapped, epochs=epochs, schedule=schedule, norms=norms)
+    _show(made, mapped, lr, steps_per_epoch, out, as_json)
+
+
+def _map(model: str, granularity: Literal["stages", "blocks", "layers"], num_classes: int | None) -> LayerMap:
+    from layerwise.layers.mapping import layer_map
+    from layerwise.sources.models import open_model
+
+    # The weights are not read: a plan holds names alone.
+    opened = open_model(model, num_classes=num_classes, pretrained=False)
+    return layer_map(opened.model, opened.example_input, granularity=granularity)
+
+
+def _show(
+    plan: Plan,
+    layers: LayerMap,
+    lr: float | None,
+    steps_per_epoch: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    explanation = plan.explain(layers, lr=lr, steps_per_epoch=steps_per_epoch)
+    if out is not None:
+        plan.save(out)
+    if as_json:
+        print_json({"plan": plan.to_dict(), "timeline": explanation.to_dict(), "out": out})
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(explanation)
+    if out is not None:
+        typer.echo(f"Written to {out}. Run it: layerwise fit --plan {out} --model ... --data ... --out ...")
+
+
+def _rate_table(layers: int, lr: float | None, decay: str, as_json: bool) -> None:
+    from layerwise.plans.rates import check_decay, rate_table
+
+    try:
+        alphas = [float(text) for text in decay.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--decay is {decay!r}; expected numbers with commas between.") from error
+    for alpha in alphas:
+        check_decay(alpha)
+    eta = 3e-5 if lr is None else lr
+    table = rate_table(layers, eta, alphas)
+    if as_json:
+        print_json({"layers": layers, "lr": eta, "rates": {str(alpha): row for alpha, row in table.items()}})
+        return
+    from rich.console import Console
+
+    from layerwise.cli.tables import new_table
+
+    shown = new_table(
+        f"Rate of layer l of {layers}: {eta:g} * decay^({layers} - l)",
+        ["layer", *(f"decay {alpha:g}" for alpha in alphas)],
+    )
+    for layer in range(layers, 0, -1):
+        shown.add_row(str(layer), *(f"{table[alpha][layer]:.2e}" for alpha in alphas))
+    Console(highlight=False).print(shown)

@@ -1,0 +1,277 @@
+"""Plans as data: all problems told at once, YAML there and back, checks against a layer map."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from helpers import named_map, resnet_map
+from layerwise.errors import PlanError
+from layerwise.plans.plan import Norms, Phase, Plan, Schedule
+from layerwise.plans.storage import parse, to_yaml
+from layerwise.plans.strategies import discriminative, linear_probe
+from layerwise.plans.unfreezing import ulmfit
+
+
+def one(**changes: Any) -> dict[str, Any]:
+    """Return the data of a small valid plan with `changes` in its only phase."""
+    return {"groups": ["stem", "fc"], "phases": [{"name": "a", "rates": {"fc": 1.0}, "epochs": 1, **changes}]}
+
+
+def test_a_small_plan_is_valid() -> None:
+    """The data that the other tests spoil is a plan."""
+    plan = Plan(**one())
+    assert plan.phases[0] == Phase(name="a", rates={"fc": 1.0}, epochs=1)
+    assert (plan.phases[0].rate("stem"), plan.phases[0].trains("fc")) == (0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"epochs": None}, "received neither"),
+        ({"steps": 5}, "received epochs = 1 and steps = 5"),
+        ({"epochs": 0}, "epochs is 0; expected greater than 0"),
+        ({"rates": {"fc": -1}}, r"rates\.fc is -1; expected greater than or equal to 0"),
+        ({"rates": {"fc": float("nan")}}, r"rates\.fc is nan; expected"),
+        ({"rates": {"fc": float("inf")}}, r"rates\.fc is inf; expected a finite number"),
+        ({"rates": {"fc": 0}}, "it trains nothing"),
+        ({"rates": {}}, "it trains nothing"),
+        ({"rates": {"fx": 1}}, r"group 'fx' is not among the groups \(stem, fc\)\. Did you mean 'fc'\?"),
+        ({"reinit": ["fx"]}, "reinit: group 'fx' is not among the groups"),
+        ({"norms": {"policy": "freeze_until", "until": "fx"}}, "norms.until: group 'fx'"),
+        ({"norms": {"policy": "freeze_until"}}, "needs `until`"),
+        ({"norms": {"until": "fc"}}, "only policy 'freeze_until' uses"),
+        ({"norms": {"policy": "frezee"}}, "norms: policy is 'frezee'; expected 'follow', 'freeze'"),
+        ({"ephocs": 3}, r"there is no setting 'ephocs' .* Did you mean 'epochs'"),
+        ({"schedule": {"warmup_frac": 0.1, "warmup_steps": 3}}, "are both given; keep one"),
+        ({"schedule": {"warmup_frac": 1.5}}, "warmup_frac is 1.5; expected less than or equal to 1"),
+        ({"patience_epochs": 2, "epochs": None, "steps": 9}, "give `epochs` as the limit"),
+        ({"sample_groups": 2}, "go together; only sample_groups is given"),
+    ],
+)
+def test_each_mistake_is_told_with_its_value(changes: dict[str, Any], told: str) -> None:
+    """A plan with one mistake raises a PlanError that names the field, the value and what was expected."""
+    with pytest.raises(PlanError, match=told):
+        Plan(**one(**changes))
+
+
+def test_all_problems_are_told_at_once_and_pydantic_stays_inside() -> None:
+    """Mistakes in several phases and in the whole come in one PlanError, not in pydantic's."""
+    data = {
+        "groups": ["stem", "stem"],
+        "colour": "red",
+        "phases": [
+            {"name": "a", "rates": {"stem": -1}, "epochs": 1},
+            {"name": "a", "rates": {"fc": 1}, "norms": {"policy": "x"}},
+        ],
+    }
+    with pytest.raises(PlanError) as caught:
+        Plan(**data)
+    assert not isinstance(caught.value, ValidationError)
+    assert "8 problems" in str(caught.value)
+    for told in (
+        "colour",
+        "2 times",
+        "2 phases are called 'a'",
+        "rates.stem is -1",
+        "policy is 'x'",
+        "neither",
+        "'fc'",
+    ):
+        assert told in str(caught.value), told
+
+
+def test_parts_raise_a_plan_error_of_their_own() -> None:
+    """Schedule, Norms and Phase built alone raise PlanError too, and so does model_validate."""
+    for build in (
+        lambda: Schedule(floor=2),
+        lambda: Norms(rate=-1),
+        lambda: Phase(name="a", rates={"x": 1}),
+        lambda: Plan.model_validate({"groups": ["a"], "phases": []}),
+    ):
+        with pytest.raises(PlanError, match="not valid"):
+            build()
+
+
+def test_norms_alone_can_be_what_trains() -> None:
+    """A phase with all groups frozen is allowed where its norm layers learn."""
+    assert Plan(**one(rates={}, norms={"policy": "adapt"})).phases[0].norms.policy == "adapt"
+
+
+def test_with_changes_checks() -> None:
+    """A changed copy is checked like a new one; the original stays."""
+    plan = Plan(**one())
+    assert plan.with_changes(strategy="mine").strategy == "mine"
+    assert plan.strategy == "custom"
+    with pytest.raises(PlanError, match="'groups' is empty"):
+        plan.with_changes(groups=())
+
+
+# ------------------------------------------------------------------ YAML
+
+
+def test_the_file_is_pleasant_to_edit(tmp_path: Path) -> None:
+    """Comments on top, rates input to output, one line a setting, defaults and frozen groups left out."""
+    phase = Phase(
+        name="tune",
+        rates={"fc": 1, "layer4": 1e-5},
+        epochs=3,
+        schedule=Schedule(shape="cosine", warmup_frac=0.1),
+        reinit=("fc",),
+    )
+    plan = Plan(strategy="mine", groups=resnet_map().names, phases=(phase,))
+    plan.save(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text()
+    comments, body = text.split("version", 1)
+    assert all(line.startswith("# ") for line in comments.splitlines())
+    assert "version" + body == (
+        "version: 1\n"
+        "strategy: mine\n"
+        "granularity: stages\n"
+        "groups: [stem, layer1, layer2, layer3, layer4, fc]\n"
+        "phases:\n"
+        "- name: tune\n"
+        "  rates:\n"
+        "    layer4: 1.0e-05\n"
+        "    fc: 1.0\n"
+        "  epochs: 3\n"
+        "  schedule: {shape: cosine, warmup_frac: 0.1}\n"
+        "  reinit: [fc]\n"
+    )
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+
+
+def test_a_hand_written_rate_without_a_dot_is_a_number() -> None:
+    """YAML reads 1e-3 as text; a plan takes it as the number it is meant to be."""
+    text = "groups: [a, b]\nphases:\n- {name: x, rates: {b: 1e-3}, epochs: 2}\n"
+    assert parse(text, "here").phases[0].rates == {"b": 0.001}
+
+
+def test_saving_leaves_no_temporary_file_and_keeps_the_old_one_on_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails half-way leaves the file that was there and nothing else."""
+    path = tmp_path / "plan.yaml"
+    plan = Plan(**one())
+    plan.save(path)
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        plan.with_changes(strategy="other").save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.yaml"]
+    assert Plan.load(path) == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("groups: [a\n", "not a YAML file"),
+        ("just words", "expected a mapping with `groups` and `phases`"),
+        ("version: 7\ngroups: [a]\nphases: []\n", "format version 7; this layerwise reads version 1"),
+        ("groups: [a]\n", "'phases' is missing"),
+        (
+            "groups: !!python/object/apply:os.system ['touch /tmp/oops']\n",
+            "not a YAML file that can be read safely",
+        ),
+    ],
+)
+def test_files_that_are_no_plan_are_refused(text: str, told: str, tmp_path: Path) -> None:
+    """Broken YAML, other YAML, another version and code are told apart, with the file's name."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=told) as caught:
+        Plan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    """The path and the reason stand in the message."""
+    with pytest.raises(PlanError, match=r"nowhere\.yaml.* cannot be read: .*No such file"):
+        Plan.load(tmp_path / "nowhere.yaml")
+
+
+def test_shared_settings_are_written_out() -> None:
+    """Two phases with the same schedule object get no YAML anchors."""
+    text = to_yaml(ulmfit(resnet_map()))
+    assert "&" not in text
+    assert "*id" not in text
+
+
+# ------------------------------------------------------------------ check and explain
+
+
+def test_check_lists_both_sides() -> None:
+    """A plan for another model names what only it has and what only the model has."""
+    plan = linear_probe(named_map("stem", "layer4", "fc"))
+    with pytest.raises(PlanError) as caught:
+        plan.check(named_map("stem", "blocks.0", "head", granularity="blocks"))
+    for told in (
+        "only the plan has: layer4, fc",
+        "only the model has: blocks.0, head",
+        "granularity='stages'",
+    ):
+        assert told in str(caught.value)
+    plan.check(named_map("stem", "layer4", "fc"))
+
+
+def test_check_knows_order_and_parameters() -> None:
+    """Same groups in another order, and overrides of unknown parameters, are differences too."""
+    layers = named_map("a", "b")
+    plan = Plan(
+        groups=("b", "a"), phases=(Phase(name="x", rates={"a": 1}, epochs=1, overrides={"a.wieght": 1}),)
+    )
+    with pytest.raises(PlanError, match=r"(?s)another order.*'a.wieght'.*Did you mean 'a.weight'"):
+        plan.check(layers)
+
+
+def test_explain_tells_the_rates_of_each_phase() -> None:
+    """Start, peak and end rates, steps and trainable scalars are those of the formulas."""
+    layers = named_map("a", "b", "c", numel=10)
+    plan = discriminative(
+        layers, decay=0.5, frozen=1, epochs=2, schedule=Schedule(shape="linear", warmup_steps=1)
+    )
+    told = plan.explain(layers, lr=0.1, steps_per_epoch=4)
+    (phase,) = told.phases
+    assert (phase.steps, phase.trainable, told.total) == (8, 50, 60)
+    rates = {group.name: (group.start, group.peak, group.end) for group in phase.groups}
+    assert rates == {
+        "b": pytest.approx((0.025, 0.05, 0.05 / 7)),
+        "c": pytest.approx((0.05, 0.1, 0.1 / 7)),
+    }
+    assert told.to_dict()["steps"] == 8
+    assert len(told.heat) == 3
+    assert set(told.heat[0]) == {0.0}
+
+
+def test_explain_counts_single_parameters_by_their_size() -> None:
+    """Where a pattern trains a part of a group, only its scalars are counted."""
+    import dataclasses
+
+    from layerwise.plans.strategies import pattern
+
+    layers = named_map("a", "b", numel=100)
+    groups = tuple(dataclasses.replace(group, sizes=(group.numel - 3, 3)) for group in layers)
+    layers = dataclasses.replace(layers, groups=groups)
+    assert pattern(layers, train=["bias"]).explain(layers).phases[0].trainable == 6
+
+
+def test_explain_prints_a_timeline_and_a_heat_map() -> None:
+    """The text names phases, groups and rates, says what was assumed, and shades frozen cells apart."""
+    layers = resnet_map()
+    text = str(ulmfit(layers).explain(layers))
+    lines = text.splitlines()
+    assert lines[0] == "ulmfit: 6 phases, 8 epochs, 800 steps"
+    assert lines[1] == "  slanted triangular"
+    assert re.search(r"1 from fc +1 epoch +60 +28.6% +fc +0.0312 +1 +0.042", text)
+    assert "100 steps an epoch (assumed)" in lines[-1]
+    stem = next(line for line in lines if re.match(r" +stem +·", line))
+    assert set(stem.split()[1]) > {"·", "░"}
+    assert "\x1b" not in text
+    assert max(map(len, lines)) <= 110
