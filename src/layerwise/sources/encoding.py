@@ -110,7 +110,8 @@ def encode_words(
 def pack_texts(tokenizer: Any, texts: Sequence[str], *, block_size: int, masked: bool = False) -> Encodings:
     """Return texts joined and cut into blocks of `block_size` tokens, for language modelling.
 
-    No token is padding but those of the last block, and none is lost. Texts are joined by the end token
+    No token is padding but those of the last block, and none is lost, except that a last block of one
+    token, which would predict nothing, is left out. Texts are joined by the end token
     (the separator for masked models), so a block may hold the end of one text and the start of the next.
 
     Args:
@@ -133,7 +134,7 @@ def pack_texts(tokenizer: Any, texts: Sequence[str], *, block_size: int, masked:
     for start in range(0, len(stream), block_size):
         ids = stream[start : start + block_size]
         if len(ids) < 2 and samples:
-            continue  # a single token predicts nothing
+            continue
         sample: Encoded = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         samples.append(sample if masked else {**sample, "labels": list(ids)})
     longest = max(map(len, found), default=0)

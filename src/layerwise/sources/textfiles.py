@@ -73,6 +73,7 @@ def read_parts(
         if set(found.parts) != {"train"}:
             raise DataError(f"split_column is {split_column!r}, but the parts are files of their own.")
         found.parts = _split_by_column(str(source), found.parts["train"], split_column)
+    found.parts = {name: found.parts[name] for name in ("train", "val", "test") if name in found.parts}
     if not found.parts.get("train"):
         raise DataError(
             f"data {str(source)!r} has no training rows (parts: {', '.join(found.parts) or 'none'})."

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import ModelError, did_you_mean
 from layerwise.sources.preprocessing import Preprocessing
@@ -30,22 +30,7 @@ def call_function(spec: str, num_classes: int | None) -> tuple[nn.Module, Prepro
     """
     from torch import nn
 
-    text, _, function_name = spec.rpartition(":")
-    path = Path(text)
-    if not path.is_file():
-        siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise ModelError(
-            f"model file {text!r} does not exist.{did_you_mean(path.name, siblings)} "
-            f"Give FILE.py:FUNCTION, where the function returns an nn.Module."
-        )
-    module = _import_file(path.resolve())
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise ModelError(
-            f"{text!r} has no function {function_name!r}.{did_you_mean(function_name, functions)} "
-            f"It has: {', '.join(functions) or 'none'}."
-        )
+    function = find_function(spec)
     parameters = inspect.signature(function).parameters.values()
     takes = any(p.name == "num_classes" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     options = {"num_classes": num_classes} if takes and num_classes is not None else {}
@@ -66,6 +51,32 @@ def call_function(spec: str, num_classes: int | None) -> tuple[nn.Module, Prepro
             f"nn.Module, or a pair of one and its Preprocessing (or a dict of its fields)."
         )
     return model, preprocessing
+
+
+def find_function(spec: str) -> Callable[..., Any]:
+    """Run the file of ``path/to/file.py:function`` and return the function.
+
+    Raises:
+        ModelError: the file or function is missing, or running the file raises.
+    """
+    text, _, function_name = spec.rpartition(":")
+    path = Path(text)
+    if not path.is_file():
+        siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ModelError(
+            f"model file {text!r} does not exist.{did_you_mean(path.name, siblings)} "
+            f"Give FILE.py:FUNCTION, where the function returns an nn.Module."
+        )
+    module = _import_file(path.resolve())
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise ModelError(
+            f"{text!r} has no function {function_name!r}.{did_you_mean(function_name, functions)} "
+            f"It has: {', '.join(functions) or 'none'}."
+        )
+    found: Callable[..., Any] = function
+    return found
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -1,0 +1,257 @@
+"""Texts become token ids: padded, masked, packed, tagged; what is cut is counted."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from layerwise.errors import DataError, ModelError
+from layerwise.sources.batching import LengthGroupedBatches, group_by_length
+from layerwise.sources.encoding import IGNORED
+from layerwise.sources.text import encode, text_list
+from layerwise.sources.texttable import TextPart, TextTable
+from tiny_transformers import save_tokenizer
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return save_tokenizer(tmp_path / "tokenizer")
+
+
+def table(task="text_classification", classes=("x", "y"), val=None, **columns):
+    parts = {"train": TextPart(**columns)}
+    if val is not None:
+        parts["val"] = TextPart(**val)
+    return TextTable(task, parts, classes)
+
+
+TEXTS = ["the cat runs", "a red dog", "the sun and the moon or a house", "cat"]
+
+
+def ids(tokenizer, text):
+    return tokenizer.convert_tokens_to_ids(text.split())
+
+
+def test_samples_have_ids_and_class_numbers(tokenizer):
+    data = encode(table(texts=TEXTS, targets=["y", "x", "x", "y"]), tokenizer, max_length=20)
+    assert data.train[0]["input_ids"] == ids(tokenizer, "[CLS] the cat runs [SEP]")
+    assert [data.train[index]["labels"] for index in range(4)] == [1, 0, 0, 1]
+    assert data.train.targets == (1, 0, 0, 1)
+    assert data.train.lengths == (5, 5, 10, 3)
+    assert data.train.counts == {"x": 2, "y": 2}
+    assert data.train.deterministic
+
+
+def test_batches_are_padded_to_their_own_longest(tokenizer):
+    data = encode(table(texts=TEXTS, targets=["y", "x", "x", "y"]), tokenizer, max_length=20)
+    batches = list(DataLoader(data.train, batch_size=2, collate_fn=data.train.collate, num_workers=1))
+    assert [batch["input_ids"].shape for batch in batches] == [(2, 5), (2, 10)]
+    expected = tokenizer.pad(
+        [{k: v for k, v in data.train[i].items() if k != "labels"} for i in (2, 3)], return_tensors="pt"
+    )
+    for name, value in expected.items():
+        assert torch.equal(batches[1][name], value)
+    assert batches[1]["labels"].tolist() == [0, 1]
+    tokenizer.padding_side = "left"
+    left = data.train.collate([data.train[2], data.train[3]])
+    assert left["attention_mask"][1].tolist() == [0] * 7 + [1] * 3
+    tokenizer.padding_side = "right"
+
+
+def test_long_texts_are_cut_and_counted(tokenizer):
+    data = encode(
+        table(texts=TEXTS, targets=["y", "x", "x", "y"], val={"texts": ["cat"], "targets": ["x"]}),
+        tokenizer,
+        max_length=5,
+    )
+    assert data.truncated == {"train": 1, "val": 0}
+    assert data.train[2]["input_ids"] == ids(tokenizer, "[CLS] the sun and [SEP]")
+    assert any("1 of 4 texts (25%) cut to 5 tokens; the longest has 10" in note for note in data.notes)
+    assert not any(note.startswith("val") for note in data.notes)
+
+
+def test_pairs_have_both_texts(tokenizer):
+    data = encode(table(texts=["the cat"], pairs=["a dog runs"], targets=["x"]), tokenizer, max_length=20)
+    assert data.train[0]["input_ids"] == ids(tokenizer, "[CLS] the cat [SEP] a dog runs [SEP]")
+    assert data.train[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    cut = encode(table(texts=["the cat"], pairs=["a dog runs"], targets=["x"]), tokenizer, max_length=7)
+    assert cut.train[0]["input_ids"] == ids(tokenizer, "[CLS] the cat [SEP] a dog [SEP]")
+
+
+def test_several_labels_and_numbers(tokenizer):
+    several = encode(
+        table("multi_label", ("a", "b", "c"), texts=TEXTS[:2], targets=[("c", "a"), ()]),
+        tokenizer,
+        max_length=9,
+    )
+    batch = several.train.collate([several.train[0], several.train[1]])
+    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert batch["labels"].dtype == torch.float32
+    numbers = encode(table("regression", (), texts=TEXTS[:2], targets=[0.5, -3.0]), tokenizer, max_length=9)
+    assert numbers.train.collate([numbers.train[1]])["labels"].tolist() == [-3.0]
+    assert numbers.train.targets is None
+
+
+def test_unknown_words_are_told(tokenizer):
+    data = encode(table(texts=["zebra yak cat"], targets=["x"]), tokenizer, max_length=9)
+    assert any("unknown to the tokenizer" in note for note in data.notes)
+
+
+def test_tags_stand_on_the_first_piece_of_a_word(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = {p: i for i, p in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##happ", "##y", "cat"])}
+    core = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    tags = table(
+        "token_classification",
+        ("B-A", "O"),
+        words=[["unhappy", "cat"], ["cat"]],
+        targets=[("B-A", "O"), ("O",)],
+    )
+    data = encode(tags, tokenizer, max_length=10)
+    assert data.train[0]["input_ids"] == [2, 4, 5, 6, 7, 3]
+    assert data.train[0]["labels"] == [IGNORED, 0, IGNORED, IGNORED, 1, IGNORED]
+    batch = data.train.collate([data.train[0], data.train[1]])
+    assert batch["labels"][1].tolist() == [IGNORED, 1, IGNORED, IGNORED, IGNORED, IGNORED]
+    cut = encode(tags, tokenizer, max_length=4)
+    assert cut.train[0]["labels"] == [IGNORED, 0, IGNORED, IGNORED]  # [CLS] un ##happ [SEP]
+    assert cut.truncated == {"train": 1}
+
+
+def test_packing_loses_no_token_and_pads_none(tmp_path):
+    tokenizer = save_tokenizer(tmp_path, decoder=True)
+    data = encode(table("causal_lm", (), texts=TEXTS), tokenizer, max_length=6)
+    joined = [token for sample in data.train.samples for token in sample["input_ids"]]
+    stream = ids(tokenizer, " [SEP] ".join(TEXTS) + " [SEP]")
+    assert len(stream) == 19
+    assert joined == stream[:18]  # one token alone predicts nothing
+    assert data.train.lengths == (6, 6, 6)
+    uneven = encode(table("causal_lm", (), texts=TEXTS), tokenizer, max_length=8).train
+    assert uneven.lengths == (8, 8, 3)
+    assert [token for sample in uneven.samples for token in sample["input_ids"]] == stream
+    assert all(sample["labels"] == sample["input_ids"] for sample in data.train.samples)
+    assert data.truncated == {"train": 0}
+
+
+def test_prompts_are_not_learned(tmp_path):
+    tokenizer = save_tokenizer(tmp_path, decoder=True)
+    data = encode(
+        table("causal_lm", (), texts=["the cat", "the sun and the moon"], responses=["runs", "red and blue"]),
+        tokenizer,
+        max_length=7,
+    )
+    assert data.train[0]["input_ids"] == ids(tokenizer, "the cat runs [SEP]")
+    assert data.train[0]["labels"] == [IGNORED] * 2 + ids(tokenizer, "runs [SEP]")
+    # Too long: the start of the prompt goes, the response stays whole.
+    assert data.train[1]["input_ids"] == ids(tokenizer, "and the moon red and blue [SEP]")
+    assert data.train[1]["labels"] == [IGNORED] * 3 + ids(tokenizer, "red and blue [SEP]")
+    assert data.truncated == {"train": 1}
+    tight = encode(
+        table("causal_lm", (), texts=["the cat"], responses=["red and blue and slow"]),
+        tokenizer,
+        max_length=3,
+    )
+    assert tight.train[0]["labels"] == ids(tokenizer, "red and blue")
+
+
+def test_masks_are_drawn_anew_by_torchs_generator(tokenizer):
+    data = encode(table("masked_lm", (), texts=TEXTS * 20), tokenizer, max_length=20, mask_frac=0.3)
+    assert not data.train.deterministic
+    torch.manual_seed(0)
+    first = [data.train[index] for index in range(len(data.train))]
+    torch.manual_seed(0)
+    assert [data.train[index] for index in range(len(data.train))] == first
+    assert [data.train[index] for index in range(len(data.train))] != first
+    hidden = masked = total = 0
+    for sample, original in zip(first, data.train.samples, strict=True):
+        for now, label, before in zip(
+            sample["input_ids"], sample["labels"], original["input_ids"], strict=True
+        ):
+            assert label in (IGNORED, before)
+            if label == IGNORED:
+                assert now == before
+            assert not (before == tokenizer.sep_token_id and label != IGNORED)
+            total += before != tokenizer.sep_token_id
+            hidden += label != IGNORED
+            masked += now == tokenizer.mask_token_id
+    assert 0.2 < hidden / total < 0.4
+    assert 0.65 < masked / hidden < 0.95
+
+
+def test_subset_fingerprint_and_pickle(tokenizer):
+    data = encode(table(texts=TEXTS, targets=["y", "x", "x", "y"]), tokenizer, max_length=20)
+    part = data.train.subset([2, 0])
+    assert (part.lengths, part.targets) == ((10, 5), (0, 1))
+    assert pickle.loads(pickle.dumps(part))[1] == data.train[0]
+    cut = encode(table(texts=TEXTS, targets=["y", "x", "x", "y"]), tokenizer, max_length=5)
+    moved = encode(table(texts=TEXTS, targets=["x", "x", "x", "y"]), tokenizer, max_length=20)
+    prints = {
+        part.fingerprint(),
+        data.train.fingerprint(),
+        cut.train.fingerprint(),
+        moved.train.fingerprint(),
+    }
+    assert len(prints) == 4
+    assert json.dumps(data.train.fingerprint())
+
+
+def test_limits_and_tokens_that_are_missing(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="max_length is 1"):
+        encode(table(texts=TEXTS, targets=["x"] * 4), tokenizer, max_length=1)
+    decoder = save_tokenizer(tmp_path / "d", decoder=True)
+    with pytest.raises(ModelError, match="no mask token"):
+        encode(table("masked_lm", (), texts=TEXTS), decoder, max_length=8)
+    decoder.eos_token = None
+    with pytest.raises(DataError, match="no end token"):
+        encode(table("causal_lm", (), texts=TEXTS), decoder, max_length=8)
+
+
+def test_texts_for_prediction(tokenizer):
+    found = text_list(["the cat", "a dog runs"], tokenizer, max_length=9)
+    assert set(found.collate([found[0], found[1]])) == {"input_ids", "token_type_ids", "attention_mask"}
+    with pytest.raises(DataError, match="texts 2, 3 are empty"):
+        text_list(["x", "", "  "], tokenizer, max_length=9)
+    with pytest.raises(DataError, match="no texts"):
+        text_list([], tokenizer, max_length=9)
+
+
+def test_groups_of_length_hold_every_sample_once_and_pad_less():
+    torch.manual_seed(0)
+    lengths = torch.randint(3, 100, (1003,)).tolist()
+    order = torch.randperm(1003).tolist()
+    batches = group_by_length(order, lengths, 8)
+    assert sorted(index for batch in batches for index in batch) == list(range(1003))
+    assert [len(batch) for batch in batches].count(8) == 125
+
+    def padding(found):
+        return sum(
+            max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in found
+        )
+
+    plain = [order[at : at + 8] for at in range(0, 1003, 8)]
+    assert padding(batches) < 0.1 * padding(plain)
+    assert max(lengths) == max(lengths[index] for index in batches[0])
+    assert group_by_length([], [], 4) == []
+
+
+def test_the_order_of_an_epoch_is_seed_and_epoch_alone():
+    lengths = list(range(40))
+    sampler = LengthGroupedBatches(lengths, 4, seed=3, window=3)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert len(first) == len(sampler) == 10
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0, start=4)
+    assert list(sampler) == first[4:]
+    assert next(iter(LengthGroupedBatches(lengths, 4, shuffle=False))) == [39, 38, 37, 36]

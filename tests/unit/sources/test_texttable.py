@@ -1,0 +1,221 @@
+"""Tables of texts are read, checked and split; everything wrong with them is named at once."""
+
+import csv
+import json
+
+import pytest
+
+from layerwise.errors import DataError
+from layerwise.sources.texttable import read_texts
+
+
+def write_csv(path, rows, columns=("text", "label")):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows([columns, *rows])
+    return path
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def topics(count=10):
+    return [(f"text {number} of {name}", name) for name in ("cats", "dogs") for number in range(count)]
+
+
+def test_one_table_is_split_with_equal_shares(tmp_path):
+    table = read_texts(write_csv(tmp_path / "t.csv", topics()), val_frac=0.2, test_frac=0.1, seed=1)
+    assert {name: len(part) for name, part in table.parts.items()} == {"train": 14, "val": 4, "test": 2}
+    assert table.classes == ("cats", "dogs")
+    assert sorted(table.parts["val"].targets) == ["cats"] * 2 + ["dogs"] * 2
+    texts = [text for part in table.parts.values() for text in part.texts]
+    assert sorted(texts) == sorted(text for text, _ in topics())
+    again = read_texts(tmp_path / "t.csv", val_frac=0.2, test_frac=0.1, seed=1)
+    other = read_texts(tmp_path / "t.csv", val_frac=0.2, test_frac=0.1, seed=2)
+    assert again.parts["val"].texts == table.parts["val"].texts != other.parts["val"].texts
+    assert "val: 4 rows split off from train, stratified, seed 1" in table.notes
+
+
+def test_files_for_the_parts_are_used_as_they_are(tmp_path):
+    train = write_csv(tmp_path / "a.tsv", topics(3))
+    val = write_csv(tmp_path / "b.csv", topics(2))
+    table = read_texts(train, val=val, val_frac=0.5)
+    assert [len(part) for part in table.parts.values()] == [6, 4]
+
+
+def test_a_folder_of_tables(tmp_path):
+    write_csv(tmp_path / "train.csv", topics(3))
+    write_jsonl(tmp_path / "dev.jsonl", [{"text": "x", "label": "cats"}])
+    table = read_texts(tmp_path)
+    assert [len(part) for part in table.parts.values()] == [6, 1]
+    write_csv(tmp_path / "valid.tsv", topics(1))
+    with pytest.raises(DataError, match=r"two tables for val: dev\.jsonl, valid\.tsv"):
+        read_texts(tmp_path)
+
+
+def test_a_split_column(tmp_path):
+    rows = [
+        (text, label, "dev" if text.endswith("s") and " 1 " in text else "train") for text, label in topics(4)
+    ]
+    path = write_csv(tmp_path / "t.csv", rows, ("text", "label", "part"))
+    table = read_texts(path, split_column="part")
+    assert [len(part) for part in table.parts.values()] == [6, 2]
+    with pytest.raises(DataError, match=r"no column 'split'.*'text', 'label', 'part'"):
+        read_texts(path, split_column="split")
+    with pytest.raises(DataError, match=r"row 1 of .* has 'cats' in 'label'; expected train, val or test"):
+        read_texts(path, split_column="label")
+
+
+def test_groups_stay_on_one_side(tmp_path):
+    rows = [(f"{label} {group} {n}", label, group) for label in "ab" for group in range(8) for n in range(3)]
+    path = write_csv(tmp_path / "t.csv", rows, ("text", "label", "author"))
+    table = read_texts(path, group_column="author", val_frac=0.25)
+    sides = [set(part.groups) for part in table.parts.values()]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 2
+
+
+def test_datasets_folders_and_their_class_names(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos", "never"])}
+    )
+    made = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c"] * 4, "label": [0, 1, 1] * 4}, features=features
+    )
+    datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(str(tmp_path / "both"))
+    table = read_texts(tmp_path / "both")
+    assert table.classes == ("neg", "pos")
+    assert table.parts["val"].targets[:3] == ["neg", "pos", "pos"]
+    made.save_to_disk(str(tmp_path / "one"))
+    assert len(read_texts(tmp_path / "one", val_frac=0.25).parts["train"]) == 9
+
+
+def test_labels_that_are_numbers_stand_in_their_order(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": "x", "label": n} for n in (10, 9, 2) * 3])
+    assert read_texts(path).classes == ("2", "9", "10")
+
+
+def test_pairs(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [("a", "b", "x"), ("c", "d", "y")] * 3, ("one", "two", "label"))
+    table = read_texts(path, text_column="one", pair_column="two", val_frac=0)
+    assert table.parts["train"].pairs == ["b", "d"] * 3
+
+
+def test_several_labels(tmp_path):
+    rows = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}, {"text": "c", "label": ["z"]}]
+    table = read_texts(write_jsonl(tmp_path / "t.jsonl", rows), task="multi_label", val_frac=0)
+    assert table.classes == ("x", "y", "z")
+    assert table.parts["train"].targets == [("x", "y"), (), ("z",)]
+    path = write_csv(tmp_path / "t.csv", [("a", "x;y"), ("b", ""), ("c", " z ;x")])
+    table = read_texts(path, task="multi_label", label_separator=";", val_frac=0)
+    assert table.parts["train"].targets == [("x", "y"), (), ("z", "x")]
+
+
+def test_numbers(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [("a", "1.5"), ("b", "-2")])
+    assert read_texts(path, task="regression", val_frac=0).parts["train"].targets == [1.5, -2.0]
+    write_csv(path, [("a", "1.5"), ("b", "many"), ("c", "nan")])
+    with pytest.raises(DataError, match=r"row 2 of train has 'many' as label(?s:.*)row 3 .*finite"):
+        read_texts(path, task="regression")
+
+
+def test_tags_from_conll_and_from_lists(tmp_path):
+    (tmp_path / "t.conll").write_text(
+        "-DOCSTART- O\n\nAda N B-PER\nslept V O\n\nBonn N B-LOC\n", encoding="utf-8"
+    )
+    table = read_texts(tmp_path / "t.conll", task="token_classification", val_frac=0)
+    assert table.parts["train"].words == [["Ada", "slept"], ["Bonn"]]
+    assert table.parts["train"].targets == [("B-PER", "O"), ("B-LOC",)]
+    assert table.classes == ("B-LOC", "B-PER", "O")
+    path = write_jsonl(tmp_path / "t.jsonl", [{"tokens": ["a", "b"], "tags": ["O"]}])
+    with pytest.raises(DataError, match="row 1 of train has 2 words and 1 tags"):
+        read_texts(path, task="token_classification")
+
+
+def test_instructions_are_prompts_with_a_template(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [("add 1 1", "2")] * 4, ("prompt", "answer"))
+    table = read_texts(
+        path,
+        task="causal_lm",
+        text_column="prompt",
+        response_column="answer",
+        prompt_template="Q: {prompt}\nA: ",
+        val_frac=0,
+    )
+    assert table.parts["train"].texts[0] == "Q: add 1 1\nA: "
+    assert table.parts["train"].responses[0] == "2"
+    with pytest.raises(DataError, match=r"expected \{prompt\} in it"):
+        read_texts(path, task="causal_lm", response_column="answer", prompt_template="Q:")
+    with pytest.raises(DataError, match="response_column is for task 'causal_lm'"):
+        read_texts(path, response_column="answer")
+
+
+def test_missing_columns_name_those_there_are(tmp_path):
+    path = write_csv(tmp_path / "t.csv", topics(), ("texts", "topic"))
+    with pytest.raises(DataError, match=r"no column 'text', 'label'; its columns are 'texts', 'topic'"):
+        read_texts(path)
+    write_csv(tmp_path / "v.csv", topics(), ("text", "label"))
+    with pytest.raises(DataError, match=r"\(val\) has no column 'texts', 'topic'"):
+        read_texts(path, val=tmp_path / "v.csv", text_column="texts", label_column="topic")
+
+
+def test_bad_rows_are_all_named_or_left_out(tmp_path):
+    rows = [*topics(3), ("", "cats"), ("  ", "dogs"), ("text", ""), ("x" * 1_000_001, "cats")]
+    path = write_csv(tmp_path / "t.csv", rows)
+    with pytest.raises(DataError) as caught:
+        read_texts(path)
+    text = str(caught.value)
+    for part in (
+        "4 of 10 rows cannot be used",
+        "row 7 of train has an empty 'text'",
+        "row 8 of train has an empty 'text'",
+        "row 9 of train has no label",
+        "row 10 of train has 1,000,001 characters in 'text'; expected at most 1,000,000",
+        "skip_bad_rows=True",
+    ):
+        assert part in text
+    table = read_texts(path, skip_bad_rows=True, val_frac=0)
+    assert len(table.parts["train"]) == 6
+    assert [row for row, _ in table.skipped] == [f"row {number} of train" for number in (7, 8, 9, 10)]
+
+
+def test_a_single_text_of_ten_megabytes(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [*topics(), ("x" * 10_000_000, "cats")])
+    with pytest.raises(DataError, match="has 10,000,000 characters"):
+        read_texts(path)
+
+
+def test_labels_of_val_that_train_has_not(tmp_path):
+    train = write_csv(tmp_path / "a.csv", topics())
+    val = write_csv(tmp_path / "b.csv", [("x", "dog"), ("y", "owl"), ("z", "cats")])
+    with pytest.raises(DataError) as caught:
+        read_texts(train, val=val)
+    assert "label 'dog' is in val and never in train. Did you mean 'dogs'" in str(caught.value)
+    assert "label 'owl' is in val and never in train" in str(caught.value)
+
+
+def test_one_class_is_no_task(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [("x", "same")] * 5)
+    with pytest.raises(DataError, match=r"one class \('same'\)"):
+        read_texts(path)
+
+
+def test_sources_that_are_none(tmp_path):
+    write_csv(tmp_path / "data.csv", topics())
+    with pytest.raises(DataError, match=r"does not exist\. Did you mean 'data\.csv'"):
+        read_texts(tmp_path / "dat.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no train table \(it holds nothing\)"):
+        read_texts(tmp_path / "empty")
+    with pytest.raises(DataError, match="task is 'classify'; expected one of text_classification"):
+        read_texts(tmp_path / "data.csv", task="classify")
+
+
+def test_wrong_encoding(tmp_path):
+    (tmp_path / "t.csv").write_bytes("text,label\nfür,a\nx,b\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not utf-8: line 2.*encoding="):
+        read_texts(tmp_path / "t.csv")
+    assert read_texts(tmp_path / "t.csv", encoding="latin-1", val_frac=0).parts["train"].texts[0] == "für"

@@ -1,0 +1,53 @@
+"""The parts of a set-up are told apart by what they are."""
+
+import pytest
+from torch import nn, optim
+
+from layerwise.errors import ModelError
+from layerwise.sources.usersetup import call_setup
+
+SCRIPT = """
+import torch
+from torch import nn
+
+def several():
+    model = nn.Linear(2, 2)
+    one, two = torch.optim.SGD([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1)
+    return [[1, 2]], two, torch.optim.lr_scheduler.StepLR(one, 1), model, one
+
+def alone():
+    return nn.Linear(2, 2)
+
+def two_models():
+    return nn.Linear(2, 2), nn.Linear(2, 2)
+
+def text():
+    return nn.Linear(2, 2), "adam"
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "user_setup_script.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_parts_in_any_order_and_number(script):
+    parts = call_setup(f"{script}:several")
+    assert isinstance(parts["model"], nn.Linear)
+    assert [type(optimizer) for optimizer in parts["optimizer"]] == [optim.SGD, optim.SGD]
+    assert len(parts["scheduler"]) == 1
+    assert parts["loader"] == [[1, 2]]
+
+
+def test_a_model_alone_is_enough(script):
+    parts = call_setup(f"{script}:alone")
+    assert isinstance(parts.pop("model"), nn.Linear)
+    assert set(parts.values()) == {None}
+
+
+@pytest.mark.parametrize(("function", "message"), [("two_models", "several models"), ("text", "a str")])
+def test_what_cannot_be_told_apart_is_refused(script, function, message):
+    with pytest.raises(ModelError, match=message):
+        call_setup(f"{script}:{function}")
