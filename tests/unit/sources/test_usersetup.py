@@ -23,6 +23,15 @@ def two_models():
 
 def text():
     return nn.Linear(2, 2), "adam"
+
+def nothing():
+    return 3
+
+def misnamed():
+    return {"model": alone(), "optimiser": None}
+
+def broken():
+    raise KeyError("oops")
 """
 
 
@@ -47,7 +56,17 @@ def test_a_model_alone_is_enough(script):
     assert set(parts.values()) == {None}
 
 
-@pytest.mark.parametrize(("function", "message"), [("two_models", "several models"), ("text", "a str")])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("two_models", "several models"),
+        ("text", "a str"),
+        ("nothing", "a int"),
+        ("misnamed", "Did you mean 'optimizer'"),
+        ("broken", "raised KeyError"),
+        ("brokn", "Did you mean 'broken'"),
+    ],
+)
 def test_what_cannot_be_told_apart_is_refused(script, function, message):
     with pytest.raises(ModelError, match=message):
         call_setup(f"{script}:{function}")
