@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -58,7 +59,9 @@ def to_yaml(plan: Plan) -> str:
             phase["reinit"] = _Flow(phase["reinit"])
     fields = ["version", "strategy", "granularity", "groups", "phases"]
     ordered = {field: data[field] for field in fields if field in data}
-    return HEADER + yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    # Control characters and odd line ends in names survive only when they are written as escapes.
+    plain = json.dumps(ordered, ensure_ascii=False).isprintable()
+    return HEADER + yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=plain, width=100)
 
 
 def save(plan: Plan, path: Path) -> None:

@@ -197,6 +197,14 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
         Plan.load(tmp_path / "nowhere.yaml")
 
 
+def test_names_in_any_script_survive() -> None:
+    """Readable letters stay readable, control characters are escaped; both come back as they were."""
+    for name in ("première étape", "次", "a\x85b\n"):
+        plan = Plan(**one(name=name))
+        assert parse(to_yaml(plan), "here") == plan
+        assert (name in to_yaml(plan)) == name.isprintable()
+
+
 def test_shared_settings_are_written_out() -> None:
     """Two phases with the same schedule object get no YAML anchors."""
     text = to_yaml(ulmfit(resnet_map()))

@@ -1,0 +1,85 @@
+"""Strategies from text, as the command line gives them."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers import resnet_map
+from layerwise.errors import PlanError
+from layerwise.plans import recipes, strategies, unfreezing
+from layerwise.plans.parsing import STRATEGIES, parse_strategy
+from layerwise.plans.plan import Plan
+
+LAYERS = resnet_map()
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        ("linear_probe", strategies.linear_probe(LAYERS)),
+        ("linear-probe()", strategies.linear_probe(LAYERS)),
+        ("top_k:k=2", strategies.top_k(LAYERS, k=2)),
+        ("top_k(k=2)", strategies.top_k(LAYERS, k=2)),
+        (" top_k : 2 ", strategies.top_k(LAYERS, k=2)),
+        ("blocks:layer3:", strategies.blocks(LAYERS, "layer3:")),
+        ("blocks(layer3, fc)", strategies.blocks(LAYERS, ["layer3", "fc"])),
+        ("blocks:[layer1:layer2, fc]", strategies.blocks(LAYERS, ["layer1:layer2", "fc"])),
+        ("blocks(-2)", strategies.blocks(LAYERS, -2)),
+        ("discriminative:decay=1/2.6,frozen=1", strategies.discriminative(LAYERS, decay=1 / 2.6, frozen=1)),
+        (
+            "discriminative(rates={layer4: 0.5, fc: 1}, frozen=:layer3)",
+            strategies.discriminative(LAYERS, rates={"layer4": 0.5, "fc": 1.0}, frozen=":layer3"),
+        ),
+        ("pattern(freeze=[stem, '*.bias'])", strategies.pattern(LAYERS, freeze=["stem", "*.bias"])),
+        ("pattern:train=re:^fc", strategies.pattern(LAYERS, train="re:^fc")),
+        (
+            "full:schedule=cosine,norms=freeze,epochs=3",
+            strategies.full(LAYERS, schedule="cosine", norms="freeze", epochs=3),
+        ),
+        ("full(frozen_dropout=true)", strategies.full(LAYERS, frozen_dropout=True)),
+        ("gradual_unfreezing:patience_epochs=2", unfreezing.gradual_unfreezing(LAYERS, patience_epochs=2)),
+        ("surgical:middle", strategies.surgical(LAYERS, which="middle")),
+        ("lisa:groups=1,every_steps=5", recipes.lisa(LAYERS, groups=1, every_steps=5)),
+    ],
+)
+def test_text_becomes_the_same_plan_as_the_call(text: str, plan: Plan) -> None:
+        ("full(schedule=cosine, epochs=3)", strategies.full(LAYERS, schedule="cosine", epochs=3)),
+    assert parse_strategy(text, LAYERS) == plan
+
+
+def test_common_options_are_passed_on_and_the_text_wins() -> None:
+    """None is left out; what the text gives goes before what the command line gives."""
+    plan = parse_strategy("full:epochs=3", LAYERS, epochs=7, schedule="linear", norms=None)
+    assert plan == strategies.full(LAYERS, epochs=3, schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("topk:2", r"strategy 'topk' is not known .* Did you mean 'top_k'"),
+        ("top_k", "k is missing: top_k:k=..."),
+        ("top_k:k=two,q=1", r"k = 'two' is not a whole number; no option 'q' \(known: k, epochs"),
+        ("top_k:k=1.5", "k = '1.5' is not a whole number"),
+        ("top_k:k=1,k=2", "k is given twice"),
+        ("top_k(k=2", "the parenthesis is not closed"),
+        ("blocks([a)", "its brackets do not match"),
+        ("linear_probe:3", "'3' has no name"),
+        ("full:schedule=cos", "schedule = 'cos' is not .*one of constant, linear, cosine"),
+        ("full:epochs=-1", "epochs is -1"),
+        ("top_k:k=9", "k is a whole number from 1 to 5"),
+        ("discriminative:decay=1/0", "decay = '1/0' is not a number"),
+    ],
+)
+def test_mistakes_are_told(text: str, told: str) -> None:
+    """The text, the wrong part, and what was expected stand in one PlanError."""
+    with pytest.raises(PlanError, match=told):
+        parse_strategy(text, LAYERS)
+
+
+def test_every_strategy_can_be_named() -> None:
+    """The names in plain sight are the functions' own, and each is exported from the package."""
+    import layerwise
+
+    for name, function in STRATEGIES.items():
+        assert function.__name__ == name
+        assert getattr(layerwise, name) is function
