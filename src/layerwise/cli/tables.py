@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 def new_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
     """Return an empty table whose first `left` columns are words and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        min_width=len(title),
+    )
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index < left else "right")
     return table

@@ -169,6 +169,7 @@ def fit(
         class_weights=class_weights,
         label_smoothing=label_smoothing,
     )
+    task.metrics()  # imports torchmetrics now, and not in the time of the first epoch
     count = setup.batch_count(batches)
     steps_per_epoch = -(-count // accumulate)
     make_optimizer, optimizer_settings, optimizer_name = find_optimizer(optimizer, optimizer_options)

@@ -197,7 +197,8 @@ def assemble(job: Job, opened: OpenedModel, data: ImageData, *, plan: Plan | Non
         },
         "job": dataclasses.asdict(job),
     }
-    return Prepared(job, opened, data, layers, plan, about, (*opened.notes, *data.notes))
+    skipped = [f"left out {path}: {reason}" for path, reason in data.skipped]
+    return Prepared(job, opened, data, layers, plan, about, (*opened.notes, *data.notes, *skipped))
 
 
 def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None, **more: Any) -> Result:

@@ -1,0 +1,259 @@
+"""`layerwise fit` and `predict`: what they print, and one clear message for every bad input."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import layerwise
+from image_folders import make_images
+from layerwise.cli.main import app
+from layerwise.sources.images import open_images
+from layerwise.sources.models import open_model
+from layerwise.training.history import read_history
+from layerwise.training.randomness import seed_everything
+
+MODEL = ["--model", "timm:test_efficientnet", "--no-pretrained", "--input-size", "64"]
+SHORT = ["--epochs", "2", "--lr", "1e-2", "--batch-size", "8", "--cache", "off"]
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def fit(*arguments: object, strategy: str = "top_k:k=2") -> Result:
+    return command("fit", *MODEL, "--strategy", strategy, *SHORT, *arguments)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images") / "photos")
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "a"
+    result = fit("--data", images, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_the_command_line_and_python_do_the_same(images: Path, run: Path) -> None:
+    # The same steps in Python: the same history to the last digit, the same weights.
+    seed_everything(0)
+    opened = open_model("timm:test_efficientnet", num_classes=2, pretrained=False, input_size=64)
+    assert opened.preprocessing is not None
+    data = open_images(images, opened.preprocessing, seed=0)
+    layers = layerwise.layer_map(opened.model, opened.example_input, granularity="blocks")
+    result = layerwise.fit(
+        opened.model,
+        data.train,
+        data.val,
+        plan=layerwise.top_k(layers, k=2, epochs=2),
+        lr=1e-2,
+        batch_size=8,
+        cache="off",
+        progress=False,
+    )
+    assert result.history == read_history(run / "history.jsonl")
+    loaded = layerwise.load_run(run).model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in opened.model.state_dict().items())
+
+
+def test_results_are_printed_for_people_and_for_machines(images: Path, tmp_path: Path) -> None:
+    # Tables on stdout, progress on stderr; --json prints one document and nothing else on stdout.
+    table = fit("--data", images, "--out", tmp_path / "a", "--test-frac", "0.2")
+    assert table.exit_code == 0, table.output
+    for part in ("test balanced_accuracy", "trained parameters", "Per class (test)", "Confusion", "predict"):
+        assert part in table.stdout
+    assert "epoch 2/2" in table.stderr
+    machine = fit("--data", images, "--out", tmp_path / "b", "--json")
+    data = json.loads(machine.stdout)
+    assert data["metrics"].keys() >= {"accuracy", "balanced_accuracy", "macro_f1"}
+    assert len(data["history"]) == 2
+
+
+def test_predictions_come_in_three_forms(images: Path, run: Path) -> None:
+    # The same labels and probabilities as a table, CSV and JSON; a folder stands for its images.
+    files = [images / "red" / "0.png", images / "green" / "0.png"]
+    data = json.loads(command("predict", run, *files, "--format", "json").stdout)["predictions"]
+    rows = list(csv.DictReader(io.StringIO(command("predict", run, *files, "--format", "csv").stdout)))
+    assert [row["image"] for row in data] == [row["image"] for row in rows] == list(map(str, files))
+    for one, other in zip(data, rows):
+        assert one["label"] == other["label"]
+        assert one["probabilities"]["red"] == pytest.approx(float(other["p_red"]), abs=1e-6)
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+    table = command("predict", run, *files).stdout
+    assert all(f"{row['probability']:.3f}" in table for row in data)
+    every = json.loads(command("predict", run, images, "--json").stdout)["predictions"]
+    assert len(every) == 24
+
+
+def test_a_dry_run_prints_and_trains_nothing(images: Path, tmp_path: Path) -> None:
+    # Timeline, heat map, time and memory; no folder is made.
+    out = tmp_path / "run"
+    shown = fit("--data", images, "--out", out, "--dry-run", strategy="lp_ft")
+    assert shown.exit_code == 0, shown.output
+    for part in ("time per epoch", "peak memory", "trainable parameters", "classifier", "2 phases"):
+        assert part in shown.stdout
+    data = json.loads(fit("--data", images, "--dry-run", "--json", strategy="lp_ft").stdout)
+    first, second = data["costs"]
+    assert 0 < first["trainable"] < second["trainable"]
+    assert first["step_s"] > 0
+    assert first["peak_bytes"] > 2**20
+    assert len(data["plan"]["phases"]) == 2
+    assert not out.exists()
+
+
+def test_a_plan_file_is_used_and_kept(images: Path, run: Path, tmp_path: Path) -> None:
+    # The plan of one run trains another the same way.
+    result = command(
+        "fit", *MODEL, "--plan", run / "plan.yaml", "--data", images, "--out", tmp_path / "b",
+        "--lr", "1e-2", "--batch-size", "8", "--cache", "off",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "b" / "history.jsonl").read_bytes() == (run / "history.jsonl").read_bytes()
+
+
+def fails(result: Result, *parts: str) -> None:
+    """Expect exit code 1, one message on stderr with all `parts`, no traceback, nothing on stdout."""
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for part in parts:
+        assert part in result.stderr, result.stderr
+
+
+def test_unknown_names_come_with_the_closest(images: Path, tmp_path: Path) -> None:
+    # Model, strategy, option of a strategy, optimiser.
+    out = tmp_path / "run"
+    arguments = ["--strategy", "full", "--data", images, "--out", out]
+    fails(command("fit", "--model", "timm:resnet19", *arguments), "resnet19", "resnet18")
+    fails(command("fit", "--model", "resnet18", *arguments), "resnet18", "timm:resnet18")
+    fails(fit("--data", images, "--out", out, strategy="top_q:k=2"), "'top_q'", "top_k")
+    fails(fit("--data", images, "--out", out, strategy="top_k:n=2"), "no option 'n'")
+    fails(fit("--data", images, "--out", out, "--optimizer", "adam_w"), "adamw")
+    assert not out.exists()
+
+
+def test_data_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    # Missing, one class, an empty class, classes that differ between train and val.
+    out = ["--out", tmp_path / "run"]
+    fails(fit("--data", tmp_path / "nothing", *out), "nothing", "does not exist")
+    one = make_images(tmp_path / "one", classes=("green",))
+    fails(fit("--data", one, *out), "one class", "'green'")
+    empty = make_images(tmp_path / "empty")
+    (empty / "blue").mkdir()
+    fails(fit("--data", empty, *out), "blue", "has no images")
+    parts = tmp_path / "parts"
+    make_images(parts / "train")
+    make_images(parts / "val", classes=("green", "blue"))
+    fails(fit("--data", parts, *out), "'blue' is in val and not in train", "'red' is in train and not in val")
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_images_are_named_or_left_out(tmp_path: Path) -> None:
+    # A truncated file and a file of text: both named; with --skip-bad-images listed, and training goes on.
+    images = make_images(tmp_path / "images")
+    whole = (images / "red" / "1.png").read_bytes()
+    (images / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (images / "green" / "2.png").write_text("not an image")
+    fails(fit("--data", images, "--out", tmp_path / "run"), "red/1.png", "green/2.png", "--skip-bad-images")
+    result = fit("--data", images, "--out", tmp_path / "run", "--skip-bad-images")
+    assert result.exit_code == 0, result.output
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {Path(path).name for path, _ in about["data"]["skipped"]} == {"1.png", "2.png"}
+    assert "left out" in result.stderr
+    assert "red/1.png" in result.stderr
+    bad = images / "red" / "1.png"
+    fails(command("predict", tmp_path / "run", bad), "1.png")
+    left = command("predict", tmp_path / "run", bad, images / "red" / "2.png", "--skip-bad-images", "--json")
+    assert len(json.loads(left.stdout)["predictions"]) == 1
+    assert "1.png" in left.stderr
+
+
+def test_wrong_numbers_are_told(images: Path, tmp_path: Path) -> None:
+    # k larger than the number of groups, negative and NaN rates, on the command line and in a file.
+    data = ["--data", images, "--out", tmp_path / "run"]
+    fails(fit(*data, strategy="top_k:k=99"), "k=99", "groups")
+    for rate in ("-1", "nan", "0"):
+        fails(fit(*data, "--lr", rate), "lr is")
+    made = tmp_path / "plan.yaml"
+    text = "granularity: blocks\ngroups: [a, b]\nphases:\n- {name: p, epochs: 1, rates: {a: -1.0, b: .nan}}\n"
+    made.write_text(text)
+    fails(command("fit", *MODEL, *data, "--plan", made), "-1.0", "nan")
+    made.write_text("groups: [a, b\n")
+    fails(command("fit", *MODEL, *data, "--plan", made), "plan.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_another_model_lists_the_differences(images: Path, run: Path, tmp_path: Path) -> None:
+    # Both sides: groups that only the plan has, and groups that only the model has.
+    other = ["--model", "timm:test_vit", "--no-pretrained"]
+    arguments = ["--plan", run / "plan.yaml", "--data", images, "--out", tmp_path / "run"]
+    fails(
+        command("fit", *other, *arguments), "only the plan has: conv_stem", "only the model has: patch_embed"
+    )
+
+
+def test_a_folder_with_a_run_is_refused_before_anything_else(images: Path, run: Path) -> None:
+    # Also when nothing else about the command is right.
+    fails(fit("--data", images, "--out", run), "already holds a run", "--resume")
+    fails(
+        command("fit", "--model", "timm:x", "--data", "y", "--strategy", "z", "--out", run), "already holds"
+    )
+
+
+def test_a_run_is_not_resumed_on_other_data(images: Path, run: Path, tmp_path: Path) -> None:
+    # A class more, or a file less, since the run began: told, and nothing is overwritten.
+    mine = tmp_path / "photos"
+    shutil.copytree(images, mine)
+    out = tmp_path / "run"
+    assert fit("--data", mine, "--out", out).exit_code == 0
+    make_images(mine, classes=("blue",))
+    before = (out / "model.safetensors").read_bytes()
+    fails(command("fit", "--resume", out), "classes", "'blue'")
+    shutil.rmtree(mine / "blue")
+    (mine / "red" / "0.png").unlink()
+    fails(command("fit", "--resume", out), "data.")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_pickle_that_would_run_code_is_refused(images: Path, tmp_path: Path) -> None:
+    # As weights to start from: named, refused, not run.
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (ran,))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    fails(fit("--data", images, "--out", tmp_path / "run", "--weights", tmp_path / "evil.pth"), "evil.pth")
+    assert not ran.exists()
+
+
+def test_usage_errors_have_exit_code_two(images: Path, run: Path, tmp_path: Path) -> None:
+    # What is missing or contradicts itself on the command line.
+    for arguments in (
+        ["fit"],
+        ["fit", *MODEL, "--data", images, "--out", tmp_path / "x"],
+        ["fit", *MODEL, "--data", images, "--out", tmp_path / "x", "--strategy", "full", "--plan", "p.yaml"],
+        ["fit", "--resume", run, "--out", tmp_path / "x"],
+        ["fit", "--epochs", "many"],
+        ["predict", run],
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "Traceback" not in result.stderr
+
+
+def test_runs_that_are_none_are_told(tmp_path: Path, run: Path, images: Path) -> None:
+    # No folder, an empty folder; the runs beside it are named.
+    fails(command("predict", tmp_path / "nothing", images), "does not exist")
+    fails(command("fit", "--resume", run.parent / "b"), "does not exist", "Runs in", "a")
+    fails(command("predict", run, tmp_path / "no.png"), "no.png", "does not exist")
