@@ -33,7 +33,7 @@ LAYERS = resnet_map()
         ("pattern(freeze=[stem, '*.bias'])", strategies.pattern(LAYERS, freeze=["stem", "*.bias"])),
         ("pattern:train=re:^fc", strategies.pattern(LAYERS, train="re:^fc")),
         (
-            "full:schedule=cosine,norms=freeze,epochs=3",
+            "full(schedule=cosine, norms=freeze, epochs=3)",
             strategies.full(LAYERS, schedule="cosine", norms="freeze", epochs=3),
         ),
         ("full(frozen_dropout=true)", strategies.full(LAYERS, frozen_dropout=True)),
@@ -43,7 +43,7 @@ LAYERS = resnet_map()
     ],
 )
 def test_text_becomes_the_same_plan_as_the_call(text: str, plan: Plan) -> None:
-        ("full(schedule=cosine, epochs=3)", strategies.full(LAYERS, schedule="cosine", epochs=3)),
+    """Colon and parentheses, names or order, lists, mappings and fractions mean what the call means."""
     assert parse_strategy(text, LAYERS) == plan
 
 
