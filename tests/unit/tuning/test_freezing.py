@@ -1,0 +1,155 @@
+"""freeze, unfreeze and count_parameters on live models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from helpers import changed, snapshot, tiny_cnn, tiny_mlp
+from layerwise.errors import ModelError, PlanError
+from layerwise.tuning.freezing import count_parameters, freeze, unfreeze
+from layerwise.tuning.modes import pinned
+
+NAMES = [name for name, _ in tiny_cnn().named_parameters()]
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Return everything that freezing may change."""
+    return {
+        **{name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        **{f"{path} mode": (module.training, pinned(module)) for path, module in model.named_modules()},
+    }
+
+
+def test_freeze_by_component_and_glob() -> None:
+    """A word freezes a whole module, a glob single parameters; the record names what was switched."""
+    model = tiny_cnn()
+    record = freeze(model, "layer1", "stem.0.w*")
+    assert set(record.names) == {
+        "stem.0.weight", "layer1.0.weight", "layer1.0.bias", "layer1.1.weight", "layer1.1.bias"
+    }  # fmt: skip
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(record.names)
+    assert record.numel == sum(model.get_parameter(name).numel() for name in record.names)
+
+
+def test_frozen_stays_frozen_after_train_deepcopy_and_steps() -> None:
+    """No parameter, buffer or output of a frozen part moves, also in a copy and under weight decay."""
+    model = tiny_cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    images = torch.randn(4, 3, 8, 8)
+    model(images).sum().backward()
+    freeze(model, "stem", "layer1")  # drops the gradients that lie there, or this step would move them
+    model.train()
+    before = snapshot(model)
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        model(images).sum().backward()
+    moved = changed(before, snapshot(model))
+    assert moved
+    assert not {name for name in moved if name.startswith(("stem", "layer1"))}
+    copied = copy.deepcopy(model).train()
+    assert not copied.layer1[3].training
+    assert torch.equal(copied.layer1(copied.stem(images)), model.layer1(model.stem(images)))
+
+
+def test_modules_of_which_a_part_learns_are_not_pinned() -> None:
+    """Freezing one parameter of a batch-norm leaves it in train mode."""
+    model = tiny_cnn()
+    freeze(model, "stem.1.weight")
+    assert model.train().stem[1].training
+    freeze(model, "stem.1.bias")
+    assert not model.train().stem[1].training
+    assert model.stem.training
+
+
+def test_unfreeze_wakes_what_freeze_stilled() -> None:
+    """A module follows the mode that it was last asked to have once a parameter of it learns."""
+    model = tiny_cnn()
+    freeze(model)
+    assert count_parameters(model).trainable == 0
+    model.train()
+    record = unfreeze(model, "layer2", "fc")
+    assert "layer2.1" in record.modules
+    assert model.layer2[1].training
+    assert not model.stem[1].training
+    unfreeze(model)
+    assert all(module.training for module in model.modules())
+    assert count_parameters(model).frozen == 0
+
+
+def test_unfreezing_one_part_leaves_other_peoples_pins() -> None:
+    """A batch-norm that somebody pinned, with parameters that learn, is not woken by unfreezing the head."""
+    from layerwise.tuning.norms import freeze_batchnorm
+
+    model = tiny_cnn()
+    freeze(model, "fc")
+    freeze_batchnorm(model, affine=False)
+    unfreeze(model, "fc")
+    assert not model.train().stem[1].training
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.sampled_from(NAMES), unique=True), st.lists(st.sampled_from(NAMES), min_size=1, unique=True)
+)
+def test_undo_is_the_inverse(first: list[str], second: list[str]) -> None:
+    """freeze then undo, and unfreeze then undo, give back flags, modes and pins, from any start."""
+    model = tiny_cnn()
+    if first:
+        freeze(model, *first)
+    for action in (freeze, unfreeze):
+        before = state(model)
+        record = action(model, *second)
+        record.undo()
+        assert state(model) == before
+
+
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
+    """Nothing is frozen then, and the close names are told."""
+    model = tiny_cnn()
+    with pytest.raises(PlanError, match=r"'layer3' matches no parameter. Did you mean 'layer"):
+        freeze(model, "stem", "layer3")
+    assert count_parameters(model).frozen == 0
+
+
+def test_shared_parameters_are_counted_and_named_once() -> None:
+    """Tied weights are one parameter, whatever name freezes it."""
+    model = tiny_mlp(blocks=1, classes=6)
+    model.head.weight = model.b0[0].weight
+    total = count_parameters(model).total
+    assert total == 36 + 6 + 6
+    record = freeze(model, "head.weight")
+    assert (record.names, record.numel) == (("head.weight",), 36)
+    assert count_parameters(model).frozen == 36
+
+
+def test_counts_are_told_in_words_and_data() -> None:
+    """percent, str and to_dict agree; an empty model has 0 percent."""
+    model = tiny_mlp(blocks=1)
+    freeze(model, "b0")
+    count = count_parameters(model)
+    assert (count.trainable, count.frozen, count.total) == (21, 42, 63)
+    assert str(count) == "21 of 63 parameters are trainable (33.33 %)"
+    assert count.to_dict() == {"trainable": 21, "frozen": 42, "total": 63, "percent": pytest.approx(100 / 3)}
+    assert count_parameters(nn.ReLU()).percent == 0.0
+
+
+def test_integers_are_skipped_and_lazy_layers_are_told() -> None:
+    """A quantised weight stays as it is; a layer without shape cannot be counted but can be frozen."""
+    model = nn.Module()
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    model.scale = nn.Parameter(torch.ones(1))
+    freeze(model)
+    record = unfreeze(model)
+    assert record.names == ("scale",)
+    assert record.skipped == ("codes",)
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    assert freeze(lazy).names == ("0.weight", "0.bias")
+    with pytest.raises(ModelError, match="run one forward pass"):
+        count_parameters(lazy)
