@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from layerwise.plans.unfreezing import gradual_unfreezing as gradual_unfreezing
     from layerwise.plans.unfreezing import lp_ft as lp_ft
     from layerwise.plans.unfreezing import ulmfit as ulmfit
+    from layerwise.sources.images import open_images as open_images
+    from layerwise.sources.models import open_model as open_model
+    from layerwise.sources.preprocessing import Preprocessing as Preprocessing
     from layerwise.training.fit import fit as fit
     from layerwise.training.result import Result as Result
     from layerwise.training.run import Run as Run
@@ -60,6 +63,7 @@ _HOME = {
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
     "PrefixCache": "layerwise.cache.prefix",
+    "Preprocessing": "layerwise.sources.preprocessing",
     "Result": "layerwise.training.result",
     "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
@@ -82,6 +86,8 @@ _HOME = {
     "lisa": "layerwise.plans.recipes",
     "load_run": "layerwise.training.run",
     "lp_ft": "layerwise.plans.unfreezing",
+    "open_images": "layerwise.sources.images",
+    "open_model": "layerwise.sources.models",
     "param_groups": "layerwise.tuning.param_groups",
     "parse_strategy": "layerwise.plans.parsing",
     "pattern": "layerwise.plans.strategies",

@@ -134,8 +134,8 @@ def debian_texts(
     counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
     digest = hashlib.sha256("\n".join(whole.texts).encode()).hexdigest()[:8]
     note = (
-        f"Debian package {text}: {counts} of {len(packages)} packages, {len(sections)} sections, seed {seed}, "
-        f"texts {digest}"
+        f"Debian package {text}: {counts} of {len(packages)} packages, {len(sections)} sections, "
+        f"seed {seed}, texts {digest}"
     )
     return TextTable("text_classification", parts, tuple(sorted(sections)), notes=(note,))
 

