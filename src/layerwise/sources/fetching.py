@@ -24,7 +24,7 @@ def fetch(spec: str, create: Callable[[], T]) -> T:
         raise ModelError(
             f"the pretrained weights of {spec!r} could not be downloaded ({first_line(error)}). Fetch the "
             f"file on a machine with a network and give it: --weights FILE (weights= in Python). Random "
-            f"weights: pretrained=False."
+            f"weights: --no-pretrained (pretrained=False)."
         ) from error
 
 

@@ -295,7 +295,8 @@ def _require_weights(spec: str, folder: Path) -> None:
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
     raise ModelError(
         f"folder {str(folder)!r} has no weights (it holds {inside}). Expected model.safetensors beside "
-        f"config.json. Give a file (--weights FILE), or start from random weights (pretrained=False)."
+        f"config.json. Give a file (--weights FILE), or start from "
+        f"random weights: --no-pretrained (pretrained=False)."
     )
 
 

@@ -221,7 +221,7 @@ def _open_timm(wanted: _Wanted) -> _Found:
     if wanted.download and not tags:
         raise ModelError(
             f"timm has no pretrained weights for {name!r}. Give a file (--weights FILE, weights= in "
-            f"Python), or start from random weights (pretrained=False)."
+            f"Python), or start from random weights: --no-pretrained (pretrained=False)."
         )
     model = fetch(wanted.spec, lambda: timm.create_model(name, pretrained=wanted.download))
     return _Found(

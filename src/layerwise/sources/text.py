@@ -46,6 +46,8 @@ class TextSet:
         classes: names in order.
         task: what the labels are.
         mask_frac: share of the tokens that are hidden, for ``"masked_lm"``, else 0.
+        pad_to: every batch is padded to at least so many tokens; None pads each to its own longest sample.
+            The prefix cache needs batches of one length, since padding shifts the last bits of a sum.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TextSet:
         classes: Sequence[str] = (),
         targets: Sequence[int] | None = None,
         mask_frac: float = 0.0,
+        pad_to: int | None = None,
     ) -> None:
         self.samples = tuple(samples)
         self.task: TextTask = task
@@ -64,6 +67,7 @@ class TextSet:
         self.classes = tuple(classes)
         self.targets = None if targets is None else tuple(targets)
         self.mask_frac = mask_frac
+        self.pad_to = pad_to
         self.lengths = tuple(len(sample["input_ids"]) for sample in self.samples)
 
     def __len__(self) -> int:
@@ -88,14 +92,14 @@ class TextSet:
         return {name: targets.count(number) for number, name in enumerate(self.classes)} if targets else {}
 
     def collate(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Return samples as one batch: a mapping of tensors, padded to the longest of them.
+        """Return samples as one batch: a mapping of tensors, padded to the longest of them or to `pad_to`.
 
         ``input_ids`` are padded with the padding token, ``attention_mask`` with 0, labels of tokens with
         -100. Padding stands on the side that the tokenizer says.
         """
         import torch
 
-        longest = max(len(sample["input_ids"]) for sample in samples)
+        longest = max(self.pad_to or 0, *(len(sample["input_ids"]) for sample in samples))
         left = self.tokenizer.padding_side == "left"
         filling = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
         filling["token_type_ids"] = getattr(self.tokenizer, "pad_token_type_id", 0)
@@ -124,7 +128,7 @@ class TextSet:
 
     def fingerprint(self) -> str:
         """Return a short hash of what the set yields: all ids, labels and the share of masks."""
-        digest = hashlib.sha256(f"{self.task} {self.mask_frac}\n".encode())
+        digest = hashlib.sha256(f"{self.task} {self.mask_frac} {self.pad_to}\n".encode())
         for sample in self.samples:
             digest.update(json.dumps(sample, sort_keys=True).encode())
         return digest.hexdigest()[:32]

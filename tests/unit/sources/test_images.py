@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import datasets
 
 from layerwise.errors import DataError
 from layerwise.sources.images import as_dict, image_list, open_images
@@ -251,3 +252,12 @@ def test_record_for_a_run_is_plain_data(tmp_path):
     assert record["classes"] == ["cat", "dog"]
     assert record["samples"] == {"train": 6, "val": 6}
     assert record["counts"]["val"] == {"cat": 3, "dog": 3}
+
+
+def test_classes_and_samples_are_those_of_torchvisions_folders(tmp_path):
+    # Weights trained on an ImageFolder keep their meaning.
+    tree(tmp_path, classes=("10", "9", "Zebra", "ape"), count=12)
+    theirs = datasets.ImageFolder(tmp_path)
+    ours = open_images(tmp_path, SMALL, val_frac=0.0).train
+    assert list(ours.classes) == theirs.classes
+    assert sorted(zip(ours.paths, ours.targets)) == sorted(theirs.samples)

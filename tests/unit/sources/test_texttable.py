@@ -219,3 +219,24 @@ def test_wrong_encoding(tmp_path):
     with pytest.raises(DataError, match=r"not utf-8: line 2.*encoding="):
         read_texts(tmp_path / "t.csv")
     assert read_texts(tmp_path / "t.csv", encoding="latin-1", val_frac=0).parts["train"].texts[0] == "für"
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        DataError, match=r"'hf:imdb@plain' cannot be opened \(no route to host\).*a folder or a table"
+    ):
+        read_texts("hf:imdb@plain")
+
+
+def test_a_hub_data_set_without_training_part(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.DatasetDict({"unsupervised": datasets.Dataset.from_dict({"text": ["a"]})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: made)
+    with pytest.raises(DataError, match="has the splits unsupervised; expected train"):
+        read_texts("hf:imdb")
