@@ -292,25 +292,39 @@ def _parts(scheduler: Any) -> list[Any]:
 
 def without_state(setup: Setup) -> Iterator[Finding]:
     """Trainable parameters that never received a gradient while others stepped."""
-    stepped: list[str] = []
-    never: list[str] = []
+    among: list[str] = []
+    whole: list[str] = []
+    stepped = False
     for _, group in setup.param_groups:
-        for parameter in group["params"]:
-            name = setup.names.get(id(parameter))
-            if name is not None and parameter.requires_grad:
-                if setup.state_of(parameter):
-                    stepped.append(name)
-                elif parameter.grad is None:
-                    never.append(name)
-    if stepped and never:
+        live = [p for p in group["params"] if p.requires_grad and id(p) in setup.names]
+        never = [p for p in live if not setup.state_of(p)]
+        stepped = stepped or len(never) < len(live)
+        waiting = setup.named(p for p in never if p.grad is None)
+        if len(never) < len(live):
+            among += waiting
+        else:
+            whole += waiting
+    why = (
+        "no gradient reaches them (a stale compiled graph, reentrant checkpointing behind frozen layers, "
+        "a module that is not used)"
+    )
+    fix = "audit with loader=... to see where the gradient ends"
+    if among:
         yield Finding(
             "warning",
             "never-stepped",
-            tuple(never),
-            "These parameters require gradients and are in the optimiser, which has stepped others but never "
-            "them: no gradient reaches them (a stale compiled graph, reentrant checkpointing behind frozen "
-            "layers, an unused module), unless they have just joined.",
-            "audit with loader=... to see where the gradient ends",
+            tuple(among),
+            f"The optimiser has stepped others of the same param group, but never these: {why}.",
+            fix,
+        )
+    if stepped and whole:
+        yield Finding(
+            "info",
+            "group-never-stepped",
+            tuple(whole),
+            "The optimiser has stepped other param groups, but never these: unless they have just "
+            f"joined, {why}.",
+            fix,
         )
 
 
