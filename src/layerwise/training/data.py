@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -40,6 +40,8 @@ class EpochBatches(Sampler[list[int]]):
         shuffle: False keeps the order of the data set in every epoch.
         weights: float64[size], for drawing with replacement instead of shuffling.
         drop_last: leave out a smaller last batch.
+        lengths: of each sample, in tokens: batches are made of samples of about one length (see
+            `group_by_length`), so that little of them is padding. None does not look at lengths.
         rank: number of this process.
         world: number of processes.
     """
@@ -53,9 +55,11 @@ class EpochBatches(Sampler[list[int]]):
         shuffle: bool = True,
         weights: Tensor | None = None,
         drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self.lengths = lengths
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.shuffle, self.weights, self.drop_last = shuffle, weights, drop_last
         self.rank, self.world = rank, world
@@ -68,13 +72,20 @@ class EpochBatches(Sampler[list[int]]):
     def order(self) -> list[int]:
         """Return the indices of all samples of the chosen epoch, in order, before they are batched."""
         if not self.shuffle:
-            return list(range(self.size))
+            if self.lengths is None:
+                return list(range(self.size))
+            return sorted(range(self.size), key=self.lengths.__getitem__)
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         if self.weights is not None:
             drawn = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
         else:
             drawn = torch.randperm(self.size, generator=generator)
-        return cast("list[int]", drawn.tolist())
+        order = cast("list[int]", drawn.tolist())
+        return (
+            order
+            if self.lengths is None
+            else group_by_length(order, self.lengths, self.batch_size, generator)
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
@@ -89,6 +100,39 @@ class EpochBatches(Sampler[list[int]]):
         if self.shuffle:
             return -(-batches // self.world)
         return len(range(self.rank, batches, self.world))
+
+
+GROUPED_BATCHES = 50
+"""Batches' worth of samples that are sorted by length together."""
+
+
+def group_by_length(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator
+) -> list[int]:
+    """Return a random order again, in which neighbours that make a batch have about one length.
+
+    Stretches of `GROUPED_BATCHES` batches of `order` are sorted by length and cut into batches, and the
+    batches are shuffled. So batches still differ from epoch to epoch, and lengths come in random order.
+    A smaller last batch stays the last.
+
+    Args:
+        order: indices, shuffled.
+        lengths: of each sample.
+        batch_size: samples in a batch.
+        generator: shuffles the batches.
+
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> sorted(group_by_length([0, 1, 2, 3, 4], [9, 1, 8, 2, 5], 2, generator)[:2])
+    [1, 3]
+    """
+    whole = len(order) - len(order) % batch_size
+    stretch = GROUPED_BATCHES * batch_size
+    batches = []
+    for start in range(0, whole, stretch):
+        part = sorted(order[start : min(start + stretch, whole)], key=lengths.__getitem__)
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    return [index for number in shuffled for index in batches[number]] + list(order[whole:])
 
 
 class SeededSamples(Dataset[Any]):
@@ -141,7 +185,7 @@ class Batches:
 
     def epoch(
         self, epoch: int, start: int = 0, *, random_state: dict[str, Any] | None = None
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, None]:
         """Yield the batches of `epoch` from batch `start` on.
 
         Args:
@@ -190,7 +234,8 @@ def open_batches(
         train: whether to shuffle a data set; also names it in messages.
         batch_size: for a data set; a loader has its own.
         seed: of the order and the augmentation.
-        collate: for a data set; a loader has its own.
+        collate: for a data set that has no ``collate`` of its own; a loader has its own. Batches of a
+            data set that tells the ``lengths`` of its samples hold samples of about one length.
         workers: processes that load samples of a data set; 0 loads in this one.
         weights: float64[samples], to draw with replacement.
         drop_last: leave out a smaller last batch, of a data set.
@@ -233,6 +278,7 @@ def open_batches(
                 "__getitem__) or a DataLoader."
             )
         source, shuffle = data, train
+        collate = getattr(data, "collate", collate)  # texts know their own padding
     if not len(source):
         raise DataError(f"{what} holds no samples.")
     order = EpochBatches(
@@ -242,6 +288,7 @@ def open_batches(
         shuffle=shuffle,
         weights=weights,
         drop_last=drop_last,
+        lengths=getattr(source, "lengths", None),
         rank=rank,
         world=world,
     )

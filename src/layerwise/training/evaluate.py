@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.cache.prefix import PrefixCache
 from layerwise.training.data import Batches
 from layerwise.training.tasks import Scores, Task
 from layerwise.tuning.modes import held_modes
@@ -22,6 +23,7 @@ def evaluate(
     device: torch.device | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     on_batch: Callable[[], None] = lambda: None,
+    cache: PrefixCache | None = None,
 ) -> Scores:
     """Return loss and metrics of `model` on a data set; the model's modes and weights stay as they are.
 
@@ -35,6 +37,7 @@ def evaluate(
         device: where batches go; None leaves them.
         autocast: context of the forward pass.
         on_batch: called after each batch, for progress and interruption.
+        cache: keeps what the frozen prefix gives for this data set too.
     """
     from accelerate.utils import send_to_device
 
@@ -42,7 +45,8 @@ def evaluate(
     total = torch.zeros(2, dtype=torch.float64)
     with held_modes(model), torch.no_grad():
         model.eval()
-        for batch in batches.epoch(0):
+        batches.begin(0)
+        for batch in batches.epoch(0) if cache is None else cache.batches(batches.loader):
             batch = batch if device is None else send_to_device(batch, device)
             with autocast():
                 output = task.forward(model, batch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -33,6 +34,7 @@ from layerwise.training.result import Result
 from layerwise.training.run import create_run, finish_run, load_weights, read_run, save_weights, weights_file
 from layerwise.training.tasks import Scores, Task, split_batch
 from layerwise.tuning.tuner import Tuner
+from layerwise.tuning.watch import watch
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -69,6 +71,7 @@ def fit(
     layers: LayerMap | None = None,
     device: Literal["auto", "cpu"] = "auto",
     trackers: str | Sequence[str] | None = None,
+    audit: bool = True,
     progress: bool = True,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
@@ -124,6 +127,8 @@ def fit(
         layers: the model's layer map at the plan's granularity; None records it from the first batch.
         device: ``"auto"`` is what accelerate chooses; ``"cpu"``.
         trackers: accelerate's experiment trackers (``"tensorboard"``, ``"wandb"``, ...).
+        audit: look the set-up over before training (`layerwise.audit`) and watch that nothing frozen
+            moves (`layerwise.watch`); both go to ``audit.json``.
         progress: a bar on stderr, or a line an epoch where stderr is no terminal.
         resume: go on with the run in `out` with the same arguments. Without a checkpoint yet it begins
             at the start, so `model` must then be as it was; a finished run is only read.
@@ -202,6 +207,9 @@ def fit(
     if accelerator.scaler is not None:  # fp16: steps go through the loss scaler
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
+    prefix = setup.open_cache(cache, model, batches, tuner, world=world)
+    inspected = setup.inspect(model, tuner, folder, batch_size) if audit else None
+
     # What changes during the run, and how it is saved and put back.
     history = History(None)
     timings: list[dict[str, Any]] = []
@@ -215,6 +223,7 @@ def fit(
     }  # how far the epoch at hand is
     epoch_random: dict[str, Any] | None = None
     stopped_early = False
+    described = ""  # what the cache of the frozen prefix said last
     notes: list[str] = []
 
     def save(*, inside: bool) -> None:
@@ -259,7 +268,15 @@ def fit(
     for note in notes:
         reporter.say(note)
 
-    with Interrupt() as interrupt, reporter, explained(lambda: tuner.step_count, out=folder):
+    learns = setup.names_that_learn(tuner)
+    watched = watch(model, optimizer=tuner.optimizer, trained=learns) if audit else None
+    with (
+        Interrupt() as interrupt,
+        reporter,
+        explained(lambda: tuner.step_count, out=folder),
+        watched or contextlib.nullcontext(),
+        prefix or contextlib.nullcontext(),
+    ):
         runner: nn.Module = model
         wrapped_phase = -1
         for epoch in () if stopped_early else tuner.epochs():
@@ -269,10 +286,11 @@ def fit(
                 epoch_random = get_random_state()
             model.train()
             phase, rates = tuner.phase.name, tuner.rates()
-            if tuner.step_in_phase == 0:
-                setup.calibrate(model, tuner.phase.norms, train, share)
+            setup.enter_phase(model, tuner, train, share, watched)
             stream = batches.epoch(epoch, within["batch"], random_state=epoch_random)
-
+            if prefix is not None:
+                batches.begin(epoch, within["batch"])
+                stream = cast("Generator[Any, None, None]", prefix.batches())
             for index, batch in enumerate(stream, within["batch"]):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
                     runner, wrapped_phase = accelerator.prepare_model(model), tuner.phase_index
@@ -294,17 +312,23 @@ def fit(
                 phase_index, rates = tuner.phase_index, tuner.rates()
                 tuner.step()
                 reporter.step(epoch=epoch, phase=phase, step=tuner.step_count, loss=value, rates=rates)
-                if tuner.done or index + 1 == count:
-                    break  # the end of the epoch is saved below, with its validation
+                if tuner.done:
+                    break
+                if index + 1 == count:
+                    continue  # the end of the epoch is saved below, with its validation
                 changed = tuner.phase_index != phase_index
                 if changed:
-                    setup.calibrate(model, tuner.phase.norms, train, share)
+                    setup.enter_phase(model, tuner, train, share, watched)
                 every = checkpoint_every_steps
                 due = every is not None and tuner.step_count % every == 0
                 if due or changed or interrupt.requested:
                     save(inside=True)
                     interrupt.raise_if_requested()
 
+            stream.close()  # a plan by steps may end inside an epoch; then the cache lets go of the model
+            if prefix is not None and (told := prefix.describe()) != described:
+                described = told
+                reporter.say(told)
             scores = Scores({})
             if held_out is not None:
                 scores = evaluate(
@@ -314,6 +338,7 @@ def fit(
                     device=accelerator.device,
                     autocast=accelerator.autocast,
                     on_batch=interrupt.raise_if_requested,
+                    cache=prefix,
                 )
             monitored = scores.values.get(task.monitor)
             tuner.end_epoch(monitored, mode=task.mode)
@@ -372,7 +397,9 @@ def fit(
             device=accelerator.device,
             autocast=accelerator.autocast,
         )
-    ever_trained = frozenset[str]().union(*(tuner.trainable_names(i) for i in range(len(plan.phases))))
+    if watched is not None:
+        notes += setup.report_watch(watched.report, inspected, folder)
+    notes += described.splitlines()
     result = Result(
         model=model,
         task=task,
@@ -383,7 +410,7 @@ def fit(
         test=None if tested is None else tested.values,
         test_tables={} if tested is None else tested.tables,
         stopped="early" if stopped_early else "finished",
-        trained_parameters=sum(p.numel() for n, p in model.named_parameters() if n in ever_trained),
+        trained_parameters=sum(p.numel() for n, p in model.named_parameters() if n in learns),
         total_parameters=sum(p.numel() for p in model.parameters()),
         steps=tuner.step_count,
         seconds=sum(t["seconds"] for t in timings),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.cache.ghost import Ghost
 from layerwise.errors import RunError, TrainingError
 from layerwise.training.checkpoint import list_checkpoints
 
@@ -137,4 +138,6 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    if isinstance(tensor, Ghost):  # an input whose prefix is cached: its value was looked at before
+        return True
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,13 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from layerwise.errors import DataError, TrainingError
-from layerwise.plans.plan import Norms
+from layerwise.cache.prefix import PrefixCache
+from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
 from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
 from layerwise.training.evaluate import first_output
-from layerwise.training.options import PRECISIONS, Precision
+from layerwise.training.files import write_json
+from layerwise.training.options import PRECISIONS, CacheMode, Precision
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.tasks import Batch, Task, infer_task, run_model
+from layerwise.training.text_tasks import task_of
+from layerwise.tuning.audit import Audit, audit
+from layerwise.tuning.tuner import Tuner
+from layerwise.tuning.watch import Watch, WatchReport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -110,6 +116,8 @@ def find_task(
         DataError: they do not belong together.
         TrainingError: `class_weights` or `label_smoothing` is given beside a task object.
     """
+    if task == "auto" and (named := task_of(batches.data)) is not None:
+        task = named
     output = first_output(model, run_model if task == "auto" else task.forward, first)
     if task == "auto":
         names = classes if classes is not None else _class_names(batches.data)
@@ -148,9 +156,20 @@ def _class_names(data: Any) -> Sequence[str] | None:
     return None
 
 
-def calibrate(model: nn.Module, norms: Norms, train: Any, share: Mapping[str, Any]) -> None:
-    """Measure batch-norm statistics on the training data, where the policy of a phase asks for it."""
-    if norms.policy != "calibrate":
+def enter_phase(
+    model: nn.Module, tuner: Tuner, train: Any, share: Mapping[str, Any], watched: Watch | None
+) -> None:
+    """Do what a phase needs from the data and the watch: called at each epoch, and when a phase changes.
+
+    At the first step of a phase with the policy "calibrate" its batch-norm statistics are measured on
+    the training data. The watch is told which statistics move on purpose.
+    """
+    norms = tuner.phase.norms
+    if watched is not None:
+        watched.expect(
+            adapting=(*tuner.norms.adapting, *(tuner.norms.fixed if tuner.norms.calibrate else ()))
+        )
+    if not tuner.norms.calibrate or tuner.step_in_phase > 0:
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
 
@@ -162,6 +181,53 @@ def calibrate(model: nn.Module, norms: Norms, train: Any, share: Mapping[str, An
         calibrate_batchnorm(
             model, batches.loader, samples=norms.samples, method="moving", momentum=norms.momentum
         )
+
+
+def open_cache(
+    storage: CacheMode, model: nn.Module, batches: Batches, tuner: Tuner, *, world: int
+) -> PrefixCache | None:
+    """Return the cache of the frozen prefix; None where there is to be none, or none is possible."""
+    if storage == "off" or not batches.exact or world > 1:
+        return None
+    return PrefixCache(model, batches.loader, storage=storage, tuner=tuner)
+
+
+def inspect(model: nn.Module, tuner: Tuner, out: Path | None, batch_size: int) -> Audit:
+    """Return what the audit finds in the set-up of the first phase, and write it into the run.
+
+    Raises:
+        ModelError: it finds an error: something would not train, or something frozen would move.
+    """
+    found = audit(model, tuner.optimizer, layers=tuner.layers, batch_size=batch_size)
+    if out is not None:
+        write_json(out / "audit.json", {"before": found.to_dict(), "after": None})
+    found.raise_for_errors()
+    return found
+
+
+def report_watch(report: WatchReport, before: Audit | None, out: Path | None) -> list[str]:
+    """Write what moved into the run; warn where something frozen did, and return that as a note.
+
+    Warns:
+        LayerwiseWarning: a frozen parameter or buffer changed during the run.
+    """
+    if out is not None:
+        audited = None if before is None else before.to_dict()
+        write_json(out / "audit.json", {"before": audited, "after": report.to_dict()})
+    if report.ok:
+        return []
+    try:
+        report.raise_if_frozen_moved()
+    except ModelError as error:
+        warnings.warn(str(error), LayerwiseWarning, stacklevel=3)
+        return [str(error)]
+    return []
+
+
+def names_that_learn(tuner: Tuner) -> frozenset[str]:
+    """Return the names of the parameters that learn in any phase of the plan."""
+    phases = range(len(tuner.plan.phases))
+    return frozenset[str]().union(*(tuner.trainable_names(number) for number in phases))
 
 
 def describe(

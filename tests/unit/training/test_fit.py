@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from layerwise.errors import DataError, RunError, TrainingError
+from layerwise.errors import DataError, LayerwiseWarning, RunError, TrainingError
 from layerwise.plans.plan import Plan
 from layerwise.training import checkpoint
 from layerwise.training.checkpoint import list_checkpoints, load_latest
@@ -441,3 +441,35 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
     assert result.metrics == {}
     assert result.best_epoch == 3
     assert load_run(tmp_path / "run", model=Tiny()).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_a_cached_run_is_the_same_run(storage: str, tmp_path: Path) -> None:
+    # With the frozen prefix replayed, history and weights are those of the plain run, bit for bit.
+    plain, cached = Tiny(), Tiny()
+    first = run(plain, out=tmp_path / "a")
+    second = run(cached, out=tmp_path / "b", cache=storage)
+    assert any("cut at" in note for note in second.notes), second.notes
+    assert second.history == first.history
+    assert all(torch.equal(t, cached.state_dict()[name]) for name, t in plain.state_dict().items())
+
+
+def test_the_set_up_is_audited_and_watched(tmp_path: Path) -> None:
+    # audit.json: no errors before, nothing frozen moved afterwards; what moves all the same is told.
+    run(out=tmp_path / "a")
+    audited = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert audited["before"]["ok"]
+    assert audited["after"]["ok"]
+    assert set(audited["after"]["moved"]) == {n for n, _ in Tiny().named_parameters() if "stem" not in n}
+
+    class Drifts(Tiny):
+        def forward(self, x):
+            self.stem[0].weight.data.mul_(1.001)
+            return super().forward(x)
+
+    with pytest.warns(LayerwiseWarning, match=r"1 frozen parameters moved \(stem\.0\.weight\)"):
+        result = run(Drifts(), out=tmp_path / "b")
+    assert "stem.0.weight" in result.notes[0]
+    assert not json.loads((tmp_path / "b" / "audit.json").read_text())["after"]["ok"]
+    run(Drifts(), out=tmp_path / "c", audit=False)
+    assert not (tmp_path / "c" / "audit.json").exists()
