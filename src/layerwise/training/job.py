@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from layerwise.sources.opened import OpenedModel
     from layerwise.sources.preprocessing import Preprocessing
     from layerwise.training.dryrun import DryRun
+    from layerwise.training.text_job import PreparedText
 
 DEMO_DATA = "demo:elpv"
 """Data of this name are the packaged solar cells; ``demo:elpv:800/400/600`` says how many of them."""
@@ -48,6 +49,7 @@ class Job:
         augment: random variation of the training images.
         skip_bad_images: leave out images that cannot be read.
         options: of `layerwise.fit`, those that are not its defaults.
+        text: fields of `layerwise.training.text_job.TextOptions` for a job on texts; None for images.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Job:
     augment: str = "none"
     skip_bad_images: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] | None = None
 
     @property
     def seed(self) -> int:
@@ -124,6 +127,35 @@ class Prepared:
         )
 
 
+def open_job(job: Job, *, plan: Plan | None = None) -> Prepared | PreparedText:
+    """Open the model and the data of a job on images or on texts; see `prepare` and `prepare_text`."""
+    if job.text is None:
+        return prepare(job, plan=plan)
+    from layerwise.training.text_job import prepare_text
+
+    return prepare_text(job, plan=plan if plan is not None else _named_plan(job))
+
+
+def _named_plan(job: Job) -> Plan | None:
+    """Return the plan in the file that a job names, None for a strategy.
+
+    Raises:
+        PlanError: not exactly one of the two is given, or the file is wrong.
+    """
+    if (job.strategy is None) == (job.plan is None):
+        got = "both are given" if job.strategy else "neither is given"
+        raise PlanError(f"exactly one of a strategy and a plan file says what learns; {got}.")
+    if job.plan is None:
+        return None
+    ignored = [n for n in ("epochs", "schedule", "norms") if getattr(job, n) is not None]
+    if ignored:
+        raise PlanError(
+            f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
+            f"Change it in {job.plan}, or give a strategy."
+        )
+    return Plan.load(job.plan)  # first, since it is quick to find wrong
+
+
 def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
     """Open the model and the data of a job, and lay out its plan.
 
@@ -139,17 +171,7 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
     from layerwise.sources.models import open_model
     from layerwise.sources.preprocessing import Preprocessing
 
-    if plan is None and (job.strategy is None) == (job.plan is None):
-        got = "both are given" if job.strategy else "neither is given"
-        raise PlanError(f"exactly one of a strategy and a plan file says what learns; {got}.")
-    if plan is None and job.plan is not None:
-        ignored = [n for n in ("epochs", "schedule", "norms") if getattr(job, n) is not None]
-        if ignored:
-            raise PlanError(
-                f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
-                f"Change it in {job.plan}, or give a strategy."
-            )
-        plan = Plan.load(job.plan)  # first, since it is quick to find wrong
+    plan = plan if plan is not None else _named_plan(job)
 
     # The data says how many classes the head must tell apart, the model how it wants its images; so the
     # images are opened first and get their preprocessing afterwards.
@@ -218,7 +240,7 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
             f"{path} was started from Python with a model or data that have no names. Resume it there: "
             f"layerwise.fit(model, train, val, plan=plan, out={str(path)!r}, resume=True)."
         )
-    prepared = prepare(job_from_dict(about["job"]), plan=Plan.model_validate(about["plan"]))
+    prepared = open_job(job_from_dict(about["job"]), plan=Plan.model_validate(about["plan"]))
     for note in prepared.notes:
         say(note)
     return prepared.fit(out=path, resume=True, **more)

@@ -175,6 +175,7 @@ class Run:
         about: what ``run.json`` tells.
         preprocessing: of images, as `layerwise.sources.preprocessing.Preprocessing`; None where the run
             does not know one.
+        tokenizer: of texts, a transformers tokenizer; None likewise.
     """
 
     path: Path
@@ -182,6 +183,7 @@ class Run:
     task: Task
     about: dict[str, Any] = field(repr=False)
     preprocessing: Any = None
+    tokenizer: Any = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -233,21 +235,27 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
             "Build it yourself and pass it: layerwise.load_run(path, model=model)."
         )
     task = task_from_dict(about["task"])
+    tokenizer = None
     if model is None:
         from layerwise.sources.models import reopen
+        from layerwise.sources.pooled import mean_pooled
 
+        record = {"num_classes": len(task.classes) or None, **about["model"]}
+        saved = folder / "transformers"  # a finished run of texts has its own configuration and tokenizer
         try:
             # With the size of its images too: a vision transformer's positions depend on it.
-            model = reopen({"num_classes": len(task.classes) or None, **about["model"]}).model
+            opened = reopen(record, spec=f"hf:{saved}" if saved.is_dir() else None)
+            opened = mean_pooled(opened) if record.get("pooling") == "mean" else opened
         except ModelError as error:
             raise RunError(f"the model of {folder} cannot be built again: {error}") from error
+        model, tokenizer = opened.model, opened.tokenizer
     load_weights(model, weights_file(folder), expected_sha256=about.get("weights_sha256"))
     preprocessing = about["model"].get("preprocessing")
     if preprocessing is not None:
         from layerwise.sources.preprocessing import Preprocessing
 
         preprocessing = Preprocessing.from_dict(preprocessing)
-    return Run(folder, model.eval(), task, about, preprocessing)
+    return Run(folder, model.eval(), task, about, preprocessing, tokenizer)
 
 
 def versions() -> dict[str, str]:

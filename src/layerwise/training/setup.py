@@ -184,12 +184,18 @@ def enter_phase(
 
 
 def open_cache(
-    storage: CacheMode, model: nn.Module, batches: Batches, tuner: Tuner, *, world: int
+    storage: CacheMode,
+    model: nn.Module,
+    batches: Batches,
+    tuner: Tuner,
+    *,
+    world: int,
+    pool: dict[str, Any] | None = None,
 ) -> PrefixCache | None:
     """Return the cache of the frozen prefix; None where there is to be none, or none is possible."""
     if storage == "off" or not batches.exact or world > 1:
         return None
-    return PrefixCache(model, batches.loader, storage=storage, tuner=tuner)
+    return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool)
 
 
 def inspect(model: nn.Module, tuner: Tuner, out: Path | None, batch_size: int) -> Audit:

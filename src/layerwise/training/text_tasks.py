@@ -310,6 +310,25 @@ TEXT_TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {
 """Task name -> function that builds the task from what its ``to_dict`` returned."""
 
 
+def task_of(data: Any) -> Task | None:
+    """Return the task that a data set of texts names itself, None for other data sets.
+
+    Args:
+        data: a `layerwise.sources.text.TextSet`, or any object with a ``task`` that is a key of
+            `TEXT_TASKS`, and ``classes``. Mean and scale of numbers are taken from its ``labels``.
+    """
+    kind = getattr(data, "task", None)
+    if kind not in TEXT_TASKS:
+        return None
+    if kind == "regression":
+        labels = torch.tensor([data[index]["labels"] for index in range(len(data))])
+        return Regression.fitted(labels)
+    if kind in ("causal_lm", "masked_lm"):
+        return LanguageModelling(kind)
+    build = MultiLabel if kind == "multi_label" else TokenClassification
+    return build(tuple(data.classes))
+
+
 def _wrong_width(output: Tensor, width: int, what: str) -> list[str]:
     if output.ndim == 2 and output.shape[1] == width:
         return []

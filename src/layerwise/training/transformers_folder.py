@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from layerwise.errors import ModelError, RunError
+from layerwise.sources.pooled import MeanPooledClassifier
 from layerwise.training.files import write_folder
 from layerwise.training.text_tasks import Regression
 
@@ -46,6 +48,10 @@ def save_transformers(
 
     The folder is written whole or not at all; one that is there already is replaced.
 
+    A classifier on the mean of all tokens (`layerwise.sources.pooled`) is no class of transformers: its
+    tuned body is written, which ``AutoModel.from_pretrained`` loads, and beside it the output layer in
+    ``classifier.safetensors``.
+
     Args:
         model: a transformers model. Its configuration is changed (labels); its weights are not.
         folder: where to; made anew.
@@ -59,6 +65,10 @@ def save_transformers(
         ModelError: `model` is not a transformers model.
         RunError: the folder cannot be written.
     """
+    head: nn.Module | None = None
+    if isinstance(model, MeanPooledClassifier):
+        pooled = model
+        model, head = pooled.body, pooled.classifier
     if not is_transformers(model):
         raise ModelError(
             f"a {type(model).__qualname__} is not a transformers model, so it has no transformers folder. "
@@ -71,6 +81,8 @@ def save_transformers(
         model.save_pretrained(temporary)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if head is not None:
+            save_file(head.state_dict(), temporary / "classifier.safetensors")
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

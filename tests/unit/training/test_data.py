@@ -192,3 +192,27 @@ def test_rare_classes_weigh_more() -> None:
     order = EpochBatches(10_000, 10, weights=sampling_weights(labels.repeat(1000)), seed=0)
     drawn = labels.repeat(1000)[torch.tensor(flat(order))]
     assert drawn.float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_batches_by_length_hold_every_sample_once_and_little_padding():
+    # Grouping loses no sample, keeps the smaller last batch last, differs by epoch, and saves padding.
+    lengths = torch.randint(1, 100, (103,), generator=torch.Generator().manual_seed(0)).tolist()
+    grouped, plain = (EpochBatches(103, 8, seed=1, lengths=known) for known in (lengths, None))
+
+    def padded(batches):
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    first = list(grouped)
+    assert sorted(index for batch in first for index in batch) == list(range(103))
+    assert [len(batch) for batch in first] == [8] * 12 + [7]
+    assert padded(first[:-1]) < 0.75 * padded(list(plain)[:-1])
+    grouped.set_epoch(1)
+    assert list(grouped) != first
+    grouped.set_epoch(0, start=3)
+    assert list(grouped) == first[3:]
+
+
+def test_lengths_do_not_change_the_set_that_is_validated():
+    # Without shuffling, short samples come first; all of them come.
+    order = EpochBatches(5, 2, shuffle=False, lengths=[9, 1, 8, 2, 5]).order()
+    assert order == [1, 3, 4, 2, 0]

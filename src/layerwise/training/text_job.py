@@ -1,0 +1,324 @@
+"""A job on texts: its options, its model and data opened, and what happens around its `fit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from layerwise.errors import DataError, ModelError
+from layerwise.plans.plan import Plan
+from layerwise.training.checkpoint import list_checkpoints
+from layerwise.training.fit import fit
+from layerwise.training.randomness import seed_everything
+from layerwise.training.result import Result
+from layerwise.training.run import read_run
+from layerwise.training.tasks import Task
+from layerwise.training.text_tasks import task_of
+from layerwise.training.transformers_folder import FOLDER, save_transformers
+
+if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
+    from layerwise.sources.opened import OpenedModel
+    from layerwise.sources.text import TextData
+    from layerwise.sources.texttable import TextTable
+    from layerwise.training.dryrun import DryRun
+    from layerwise.training.job import Job
+
+DEBIAN = "demo:debian"
+"""Data of this name are Debian's package descriptions; ``demo:debian:200`` says how many of each topic."""
+MAX_LENGTH = 256
+"""Tokens of a sample where nothing else is said; the model may take fewer."""
+WASTE = 3.0
+"""Padding to one length may make so many times the tokens for the sake of the cache: a cached epoch of a
+frozen network costs far less than a third of a plain one."""
+LANGUAGE_MODEL = "language-model"
+"""Name of the folder of the language model's run, inside the classifier's."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What a job on texts has beside the options of every job.
+
+    Attributes:
+        task: what the labels are, a key of `layerwise.sources.text.MODEL_TASKS`.
+        text_column: None is ``"text"`` (``"tokens"`` for token classification).
+        pair_column: of the second text of a pair.
+        label_column: None is ``"label"`` (``"tags"`` for token classification).
+        response_column: of what is learned of instruction data, whose prompts are in `text_column`.
+        group_column: rows with one value in it stay on one side of the split.
+        split_column: says train, val or test of each row.
+        val: a table to validate on.
+        test: a table to test on.
+        encoding: of text files.
+        label_separator: between the labels of a row, for several labels.
+        prompt_template: how a prompt is written, with ``{prompt}`` in it.
+        skip_bad_rows: leave out rows that cannot be used.
+        max_length: tokens of a sample at most; None is 256, or what the model can take.
+        padding: ``"batch"`` pads each batch to its longest sample; ``"all"`` pads every batch to the longest
+            sample there is, which the prefix cache needs; ``"auto"`` takes ``"all"`` where a cache can be
+            used and that makes no more than `WASTE` times as many tokens.
+        pooling: ``"model"`` classifies as the model's own class does, ``"mean"`` by the mean of all
+            tokens (`layerwise.sources.pooled`).
+        lm_epochs: first tune the language model on the texts for so many epochs (ULMFiT); 0 does not.
+        lm_lr: base learning rate of that.
+        lm_strategy: strategy of that.
+    """
+
+    task: str = "text_classification"
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    response_column: str | None = None
+    group_column: str | None = None
+    split_column: str | None = None
+    val: str | None = None
+    test: str | None = None
+    encoding: str = "utf-8"
+    label_separator: str = ","
+    prompt_template: str = "{prompt}\n"
+    skip_bad_rows: bool = False
+    max_length: int | None = None
+    padding: Literal["auto", "batch", "all"] = "auto"
+    pooling: Literal["model", "mean"] = "model"
+    lm_epochs: int = 0
+    lm_lr: float = 5e-5
+    lm_strategy: str = "discriminative:decay=0.9"
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A job on texts with its model and data open; the counterpart of `layerwise.training.job.Prepared`.
+
+    Attributes:
+        job: as given.
+        options: what it says of texts.
+        opened: the model and its tokenizer.
+        table: the texts, split.
+        data: the same as tokens.
+        layers: the model's layer map at the plan's granularity.
+        plan: what to do.
+        task: what the labels mean; ``"auto"`` for one class a text.
+        about: what ``run.json`` shall tell of all this.
+        notes: what was chosen on the way, for people.
+    """
+
+    job: Job
+    options: TextOptions
+    opened: OpenedModel
+    table: TextTable
+    data: TextData
+    layers: LayerMap
+    plan: Plan
+    task: Task | Literal["auto"]
+    about: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def fit(self, *, out: str | Path | None = None, resume: bool = False, **more: Any) -> Result:
+        """Carry the job out: the language model first where it is asked for, then the task.
+
+        With `out` the tuned model also lies there as a transformers folder (``transformers/``), and the
+        language model's run in ``language-model/``. Interrupted in either, the job is resumed in it.
+
+        Args:
+            out: folder of the run.
+            resume: go on with the run in it.
+            more: further options of `layerwise.fit`.
+        """
+        folder = None if out is None else Path(out)
+        notes: list[str] = []
+        begun = resume and folder is not None and bool(list_checkpoints(folder / "checkpoints"))
+        if self.options.lm_epochs and not begun:
+            from layerwise.training.language_first import tune_language_model
+
+            below = None if folder is None else folder / LANGUAGE_MODEL
+            notes += tune_language_model(self, out=below, **more)
+        result = fit(
+            self.opened.model,
+            self.data.train,
+            self.data.val,
+            test=self.data.test,
+            plan=self.plan,
+            layers=self.layers,
+            task=self.task,
+            classes=self.data.classes or None,
+            about=self.about,
+            out=folder,
+            resume=resume,
+            **{**self.job.options, **more},
+        )
+        if folder is not None:
+            tokenizer = self.opened.tokenizer
+            save_transformers(result.model, folder / FOLDER, tokenizer=tokenizer, task=result.task)
+        return dataclasses.replace(result, notes=(*notes, *result.notes))
+
+    def dry_run(self) -> DryRun:
+        """Return what the job would do, measured on a few steps; the language model's part left out."""
+        from layerwise.training.dryrun import dry_run
+
+        return dry_run(
+            self.opened.model,
+            self.data.train,
+            self.data.val,
+            plan=self.plan,
+            layers=self.layers,
+            task=self.task,
+            classes=self.data.classes or None,
+            **self.job.options,
+        )
+
+
+def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
+    """Open the model and the texts of a job, and lay out its plan.
+
+    The new head is initialised from ``job.seed``, so two calls give the same model.
+
+    Args:
+        job: with `Job.text`.
+        plan: to use instead of the job's strategy.
+
+    Raises:
+        LayerwiseError: model, tokenizer, texts or plan cannot be opened, or do not fit each other.
+    """
+    from layerwise.layers.mapping import layer_map
+    from layerwise.plans.parsing import parse_strategy
+    from layerwise.sources.models import open_model
+    from layerwise.sources.pooled import mean_pooled
+    from layerwise.sources.text import MODEL_TASKS, encode
+
+    options = TextOptions(**(job.text or {}))
+    if not job.model.startswith("hf:"):
+        raise ModelError(
+            f"texts need a model that brings its tokenizer; {job.model!r} does not. Give hf:FOLDER_OR_ID."
+        )
+    if (
+        options.pooling == "mean"
+        and MODEL_TASKS.get(cast(Any, options.task), ("",))[0] != "text_classification"
+    ):
+        raise ModelError(
+            f"pooling 'mean' is for whole texts; the task is {options.task!r}. Leave pooling out."
+        )
+    table = open_texts(job, options)
+    seed_everything(job.seed)
+    model_task, problem = MODEL_TASKS[table.task]
+    outputs = len(table.classes) or (1 if table.task == "regression" else None)
+    opened = open_model(
+        job.model,
+        num_classes=outputs,
+        weights=job.weights,
+        pretrained=job.pretrained,
+        task=cast(Any, model_task),
+        problem=problem,
+    )
+    if options.pooling == "mean":
+        opened = mean_pooled(opened)
+    data = encode(table, opened.tokenizer, max_length=length_for(options, opened))
+
+    layers = layer_map(
+        opened.model,
+        opened.example_input,
+        granularity=cast(Any, plan.granularity if plan is not None else job.granularity),
+    )
+    if plan is None:
+        plan = parse_strategy(
+            cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
+        )
+    plan.check(layers)
+    data, padding = _padded(data, options, plan, cached=job.options.get("cache", "auto") != "off")
+    about = {
+        "model": {**opened.to_dict(), "pooling": options.pooling},
+        "data": {
+            "source": job.data,
+            "task": data.task,
+            "classes": list(data.classes),
+            "samples": {name: len(part) for name, part in data.parts().items()},
+            "digest": {name: part.fingerprint()[:16] for name, part in data.parts().items()},
+            "max_length": data.max_length,
+            "pad_to": data.train.pad_to,
+            "truncated": data.truncated,
+            "skipped": [list(entry) for entry in data.skipped],
+        },
+        "job": dataclasses.asdict(job),
+    }
+    task: Task | Literal["auto"] = task_of(data.train) or "auto"
+    skipped = [f"left out {row}: {reason}" for row, reason in data.skipped]
+    notes = (*opened.notes, *data.notes, *padding, *skipped)
+    return PreparedText(job, options, opened, table, data, layers, plan, task, about, notes)
+
+
+def _padded(data: TextData, options: TextOptions, plan: Plan, *, cached: bool) -> tuple[TextData, list[str]]:
+    """Return the data with its padding chosen, and a line that says so where it is not the usual one."""
+    parts = data.parts().values()
+    longest = max(max(part.lengths) for part in parts)
+    needed = sum(sum(part.lengths) for part in parts)
+    ratio = longest * sum(map(len, parts)) / needed
+    padding = options.padding
+    if padding == "auto":
+        reused = (
+            any(plan.groups[0] not in phase.rates and (phase.epochs or 2) > 1 for phase in plan.phases)
+            or sum(plan.groups[0] not in phase.rates for phase in plan.phases) > 1
+        )
+        padding = "all" if cached and reused and data.train.deterministic and ratio <= WASTE else "batch"
+    if padding == "batch":
+        return data, []
+    for part in parts:
+        part.pad_to = longest
+    return data, [
+        f"every batch is padded to {longest} tokens, {ratio:.1f} times as many, for the prefix cache"
+    ]
+
+
+def length_for(options: TextOptions, opened: OpenedModel) -> int:
+    """Return how many tokens a sample has at most.
+
+    Raises:
+        DataError: more are asked for than the model can take.
+    """
+    limit = opened.max_length
+    if options.max_length is None:
+        return MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
+    if limit is not None and options.max_length > limit:
+        raise DataError(
+            f"max_length is {options.max_length}, and {opened.spec!r} takes {limit} tokens at most. "
+            f"Give {limit} or fewer."
+        )
+    return options.max_length
+
+
+def open_texts(job: Job, options: TextOptions) -> TextTable:
+    """Return the texts of a job, checked and split."""
+    from layerwise.sources.debian import debian_texts
+    from layerwise.sources.texttable import read_texts
+
+    if job.data.startswith(DEBIAN):
+        count = job.data.removeprefix(DEBIAN).lstrip(":")
+        if count and not count.isdigit():
+            raise DataError(
+                f"data {job.data!r}: expected {DEBIAN} or {DEBIAN}:NUMBER of texts of each topic."
+            )
+        return debian_texts(seed=job.seed, per_section=int(count or 200))
+    return read_texts(
+        job.data,
+        task=cast(Any, options.task),
+        text_column=options.text_column,
+        pair_column=options.pair_column,
+        label_column=options.label_column,
+        response_column=options.response_column,
+        group_column=options.group_column,
+        split_column=options.split_column,
+        val=options.val,
+        test=options.test,
+        val_frac=job.val_frac,
+        test_frac=job.test_frac,
+        seed=job.seed,
+        encoding=options.encoding,
+        label_separator=options.label_separator,
+        prompt_template=options.prompt_template,
+        skip_bad_rows=options.skip_bad_rows,
+    )
+
+
+def stage_exists(folder: Path | None) -> bool:
+    """Return whether a run was begun in `folder`."""
+    return folder is not None and (folder / "run.json").is_file() and bool(read_run(folder))
