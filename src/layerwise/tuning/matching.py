@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,23 @@ def never_trained(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> f
         if not (parameter.is_floating_point() or parameter.is_complex())
         or (peft and not parameter.requires_grad)
     )
+
+
+def check_learning(plan: Plan, layers: LayerMap, held: Set[str]) -> None:
+    """Raise `ModelError` where all that a phase trains are parameters that cannot be trained."""
+    for phase in plan.phases:
+        chosen = [
+            name
+            for group in layers
+            for name in group.parameters
+            if phase.overrides.get(name, phase.rate(group.name)) > 0
+        ]
+        if chosen and held and held >= set(chosen):
+            raise ModelError(
+                f"phase {phase.name!r} trains nothing in this model: its {len(chosen)} parameters "
+                f"({some(chosen)}) are integers, or PEFT froze them. Let PEFT train the head with "
+                "modules_to_save=[...], or use a strategy whose first groups have adapters"
+            )
 
 
 def check_numbers(lr: float, steps_per_epoch: int) -> None:

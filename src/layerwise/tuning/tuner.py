@@ -30,7 +30,15 @@ from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.schedules import join_factor
 from layerwise.plans.timeline import joining, phase_factor
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
-from layerwise.tuning.matching import check_ddp, check_numbers, layers_for, never_trained, parameters_of, some
+from layerwise.tuning.matching import (
+    check_ddp,
+    check_learning,
+    check_numbers,
+    layers_for,
+    never_trained,
+    parameters_of,
+    some,
+)
 from layerwise.tuning.norms import NormRecord
 from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory, set_rate
 from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
@@ -118,6 +126,7 @@ class Tuner:
         self._seed = seed
         self._parameters = parameters_of(self._model, self.layers)
         self._held = never_trained(self._model, self._parameters)
+        check_learning(plan, self.layers, self._held)
         self._exempt = no_decay_names(self._model, self.layers)
         self._generator = torch.Generator().manual_seed(seed)
         self._progress = Progress()

@@ -37,8 +37,8 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def fit_names(plan: Plan, layers: LayerMap) -> LayerMap:
-    """Return `layers` with its groups called as in `plan` where they differ only by PEFT's prefix."""
-    bare = tuple(name.removeprefix(PEFT_PREFIX) for name in layers.names)
+    """Return `layers` with its groups called as in `plan` where they differ only by what PEFT adds."""
+    bare = tuple(_without_peft(name) for name in layers.names)
     if layers.names == plan.groups or bare != plan.groups:
         return layers
     groups = tuple(dataclasses.replace(group, name=name) for group, name in zip(layers.groups, bare))
@@ -58,9 +58,8 @@ def rebased(layers: LayerMap, model: nn.Module) -> LayerMap:
     paths = {name.rpartition(".")[0]: index for name, index in home.items()}
     parameters: list[list[tuple[str, int]]] = [[] for _ in layers.groups]
     for name, parameter in model.named_parameters():
-        parts = name.removeprefix(PEFT_PREFIX).split(".")
-        cut = next((i for i, part in enumerate(parts) if part.startswith(PEFT_PARTS)), len(parts) - 1)
-        index = home.get(name.removeprefix(PEFT_PREFIX), paths.get(".".join(parts[:cut])))
+        bare = _without_peft(name)
+        index = home.get(bare, paths.get(bare, paths.get(bare.rpartition(".")[0])))
         if index is None:
             raise ModelError(
                 f"parameter {name!r} belongs to no group of the layer map, which was made before the model "
@@ -79,3 +78,14 @@ def rebased(layers: LayerMap, model: nn.Module) -> LayerMap:
         for group, own in zip(layers.groups, parameters)
     )
     return dataclasses.replace(layers, groups=groups, aliases={})
+
+
+def _without_peft(name: str) -> str:
+    """Return a dotted name as it was before PEFT: of an adapter, the module that it adapts.
+
+    >>> _without_peft("base_model.model.layer1.0.lora_A.default.weight")
+    'layer1.0'
+    """
+    parts = name.removeprefix(PEFT_PREFIX).split(".")
+    cut = next((i for i, part in enumerate(parts) if part.startswith(PEFT_PARTS)), len(parts))
+    return ".".join(parts[:cut])
