@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from layerwise.errors import DataError, ModelError
-from layerwise.sources.batching import LengthGroupedBatches, group_by_length
 from layerwise.sources.encoding import IGNORED
 from layerwise.sources.text import encode, text_list
 from layerwise.sources.texttable import TextPart, TextTable
@@ -223,35 +222,3 @@ def test_texts_for_prediction(tokenizer):
         text_list(["x", "", "  "], tokenizer, max_length=9)
     with pytest.raises(DataError, match="no texts"):
         text_list([], tokenizer, max_length=9)
-
-
-def test_groups_of_length_hold_every_sample_once_and_pad_less():
-    torch.manual_seed(0)
-    lengths = torch.randint(3, 100, (1003,)).tolist()
-    order = torch.randperm(1003).tolist()
-    batches = group_by_length(order, lengths, 8)
-    assert sorted(index for batch in batches for index in batch) == list(range(1003))
-    assert [len(batch) for batch in batches].count(8) == 125
-
-    def padding(found):
-        return sum(
-            max(lengths[i] for i in batch) * len(batch) - sum(lengths[i] for i in batch) for batch in found
-        )
-
-    plain = [order[at : at + 8] for at in range(0, 1003, 8)]
-    assert padding(batches) < 0.1 * padding(plain)
-    assert max(lengths) == max(lengths[index] for index in batches[0])
-    assert group_by_length([], [], 4) == []
-
-
-def test_the_order_of_an_epoch_is_seed_and_epoch_alone():
-    lengths = list(range(40))
-    sampler = LengthGroupedBatches(lengths, 4, seed=3, window=3)
-    first = list(sampler)
-    assert list(sampler) == first
-    assert len(first) == len(sampler) == 10
-    sampler.set_epoch(1)
-    assert list(sampler) != first
-    sampler.set_epoch(0, start=4)
-    assert list(sampler) == first[4:]
-    assert next(iter(LengthGroupedBatches(lengths, 4, shuffle=False))) == [39, 38, 37, 36]
