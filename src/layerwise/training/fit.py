@@ -75,6 +75,8 @@ def fit(
     progress: bool = True,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], object] | None = None,
+    cache_pool: dict[str, Any] | None = None,
 ) -> Result:
     """Fine-tune `model` as `plan` says, and return what came of it.
 
@@ -133,6 +135,10 @@ def fit(
         resume: go on with the run in `out` with the same arguments. Without a checkpoint yet it begins
             at the start, so `model` must then be as it was; a finished run is only read.
         about: what else ``run.json`` shall tell, by its keys ``model``, ``data`` and others.
+        on_epoch: called with each line of history once its epoch is saved; what it raises ends the run
+            (a search prunes with it).
+        cache_pool: a dictionary that several runs in one process share, so that they compute a frozen
+            prefix once (see `layerwise.PrefixCache`, `pool`).
 
     Raises:
         TrainingError: an option is out of range (all are listed); the loss is not finite, or memory ran
@@ -207,7 +213,7 @@ def fit(
     if accelerator.scaler is not None:  # fp16: steps go through the loss scaler
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
-    prefix = setup.open_cache(cache, model, batches, tuner, world=world)
+    prefix = setup.open_cache(cache, model, batches, tuner, world=world, pool=cache_pool)
     inspected = setup.inspect(model, tuner, folder, batch_size) if audit else None
 
     # What changes during the run, and how it is saved and put back.
@@ -223,6 +229,7 @@ def fit(
     }  # how far the epoch at hand is
     epoch_random: dict[str, Any] | None = None
     stopped_early = False
+    go_on = "" if folder is None else f"go on with it: layerwise fit --resume {folder}"
     described = ""  # what the cache of the frozen prefix said last
     notes: list[str] = []
 
@@ -323,7 +330,7 @@ def fit(
                 due = every is not None and tuner.step_count % every == 0
                 if due or changed or interrupt.requested:
                     save(inside=True)
-                    interrupt.raise_if_requested()
+                    interrupt.raise_if_requested(go_on)
 
             stream.close()  # a plan by steps may end inside an epoch; then the cache lets go of the model
             if prefix is not None and (told := prefix.describe()) != described:
@@ -337,7 +344,7 @@ def fit(
                     task,
                     device=accelerator.device,
                     autocast=accelerator.autocast,
-                    on_batch=interrupt.raise_if_requested,
+                    on_batch=lambda: interrupt.raise_if_requested(go_on),
                     cache=prefix,
                 )
             monitored = scores.values.get(task.monitor)
@@ -377,6 +384,8 @@ def fit(
                 seconds=timings[-1]["seconds"],
             )
             interrupt.raise_if_requested()
+            if on_epoch is not None:
+                on_epoch(entry)
             if stopped_early:
                 reporter.say(f"stopped early: {task.monitor} did not improve for {early_stopping} epochs")
                 break
