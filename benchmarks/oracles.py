@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.transformers_models import Small
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
 
@@ -245,25 +247,51 @@ def _torchvision_input(model: nn.Module, name: str) -> Any:
 
 
 def numbered_layers(layers: LayerMap, model: nn.Module) -> dict[str, list[int]]:
-    """Return container path -> places of its numbered children's groups, by the children's numbers.
+    """Return container path -> the places of the groups of its numbered children.
 
-    Containers are the ``nn.ModuleList``s of two or more modules of one class with weights in them that do
-    not lie in another such list.
+    Containers are the innermost ``nn.ModuleList`` or ``nn.Sequential``s whose children are of one class,
+    and have at least two weight matrices each, of those that do not lie in such a child of a *residual
+    kind*: the lists that a reader would call the network's layers.
     """
     places = _places(layers)
-    outer: list[str] = []
     result: dict[str, list[int]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(o + ".") for o in outer):
+        if type(module) not in (nn.ModuleList, nn.Sequential):
             continue
         children = list(module)
         if len(children) < 2 or len({type(child) for child in children}) != 1:
             continue
-        spots = [
-            [places[n] for n in places if n.startswith(f"{path}.{number}.")]
-            for number in range(len(children))
-        ]
-        if all(len(s) > 1 for s in spots):
-            outer.append(path)
-            result[path] = [max(set(s), key=s.count) for s in spots]
-    return result
+        owned = [[n for n in places if n.startswith(f"{path}.{number}.")] for number in range(len(children))]
+        if all(sum(model.get_parameter(n).ndim > 1 for n in names) >= 2 for names in owned):
+            result[path] = [
+                collections.Counter(places[n] for n in names).most_common(1)[0][0] for names in owned
+            ]
+    return {
+        path: spots
+        for path, spots in result.items()
+        if len(set(spots)) > 1
+        and not any(other.startswith(path + ".") for other in result if len(set(result[other])) > 1)
+    }
+
+
+def judge_transformers(small: Small) -> Verdict:
+    """Map a small transformers model and compare it with its layers' numbers and its configuration."""
+    with _quiet():
+        torch.manual_seed(0)
+        model = small.build()
+        try:
+            layers = layer_map(model, small.example())
+            others = [layer_map(model, small.example(), granularity=g) for g in ("stages", "layers")]
+        except Exception as error:
+            return Verdict(small.name, error=f"{type(error).__name__}: {error}"[:300])
+    verdict = Verdict(small.name, layers=layers, expected_blocks=small.layers)
+    verdict.complete = all(is_complete(one, model) for one in (layers, *others))
+    numbered = numbered_layers(layers, model)
+    if not numbered:  # ALBERT's layers share one set of weights
+        verdict.found_blocks = sum(group.role == "trunk" for group in layers)
+    for spots in numbered.values():
+        pairs = list(itertools.pairwise(spots))
+        verdict.pairs += len(pairs)
+        verdict.discordant += sum(one > other for one, other in pairs)
+        verdict.found_blocks += len(set(spots))
+    return verdict

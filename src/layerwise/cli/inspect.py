@@ -16,7 +16,7 @@ def inspect(
     ],
     granularity: Annotated[
         Literal["stages", "blocks", "layers"], typer.Option(help="What one group is.")
-    ] = "stages",
+    ] = "blocks",
     input_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images in pixels, instead of the model's own.")
     ] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,14 +41,13 @@ class Group:
 def blocks_of(units: list[Unit]) -> list[bool]:
     """Return for each unit whether it is a block of the trunk.
 
-    Units with two or more weighted layers are blocks, if such units make up the network: if two of them
-    are alike, or there are three. Otherwise the network is a sequence of single layers (VGG, a perceptron),
-    and each layer with weights counts as a block.
+    Units with two or more weighted layers are blocks if most of the network's weighted layers lie in such
+    units. Otherwise the network is a sequence of single layers (VGG, a perceptron), and each unit with
+    weights counts as a block.
     """
     large = [unit.weights >= 2 for unit in units]
-    kinds = collections.Counter(unit.kind for unit, is_large in zip(units, large) if is_large)
-    before = sum(unit.weights for unit in units[: large.index(True)]) if any(large) else 0
-    if (max(kinds.values(), default=0) >= 2 or sum(large) >= 3) and before <= 2 * sum(large) + 2:
+    inside = sum(unit.weights for unit, is_large in zip(units, large) if is_large)
+    if 2 * inside >= sum(unit.weights for unit in units) > 0:
         return large
     return [unit.weights >= 1 for unit in units]
 
@@ -234,10 +234,15 @@ def _block(group: Group) -> Unit:
 
 
 def _of_one_kind(nests: dict[str, list[str]], groups: dict[str, Group]) -> list[str]:
-    """Return the nests if one kind of block occurs in all of them, else none."""
-    blocks = [[_block(groups[core]) for core in inside] for inside in nests.values()]
-    kinds = [{block.kind for block in inside if block.weights >= 2} for inside in blocks]
-    return list(nests) if kinds and set.intersection(*kinds) else []
+    """Return the nests if all of them are made, for the most part, of one and the same kind of block."""
+    kinds: set[Hashable] = set()
+    for inside in nests.values():
+        weights: collections.Counter[Hashable] = collections.Counter()
+        for core in inside:
+            block = _block(groups[core])
+            weights[block.kind if block.weights >= 2 else block.path] += block.weights
+        kinds.add(weights.most_common(1)[0][0])
+    return list(nests) if len(kinds) == 1 else []
 
 
 def _is_chain(

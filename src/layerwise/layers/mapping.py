@@ -149,12 +149,12 @@ class _Finished:
     def layer_groups(self) -> list[LayerGroup]:
         modules = self._top_modules()
         flops, handed_on = self._costs()
+        position, last = self._order.position, len(self._recording.ops)
+        registered = {name: number for number, name in enumerate(self._recording.names)}
         result = []
         for number, group in enumerate(self._groups):
-            name = self._name(group, modules[number])
-            position = self._order.position
-            last = len(self._recording.ops)
-            names = sorted(group.parameters, key=lambda name: position.get(name, last))
+            names = sorted(group.parameters, key=lambda name: (position.get(name, last), registered[name]))
+            name = self._name(group, names, modules[number])
             result.append(
                 LayerGroup(
                     name=name,
@@ -271,9 +271,8 @@ class _Finished:
         batch = max(recording.batch_size, 1)
         return [total // batch for total in flops], [total // batch for total in sizes]
 
-    def _name(self, group: Group, modules: list[str]) -> str:
-        """Return the stage's or block's path; the first module's for a stem."""
+    def _name(self, group: Group, names: list[str], modules: list[str]) -> str:
+        """Return the stage's or block's path; for a stem the module of the first parameter."""
         if group.role != "stem":
             return group.stage or group.core
-        with_parameters = (path for path in modules if self._inside[path])
-        return next(with_parameters, group.parameters[0])
+        return next((path for name in names for path in modules if _under(name, path)), names[0])

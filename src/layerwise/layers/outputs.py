@@ -129,29 +129,27 @@ def head_parameters(
         units: in order.
         is_block: for each of them whether it is a block.
     """
-    holds = [any(_belongs(name, outputs) for name in unit.parameters) for unit in units]
-    if not any(holds):
-        return ()
-    single_layers = not any(unit.weights >= 2 for unit, block in zip(units, is_block) if block)
-    last_block = max(
-        (n for n, unit in enumerate(units) if is_block[n] and not holds[n] and not single_layers), default=-1
-    )
-    last_use = max(n for n, held in enumerate(holds) if held)
-    if not single_layers and last_block > last_use:  # the "output layer" is read inside the trunk
-        last_block = last_use - 1
+    belonging = {
+        name
+        for unit in units
+        for name in unit.parameters
+        if any(alias in outputs or alias.rpartition(".")[0] in outputs for alias in recording.names[name])
+    }
+    last_block = max((n for n, unit in enumerate(units) if is_block[n] and unit.weights >= 2), default=-1)
+    holding = [n for n, unit in enumerate(units) if not belonging.isdisjoint(unit.parameters)]
+    if holding and last_block == holding[-1]:  # the output layer's own module is no block
+        last_block = max((n for n in range(last_block) if is_block[n] and units[n].weights >= 2), default=-1)
     before = {name for unit in units[: last_block + 1] for name in unit.parameters}
     after = [name for unit in units[last_block + 1 :] for name in unit.parameters]
-    head = {name for name in after if _belongs(name, outputs)}
-    if head and not single_layers:
+    head = {name for name in after if name in belonging}
+    if not head:
+        return ()
+    if last_block >= 0:
         for output in outputs:
             container = _own_container(recording.model, output, before)
             head |= {name for name in after if container and name.startswith(container + ".")}
     head |= set(_after_pooling(recording, after, head))
     return tuple(name for name in after if name in head)
-
-
-def _belongs(parameter: str, outputs: tuple[str, ...]) -> bool:
-    return parameter in outputs or parameter.rpartition(".")[0] in outputs
 
 
 def _own_container(model: nn.Module, output: str, earlier: set[str]) -> str:

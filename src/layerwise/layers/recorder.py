@@ -237,6 +237,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         if self._computes(func, args, read, mutates):
             return func(*args, **kwargs)
         self._overwritten.update(mutates)
+        if func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            args = (args[0], self._numbered(args[1]), *args[2:])
         args = tuple(self._stand_in(argument) for argument in args)
         kwargs = {name: self._stand_in(argument) for name, argument in kwargs.items()}
         device = kwargs.get("device")
@@ -244,6 +246,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             kwargs["device"] = torch.device("cpu")
         with self._fake:
             return func(*args, **kwargs)
+
+    def _numbered(self, indices: Any) -> list[torch.Tensor | None]:
+        """Replace masks whose content is known by the numbers of their true elements.
+
+        ``x[mask]`` has as many rows as the mask has true elements, which a fake mask cannot tell.
+        """
+        numbered: list[torch.Tensor | None] = []
+        for index in indices:
+            known = index is not None and index.dtype == torch.bool and self._keeps_value(index)
+            numbered += index.nonzero().unbind(1) if known else [index]
+        return numbered
 
     def _computes(
         self, func: Any, args: tuple[Any, ...], read: list[torch.Tensor], mutates: tuple[int, ...]

@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import bisect
 import collections
+import dataclasses
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ from torch import nn
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.order import Order
 from layerwise.layers.structures import tensors_in
+
+_CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.Sequential  # their elements are called one by one
 
 
 @dataclass(eq=False)
@@ -203,29 +206,35 @@ class _Tree:
         self._order = order
         self._weighted = [order.weights(op) for op in recording.ops]
         self._parametric: dict[nn.Module, bool] = {}
+        self._children: dict[Call, list[Call]] = {}
+        self._modules = dict(recording.model.named_modules())
+        self._called = {call.module for call in recording.calls}
         self._kinds: dict[nn.Module, Hashable] = {}
         self._weights: dict[Call, int] = {}
-        composite = {
-            call.module: self.kind(call.module)
-            for call in recording.calls
-            if self._has_parameters(call.module) and self.children(call)
-        }
+        self._calls = list(self._walk(recording.root))
+        composite = {call.module: self.kind(call.module) for call in self._calls if self.children(call)}
         self._instances = collections.Counter(composite.values())
         self._nested = self._kinds_inside_themselves()
+        self._stacked: set[Call] = set()
         self._stacks = self._calls_with_stacks()
         self._stacked_kinds = {self.kind(call.module) for call in self._stacks}
         self._blocks = {
             self.kind(call.module)
-            for call in recording.calls
+            for call in self._calls
             if call.module in composite
             and self._instances[composite[call.module]] > 1
             and self._is_residual(call)
         } - self._nested
         self._block_paths = {
             _numberless(call.path)
-            for call in recording.calls
+            for call in self._calls
             if "." in call.path and self.kind(call.module) in self._blocks and self.weights(call) >= 2
         }
+
+    def _walk(self, call: Call) -> Iterator[Call]:
+        yield call
+        for child in self.children(call):
+            yield from self._walk(child)
 
     def opens(self, call: Call) -> bool:
         """Whether the module of `call` is looked into, by the rules at the top of this file."""
@@ -251,10 +260,50 @@ class _Tree:
         return not self._is_residual(call) and (several or not self._passes_by(call, any_shape=True))
 
     def children(self, call: Call) -> list[Call]:
-        """Return the calls directly inside that have parameters and run at least one operation."""
-        return [
-            child for child in call.children if child.end > child.start and self._has_parameters(child.module)
-        ]
+        """Return the calls directly inside that have parameters and run at least one operation.
+
+        Calls inside a module that was itself not called (``layer.forward(x)``) are put together again.
+        """
+        if call not in self._children:
+            self._children[call] = self._regrouped(
+                call, [c for c in call.children if c.end > c.start and self._has_parameters(c.module)]
+            )
+        return self._children[call]
+
+    def _regrouped(self, call: Call, children: list[Call]) -> list[Call]:
+        regrouped: list[Call] = []
+        for child in children:
+            path = self._skipped_module(call, child)
+            last = regrouped[-1] if regrouped else None
+            if path is None:
+                regrouped.append(child)
+            elif last is not None and last.path == path:
+                last.children.append(child)
+                last.end = child.end
+                last.output, last.output_keys, last.output_ops = (
+                    child.output,
+                    child.output_keys,
+                    child.output_ops,
+                )
+            else:
+                module = self._modules[path]
+                regrouped.append(
+                    dataclasses.replace(child, path=path, module=module, parent=call, children=[child])
+                )
+        return regrouped
+
+    def _skipped_module(self, call: Call, child: Call) -> str | None:
+        """Return the outermost module between a call and a call inside it that was never called itself."""
+        prefix = f"{call.path}." if call.path else ""
+        if not child.path.startswith(prefix):
+            return None
+        parts = child.path[len(prefix) :].split(".")
+        for depth in range(1, len(parts)):
+            path = prefix + ".".join(parts[:depth])
+            module = self._modules.get(path)
+            if module is not None and not isinstance(module, _CONTAINERS) and module not in self._called:
+                return path
+        return None
 
     def kind(self, module: nn.Module) -> Hashable:
         """Return what makes two modules alike."""
@@ -291,16 +340,17 @@ class _Tree:
     def _calls_with_stacks(self) -> set[Call]:
         """Return the calls that hold, at any depth, siblings of one kind with several layers each."""
         found: set[Call] = set()
-        for call in reversed(self._recording.calls):  # children come before their parent
-            families: dict[Hashable, set[nn.Module]] = collections.defaultdict(set)
+        for call in reversed(self._calls):  # children come before their parent
+            families: dict[Hashable, list[Call]] = collections.defaultdict(list)
             for child in self.children(call):
                 if self.weights(child) >= 2:
-                    family = "*" if _is_sequence(call.module) else re.sub(r"\d+$", "#", child.path)
-                    families[family, self.kind(child.module)].add(child.module)
-            if any(len(modules) >= 2 for modules in families.values()) or any(
-                child in found for child in call.children
-            ):
+                    family = re.sub(r"\d+$", "#", child.path)
+                    families[family, self.kind(child.module)].append(child)
+            stacks = [calls for calls in families.values() if len({child.module for child in calls}) >= 2]
+            stacks += [[child] for child in self.children(call) if child in found]
+            if stacks:
                 found.add(call)
+                self._stacked.update(max(stacks, key=lambda calls: sum(self.weights(c) for c in calls)))
         return found
 
     def _is_residual(self, call: Call) -> bool:
@@ -318,11 +368,15 @@ class _Tree:
 
         The children are intervals of operations, one after the other, so an edge from operation `s` to
         operation `i` passes by those with ``s < start`` and ``end <= i``. Without `any_shape` only
-        children with weights count, and only values that have as many elements as the call's output.
+        children with weights count (only those of the largest stack, if there is one: to pass by a
+        side branch is no shortcut), and only values that have as many elements as the call's output.
         Values from outside count if they are the call's main input (masks and memories do not).
         """
         recording = self._recording
-        children = [child for child in self.children(call) if any_shape or self.weights(child)]
+        children = self.children(call)
+        if not any_shape:
+            stack = call in self._stacks
+            children = [c for c in children if (c in self._stacked if stack else self.weights(c))]
         starts = [child.start for child in children]
         ends = [child.end for child in children]
         main = set(_main_keys(call))
@@ -352,7 +406,7 @@ def _numberless(path: str) -> str:
 
 
 def _is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and (
+    return isinstance(module, _CONTAINERS) and (
         type(module).forward in (nn.Sequential.forward, nn.Module.forward)
     )
 
