@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from layerwise.tuning.freezing import count_parameters as count_parameters
     from layerwise.tuning.freezing import freeze as freeze
     from layerwise.tuning.freezing import unfreeze as unfreeze
+    from layerwise.tuning.lr_scheduler import LayerwiseLR as LayerwiseLR
     from layerwise.tuning.norms import freeze_batchnorm as freeze_batchnorm
     from layerwise.tuning.norms import training_mode as training_mode
     from layerwise.tuning.param_groups import param_groups as param_groups
@@ -58,6 +59,7 @@ _HOME = {
     "LayerGroup": "layerwise.layers.layermap",
     "LayerMap": "layerwise.layers.layermap",
     "LayerwiseError": "layerwise.errors",
+    "LayerwiseLR": "layerwise.tuning.lr_scheduler",
     "LayerwiseWarning": "layerwise.errors",
     "Norms": "layerwise.plans.plan",
     "Phase": "layerwise.plans.plan",

@@ -1,0 +1,90 @@
+"""Groups that are started anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import changed, map_by_children, snapshot, tiny_cnn
+from layerwise.errors import ModelError
+from layerwise.tuning.reinit import reinit
+
+
+def test_parameters_and_statistics_of_the_groups_start_anew() -> None:
+    """Weights are drawn again, batch-norm statistics are back at 0 and 1, other groups are untouched."""
+    model = tiny_cnn()
+    model(torch.randn(4, 3, 8, 8))  # moves the statistics
+    before = snapshot(model)
+    names = reinit(model, map_by_children(model), ("layer2", "fc"), seed=3)
+    moved = changed(before, snapshot(model))
+    assert set(names) == {name for name, _ in model.named_parameters() if name.startswith(("layer2", "fc"))}
+    assert {name.split(".")[0] for name in moved} == {"layer2", "fc"}
+    assert torch.equal(model.layer2[1].running_mean, torch.zeros(4))
+
+
+def test_the_seed_alone_decides() -> None:
+    """Equal seeds give equal weights, others do not, and the global state is put back."""
+    results = []
+    for seed in (1, 1, 2):
+        model = tiny_cnn()
+        torch.rand(seed)
+        state = torch.get_rng_state()
+        reinit(model, map_by_children(model), ("fc",), seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        results.append(snapshot(model))
+    assert not changed(results[0], results[1])
+    assert changed(results[0], results[2])
+
+
+def test_attention_is_started_anew_too() -> None:
+    """nn.MultiheadAttention calls its initialisation by another name."""
+    model = nn.Sequential()
+    model.add_module("stem", nn.Linear(4, 4))
+    model.add_module("attention", nn.MultiheadAttention(4, 2))
+    model.add_module("head", nn.Linear(4, 2))
+    before = snapshot(model)
+    reinit(model, map_by_children(model), ("attention",), seed=0)
+    assert "attention.in_proj_weight" in changed(before, snapshot(model))
+
+
+def test_a_module_without_initialisation_is_named_and_nothing_changes() -> None:
+    """A class with a parameter and no reset_parameters cannot be started anew."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(3))
+
+    model = nn.Sequential()
+    model.add_module("stem", nn.Linear(3, 3))
+    model.add_module("scale", Scale())
+    model.add_module("head", nn.Linear(3, 2))
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"scale \(Scale\)"):
+        reinit(model, map_by_children(model), ("scale", "head"), seed=0)
+    assert not changed(before, snapshot(model))
+
+
+def test_a_transformers_model_uses_its_own_initialisation() -> None:
+    """BERT's layers are drawn with its initializer_range, though the weights were marked as loaded."""
+    transformers = pytest.importorskip("transformers")
+    from layerwise.layers.mapping import layer_map
+
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.25)
+            parameter._is_hf_initialized = True
+    layers = layer_map(model)
+    last = layers.names[-2]
+    before = snapshot(model)
+    reinit(model, layers, (last,), seed=0)
+    moved = changed(before, snapshot(model))
+    assert moved == set(layers[last].parameters)
+    weight = next(p for name, p in model.named_parameters() if name in moved and p.ndim == 2)
+    assert float(weight.detach().std()) == pytest.approx(0.5, rel=0.1)
