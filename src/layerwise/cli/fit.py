@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from layerwise.cli import text
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def fit(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with a folder of images a class, or a table of paths.", rich_help_panel=_DATA
+            help="Folder with a folder of images a class, or a table of paths; a table of texts.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     val_frac: Annotated[
@@ -59,6 +61,24 @@ def fit(
             "--skip-bad-images", help="Leave out images that cannot be read.", rich_help_panel=_DATA
         ),
     ] = False,
+    task: text.Task = None,
+    text_column: text.TextColumn = None,
+    pair_column: text.PairColumn = None,
+    label_column: text.LabelColumn = None,
+    response_column: text.ResponseColumn = None,
+    group_column: text.GroupColumn = None,
+    split_column: text.SplitColumn = None,
+    val_data: text.ValData = None,
+    test_data: text.TestData = None,
+    encoding: text.Encoding = None,
+    label_separator: text.LabelSeparator = None,
+    skip_bad_rows: text.SkipBadRows = False,
+    max_length: text.MaxLength = None,
+    padding: text.Padding = None,
+    pooling: text.Pooling = None,
+    lm_epochs: text.LmEpochs = None,
+    lm_lr: text.LmLr = None,
+    lm_strategy: text.LmStrategy = None,
     strategy: Annotated[
         str | None,
         typer.Option(help="A strategy with its options, like 'top_k:k=2'.", rich_help_panel=_PLAN),
@@ -134,9 +154,11 @@ def fit(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Fine-tune a model on images as a plan says; or resume a run.
+    """Fine-tune a model on images or texts as a plan says; or resume a run.
 
     layerwise fit --model timm:resnet18 --data photos --strategy top_k:k=2 --out runs/a
+
+    layerwise fit --model hf:FOLDER --data a.csv --label-column topic --strategy ulmfit --out runs/b
     """
     given = {"--model": model, "--data": data, "--out": out}
     if resume is not None:
@@ -171,7 +193,7 @@ def fit(
     }
     job = Job(
         model=str(model),
-        data=str(data) if str(data).startswith("demo:") else str(Path(str(data)).resolve()),
+        data=text.data_name(str(data)),
         strategy=strategy,
         plan=None if plan is None else str(plan.resolve()),
         weights=None if weights is None else str(weights.resolve()),
@@ -186,6 +208,26 @@ def fit(
         augment=augment,
         skip_bad_images=skip_bad_images,
         options=options,
+        text=text.text_options(
+            task=task,
+            text_column=text_column,
+            pair_column=pair_column,
+            label_column=label_column,
+            response_column=response_column,
+            group_column=group_column,
+            split_column=split_column,
+            val=val_data,
+            test=test_data,
+            encoding=encoding,
+            label_separator=label_separator,
+            skip_bad_rows=skip_bad_rows,
+            max_length=max_length,
+            padding=padding,
+            pooling=pooling,
+            lm_epochs=lm_epochs,
+            lm_lr=lm_lr,
+            lm_strategy=lm_strategy,
+        ),
     )
     if dry_run:
         _dry_run(job, as_json)
@@ -194,11 +236,11 @@ def fit(
 
 
 def _start(job: Job, out: Path, **more: Any) -> Result:
-    from layerwise.training.job import prepare
+    from layerwise.training.job import open_job
     from layerwise.training.run import require_free
 
     require_free(out)  # before a model is downloaded or an image is read
-    prepared = prepare(job)
+    prepared = open_job(job)
     for note in prepared.notes:
         say(note)
     return prepared.fit(out=out, **more)
@@ -211,9 +253,9 @@ def _resume(run: Path, **more: Any) -> Result:
 
 
 def _dry_run(job: Job, as_json: bool) -> None:
-    from layerwise.training.job import prepare
+    from layerwise.training.job import open_job
 
-    prepared = prepare(job)
+    prepared = open_job(job)
     for note in prepared.notes:
         say(note)
     found = prepared.dry_run()

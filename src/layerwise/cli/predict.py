@@ -1,4 +1,4 @@
-"""``layerwise predict``: labels and probabilities of images, from a run."""
+"""``layerwise predict``: labels and probabilities of images or texts, from a run."""
 
 from __future__ import annotations
 
@@ -10,27 +10,61 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from layerwise.cli import text
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 
 @friendly
 def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files, or folders of them; files of texts, or - for standard input."),
+    ] = None,
     form: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="How to print.")
     ] = "table",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or texts of one forward pass.")] = 32,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be read.")
     ] = False,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text in tables; default: as in training.")
+    ] = None,
+    pair_column: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that a causal language model writes at most.")
+    ] = 64,
     as_json: JsonFlag = False,
 ) -> None:
-    """Print the label of each image, and its probability."""
+    """Print what a run says of images or texts: labels and probabilities, numbers, entities, text.
+
+    layerwise predict runs/a photo.jpg folder/
+
+    layerwise predict runs/b texts.csv
+
+    echo "a text" | layerwise predict runs/b
+    """
     from layerwise.training.predict import predict_images
     from layerwise.training.run import load_run
 
     loaded = load_run(run)
+    if loaded.tokenizer is not None:
+        text.predict_and_print(
+            loaded,
+            inputs or [],
+            form="json" if as_json else form,
+            batch_size=batch_size,
+            text_column=text_column,
+            pair_column=pair_column,
+            encoding=encoding,
+            new_tokens=new_tokens,
+        )
+        return
+    if not inputs:
+        raise typer.BadParameter("give the images to predict: files, or folders of them.")
+    images = inputs
     found = predict_images(loaded, images, batch_size=batch_size, skip_bad_images=skip_bad_images)
     for image, reason in found.skipped:
         say(f"left out {image}: {reason}")

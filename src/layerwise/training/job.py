@@ -185,7 +185,10 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
         input_size=job.input_size,
     )
     if opened.preprocessing is None:
-        raise ModelError(f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:).")
+        raise ModelError(
+            f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:). For texts "
+            "name their column: --text-column."
+        )
     data = dataclasses.replace(
         found,
         train=_prepared(found.train, opened.preprocessing),

@@ -1,0 +1,150 @@
+"""The options of ``fit`` that concern texts, and how ``predict`` prints what a run says of texts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from layerwise.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from layerwise.training.run import Run
+
+_TEXT = "Texts (with hf: models)"
+
+TextTask = Literal[
+    "text_classification", "multi_label", "regression", "token_classification", "causal_lm", "masked_lm"
+]
+Task = Annotated[
+    TextTask | None,
+    typer.Option("--task", help="What the labels are; one class a text by default.", rich_help_panel=_TEXT),
+]
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_TEXT)
+
+
+TextColumn = Annotated[str | None, _option("Column of the text; --data is then a table.")]
+PairColumn = Annotated[str | None, _option("Column of the second text of a pair.")]
+LabelColumn = Annotated[str | None, _option("Column of the label, the number or the tags.")]
+ResponseColumn = Annotated[
+    str | None, _option("causal_lm: column of what is learned; the text is its prompt.")
+]
+GroupColumn = Annotated[str | None, _option("Rows with one value in it stay on one side of the split.")]
+SplitColumn = Annotated[str | None, _option("Column that says train, val or test.")]
+ValData = Annotated[Path | None, _option("A table to validate on.")]
+TestData = Annotated[Path | None, _option("A table to test on.")]
+Encoding = Annotated[str | None, _option("Of text files; utf-8.")]
+LabelSeparator = Annotated[str | None, _option("multi_label: between the labels of a row; a comma.")]
+SkipBadRows = Annotated[bool, _option("Leave out rows without text or label.", "--skip-bad-rows")]
+MaxLength = Annotated[int | None, _option("Tokens of a text at most; 256.")]
+Padding = Annotated[
+    Literal["auto", "batch", "all"] | None,
+    _option("To the longest text of a batch, or of all (which the cache needs)."),
+]
+Pooling = Annotated[
+    Literal["model", "mean"] | None,
+    _option("Classify as the model's class does, or by the mean of all tokens (sentence encoders)."),
+]
+LmEpochs = Annotated[
+    int | None, _option("First tune the language model on the texts for so many epochs (ULMFiT).")
+]
+LmLr = Annotated[float | None, _option("Base learning rate of that; 5e-5.")]
+LmStrategy = Annotated[str | None, _option("Strategy of that; discriminative:decay=0.9.")]
+
+
+def text_options(**given: Any) -> dict[str, Any] | None:
+    """Return the fields of `TextOptions` that were given, None for a job on images.
+
+    Relative paths become absolute ones, so that a run can be resumed from another folder.
+    """
+    found = {name: value for name, value in given.items() if value not in (None, False)}
+    for name in ("val", "test"):
+        if name in found:
+            found[name] = str(Path(found[name]).resolve())
+    return found or None
+
+
+def data_name(data: Path | str) -> str:
+    """Return ``--data`` as a job keeps it: names of data sets as they are, paths absolute."""
+    name = str(data)
+    return name if name.startswith(("demo:", "hf:")) else str(Path(name).resolve())
+
+
+def predict_and_print(
+    run: Run,
+    inputs: Sequence[Path],
+    *,
+    form: str,
+    batch_size: int,
+    text_column: str | None,
+    pair_column: str | None,
+    encoding: str,
+    new_tokens: int,
+) -> None:
+    """Print what a run says of the texts in some files, or on standard input."""
+    from layerwise.training.text_predict import predict_texts, read_texts
+
+    job_text = (run.about.get("job") or {}).get("text") or {}
+    texts = read_texts(
+        inputs,
+        text_column=text_column or job_text.get("text_column") or "text",
+        pair_column=pair_column or job_text.get("pair_column"),
+        encoding=encoding,
+    )
+    rows = predict_texts(run, texts, batch_size=batch_size, new_tokens=new_tokens)
+    if form == "json":
+        print_json({"predictions": rows})
+    elif form == "csv":
+        _print_csv([_flat(row) for row in rows])
+    else:
+        print_table(_table([_flat(row) for row in rows]))
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a prediction as cells: probabilities as columns, lists as words."""
+    cells: dict[str, Any] = {}
+    for name, value in row.items():
+        if name == "probabilities" and isinstance(value, Mapping):
+            cells |= {f"p_{key}": f"{number:.6f}" for key, number in value.items()}
+        elif name == "entities":
+            cells[name] = "; ".join(f"{entity['text']} ({entity['type']})" for entity in value)
+        elif name == "fillers":
+            cells[name] = " ".join(f"{filler['token']} ({filler['probability']:.2f})" for filler in value)
+        elif name in ("words", "tags"):
+            cells[name] = " ".join(value)
+        elif isinstance(value, float):
+            cells[name] = f"{value:.6f}"
+        else:
+            cells[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return cells
+
+
+def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], *, limit: int = 9) -> Any:
+    """Return a table for people: long texts are cut, and many probabilities left out."""
+    from layerwise.cli.tables import new_table
+
+    names = [name for name in rows[0] if name != "words"]
+    if len(names) > limit:
+        names = [name for name in names if not name.startswith("p_")]
+    table = new_table("", names, left=len(names))
+    for row in rows:
+        table.add_row(*(_short(str(row[name])) for name in names))
+    return table
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
