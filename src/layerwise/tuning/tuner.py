@@ -181,6 +181,11 @@ class Tuner:
         return self._progress.step_in_phase
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch, as the Tuner was told."""
+        return self._steps_per_epoch
+
+    @property
     def total_steps(self) -> int:
         """Length of the run in steps, those of phases that ended early left out."""
         return self._progress.step + self._progress.steps_left(self.plan, self._steps_per_epoch)
@@ -264,6 +269,24 @@ class Tuner:
         if self.done:
             self._after_the_end()
             return
+        self.before_step()
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.after_step()
+
+    def before_step(self) -> None:
+        """Check, measure and regularise before an optimiser step that a framework takes itself.
+
+        For loops that call ``optimizer.step()`` and ``zero_grad()`` out of reach (Lightning, Trainer): this
+        before it, when the gradients lie there, and `after_step` after it. Everybody else calls `step`.
+
+        Raises:
+            ModelError: as for `step`.
+        """
         if not self._open:
             self.begin_epoch()
         if self._unchecked:
@@ -273,12 +296,9 @@ class Tuner:
             self._set_rates()
         if phase.l2_sp:
             self._l2_sp.pull(*self._named_rates(), phase.l2_sp)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+
+    def after_step(self) -> None:
+        """Move the schedule and the phases on after an optimiser step that a framework took itself."""
         self._progress.step += 1
         self._progress.step_in_phase += 1
         self._progress.step_in_epoch += 1
