@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import tiny_text
 from layerwise.errors import ModelError
 from layerwise.sources.models import open_model, reopen
 from layerwise.sources.opened import TASKS
@@ -209,3 +210,17 @@ def test_the_longest_text_is_what_model_and_tokenizer_take(tmp_path):
     transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
     save_tokenizer(tmp_path / "roberta")
     assert open_model(f"hf:{tmp_path}/roberta", num_classes=2).max_length == 25
+
+
+@pytest.mark.parametrize("family", tiny_text.CONFIGS)
+def test_every_family_keeps_its_body_and_names_what_is_new(tmp_path, family):
+    folder = tiny_text.save_tiny(tmp_path, family)
+    saved = safetensors.torch.load_file(folder / "model.safetensors")
+    opened = open_model(f"hf:{folder}", num_classes=3)
+    assert opened.model(**opened.example_input).logits.shape == (2, 3)
+    new = tuple(f"{module}." for module in opened.replaced_head.modules)
+    body = f"{opened.model.base_model_prefix}."
+    kept = [(n, p) for n, p in opened.model.named_parameters() if not n.startswith(new)]
+    assert len(kept) >= len(saved) - 4  # a pooler that the classifier has no use for may stay behind
+    for name, parameter in kept:
+        assert torch.equal(parameter, saved[name.removeprefix(body)]), name
