@@ -1,0 +1,231 @@
+"""The Optuna side of a search: storage, trials that outlive their worker, what was found so far."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from layerwise.choosing.space import Space
+from layerwise.errors import MissingExtraError, RunError
+
+State = Literal["complete", "pruned", "running", "failed", "waiting"]
+NAMELESS_S = 60
+"""A running trial without the name of its worker is given up after so many seconds."""
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial of a search.
+
+    Attributes:
+        number: in the order in which trials began.
+        choice: what was trained: ``"last 3"`` groups, or a named strategy.
+        lr: base rate.
+        decay: of the rates, a group.
+        seed: of the run; trials of the search itself all have the same.
+        state: how it ended, or that it has not.
+        value: best validation metric; None unless complete.
+        epochs: how many were trained.
+        seconds: of the trial; None while it runs.
+        error: message of a failed one.
+    """
+
+    number: int
+    choice: str
+    lr: float
+    decay: float
+    seed: int
+    state: State
+    value: float | None
+    epochs: int
+    seconds: float | None
+    error: str = ""
+
+
+def optuna_module() -> Any:
+    """Return Optuna.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingExtraError("optuna", "search", "a search") from error
+    return optuna
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Optuna from logging every trial in the body."""
+    optuna = optuna_module()
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def open_study(
+    storage: str | Path | None,
+    name: str,
+    *,
+    about: Mapping[str, Any],
+    space: Space,
+    mode: Literal["max", "min"],
+    seed: int,
+) -> Any:
+    """Return the study called `name` in `storage`, made when it is not there.
+
+    Args:
+        storage: None keeps it in memory; a path is a journal file, which several processes on one machine
+            (or a network file system) share; a URL (``postgresql://...``) is any storage Optuna knows.
+        name: of the study.
+        about: what the trials are of; must be equal in all workers and after an interruption.
+        space: for the number of trials before the sampler and the pruner begin to judge.
+        mode: whether more of the metric is better.
+        seed: of the sampler, besides the number of trials there already.
+
+    Raises:
+        RunError: the study there is about something else; the differences are listed.
+        MissingExtraError: Optuna is not installed.
+    """
+    optuna = optuna_module()
+    where: Any = None
+    if storage is not None and "://" in str(storage):
+        where = str(storage)
+    elif storage is not None:
+        path = Path(storage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        where = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    begun = len(space.first())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=where,
+            study_name=name,
+            load_if_exists=True,
+            direction="maximize" if mode == "max" else "minimize",
+            pruner=optuna.pruners.MedianPruner(
+                n_startup_trials=min(4, begun), n_warmup_steps=max(1, space.epochs // 3)
+            ),
+        )
+        offset = len(study.trials) + (0 if storage is None else os.getpid())
+        study.sampler = optuna.samplers.TPESampler(
+            seed=seed + offset, n_startup_trials=begun + 2, multivariate=True, constant_liar=True
+        )
+    plain = json.loads(json.dumps(about))
+    before = study.user_attrs.get("about")
+    if before is None:
+        study.set_user_attr("about", plain)
+    elif before != plain:
+        keys = [key for key in plain if before.get(key) != plain[key]]
+        listed = "".join(f"\n  - {key}: {before.get(key)!r} -> {plain[key]!r}" for key in keys)
+        raise RunError(
+            f"the search {name!r} in {storage} is about something else:{listed}\n"
+            "Give the same values to go on with it, or another name or folder for a new one."
+        )
+    return study
+
+
+def worker_name() -> str:
+    """Return the name of this process: machine and process number."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def queue(study: Any, params: Mapping[str, Any], *, seed: int) -> None:
+    """Put a trial with given parameters into the queue."""
+    study.enqueue_trial(dict(params), user_attrs={"seed": seed})
+
+
+def take_over(study: Any) -> int:
+    """Give up trials whose worker is dead, and queue them again; return how many.
+
+    A worker is known to be dead if it ran on this machine and there is no such process any more.
+    """
+    optuna = optuna_module()
+    running = optuna.trial.TrialState.RUNNING
+    lost = 0
+    for trial in study.get_trials(deepcopy=False, states=(running,)):
+        if not _abandoned(trial):
+            continue
+        give_up(study, trial.number, trial.params, seed=trial.user_attrs.get("seed", 0))
+        lost += 1
+    return lost
+
+
+def give_up(
+    study: Any, number: int, params: Mapping[str, Any], *, seed: int, error: str = "interrupted"
+) -> None:
+    """Mark a trial as failed and queue the same one again."""
+    optuna = optuna_module()
+    study.tell(number, state=optuna.trial.TrialState.FAIL)
+    if params:
+        queue(study, params, seed=seed)
+
+
+def _abandoned(trial: Any) -> bool:
+    worker = trial.user_attrs.get("worker")
+    if worker is None:
+        started = trial.datetime_start
+        return started is not None and datetime.now() - started > timedelta(seconds=NAMELESS_S)
+    host, _, process = worker.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is somebody else's
+        return False
+    return int(process) == os.getpid()  # an earlier search in this very process left it
+
+
+def rows_of(study: Any) -> tuple[TrialRow, ...]:
+    """Return all trials that have begun."""
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        if "choice" not in trial.params:
+            continue
+        state = _state(trial)
+        seconds = trial.duration.total_seconds() if trial.duration is not None else None
+        found.append(
+            TrialRow(
+                number=trial.number,
+                choice=trial.params["choice"],
+                lr=float(trial.params["lr"]),
+                decay=float(trial.params["decay"]),
+                seed=int(trial.user_attrs.get("seed", 0)),
+                state=state,
+                value=trial.value if state == "complete" else None,
+                epochs=len(trial.intermediate_values),
+                seconds=seconds,
+                error=trial.user_attrs.get("error", ""),
+            )
+        )
+    return tuple(found)
+
+
+def waiting(study: Any) -> int:
+    """Return how many trials are queued and have not begun."""
+    optuna = optuna_module()
+    return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
+
+
+def _state(trial: Any) -> State:
+    names: dict[str, State] = {
+        "COMPLETE": "complete",
+        "PRUNED": "pruned",
+        "RUNNING": "running",
+        "WAITING": "waiting",
+    }
+    return names.get(trial.state.name, "failed")

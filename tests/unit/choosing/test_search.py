@@ -1,0 +1,271 @@
+"""Search on a tiny network: what is tried, the budget, continuation, two workers, the winner."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from layerwise.choosing import search as module
+from layerwise.choosing.search import search
+from layerwise.choosing.space import make_space, spread_depths
+from layerwise.choosing.study import optuna_module, quiet
+from layerwise.errors import DataError, PlanError, RunError
+from layerwise.plans.plan import Plan
+
+from .small import images, map_of, pretrained
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrained(norm=False, widths=(4, 4, 6, 6))
+
+
+@pytest.fixture(scope="module")
+def data():
+    x, y = images(96, seed=5, size=12)
+    return TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:])
+
+
+def searched(model, data, **options):
+    given = {"epochs": 2, "batch_size": 16, "depths": (1, 2, 5), **options}
+    return search(model, *data, layers=map_of(model), **given)
+
+
+def test_depths_are_about_six_with_both_ends():
+    # a probe and everything are always among them, ascending, at most six
+    for groups in range(1, 80):
+        found = spread_depths(groups)
+        assert found[0] == 1
+        assert found[-1] == groups
+        assert list(found) == sorted(set(found))
+        assert len(found) <= 6
+
+
+def test_every_choice_is_the_plan_it_says(model):
+    # last 1 is the head, last 3 three groups with decayed rates, last 5 everything; and strategies by name
+    layers = map_of(model)
+    space = make_space(layers, strategies=["lp_ft"], epochs=4)
+    learning = {
+        choice: [n for n in layers.names if space.plan(layers, choice, 0.8).phases[-1].rate(n) > 0]
+        for choice in space.choices
+    }
+    assert learning["last 1"] == ["fc"]
+    assert learning["last 3"] == ["stage2", "stage3", "fc"]
+    assert learning["last 5"] == list(layers.names)
+    rates = space.plan(layers, "last 3", 0.8).phases[0].rates
+    assert rates["stage2"] == pytest.approx(0.64)
+    assert space.plan(layers, "last 3", 1.0).phases[0].rates["stage2"] == 1
+    assert len(space.plan(layers, "lp_ft", 1.0).phases) == 2
+
+
+def test_search_tries_each_depth_first_and_returns_the_best(model, data):
+    # five trials: the three depths, then two that TPE draws; the winner has the highest value of all
+    said = []
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = searched(model, data, trials=5, say=said.append)
+    assert [row.choice for row in found.trials[:3]] == ["last 1", "last 2", "last 5"]
+    assert len(found.trials) == len(said) == 5
+    values = [row.value for row in found.trials if row.value is not None]
+    assert found.best.mean == max(values)
+    assert {point.choice for point in found.curve} == {"last 1", "last 2", "last 5"}
+    assert found.run is not None
+    assert found.run.metrics["balanced_accuracy"] == pytest.approx(found.best.mean)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert "balanced_accuracy" in str(found)
+    assert json.loads(json.dumps(found.to_dict()))["best"]["choice"] == found.best.choice
+
+
+def test_in_memory_search_is_repeatable(model, data):
+    # the same seed draws the same settings and reaches the same values
+    one, two = (searched(model, data, trials=5, refit="none") for _ in range(2))
+    assert [(t.choice, t.lr, t.value) for t in one.trials] == [(t.choice, t.lr, t.value) for t in two.trials]
+    assert one.run is None
+
+
+def test_more_seeds_give_error_bars_and_decide(model, data):
+    # each choice's best setting runs with three seeds; means and standard errors are over them
+    found = searched(model, data, trials=3, seeds=3, refit="none", depths=(1, 5))
+    for point in found.curve:
+        own = [
+            t.value
+            for t in found.trials
+            if (t.choice, t.lr, t.decay) == (point.choice, point.lr, point.decay)
+        ]
+        assert point.seeds == len(own) == 3
+        assert point.mean == pytest.approx(sum(own) / 3)
+        assert point.error == pytest.approx(torch.tensor(own).std().item() / 3**0.5, abs=1e-6)
+    assert {t.seed for t in found.trials} == {0, 1, 2}
+
+
+def test_trials_share_the_frozen_prefix(model, data, monkeypatch):
+    # every trial gets the same pool
+    pools = []
+    real = module.fit
+
+    def spied(*args, **options):
+        pools.append(options["cache_pool"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "fit", spied)
+    searched(model, data, trials=3, refit="none")
+    assert len(pools) == 3
+    assert all(pool is pools[0] for pool in pools)
+
+
+def test_bad_trials_are_pruned_but_never_the_first_of_a_choice(model, data, monkeypatch):
+    # a pruner that says yes to everything: only later trials of a choice that has a result are cut
+    monkeypatch.setattr(optuna_module().trial.Trial, "should_prune", lambda self: True)
+    found = searched(model, data, trials=6, refit="none")
+    assert [row.state for row in found.trials[:3]] == ["complete"] * 3
+    assert all(row.state == "pruned" and row.epochs == 1 for row in found.trials[3:])
+
+
+def test_interrupted_search_goes_on_without_losing_a_trial(model, data, tmp_path, monkeypatch):
+    # Ctrl-C in the fourth trial; the second call keeps three, runs the fourth again with its settings
+    real, calls = module.fit, []
+
+    def interrupted(*args, **options):
+        calls.append(options["lr"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        searched(model, data, trials=5, out=tmp_path / "s")
+    found = searched(model, data, trials=5, out=tmp_path / "s")
+    finished = [row for row in found.trials if row.state in ("complete", "pruned")]
+    assert len(finished) == 5
+    assert calls[4] == calls[3]
+    assert [row.state for row in found.trials].count("failed") == 1
+    assert Plan.load(tmp_path / "s" / "plan.yaml") == found.plan
+    saved = json.loads((tmp_path / "s" / "search.json").read_text())
+    assert saved["run"]["out"] == str(found.run.out)
+    assert (found.run.out / "model.safetensors").exists()
+
+
+def test_finished_search_called_again_only_reads(model, data, tmp_path):
+    # nothing is run twice: the same trials, and the winner's run is left alone
+    first = searched(model, data, trials=3, out=tmp_path / "s")
+    stamp = (first.run.out / "run.json").stat().st_mtime_ns
+    again = searched(model, data, trials=3, out=tmp_path / "s")
+    assert again.trials == first.trials
+    assert again.run is None
+    assert "there already" in again.notes[0]
+    assert (first.run.out / "run.json").stat().st_mtime_ns == stamp
+
+
+def test_storage_of_another_search_is_refused(model, data, tmp_path):
+    # other epochs are another space; the difference is named
+    searched(model, data, trials=1, out=tmp_path / "s", refit="none")
+    with pytest.raises(RunError, match="space"):
+        searched(model, data, trials=1, out=tmp_path / "s", epochs=3)
+
+
+def test_any_optuna_storage_url_works(model, data, tmp_path):
+    # SQLite by its URL holds the trials for Optuna's own tools to read
+    pytest.importorskip("sqlalchemy")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    searched(model, data, trials=2, storage=url, name="mine", refit="none")
+    with quiet():
+        study = optuna_module().load_study(study_name="mine", storage=url)
+    assert len(study.trials) >= 2
+    assert study.best_value > 0
+
+
+def test_minutes_stop_a_search(model, data):
+    # a budget of no time: nothing begins, and that is an error that says so
+    with pytest.raises(DataError, match="no trial of 0 was completed"):
+        searched(model, data, minutes=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": (0, 9)}, "depth 0 .*\n.*depth 9"),
+        ({"lr": (1e-2, 1e-4)}, "lr is"),
+        ({"decay": (0.5, 1.5)}, "decay is"),
+        ({"strategies": ["top_q"]}, "top_q"),
+        ({"depths": ()}, "no depth"),
+    ],
+)
+def test_bad_spaces_are_refused_with_all_problems(model, data, options, message):
+    # before anything is trained
+    with pytest.raises(PlanError, match=f"(?s){message}"):
+        searched(model, data, **options)
+
+
+def test_bad_budgets_metrics_and_missing_validation(model, data):
+    # zero trials, a metric that nobody measures, and no validation data
+    with pytest.raises(DataError, match="trials is 0"):
+        searched(model, data, trials=0)
+    with pytest.raises(DataError, match="'speed' is not measured"):
+        searched(model, data, trials=1, metric="speed")
+    with pytest.raises(DataError, match="val is None"):
+        search(model, data[0], None)
+
+
+WORKER = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from unit.choosing.test_search import searched, pretrained, images, TensorDataset
+x, y = images(96, seed=5, size=12)
+data = TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:])
+model = pretrained(norm=False, widths=(4, 4, 6, 6))
+print("ready", flush=True)
+found = searched(model, data, trials={trials}, out={out!r}, say=lambda text: print(text, flush=True))
+print("done", "run" if found.run else "no run", flush=True)
+"""
+
+
+def start_worker(out, trials):
+    code = WORKER.format(tests=str(Path(__file__).parents[2]), out=str(out), trials=trials)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_two_workers_share_one_storage(tmp_path):
+    # together they run each trial once; one of them makes the winner's run
+    workers = [start_worker(tmp_path / "s", 8) for _ in range(2)]
+    outputs = [worker.communicate(timeout=240) for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers), outputs
+    saved = json.loads((tmp_path / "s" / "search.json").read_text())
+    finished = [t for t in saved["trials"] if t["state"] in ("complete", "pruned")]
+    assert 8 <= len(finished) <= 9  # a worker may begin the last one while the other does
+    settings = [(t["choice"], t["lr"], t["decay"]) for t in finished]
+    assert len(set(settings)) == len(settings)
+    done = [text.count("trial ") for text, _ in outputs]
+    assert sum(done) == len(finished)
+    assert saved["run"] is not None
+    assert len(list((tmp_path / "s").glob("winner-trial-*"))) >= 1
+
+
+def test_killed_worker_loses_no_trial(model, data, tmp_path):
+    # SIGKILL in the middle: the next call finds the trial of the dead process and runs it again
+    worker = start_worker(tmp_path / "s", 50)
+    lines = []
+    while sum(line.startswith("trial") for line in lines) < 2:
+        line = worker.stdout.readline()
+        assert line, worker.stderr.read()
+        lines.append(line)
+    time.sleep(0.2)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    worker.stdout.close()
+    worker.stderr.close()
+    before = sum(line.startswith("trial") for line in lines)
+    found = searched(model, data, trials=before + 3, out=tmp_path / "s", refit="none")
+    assert not any(row.state == "running" for row in found.trials)
+    lost = [(t.choice, t.lr, t.decay) for t in found.trials if t.state == "failed"]
+    again = [(t.choice, t.lr, t.decay) for t in found.trials if t.state in ("complete", "pruned")]
+    assert set(lost) <= set(again)
+    assert len(again) == len(set(again)) >= before + 1
