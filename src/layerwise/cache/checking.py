@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +43,20 @@ class BufferGuard(contextlib.AbstractContextManager["BufferGuard"]):
                 if not torch.equal(buffer, content):  # batch-norm's kernel does not bump `_version`
                     buffer.copy_(content)
         self._saved = []
+
+
+@contextlib.contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Within: autocast does not remember the weights that it casts.
+
+    It would hand the fake ones of a recording, or those cast without gradients, to the real forward after.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def find_layouts(

@@ -34,6 +34,10 @@ from layerwise.layers.structures import map_tensors, tensors_in
 _CANDIDATES = 64  # calls tried as cut-at-the-input, smallest first
 
 
+class NothingToSkipError(CacheError):
+    """No part of the forward pass stays the same: no fault, there is just nothing to cache."""
+
+
 class CallId(NamedTuple):
     """One module call, by name: module path, and how many calls of that module came before."""
 
@@ -121,7 +125,7 @@ def find_cut(recording: Recording, trainable: frozenset[str]) -> Cut:
         trainable: names of the parameters that learn; any name of a shared parameter counts.
 
     Raises:
-        CacheError: nothing can be skipped; says which operation is in the way.
+        NothingToSkipError: nothing can be skipped; says which operation is in the way.
     """
     finder = _Finder(recording, trainable)
     return finder.find()
@@ -189,7 +193,7 @@ class _Finder:
                 break
             self.unskippable |= blocked
         if not owner or not any(op.flops for op in self.recording.ops if op.index in owner):
-            raise CacheError(
+            raise NothingToSkipError(
                 f"no part of the forward pass that does any work stays the same from epoch to epoch: "
                 f"{self.first_dirty()}. Freeze the groups before it, and hold them in eval mode "
                 f"(layerwise.Tuner does both)."

@@ -46,12 +46,18 @@ class CutBook:
         self._tuner = tuner
         self._found: dict[frozenset[str], list[tuple[Modes, Cut]]] = {}
         self._foreseen: dict[frozenset[str], Cut | None] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again which modules and parameters the model has; once an epoch, as it takes a while."""
+        self._modules = list(self._model.modules())
+        self._parameters = list(self._model.parameters())
 
     def state(self) -> tuple[tuple[bool, ...], Modes]:
         """Return what a cut depends on besides the model's code: who learns, and each module's mode."""
         return (
-            tuple([parameter.requires_grad for parameter in self._model.parameters()]),
-            tuple([module.training for module in self._model.modules()]),
+            tuple([parameter.requires_grad for parameter in self._parameters]),
+            tuple([module.training for module in self._modules]),
         )
 
     def known(self) -> Cut | None:

@@ -9,6 +9,8 @@ from typing import Literal
 
 import psutil  # type: ignore[import-untyped]
 
+from layerwise.cache.cut import Cut
+
 Storage = Literal["auto", "memory", "disk", "off"]
 
 MEMORY_FRAC = 0.25  # of the memory that is free now
@@ -113,6 +115,19 @@ def decide(
     if storage == "disk" and not fits_disk:
         return made("off", f"{size} do not fit on the disk, of which {format_bytes(disk_bytes)} may be used")
     return made(storage, f"asked for; {gain} ({size})")
+
+
+def kept(cut: Cut, where: Literal["memory", "disk"], samples: int) -> Decision:
+    """Return the decision for a phase whose values were stored before: nothing is left to weigh.
+
+    The gain is told from floating-point operations, as nothing was timed.
+    """
+    after = (cut.flops - cut.skipped_flops) * (1 + _BACKWARD)
+    whole = cut.skipped_flops + after
+    speedup = whole / max(after, 1.0)
+    gain = f"about {speedup:.1f}x faster by its operations" if speedup < 100 else "hardly any work is left"
+    reason = f"stored in an earlier pass; {gain}"
+    return Decision(where, reason, 0, samples, cut.skipped_flops / max(whole, 1.0), speedup)
 
 
 def free_memory_bytes() -> int:

@@ -124,8 +124,9 @@ class Feed:
         shape: of its batches, once known.
         link: how its batches reach the model, once known.
         full: number of samples in the batches in which values are computed.
-        size_sensitive: a sample's bits depend on the number of samples beside it, so values are computed
-            in batches of exactly `full`, and batches of another size go through the plain model.
+        sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
+            Values are computed in batches of such a size, and other batches go through the plain model.
+            None where last bits do not matter.
         reload: batches hold something that is not stored: samples are loaded again each epoch.
         skeletons: of the skipped calls of all phases.
         constants: values that do not depend on the input.
@@ -144,7 +145,7 @@ class Feed:
     shape: BatchShape | None = None
     link: Link | None = None
     full: int = 0
-    size_sensitive: bool = False
+    sizes: set[int] | None = field(default_factory=set)
     reload: bool = False
     skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
     constants: dict[Site, torch.Tensor] = field(default_factory=dict)
@@ -160,6 +161,10 @@ class Feed:
         """Number of rows that a column of this loader has."""
         assert self.reader is not None
         return self.reader.size * self.views
+
+    def fits(self, size: int) -> bool:
+        """Whether a batch of `size` samples may be replayed."""
+        return self.sizes is None or size in self.sizes
 
     def columns_of(self, cut: Cut, ghosts: frozenset[int]) -> list[Column] | None:
         """Return all columns that replaying `cut` reads, or None if one of them does not exist."""

@@ -76,8 +76,8 @@ def data_digest(dataset: Any, load: Any, size: int) -> str:
     for _ in range(_DATASET_DEPTH):
         digest.update(f"{type(part).__module__}.{type(part).__qualname__}\n".encode())
         _describe_into(digest, part)
-        inner = getattr(part, "dataset", None)
-        if inner is None:
+        inner = next((getattr(part, name) for name in ("dataset", "data") if hasattr(part, name)), None)
+        if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor | Mapping | list):
             break
         part = inner
     count = min(_PROBES, size)

@@ -19,6 +19,7 @@ from torch import nn
 from layerwise.cache.checking import BufferGuard, difference, find_layouts, sites_of, size_sensitive
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook
+from layerwise.cache.decision import kept
 from layerwise.cache.feed import BatchShape, Feed, Phase, padded
 from layerwise.cache.fingerprint import named_tensors, quick_state
 from layerwise.cache.ghost import ghost
@@ -185,7 +186,11 @@ class Observer:
             if self.exact or count == 1:
                 raise
             sensitive = False
-        feed.size_sensitive |= sensitive and self.exact
+        if not self.exact:
+            feed.sizes = None
+        elif feed.sizes is not None:
+            proved = {count} if sensitive else {count, part_count}
+            feed.sizes = feed.sizes & proved if feed.sizes else proved
 
     def _part_of(self, feed: Feed, count: int) -> list[int]:
         """Return the positions to compute on their own: as many as the last, smaller batch has, reversed."""
@@ -233,14 +238,17 @@ class Observer:
         suffix_s: float,
     ) -> None:
         assert phase.cut is not None
-        epochs = self.book.epochs_now() or self.epochs
         later = self.book.later()
-        if later and epochs is not None:  # the same pass serves later phases as well
-            epochs += sum(length for length, _ in later)
-        phase.decision = self.stock.decide(
-            feed, phase.cut, phase.ghosts, values,
-            batch=len(rows), prefix_s=prefix_s, suffix_s=suffix_s, epochs=epochs,
-        )  # fmt: skip
+        if self._is_stored(feed, phase.cut, rows):
+            phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)
+        else:
+            epochs = self.book.epochs_now() or self.epochs
+            if later and epochs is not None:  # the same pass serves later phases as well
+                epochs += sum(length for length, _ in later)
+            phase.decision = self.stock.decide(
+                feed, phase.cut, phase.ghosts, values,
+                batch=len(rows), prefix_s=prefix_s, suffix_s=suffix_s, epochs=epochs,
+            )  # fmt: skip
         where = phase.decision.storage
         if where == "off":
             raise CacheError(phase.decision.reason)
@@ -286,7 +294,7 @@ class Observer:
     def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
         """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""
         assert feed.link is not None
-        size = feed.full if feed.size_sensitive else count
+        size = count if feed.fits(count) else feed.full
         if size != count:
             repeated = padded(range(count), size)
             leaves = [leaf[repeated] for leaf in leaves]
@@ -320,7 +328,7 @@ class Observer:
                 stack.enter_context(untouched(self.model))
                 stack.enter_context(BufferGuard(self.model))
             for kind, enabled, dtype in link.autocast:
-                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 reseed(seed)
             return capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from layerwise.cache.checking import BufferGuard
+from layerwise.cache.checking import BufferGuard, no_autocast_cache
+from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook, PhaseSource
 from layerwise.cache.decision import Decision, Storage
 from layerwise.cache.feed import Feed, Phase
@@ -141,6 +142,7 @@ class PrefixCache:
         if loader is None:
             raise CacheError("there is no loader to read: pass one to PrefixCache or to batches().")
         feed = self._feed(loader)
+        self._book.refresh()
         phase = feed.phases.get(self._book.state())
         if feed.reason or (phase is not None and phase.reason):
             feed.epochs += 1
@@ -187,6 +189,7 @@ class PrefixCache:
         size = feed.reader.batch_size or feed.full or 1
         batches = [list(range(i, min(i + size, feed.reader.size))) for i in range(0, feed.reader.size, size)]
         buffers = BufferGuard(self.model)
+        self._book.refresh()
         with self._hook.attached(self.model), kept_random_state():
             for view in range(feed.views):
                 for indices, batch in zip(batches, feed.reader.load(iter(batches))):
@@ -216,15 +219,7 @@ class PrefixCache:
             name = "" if len(self._feeds) == 1 else f" (loader {number + 1})"
             if feed.reason:
                 lines.append(f"prefix cache{name}: off: {feed.reason}")
-            for phase in feed.phases.values():
-                if phase.reason:
-                    lines.append(f"prefix cache{name}: off: {phase.reason}")
-                elif phase.cut is not None and phase.decision is not None:
-                    sites = ", ".join(map(str, phase.cut.frontier))
-                    lines.append(
-                        f"prefix cache{name}: {phase.decision.storage}, cut at {sites} "
-                        f"({phase.cut.first_dirty}): {phase.decision.reason}"
-                    )
+            lines += [f"prefix cache{name}: {_told(phase)}" for phase in feed.phases.values()]
         return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
     @property
@@ -313,7 +308,7 @@ class PrefixCache:
         live = Live(feed, rows, indices, self._book.state())
         phase = live.phase = feed.phases.get(live.key)
         usable = phase is not None and phase.verified and not phase.reason and not feed.reason
-        if usable and phase is not None and not (feed.size_sensitive and len(indices) != feed.full):
+        if usable and phase is not None and feed.fits(len(indices)):
             try:
                 batch = self._observer.complete(feed, phase, live, batch)
                 live.batch, live.leaves = feed.handed_out(phase.ghosts, rows, batch, tag=live)
@@ -323,7 +318,9 @@ class PrefixCache:
                 self._refuse(feed, phase, str(error))
         live.batch = batch if batch is not None else feed.reader.load_now(indices)
         live.leaves = tensors_in(live.batch)
-        live.observing = not (feed.reason or (phase is not None and (phase.verified or phase.reason)))
+        settled = phase is not None and (phase.verified or phase.reason)
+        size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
+        live.observing = not (feed.reason or settled) and len(indices) >= min(size, feed.reader.size)
         return live
 
     def _note_unseen(self, live: Live) -> None:
@@ -396,7 +393,7 @@ class PrefixCache:
         feed, phase, compare = expected
         try:
             compare(output)
-            logger.info("%s", self.describe())
+            logger.info("prefix cache: %s", _told(phase))
         except (CacheError, OSError) as error:
             self._refuse(feed, phase, str(error))
 
@@ -416,8 +413,12 @@ class PrefixCache:
             if phase.verified or phase.reason:
                 return
             try:
-                compare = self._observer.observe(live, link, phase, args, kwargs)
+                with no_autocast_cache():
+                    compare = self._observer.observe(live, link, phase, args, kwargs)
                 self._expected = (feed, phase, compare)
+            except NothingToSkipError as error:
+                phase.reason = str(error)
+                logger.info("prefix cache off: %s", error)
             except (LayerwiseError, OSError) as error:
                 self._refuse(feed, phase, str(error))
         except CacheError as error:
@@ -425,6 +426,14 @@ class PrefixCache:
             self._refuse(feed, None, str(error))
         finally:
             self._observer.busy = False
+
+
+def _told(phase: Phase) -> str:
+    """Return what was chosen for a phase, for people."""
+    if phase.reason or phase.cut is None or phase.decision is None:
+        return f"off: {phase.reason}" if phase.reason else "waiting for the first batch"
+    sites = ", ".join(map(str, phase.cut.frontier))
+    return f"{phase.decision.storage}, cut at {sites} ({phase.cut.first_dirty}): {phase.decision.reason}"
 
 
 def _check_options(storage: Any, budget_bytes: Any, views: Any, dtype: Any, exact: bool) -> None:

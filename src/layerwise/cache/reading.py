@@ -138,13 +138,28 @@ class LoaderReader:
             if _random_states() != before:
                 return "loading a sample draws random numbers (a random augmentation)"
             reseed(1)
-            second = self.load_now(indices)
+            with _next_epoch(self.loader.dataset):
+                second = self.load_now(indices)
         one, other = tensors_in(first), tensors_in(second)
         if len(one) != len(other) or not all(
             a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other)
         ):
             return "the same sample is different each time it is loaded (a random augmentation)"
         return ""
+
+
+@contextlib.contextmanager
+def _next_epoch(dataset: Any) -> Iterator[None]:
+    """Within: a dataset whose augmentation is a function of its `epoch` is in another one."""
+    epoch = getattr(dataset, "epoch", None)
+    if type(epoch) is not int:
+        yield
+        return
+    dataset.epoch = epoch + 1
+    try:
+        yield
+    finally:
+        dataset.epoch = epoch
 
 
 class _Fed:

@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from layerwise.errors import CacheError
 FORMAT = 1
 _KEY = re.compile(r"[0-9a-f]{40}")
 _CHUNK_BYTES = 2**22
+_STALE_S = 3600
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Shelf:
     def __init__(self, folder: Path | None) -> None:
         self._lasting = folder
         self._folder: Path | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: list[Path] = []
         self._filling: dict[str, tuple[Column, Path, IO[bytes], str]] = {}
-        self._finalizer = weakref.finalize(self, _remove_all, self._filling)
+        self._finalizer = weakref.finalize(self, _remove_all, self._filling, self._temporary)
 
     @property
     def lasting(self) -> bool:
@@ -82,8 +84,8 @@ class Shelf:
     def _open(self) -> Path:
         if self._folder is None:
             if self._lasting is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="layerwise-cache-")
-                self._folder = Path(self._temporary.name)
+                self._folder = Path(tempfile.mkdtemp(prefix="layerwise-cache-"))
+                self._temporary.append(self._folder)
             else:
                 self._lasting.mkdir(parents=True, exist_ok=True)
                 self._folder = self._lasting
@@ -110,8 +112,10 @@ class Shelf:
             OSError: there is no room for it.
         """
         part = self._open() / f".part-{secrets.token_hex(8)}"
-        part.mkdir()
-        lock = _locked(part / "lock")
+        new = part.with_name(part.name.replace("part", "new"))
+        new.mkdir()
+        lock = _locked(new / "lock")
+        os.rename(new, part)  # whoever sees it under this name sees it locked
         try:
             column = Column(rows, spec, file=part / "rows.bin")
         except BaseException:
@@ -139,28 +143,28 @@ class Shelf:
                 "what": what,
             }
             _write_whole(part / "meta.json", json.dumps(meta, indent=1).encode())
-            lock.close()
-            (part / "lock").unlink(missing_ok=True)
             target = self.root / key
             try:
                 os.rename(part, target)  # fails if somebody else was first: his is as good
+                (target / "lock").unlink(missing_ok=True)
             except OSError:
                 shutil.rmtree(part, ignore_errors=True)
+            lock.close()
             del self._filling[key]
 
     def close(self) -> None:
         """Remove unfinished columns, and the folder if it is temporary."""
-        _remove_all(self._filling)
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
+        _remove_all(self._filling, self._temporary)
 
 
-def _remove_all(filling: dict[str, tuple[Column, Path, IO[bytes], str]]) -> None:
+def _remove_all(filling: dict[str, tuple[Column, Path, IO[bytes], str]], folders: list[Path]) -> None:
     for _, part, lock, _ in filling.values():
         lock.close()
         shutil.rmtree(part, ignore_errors=True)
     filling.clear()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    folders.clear()
 
 
 def _locked(path: Path) -> IO[bytes]:
@@ -181,9 +185,7 @@ def _abandoned(part: Path) -> bool:
     try:
         with open(part / "lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return (part / "rows.bin").exists() is False and not any(part.iterdir())
-    except OSError:
+    except OSError:  # its owner lives, or publishes it just now
         return False
     return True
 
@@ -192,9 +194,13 @@ def remove_leftovers(folder: Path) -> int:
     """Delete unfinished columns of processes that are gone; return how many there were."""
     count = 0
     for part in folder.glob(".part-*"):
-        with contextlib.suppress(FileNotFoundError):  # its owner may finish at this moment
-            if _abandoned(part):
-                shutil.rmtree(part, ignore_errors=True)
+        if _abandoned(part):
+            shutil.rmtree(part, ignore_errors=True)
+            count += 1
+    for new in folder.glob(".new-*"):  # killed in the instant between making and locking
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - new.stat().st_mtime > _STALE_S:
+                shutil.rmtree(new, ignore_errors=True)
                 count += 1
     return count
 

@@ -111,7 +111,7 @@ class Stock:
             self._data_digest(feed),
             f"{spec} views {feed.views}",
             f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.arguments}",
-            f"batches of {feed.full}" if feed.size_sensitive else "",
+            f"batches of {feed.full}" if feed.sizes == {feed.full} else "",
         )
 
     def _shared(self, key: str, rows: int, spec: RowSpec) -> Column | None:

@@ -1,0 +1,117 @@
+"""A user's training loop, plain and cached, to compare bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import layerwise
+from layerwise.tuning.modes import pin_eval
+
+
+class Counted(Dataset[Any]):
+    """Samples in memory that count how often they are loaded."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor, transform: Callable[[Tensor], Tensor] | None = None):
+        self.inputs, self.labels, self.transform = inputs, labels, transform
+        self.loads = 0
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.loads += 1
+        x = self.inputs[index]
+        return (x if self.transform is None else self.transform(x)), self.labels[index]
+
+
+def images(count: int = 22, size: int = 8, classes: int = 4) -> Counted:
+    generator = torch.Generator().manual_seed(1)
+    return Counted(
+        torch.randn(count, 3, size, size, generator=generator),
+        torch.randint(0, classes, (count,), generator=generator),
+    )
+
+
+def freeze_prefix(model: nn.Module, *learning: str) -> None:
+    """Let only the children `learning` learn, and hold the others in eval mode."""
+    for name, child in model.named_children():
+        for parameter in child.parameters():
+            parameter.requires_grad_(name in learning)
+        if name not in learning and any(True for _ in child.parameters()):
+            pin_eval(child.modules())
+    model.train()
+
+
+@dataclass
+class Outcome:
+    """What a run ended with."""
+
+    weights: dict[str, Tensor]
+    losses: list[float]
+    random: Tensor
+    loads: list[int] = field(default_factory=list)
+    text: str = ""
+    cache: Any = None
+
+
+def train(
+    make: Callable[[], nn.Module],
+    data: Any,
+    *learning: str,
+    cached: bool,
+    epochs: int = 3,
+    batch: int = 4,
+    validate: bool = False,
+    step: Callable[[nn.Module, Any], Tensor] | None = None,
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
+    loader_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> Outcome:
+    """Train; `step` returns the loss of a batch (default: cross-entropy of ``model(x)``)."""
+    torch.manual_seed(0)
+    model = make()
+    freeze_prefix(model, *learning)
+    loader: DataLoader[Any] = DataLoader(data, batch, **{"shuffle": True, **(loader_options or {})})
+    held_out: DataLoader[Any] = DataLoader(data, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cache = layerwise.PrefixCache(model, loader, **{"storage": "memory", **options}) if cached else None
+    step = step or (lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]))
+    outcome = Outcome({}, [], torch.empty(0), cache=cache)
+    torch.manual_seed(5)
+    for epoch in range(epochs):
+        model.train()
+        if before_epoch is not None:
+            before_epoch(model, epoch)
+        loads = getattr(data, "loads", 0)
+        for item in loader if cache is None else cache.batches():
+            optimizer.zero_grad()
+            loss = step(model, item)
+            loss.backward()
+            optimizer.step()
+            outcome.losses.append(loss.item())
+        if validate:
+            model.eval()
+            with torch.no_grad():
+                for item in held_out if cache is None else cache.batches(held_out):
+                    outcome.losses.append(step(model, item).item())
+        outcome.loads.append(getattr(data, "loads", 0) - loads)
+    outcome.random = torch.get_rng_state()
+    outcome.weights = {name: value.clone() for name, value in model.state_dict().items()}
+    if cache is not None:
+        outcome.text = cache.describe()
+    return outcome
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    """Raise unless two runs are equal bit for bit: losses, weights, buffers, random numbers after."""
+    assert one.losses == other.losses
+    assert one.weights.keys() == other.weights.keys()
+    for name, value in one.weights.items():
+        assert torch.equal(value, other.weights[name]), name
+    assert torch.equal(one.random, other.random)

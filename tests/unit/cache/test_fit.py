@@ -1,0 +1,102 @@
+"""`fit` and the Tuner's plans end in the same bits with the cache and without."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import layerwise
+from cache_loops import images
+from helpers import TinyCNN
+from layerwise.cache.ghost import Ghost
+
+PLANS = {
+    "top_k": lambda layers: layerwise.top_k(layers, k=2, epochs=3),
+    "gradual_unfreezing": lambda layers: layerwise.gradual_unfreezing(
+        layers, epochs_per_group=2, last_epochs=2
+    ),
+    "gradual_unfreezing by steps": lambda layers: layerwise.gradual_unfreezing(
+        layers, steps_per_group=8, last_steps=8
+    ),
+    "lp_ft": lambda layers: layerwise.lp_ft(layers, epochs=4),
+}
+
+
+def parts(make_plan):
+    torch.manual_seed(0)
+    model = TinyCNN()
+    layers = layerwise.layer_map(model, torch.zeros(2, 3, 8, 8), granularity="stages")
+    return model, layers, make_plan(layers)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_fit_is_bit_equal(name) -> None:
+    results = {}
+    for cache in ("off", "memory"):
+        model, layers, plan = parts(PLANS[name])
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        data = images()
+        result = layerwise.fit(
+            model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2,
+            cache=cache, keep="last", progress=False, device="cpu",
+        )  # fmt: skip
+        assert any(not torch.equal(start[key], value) for key, value in model.state_dict().items())
+        results[cache] = (model.state_dict(), result, data.loads)
+    for key, value in results["off"][0].items():
+        assert torch.equal(value, results["memory"][0][key]), key
+    assert [e["train_loss"] for e in results["off"][1].history] == [
+        e["train_loss"] for e in results["memory"][1].history
+    ]
+    assert results["memory"][2] < results["off"][2]  # the cache was at work
+
+
+@pytest.mark.parametrize("name", ["gradual_unfreezing", "lp_ft"])
+def test_one_pass_fills_the_caches_of_later_phases(name) -> None:
+    # with tuner= a phase change loads the one batch that is checked, and no more
+    model, layers, plan = parts(PLANS[name])
+    data = images()
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    tuner = layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+    )
+    cache = layerwise.PrefixCache(model, loader, storage="memory", tuner=tuner)
+    loads, prefix_runs = [], []
+    model.stem[0].register_forward_hook(lambda m, a, out: prefix_runs.append(isinstance(a[0], Ghost)))
+    for _ in tuner.epochs():
+        model.train()
+        before, phase = data.loads, tuner.phase_index
+        prefix_runs.clear()
+        for x, y in cache.batches():
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+        loads.append((phase, data.loads - before, len(prefix_runs)))
+    frozen = [entry for entry in loads if entry[0] < len(plan.phases) - 1]
+    assert frozen[0][1] >= 22
+    for (earlier, _, _), (phase, count, runs) in itertools.pairwise(frozen):
+        assert count == (0 if phase == earlier else 4)
+        assert runs <= (0 if phase == earlier else 2)  # the plain batch, and its recording
+    assert "off: no part of the forward pass" in cache.describe()  # the last phase trains everything
+
+
+def test_a_phase_without_a_column_of_its_own_is_still_exact() -> None:
+    # without tuner= each phase fills its own cache, by and by
+    outcomes = []
+    for cached in (False, True):
+        model, layers, plan = parts(PLANS["gradual_unfreezing"])
+        torch.manual_seed(1)
+        loader = DataLoader(images(), batch_size=4, shuffle=True)
+        tuner = layerwise.Tuner(
+            model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+        )
+        cache = layerwise.PrefixCache(model, loader, storage="memory")
+        for _ in tuner.epochs():
+            model.train()
+            for x, y in cache.batches() if cached else loader:
+                nn.functional.cross_entropy(model(x), y).backward()
+                tuner.step()
+        outcomes.append({k: v.clone() for k, v in model.state_dict().items()})
+    assert all(torch.equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[0])

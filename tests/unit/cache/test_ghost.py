@@ -1,0 +1,95 @@
+"""A ghost answers questions about its shape, and raises when its value is asked for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.cache.ghost import Ghost, ghost
+from layerwise.errors import CacheError
+
+
+@pytest.fixture
+def phantom() -> Ghost:
+    return ghost((2, 3), torch.float32)
+
+
+def test_shape_work_needs_no_value(phantom: Ghost) -> None:
+    # reshapes, reductions and adds of frozen tensors run on a ghost and give ghosts of the right shape
+    for made, shape in [
+        (phantom.transpose(0, 1), (3, 2)),
+        (phantom.flatten(), (6,)),
+        (phantom + torch.ones(3), (2, 3)),
+        (torch.cat([phantom, torch.zeros(1, 3)]), (3, 3)),
+        (phantom.mean(1), (2,)),
+        (phantom[:, 0], (2,)),
+        (nn.functional.relu(phantom, inplace=True), (2, 3)),
+    ]:
+        assert isinstance(made, Ghost)
+        assert tuple(made.shape) == shape
+
+
+def test_type_and_layout_survive() -> None:
+    # dtype conversions and channels_last are kept, as kernels are chosen by them
+    phantom = ghost((2, 3, 4, 5), torch.float32, order=(0, 2, 3, 1))
+    assert phantom.is_contiguous(memory_format=torch.channels_last)
+    assert phantom.relu().stride() == phantom.stride()
+    assert phantom.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda g: g.sum().item(),
+        lambda g: bool((g > 0).any()),
+        lambda g: g[g > 0],
+        lambda g: torch.nonzero(g),
+        lambda g: torch.equal(g, g),
+        lambda g: float(g.mean()),
+        lambda g: torch.ones(2, 3).add_(g),
+        lambda g: torch.ones(2, 3).copy_(g),
+        lambda g: g + torch.ones(3, requires_grad=True),
+        lambda g: nn.functional.linear(g, torch.ones(4, 3, requires_grad=True)),
+        lambda g: nn.functional.mse_loss(torch.ones(2, 3, requires_grad=True), g),
+        lambda g: pickle.dumps(g),
+    ],
+)
+def test_a_value_that_is_needed_raises(phantom: Ghost, use) -> None:
+    with pytest.raises(CacheError, match="needs the value"):
+        use(phantom)
+
+
+def test_python_cannot_read_it(phantom: Ghost) -> None:
+    # numpy and tolist go past the dispatcher; they must not give zeros
+    for read in (phantom.numpy, phantom.tolist):
+        with pytest.raises(RuntimeError, match="not supported"):
+            read()
+
+
+def test_shape_only_factories_give_data(phantom: Ghost) -> None:
+    # zeros_like and kin read the shape alone, so the model gets real tensors
+    assert torch.equal(torch.zeros_like(phantom), torch.zeros(2, 3))
+    assert torch.equal(torch.ones_like(phantom, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
+    assert torch.equal(torch.full_like(phantom, 2.5), torch.full((2, 3), 2.5))
+    assert torch.equal(phantom.new_zeros(4), torch.zeros(4))
+    assert torch.equal(phantom.new_full((2,), 3.0), torch.full((2,), 3.0))
+    channels_last = ghost((2, 3, 4, 5), torch.float32, order=(0, 2, 3, 1))
+    assert torch.zeros_like(channels_last).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_tag_marks_copies_and_nothing_else() -> None:
+    # a moved or cast input is still the input; anything computed from it is not
+    phantom = ghost((2, 3), torch.float32, tag="x")
+    assert phantom.to(torch.float64).tag == "x"
+    assert phantom.detach().tag == "x"
+    assert phantom.clone().tag == "x"
+    assert (phantom * 2).tag is None
+    assert phantom.flip(0).tag is None
+
+
+def test_deepcopy(phantom: Ghost) -> None:
+    assert tuple(copy.deepcopy(phantom).shape) == (2, 3)

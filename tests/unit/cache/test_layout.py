@@ -1,0 +1,54 @@
+"""Taking a batch apart into rows and putting it together again changes no bit and no stride."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layerwise.cache.layout import Layout, find_layout, memory_order
+from layerwise.errors import CacheError
+
+
+def pair(make, batch=6, other=4):
+    one, two = make(batch), make(other)
+    layout = find_layout(one, batch, two, other, where="a value")
+    return one, layout
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b: torch.randn(b, 5),
+        lambda b: torch.randn(b, 5, 3, 4).to(memory_format=torch.channels_last),
+        lambda b: torch.randn(7, b, 5),  # sequence first
+        lambda b: torch.randn(b * 9, 5),  # windows of one sample side by side
+        lambda b: torch.randn(b, 4, 1, 1).to(memory_format=torch.channels_last),
+        lambda b: torch.randn(b),
+    ],
+)
+def test_round_trip(make) -> None:
+    value, layout = pair(make)
+    assert layout is not None
+    back = layout.from_rows(layout.to_rows(value).contiguous())
+    assert torch.equal(back, value)
+    assert back.stride() == value.stride()
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    again = layout.from_rows(layout.to_rows(value)[order])
+    assert torch.equal(layout.to_rows(again)[order.argsort()], layout.to_rows(value))
+    assert layout.shape(tuple(value.shape), 6) == tuple(value.shape)
+
+
+def test_a_value_that_does_not_grow_has_no_layout() -> None:
+    assert pair(lambda b: torch.randn(3, 3))[1] is None
+
+
+@pytest.mark.parametrize("make", [lambda b: torch.randn(b, b), lambda b: torch.randn(b + 1, 3)])
+def test_what_is_not_made_of_samples_is_refused(make) -> None:
+    # similarity between samples, an extra row: neither can be taken apart
+    with pytest.raises(CacheError, match="cannot be taken apart"):
+        pair(make)
+
+
+def test_memory_order_of_a_view() -> None:
+    assert memory_order(torch.randn(2, 3, 4).transpose(1, 2)) == (0, 2, 1)
+    assert Layout(0, 1, (0, 2, 1)).to_rows(torch.randn(2, 3, 4)).shape == (2, 1, 4, 3)

@@ -1,0 +1,752 @@
+"""Cached training ends in the weights of plain training, or the cache says why it is off."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import layerwise
+from cache_loops import Counted, assert_same, images, train
+from helpers import TinyCNN
+from layerwise.cache.ghost import Ghost
+from layerwise.errors import CacheError, LayerwiseWarning
+
+LAST = ("layer2", "fc")
+
+
+def both(make, data, *learning, **options):
+    """Return a cached run after comparing it with the plain one; the weights must have moved."""
+    shared = {
+        k: options.pop(k)
+        for k in ("epochs", "batch", "validate", "step", "before_epoch", "loader_options")
+        if k in options
+    }
+    plain = train(make, data(), *learning, cached=False, **shared)
+    cached = train(make, data(), *learning, cached=True, **shared, **options)
+    assert_same(plain, cached)
+    torch.manual_seed(0)
+    start = make().state_dict()
+    assert any(not torch.equal(start[name], value) for name, value in cached.weights.items())
+    return cached
+
+
+# -- exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk", "auto"])
+@pytest.mark.parametrize("learning", [LAST, ("fc",)])
+def test_bit_equal_with_dropout_and_batchnorm_in_the_trained_part(storage, learning) -> None:
+    # same weights, buffers, losses and random state; validation cached too; nothing loaded after epoch 1
+    cached = both(TinyCNN, images, *learning, storage=storage, validate=True, epochs=4)
+    assert "off" not in cached.text or storage == "auto"
+    if storage != "auto":
+        assert cached.loads[1:] == [0, 0, 0]
+
+
+def test_dropout_of_the_trained_part_is_random_and_equal() -> None:
+    # the dropout stands in the part that learns: replay draws the same masks as the plain loop
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer2 = nn.Sequential(self.layer2, nn.Dropout(0.5))
+
+    cached = both(Net, images, *LAST)
+    assert "cut at layer1" in cached.text
+
+
+def test_workers_leave_the_same_random_state() -> None:
+    cached = both(TinyCNN, images, *LAST, loader_options={"num_workers": 1, "persistent_workers": True})
+    assert "cut at layer1" in cached.text
+
+
+def test_samplers_of_torch() -> None:
+    # a weighted sampler repeats some samples and leaves others out; drop_last leaves others each epoch
+    weights = torch.rand(22, generator=torch.Generator().manual_seed(0))
+    sampler = lambda: torch.utils.data.WeightedRandomSampler(weights, 22)  # noqa: E731
+    both(TinyCNN, images, *LAST, loader_options={"shuffle": False, "sampler": sampler()})
+    both(TinyCNN, images, *LAST, loader_options={"drop_last": True}, epochs=5)
+
+
+def test_gradient_accumulation_and_two_forwards_of_one_batch() -> None:
+    # a loop may call the model several times for one batch
+    def step(model, batch):
+        x, y = batch
+        first, second = model(x), model(x)
+        return nn.functional.cross_entropy(first, y) + (first - second).pow(2).mean()
+
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer2 = nn.Sequential(self.layer2, nn.Dropout(0.5))
+
+    both(Net, images, *LAST, step=step)
+
+
+def test_channels_last_survives() -> None:
+    # the physical layout of the stored value is that of the computed one
+    seen = []
+
+    class Net(TinyCNN):
+        def forward(self, x):
+            x = self.layer1(self.stem(x.to(memory_format=torch.channels_last)))
+            seen.append(x.stride())
+            return self.fc(self.flatten(self.pool(self.layer2(x))))
+
+    make = lambda: Net().to(memory_format=torch.channels_last)  # noqa: E731
+    cached = both(make, images, *LAST, batch=11)
+    assert "cut at" in cached.text
+    assert len(set(seen)) == 1
+
+
+def test_in_place_changes_of_the_trained_part_do_not_reach_the_cache() -> None:
+    class Net(TinyCNN):
+        def forward(self, x):
+            x = self.layer1(self.stem(x))
+            x.mul_(0.5)
+            return self.fc(self.flatten(self.pool(self.layer2(x))))
+
+    assert "cut at layer1" in both(Net, images, *LAST, epochs=4).text
+
+
+def test_autocast_is_part_of_the_cut() -> None:
+    def step(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    cached = both(TinyCNN, images, *LAST, step=step)
+    assert "cut at layer1" in cached.text
+    (feed,) = cached.cache._feeds.values()
+    assert {s.column.spec.dtype for s in feed.sites.values()} == {torch.bfloat16}
+
+
+def test_autocast_switched_off_in_the_middle_of_a_loop() -> None:
+    # values computed under autocast must not be used in a call without it: the real samples are loaded
+    counter = iter(range(10_000))
+
+    def step(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=next(counter) != 9):
+            return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    plain = train(TinyCNN, images(), *LAST, cached=False, step=step)
+    counter = iter(range(10_000))
+    cached = train(TinyCNN, images(), *LAST, cached=True, step=step)
+    assert_same(plain, cached)
+    assert cached.loads[1] > 0
+
+
+def test_dictionaries_of_several_inputs() -> None:
+    # batches as Hugging Face makes them: integer inputs stay real, others become ghosts
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, 8)
+            self.body = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask, extra, labels=None):
+            hidden = self.body(self.embed(input_ids)) + extra[:, None]
+            pooled = (hidden * attention_mask[..., None]).sum(1)
+            logits = self.head(pooled)
+            return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {
+            "input_ids": torch.randint(0, 20, (6,), generator=generator),
+            "attention_mask": torch.tensor([1, 1, 1, 1, 0, 0]),
+            "extra": torch.randn(8, generator=generator),
+            "labels": torch.tensor(i % 3),
+        }
+        for i in range(22)
+    ]
+    cached = both(Net, lambda: samples, "head", step=lambda m, batch: m(**batch)["loss"])
+    assert "cut at input of head" in cached.text or "cut at body" in cached.text
+
+
+def test_names_of_samples_are_loaded_again() -> None:
+    # what is not a tensor cannot be stored by row: samples are read again, the prefix is still skipped
+    class Named(Counted):
+        def __getitem__(self, index):
+            self.loads += 1
+            return {"x": self.inputs[index], "y": self.labels[index], "name": f"image {index}"}
+
+    def make_data():
+        base = images()
+        return Named(base.inputs, base.labels)
+
+    names = []
+
+    def step(model, batch):
+        names.extend(batch["name"])
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+    cached = both(TinyCNN, make_data, *LAST, step=step)
+    assert "cut at layer1" in cached.text
+    assert len(set(names)) == 22
+    assert cached.loads[2] == 22
+
+
+def test_inputs_that_a_loop_uses_itself() -> None:
+    # the ghost raises where the loop reads its value; keep_inputs hands out the real ones
+    def step(model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(model(x), y) + (model(x).sum() - x.sum()).pow(2) * 1e-4
+
+    with pytest.raises(CacheError, match="keep_inputs=True"):
+        train(TinyCNN, images(), *LAST, cached=True, step=step)
+    both(TinyCNN, images, *LAST, step=step, keep_inputs=True)
+
+
+# -- what changes while it runs -------------------------------------------------------------------
+
+
+def test_trainable_set_changes() -> None:
+    # gradual unfreezing by hand: the cache finds the new cut by itself
+    def unfreeze(model, epoch):
+        if epoch == 2:
+            for parameter in model.layer2.parameters():
+                parameter.requires_grad_(True)
+
+    cached = both(TinyCNN, images, "fc", before_epoch=unfreeze, epochs=4)
+    assert "cut at pool" in cached.text
+    assert "cut at layer1" in cached.text
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "buffer", "load_state_dict"])
+def test_changed_prefix_weights_are_noticed(way) -> None:
+    # stale values are refused and computed again, however the weights were changed
+    def change(model, epoch):
+        if epoch != 2:
+            return
+        weight = model.stem[0].weight
+        if way == "in place":
+            with torch.no_grad():
+                weight.mul_(2)
+        elif way == "data":
+            weight.data.mul_(2)
+        elif way == "buffer":
+            model.stem[1].running_mean.add_(1)
+        else:
+            state = {k: v.clone() for k, v in model.state_dict().items()}
+            state["stem.0.weight"] *= 2
+            model.load_state_dict(state)
+
+    cached = both(TinyCNN, images, *LAST, before_epoch=change, epochs=4)
+    assert cached.loads[2] >= 22
+    assert cached.loads[3] == 0
+
+
+def test_modes_that_change_between_the_batch_and_the_call() -> None:
+    # some trainers call train() inside the loop; then the cut of the modes at the call counts
+    def step(model, batch):
+        model.train(step.calls % 3 != 1)
+        step.calls += 1
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    step.calls = 0
+    plain = train(TinyCNN, images(), *LAST, cached=False, step=step)
+    step.calls = 0
+    cached = train(TinyCNN, images(), *LAST, cached=True, step=step)
+    assert_same(plain, cached)
+
+
+def test_a_frozen_dropout_in_train_mode_moves_the_cut() -> None:
+    # random operations are never skipped: later draws would shift
+    def awake(model, epoch):
+        model.layer1[3].__dict__.pop("train", None)
+        model.layer1[3].training = True
+
+    cached = both(TinyCNN, images, *LAST, before_epoch=awake)
+    assert "cut at layer1.2" in cached.text
+    assert "draws random numbers" in cached.text
+
+
+def test_a_frozen_batchnorm_in_train_mode_moves_the_cut() -> None:
+    def awake(model, epoch):
+        model.layer1[1].__dict__.pop("train", None)
+        model.layer1[1].training = True
+
+    cached = both(TinyCNN, images, *LAST, before_epoch=awake)
+    assert "cut at layer1.0" in cached.text
+    assert "changes a buffer 'layer1.1.num_batches_tracked'" in cached.text
+
+
+def test_nested_validation_and_other_calls_of_the_model() -> None:
+    # validation in the middle of an epoch, and calls with tensors of the user's own, get true results
+    data = images()
+
+    def step(model, batch):
+        x, y = batch
+        with torch.no_grad():
+            penalty = model(data.inputs[:3]).sum() * 0.1
+        return nn.functional.cross_entropy(model(x), y) + penalty
+
+    both(TinyCNN, images, *LAST, step=step)
+
+
+def test_copies_and_pickles_of_the_model_made_inside_the_loop_are_plain() -> None:
+    # an EMA copy or a saved model must not hold on to the cache
+    model = TinyCNN()
+    model.stem.requires_grad_(False).eval()
+    loader = DataLoader(TensorDataset(torch.randn(12, 3, 8, 8), torch.arange(12) % 4), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader, storage="memory")
+    probe = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        for x, _y in cache.batches():
+            model(x).sum().backward()
+            twin = copy.deepcopy(model)
+            buffer = io.BytesIO()
+            torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    model.eval()
+    assert torch.equal(twin.eval()(probe), model(probe))
+    assert torch.equal(loaded.eval()(probe), model(probe))
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert all("_call_impl" not in vars(m) for m in model.modules())
+
+
+def test_a_loop_that_stops_or_raises_leaves_the_model_as_it_was() -> None:
+    model = TinyCNN()
+    model.stem.requires_grad_(False).eval()
+    loader = DataLoader(TensorDataset(torch.randn(12, 3, 8, 8), torch.arange(12) % 4), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader, storage="memory")
+    for x, _ in cache.batches():
+        model(x)
+    for x, _ in cache.batches():
+        model(x)
+        break
+
+    def interrupted() -> None:
+        for x, _ in cache.batches():
+            model(x)
+            raise ZeroDivisionError
+
+    def broken() -> None:
+        for x, _ in cache.batches():
+            model.fc = nn.Linear(99, 2)
+            model(x)
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    with pytest.raises(RuntimeError, match="shape"):  # an error inside the replayed forward
+        broken()
+    assert not model._forward_hooks
+    assert all("_call_impl" not in vars(m) for m in model.modules())
+
+
+# -- what is not cached ---------------------------------------------------------------------------
+
+
+def off(make, data, *learning, warns=True, **options) -> str:
+    """Return why a run is not cached, after comparing it with the plain one."""
+    shared = {k: options.pop(k) for k in ("step", "loader_options") if k in options}
+    plain = train(make, data(), *learning, cached=False, **shared)
+    if warns:
+        with pytest.warns(LayerwiseWarning, match="The prefix cache is off"):
+            cached = train(make, data(), *learning, cached=True, **shared, **options)
+    else:
+        cached = train(make, data(), *learning, cached=True, **shared, **options)
+    assert_same(plain, cached)
+    assert "off" in cached.text
+    return cached.text
+
+
+def test_nothing_frozen() -> None:
+    text = off(TinyCNN, images, "stem", "layer1", *LAST, warns=False)
+    assert "in stem.0 reads 'stem.0.weight', which learns" in text
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "python", "unused"])
+def test_random_augmentation(source) -> None:
+    # detected by drawing samples twice; a draw that changes nothing shifts later draws all the same
+    def augment(x):
+        if source == "torch":
+            return x + torch.rand(()) * 0.1
+        if source == "numpy":
+            return x + float(np.random.rand()) * 0.1
+        if source == "python":
+            return x + random.random() * 0.1
+        torch.rand(1)
+        return x
+
+    def data():
+        np.random.seed(0)
+        random.seed(0)
+        base = images()
+        return Counted(base.inputs, base.labels, augment)
+
+    text = off(TinyCNN, data, *LAST)
+    assert "random augmentation" in text
+    assert "views=V" in text
+
+
+def test_augmentation_that_depends_on_the_epoch_alone() -> None:
+    # the same within an epoch, another one in the next: a function of the dataset's `epoch`
+    class Seeded(Counted):
+        epoch = 0
+
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + 0.1 * ((self.epoch + index) % 3), y
+
+    def data():
+        base = images()
+        return Seeded(base.inputs, base.labels)
+
+    assert "random augmentation" in off(TinyCNN, data, *LAST)
+
+
+@pytest.mark.parametrize("source", ["numpy", "python"])
+def test_hidden_randomness_in_a_frozen_module(source) -> None:
+    # numpy's and Python's generators go past the recorder; the prefix is computed twice to find them
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + (float(np.random.rand()) if source == "numpy" else random.random())
+
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem.append(Noisy())
+
+    def make():
+        np.random.seed(0)
+        random.seed(0)
+        return Net()
+
+    assert "random numbers" in off(make, images, *LAST)
+
+
+def test_samples_that_read_each_other() -> None:
+    # a frozen module that subtracts the mean of the batch is not seen by the recorder, but by the check
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True)
+
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem.append(Centred())
+
+    assert "depends on the other samples" in off(Net, images, *LAST)
+
+
+def test_a_value_that_leaves_by_a_side_door() -> None:
+    # a frozen module stores a feature map in an attribute that the head reads: the module must run
+    class Saving(nn.Module):
+        def __init__(self, owner):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.saved = {}
+
+        def forward(self, x):
+            self.saved["x"] = x.mean((2, 3))
+            return self.conv(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Saving(self)
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+            self.fc = nn.Linear(7, 4)
+
+        def forward(self, x):
+            x = self.body(self.stem(x)).mean((2, 3))
+            return self.fc(torch.cat([x, self.stem.saved["x"]], 1))
+
+    cached = both(Net, images, "fc")
+    assert "off" in cached.text or "cut at" in cached.text
+
+
+def test_branches_detached_from_the_gradient_do_not_go_stale() -> None:
+    # a trained branch whose output is detached requires no grad, and changes all the same
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+            self.gate = nn.Linear(4, 4)
+            self.mix = nn.Linear(4, 4)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.stem(x).mean((2, 3))
+            gate = self.gate(x)
+            return self.fc(self.mix(x + gate.detach())) + gate
+
+    cached = both(Net, images, "gate", "fc")
+    assert "cut at" in cached.text
+    assert "mix" not in cached.text.split("(")[0]
+
+
+def test_skips_to_the_trained_part() -> None:
+    # a U-Net: the trained decoder reads two frozen levels
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down1 = nn.Conv2d(3, 4, 3, padding=1)
+            self.down2 = nn.Conv2d(4, 8, 3, padding=1, stride=2)
+            self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            a = self.down1(x).relu()
+            b = self.down2(a).relu()
+            return self.fc(torch.cat([self.up(b), a], 1).mean((2, 3)))
+
+    assert "cut at down1, down2" in both(Net, images, "up", "fc").text
+
+
+def test_tuples_and_dictionaries_between_modules() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"maps": (y, y.mean((2, 3))), "size": x.shape[-1]}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Pair()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            found = self.stem(x)
+            return self.fc(found["maps"][1]) / found["size"]
+
+    cached = both(Net, images, "fc")
+    assert "cut at stem[1]" in cached.text
+
+
+def test_a_number_that_depends_on_the_batch_size() -> None:
+    # stored once it would be wrong for the last, smaller batch
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3)), len(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Counting()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x, count = self.stem(x)
+            return self.fc(x) / count
+
+    assert "a number that depends on the batch size" in off(Net, images, "fc")
+
+
+def test_shared_modules_and_calls() -> None:
+    # one frozen module called three times, the last time on what was learned
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.block = nn.Conv2d(4, 4, 3, padding=1)
+            self.mid = nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.block(self.block(self.stem(x)).relu())
+            return self.fc(self.block(self.mid(x)).mean((2, 3)))
+
+    assert "cut at block#1" in both(Net, images, "mid", "fc").text
+
+
+def test_loaders_that_cannot_be_read_by_index() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            base = images()
+            return iter([base[i] for i in range(22)])
+
+    assert "IterableDataset" in off(TinyCNN, Stream, *LAST, loader_options={"shuffle": False})
+
+    class Words:
+        batch_size = 4
+
+        def __iter__(self):
+            return iter([["a", "b"], ["c"]])
+
+    class Dictionary(Counted):
+        def __getitem__(self, key):
+            return super().__getitem__({"a": 0, "b": 1, "c": 2}.get(key, key))
+
+    base = images()
+    loader = DataLoader(Dictionary(base.inputs, base.labels), batch_sampler=Words())
+    cache = layerwise.PrefixCache(TinyCNN(), loader, storage="memory")
+    with pytest.raises(CacheError, match="samples cannot be recognised"):
+        next(cache.batches())
+
+
+def test_a_loop_that_does_not_use_this_model() -> None:
+    model, other = TinyCNN(), TinyCNN()
+    model.stem.requires_grad_(False).eval()
+    loader = DataLoader(images(), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader)
+    for x, _ in cache.batches():
+        other(x)
+    assert "does not pass the loader's batches" in cache.describe()
+
+
+def test_inputs_computed_in_the_loop() -> None:
+    # a step between loader and model may be random: it is not cached, and nothing goes wrong
+    text = off(
+        TinyCNN, images, *LAST, step=lambda m, b: nn.functional.cross_entropy(m(b[0].flip(-1)), b[1]),
+    )  # fmt: skip
+    assert "does not pass the loader's batches" in text
+
+
+def test_a_cast_in_the_loop_is_fine() -> None:
+    both(
+        lambda: TinyCNN().double(), images, *LAST,
+        step=lambda m, b: nn.functional.cross_entropy(m(b[0].double()), b[1]),
+    )  # fmt: skip
+
+
+def test_a_compiled_model_is_refused() -> None:
+    compiled = torch.compile(TinyCNN(), backend="eager")
+    cache = layerwise.PrefixCache(compiled, DataLoader(images(), 4), storage="memory")
+    with pytest.warns(LayerwiseWarning, match="compiled"):
+        next(cache.batches())
+
+
+def test_full_disk_falls_back_with_a_warning(monkeypatch) -> None:
+    def full(descriptor, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("layerwise.cache.store.reserve_file", full)
+    assert "No space left" in off(TinyCNN, images, *LAST, storage="disk")
+
+
+def test_budget() -> None:
+    assert "do not fit into the budget of 1.0 KB" in off(TinyCNN, images, *LAST, budget_bytes=1024)
+
+
+def test_options_are_checked_together() -> None:
+    with pytest.raises(CacheError) as caught:
+        layerwise.PrefixCache(TinyCNN(), None, storage="ram", budget_bytes=-1, views=0, dtype=torch.int8)
+    for part in ("got 'ram'", "got -1", "got 0", "torch.int8"):
+        assert part in str(caught.value)
+
+
+# -- not exact, and told so -----------------------------------------------------------------------
+
+
+def test_views_of_a_random_augmentation() -> None:
+    # two draws of each sample are stored and taken in turn
+    base = images()
+    data = Counted(base.inputs, base.labels, lambda x: x + torch.rand(()) * 0.1)
+    cached = train(TinyCNN, data, *LAST, cached=True, views=2, epochs=4)
+    assert "cut at layer1" in cached.text
+    assert cached.loads[2:] == [0, 0]
+    assert cached.loads[1] >= 22
+    (feed,) = cached.cache._feeds.values()
+    (stored,) = feed.sites.values()
+    rows = stored.column.get(torch.arange(44))
+    assert bool(stored.column.filled.all())
+    assert not torch.equal(rows[:22], rows[22:])
+
+
+def test_half_precision_storage() -> None:
+    plain = train(TinyCNN, images(), *LAST, cached=False)
+    cached = train(TinyCNN, images(), *LAST, cached=True, dtype=torch.bfloat16, exact=False)
+    assert "not exact" in cached.text
+    assert plain.losses != cached.losses
+    assert np.allclose(plain.losses, cached.losses, rtol=0.05)
+
+
+# -- sharing --------------------------------------------------------------------------------------
+
+
+def test_a_later_run_finds_the_files(tmp_path) -> None:
+    first = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # the value and the labels
+    again = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
+    assert_same(first, again)
+    assert again.loads[0] < 22 + 22 * 2  # the fingerprint and one batch, and no epoch of loading
+    (feed,) = again.cache._feeds.values()
+    assert all(bool(stored.column.filled.all()) for stored in feed.sites.values())
+
+
+def test_other_weights_data_or_transform_do_not_find_them(tmp_path) -> None:
+    def keys():
+        return {p.name for p in tmp_path.iterdir()}
+
+    def run(make=TinyCNN, data=None):
+        train(make, data or images(), *LAST, cached=True, storage="disk", folder=tmp_path, epochs=2)
+
+    run()
+    first = keys()
+    run()
+    assert keys() == first
+
+    def other_weights():
+        model = TinyCNN()
+        with torch.no_grad():
+            model.stem[0].weight[0, 0, 0, 0] += 1e-6
+        return model
+
+    run(other_weights)
+    second = keys() - first
+    assert len(second) == 1  # the labels are the same
+    base = images()
+    run(data=Counted(base.inputs, base.labels, lambda x: x * 1.0001))
+    assert len(keys() - first - second) == 2
+
+
+def test_a_pool_serves_the_trials_of_a_search() -> None:
+    # a second model with the same frozen weights takes the values that the first one stored
+    pool = {}
+    first = train(TinyCNN, images(), *LAST, cached=True, pool=pool)
+    again = train(TinyCNN, images(), *LAST, cached=True, pool=pool)
+    assert_same(first, again)
+    (feed,) = again.cache._feeds.values()
+    assert {id(s.column) for s in feed.sites.values()} <= {id(c) for c in pool.values()}
+
+
+def test_fill_prepares_everything() -> None:
+    # one pass over the data; the first epoch then loads nothing but the batch that is checked
+    model = TinyCNN()
+    model.stem.requires_grad_(False).eval()
+    data = images()
+    cache = layerwise.PrefixCache(model, DataLoader(data, batch_size=4, shuffle=True), storage="memory")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    cache.fill()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    loads = data.loads
+    for x, y in cache.batches():
+        assert isinstance(x, Ghost)
+        nn.functional.cross_entropy(model(x), y).backward()
+    assert data.loads == loads
+    assert model.fc.weight.grad is not None
+
+
+def test_close_gives_everything_back(tmp_path) -> None:
+    model = TinyCNN()
+    model.stem.requires_grad_(False).eval()
+    with layerwise.PrefixCache(model, DataLoader(images(), 4), storage="disk") as cache:
+        for x, _ in cache.batches():
+            model(x)
+        folder = cache.stock.shelf.root
+        assert folder.is_dir()
+    assert not folder.exists()
+    for x, _ in cache.batches():
+        assert not isinstance(x, Ghost)
