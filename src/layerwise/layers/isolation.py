@@ -105,6 +105,35 @@ def plain_execution(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
+def fill_meta_tensors(model: nn.Module) -> None:
+    """Within `untouched`: put random tensors on the CPU in the place of those on meta.
+
+    For a forward pass whose branches depend on computed values. Matrices are drawn from a generator of
+    their own with a spread of 1 / sqrt(inputs), as a new layer's; vectors and buffers are ones (scales and
+    running variances), integers zero. `untouched` puts the meta tensors back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    filled: dict[int, torch.Tensor] = {}
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        new = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if tensor.is_floating_point():
+            new = torch.ones_like(new)
+            if tensor.ndim > 1:
+                new = new.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(new, requires_grad=tensor.requires_grad)
+        return new
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    if id(tensor) not in filled:
+                        filled[id(tensor)] = fill(tensor)
+                    tensors[name] = filled[id(tensor)]  # type: ignore[assignment]
+
+
 def _scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
 

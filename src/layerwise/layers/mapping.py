@@ -66,7 +66,7 @@ def map_recording(recording: Recording, granularity: Granularity, *, notes: tupl
     order = order_of(recording)
     units = find_units(recording, order)
     outputs = output_layers(recording, order)
-    head = head_parameters(recording, outputs, units, find_blocks(units))
+    head = head_parameters(recording, order, outputs, units, find_blocks(units))
     groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
     if head:
         output = next((path for path in outputs if any(_under(name, path) for name in head)), head[0])

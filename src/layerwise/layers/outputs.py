@@ -110,7 +110,7 @@ def _applied_by(recording: Recording, op: Op, weights: tuple[str, ...]) -> str:
 
 
 def head_parameters(
-    recording: Recording, outputs: tuple[str, ...], units: list[Unit], is_block: list[bool]
+    recording: Recording, order: Order, outputs: tuple[str, ...], units: list[Unit], is_block: list[bool]
 ) -> tuple[str, ...]:
     """Return the parameters of the head, in order of use: what a linear probe should train.
 
@@ -121,10 +121,12 @@ def head_parameters(
     - the layers that share a module of the user's own making with the output layer
       (``classifier.dense`` beside ``classifier.out_proj``).
 
-    In a network of single layers, where each of them is a block, only the first of the two holds.
+    In a network of single layers, where each of them is a block, only the first of the two holds. What is
+    needed later than all of these (a temperature of the logits) belongs to the head as well.
 
     Args:
         recording: of the model.
+        order: of its parameters.
         outputs: the output layers' paths.
         units: in order.
         is_block: for each of them whether it is a block.
@@ -149,6 +151,8 @@ def head_parameters(
             container = _own_container(recording.model, output, before)
             head |= {name for name in after if container and name.startswith(container + ".")}
     head |= set(_after_pooling(recording, after, head))
+    last = max(order.position.get(name, -1) for name in head)
+    head |= {name for name in after if order.position.get(name, -1) > last}
     return tuple(name for name in after if name in head)
 
 

@@ -69,8 +69,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
     With `fake`, floating-point tensors become fake tensors: they have a shape and no data, so nothing is
     computed. Small integer and boolean tensors (token ids, masks, indices) and what is computed from them
     and from small constants alone keep their real values, so that branches on them are decided as in a
-    real pass. Meta tensors become fake CPU tensors, so a model on meta may hold real buffers as well.
-    Real tensors are never written to: a write goes to a fake twin.
+    real pass. Meta tensors become fake tensors of the model's device, so a model on meta may hold real
+    buffers as well. Real tensors are never written to: a write goes to a fake
+    twin.
 
     Without `fake`, the operations run for real; a tensor of the model that is written to is saved first
     and `undo_writes` puts its content back.
@@ -83,6 +84,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         self.values: list[Value] = []
         self.names: dict[str, tuple[str, ...]] = {}
         self._model = model
+        devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+        self._home = devices.pop() if len(devices) == 1 else torch.device("cpu")  # of meta tensors
         self._fake = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         self._stack: list[Call] = []
         self._times_called: dict[nn.Module, int] = {}
@@ -243,7 +246,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         kwargs = {name: self._stand_in(argument) for name, argument in kwargs.items()}
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "meta":
-            kwargs["device"] = torch.device("cpu")
+            kwargs["device"] = self._home
         with self._fake:
             return func(*args, **kwargs)
 
@@ -304,7 +307,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 if strides is not None
                 else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             )
-            device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+            device = self._home if tensor.device.type == "meta" else tensor.device
             assert self._fake is not None
             twin = self._twins[id(tensor)] = FakeTensor(self._fake, empty, device)
             self._kept.append(tensor)

@@ -12,9 +12,11 @@ from torch import nn
 
 from layerwise.errors import RecordingError
 from layerwise.layers.graph import Call, Op, Recording, Value
-from layerwise.layers.isolation import check_ready, plain_execution, untouched, unwrap
+from layerwise.layers.isolation import check_ready, fill_meta_tensors, plain_execution, untouched, unwrap
 from layerwise.layers.recorder import Recorder
 from layerwise.layers.structures import map_tensors, tensors_in
+
+_MAX_FILLED_BYTES = 4 * 2**30
 
 __all__ = ["Call", "Op", "Recording", "Value", "record"]
 
@@ -33,7 +35,8 @@ def record(
     The pass runs on fake tensors, which have shapes and no data: it costs neither floating-point work
     nor activation memory, and works for models on meta. Small integer and boolean inputs keep their
     values. Where a branch depends on data that fake tensors do not have, the pass is run once more for
-    real, on the first two samples (`Recording.how` is then ``"real"`` and `Recording.notes` says why).
+    real, on the first two samples (`Recording.how` is then ``"real"`` and `Recording.notes` says why);
+    a model on meta of up to 4 GiB gets random weights for that pass.
 
     The model is left exactly as it was: parameters, buffers, modes, hooks, cached attributes; so is the
     random state of Python, numpy and torch. Wrappers (``torch.compile``, DDP, FSDP) are taken off first.
@@ -73,13 +76,15 @@ def record(
     try:
         return _attempt(model, arguments, fake=True, grad=grad, mode=mode)
     except Exception as error:  # anything: it is the model's own code that runs
-        if any(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()]):
-            raise RecordingError(
-                f"the forward pass of {type(model).__name__} could not be recorded on tensors without data "
-                f"({_one_line(error)}), and the model is on meta, so it cannot be run for real either. "
-                f"Check the example input, or make the model on a real device."
-            ) from error
         first = error
+    on_meta = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.device.type == "meta")
+    if on_meta > _MAX_FILLED_BYTES:
+        raise RecordingError(
+            f"the forward pass of {type(model).__name__} could not be recorded on tensors without data "
+            f"({_one_line(first)}), and the model is on meta and too large ({on_meta / 2**30:.1f} GiB) to be "
+            f"filled with random weights and run for real. Check the example input, or make the model on "
+            f"a real device."
+        ) from first
     try:
         recording = _attempt(model, _two_real_samples(arguments), fake=False, grad=grad, mode=mode)
     except Exception as error:
@@ -88,8 +93,9 @@ def record(
             f"({_describe(arguments)}): {_one_line(error)}. Pass example_input= as the model's forward "
             f"takes it: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
         ) from error
+    filled = ", with random weights for those on meta" if on_meta else ""
     recording.notes += (
-        f"recorded on {min(2, recording.batch_size)} real samples: fake tensors do not suffice "
+        f"recorded on {min(2, recording.batch_size)} real samples{filled}: fake tensors do not suffice "
         f"({_one_line(first)})",
     )
     return recording
@@ -105,6 +111,8 @@ def _attempt(
 ) -> Recording:
     arguments = map_tensors(arguments, lambda tensor: _on_device_of(model, tensor))
     with untouched(model), plain_execution(model):
+        if not fake:
+            fill_meta_tensors(model)
         if mode == "eval":
             for module in model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):
@@ -149,7 +157,7 @@ def _without_log(name: str) -> Iterator[None]:
 
 def _on_device_of(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or tensor.device in devices or devices == {torch.device("meta")}:
+    if len(devices) != 1 or tensor.device in devices or "meta" in {d.type for d in (*devices, tensor.device)}:
         return tensor  # a model spread over devices moves its inputs itself
     return tensor.to(devices.pop())
 

@@ -1,0 +1,509 @@
+"""Layer maps of models that other tools get wrong; each test is one difficulty."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layer_nets import ConvBlock, Residual, SmallResNet, Tokens, image
+from layerwise.errors import ModelError
+from layerwise.layers.isolation import unwrap
+from layerwise.layers.layermap import LayerMap
+from layerwise.layers.mapping import layer_map
+
+RESNET_STAGES = ("conv1", "layer1", "layer2", "fc")
+
+
+def assert_complete(layers: LayerMap, model: nn.Module) -> None:
+    """Every parameter of `model` stands in exactly one group, under its first name."""
+    names = [name for group in layers for name in group.parameters]
+    assert sorted(names) == sorted(name for name, _ in unwrap(model).named_parameters())
+    assert layers.numel == sum(parameter.numel() for parameter in model.parameters())
+
+
+# -- order ------------------------------------------------------------------------------------------
+
+
+def test_registration_order_plays_no_part() -> None:
+    # the head is registered first and the patch embedding last; the map has them as they run
+    layers = layer_map(Tokens(), image())
+    assert layers.names == ("patch_embed", "blocks.0", "blocks.1", "blocks.2", "head")
+    assert [group.role for group in layers] == ["stem", "trunk", "trunk", "trunk", "head"]
+
+
+def test_backbone_registered_last_comes_first() -> None:
+    # as in DETR
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(8, 3)
+            self.encoder = nn.Sequential(Residual(), Residual())
+            self.backbone = SmallResNet()
+            self.backbone.fc = nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.classifier(self.encoder(self.backbone(x)))
+
+    layers = layer_map(Detector(), image(), "stages")
+    assert layers.names == (
+        "backbone.conv1",
+        "backbone.layer1",
+        "backbone.layer2",
+        "encoder.0",
+        "encoder.1",
+        "classifier",
+    )
+
+
+def test_bare_parameters_stand_where_they_are_needed() -> None:
+    # class token and positions belong to the embedding, the final norm to the last block
+    layers = layer_map(Tokens(), image())
+    assert layers.group_of("cls_token") == layers.group_of("pos_embed") == "patch_embed"
+    assert layers.group_of("norm.weight") == "blocks.2"
+
+
+def test_prepared_constants_stand_at_first_use() -> None:
+    # weight standardisation and an interpolated table read parameters before the input is there
+    class Prepared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(1, 4))
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.second.weight - self.second.weight.mean(1, keepdim=True)
+            table = self.table * 2
+            return nn.functional.linear(self.first(x).relu(), weight, self.second.bias) + table
+
+    layers = layer_map(Prepared(), torch.zeros(2, 4), "layers")
+    assert layers.names == ("first", "second")
+    assert layers.group_of("table") == "second"
+
+
+def test_weight_used_without_calling_its_module() -> None:
+    # attention reads out_proj.weight itself; the map sees the operation, not the call
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(4, 8)
+            self.blocks = nn.ModuleList(
+                nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)
+            )
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block(x)
+            return nn.functional.linear(x.mean(1), self.out.weight, self.out.bias)
+
+    model = Attends()
+    layers = layer_map(model, torch.zeros(2, 5, 4))
+    assert layers.names == ("embed", "blocks.0", "blocks.1", "out")
+    assert layers.group_of("blocks.1.self_attn.out_proj.weight") == "blocks.1"
+    assert layers.head is not None
+    assert_complete(layers, model)
+
+
+# -- sharing ----------------------------------------------------------------------------------------
+
+
+def test_a_block_called_twice_is_one_group_at_its_first_use() -> None:
+    # ALBERT's shared layer; its FLOPs are those of all calls
+    class Shared(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.times = times
+            self.embed, self.block, self.head = nn.Linear(4, 8), Residual(), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for _ in range(self.times):
+                x = self.block(x)
+            return self.head(x)
+
+    once, thrice = (layer_map(Shared(times), torch.zeros(2, 4)) for times in (1, 3))
+    assert once.names == thrice.names == ("embed", "block", "head")
+    flops_once, flops_thrice = once["block"].flops, thrice["block"].flops
+    assert flops_once is not None
+    assert flops_thrice == 3 * flops_once
+
+
+def test_tied_weights_stand_at_their_first_use_and_know_their_names() -> None:
+    # a language model whose decoder is its embedding has no head of its own, and says so
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.blocks = nn.Sequential(Residual(), Residual())
+            self.decoder = nn.Linear(8, 11, bias=False)
+            self.decoder.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.blocks(self.embed(ids)))
+
+    layers = layer_map(Tied(), torch.zeros(2, 3, dtype=torch.long))
+    assert layers.names == ("embed", "blocks.0", "blocks.1")
+    assert layers.aliases == {"decoder.weight": "embed.weight"}
+    assert layers.group_of("decoder.weight") == "embed"
+    assert layers.outputs == ("decoder",)
+    assert layers.head is None
+    assert any("tied to embed.weight" in note for note in layers.notes)
+
+
+def test_tied_decoder_with_a_bias_keeps_a_head() -> None:
+    # BERT's masked language model: transform and bias are the head, the tied weight is not
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    layers = layer_map(transformers.BertForMaskedLM(config))
+    assert layers.names == (
+        "bert.embeddings",
+        "bert.encoder.layer.0",
+        "bert.encoder.layer.1",
+        layers.names[-1],
+    )
+    assert layers.group_of("cls.predictions.decoder.weight") == "bert.embeddings"
+    assert layers.head is not None
+    assert "cls.predictions.transform.dense.weight" in layers.head.parameters
+    assert "cls.predictions.bias" in layers.head.parameters
+
+
+# -- shapes of networks -----------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """An Inception-like module: parallel convolutions, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.one(x), self.three(x)], 1)
+
+
+def test_parallel_branches_stay_together() -> None:
+    # the branches of one Inception module are one block
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Branches(), Branches(), nn.Flatten(), nn.LazyLinear(4))
+    net(image())
+    layers = layer_map(net, image())
+    assert layers.names == ("0", "1", "2", "4")
+    assert len(layers["1"].parameters) == 4
+
+
+def test_two_towers_follow_one_another() -> None:
+    # towers that meet at the end are mapped one after the other, each with its own embedding
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = nn.Sequential(nn.Linear(4, 8), Residual(), Residual())
+            self.image = nn.Sequential(nn.Linear(6, 8), Residual(), Residual())
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            seen = self.image(image)
+            return self.head(torch.cat([seen, self.text(text)], 1))
+
+    layers = layer_map(Towers(), {"text": torch.zeros(2, 4), "image": torch.zeros(2, 6)})
+    assert layers.names == ("image.0", "image.1", "image.2", "text.0", "text.1", "text.2", "head")
+
+
+def test_dense_connections_come_out_in_dense_layers() -> None:
+    # every layer reads all before it, and yet each is a group
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        net = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=5)
+    blocks, stages = layer_map(net, image(side=64)), layer_map(net, image(side=64), "stages")
+    assert blocks.names == (
+        "features.conv0",
+        "features.denseblock1.denselayer1",
+        "features.denseblock1.denselayer2",
+        "features.denseblock2.denselayer1",
+        "features.denseblock2.denselayer2",
+        "classifier",
+    )
+    assert blocks.group_of("features.norm5.weight") == "features.denseblock2.denselayer2"
+    assert stages.names == ("features.conv0", "features.denseblock1", "features.denseblock2", "classifier")
+
+
+def test_skip_connections_over_stages() -> None:
+    # a U-Net: encoder and decoder blocks are groups, in order
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList([ConvBlock(4, 4), ConvBlock(4, 8, 2)])
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+            self.outer = ConvBlock(8, 8)
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.inner[0](self.stem(x))
+            up = self.up(self.inner[1](first))
+            return self.head(self.outer(torch.cat([first, up], 1)))
+
+    layers = layer_map(UNet(), image())
+    assert layers.names == ("stem", "inner.0", "inner.1", "outer", "head")
+    assert layers.group_of("up.weight") == "outer"
+
+
+@pytest.mark.parametrize("family", ["T5", "Bart"])
+def test_encoder_decoder(family: str) -> None:
+    # all encoder layers, then all decoder layers, though the decoder's input is another
+    transformers = pytest.importorskip("transformers")
+    options: dict[str, Any] = (
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+        if family == "T5"
+        else {
+            "d_model": 16,
+            **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+            **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")},
+        }
+    )
+    config = getattr(transformers, f"{family}Config")(vocab_size=99, **options)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    for granularity in ("blocks", "stages"):
+        layers = layer_map(model, granularity=granularity)  # type: ignore[arg-type]
+        numbered = [name for name in layers.names if name[-1].isdigit()]
+        word = "block" if family == "T5" else "layers"
+        prefix = "" if family == "T5" else "model."
+        assert numbered == [f"{prefix}{s}.{word}.{n}" for s in ("encoder", "decoder") for n in (0, 1)]
+    assert_complete(layers, model)
+
+
+def test_several_heads_are_one_group() -> None:
+    # a distilled DeiT has two output layers; they learn together
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
+    layers = layer_map(model)
+    assert layers.outputs == ("head", "head_dist")
+    assert layers.head is not None
+    assert set(layers.head.parameters) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_no_head() -> None:
+    # a network that ends in a residual block, or in a norm, has no head
+    blocks = nn.Sequential(nn.Linear(4, 8), Residual(), Residual())
+    assert layer_map(blocks, torch.zeros(2, 4)).head is None
+    assert layer_map(nn.Sequential(*blocks, nn.LayerNorm(8)), torch.zeros(2, 4)).head is None
+
+
+def test_features_beside_the_logits_do_not_hide_the_head() -> None:
+    # (logits, features): the last block is no output layer
+    class Both(SmallResNet):
+        def forward(self, x: torch.Tensor) -> Any:
+            features = self.layer2(self.layer1(self.bn1(self.conv1(x)).relu()))
+            return self.fc(features.mean((2, 3))), features
+
+    assert layer_map(Both(), image()).outputs == ("fc",)
+
+
+def test_unused_parameters_are_reported_and_stay_with_their_neighbours() -> None:
+    # a parameter that the pass does not read stands in the group of its module
+    model = SmallResNet()
+    model.layer1[1].spare = nn.Linear(3, 3)
+    model.auxiliary = nn.Linear(8, 5)
+    layers = layer_map(model, image())
+    assert set(layers.unused) == {
+        "layer1.1.spare.weight",
+        "layer1.1.spare.bias",
+        "auxiliary.weight",
+        "auxiliary.bias",
+    }
+    assert layers.group_of("layer1.1.spare.weight") == "layer1.1"
+    assert_complete(layers, model)
+
+
+def test_control_flow_that_depends_on_data() -> None:
+    # the branch is decided on real samples, and the map says so
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.gate(x)
+            return self.head(self.left(x) if x.sum() > 0 else self.right(x))
+
+    model = Routed()
+    layers = layer_map(model, torch.randn(5, 4))
+    assert any("real samples" in note for note in layers.notes)
+    assert len(layers.unused) == 2
+    assert_complete(layers, model)
+
+
+def test_layer_called_by_its_forward() -> None:
+    # SqueezeBERT calls layer.forward(x), which hooks do not see
+    class Bypasses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(4, 8)
+            self.blocks = nn.ModuleList(Residual() for _ in range(3))
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                x = block.forward(x)
+            return self.head(x)
+
+    assert layer_map(Bypasses(), torch.zeros(2, 4)).names == (
+        "embed",
+        "blocks.0",
+        "blocks.1",
+        "blocks.2",
+        "head",
+    )
+
+
+# -- states and wrappers ----------------------------------------------------------------------------
+
+
+def test_model_on_meta() -> None:
+    # a model without data has the same map
+    assert layer_map(SmallResNet().to("meta"), image()) == layer_map(SmallResNet(), image())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    # the derived input has the model's precision
+    model = SmallResNet().to(dtype)
+    assert layer_map(model) == layer_map(SmallResNet())
+
+
+def test_already_partly_frozen() -> None:
+    # what learns has no say in where it stands, and stays as it was
+    model = SmallResNet()
+    model.layer1.requires_grad_(False)
+    assert layer_map(model, image()) == layer_map(SmallResNet(), image())
+    assert not any(p.requires_grad for p in model.layer1.parameters())
+    assert model.fc.weight.requires_grad
+
+
+def test_lazy_modules() -> None:
+    # there is nothing to group yet, and the message says what to do
+    with pytest.raises(ModelError, match="Run one real batch"):
+        layer_map(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)), torch.zeros(2, 4))
+
+
+def test_no_parameters() -> None:
+    # a model that cannot learn has no layer map
+    with pytest.raises(ModelError, match="no parameters"):
+        layer_map(nn.ReLU())
+
+
+def test_dictionary_inputs_and_outputs() -> None:
+    # keyword arguments as a dict, outputs by name
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.kind, self.box = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, features: torch.Tensor, *, scale: float) -> dict[str, torch.Tensor]:
+            x = self.body(features * scale).relu()
+            return {"kind": self.kind(x), "box": self.box(x)}
+
+    layers = layer_map(Named(), {"features": torch.zeros(2, 4), "scale": 2.0})
+    assert layers.outputs == ("kind", "box")
+    assert layers.names == ("body", "kind")
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of one process on the CPU."""
+    import torch.distributed as dist
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_ddp_wrapped(process_group: None) -> None:
+    # the map has the names of the model inside
+    model = SmallResNet()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert layer_map(wrapped, image()) == layer_map(model, image())
+    assert wrapped(image()).shape == (2, 5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # FSDP on a CPU warns of itself
+def test_fsdp_wrapped(process_group: None) -> None:
+    # parameters sharded by fully_shard are mapped by their full shapes, and training goes on
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = SmallResNet()
+    expected = layer_map(model, image())
+    mesh = init_device_mesh("cpu", (1,))
+    for stage in (model.layer1, model.layer2, model):
+        fully_shard(stage, mesh=mesh)
+    layers = layer_map(model, image())
+    assert [(g.name, g.parameters, g.numel) for g in layers] == [
+        (g.name, g.parameters, g.numel) for g in expected
+    ]
+    model(image()).sum().backward()
+    assert model.fc.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_old_fsdp_wrapped(process_group: None) -> None:
+    # FullyShardedDataParallel that keeps the original parameters
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = SmallResNet()
+    expected = layer_map(model, image())
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    layers = layer_map(wrapped, image())
+    assert layers.names == expected.names
+    assert wrapped(image()).shape == (2, 5)
+
+
+def test_compiled_without_compiling() -> None:
+    # torch.compile'd models are mapped by the model inside; nothing is compiled for it
+    calls: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    model = SmallResNet()
+    expected = layer_map(model, image())
+    assert layer_map(torch.compile(model, backend=backend), image()) == expected
+    in_place = copy.deepcopy(model)
+    in_place.compile(backend=backend)
+    assert layer_map(in_place, image()) == expected
+    inner = copy.deepcopy(model)
+    inner.layer1 = torch.compile(inner.layer1, backend=backend)
+    assert len(layer_map(inner, image())) == len(expected)
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads an attribute that transformers renames
+def test_peft_wrapped() -> None:
+    # adapters stand with the layer that they adapt, under the names of the wrapped model
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
+    model = peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
+    layers = layer_map(model)
+    assert_complete(layers, model)
+    layer = "base_model.model.bert.encoder.layer"
+    assert layers.names[1:3] == (f"{layer}.0", f"{layer}.1")
+    assert layers.group_of(f"{layer}.1.attention.self.query.lora_B.default.weight") == f"{layer}.1"
+    assert layers.head is not None
+    assert "base_model.model.classifier.modules_to_save.default.weight" in layers.head.parameters
