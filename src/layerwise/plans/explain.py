@@ -53,7 +53,8 @@ class PhaseSummary:
         steps: its length.
         epochs: its length in epochs where it is counted in epochs, else None.
         groups: those that learn, input -> output.
-        trainable: number of scalars that learn.
+        trainable: number of scalars that learn; where groups are drawn, the most that do at a time. A norm
+            policy may add the affine parameters of norms in frozen groups, or take them away in others.
         notes: what else is special: schedule, norms, regularisation.
     """
 
@@ -228,7 +229,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
                 steps=length,
                 epochs=phase.epochs,
                 groups=groups,
-                trainable=sum(group.parameters for group in groups),
+                trainable=_at_once(phase, layers, groups),
                 notes=_notes(phase, first=number == 0),
             )
         )
@@ -259,6 +260,15 @@ def _trainable(phase: Phase, group: LayerGroup) -> int:
     if len(group.sizes) == len(learning):
         return sum(size for size, learns in zip(group.sizes, learning) if learns)
     return round(group.numel * sum(learning) / len(learning))  # a map without sizes: as if all were equal
+
+
+def _at_once(phase: Phase, layers: LayerMap, groups: tuple[GroupRates, ...]) -> int:
+    """Return how many scalars learn, at most, at the same time."""
+    total = sum(group.parameters for group in groups)
+    if phase.sample_groups is None:
+        return total
+    trunk = sorted(group.parameters for group in groups if layers[group.name].role == "trunk")
+    return total - sum(trunk[: -phase.sample_groups])
 
 
 def _rates_reader(

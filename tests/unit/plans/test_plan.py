@@ -270,6 +270,14 @@ def test_explain_counts_single_parameters_by_their_size() -> None:
     assert pattern(layers, train=["bias"]).explain(layers).phases[0].trainable == 6
 
 
+def test_explain_counts_what_is_drawn_at_a_time() -> None:
+    """With LISA the trainable number is that of stem, head and the largest groups that can be drawn."""
+    from layerwise.plans.recipes import lisa
+
+    layers = named_map("a", "b", "c", "d", numel=1)  # sizes 1, 2, 3, 4
+    assert lisa(layers, groups=1).explain(layers).phases[0].trainable == 1 + 3 + 4
+
+
 def test_explain_prints_a_timeline_and_a_heat_map() -> None:
     """The text names phases, groups and rates, says what was assumed, and shades frozen cells apart."""
     layers = resnet_map()

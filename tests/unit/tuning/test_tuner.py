@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import Lion
 from torch import nn
 from torch.nn import functional as F
+from transformers.optimization import Adafactor as HFAdafactor
 
 from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import LayerwiseWarning, ModelError, PlanError
 from layerwise.plans import recipes, strategies, unfreezing
-from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.plans.plan import Norms, Phase, Plan, Schedule
 from layerwise.tuning.tuner import Tuner
 
 STEPS = 3
@@ -116,6 +118,33 @@ def test_norms_frozen_by_pattern_keep_their_statistics() -> None:
     assert not {name for name in moved if ".1." in name}
 
 
+def test_norm_policies_decide_over_the_affine_parameters() -> None:
+    """"freeze" takes norms out of learning groups; "adapt" adds those of frozen ones, at a rate of their own."""
+    norms = {f"{part}.1.{kind}" for part in ("stem", "layer1", "layer2") for kind in ("weight", "bias")}
+    model = tiny_cnn()
+    tuner = make(lambda layers: strategies.full(layers, norms="freeze", epochs=1), model=model)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == norms
+    before = snapshot(model.train())
+    train(tuner, shape=(3, 8, 8), classes=4)
+    assert not {name for name in changed(before, snapshot(model)) if ".1." in name}
+
+    model = tiny_cnn()
+    policy = Norms(policy="adapt", rate=0.5)
+    tuner = make(lambda layers: strategies.linear_probe(layers, norms=policy, epochs=1), model=model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == norms | {
+        "fc.weight",
+        "fc.bias",
+    }
+    assert tuner.rates() == {"stem": 0.005, "layer1": 0.005, "layer2": 0.005, "fc": 0.01}
+    assert tuner.trainable_names(0) == tuner.trainable_names()
+    before = snapshot(model.train())
+    train(tuner, shape=(3, 8, 8), classes=4)
+    moved = changed(before, snapshot(model))
+    assert norms <= moved
+    assert "stem.1.running_mean" in moved
+    assert "stem.0.weight" not in moved
+
+
 def test_overrides_get_their_own_rate() -> None:
     """A parameter with an override learns at its own multiple in a param group of its own."""
     model = tiny_mlp(blocks=1)
@@ -157,6 +186,8 @@ FACTORIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adagrad": (torch.optim.Adagrad, {}),
     "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5}),
     "factory": (lambda groups: torch.optim.NAdam(groups, lr=1.0), {}),
+    "timm lion": (Lion, {}),
+    "transformers adafactor": (HFAdafactor, {"relative_step": False, "warmup_init": False}),
 }
 
 
