@@ -1,0 +1,130 @@
+"""Lightning: a callback that carries a plan out in ``Trainer.fit``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerwise.errors import MissingExtraError, ModelError
+from layerwise.integrations.framework import Driver
+from layerwise.tuning.stall import Mode
+from layerwise.tuning.tuner import Tuner
+
+if TYPE_CHECKING:
+    _Base: Any = object
+else:
+    try:
+        from lightning.pytorch import Callback as _Base
+    except ImportError as error:
+        raise MissingExtraError("lightning", "lightning", "layerwise.integrations.lightning") from error
+
+
+class TunerCallback(_Base):  # type: ignore[misc]
+    """Drives a `Tuner` in Lightning's loop: phases, rates, norms; through DDP and resume.
+
+    The module's ``configure_optimizers`` returns the Tuner's optimiser, and no scheduler:
+
+        tuner = layerwise.Tuner(module.net, plan, torch.optim.AdamW, lr=1e-3, steps_per_epoch=len(loader))
+        module.tuner = tuner                   # configure_optimizers: return self.tuner.optimizer
+        trainer = Trainer(max_epochs=tuner.total_epochs, callbacks=[TunerCallback(tuner)])
+
+    Frozen groups stay in eval mode whatever Lightning does to modes. The Tuner's state is saved inside the
+    optimiser's, so ``fit(ckpt_path=...)`` resumes in the phase that was interrupted, with its moments.
+    With DDP use ``strategy="ddp_find_unused_parameters_true"``; what will learn later is known to it from the
+    start. Automatic optimisation with one optimiser only.
+
+    Args:
+        tuner: made from the module, or the part of it, that the plan is about.
+        monitor: name of a logged validation metric, for plans that wait for validation to stall.
+        mode: whether more of it is better.
+        log_rates: log the rate of each layer group.
+    """
+
+    def __init__(
+        self, tuner: Tuner, *, monitor: str | None = None, mode: Mode = "max", log_rates: bool = False
+    ) -> None:
+        self.tuner = tuner
+        self._monitor = monitor
+        self._log_rates = log_rates
+        self._driver = Driver(tuner, mode)
+        self._steps = 0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before the strategy wraps the model: let it see everything that will ever learn."""
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ModelError(
+                "the module has automatic_optimization=False; TunerCallback cannot see when it steps. Call "
+                "tuner.step() in training_step instead of optimizer.step(), without the callback."
+            )
+        self._driver.before_wrapping()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """After wrapping: what learns in this phase, and checks."""
+        self._driver.after_wrapping(trainer.strategy.model)
+        held = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+        if len(held) != 1 or held[0] is not self.tuner.optimizer:
+            raise ModelError(
+                f"configure_optimizers returned {len(held)} optimizers that are not the Tuner's; return "
+                "tuner.optimizer (and no scheduler, the plan has its own)."
+            )
+        if trainer.lr_scheduler_configs:
+            raise ModelError(
+                "configure_optimizers returned a scheduler, which would overwrite the plan's rates. Return "
+                "tuner.optimizer alone, and put the schedule into the plan."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Compare the lengths of Lightning's loop and the plan."""
+        self._steps = trainer.global_step
+        batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+        self._driver.check_length(epochs, -(-batches // accumulated), "Lightning's Trainer")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the Tuner's epoch, or stop where the plan is over."""
+        self._driver.begin_epoch()
+        trainer.should_stop = trainer.should_stop or self.tuner.done
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Check and regularise while the gradients are there."""
+        self._driver.before_step()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on if the optimiser stepped in this batch."""
+        if trainer.global_step == self._steps:
+            return
+        self._steps = trainer.global_step
+        if self._log_rates:
+            pl_module.log_dict(self._driver.rates())
+        self._driver.after_step()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the metric in."""
+        if self._monitor is None or trainer.sanity_checking:
+            return
+        if self._monitor not in trainer.callback_metrics:
+            raise ModelError(
+                f"monitor={self._monitor!r} was not logged; logged are "
+                f"{', '.join(trainer.callback_metrics) or 'none'}. Log it in validation_step with self.log."
+            )
+        self._driver.metric = float(trainer.callback_metrics[self._monitor])
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """End the Tuner's epoch, after validation; stop where the plan is over."""
+        self._driver.end_epoch()
+        trainer.should_stop = trainer.should_stop or self.tuner.done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metric of an epoch that validation has seen and nobody has ended."""
+        return {"metric": self._driver.metric}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back; the rest is in the optimiser's state."""
+        self._driver.metric = state_dict["metric"]

@@ -1,0 +1,259 @@
+"""Lightning carries a plan out: the same weights as the Tuner's own loop, also interrupted, also in DDP."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import layerwise
+from layerwise.errors import LayerwiseWarning, ModelError
+
+pl = pytest.importorskip("lightning.pytorch")
+lightning = pytest.importorskip("layerwise.integrations.lightning")
+
+pytestmark = [
+    # Lightning's own advice on workers, logging intervals and the like
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+class Module(pl.LightningModule):
+    def __init__(self, net, tuner=None):
+        super().__init__()
+        self.net = net
+        self.tuner = tuner
+        self.scores = iter([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+    def training_step(self, batch, index):
+        self.train()  # some modules do
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("score", next(self.scores))
+
+    def configure_optimizers(self):
+        return self.tuner.optimizer
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, generator=generator)
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+
+def start():
+    torch.manual_seed(0)
+    return Net()
+
+
+def tuner_of(net, data, plan=None, steps_per_epoch=3, **options):
+    layers = layerwise.layer_map(net, torch.randn(2, 3))
+    plan = plan or layerwise.gradual_unfreezing(layers, decay=0.5, epochs_per_group=1, last_epochs=2)
+    return layerwise.Tuner(
+        net, plan, torch.optim.AdamW, lr=0.05, steps_per_epoch=steps_per_epoch, layers=layers, **options
+    )
+
+
+def fit(
+    tuner, net, data, folder, *, epochs=3, checkpoint=None, validate=False, monitor=None, more=(),
+    every_n_train_steps=None, **options,
+):  # fmt: skip
+    module = Module(net, tuner)
+    keep = pl.callbacks.ModelCheckpoint(
+        dirpath=folder,
+        filename="{step}" if every_n_train_steps else "{epoch}",
+        save_top_k=-1,
+        every_n_train_steps=every_n_train_steps,
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        callbacks=[lightning.TunerCallback(tuner, monitor=monitor), keep, *more],
+        **options,
+    )
+    loader = DataLoader(data, 8)
+    trainer.fit(module, loader, loader if validate else None, ckpt_path=checkpoint)
+    return trainer
+
+
+def plain(data):
+    """Return the weights that the Tuner's own loop ends in."""
+    net = start()
+    tuner = tuner_of(net, data)
+    for _ in tuner.epochs():
+        for x, y in DataLoader(data, 8):
+            net.train()
+            nn.functional.cross_entropy(net(x), y).backward()
+            tuner.step()
+    return net.state_dict()
+
+
+def assert_same(one, two):
+    assert list(one) == list(two)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_lightning_ends_in_the_weights_of_the_plain_loop(data, tmp_path):
+    net = start()
+    before = copy.deepcopy(net.state_dict())
+    tuner = tuner_of(net, data)
+    fit(tuner, net, data, tmp_path)
+    assert tuner.done
+    assert not torch.equal(before["body.0.weight"], net.body[0].weight)
+    assert_same(net.state_dict(), plain(data))
+
+
+def test_the_frozen_phase_moves_nothing_frozen(data, tmp_path):
+    net = start()
+    tuner = tuner_of(net, data)
+    with layerwise.watch(net) as watched, pytest.warns(LayerwiseWarning, match="stops after 1 epochs"):
+        fit(tuner, net, data, tmp_path, epochs=1)
+    assert watched.report.moved == ("fc.weight", "fc.bias")
+    assert watched.report.buffers_moved == ()
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("validate", [False, True])
+def test_resumed_after_any_epoch_it_ends_in_the_same_weights(data, tmp_path, epoch, validate):
+    # before the unfreezing and after it; with validation, Lightning saves before the epoch has ended
+    first = start()
+    fit(tuner_of(first, data), first, data, tmp_path, validate=validate)
+    second = start()
+    tuner = tuner_of(second, data)
+    saved = str(tmp_path / f"epoch={epoch}.ckpt")
+    fit(tuner, second, data, tmp_path / "again", checkpoint=saved, validate=validate)
+    assert tuner.done
+    assert tuner.step_count == 9
+    assert_same(second.state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_resumed_in_mid_epoch_it_stands_in_the_phase_and_step_where_it_stood(data, tmp_path, step):
+    # not the same weights: Lightning does not wind a plain loader forward
+    first = start()
+    fit(tuner_of(first, data), first, data, tmp_path, every_n_train_steps=1)
+    second = start()
+    tuner = tuner_of(second, data)
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            moments = tuner.optimizer.state[second.fc.weight]["step"]
+            seen.append((tuner.phase_index, tuner.step_count, int(moments), second.body[1].training))
+
+    saved = str(tmp_path / f"step={step}.ckpt")
+    fit(tuner, second, data, tmp_path / "again", checkpoint=saved, more=[Look()], every_n_train_steps=1)
+    assert seen[0] == (step // 3, step, step, step >= 3)
+    assert tuner.done
+    assert tuner.step_count == 9
+
+
+def test_ddp_is_built_knowing_what_learns_later(data, tmp_path):
+    net = start()
+    tuner = tuner_of(net, data)
+    found = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            wrapped = trainer.strategy.model
+            assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+            found.append(int(wrapped._get_ddp_logging_data()["num_parameter_tensors"]))
+
+    module = Module(net, tuner)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        devices=1,
+        strategy="ddp_find_unused_parameters_true",
+        use_distributed_sampler=False,  # it would shuffle
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[lightning.TunerCallback(tuner), Look()],
+    )
+    trainer.fit(module, DataLoader(data, 8))
+    assert found == [6, 6, 6]
+    assert_same(net.state_dict(), plain(data))
+
+
+def test_plain_ddp_is_refused_with_the_setting_to_use(data, tmp_path):
+    net = start()
+    with pytest.raises(ModelError, match="ddp_find_unused_parameters_true"):
+        fit(tuner_of(net, data), net, data, tmp_path, strategy="ddp", devices=1)
+
+
+def test_a_phase_ends_when_the_monitored_metric_stalls(data, tmp_path):
+    net = start()
+    layers = layerwise.layer_map(net, torch.randn(2, 3))
+    plan = layerwise.gradual_unfreezing(layers, epochs_per_group=5, patience_epochs=1, last_epochs=1)
+    tuner = tuner_of(net, data, plan)
+    fit(tuner, net, data, tmp_path, epochs=6, validate=True, monitor="score")
+    assert tuner.done
+    assert tuner.epoch < plan.total_epochs(3)  # the score only falls
+
+
+def test_accumulated_batches_count_as_one_step(data, tmp_path):
+    net = start()
+    tuner = tuner_of(net, data, steps_per_epoch=2)
+    fit(tuner, net, data, tmp_path, accumulate_grad_batches=2)
+    assert tuner.done
+    assert tuner.step_count == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("steps", "steps_per_epoch=3"),
+        ("other", "not the Tuner's"),
+        ("scheduler", "returned a scheduler"),
+        ("manual", "automatic_optimization"),
+        ("monitor", "was not logged"),
+    ],
+)
+def test_wrong_set_ups_are_refused(data, tmp_path, change, message, monkeypatch):
+    net = start()
+    tuner = tuner_of(net, data, steps_per_epoch=7 if change == "steps" else 3)
+    if change == "other":
+        monkeypatch.setattr(
+            Module, "configure_optimizers", lambda self: torch.optim.SGD(self.net.fc.parameters(), lr=0.1)
+        )
+    if change == "scheduler":
+        scheduled = lambda self: (  # noqa: E731
+            [self.tuner.optimizer],
+            [torch.optim.lr_scheduler.StepLR(self.tuner.optimizer, 1)],
+        )
+        monkeypatch.setattr(Module, "configure_optimizers", scheduled)
+    if change == "manual":
+        monkeypatch.setattr(Module, "automatic_optimization", False)
+    with pytest.raises(ModelError, match=message):
+        fit(
+            tuner,
+            net,
+            data,
+            tmp_path,
+            validate=change == "monitor",
+            monitor="oops" if change == "monitor" else None,
+        )

@@ -1,0 +1,163 @@
+"""Hugging Face's Trainer carries a plan out: the weights of the Tuner's own loop, also when interrupted."""
+
+import pytest
+import torch
+
+import layerwise
+from layerwise.errors import LayerwiseWarning, ModelError
+
+transformers = pytest.importorskip("transformers")
+integration = pytest.importorskip("layerwise.integrations.transformers")
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(24, 3, 8, 8, generator=generator)
+    return [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in images]
+
+
+def start():
+    """Return a small residual network with batch-norm, dropout nowhere."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def tuner_of(model, plan=None, steps_per_epoch=3):
+    layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
+    plan = plan or layerwise.lp_ft(layers, probe_epochs=1, epochs=3)
+    return layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=0.01, steps_per_epoch=steps_per_epoch, layers=layers
+    )
+
+
+def train(model, tuner, data, folder, *, resume=None, callback=None, own=True, metric=None, **options):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        **{"num_train_epochs": 3, "per_device_train_batch_size": 8, **options},
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+        logging_strategy="no",
+        max_grad_norm=0.0,
+    )
+    callback = callback or integration.TunerCallback(tuner, metric=metric)
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[callback],
+        **({"optimizers": callback.optimizers} if own else {}),
+        compute_metrics=lambda told: {"score": -len(trainer.state.log_history)},
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def assert_same(one, two):
+    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_trainer_carries_the_plan_out_and_keeps_frozen_norms_still(data, tmp_path):
+    model = start()
+    tuner = tuner_of(model)
+    phases, frozen = [], []
+
+    class Look(integration.TunerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            phases.append(self.tuner.phase.name)
+            frozen.append(kwargs["model"].resnet.embedder.training)
+
+    with layerwise.watch(model) as watched:
+        train(model, tuner, data, tmp_path, callback=Look(tuner), save_strategy="no")
+    assert phases == ["probe"] * 3 + ["tune"] * 6
+    assert frozen == [False] * 3 + [True] * 6  # though Trainer calls model.train() at every step
+    assert tuner.done
+    assert "resnet.embedder.embedder.convolution.weight" in watched.report.moved
+
+
+def test_the_frozen_phase_moves_nothing_frozen(data, tmp_path):
+    model = start()
+    tuner = tuner_of(model)
+    with layerwise.watch(model) as watched, pytest.warns(LayerwiseWarning, match="stops after 1 epochs"):
+        train(model, tuner, data, tmp_path, num_train_epochs=1, save_strategy="no")
+    assert watched.report.moved == ("classifier.1.weight", "classifier.1.bias")
+    assert watched.report.buffers_moved == ()
+
+
+def test_trainer_ends_in_the_weights_of_the_plain_loop(data, tmp_path):
+    model, batches = start(), []
+    tuner = tuner_of(model)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, batch: batches.append({k: batch[k].clone() for k in ("pixel_values", "labels")}),
+        with_kwargs=True,
+    )
+    train(model, tuner, data, tmp_path, save_strategy="no")
+    hook.remove()
+
+    ours = start()
+    again = tuner_of(ours)
+    left = iter(batches)
+    for _ in again.epochs():
+        for _ in range(3):
+            ours.train()
+            ours(**next(left)).loss.backward()
+            again.step()
+    assert_same(model, ours)
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_resumed_at_any_step_it_ends_in_the_same_weights(data, tmp_path, step):
+    first = start()
+    train(first, tuner_of(first), data, tmp_path, save_strategy="steps", save_steps=1)
+    second = start()
+    tuner = tuner_of(second)
+    train(
+        second,
+        tuner,
+        data,
+        tmp_path / "again",
+        save_strategy="no",
+        resume=str(tmp_path / f"checkpoint-{step}"),
+    )
+    assert tuner.done
+    assert_same(second, first)
+
+
+def test_a_phase_ends_when_the_metric_stalls_and_the_run_with_the_plan(data, tmp_path):
+    model = start()
+    layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
+    plan = layerwise.gradual_unfreezing(layers, epochs_per_group=5, patience_epochs=1, last_epochs=1)
+    tuner = tuner_of(model, plan)
+    trainer = train(
+        model, tuner, data, tmp_path, metric="eval_score", eval_strategy="epoch", save_strategy="no",
+        num_train_epochs=plan.total_epochs(3),
+    )  # fmt: skip
+    assert tuner.done
+    assert trainer.state.global_step == tuner.step_count < plan.total_steps(3)
+
+
+def test_accumulated_batches_count_as_one_step(data, tmp_path):
+    model = start()
+    tuner = tuner_of(model, steps_per_epoch=2)
+    train(model, tuner, data, tmp_path, gradient_accumulation_steps=2, save_strategy="no")
+    assert tuner.step_count == 6
+    assert tuner.done
+
+
+def test_wrong_set_ups_are_refused(data, tmp_path):
+    model = start()
+    with pytest.raises(ModelError, match="steps_per_epoch=3"):
+        train(model, tuner_of(model, steps_per_epoch=7), data, tmp_path, save_strategy="no")
+    with pytest.raises(ModelError, match=r"optimizers=callback\.optimizers"):
+        train(model, tuner_of(model), data, tmp_path, own=False, save_strategy="no")
+    with pytest.raises(ModelError, match="not among the evaluation metrics"):
+        train(
+            model, tuner_of(model), data, tmp_path, metric="oops", eval_strategy="epoch", save_strategy="no"
+        )
