@@ -88,6 +88,11 @@ class TunerCallback(_Base):  # type: ignore[misc]
         self._driver.begin_epoch()
         trainer.should_stop = trainer.should_stop or self.tuner.done
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the Tuner's epoch where Lightning, resumed from an epoch's last step, did not say so."""
+        if self.tuner.step_in_epoch >= self.tuner.steps_per_epoch:
+            self._driver.begin_epoch()
+
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
     ) -> None:

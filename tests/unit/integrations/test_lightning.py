@@ -149,7 +149,7 @@ def test_resumed_after_any_epoch_it_ends_in_the_same_weights(data, tmp_path, epo
     assert_same(second.state_dict(), first.state_dict())
 
 
-@pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.parametrize("step", [2, 3, 4])
 def test_resumed_in_mid_epoch_it_stands_in_the_phase_and_step_where_it_stood(data, tmp_path, step):
     # not the same weights: Lightning does not wind a plain loader forward
     first = start()
@@ -159,7 +159,7 @@ def test_resumed_in_mid_epoch_it_stands_in_the_phase_and_step_where_it_stood(dat
     seen = []
 
     class Look(pl.Callback):
-        def on_train_batch_start(self, trainer, module, batch, index):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
             moments = tuner.optimizer.state[second.fc.weight]["step"]
             seen.append((tuner.phase_index, tuner.step_count, int(moments), second.body[1].training))
 
