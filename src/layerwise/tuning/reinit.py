@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError
+from layerwise.errors import LayerwiseWarning, ModelError
 from layerwise.layers.layermap import LayerMap
 
 
@@ -15,7 +16,8 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
     """Initialise all parameters of `groups` anew, and the buffers that belong to their modules.
 
     A transformers model does it with its own ``_init_weights``, any other with each module's
-    ``reset_parameters``. The global random state is put back afterwards.
+    ``reset_parameters``. Vectors that a block holds itself (a layer scale) have neither and keep their values,
+    with a warning. The global random state is put back afterwards.
 
     Args:
         model: changed in place; not to be undone (keep a copy).
@@ -24,26 +26,42 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
         seed: where the new weights come from.
 
     Returns:
-        The names of the parameters.
+        The names of the parameters that were started anew.
 
     Raises:
-        ModelError: a module with parameters of its own knows no initialisation; nothing is changed then.
+        ModelError: a module with matrices of its own knows no initialisation; nothing is changed then.
+
+    Warns:
+        LayerwiseWarning: vectors kept their values.
     """
     wanted = {name for group in groups for name in layers[group].parameters}
     modules = []
-    unknown = []
+    unknown, kept = [], []
     init_weights: Any = getattr(model, "_init_weights", None)
     for path, module in model.named_modules():
-        own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        own = {
+            f"{path}.{name}" if path else name: parameter
+            for name, parameter in module.named_parameters(recurse=False)
+        }
         if not wanted.intersection(own):
             continue
-        modules.append((module, own))
-        if _initialiser(module) is None and init_weights is None:
+        if init_weights is not None or _initialiser(module) is not None:
+            modules.append((module, list(own)))
+        elif any(parameter.ndim > 1 for parameter in own.values()):
             unknown.append(f"{path} ({type(module).__name__})")
+        else:
+            kept += own
     if unknown:
         raise ModelError(
             f"these modules cannot be initialised anew, as their classes have no reset_parameters(): "
             f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
+        )
+    if kept:
+        warnings.warn(
+            f"started anew: {', '.join(groups)}, but {len(kept)} vectors keep their values, as their modules have "
+            f"no reset_parameters(): {', '.join(kept)}",
+            LayerwiseWarning,
+            stacklevel=2,
         )
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():

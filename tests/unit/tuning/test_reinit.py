@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers import changed, map_by_children, snapshot, tiny_cnn
-from layerwise.errors import ModelError
+from layerwise.errors import LayerwiseWarning, ModelError
 from layerwise.tuning.reinit import reinit
 
 
@@ -49,12 +49,12 @@ def test_attention_is_started_anew_too() -> None:
 
 
 def test_a_module_without_initialisation_is_named_and_nothing_changes() -> None:
-    """A class with a parameter and no reset_parameters cannot be started anew."""
+    """A class with a matrix of its own and no reset_parameters cannot be started anew."""
 
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gamma = nn.Parameter(torch.ones(3))
+            self.gamma = nn.Parameter(torch.ones(3, 3))
 
     model = nn.Sequential()
     model.add_module("stem", nn.Linear(3, 3))
@@ -64,6 +64,25 @@ def test_a_module_without_initialisation_is_named_and_nothing_changes() -> None:
     with pytest.raises(ModelError, match=r"scale \(Scale\)"):
         reinit(model, map_by_children(model), ("scale", "head"), seed=0)
     assert not changed(before, snapshot(model))
+
+
+def test_a_vector_without_initialisation_is_kept_and_told() -> None:
+    """A block's own layer scale keeps its values, with a warning; the rest of the group starts anew."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.gamma = nn.Parameter(torch.full((3,), 0.3))
+
+    model = nn.Sequential()
+    model.add_module("stem", nn.Linear(3, 3))
+    model.add_module("block", Block())
+    model.add_module("head", nn.Linear(3, 2))
+    before = snapshot(model)
+    with pytest.warns(LayerwiseWarning, match=r"1 vectors keep their values, .*block\.gamma"):
+        names = reinit(model, map_by_children(model), ("block",), seed=0)
+    assert changed(before, snapshot(model)) == set(names) == {"block.linear.weight", "block.linear.bias"}
 
 
 def test_a_transformers_model_uses_its_own_initialisation() -> None:
