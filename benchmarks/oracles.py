@@ -13,14 +13,16 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from benchmarks.transformers_models import Small
-from layerwise.layers.layermap import LayerMap
-from layerwise.layers.mapping import layer_map
+from layerwise.layers.inputs import example_arguments
+from layerwise.layers.layermap import Granularity, LayerMap
+from layerwise.layers.mapping import map_recording
+from layerwise.layers.recording import record
 
 
 @dataclass
@@ -89,6 +91,14 @@ def is_complete(layers: LayerMap, model: nn.Module) -> bool:
     return stands == collections.Counter(dict(model.named_parameters()).keys())
 
 
+def _mapped(model: nn.Module, example: Any = None) -> tuple[LayerMap, bool]:
+    """Return the map by blocks, and whether it is complete at every granularity, from one recording."""
+    (args, kwargs), notes = example_arguments(model, example)
+    recording = record(model, args, kwargs, mode="eval")
+    stages, blocks, layers = (map_recording(recording, g, notes=notes) for g in get_args(Granularity))
+    return blocks, all(is_complete(one, model) for one in (stages, blocks, layers))
+
+
 def _places(layers: LayerMap) -> dict[str, int]:
     return {name: place for place, group in enumerate(layers) for name in group.parameters}
 
@@ -146,12 +156,10 @@ def judge_timm(name: str) -> Verdict:
     with _quiet():
         model = on_meta(timm.create_model, name)
         try:
-            layers = layer_map(model)
-            others = [layer_map(model, granularity=g) for g in ("stages", "layers")]
+            layers, complete = _mapped(model)
         except Exception as error:
             return Verdict(name, error=f"{type(error).__name__}: {error}"[:300])
-        verdict = Verdict(name, layers=layers)
-        verdict.complete = all(is_complete(one, model) for one in (layers, *others))
+        verdict = Verdict(name, layers=layers, complete=complete)
         places = _places(layers)
         if hasattr(model, "group_matcher"):
             oracle = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
@@ -188,17 +196,15 @@ def judge_torchvision(name: str) -> Verdict:
     from torchvision import models
 
     with _quiet():
-        extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        model = on_meta(models.get_model, name, weights=None, **_no_backbone(name), **extra).eval()
+        model = on_meta(models.get_model, name, weights=None, **_options(name)).eval()
         try:
-            example = _torchvision_input(model, name)
-            layers = layer_map(model, example)
-            others = [layer_map(model, example, granularity=g) for g in ("stages", "layers")]
+            layers, complete = _mapped(model, _torchvision_input(model, name))
         except Exception as error:
             return Verdict(name, error=f"{type(error).__name__}: {error}"[:300])
-    verdict = Verdict(name, layers=layers)
-    verdict.complete = all(is_complete(one, model) for one in (layers, *others))
+    verdict = Verdict(name, layers=layers, complete=complete)
     places = _places(layers)
+    if "." in type(model).__module__.removeprefix("torchvision.models."):
+        return verdict  # only classification models are registered in the order in which they run
     registered = {
         parameter: number
         for number, (parameter, _) in enumerate(model.named_parameters())
@@ -207,23 +213,26 @@ def judge_torchvision(name: str) -> Verdict:
     verdict.discordant, verdict.pairs = disorder(places, registered)
     if verdict.discordant:
         verdict.worst = culprits(places, registered)
-    if "." not in type(model).__module__.removeprefix("torchvision.models."):
-        last = [
-            path
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not path.startswith(("AuxLogits", "aux"))
-        ][-1:]
-        verdict.head = list(layers.outputs) == (last or ["classifier.1"])  # SqueezeNet ends in a convolution
+    last = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not path.startswith(("AuxLogits", "aux"))
+    ][-1:]
+    verdict.head = list(layers.outputs) == (last or ["classifier.1"])  # SqueezeNet ends in a convolution
     return verdict
 
 
-def _no_backbone(name: str) -> dict[str, Any]:
-    return (
-        {"weights_backbone": None}
-        if any(w in name for w in ("rcnn", "ssd", "fcos", "retina"))
-        or (name.startswith(("deeplab", "fcn", "lraspp")))
-        else {}
-    )
+def _options(name: str) -> dict[str, Any]:
+    """Return what keeps torchvision from downloading weights, and detection images small."""
+    if name in ("googlenet", "inception_v3"):
+        return {"init_weights": False}
+    if name.startswith("ssd"):
+        return {"weights_backbone": None}
+    if any(word in name for word in ("rcnn", "fcos", "retina")):
+        return {"weights_backbone": None, "min_size": 128, "max_size": 160}
+    if name.startswith(("deeplab", "fcn", "lraspp")):
+        return {"weights_backbone": None}
+    return {}
 
 
 def _torchvision_input(model: nn.Module, name: str) -> Any:
@@ -233,7 +242,7 @@ def _torchvision_input(model: nn.Module, name: str) -> Any:
     if "video" in kind:
         return (
             torch.zeros(2, 3, 16, 224, 224)
-            if "mvit" in name or "swin" in name
+            if name.startswith(("mvit", "swin", "s3d"))
             else torch.zeros(2, 3, 8, 112, 112)
         )
     if "detection" in kind:
@@ -280,12 +289,10 @@ def judge_transformers(small: Small) -> Verdict:
         torch.manual_seed(0)
         model = small.build()
         try:
-            layers = layer_map(model, small.example())
-            others = [layer_map(model, small.example(), granularity=g) for g in ("stages", "layers")]
+            layers, complete = _mapped(model, small.example())
         except Exception as error:
             return Verdict(small.name, error=f"{type(error).__name__}: {error}"[:300])
-    verdict = Verdict(small.name, layers=layers, expected_blocks=small.layers)
-    verdict.complete = all(is_complete(one, model) for one in (layers, *others))
+    verdict = Verdict(small.name, layers=layers, complete=complete, expected_blocks=small.layers)
     numbered = numbered_layers(layers, model)
     if not numbered:  # ALBERT's layers share one set of weights
         verdict.found_blocks = sum(group.role == "trunk" for group in layers)

@@ -158,7 +158,7 @@ class Recording:
         output: what the model returned, with its (fake) tensors as leaves.
         output_keys: values of the tensors in `output`.
         names: every parameter's first name -> all its names (more than one where weights are tied).
-        batch_size: length of the first dimension of the first input tensor; 1 if there is none.
+        batch_size: number of samples: length of the first input tensor, or of the first list of tensors.
         notes: for people: why a recording fell back to real samples.
     """
 

@@ -140,7 +140,7 @@ def _attempt(
             output=output,
             output_keys=tuple(recorder.key(tensor) for tensor in tensors_in(output)),
             names=recorder.names,
-            batch_size=next((len(tensor) for tensor in inputs if tensor.ndim), 1),
+            batch_size=_batch_size(arguments),
         )
 
 
@@ -166,17 +166,28 @@ def _two_real_samples(
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cut the example to two samples and give meta tensors a content."""
-    batch = next((len(tensor) for tensor in tensors_in(arguments) if tensor.ndim), 1)
+    batch = _batch_size(arguments)
     generator = torch.Generator().manual_seed(0)
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "meta":
             like = torch.zeros(tensor.shape, dtype=tensor.dtype)
             tensor = like.normal_(generator=generator) if tensor.is_floating_point() else like + 1
-        return tensor[:2] if tensor.ndim and len(tensor) == batch and batch > 2 else tensor
+        return tensor[:2] if batch > 2 and tensor.ndim and len(tensor) == batch else tensor
 
     mapped: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(arguments, real)
     return mapped
+
+
+def _batch_size(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+    """Return the number of samples: the length of the first tensor, or of the first list of tensors."""
+    args, kwargs = arguments
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+        if isinstance(value, list) and tensors_in(value):
+            return len(value)  # of images of different sizes, as detection models take them
+    return 1
 
 
 def _one_line(error: Exception) -> str:
