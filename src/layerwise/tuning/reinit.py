@@ -16,8 +16,8 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
     """Initialise all parameters of `groups` anew, and the buffers that belong to their modules.
 
     A transformers model does it with its own ``_init_weights``, any other with each module's
-    ``reset_parameters``. Vectors that a block holds itself (a layer scale) have neither and keep their values,
-    with a warning. The global random state is put back afterwards.
+    ``reset_parameters``. Vectors that a block holds itself (a layer scale) have neither and keep their
+    values, with a warning. The global random state is put back afterwards.
 
     Args:
         model: changed in place; not to be undone (keep a copy).
@@ -36,7 +36,8 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
     """
     wanted = {name for group in groups for name in layers[group].parameters}
     modules = []
-    unknown, kept = [], []
+    unknown: list[str] = []
+    kept: list[str] = []
     init_weights: Any = getattr(model, "_init_weights", None)
     for path, module in model.named_modules():
         own = {
@@ -58,8 +59,8 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
         )
     if kept:
         warnings.warn(
-            f"started anew: {', '.join(groups)}, but {len(kept)} vectors keep their values, as their modules have "
-            f"no reset_parameters(): {', '.join(kept)}",
+            f"started anew: {', '.join(groups)}, but {len(kept)} vectors keep their values, as their "
+            f"modules have no reset_parameters(): {', '.join(kept)}",
             LayerwiseWarning,
             stacklevel=2,
         )

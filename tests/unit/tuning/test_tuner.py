@@ -119,7 +119,7 @@ def test_norms_frozen_by_pattern_keep_their_statistics() -> None:
 
 
 def test_norm_policies_decide_over_the_affine_parameters() -> None:
-    """Policy freeze takes norms out of learning groups; adapt adds those of frozen ones, at their own rate."""
+    """Policy freeze takes norms out of learning groups; adapt adds those of frozen ones, at its rate."""
     norms = {f"{part}.1.{kind}" for part in ("stem", "layer1", "layer2") for kind in ("weight", "bias")}
     model = tiny_cnn()
     tuner = make(lambda layers: strategies.full(layers, norms="freeze", epochs=1), model=model)
