@@ -55,7 +55,7 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             typer.echo(f"{type(error).__name__}: {error}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            typer.echo("Interrupted.", err=True)
+            typer.echo(f"Interrupted; {error}" if str(error) else "Interrupted.", err=True)
             raise typer.Exit(130) from error
 
     return run

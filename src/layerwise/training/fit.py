@@ -295,8 +295,8 @@ def fit(
             phase, rates = tuner.phase.name, tuner.rates()
             setup.enter_phase(model, tuner, train, share, watched)
             stream = batches.epoch(epoch, within["batch"], random_state=epoch_random)
-            if prefix is not None:
-                batches.begin(epoch, within["batch"])
+            if prefix is not None and not within["batch"]:  # the rest of a broken epoch is not worth a cache
+                batches.begin(epoch)
                 stream = cast("Generator[Any, None, None]", prefix.batches())
             for index, batch in enumerate(stream, within["batch"]):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
@@ -333,8 +333,8 @@ def fit(
                     interrupt.raise_if_requested(go_on)
 
             stream.close()  # a plan by steps may end inside an epoch; then the cache lets go of the model
-            if prefix is not None and (told := prefix.describe()) != described:
-                described = told
+            if prefix is not None and (told := prefix.describe().splitlines()[0]) != described:
+                described = told  # what it says of the training data
                 reporter.say(told)
             scores = Scores({})
             if held_out is not None:
@@ -383,7 +383,7 @@ def fit(
                 steps_left=total_steps - tuner.step_count,
                 seconds=timings[-1]["seconds"],
             )
-            interrupt.raise_if_requested()
+            interrupt.raise_if_requested(go_on)
             if on_epoch is not None:
                 on_epoch(entry)
             if stopped_early:
@@ -408,7 +408,7 @@ def fit(
         )
     if watched is not None:
         notes += setup.report_watch(watched.report, inspected, folder)
-    notes += described.splitlines()
+    notes += [described] if described else []
     result = Result(
         model=model,
         task=task,

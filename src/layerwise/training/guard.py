@@ -47,10 +47,10 @@ class Interrupt:
             raise KeyboardInterrupt
         self.requested = True
 
-    def raise_if_requested(self) -> None:
-        """Raise `KeyboardInterrupt` if Ctrl-C was pressed."""
+    def raise_if_requested(self, told: str = "") -> None:
+        """Raise `KeyboardInterrupt` with the message `told` if Ctrl-C was pressed."""
         if self.requested:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(told)
 
 
 def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, out: Path | None) -> float:
