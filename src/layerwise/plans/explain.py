@@ -21,6 +21,7 @@ from layerwise.plans.timeline import joins, phase_factor
 ASSUMED_STEPS_PER_EPOCH = 100
 COLUMNS = 48
 SHADES = "·░▒▓█"
+MOST_ROWS = 80
 _JOINING = "joining groups warm up for"
 
 
@@ -152,10 +153,7 @@ class Explanation:
             share = f"{_count(phase.trainable)} {phase.trainable / max(self.total, 1):6.1%}"
             first = [f"{number + 1} {phase.name}", length, share]
             left = [first, *([f"  {note}", "", ""] for note in phase.notes if note not in common)]
-            right = [
-                [group.name, *(_rate(value) for value in (group.start, group.peak, group.end))]
-                for group in reversed(phase.groups)
-            ]
+            right = self._group_rows(phase)
             for row in range(max(len(left), len(right))):
                 table.add_row(
                     *(left[row] if row < len(left) else ["", "", ""]),
@@ -163,6 +161,16 @@ class Explanation:
                     end_section=row + 1 == max(len(left), len(right)) and number + 1 < len(self.phases),
                 )
         return table
+
+    def _group_rows(self, phase: PhaseSummary) -> list[list[str]]:
+        """Return a row a group, output on top; of a long plan only the outermost groups of each phase."""
+        rows = [
+            [group.name, *(_rate(value) for value in (group.start, group.peak, group.end))]
+            for group in reversed(phase.groups)
+        ]
+        if len(rows) > 5 and sum(len(other.groups) for other in self.phases) > MOST_ROWS:
+            rows[2:-2] = [[f"... {len(rows) - 4} between", "", "", ""]]
+        return rows
 
     def _heat_map(self) -> Table:
         """Return groups (output on top) x time; darker and warmer is faster, on a logarithmic scale."""

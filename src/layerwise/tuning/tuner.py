@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, ModelError, PlanError
+from layerwise.errors import LayerwiseWarning, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.schedules import join_factor
 from layerwise.plans.timeline import joining, phase_factor
+from layerwise.tuning.checks import check_first_step
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.matching import (
     check_ddp,
@@ -37,7 +38,6 @@ from layerwise.tuning.matching import (
     layers_for,
     never_trained,
     parameters_of,
-    some,
 )
 from layerwise.tuning.norms import NormRecord
 from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory, set_rate
@@ -290,7 +290,8 @@ class Tuner:
         if not self._open:
             self.begin_epoch()
         if self._unchecked:
-            self._check_step()
+            self._unchecked = False
+            check_first_step(self.phase.name, self._parameters, self.optimizer, self._warned)
         phase = self.phase
         if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
             self._set_rates()
@@ -580,42 +581,7 @@ class Tuner:
         learning = {name: p for name, p in self._parameters.items() if id(p) in rate}
         return learning, {name: rate[id(p)] for name, p in learning.items()}
 
-    # ------------------------------------------------------------------ checks
-
-    def _check_step(self) -> None:
-        """Check on the first step of a phase that what should learn does, and nothing else.
-
-        Raises:
-            ModelError: it does not.
-        """
-        self._unchecked = False
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        learning = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        stray = [name for name, p in learning.items() if id(p) not in held]
-        lost = [name for name, p in self._parameters.items() if id(p) in held and not p.requires_grad]
-        if stray or lost or len(held) != len(learning):
-            raise ModelError(
-                f"phase {self.phase.name!r}: the optimiser does not hold what should learn "
-                f"(trainable but not held: {some(stray)}; held but not trainable: {some(lost)}). Something "
-                "else changed requires_grad, or replaced the parameters after the Tuner was made"
-            )
-        idle = [name for name, p in learning.items() if p.grad is None]
-        if len(idle) == len(learning):
-            raise ModelError(
-                f"phase {self.phase.name!r}: none of the {len(learning)} trainable parameters has a "
-                "gradient; call loss.backward() before tuner.step(), on a loss that depends on the model. "
-                "With reentrant gradient checkpointing and frozen first layers use use_reentrant=False"
-            )
-        unknown = [name for name in idle if name not in self._warned]
-        if unknown:
-            self._warned.update(unknown)
-            warnings.warn(
-                f"phase {self.phase.name!r}: {len(unknown)} parameters should learn but have no gradient at "
-                f"its first step: {some(unknown)}. The forward pass does not use them, or is cut from "
-                "the loss",
-                LayerwiseWarning,
-                stacklevel=4,
-            )
+    # ------------------------------------------------------------------ messages
 
     def _after_the_end(self) -> None:
         if not self._open:

@@ -278,6 +278,18 @@ def test_explain_counts_what_is_drawn_at_a_time() -> None:
     assert lisa(layers, groups=1).explain(layers).phases[0].trainable == 1 + 3 + 4
 
 
+def test_explain_of_a_long_plan_stays_readable() -> None:
+    """With hundreds of rows each phase shows its outermost groups; the data has all of them."""
+    from layerwise.plans.unfreezing import gradual_unfreezing
+
+    layers = named_map(*(f"layer.{i}" for i in range(40)))
+    told = gradual_unfreezing(layers).explain(layers)
+    text = str(told)
+    assert "... 36 between" in text
+    assert len(text.splitlines()) < 350
+    assert len(told.phases[-1].groups) == 40
+
+
 def test_explain_prints_a_timeline_and_a_heat_map() -> None:
     """The text names phases, groups and rates, says what was assumed, and shades frozen cells apart."""
     layers = resnet_map()

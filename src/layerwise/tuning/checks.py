@@ -1,0 +1,61 @@
+"""What is checked on the first step of each phase, with the gradients that are about to be used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.tuning.matching import some
+
+
+def check_first_step(
+    phase: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    told: set[str],
+) -> None:
+    """Check that what should learn is what the optimiser holds, and that it has gradients.
+
+    Args:
+        phase: the phase's name, for messages.
+        parameters: all parameters of the model, by name.
+        optimizer: the optimiser, which may be wrapped.
+        told: names of parameters that were warned of before; grows.
+
+    Raises:
+        ModelError: trainable parameters that the optimiser does not hold, held ones that are not trainable,
+            or no gradient at all.
+
+    Warns:
+        LayerwiseWarning: some trainable parameters have no gradient.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    learning = {name: p for name, p in parameters.items() if p.requires_grad}
+    stray = [name for name, p in learning.items() if id(p) not in held]
+    lost = [name for name, p in parameters.items() if id(p) in held and not p.requires_grad]
+    if stray or lost or len(held) != len(learning):
+        raise ModelError(
+            f"phase {phase!r}: the optimiser does not hold what should learn (trainable but not held: "
+            f"{some(stray)}; held but not trainable: {some(lost)}). Something else changed requires_grad, or "
+            "replaced the parameters after the Tuner was made"
+        )
+    idle = [name for name, p in learning.items() if p.grad is None]
+    if len(idle) == len(learning):
+        raise ModelError(
+            f"phase {phase!r}: none of the {len(learning)} trainable parameters has a gradient; call "
+            "loss.backward() before tuner.step(), on a loss that depends on the model. With reentrant "
+            "gradient checkpointing and frozen first layers use use_reentrant=False"
+        )
+    new = [name for name in idle if name not in told]
+    if new:
+        told.update(new)
+        warnings.warn(
+            f"phase {phase!r}: {len(new)} parameters should learn but have no gradient at its first step: "
+            f"{some(new)}. The forward pass does not use them, or is cut from the loss",
+            LayerwiseWarning,
+            stacklevel=3,
+        )
