@@ -136,16 +136,25 @@ def ddp_before_unfreezing(setup: Setup) -> Iterator[Finding]:
         told: Any = module
         reduced = int(told._get_ddp_logging_data()["num_parameter_tensors"])
         now = sum(parameter.requires_grad for parameter in module.parameters())
-        if reduced != now:
+        if now > reduced:
             yield Finding(
                 "error",
                 "ddp-built-for-other-parameters",
                 (path or type(module).__name__,),
                 f"DistributedDataParallel averages the gradients of the {reduced} parameters that "
                 f"required them when it was built; now {now} do. Those unfrozen since are not averaged: "
-                "each process trains its own copy. Those frozen since make it wait for gradients that "
-                "never come.",
-                "wrap the model anew at each change of what trains (layerwise.fit does)",
+                "each process trains its own copy.",
+                "wrap the model anew, or build the wrapper inside of `with tuner.all_phases():`",
+            )
+        elif now < reduced and not module.find_unused_parameters:
+            yield Finding(
+                "error",
+                "ddp-waits-for-frozen-parameters",
+                (path or type(module).__name__,),
+                f"DistributedDataParallel was built for {reduced} parameters that require gradients, now "
+                f"{now} do: it waits for the gradients of those frozen since, which never come.",
+                "DistributedDataParallel(..., find_unused_parameters=True), or wrap the model anew after "
+                "freezing",
             )
 
 

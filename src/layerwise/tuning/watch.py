@@ -164,7 +164,7 @@ def watch(
 
     Every parameter and buffer is hashed at the beginning and at the end (BLAKE2b over the bytes), so a
     change of one bit is seen and nothing is kept but the hashes. Costs two reads of the weights: about
-    0.1 s per 100 MB at each end; nothing in between. Changes nothing. Also reports after an exception.
+    0.15 s per 100 MB at each end; nothing in between. Changes nothing. Also reports after an exception.
 
     Args:
         model: may be wrapped (compile, DistributedDataParallel).

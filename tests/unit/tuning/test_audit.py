@@ -424,6 +424,12 @@ def test_ddp_built_before_unfreezing(net, tmp_path):
         assert found.code == "ddp-built-for-other-parameters"
         assert "6 parameters that required them" in found.why
         assert audit(wrapped, loader=data()).codes == {"ddp-built-for-other-parameters"}
+        frozen(net, "stem", "mid")
+        assert audit(wrapped).codes == {"ddp-waits-for-frozen-parameters"}
+        net.requires_grad_(True)
+        wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+        frozen(net, "stem", "mid")
+        assert audit(wrapped).findings == ()
     finally:
         torch.distributed.destroy_process_group()
 
