@@ -7,7 +7,9 @@ import sys
 
 BENCHMARKS = {
     "advice": "benchmarks.advice",
+    "cache": "benchmarks.cache",
     "calibrate": "benchmarks.calibrate",
+    "cuts": "benchmarks.cuts",
     "layer_maps": "benchmarks.layer_maps",
 }
 """Name -> module; each has a ``main(arguments)`` that prints its figures."""

@@ -3,13 +3,17 @@
 *plain*: a bare PyTorch loop whose frozen part already needs no backward. *floor*: forward and backward of
 the trained part alone, on ready tensors. CPU time of one thread; the three run by turns in one process, so
 that a slow moment of the machine hits all of them; shown are medians of the ratios and their range.
+
+    python -m benchmarks cache [resnet50|vit|lite0|minilm ...] [--repeats 5]
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -237,9 +241,14 @@ def measure(case: Case, *, repeats: int) -> dict[str, Any]:
     return result
 
 
-def run(names: list[str], *, repeats: int = 5) -> None:
-    """Print the table of ratios."""
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cache")
+    parser.add_argument("what", nargs="*", help="of resnet50, vit, lite0, minilm; default all")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of plain, cached and floor")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    names, repeats = options.what, options.repeats
     print("cached epoch: CPU time over the floor's and over the plain loop's; median (range)")
     for head_only in (False, True):
         for case in cases(names, head_only=head_only):

@@ -117,18 +117,19 @@ class _Read(NamedTuple):
     writer: int | None
 
 
-def find_cut(recording: Recording, trainable: frozenset[str]) -> Cut:
+def find_cut(recording: Recording, trainable: frozenset[str], *, at_inputs: bool = True) -> Cut:
     """Return where the pass can be cut when the parameters `trainable` learn.
 
     Args:
         recording: of the model in the modes (train, eval, pinned) in which it will train.
         trainable: names of the parameters that learn; any name of a shared parameter counts.
+        at_inputs: also cut at the arguments of calls, where that stores less. The code between modules
+            then runs on ghosts; False where it needs values.
 
     Raises:
         NothingToSkipError: nothing can be skipped; says which operation is in the way.
     """
-    finder = _Finder(recording, trainable)
-    return finder.find()
+    return _Finder(recording, trainable).find(at_inputs)
 
 
 class _Finder:
@@ -184,7 +185,7 @@ class _Finder:
 
     # -- the search ---------------------------------------------------------------------------
 
-    def find(self) -> Cut:
+    def find(self, at_inputs: bool) -> Cut:
         while True:
             owner = self._skippable()
             sites, blocked = self._demand(owner, frozenset())
@@ -199,7 +200,7 @@ class _Finder:
                 f"(layerwise.Tuner does both)."
             )
         entered: frozenset[Call] = frozenset()
-        for candidate in self._candidates(owner):
+        for candidate in self._candidates(owner) if at_inputs else ():
             tried, blocked = self._demand(owner, entered | {candidate})
             if not blocked and self._size(tried) < self._size(sites):
                 entered, sites = entered | {candidate}, tried

@@ -72,27 +72,32 @@ class CutBook:
                 return cut
         return None
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cut:
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_inputs: bool = True) -> Cut:
         """Return the cut for the present state, recording one forward pass if it has to be looked for.
 
         The same recording tells the cuts of the tuner's later phases.
+
+        Args:
+            args: of the model's forward.
+            kwargs: of the model's forward.
+            at_inputs: see `find_cut`; False replaces the cut that was found before.
 
         Raises:
             CacheError: there is none.
             RecordingError: the forward pass cannot be recorded.
         """
         cut = self.known()
-        if cut is not None:
+        if cut is not None and at_inputs:
             return cut
         recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
         for names in self._later_names():
-            if names not in self._foreseen:
+            if names not in self._foreseen and at_inputs:
                 self._foreseen[names] = None
                 with contextlib.suppress(CacheError):
                     self._foreseen[names] = find_cut(recording, names)
         trainable = self._trainable()
-        cut = find_cut(recording, trainable)
-        self._found.setdefault(trainable, []).append((self.state()[1], cut))
+        cut = find_cut(recording, trainable, at_inputs=at_inputs)
+        self._found.setdefault(trainable, []).insert(0, (self.state()[1], cut))
         return cut
 
     def later(self) -> list[tuple[int, Cut]]:

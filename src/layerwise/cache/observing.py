@@ -95,11 +95,36 @@ class Observer:
         else:
             feed.shape.check(live.batch, count)
         self.drop_stale(feed)
-        cut = phase.cut = self.book.find(args, kwargs)
+        cut = self.book.find(args, kwargs)
+        later = [other for _, other in self.book.later()]
+        self.stock.release_unused(feed, [cut, *later])
+        try:
+            return self._prepared(live, link, phase, [cut, *later], args, kwargs)
+        except CacheError:
+            if not later and not cut.entered:
+                raise
+        if later:  # it may be a later phase's value that cannot be stored
+            try:
+                return self._prepared(live, link, phase, [cut], args, kwargs)
+            except CacheError:
+                if not cut.entered:
+                    raise
+        cut = self.book.find(args, kwargs, at_inputs=False)  # code between modules may need values
+        return self._prepared(live, link, phase, [cut], args, kwargs)
+
+    def _prepared(
+        self,
+        live: Live,
+        link: Link,
+        phase: Phase,
+        cuts: list[Cut],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Callable[[Any], None]:
+        """Compute the batch's values at the first of `cuts`, and at the others on the way; replay it."""
+        feed, count, cut = live.feed, len(live.indices), cuts[0]
+        phase.cut = cut
         phase.ghosts = feed.ghosts_of(cut, self.keep_inputs)
-        later = self.book.later()
-        cuts = [cut, *(other for _, other in later)]
-        self.stock.release_unused(feed, cuts)
         prefix_s = 0.0
         if self._is_stored(feed, cut, live.rows):
             values = feed.values(cut, live.rows, link.device)
@@ -284,7 +309,8 @@ class Observer:
             else:
                 leaves = feed.shape.check(batch, count)
                 leaves = leaves if len(where) == count else [leaf[where] for leaf in leaves]
-            cuts = [phase.cut, *(cut for _, cut in self.book.later())]
+            later = [cut for _, cut in self.book.later()]
+            cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
             found = self._captured(feed, cuts, leaves, len(where))
             self._put(feed, found.values, leaves, live.rows[absent])
         elif feed.reload:

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from layerwise import __version__
-from layerwise.cli import audit, demo, fit, inspect, output, plan, predict
+from layerwise.cli import (
+    advise,
+    audit,
+    cache,
+    demo,
+    diagnose,
+    fit,
+    inspect,
+    output,
+    plan,
+    predict,
+    search,
+    signature,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +52,11 @@ app.command("plan")(plan.plan)
 app.command("predict")(predict.predict)
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
+app.add_typer(cache.app, name="cache")
+app.command("diagnose")(diagnose.diagnose)
+app.command("advise")(advise.advise)
+app.command("search")(search.search)
+app.command("signature")(signature.signature)
 
 
 def main() -> None:

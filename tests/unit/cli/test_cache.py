@@ -1,0 +1,57 @@
+"""``layerwise cache`` lists and removes what a shelf published."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from layerwise.cache.shelf import Shelf
+from layerwise.cache.store import RowSpec
+from layerwise.cli.main import app
+
+RUN = CliRunner()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shelf = Shelf(tmp_path)
+    for key in ("a" * 40, "b" * 40):
+        column = shelf.create(key, 3, RowSpec((256,), torch.float32, torch.float32), "ResNet layer3")
+        column.put(torch.arange(3), torch.zeros(3, 256))
+    shelf.publish_complete()
+    return tmp_path
+
+
+def test_list(folder) -> None:
+    shown = RUN.invoke(app, ["cache", "ls", str(folder)])
+    assert shown.exit_code == 0
+    assert "aaaaaaaaaaaa" in shown.output
+    assert "3.0 KB" in shown.output
+    assert "3 samples  ResNet layer3" in shown.output
+    assert "2 cached values, 6.0 KB" in shown.output
+    found = json.loads(RUN.invoke(app, ["cache", "ls", str(folder), "--json"]).output)
+    assert [(e["rows"], e["bytes"]) for e in found] == [(3, 3072), (3, 3072)]
+
+
+def test_remove_some_and_all(folder) -> None:
+    one = RUN.invoke(app, ["cache", "rm", str(folder), "aaaa"])
+    assert one.exit_code == 0
+    assert "removed 1 cached values, 3.0 KB" in one.output
+    assert json.loads(RUN.invoke(app, ["cache", "rm", str(folder), "--all", "--json"]).output) == ["b" * 40]
+    assert list(folder.iterdir()) == []
+
+
+def test_usage(folder) -> None:
+    # neither keys nor --all: usage; an unknown key or folder: failure, and nothing is removed
+    assert RUN.invoke(app, ["cache", "rm", str(folder)]).exit_code == 2
+    assert RUN.invoke(app, ["cache", "rm", str(folder), "aa", "--all"]).exit_code == 2
+    unknown = RUN.invoke(app, ["cache", "rm", str(folder), "ff"])
+    assert unknown.exit_code == 1
+    assert "no cached column" in unknown.output
+    assert len(list(folder.iterdir())) == 2
+    missing = RUN.invoke(app, ["cache", "ls", str(folder / "nowhere")])
+    assert missing.exit_code == 1
+    assert "there is no folder" in missing.output
