@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml Makefile
 demo: $(STAMP)
 	$(BIN)/layerwise demo
 
+demo-text: $(STAMP)
+	$(BIN)/layerwise demo text
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
 

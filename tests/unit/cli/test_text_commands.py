@@ -1,0 +1,197 @@
+"""`layerwise fit` and `predict` on texts: every kind of label, and one clear message for bad input."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from layerwise.cli.main import app
+from tiny_text import save_tiny, topic_rows, write_csv
+
+pytest.importorskip("transformers")
+
+
+def command(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def fit(model: Path, data: Path, out: Path, *arguments: object) -> dict:
+    """Fit for one epoch and return the JSON that the command prints."""
+    result = command(
+        *("fit", "--model", f"hf:{model}", "--data", data, "--out", out, "--epochs", 1, "--batch-size", 8),
+        *("--lr", "1e-3", "--cache", "off", "--json", *arguments),
+    )
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with tiny models and a table."""
+    folder = tmp_path_factory.mktemp("texts")
+    save_tiny(folder / "bert", "bert")
+    save_tiny(folder / "gpt2", "gpt2")
+    save_tiny(folder / "t5", "t5")
+    write_csv(folder / "train.csv", topic_rows(24))
+    return folder
+
+
+def test_files_lines_and_standard_input_give_the_same(work, tmp_path):
+    # The same texts get the same labels, whichever way they come in.
+    fit(work / "bert", work / "train.csv", tmp_path / "run", "--label-column", "topic", "--strategy", "full")
+    rows = topic_rows(7, seed=5)
+    lines = "\n".join(row["text"] for row in rows) + "\n"
+    write_csv(tmp_path / "new.csv", rows)
+    (tmp_path / "new.txt").write_text(lines)
+    ways = [(["-"], lines), ([], lines), ([tmp_path / "new.txt"], None), ([tmp_path / "new.csv"], None)]
+    found = []
+    for arguments, stdin in ways:
+        result = command("predict", tmp_path / "run", *arguments, "--json", stdin=stdin)
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(result.stdout)["predictions"])
+    assert [row["text"] for row in found[0]] == [row["text"] for row in rows]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in found[0])
+    shown = command("predict", tmp_path / "run", tmp_path / "new.csv").stdout
+    assert rows[0]["text"] in shown
+
+
+def test_several_labels(work, tmp_path):
+    # Names joined by a comma are several labels; a prediction names those that are on.
+    rows = [
+        {"text": f"red {word}", "label": label} for word, label in zip("abcdefgh", ["x", "x,y", "y", ""] * 2)
+    ]
+    write_csv(tmp_path / "a.csv", rows)
+    result = fit(
+        *(work / "bert", tmp_path / "a.csv", tmp_path / "run", "--task", "multi_label", "--strategy", "full"),
+        *("--val-frac", "0.25"),
+    )
+    assert {"macro_f1", "micro_f1", "exact_match"} <= set(result["metrics"])
+    answer = json.loads(command("predict", tmp_path / "run", "--json", stdin="red a\n").stdout)[
+        "predictions"
+    ][0]
+    assert set(answer["probabilities"]) == {"x", "y"}
+    assert isinstance(answer["labels"], list)
+
+
+def test_numbers(work, tmp_path):
+    # Predictions come in the unit of the column, not in standardised numbers.
+    rows = [{"text": f"{'red ' * n}bread", "price": 1000 + 100 * n} for n in (1, 2, 3, 4) * 4]
+    write_csv(tmp_path / "a.csv", rows)
+    result = fit(
+        *(work / "bert", tmp_path / "a.csv", tmp_path / "run", "--task", "regression", "--strategy", "full"),
+        *("--label-column", "price"),
+    )
+    assert {"rmse", "mae", "r2", "pearson"} <= set(result["metrics"])
+    answer = json.loads(command("predict", tmp_path / "run", "--json", stdin="red bread\n").stdout)
+    assert 900 < answer["predictions"][0]["value"] < 1600
+
+
+def test_tags_of_words(work, tmp_path):
+    # A table of words and BIO tags; predictions name entities in the words that were given.
+    lines = ["Anna\tB-PER", "sells\tO", "red\tB-COL", "bread\tO", "", "the\tO", "team\tB-PER", ""] * 5
+    (tmp_path / "train.conll").write_text("\n".join(lines))
+    result = fit(
+        *(work / "bert", tmp_path / "train.conll", tmp_path / "run", "--task", "token_classification"),
+        *("--strategy", "top_k:k=2"),
+    )
+    assert {"entity_f1", "entity_precision", "entity_recall"} <= set(result["metrics"])
+    output = command("predict", tmp_path / "run", "--json", stdin="Anna likes red bread\n").stdout
+    answer = json.loads(output)["predictions"][0]
+    assert answer["words"] == ["Anna", "likes", "red", "bread"]
+    assert len(answer["tags"]) == 4
+    assert all(entity["text"] in "Anna likes red bread" for entity in answer["entities"])
+
+
+def test_instructions_of_a_decoder(work, tmp_path):
+    # Prompts are not learned; the run writes a continuation of a prompt.
+    rows = [{"prompt": f"the {row['text']}", "answer": row["topic"]} for row in topic_rows(16)]
+    write_csv(tmp_path / "a.csv", rows)
+    result = fit(
+        *(work / "gpt2", tmp_path / "a.csv", tmp_path / "run", "--task", "causal_lm"),
+        *("--text-column", "prompt", "--response-column", "answer", "--strategy", "top_k:k=1"),
+    )
+    assert result["metrics"]["perplexity"] > 1
+    output = command("predict", tmp_path / "run", "--json", "--new-tokens", 3, stdin="red engine\n").stdout
+    assert isinstance(json.loads(output)["predictions"][0]["completion"], str)
+
+
+def test_an_encoder_decoder_classifies_pairs(work, tmp_path):
+    # T5's classifier, pairs of texts, and a run that is read back.
+    rows = [{"a": row["text"], "b": row["text"][::-1], "label": row["topic"]} for row in topic_rows(18)]
+    write_csv(tmp_path / "a.csv", rows)
+    fit(
+        *(work / "t5", tmp_path / "a.csv", tmp_path / "run", "--text-column", "a", "--pair-column", "b"),
+        *("--strategy", "discriminative:decay=0.8"),
+    )
+    result = command("predict", tmp_path / "run", tmp_path / "a.csv", "--format", "csv")
+    assert result.exit_code == 0, result.stderr
+    assert len(list(csv.DictReader(io.StringIO(result.stdout)))) == 18
+
+
+def test_language_model_first_needs_a_language_model(work, tmp_path):
+    # An encoder-decoder has no masked or causal language model of one text.
+    result = command(
+        *("fit", "--model", f"hf:{work / 't5'}", "--data", work / "train.csv", "--label-column", "topic"),
+        *("--strategy", "linear_probe", "--epochs", 1, "--lm-epochs", 1, "--out", tmp_path / "run"),
+    )
+    assert result.exit_code == 1
+    assert "is an encoder-decoder (t5)" in result.stderr
+
+
+BAD = {
+    "a column that is not there": (
+        ["--label-column", "topics"],
+        "no column 'topics'",
+    ),
+    "a model without a tokenizer": (
+        ["--model", "timm:resnet18"],
+        "texts need a model that brings its tokenizer",
+    ),
+    "a folder without weights": (["--model", "hf:empty"], "has no weights"),
+    "no folder": (["--model", "hf:./nothing"], "there is no folder"),
+    "another encoding": (["--data", "latin.csv"], "is not utf-8"),
+    "an empty text": (["--data", "empty.csv"], "has an empty 'text'"),
+    "a label only in val": (["--val-data", "val.csv"], "'music' is in val and never in train"),
+    "a huge text": (["--data", "huge.csv"], "10,000,000 characters"),
+    "too long a length": (["--max-length", "4000"], "tokens at most"),
+    "mean pooling of tags": (["--task", "token_classification", "--pooling", "mean"], "is for whole texts"),
+    "a tokenizer that does not fit": (
+        ["--model", "hf:misfit"],
+        "tokenizer of 'hf:misfit' does not fit its model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_message(name, work, monkeypatch):
+    # One message that names what is wrong, exit code 1, and no run folder.
+    arguments, words = BAD[name]
+    bad_inputs(work)
+    monkeypatch.chdir(work)
+    result = command(
+        *("fit", "--model", "hf:bert", "--data", "train.csv", "--label-column", "topic"),
+        *("--strategy", "linear_probe", "--epochs", "1", "--out", "bad", *arguments),
+    )
+    assert result.exit_code == 1, result.output
+    assert words in " ".join(result.stderr.split()), result.stderr
+    assert not (work / "bad").exists()
+
+
+def bad_inputs(folder: Path) -> None:
+    if (folder / "latin.csv").exists():
+        return
+    rows = topic_rows(12)
+    (folder / "latin.csv").write_bytes("text,topic\ncaf\xe9,food\nred,cars\n".encode("latin-1"))
+    write_csv(folder / "empty.csv", [*rows, {"text": " ", "topic": "food"}])
+    write_csv(folder / "val.csv", [*rows, {"text": "a song", "topic": "music"}])
+    write_csv(folder / "huge.csv", [*rows, {"text": "x" * 10_000_000, "topic": "food"}])
+    shutil.copytree(folder / "bert", folder / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "bert", folder / "misfit")
+    tokenizer = json.loads((folder / "misfit/tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["another"] = 500
+    (folder / "misfit/tokenizer.json").write_text(json.dumps(tokenizer))
