@@ -11,6 +11,7 @@ BENCHMARKS = {
     "calibrate": "benchmarks.calibrate",
     "cuts": "benchmarks.cuts",
     "layer_maps": "benchmarks.layer_maps",
+    "text": "benchmarks.text",
 }
 """Name -> module; each has a ``main(arguments)`` that prints its figures."""
 

@@ -3,8 +3,8 @@
 For each data set the network's batch-norm statistics are set to that data set, so that it is the source,
 and a linear probe is fitted on its frozen features. Then corruptions of increasing strength, and the other
 data sets, take the place of the target. Recorded for each: the shift figures, and the *harm*: the share of
-the probe's accuracy above chance that is lost. (For another domain there is no accuracy; all is lost.) A
-threshold is the figure at which the isotonic regression of harm on it crosses a given loss.
+the probe's balanced accuracy above chance that is lost. (For another domain there is no accuracy; all is
+lost.) A threshold is the figure at which the isotonic regression of harm on it crosses a given loss.
 
 ``python -m benchmarks calibrate --run`` measures what is missing from
 ``benchmarks/results/calibration.json`` and writes ``src/layerwise/choosing/thresholds.json``; without
@@ -14,6 +14,7 @@ threshold is the figure at which the isotonic regression of harm on it crosses a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
 
     clean = collect(pixels[source], labels[source])
     probe = fit_probe(clean)
-    chance = float(np.bincount(labels[target].numpy()).max() / len(target))
+    chance = 1 / len(labels.unique())
     reference = summarise(clean, layers)
     best = None
     targets: list[tuple[str, float]] = [
@@ -83,7 +84,8 @@ def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
                 found, accuracy = collect(x[torch.randperm(len(y))[:TARGET]]), None
             else:
                 found = collect(corrupt(pixels[target], kind, strength), labels[target])
-                accuracy = float((probe(found) == found.labels).mean())
+                accuracy = balanced_accuracy(probe(found), found.labels)
+            found = dataclasses.replace(found, labels=None)  # nothing here is about them
             by_norms = measure(found, None, layers, method="norms", draws=40)
             by_source = measure(found, reference, layers, method="source", draws=40)
             done = {
@@ -114,9 +116,14 @@ def fit_probe(features: Features) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     last = list(features.groups)[-1]
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=500))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=500, class_weight="balanced"))
     probe.fit(features.groups[last], features.labels)
     return lambda found: probe.predict(found.groups[last])
+
+
+def balanced_accuracy(predicted: Any, labels: Any) -> float:
+    """Return the mean over classes of the share that is named rightly."""
+    return float(np.mean([(predicted[labels == c] == c).mean() for c in np.unique(labels)]))
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader
 
 from layerwise.choosing.inputs import measure_images
-from layerwise.choosing.samples import open_sample, split_inputs, tensors, to_device
+from layerwise.choosing.samples import dataset_of, open_sample, split_inputs, tensors, to_device
+from layerwise.choosing.tokens import measure_tokens
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.isolation import untouched
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.tuning.modes import held_modes
+from layerwise.tuning.norm_layers import find_norms
 from layerwise.tuning.norms import look_through
 
 Floats = npt.NDArray[np.float32]
@@ -56,11 +57,11 @@ class Features:
         depth: layer group -> groups between it and the head, the head 0.
         labels: int64[samples], or None where the data has none.
         outputs: of the whole model, float32[samples, outputs], where they are one vector a sample.
-        inputs: figures of `layerwise.choosing.inputs` per sample, for images.
+        inputs: figures of `layerwise.choosing.inputs` per image, or of `layerwise.choosing.tokens` per text.
         norms: norm layer -> its inputs' statistics, for layers with running statistics.
         samples: number of samples seen.
         total: number of samples in the data, or None where it does not say.
-        shape: of one input, without the batch; the first sample's for text.
+        shape: of one input, without the batch; empty for text.
         modality: ``"image"`` (float[C, H, W]), ``"tokens"`` (integers) or ``"values"`` (everything else).
         notes: what was left out, for people.
     """
@@ -87,6 +88,7 @@ def collect_features(
     batch_size: int = 32,
     collate: Callable[[list[Any]], Any] | None = None,
     norms: bool = True,
+    tokenizer: Any = None,
     seed: int = 0,
 ) -> Features:
     """Return pooled features of every layer group, from one forward pass over (a sample of) `data`.
@@ -105,6 +107,7 @@ def collect_features(
         batch_size: of data that is no loader.
         collate: makes a batch of a list of samples, of data that is no loader.
         norms: also collect what goes into norm layers with running statistics.
+        tokenizer: of texts, for fertility and unknown tokens; None takes the data set's own ``tokenizer``.
         seed: of the draw.
 
     Raises:
@@ -112,6 +115,7 @@ def collect_features(
         ModelError: no layer group hands on one tensor with a row for each sample, or the map is of another
             model.
     """
+    tokenizer = tokenizer if tokenizer is not None else getattr(dataset_of(data), "tokenizer", None)
     loader, total = open_sample(data, max_samples, batch_size, collate, seed)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     root = look_through(model, layers)
@@ -131,11 +135,14 @@ def collect_features(
                 raise DataError("a batch holds no tensor; the model has nothing to run on.")
             if not samples:
                 shape, modality = tuple(first.shape[1:]), _modality(first)
+                shape = () if modality == "tokens" else shape  # texts have lengths of their own
             rows.append(taps.run(root, args, kwargs, size=len(first)))
             if given is not None:
                 labels.append(given)
             if modality == "image" and min(first.shape[2:]) >= 3:
                 measured.append(measure_images(first))
+            elif modality == "tokens" and first.ndim == 2:
+                measured.append(measure_tokens(first, kwargs.get("attention_mask"), tokenizer))
             samples += len(first)
             if max_samples is not None and samples >= max_samples:
                 break
@@ -379,11 +386,8 @@ def _chunked(rows: Tensor) -> Floats:
 
 def _norm_groups(layers: LayerMap, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return norm layer with running statistics -> its layer group, in order of the map."""
-    named = {
-        path: module
-        for path, module in modules.items()
-        if isinstance(module, _NormBase) and module.running_mean is not None
-    }
+    root = modules[""]
+    named = [norm.name for norm in find_norms(root) if norm.kind == "running"]
     found: dict[str, str] = {}
     for group in layers:
         for path in named:

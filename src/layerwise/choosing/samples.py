@@ -67,6 +67,13 @@ def _checked_labels(labels: Any) -> Tensor:
     return found.detach().cpu()
 
 
+def dataset_of(data: Any) -> Any:
+    """Return the data set behind a loader or a subset, else the data itself."""
+    while isinstance(data, DataLoader | Subset):
+        data = data.dataset
+    return data
+
+
 def open_sample(
     data: Any,
     max_samples: int | None,
@@ -91,6 +98,7 @@ def open_sample(
         if isinstance(data.dataset, IterableDataset) or not hasattr(data.dataset, "__len__"):
             return data, None
         batch_size, collate, data = data.batch_size or batch_size, data.collate_fn, data.dataset
+    collate = collate if collate is not None else getattr(dataset_of(data), "collate", None)
     if isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         if hasattr(data, "__iter__") and not isinstance(data, str):
             return data, None

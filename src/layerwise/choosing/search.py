@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from layerwise.choosing.decide import SMALL_BATCH
 from layerwise.choosing.features import map_for
 from layerwise.choosing.space import Space, make_space
 from layerwise.choosing.study import (
@@ -33,7 +34,7 @@ from layerwise.choosing.study import (
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError, LayerwiseError, RunError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import Plan
+from layerwise.plans.plan import NormKind, Plan
 from layerwise.training.files import write_json
 from layerwise.training.fit import fit
 from layerwise.training.result import Result
@@ -136,6 +137,7 @@ def search(
     train: Any,
     val: Any,
     *,
+    test: Any = None,
     trials: int | None = None,
     minutes: float | None = None,
     seeds: int = 1,
@@ -144,6 +146,7 @@ def search(
     lr: tuple[float, float] = (1e-4, 1e-2),
     decay: tuple[float, float] = (0.7, 1.0),
     epochs: int = 5,
+    norms: NormKind | None = None,
     out: str | Path | None = None,
     storage: str | Path | None = None,
     name: str = "search",
@@ -174,6 +177,7 @@ def search(
         model: where every trial starts; unchanged.
         train: as for `layerwise.fit`.
         val: to compare on; needed.
+        test: only the winner's run is measured on it.
         trials: stop when the study holds so many (confirming seeds not counted). 20 where neither this nor
             `minutes` is given.
         minutes: stop this process after so long; a trial that has begun is finished.
@@ -183,6 +187,8 @@ def search(
         lr: lowest and highest base rate.
         decay: lowest and highest decay a group.
         epochs: length of every trial, and of the winner's run.
+        norms: the batch-norm policy of every plan; None follows the groups, and freezes all statistics where
+            batches are smaller than 16.
         out: folder: the journal, ``search.json``, and the winner's run.
         storage: a journal file, or any storage URL that Optuna knows; None is ``out/search.journal``, or
             memory where there is no `out`.
@@ -212,7 +218,11 @@ def search(
     if (trials is not None and trials < 1) or (minutes is not None and not minutes > 0) or seeds < 1:
         raise DataError(f"trials is {trials}, minutes {minutes}, seeds {seeds}; expected numbers above 0.")
     layers = map_for(model, train, layers, example_input, batch_size=batch_size)
-    space = make_space(layers, depths=depths, strategies=strategies, lr=lr, decay=decay, epochs=epochs)
+    if norms is None:
+        norms = "freeze" if batch_size < SMALL_BATCH else "follow"
+    space = make_space(
+        layers, depths=depths, strategies=strategies, lr=lr, decay=decay, epochs=epochs, norms=norms
+    )
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +236,7 @@ def search(
         "metric": metric,
         "batch_size": batch_size,
         "seed": seed,
-        "fit_options": {key: repr(value) for key, value in (fit_options or {}).items()},
+        "fit_options": {key: _plain(value) for key, value in (fit_options or {}).items()},
     }
     budget = _Budget(20 if trials is None and minutes is None else trials, minutes, seeds)
     with quiet(), _locked(storage) as lock:
@@ -240,6 +250,7 @@ def search(
             model,
             train,
             val,
+            test,
             layers,
             space,
             study,
@@ -292,6 +303,7 @@ class _Worker:
     model: nn.Module
     train: Any
     val: Any
+    test: Any
     layers: LayerMap
     space: Space
     study: Any
@@ -451,7 +463,7 @@ class _Worker:
             )
             return None
         if folder is None:
-            return self._fit(plan, best.lr, self.seed)
+            return self._fit(plan, best.lr, self.seed, test=self.test)
         number = next(
             row.number
             for row in rows
@@ -462,7 +474,7 @@ class _Worker:
             with lock:
                 if (target / "run.json").exists():
                     raise RunError(f"the winner's run is there already: {target}")
-                return self._fit(plan, best.lr, self.seed, out=target)
+                return self._fit(plan, best.lr, self.seed, test=self.test, out=target)
         except RunError as error:
             notes.append(str(error))
             return None
@@ -486,6 +498,15 @@ def _confirmations(
                     continue
             params = {"choice": point.choice, "lr": point.lr, "decay": point.decay}
             yield {"params": params, "seed": first + extra}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it and compare it between processes."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return type(value).__name__
 
 
 @contextmanager

@@ -67,8 +67,9 @@ class InputShift:
     """One measurable property of the raw input.
 
     Attributes:
-        name: ``"contrast"``, ``"colour"``, ... (`layerwise.choosing.inputs`).
-        target: mean over the target's images.
+        name: ``"contrast"``, ``"colour"``, ... of images (`layerwise.choosing.inputs`), ``"length"``,
+            ``"fertility"``, ``"unknown"`` of texts (`layerwise.choosing.tokens`).
+        target: mean over the target's samples.
         source: mean over the source's, or None without a source.
         effect: difference of the means in standard deviations, positive when the target has more of it;
             None without a source.
@@ -114,10 +115,13 @@ class Shift:
         method: what it was compared with: ``"norms"`` (running statistics), ``"signature"`` or ``"source"``.
         groups: from input to output.
         overall: mean of the groups' main figures.
+        input_side: mean over the first two thirds of the groups: how strange the images themselves are.
+        label_side: mean over the last third, where features follow the classes. A target of few classes is
+            narrow there and lies far from the source even when its images are quite ordinary.
         where: in which third of the groups it sits: ``"early"`` speaks for a change of the inputs,
             ``"late"`` for a change of what they mean; ``"none"`` when the interval of `overall` holds 0.
         early_share: mean of the first third as a share of the sum of first and last third's means.
-        inputs: properties of the raw images; empty for other inputs.
+        inputs: properties of the raw images or texts; empty for other inputs.
         labels: the label side, or None for data without labels.
         samples: number of target samples measured.
         total: number there are, or None.
@@ -128,6 +132,8 @@ class Shift:
     method: Method
     groups: tuple[GroupShift, ...]
     overall: Estimate
+    input_side: Estimate
+    label_side: Estimate
     where: Where
     early_share: float
     inputs: tuple[InputShift, ...]
@@ -168,7 +174,9 @@ class Shift:
         ]
         parts = [
             f"shift against {_AGAINST[self.method]}: {self.overall} "
-            f"({self.level:.0%} interval, {self.samples} samples), sits: {self.where}",
+            f"({self.level:.0%} interval, {self.samples} samples)\n"
+            f"input side (first two thirds): {self.input_side}; label side (last third): {self.label_side}; "
+            f"sits: {self.where}",
             text_table(["group", "depth", *shown], rows),
         ]
         if self.inputs:
@@ -320,8 +328,8 @@ def measure(
             entry, figure = _against(reference, target, name, draws, level, seed, rng)
             main.append(figure)
             groups.append(dataclasses.replace(entry, depth=layers.depth_of(name)))
-    values = [value for value, _ in main]
-    overall = interval(float(np.mean(values)), np.mean([drawn for _, drawn in main], axis=0), level=level)
+    overall = _mean(main, level)
+    cut = max(1, round(len(main) * 2 / 3))
     share = _early_share([group.main.value for group in groups])
     labels, notes = None, list(target.notes)
     if target.labels is not None:
@@ -334,6 +342,8 @@ def measure(
         method=method,
         groups=tuple(groups),
         overall=overall,
+        input_side=_mean(main[:cut], level),
+        label_side=_mean(main[cut:] or main, level),
         where=where,
         early_share=share,
         inputs=_input_shifts(target, reference, draws, level, seed),
@@ -358,6 +368,12 @@ def label_side(features: Features, *, seed: int = 0) -> LabelSide:
         imbalance=float(counts.max() / counts.min()),
         transfer=transfer,
     )
+
+
+def _mean(figures: list[tuple[float, Array]], level: float) -> Estimate:
+    """Return the mean of several groups' figures; their draws belong together, row by row."""
+    value = float(np.mean([value for value, _ in figures]))
+    return interval(value, np.mean([drawn for _, drawn in figures], axis=0), level=level)
 
 
 def _where(share: float) -> Where:

@@ -9,7 +9,7 @@ from typing import Any
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.parsing import parse_strategy
-from layerwise.plans.plan import Plan, Schedule
+from layerwise.plans.plan import NormKind, Plan, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Space:
         lr: lowest and highest base rate; drawn on a logarithmic scale.
         decay: lowest and highest decay a group; 1 is the same rate for all groups that learn.
         epochs: length of every plan.
+        norms: the normalisation policy of every plan.
     """
 
     depths: tuple[int, ...]
@@ -29,6 +30,7 @@ class Space:
     lr: tuple[float, float]
     decay: tuple[float, float]
     epochs: int
+    norms: NormKind = "follow"
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -46,6 +48,7 @@ class Space:
         options: dict[str, Any] = {
             "epochs": self.epochs,
             "schedule": Schedule(shape="cosine", warmup_frac=0.05),
+            "norms": self.norms,
         }
         if choice in self.strategies:
             return parse_strategy(choice, layers, **options)
@@ -79,6 +82,7 @@ def make_space(
     lr: tuple[float, float] = (1e-4, 1e-2),
     decay: tuple[float, float] = (0.7, 1.0),
     epochs: int = 5,
+    norms: NormKind = "follow",
 ) -> Space:
     """Return a checked search space; see `layerwise.search` for the arguments.
 
@@ -106,7 +110,7 @@ def make_space(
             found.append(str(error))
     if found:
         raise PlanError("the search space cannot be used:" + "".join(f"\n  - {problem}" for problem in found))
-    return Space(chosen, tuple(strategies), lr, decay, epochs)
+    return Space(chosen, tuple(strategies), lr, decay, epochs, norms)
 
 
 def spread_depths(groups: int, *, count: int = 6) -> tuple[int, ...]:

@@ -1,0 +1,382 @@
+"""From evidence to a strategy: the decision matrix, and what adjusts it. No model, no data, no files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from layerwise.choosing.evidence import Confidence, Evidence, Pretraining, thresholds
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.parsing import parse_strategy
+from layerwise.plans.plan import Norms, Plan, Schedule
+
+Size = Literal["< 1K", "1K-10K", "10K-100K", "> 100K"]
+DECAY: dict[Pretraining, float] = {"supervised": 0.9, "self_supervised": 0.75, "unknown": 0.9}
+"""Published recipes: 0.85-0.9 after supervised pretraining, 0.65-0.75 after self-supervised."""
+SMALL_BATCH = 16
+L2_SP = 0.01
+SATURATED = 0.97
+STRONG, SOME = 2.5, 1.5
+"""Standard errors of the gap between the best depth and the last one from which on it counts."""
+HEAD_RATE, BODY_RATE = 1e-2, 1e-3
+"""Base rates for AdamW: a linear probe bears, and in few epochs needs, a larger one than a network."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One thing that was looked at, and what followed from it.
+
+    Attributes:
+        about: a word: ``"similarity"``, ``"size"``, ``"depth"``, ...
+        text: a sentence with its figure.
+        confidence: how much weight it can bear.
+        figure: the number in it, or None.
+    """
+
+    about: str
+    text: str
+    confidence: Confidence
+    figure: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy by name, and the options its plan is built with.
+
+    Attributes:
+        strategy: as `layerwise.plans.parsing.parse_strategy` reads it.
+        why: one sentence.
+        options: of the strategy: `norms`, `l2_sp`, ...
+        lr: base rate that goes with it, for AdamW.
+    """
+
+    strategy: str
+    why: str
+    options: dict[str, Any] = field(default_factory=dict)
+    lr: float = BODY_RATE
+
+    def plan(self, layers: LayerMap, *, epochs: int) -> Plan:
+        """Return the plan for `layers`."""
+        schedule = Schedule(shape="cosine", warmup_frac=0.05)
+        return parse_strategy(
+            self.strategy, layers, **{"epochs": epochs, "schedule": schedule, **self.options}
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided.
+
+    Attributes:
+        choice: the advised strategy.
+        alternatives: what else to try, best first.
+        reasons: in the order in which they counted.
+        confidence: of the whole.
+        cell: the strategy that the matrix alone gives.
+    """
+
+    choice: Choice
+    alternatives: tuple[Choice, ...]
+    reasons: tuple[Reason, ...]
+    confidence: Confidence
+    cell: str
+
+
+def size_of(samples: int) -> Size:
+    """Return the row of the matrix.
+
+    >>> size_of(999), size_of(1000), size_of(100_000)
+    ('< 1K', '1K-10K', '10K-100K')
+    """
+    if samples < 1_000:
+        return "< 1K"
+    if samples < 10_000:
+        return "1K-10K"
+    return "10K-100K" if samples <= 100_000 else "> 100K"
+
+
+def default_epochs(samples: int) -> int:
+    """Return a length that gives small data enough steps and does not waste large data: 20, 10, 5 or 3."""
+    return {"< 1K": 20, "1K-10K": 10, "10K-100K": 5, "> 100K": 3}[size_of(samples)]
+
+
+def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Choice:
+    """Return the strategy of the decision matrix (similarity x number of samples), nothing adjusted.
+
+    Unknown similarity is taken as "somewhat similar". Numbers of groups that the model does not have are
+    cut to what it has, and one epoch, which cannot be divided in phases, trains all groups at decayed rates
+    where the matrix says gradual unfreezing; so every cell is a working plan for every map of two groups.
+    """
+    groups = len(layers)
+    decay = DECAY[evidence.pretraining]
+    size, level = size_of(evidence.samples), evidence.level
+    gradual = f"{'gradual_unfreezing' if epochs > 1 else 'discriminative'}(decay={decay})"
+
+    def last(k: int, why: str) -> Choice:
+        return _last(k, groups, why)
+
+    if size == "< 1K":
+        if level == "similar":
+            return probe("few samples, similar to the source: frozen features suffice")
+        if level == "dissimilar":
+            return probe(
+                "few samples, unlike the source: adapt the statistics to the target, then a linear probe",
+                norms=_calibrated(evidence) if evidence.has_batchnorm else None,
+            )
+        return last(3, "few samples, somewhat similar: only the last groups")
+    if size == "1K-10K":
+        if level == "similar":
+            return last(3, "some thousand samples, similar: the last groups")
+        if level == "dissimilar":
+            return Choice(
+                gradual,
+                "some thousand samples, unlike the source: all groups one after another, held near "
+                "their pretrained weights",
+                {"l2_sp": L2_SP},
+            )
+        return Choice(gradual, "some thousand samples, somewhat similar: all groups one after another")
+    if size == "10K-100K":
+        if level == "similar":
+            return last(math.ceil(groups / 2), "tens of thousands of samples, similar: the last half")
+        if level == "dissimilar":
+            return last(groups - 1, "tens of thousands of samples, unlike the source: most groups")
+        return last(round(0.65 * groups), "tens of thousands of samples, somewhat similar: the last 65 %")
+    if level == "dissimilar":
+        return full("more than 100,000 samples, unlike the source")
+    return Choice(
+        f"discriminative(decay={decay})", "more than 100,000 samples: all groups, later ones faster"
+    )
+
+
+def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decision:
+    """Return a strategy with its reasons: the matrix, overruled where the figures speak clearly.
+
+    In this order: (1) frozen features that separate the classes already: linear probe. (2) A probe in the
+    middle of the network that beats the one at its end by 2.5 standard errors: the groups after it have to be
+    trained, and if the images are unlike the source, or nothing is known, all of them. (3) A shift that sits
+    in the early groups: tune the first third and the head. (4) Recalibrated batch-norm statistics are used
+    where the probe gains from them, and dropped where it loses. Then batch size, imbalance and pretraining
+    set norms, weights and decay.
+
+    Args:
+        evidence: what was measured.
+        layers: the map of the model; at least two groups, the last a head.
+        epochs: length of the plan.
+    """
+    cell = matrix_cell(evidence, layers, epochs=epochs)
+    reasons = [_similarity_reason(evidence), _size_reason(evidence, cell)]
+    choice = cell
+    gain = evidence.gain_of_recalibration
+    calibrating = choice.options.get("norms") is not None
+    if gain is not None:
+        error = evidence.error_of(evidence.probe)
+        helps = gain > error
+        reasons.append(
+            Reason(
+                "batch-norm",
+                f"statistics of the target instead of the source's change the probe by {gain:+.1%} "
+                f"(standard error {error:.1%}): {'they are recalibrated' if helps else 'the source is kept'}",
+                "high" if abs(gain) > 2 * error else "low",
+                gain,
+            )
+        )
+        if calibrating and not helps:
+            choice = _last(3, len(layers), "the matrix's adaptation of the statistics does not help here")
+        calibrating = helps
+    choice = _by_depth(evidence, layers, choice, reasons)
+    if evidence.probe >= SATURATED and size_of(evidence.samples) in ("< 1K", "1K-10K"):
+        choice = probe("frozen features separate the classes already")
+        reasons.append(
+            Reason("depth", f"a linear probe already reaches {evidence.probe:.1%}", "high", evidence.probe)
+        )
+    choice = _finished(evidence, choice, reasons, calibrating=calibrating)
+    alternatives = _alternatives(layers, choice, cell, epochs, adapted=calibrating or gain is None)
+    order: dict[Confidence, int] = {"low": 0, "medium": 1, "high": 2}
+    confidence = min((reasons[0].confidence, *(r.confidence for r in reasons if r.about == "depth")),
+                     key=lambda c: order[c])  # fmt: skip
+    return Decision(choice, alternatives, tuple(reasons), confidence, cell.strategy)
+
+
+def probe(why: str, *, norms: Norms | None = None) -> Choice:
+    """Return the choice of a linear probe."""
+    return Choice("linear_probe", why, {} if norms is None else {"norms": norms}, HEAD_RATE)
+
+
+def full(why: str) -> Choice:
+    """Return the choice of full fine-tuning."""
+    return Choice("full", why)
+
+
+def _last(k: int, groups: int, why: str) -> Choice:
+    k = max(1, min(k, groups - 1))
+    return Choice(f"top_k(k={k})", why) if k > 1 else probe(why)
+
+
+def _calibrated(evidence: Evidence) -> Norms:
+    return Norms(policy="calibrate", samples=min(evidence.samples, 256))
+
+
+def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: list[Reason]) -> Choice:
+    """Return the choice after looking at where in depth the features are best and where the shift sits."""
+    where = evidence.shift.where if evidence.shift is not None else "none"
+    share = evidence.shift.early_share if evidence.shift is not None else 0.5
+    if evidence.gap_errors >= STRONG:
+        names = [d.group for d in evidence.transfer.depths if d.depth == evidence.best_depth]
+        reasons.append(
+            Reason(
+                "depth",
+                f"a probe on {names[0]} reaches {evidence.best_probe:.1%}, at the end of the network "
+                f"{evidence.probe:.1%} ({evidence.gap_errors:.1f} standard errors): the groups after it are "
+                "too special for this task and have to learn",
+                "high",
+                evidence.gap,
+            )
+        )
+        if evidence.level in ("dissimilar", "unknown"):
+            return full("the frozen features lose much of what this task needs, from early on")
+        k = max(evidence.best_depth, 2)
+        return _last(k, len(layers), f"all groups after {names[0]}, whose frozen features are the best")
+    if evidence.gap_errors >= SOME:
+        reasons.append(
+            Reason(
+                "depth",
+                f"the best probe is {evidence.best_depth} groups before the head ({evidence.best_probe:.1%} "
+                f"against {evidence.probe:.1%}, {evidence.gap_errors:.1f} standard errors)",
+                "medium",
+                evidence.gap,
+            )
+        )
+        if choice.strategy == "linear_probe":
+            return _last(max(evidence.best_depth, 2), len(layers), "the groups after the best probe")
+    elif evidence.transfer.last.depth == 0:
+        reasons.append(
+            Reason(
+                "depth",
+                f"no depth beats the end of the network clearly (best {evidence.best_probe:.1%}, end "
+                f"{evidence.probe:.1%}): its last features fit the task",
+                "medium",
+                evidence.gap,
+            )
+        )
+    body = [name for name in layers.names if layers.head is None or name != layers.head.name]
+    if where == "early" and evidence.level != "similar" and len(body) >= 3:
+        reasons.append(
+            Reason(
+                "where",
+                f"{share:.0%} of the shift sits in the first third of the groups{_moved(evidence)}: the "
+                "inputs changed, not what they mean, so the first groups are the ones to tune",
+                "medium",
+                share,
+            )
+        )
+        return Choice("surgical(which=first)", "the shift sits in the first groups")
+    return choice
+
+
+def _finished(evidence: Evidence, choice: Choice, reasons: list[Reason], *, calibrating: bool) -> Choice:
+    """Return the choice with the norm policy that batch size and recalibration ask for."""
+    options = dict(choice.options)
+    options.pop("norms", None)
+    if evidence.has_batchnorm:
+        if calibrating:
+            options["norms"] = _calibrated(evidence)
+        elif evidence.batch_size < SMALL_BATCH and choice.strategy != "linear_probe":
+            options["norms"] = Norms(policy="freeze")
+            reasons.append(
+                Reason(
+                    "batch size",
+                    f"batches of {evidence.batch_size} are too small for batch-norm to learn from "
+                    f"(below {SMALL_BATCH}): its statistics stay those of pretraining",
+                    "high",
+                    float(evidence.batch_size),
+                )
+            )
+    if evidence.imbalance >= 3:
+        reasons.append(
+            Reason(
+                "classes",
+                f"the largest class is {evidence.imbalance:.3g} times the smallest: weight the classes "
+                "(class_weights='balanced') and look at balanced accuracy",
+                "high",
+                evidence.imbalance,
+            )
+        )
+    if "decay=" in choice.strategy:
+        reasons.append(
+            Reason(
+                "pretraining",
+                f"decay {DECAY[evidence.pretraining]} a group, as published after "
+                f"{evidence.pretraining.replace('_', '-')} pretraining"
+                if evidence.pretraining != "unknown"
+                else f"decay {DECAY['unknown']} a group; after self-supervised pretraining "
+                f"{DECAY['self_supervised']} is usual (say pretraining=...)",
+                "medium",
+                DECAY[evidence.pretraining],
+            )
+        )
+    return Choice(choice.strategy, choice.why, options, choice.lr)
+
+
+def _alternatives(
+    layers: LayerMap, choice: Choice, cell: Choice, epochs: int, *, adapted: bool
+) -> tuple[Choice, ...]:
+    """Return other strategies worth a try, without the advised one.
+
+    `adapted` is whether batch-norm recalibration may stay in the matrix's own cell.
+    """
+    if not adapted:
+        kept = {key: value for key, value in cell.options.items() if key != "norms"}
+        cell = Choice(cell.strategy, cell.why, kept, cell.lr)
+    found = [
+        cell,
+        probe("the baseline that every other plan has to beat; takes minutes with the cache"),
+        _last(3, len(layers), "between the two: cheap, and rarely far from the best"),
+        full("when the target is unlike the source and there is time"),
+    ]
+    if epochs > 1:
+        found.append(Choice("lp_ft", "keeps out-of-distribution accuracy: probe first, then everything"))
+    norms = {key: value for key, value in choice.options.items() if key == "norms"}
+    different: dict[str, Choice] = {}
+    for other in found:
+        if other.strategy != choice.strategy and other.strategy not in different:
+            options = {**norms, **other.options}
+            different[other.strategy] = Choice(other.strategy, other.why, options, other.lr)
+    return tuple(different.values())[:4]
+
+
+def _similarity_reason(evidence: Evidence) -> Reason:
+    if evidence.shift is None:
+        return Reason(
+            "similarity",
+            "how similar the data are to the source is unknown: "
+            + "; ".join(evidence.notes or ("not measured",)),
+            "low",
+        )
+    limits = thresholds()["norms" if evidence.shift.method == "norms" else "source"]
+    words = {"similar": "similar", "somewhat": "somewhat similar", "dissimilar": "dissimilar"}
+    return Reason(
+        "similarity",
+        f"input-side shift {evidence.shift.input_side}: {words[evidence.level]} to the source (similar below "
+        f"{limits['high']:.3g}, dissimilar from {limits['low']:.3g}){_moved(evidence)}",
+        evidence.level_confidence,
+        evidence.shift.input_side.value,
+    )
+
+
+def _size_reason(evidence: Evidence, cell: Choice) -> Reason:
+    return Reason(
+        "size",
+        f"{evidence.samples:,} samples of {evidence.classes} classes ({size_of(evidence.samples)}): the "
+        f"matrix says {cell.strategy}",
+        "medium",
+        float(evidence.samples),
+    )
+
+
+def _moved(evidence: Evidence) -> str:
+    moved = evidence.shift.moved if evidence.shift is not None else ()
+    if not moved:
+        return ""
+    named = (f"{m.name} {m.effect.value:+.1f} sd" for m in moved[:3] if m.effect is not None)
+    return f" (moved: {', '.join(named)})"

@@ -1,0 +1,262 @@
+"""What advice rests on: a few figures about data and model, measured in one or two passes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sized
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from layerwise.choosing.depths import Transferability, score_depths
+from layerwise.choosing.features import Features, collect_features, map_for
+from layerwise.choosing.samples import open_sample, split_inputs, tensors
+from layerwise.choosing.shift import Method, Shift, measure
+from layerwise.choosing.signature import Signature, summarise
+from layerwise.errors import DataError, ModelError
+from layerwise.layers.layermap import LayerMap
+from layerwise.tuning.calibration import calibrate_batchnorm
+from layerwise.tuning.norm_layers import find_norms
+
+Level = Literal["similar", "somewhat", "dissimilar", "unknown"]
+Confidence = Literal["high", "medium", "low"]
+Pretraining = Literal["supervised", "self_supervised", "unknown"]
+CALIBRATION_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The figures that decide.
+
+    Attributes:
+        samples: number of training samples.
+        classes: number of classes.
+        imbalance: largest class over smallest, in the measured sample.
+        batch_size: that training will use.
+        pretraining: how the network was pretrained.
+        has_batchnorm: whether it has layers with running statistics.
+        level: similarity of target and source; ``"unknown"`` where nothing could be compared.
+        level_confidence: ``"low"`` where the interval of the figure crosses a threshold.
+        shift: the shift, or None.
+        transfer: transferability at every depth.
+        measured: samples the transferability was measured on.
+        recalibrated: the same after batch-norm statistics were set to the target's; None if not tried.
+        notes: what could not be measured.
+    """
+
+    samples: int
+    classes: int
+    imbalance: float
+    batch_size: int
+    pretraining: Pretraining
+    has_batchnorm: bool
+    level: Level
+    level_confidence: Confidence
+    shift: Shift | None
+    transfer: Transferability
+    measured: int
+    recalibrated: Transferability | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def probe(self) -> float:
+        """Held-out accuracy of a linear probe where the head stands; by neighbours where it has none."""
+        return _accuracy(self.transfer, -1)
+
+    @property
+    def best_probe(self) -> float:
+        """The highest such accuracy of any depth."""
+        return max(_accuracy(self.transfer, i) for i in range(len(self.transfer.depths)))
+
+    @property
+    def best_depth(self) -> int:
+        """Depth (groups to the head) at which it is reached, the nearest to the output among equals."""
+        values = [_accuracy(self.transfer, i) for i in range(len(self.transfer.depths))]
+        return min(d.depth for d, v in zip(self.transfer.depths, values) if v == self.best_probe)
+
+    @property
+    def gap(self) -> float:
+        """How much accuracy the last groups lose against the best depth: they are too special."""
+        return self.best_probe - self.probe
+
+    @property
+    def gap_errors(self) -> float:
+        """The gap in standard errors (of two independent proportions, so on the careful side)."""
+        errors = self.error_of(self.probe), self.error_of(self.best_probe)
+        return self.gap / float(np.hypot(*errors))
+
+    def error_of(self, accuracy: float) -> float:
+        """Return the standard error of an accuracy on the measured sample, above 0 at 0 and 1 as well.
+
+        ``sqrt(p (1 - p) / n)`` with one success and one failure added (Agresti and Coull 1998, halved).
+        """
+        n = self.measured + 2
+        p = (accuracy * self.measured + 1) / n
+        return float((p * (1 - p) / n) ** 0.5)
+
+    @property
+    def gain_of_recalibration(self) -> float | None:
+        """Accuracy of the probe after batch-norm recalibration minus before; None if not tried."""
+        return None if self.recalibrated is None else _accuracy(self.recalibrated, -1) - self.probe
+
+
+def _accuracy(transfer: Transferability, index: int) -> float:
+    scores = transfer.depths[index]
+    return scores.knn if np.isnan(scores.probe) else scores.probe
+
+
+@cache
+def thresholds() -> dict[str, Any]:
+    """Return the similarity thresholds that ``python -m benchmarks calibrate --run`` measured."""
+    text = resources.files("layerwise.choosing").joinpath("thresholds.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def similarity(shift: Shift) -> tuple[Level, Confidence]:
+    """Return the level of a shift's input side by the calibrated thresholds, and how sure it is.
+
+    ``"similar"`` below the first threshold, ``"dissimilar"`` from the second on. The confidence is low
+    where the interval holds a threshold, medium within 20 % of one, else high.
+    """
+    limits = thresholds()["norms" if shift.method == "norms" else "source"]
+    side = shift.input_side
+    cuts = (limits["high"], limits["low"])
+    levels: tuple[Level, Level, Level] = ("similar", "somewhat", "dissimilar")
+    level = levels[sum(side.value >= cut for cut in cuts)]
+    if any(side.low <= cut <= side.high for cut in cuts):
+        return level, "low"
+    near = any(abs(side.value - cut) < 0.2 * cut for cut in cuts)
+    return level, "medium" if near else "high"
+
+
+def gather_evidence(
+    model: nn.Module,
+    train: Any,
+    source: Any = None,
+    *,
+    layers: LayerMap | None = None,
+    example_input: Any = None,
+    batch_size: int = 32,
+    pretraining: Pretraining = "unknown",
+    max_samples: int | None = 512,
+    collate: Any = None,
+    seed: int = 0,
+) -> tuple[Evidence, LayerMap]:
+    """Return the evidence about one task, and the layer map it was measured with.
+
+    Args: as for `layerwise.advise`.
+
+    Raises:
+        DataError: no labels, one class, fewer samples than classes, or a source of another kind.
+    """
+    layers = map_for(model, train, layers, example_input, batch_size=batch_size, collate=collate)
+    options: dict[str, Any] = {
+        "max_samples": max_samples,
+        "batch_size": batch_size,
+        "collate": collate,
+        "seed": seed,
+    }
+    found = collect_features(model, train, layers, norms=source is None, **options)
+    total = found.total or found.samples
+    _check_classes(train, found, total)
+    transfer = score_depths(found, seed=seed)
+    counts = np.bincount(np.unique(np.asarray(found.labels), return_inverse=True)[1])
+    notes: list[str] = list(found.notes)
+    measured: Shift | None = None
+    method: Method = "norms"
+    reference: Signature | None = None
+    if source is not None:
+        method = "source"
+        if isinstance(source, Signature):
+            method, reference = "signature", source
+        elif isinstance(source, str) or hasattr(source, "__fspath__"):
+            method, reference = "signature", Signature.load(source)
+        else:
+            reference = summarise(collect_features(model, source, layers, norms=False, **options), layers)
+    try:
+        measured = measure(found, reference, layers, method=method, seed=seed)
+    except ModelError as error:
+        if source is not None:
+            raise
+        notes.append(f"similarity is unknown: {error}")
+    level: Level = "unknown"
+    confidence: Confidence = "low"
+    if measured is not None:
+        level, confidence = similarity(measured)
+    has_batchnorm = any(norm.kind == "running" for norm in find_norms(model))
+    recalibrated = None
+    if has_batchnorm and level in ("somewhat", "dissimilar"):
+        recalibrated = _recalibrated(model, train, layers, batch_size, collate, options, seed)
+    evidence = Evidence(
+        samples=total,
+        classes=transfer.classes,
+        imbalance=float(counts.max() / counts.min()),
+        batch_size=batch_size,
+        pretraining=pretraining,
+        has_batchnorm=has_batchnorm,
+        level=level,
+        level_confidence=confidence,
+        shift=measured,
+        transfer=transfer,
+        measured=found.samples,
+        recalibrated=recalibrated,
+        notes=tuple(notes),
+    )
+    return evidence, layers
+
+
+def _recalibrated(
+    model: nn.Module,
+    train: Any,
+    layers: LayerMap,
+    batch_size: int,
+    collate: Any,
+    options: dict[str, Any],
+    seed: int,
+) -> Transferability | None:
+    """Return the scores after batch-norm statistics were set to the target's, on a copy of the model."""
+    loader, _ = open_sample(train, CALIBRATION_SAMPLES, batch_size, collate, seed)
+    inputs: list[Any] = []
+    for batch in loader:
+        args, kwargs, _labels = split_inputs(batch)
+        inputs.append(kwargs or args)
+        if sum(len(next(tensors(entry))) for entry in inputs) >= CALIBRATION_SAMPLES:
+            break
+    copied = copy.deepcopy(model)
+    device = next(copied.parameters()).device
+    calibrate_batchnorm(copied, [_joined(inputs, device)])  # one batch needs one pass
+    return score_depths(collect_features(copied, train, layers, norms=False, **options), seed=seed)
+
+
+def _joined(batches: list[Any], device: Any) -> Any:
+    import torch
+
+    from layerwise.choosing.samples import to_device
+
+    first = batches[0]
+    if isinstance(first, dict):
+        whole: Any = {key: torch.cat([batch[key] for batch in batches]) for key in first}
+    else:
+        whole = tuple(torch.cat([batch[i] for batch in batches]) for i in range(len(first)))
+    return to_device(whole, device)
+
+
+def _check_classes(train: Any, found: Features, total: int) -> None:
+    if found.labels is None:
+        raise DataError(
+            "advice is about a labelled task, but the data has no labels. Give pairs (input, label); to "
+            "measure unlabelled data use layerwise.shift."
+        )
+    names = getattr(train, "classes", None)
+    declared = len(names) if isinstance(names, Sized) else len(np.unique(found.labels))
+    if total < declared:
+        raise DataError(
+            f"there are {total} training samples for {declared} classes; every class needs at least one, and "
+            "two to tell whether features separate it. Give more samples, or leave classes out."
+        )

@@ -1,0 +1,113 @@
+"""Models, data and sources by name, as the command line gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerwise.choosing.signature import Signature
+from layerwise.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from layerwise.sources.opened import OpenedModel
+    from layerwise.training.job import Prepared
+
+
+def open_task(
+    model: str,
+    data: str,
+    *,
+    weights: str | None = None,
+    input_size: int | None = None,
+    granularity: str = "stages",
+    val_frac: float = 0.2,
+    test_frac: float = 0.0,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Prepared:
+    """Return model, data and layer map opened as ``layerwise fit`` opens them.
+
+    Args:
+        model: spec of the model.
+        data: folder or table of labelled images, or the demo's name.
+        weights: file to load instead of the library's own.
+        input_size: side of the images in pixels.
+        granularity: of the layer map.
+        val_frac: share of train to validate on, where the data has no part for it.
+        test_frac: share of train to test on, likewise.
+        seed: of the split and the new head.
+        options: of `layerwise.fit`.
+
+    Raises:
+        LayerwiseError: model, weights or data cannot be opened.
+    """
+    from layerwise.training.job import Job, prepare
+
+    job = Job(
+        model=model,
+        data=data if data.startswith("demo:") else str(Path(data).resolve()),
+        strategy="full",
+        weights=weights,
+        granularity=granularity,
+        input_size=input_size,
+        val_frac=val_frac,
+        test_frac=test_frac,
+        options={"seed": seed, **(options or {})},
+    )
+    return prepare(job)
+
+
+def open_images_alone(
+    model: str, data: str, *, weights: str | None = None, input_size: int | None = None
+) -> tuple[OpenedModel, Any]:
+    """Return a model with its own head, and all images of a folder without labels.
+
+    Raises:
+        LayerwiseError: model, weights or images cannot be opened.
+    """
+    from layerwise.sources.models import open_model
+
+    opened = open_model(model, weights=weights, input_size=input_size)
+    return opened, unlabelled(opened, data)
+
+
+def unlabelled(opened: OpenedModel, data: str) -> Any:
+    """Return all images in a folder, whatever its sub-folders, as a data set without labels.
+
+    Raises:
+        ModelError: the model takes no images.
+        DataError: there is no such folder, or no image in it.
+    """
+    from layerwise.sources.images import image_list
+
+    if opened.preprocessing is None:
+        raise ModelError(
+            f"{opened.spec!r} takes no images; use layerwise.shift in Python with your own data."
+        )
+    return _Inputs(image_list([data], opened.preprocessing))
+
+
+def open_source(opened: OpenedModel, source: str | None, signature: str | None) -> Any:
+    """Return what a shift is measured against: a folder's images, a saved signature, or None.
+
+    Raises:
+        DataError: both are given, or one cannot be opened.
+    """
+    if source is not None and signature is not None:
+        raise DataError("a source folder and a signature are both given; give one of them.")
+    if signature is not None:
+        return Signature.load(signature)
+    return None if source is None else unlabelled(opened, source)
+
+
+class _Inputs:
+    """A data set of pairs as one of inputs alone."""
+
+    def __init__(self, pairs: Any) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.pairs[index][0]

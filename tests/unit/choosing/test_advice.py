@@ -1,0 +1,136 @@
+"""Advice from data to plan on a small trained network: it follows the measured figures."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from layerwise.choosing.advice import advise
+from layerwise.errors import DataError, PlanError
+from layerwise.plans.plan import Plan
+from layerwise.plans.storage import parse
+
+from .small import Net, images, map_of, pretrained
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrained()
+
+
+def advised(model, x, y, source=None, **options):
+    return advise(model, TensorDataset(x, y), source, layers=map_of(model), **options)
+
+
+def test_the_task_it_was_trained_for_gets_a_linear_probe(model):
+    # same domain, same classes, 200 samples: similar, and the features separate the classes
+    found = advised(model, *images(200, seed=2))
+    assert found.similarity == "similar"
+    assert found.strategy == "linear_probe"
+    assert found.size == "< 1K"
+    assert [name for name, rate in found.plan.phases[0].rates.items() if rate] == ["fc"]
+
+
+def test_strong_noise_is_dissimilar_and_is_not_probed_blindly(model):
+    # the same images under strong noise: another level, another plan, and the reasons say why
+    x, y = images(200, seed=2)
+    noisy = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    found = advised(model, noisy, y)
+    assert found.similarity == "dissimilar"
+    assert any(r.about == "batch-norm" for r in found.reasons)
+    plain = advised(model, x, y)
+    assert (found.strategy, found.plan.phases[0].norms) != (plain.strategy, plain.plan.phases[0].norms)
+
+
+def test_advice_is_a_function_of_its_arguments_and_changes_nothing(model):
+    # twice the same; weights, modes and random state as before
+    x, y = images(120, seed=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    assert advised(model, x, y).to_dict() == advised(model, x, y).to_dict()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.training
+
+
+def test_what_is_printed_holds_reasons_alternatives_and_the_plan_as_yaml(model):
+    # every reason's text, every alternative, and a plan that reads back as the same plan
+    found = advised(model, *images(120, seed=3))
+    text = str(found)
+    assert all(reason.text in text for reason in found.reasons)
+    assert all(other.strategy in text for other in found.alternatives)
+    start = next(i for i, line in enumerate(text.splitlines()) if line.startswith(("version:", "# ")))
+    assert parse("\n".join(text.splitlines()[start:]), "the text") == found.plan
+    data = json.loads(json.dumps(found.to_dict()))
+    assert Plan(**data["plan"]) == found.plan
+
+
+def test_imbalance_sets_the_class_weights(model):
+    # 150 of one class against 20 of another
+    x, y = images(400, seed=4)
+    keep = torch.cat([torch.nonzero(y == c)[:n, 0] for c, n in ((0, 100), (1, 15))])
+    found = advised(model, x[keep], y[keep])
+    assert found.fit_options == {"class_weights": "balanced"}
+
+
+def test_network_without_norms_and_source_is_advised_with_low_confidence():
+    # similarity is unknown, the message names the command, and the features still speak
+    model = pretrained(norm=False)
+    found = advised(model, *images(120, seed=3))
+    assert found.similarity == "unknown"
+    assert found.confidence == "low"
+    assert any("layerwise signature" in note for note in found.notes)
+
+
+def test_network_without_norms_uses_a_source():
+    # with a source sample the same network knows its similarity
+    model = pretrained(norm=False)
+    found = advised(model, *images(120, seed=3), source=images(200, seed=4)[0])
+    assert found.similarity == "similar"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(12, dtype=torch.long), "label 0"),
+        (torch.arange(12), "12 samples of 12 classes"),
+        (torch.rand(12), "one integer for each sample"),
+    ],
+)
+def test_labels_that_cannot_be_advised_on(model, labels, message):
+    # one class, as many classes as samples, regression targets
+    with pytest.raises(DataError, match=message):
+        advised(model, images(12)[0], labels)
+
+
+def test_fewer_samples_than_declared_classes(model):
+    # the data set says it has 40 classes and holds 12 samples
+    data = TensorDataset(*images(12))
+    data.classes = [f"class {i}" for i in range(40)]
+    with pytest.raises(DataError, match="12 training samples for 40 classes"):
+        advise(model, data, layers=map_of(model))
+
+
+def test_source_of_another_size_is_refused(model):
+    # the error of shift reaches the caller
+    with pytest.raises(DataError, match="3x32x32"):
+        advised(model, *images(40), source=images(40, size=32)[0])
+
+
+def test_data_without_labels_and_wrong_options(model):
+    # unlabelled data is sent to shift; batch size 0 is no batch size
+    with pytest.raises(DataError, match=r"layerwise\.shift"):
+        advise(model, images(20)[0], layers=map_of(model))
+    with pytest.raises(DataError, match="batch_size is 0"):
+        advised(model, *images(20), batch_size=0)
+
+
+def test_model_without_a_head_is_refused():
+    # nothing to probe with
+    from layerwise.layers.layermap import LayerMap
+
+    model = Net()
+    layers = LayerMap(map_of(model).groups[:4], "stages")
+    with pytest.raises(PlanError, match="no head"):
+        advise(model, TensorDataset(*images(40)), layers=layers)
