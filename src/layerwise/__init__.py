@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise.cache.prefix import PrefixCache as PrefixCache
+    from layerwise.choosing.advice import Advice as Advice
+    from layerwise.choosing.advice import advise as advise
+    from layerwise.choosing.depths import transferability as transferability
+    from layerwise.choosing.search import search as search
+    from layerwise.choosing.shift import Shift as Shift
+    from layerwise.choosing.shift import shift as shift
+    from layerwise.choosing.signature import Signature as Signature
+    from layerwise.choosing.signature import signature as signature
     from layerwise.errors import LayerwiseError as LayerwiseError
     from layerwise.errors import LayerwiseWarning as LayerwiseWarning
     from layerwise.layers.head import replace_head as replace_head
@@ -56,6 +64,7 @@ if TYPE_CHECKING:
     from layerwise.tuning.watch import watch as watch
 
 _HOME = {
+    "Advice": "layerwise.choosing.advice",
     "LayerGroup": "layerwise.layers.layermap",
     "LayerMap": "layerwise.layers.layermap",
     "LayerwiseError": "layerwise.errors",
@@ -69,7 +78,10 @@ _HOME = {
     "Result": "layerwise.training.result",
     "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
+    "Shift": "layerwise.choosing.shift",
+    "Signature": "layerwise.choosing.signature",
     "Tuner": "layerwise.tuning.tuner",
+    "advise": "layerwise.choosing.advice",
     "audit": "layerwise.tuning.audit",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
@@ -95,9 +107,13 @@ _HOME = {
     "pattern": "layerwise.plans.strategies",
     "reinit_last": "layerwise.plans.recipes",
     "replace_head": "layerwise.layers.head",
+    "search": "layerwise.choosing.search",
+    "shift": "layerwise.choosing.shift",
+    "signature": "layerwise.choosing.signature",
     "surgical": "layerwise.plans.strategies",
     "top_k": "layerwise.plans.strategies",
     "training_mode": "layerwise.tuning.norms",
+    "transferability": "layerwise.choosing.depths",
     "ulmfit": "layerwise.plans.unfreezing",
     "unfreeze": "layerwise.tuning.freezing",
     "watch": "layerwise.tuning.watch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -81,8 +82,23 @@ def fit(
     lm_strategy: text.LmStrategy = None,
     strategy: Annotated[
         str | None,
-        typer.Option(help="A strategy with its options, like 'top_k:k=2'.", rich_help_panel=_PLAN),
+        typer.Option(
+            help="A strategy with its options, like 'top_k:k=2'; or 'auto': advice and a short search.",
+            rich_help_panel=_PLAN,
+        ),
     ] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="For auto: what all may take.", min=0, rich_help_panel=_PLAN)
+    ] = None,
+    search_share: Annotated[
+        float,
+        typer.Option(
+            help="For auto: share of the budget for the search; 8 trials without a budget, none for 0.",
+            min=0,
+            max=1,
+            rich_help_panel=_PLAN,
+        ),
+    ] = 0.5,
     plan: Annotated[
         Path | None, typer.Option(help="A plan file, from layerwise plan.", rich_help_panel=_PLAN)
     ] = None,
@@ -232,17 +248,29 @@ def fit(
     if dry_run:
         _dry_run(job, as_json)
     else:
-        _show(_start(job, Path(str(out)), workers=workers, trackers=tracker), as_json)
+        minutes = None if budget_minutes is None else budget_minutes * search_share
+        if not search_share:
+            minutes = 0.0
+        _show(_start(job, Path(str(out)), minutes, workers=workers, trackers=tracker), as_json)
 
 
-def _start(job: Job, out: Path, **more: Any) -> Result:
+def _start(job: Job, out: Path, search_minutes: float | None, **more: Any) -> Result:
+    """Run a new job; `search_minutes` is what a strategy "auto" may search, None for its own default."""
     from layerwise.training.job import open_job
     from layerwise.training.run import require_free
 
     require_free(out)  # before a model is downloaded or an image is read
-    prepared = open_job(job)
+    auto = job.strategy == "auto"
+    # The thresholds of the advice were measured by stages; the strategy is only a place holder.
+    prepared = open_job(dataclasses.replace(job, strategy="full", granularity="stages") if auto else job)
     for note in prepared.notes:
         say(note)
+    if auto:
+        from layerwise.choosing.auto import choose_plan
+
+        how: Literal["trials", "minutes", "nothing"] = "nothing" if search_minutes == 0 else "minutes"
+        how = "trials" if search_minutes is None else how
+        prepared = choose_plan(prepared, search_with=how, minutes=search_minutes or 0.0, say=say)
     return prepared.fit(out=out, **more)
 
 

@@ -1,0 +1,72 @@
+"""Rich tables of shift and transferability; they only lay out what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.cli.tables import new_table
+
+if TYPE_CHECKING:
+    from layerwise.choosing.depths import Transferability
+    from layerwise.choosing.shift import Shift
+
+_FIGURES = {
+    "norms": "norms",
+    "frechet": "Fréchet",
+    "kl": "KL",
+    "mmd": "MMD",
+    "proxy_a": "proxy A",
+    "cka": "CKA",
+}
+
+
+def shift_tables(found: Shift, classes: Sequence[str] = ()) -> Iterator[Table | Text]:
+    """Yield the shift of each group, the input properties, and the label side."""
+    shown = [name for name in _FIGURES if any(getattr(g, name) is not None for g in found.groups)]
+    against = {"norms": "running statistics", "signature": "a signature", "source": "a source sample"}
+    table = new_table(
+        f"Shift against {against[found.method]} ({found.samples} samples, {found.level:.0%} intervals)",
+        ["group", "depth", *(_FIGURES[name] for name in shown)],
+    )
+    for group in found.groups:
+        figures = (getattr(group, name) for name in shown)
+        table.add_row(group.group, str(group.depth), *("-" if f is None else str(f) for f in figures))
+    yield table
+    yield Text(
+        f"input side (first two thirds) {found.input_side}, label side (last third) {found.label_side}, "
+        f"overall {found.overall}; sits: {found.where}\n"
+    )
+    if found.inputs:
+        table = new_table("Inputs", ["property", "target", "source", "effect in sd", ""])
+        for entry in found.inputs:
+            table.add_row(
+                entry.name,
+                f"{entry.target:.3g}",
+                "-" if entry.source is None else f"{entry.source:.3g}",
+                "-" if entry.effect is None else str(entry.effect),
+                "moved" if entry.moved else "",
+            )
+        yield table
+    if found.labels is not None:
+        yield transfer_table(found.labels.transfer)
+        counts = found.labels.counts
+        named = (f"{classes[k] if k < len(classes) else k} {n}" for k, n in list(counts.items())[:12])
+        yield Text(f"classes: {', '.join(named)}; largest {found.labels.imbalance:.3g} times the smallest\n")
+    for note in found.notes:
+        yield Text(f"note: {note}")
+
+
+def transfer_table(found: Transferability) -> Table:
+    """Return the scores of every depth."""
+    table = new_table(
+        f"Frozen features at each depth ({found.samples} samples; largest class {found.chance:.3f})",
+        ["group", "depth", "linear probe", "kNN", "LogME", "NLEEP", "H-score"],
+    )
+    for d in found.depths:
+        figures = (f"{value:.3f}" for value in (d.probe, d.knn, d.logme, d.leep, d.h_score))
+        table.add_row(d.group, str(d.depth), *figures)
+    return table

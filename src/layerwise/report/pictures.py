@@ -1,0 +1,223 @@
+"""Pictures of plans, shifts and searches, from plain data. They compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import DataError, MissingExtraError
+from layerwise.training.files import write_file
+
+Chart = Any
+"""An Altair chart."""
+FORMATS = (".png", ".svg", ".html", ".json")
+BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8a8a"
+_FIGURE_TITLES = {
+    "norms": "squared shift of norm inputs, in source variances",
+    "frechet": "Fréchet distance of features, in source variances",
+}
+
+
+def _altair() -> Any:
+    try:
+        import altair
+    except ImportError as error:
+        raise MissingExtraError("altair", "report", "drawing a picture") from error
+    return altair
+
+
+def save_picture(chart: Chart, path: str | Path) -> Path:
+    """Write a chart to a file, whole or not at all; the format is that of the file name. Return the path.
+
+    PNG is written at twice the size in pixels; HTML loads Vega from the web, SVG and PNG need nothing.
+
+    Raises:
+        DataError: the name ends in none of .png, .svg, .html, .json.
+        MissingExtraError: vl-convert is not installed (for .png and .svg).
+    """
+    target = Path(path)
+    kind = target.suffix.lower()
+    if kind not in FORMATS:
+        raise DataError(
+            f"a picture cannot be written to {target.name!r}; expected one of {', '.join(FORMATS)}."
+        )
+    if kind in (".html", ".json"):
+        text = chart.to_html() if kind == ".html" else chart.to_json()
+        write_file(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return target
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise MissingExtraError("vl-convert-python", "report", f"writing {kind}") from error
+    specification = chart.to_dict()
+    if kind == ".svg":
+        svg: str = vl_convert.vegalite_to_svg(specification)
+        write_file(target, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
+    else:
+        png: bytes = vl_convert.vegalite_to_png(specification, scale=2)
+        write_file(target, lambda temporary: temporary.write_bytes(png))
+    return target
+
+
+def shift_picture(shift: Mapping[str, Any]) -> Chart:
+    """Return the shift of each layer group with its interval, input on the left.
+
+    Args:
+        shift: what `layerwise.choosing.shift.Shift.to_dict` returned.
+    """
+    alt = _altair()
+    figure = "frechet" if any(group["frechet"] for group in shift["groups"]) else "norms"
+    rows = [
+        {"group": group["group"], **group[figure]} for group in shift["groups"] if group[figure] is not None
+    ]
+    order = [row["group"] for row in rows]
+    x = alt.X("group:N", sort=order, title="layer group, input to output", axis=alt.Axis(labelAngle=-40))
+    base = alt.Chart(alt.Data(values=rows))
+    scale = alt.Scale(domainMin=0)
+    y = alt.Y("value:Q", title=_FIGURE_TITLES[figure], scale=scale)
+    parts = [
+        base.mark_bar(color=BLUE, opacity=0.85).encode(x=x, y=y),
+        base.mark_rule(color="black", strokeWidth=1.5).encode(
+            x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q"
+        ),
+    ]
+    return _finished(
+        alt.layer(*parts),
+        f"Domain shift per layer group ({shift['samples']} samples, {shift['level']:.0%} intervals)",
+        width=max(360, 44 * len(rows)),
+    )
+
+
+def plan_picture(explanation: Mapping[str, Any]) -> Chart:
+    """Return a plan as a heat map: groups (output on top) against time, darker is faster, grey is frozen.
+
+    Args:
+        explanation: what ``plan.explain(layers).to_dict()`` returned.
+    """
+    alt = _altair()
+    columns = len(explanation["heat_steps"])
+    edges = [explanation["steps"] * i / columns for i in range(columns + 1)]
+    rows = [
+        {"group": name, "from": start, "to": end, "rate": rate if rate > 0 else None}
+        for name, rates in zip(explanation["groups"], explanation["heat"])
+        for start, end, rate in zip(edges, edges[1:], rates)
+    ]
+    title = "rate" if explanation["lr"] is not None else "multiple of the rate"
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X(
+            "from:Q", title="optimiser step", scale=alt.Scale(domain=[0, explanation["steps"]], nice=False)
+        ),
+        x2="to:Q",
+        y=alt.Y("group:N", sort=list(reversed(explanation["groups"])), title="layer group"),
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color(
+            "rate:Q",
+            title=title,
+            scale=alt.Scale(type="log", scheme="blues"),
+            legend=alt.Legend(format=".2g", tickCount=4),
+        )
+    )
+    frozen = base.transform_filter("datum.rate === null").mark_rect(color="#e4e4e4")
+    learning = cells.transform_filter("datum.rate !== null")
+    limits = [{"step": phase["first_step"], "phase": phase["name"]} for phase in explanation["phases"][1:]]
+    rules = alt.Chart(alt.Data(values=limits)).mark_rule(color=ORANGE, strokeDash=[4, 3]).encode(x="step:Q")
+    return _finished(
+        alt.layer(frozen, learning, rules),
+        f"{explanation['strategy']}: who learns when (grey: frozen)",
+        width=560,
+        height=max(140, 26 * len(explanation["groups"])),
+    )
+
+
+def depth_picture(rows: Sequence[Mapping[str, Any]], *, metric: str = "accuracy") -> Chart:
+    """Return a metric against how many groups learn, with one line a series and error bars.
+
+    Args:
+        rows: mappings with ``"trained_groups"``, ``"first"`` (name of the first group that learns),
+            ``"mean"``, ``"error"`` (standard error, 0 if unknown), and perhaps ``"series"``.
+        metric: title of the vertical axis.
+    """
+    alt = _altair()
+    values = [
+        {
+            "series": "search",
+            **row,
+            "low": row["mean"] - row["error"],
+            "high": row["mean"] + row["error"],
+            "label": f"{row['trained_groups']}: from {row['first']}",
+        }
+        for row in rows
+    ]
+    labels = {row["trained_groups"]: row["label"] for row in values}
+    order = [labels[count] for count in sorted(labels)]
+    several = len({row["series"] for row in values}) > 1
+    base = alt.Chart(alt.Data(values=values))
+    colour = (
+        alt.Color("series:N", title=None, scale=alt.Scale(range=[BLUE, ORANGE, GREY]))
+        if several
+        else alt.value(BLUE)
+    )
+    x = alt.X("label:N", sort=order, title="groups that learn", axis=alt.Axis(labelAngle=-30))
+    scale = alt.Scale(zero=False, padding=12)
+    parts = [
+        base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("mean:Q", title=metric, scale=scale), color=colour),
+        base.mark_rule(strokeWidth=1.5).encode(
+            x=x, y=alt.Y("low:Q", title=metric, scale=scale), y2="high:Q", color=colour
+        ),
+        base.mark_point(filled=True, size=60, opacity=1).encode(
+            x=x, y=alt.Y("mean:Q", title=metric, scale=scale), color=colour
+        ),
+    ]
+    return _finished(
+        alt.layer(*parts), f"{metric} against depth of training (bars: one standard error)",
+        width=max(360, 72 * len(order)),
+    )  # fmt: skip
+
+
+def transfer_picture(transfer: Mapping[str, Any]) -> Chart:
+    """Return the accuracies of frozen features at each depth: linear probe and neighbours.
+
+    Args:
+        transfer: what `layerwise.choosing.depths.Transferability.to_dict` returned.
+    """
+    alt = _altair()
+    rows = [
+        {"group": entry["group"], "features": title, "accuracy": entry[key]}
+        for entry in transfer["depths"]
+        for key, title in (("probe", "linear probe"), ("knn", "5 neighbours"))
+        if entry[key] is not None
+    ]
+    order = [entry["group"] for entry in transfer["depths"]]
+    lines = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(point=alt.OverlayMarkDef(size=50, filled=True), strokeWidth=2)
+        .encode(
+            x=alt.X(
+                "group:N", sort=order, title="layer group, input to output", axis=alt.Axis(labelAngle=-40)
+            ),
+            y=alt.Y("accuracy:Q", title="held-out accuracy", scale=alt.Scale(zero=False, padding=10)),
+            color=alt.Color("features:N", title=None, scale=alt.Scale(range=[BLUE, ORANGE])),
+        )
+    )
+    chance = (
+        alt.Chart(alt.Data(values=[{"accuracy": transfer["chance"]}]))
+        .mark_rule(color=GREY, strokeDash=[4, 3])
+        .encode(y="accuracy:Q")
+    )
+    return _finished(
+        alt.layer(lines, chance),
+        "What frozen features tell at each depth (dashed: always the largest class)",
+        width=max(360, 44 * len(order)),
+    )
+
+
+def _finished(chart: Chart, title: str, *, width: int, height: int = 260) -> Chart:
+    return (
+        chart.properties(title=title, width=width, height=height, padding=12)
+        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", gridOpacity=0.5)
+        .configure_title(fontSize=14, anchor="start", offset=12)
+        .configure_legend(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
+        .configure_view(stroke=None)
+    )

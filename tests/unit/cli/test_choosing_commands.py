@@ -1,0 +1,160 @@
+"""`layerwise diagnose`, `signature`, `advise`, `search`, and `fit --strategy auto`, on images in folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from image_folders import make_images
+from layerwise.choosing.signature import Signature
+from layerwise.cli.main import app
+from layerwise.plans.plan import Plan
+
+MODEL = "timm:test_efficientnet"
+SIZE = ["--input-size", "64"]
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images") / "photos")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    # the network has no packaged weights, so random ones stand in for pretrained ones
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    return ["--weights", path]
+
+
+def test_diagnose_prints_groups_and_json(images, weights, tmp_path):
+    # a table for people; the same as JSON; and a picture
+    shown = command("diagnose", MODEL, "--data", images, *SIZE, *weights)
+    assert shown.exit_code == 0, shown.output
+    assert "Shift against running statistics" in shown.output
+    assert "linear probe" in shown.output
+    out = tmp_path / "shift.svg"
+    told = command("diagnose", MODEL, "--data", images, *SIZE, *weights, "--json", "--plot", out)
+    data = json.loads(told.stdout)
+    assert data["method"] == "norms"
+    assert len(data["groups"]) > 2
+    assert out.read_text().startswith("<svg")
+
+
+def test_signature_of_a_source_and_its_use(images, weights, tmp_path):
+    # a flat folder is a source too; the target measured against its own images shows no shift
+    path = tmp_path / "sig.safetensors"
+    made = command("signature", MODEL, "--data", images, "-o", path, *SIZE, *weights, "--json")
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["bytes"] == path.stat().st_size
+    assert Signature.load(path).samples == json.loads(made.stdout)["samples"]
+    told = command("diagnose", MODEL, "--data", images, "--signature", path, *SIZE, *weights, "--json")
+    data = json.loads(told.stdout)
+    assert data["method"] == "signature"
+    assert data["where"] == "none"
+    both = command(
+        "diagnose", MODEL, "--data", images, "--signature", path, "--source", images, *SIZE, *weights
+    )
+    assert both.exit_code == 1
+    assert "give one of them" in both.stderr
+
+
+def test_advise_writes_a_plan_that_fit_takes(images, weights, tmp_path):
+    # the plan file is the advised plan, and training by it works
+    path = tmp_path / "plan.yaml"
+    told = command("advise", MODEL, "--data", images, *SIZE, *weights, "-o", path, "--epochs", 1, "--json")
+    assert told.exit_code == 0, told.output
+    advice = json.loads(told.stdout)
+    assert Plan.load(path) == Plan(**advice["plan"])
+    assert advice["reasons"]
+    assert "layerwise fit" in told.stderr
+    trained = command(
+        "fit", "--model", MODEL, "--data", images, *SIZE, *weights, "--plan", path, "--out", tmp_path / "run"
+    )
+    assert trained.exit_code == 0, trained.output
+
+
+def test_advise_prints_reasons_alternatives_and_yaml(images, weights):
+    # what a person reads
+    shown = command("advise", MODEL, "--data", images, *SIZE, *weights)
+    assert shown.exit_code == 0, shown.output
+    for part in ("Reasons", "similarity", "Alternatives", "Advice:", "phases:"):
+        assert part in shown.output
+
+
+def test_search_makes_plan_run_and_curve(images, weights, tmp_path):
+    # two trials, a journal, a plan, the winner's run and the picture; called again it only reads
+    out, picture = tmp_path / "s", tmp_path / "curve.png"
+    arguments = [
+        "search", MODEL, "--data", images, *SIZE, *weights, "--out", out, "--trials", 2, "--depths", "1,2",
+        "--epochs", 1, "--batch-size", 8, "--json",
+    ]  # fmt: skip
+    told = command(*arguments, "--plot", picture)
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert [t["choice"] for t in found["trials"]] == ["last 1", "last 2"]
+    assert Path(found["run"]["out"], "model.safetensors").exists()
+    assert (out / "plan.yaml").exists()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = json.loads(command(*arguments).stdout)
+    assert again["trials"] == found["trials"]
+
+
+def test_fit_with_strategy_auto_says_every_choice(images, weights, tmp_path):
+    # advice alone (no search), told on stderr and kept in the run
+    out = tmp_path / "run"
+    trained = command(
+        "fit", "--model", MODEL, "--data", images, *SIZE, *weights, "--strategy", "auto", "--search-share", 0,
+        "--epochs", 1, "--batch-size", 8, "--out", out,
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    for part in ("similarity", "advice:", "no search", "chosen:"):
+        assert part in trained.stderr
+    about = json.loads((out / "run.json").read_text())
+    assert about["advice"]["strategy"] in trained.stderr
+    assert about["job"]["strategy"] == "auto"
+
+
+def test_fit_auto_searches_within_trials(images, weights, tmp_path, monkeypatch):
+    # with a search, trials are told one by one and the chosen plan is one of them
+    from layerwise.choosing import auto
+
+    monkeypatch.setattr(auto.choose_plan, "__kwdefaults__", {**auto.choose_plan.__kwdefaults__, "trials": 2})
+    trained = command(
+        "fit", "--model", MODEL, "--data", images, *SIZE, *weights, "--strategy", "auto", "--epochs", 1,
+        "--batch-size", 8, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    assert trained.stderr.count("\ntrial ") == 2
+    assert "chosen:" in trained.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["diagnose", MODEL], 2, "--data"),
+        (["diagnose", MODEL, "--data", "nowhere"], 1, "nowhere"),
+        (["advise", "timm:no_such_net", "--data", "IMAGES"], 1, "no_such_net"),
+        (["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--lr", "fast"], 2, "'fast' is not a number"),
+        (["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--lr", "1,0.1"], 1, "lr is"),
+        (["signature", MODEL, "--data", "nowhere", "-o", "OUT"], 1, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_message(images, weights, tmp_path, arguments, code, message):
+    # usage errors are 2, failures 1, and the message names the value
+    places = {"IMAGES": images, "OUT": tmp_path / "out"}
+    given = [places.get(a, a) for a in arguments]
+    result = command(*given, *SIZE, *weights)
+    assert result.exit_code == code
+    assert message in result.output + result.stderr
+    assert "Traceback" not in result.output
