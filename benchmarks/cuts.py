@@ -29,6 +29,7 @@ from benchmarks.transformers_models import SMALL, Small
 from layerwise.layers.structures import tensors_in
 
 BATCH, SAMPLES = 2, 4
+SMALL_SIZE = 96
 FRACTIONS = (0.6, 1.0)
 
 
@@ -137,12 +138,22 @@ def text_samples(small: Small) -> list[dict[str, Tensor]]:
 
 
 def timm_model(name: str) -> tuple[nn.Module, list[Any]]:
-    """Return a timm model and images of the size that it asks for."""
+    """Return a timm model and images: small ones, unless it takes only those of its own size."""
     import timm
 
     model = timm.create_model(name, num_classes=10)
     channels, size, _ = model.default_cfg.get("input_size", (3, 224, 224))
-    return model, images(size, channels)
+    fixed = model.default_cfg.get("fixed_input_size", False) or not _runs(model, channels)
+    return model, images(size if fixed else SMALL_SIZE, channels)
+
+
+def _runs(model: nn.Module, channels: int) -> bool:
+    with torch.no_grad():
+        try:
+            model.eval()(torch.zeros(2, channels, SMALL_SIZE, SMALL_SIZE))
+        except Exception:  # whatever a model says to images that are too small
+            return False
+    return True
 
 
 def torchvision_model(name: str) -> tuple[nn.Module, list[Any]]:
@@ -151,7 +162,8 @@ def torchvision_model(name: str) -> tuple[nn.Module, list[Any]]:
 
     options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
-    return model, images(299 if "inception" in name else 224)
+    fixed = name.startswith(("vit", "maxvit", "googlenet")) or not _runs(model, 3)
+    return model, images(299 if "inception" in name else 224 if fixed else SMALL_SIZE)
 
 
 def small_timm_names(every: bool) -> list[str]:

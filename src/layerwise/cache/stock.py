@@ -72,7 +72,8 @@ class Stock:
         self._data: dict[int, str] = {}
 
     def _spare(self, where: Literal["memory", "disk"]) -> int:
-        held = sum(column.nbytes for column in self._held.values() if column.where == where)
+        columns = self._held | {id(column): column for column in (self._pool or {}).values()}
+        held = sum(column.nbytes for column in columns.values() if column.where == where)
         if where == "memory":
             return max(self._memory_bytes - held, 0)
         free = int(free_disk_bytes(self.shelf.root) * DISK_FRAC)

@@ -14,6 +14,9 @@ from cache_loops import images
 from helpers import TinyCNN
 from layerwise.cache.ghost import Ghost
 
+# Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
+
 PLANS = {
     "top_k": lambda layers: layerwise.top_k(layers, k=2, epochs=3),
     "gradual_unfreezing": lambda layers: layerwise.gradual_unfreezing(

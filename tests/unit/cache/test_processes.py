@@ -1,0 +1,94 @@
+"""Two processes: each caches its share under DDP; two may use one folder at the same time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parents[2]
+
+DDP = """
+    import os, sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader, DistributedSampler
+    import layerwise
+    from cache_loops import freeze_prefix, images
+    from helpers import TinyCNN
+
+    rank = int(sys.argv[1])
+    torch.distributed.init_process_group(
+        "gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2
+    )
+    ended = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        model = TinyCNN()
+        freeze_prefix(model, "layer2", "fc")
+        data = images()
+        wrapped = DistributedDataParallel(model)
+        sampler = DistributedSampler(data, shuffle=True)
+        loader = DataLoader(data, batch_size=4, sampler=sampler)
+        cache = layerwise.PrefixCache(wrapped, loader, storage="memory")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loads = []
+        for epoch in range(5):
+            sampler.set_epoch(epoch)
+            before = data.loads
+            for x, y in cache.batches() if cached else loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(wrapped(x), y).backward()
+                optimizer.step()
+            loads.append(data.loads - before)
+        ended.append({{k: v.clone() for k, v in model.state_dict().items()}})
+    assert all(torch.equal(ended[0][k], ended[1][k]) for k in ended[0])
+    assert "cut at layer1" in cache.describe()
+    (feed,) = cache._feeds.values()
+    (stored,) = feed.sites.values()
+    torch.save((loads, int(stored.column.filled.sum()), ended[1]), sys.argv[3])
+    torch.distributed.destroy_process_group()
+"""
+
+SHARED = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import torch
+    from cache_loops import images, train
+    from helpers import TinyCNN
+
+    outcome = train(TinyCNN, images(), "layer2", "fc", cached=True, storage="disk", folder=sys.argv[1])
+    plain = train(TinyCNN, images(), "layer2", "fc", cached=False)
+    assert outcome.losses == plain.losses
+"""
+
+
+def run(code: str, *arguments: list[str]) -> None:
+    """Run one process for each list of arguments; all must end well."""
+    code = textwrap.dedent(code.format(tests=str(TESTS)))
+    processes = [subprocess.Popen([sys.executable, "-c", code, *given]) for given in arguments]
+    assert [process.wait(timeout=240) for process in processes] == [0] * len(processes)
+
+
+def test_ddp_caches_each_share(tmp_path) -> None:
+    # the same weights as plain DDP; what a rank has not seen yet is computed when it comes
+    meeting = str(tmp_path / "meeting")
+    run(DDP, ["0", meeting, str(tmp_path / "0")], ["1", meeting, str(tmp_path / "1")])
+    ends = [torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1)]
+    learned = [key for key in ends[0][2] if "running" not in key]  # statistics are each rank's own
+    assert all(torch.equal(ends[0][2][key], ends[1][2][key]) for key in learned)
+    for loads, filled, _ in ends:
+        assert filled > 11  # more than one epoch's share
+        assert loads[-1] < loads[0]
+
+
+def test_two_processes_share_a_folder(tmp_path) -> None:
+    # both train at once, both exactly; one set of files is left, whole
+    run(SHARED, [str(tmp_path)], [str(tmp_path)])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all((entry / "meta.json").is_file() for entry in tmp_path.iterdir())
