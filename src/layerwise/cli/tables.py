@@ -50,6 +50,9 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
         yield confusion_table(confusion, result.task.classes)
     if result.out is not None and result.task.name == "image_classification":
         yield Text(f"Predict with it: layerwise predict {result.out} IMAGE...")
+    elif result.out is not None and (result.out / "transformers").is_dir():
+        yield Text(f"Predict with it: layerwise predict {result.out} FILE (or texts on standard input)")
+        yield Text(f"For transformers: {result.out / 'transformers'}")
 
 
 def per_class_table(rows: Sequence[Mapping[str, Any]], where: str) -> Table:
