@@ -31,7 +31,9 @@ def inspect(
     from layerwise.layers.table import layer_table, trainable_numel
 
     opened = _open_without_weights(model, input_size)
-    layers = layer_map(opened.model, _usable(opened.example_input), granularity)
+    own_function = ".py:" in model and input_size is None  # its input is not known to be an image
+    example = None if own_function else _usable(opened.example_input)
+    layers = layer_map(opened.model, example, granularity)
     if as_json:
         trainable = trainable_numel(layers, opened.model)
         groups = [

@@ -157,7 +157,7 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
         name
         for names in recording.names.values()
         for name in names
-        if len(names) > 1 and name.startswith(path + ".") and name.endswith("weight")
+        if name.startswith(path + ".") and name.endswith("weight") and _owners(recording.model, names) > 1
     ]
     if tied:
         other = next(names for names in recording.names.values() if tied[0] in names)
@@ -178,6 +178,11 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
         f"the output layer {path!r} is a {type(layer).__name__}; expected nn.Linear, a convolution, or "
         f"transformers' Conv1D. Replace it yourself: model.{path} = ..."
     )
+
+
+def _owners(model: nn.Module, names: tuple[str, ...]) -> int:
+    """Return how many modules hold a parameter; one module under two names is one."""
+    return len({id(model.get_submodule(name.rpartition(".")[0])) for name in names})
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

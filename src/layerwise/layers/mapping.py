@@ -66,11 +66,13 @@ def map_recording(recording: Recording, granularity: Granularity, *, notes: tupl
     order = order_of(recording)
     units = find_units(recording, order)
     outputs = output_layers(recording, order)
-    head = head_parameters(recording, order, outputs, units, find_blocks(units))
+    head = list(head_parameters(recording, order, outputs, units, find_blocks(units)))
+    neighbours = neighbours_of_unread(recording, order.position)
+    head += [name for name, neighbour in neighbours.items() if neighbour in head]
     groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
     if head:
         output = next((path for path in outputs if any(_under(name, path) for name in head)), head[0])
-        groups.append(Group("head", [Unit(output, output, [], 0, 1, list(head))], output))
+        groups.append(Group("head", [Unit(output, output, [], 0, 1, head)], output))
     groups = [group for group in groups if group.parameters]
     layers = _Finished(recording, order, groups).layer_groups()
     unread = recording.unread

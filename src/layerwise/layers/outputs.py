@@ -142,7 +142,7 @@ def head_parameters(
     if holding and last_block == holding[-1]:  # the output layer's own module is no block
         last_block = max((n for n in range(last_block) if is_block[n] and units[n].weights >= 2), default=-1)
     before = {name for unit in units[: last_block + 1] for name in unit.parameters}
-    after = [name for unit in units[last_block + 1 :] for name in unit.parameters]
+    after = [name for unit in units[last_block + 1 :] for name in unit.parameters if name in order.position]
     head = {name for name in after if name in belonging}
     if not head:
         return ()

@@ -1,0 +1,50 @@
+"""``layerwise inspect`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+LAYERWISE = str(Path(sys.executable).with_name("layerwise"))
+
+OWN_MODEL = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([LAYERWISE, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_table_of_a_timm_model() -> None:
+    # every group in one row, input first
+    result = run("inspect", "timm:tf_efficientnet_lite0", "--granularity", "stages")
+    assert result.returncode == 0, result.stderr
+    first = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
+    names = ["conv_stem", *(f"blocks.{number}" for number in range(7)), "conv_head", "classifier"]
+    assert [word for word in first if word in names] == names
+
+
+def test_json_of_an_own_model(tmp_path: Path) -> None:
+    # the document is the map: groups with depth, parameters and costs
+    file = tmp_path / "own.py"
+    file.write_text(OWN_MODEL)
+    result = run("inspect", f"{file}:build", "--json")
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert [(group["name"], group["depth"]) for group in data["groups"]] == [("0", 1), ("2", 0)]
+    assert data["groups"][1]["trainable"] == data["groups"][1]["numel"] == 18
+    assert data["outputs"] == ["2"]
+
+
+def test_unknown_model() -> None:
+    # one message with the closest name, no traceback
+    result = run("inspect", "timm:resnet5o")
+    assert result.returncode == 1
+    assert "resnet50" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,186 @@
+"""Replacing output layers that were found, not named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from layer_nets import SmallResNet, image
+from layerwise import layer_map, replace_head
+from layerwise.errors import ModelError
+
+
+def test_linear_head_is_replaced_and_the_rest_untouched() -> None:
+    # a new layer of the same class, on the same device, in the same precision, that learns
+    model = SmallResNet().double().requires_grad_(False).eval()
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    change = replace_head(model, 7, example_input=image().double())
+    assert change.modules == ("fc",)
+    assert (change.old_classes, change.num_classes, change.in_features) == (5, 7, (8,))
+    assert model.fc.weight.shape == (7, 8)
+    assert model.fc.weight.dtype == torch.float64
+    assert model.fc.weight.requires_grad
+    assert not model.fc.training
+    changed = {n for n, p in model.named_parameters() if id(p) != before[n]}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert model(image().double()).shape == (2, 7)
+
+
+def test_new_weights_come_from_the_global_generator() -> None:
+    # the same seed gives the same new head, another one another
+    heads = []
+    for seed in (0, 0, 1):
+        model = SmallResNet()
+        torch.manual_seed(seed)
+        replace_head(model, 3)
+        heads.append(model.fc.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_convolution_head() -> None:
+    # SqueezeNet and segmentation models end in a 1x1 convolution
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1, bias=False), nn.AdaptiveAvgPool2d(1)
+    )
+    assert replace_head(net, 4).modules == ("2",)
+    assert net[2].weight.shape == (4, 8, 1, 1)
+    assert net[2].bias is None
+    assert net(image()).shape == (2, 4, 1, 1)
+
+
+def test_timm_head_and_its_num_classes() -> None:
+    # the attribute that timm reads follows
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("convnext_atto", num_classes=11, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    change = replace_head(model, 3)
+    assert change.modules == ("head.fc",)
+    assert model.num_classes == 3
+    assert "num_classes" in change.attributes
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_both_heads_of_a_distilled_model() -> None:
+    # two output layers of one size are replaced together
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=1)
+    assert replace_head(model, 3).modules == ("head", "head_dist")
+    assert model.head.out_features == model.head_dist.out_features == 3
+
+
+def test_auxiliary_classifiers_follow() -> None:
+    # GoogLeNet's extra classifiers run in training only, and must agree with the labels then
+    models = pytest.importorskip("torchvision.models")
+    model = models.googlenet(init_weights=False)
+    change = replace_head(model, 3)
+    assert change.modules == ("fc",)
+    assert change.auxiliary == ("aux1.fc2", "aux2.fc2")
+    assert model.aux1.fc2.out_features == 3
+
+
+def test_transformers_head_and_its_configuration() -> None:
+    # num_labels, id2label and label2id follow; the loss is computed over the new classes
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    change = replace_head(model, 3, class_names=["good", "bad", "ugly"])
+    assert change.modules == ("classifier.out_proj",)
+    assert model.config.num_labels == model.num_labels == 3
+    assert model.config.id2label == {0: "good", 1: "bad", 2: "ugly"}
+    ids = torch.tensor([[0, 5, 6, 2]])
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([2]))
+    assert output.logits.shape == (1, 3)
+    assert torch.isfinite(output.loss)
+
+
+def test_a_wrapped_model_gets_the_new_head_inside() -> None:
+    # the wrapper keeps working
+    wrapped = nn.DataParallel(SmallResNet())
+    replace_head(wrapped, 3, example_input=image())
+    assert wrapped.module.fc.out_features == 3
+
+
+def test_layer_under_two_names_is_replaced_under_both() -> None:
+    # a shared output layer stays shared
+    model = SmallResNet()
+    model.alias = model.fc
+    replace_head(model, 3)
+    assert model.alias is model.fc
+    assert model.fc.out_features == 3
+
+
+def test_meta_model_stays_on_meta() -> None:
+    # a head for a model without data has none either
+    model = SmallResNet().to("meta")
+    replace_head(model, 3)
+    assert model.fc.weight.is_meta
+
+
+def test_heads_of_different_sizes_need_a_choice() -> None:
+    # the message lists them, nothing is changed, and naming one replaces that one
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.kind, self.box = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = self.body(x)
+            return self.kind(x), self.box(x)
+
+    model = Tasks()
+    with pytest.raises(ModelError, match=r"kind \(3 outputs\), box \(4 outputs\).*outputs="):
+        replace_head(model, 6)
+    assert model.kind.out_features == 3
+    assert replace_head(model, 6, outputs=["kind"]).modules == ("kind",)
+    assert (model.kind.out_features, model.box.out_features) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        (0, {}, "at least 1"),
+        (3, {"class_names": ["a"]}, "1 class_names were given for 3"),
+        (3, {"outputs": ["fcc"]}, "no module of SmallResNet.*Did you mean 'fc'"),
+        (3, {"outputs": ["bn1"]}, "is a BatchNorm2d; expected nn.Linear"),
+    ],
+)
+def test_bad_requests(classes: int, options: dict[str, object], message: str) -> None:
+    # each gets one message
+    with pytest.raises(ModelError, match=message):
+        replace_head(SmallResNet(), classes, **options)  # type: ignore[arg-type]
+
+
+def test_models_without_a_replaceable_head() -> None:
+    # none, a tied one and a bare parameter are told apart
+    headless = SmallResNet()
+    headless.fc = nn.Identity()
+    with pytest.raises(ModelError, match="no output layer was found"):
+        replace_head(headless, 3)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.decoder = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.decoder.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.embed(ids))
+
+    with pytest.raises(ModelError, match="tied"):
+        replace_head(Tied(), 3)
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 8)
+            self.projection = nn.Parameter(torch.zeros(8, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x).relu() @ self.projection
+
+    with pytest.raises(ModelError, match="bare parameter 'projection'"):
+        replace_head(Bare(), 3)
+    assert layer_map(Bare()).head.name == "projection"  # type: ignore[union-attr]

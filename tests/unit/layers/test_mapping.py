@@ -1,0 +1,252 @@
+"""What stands in which group, at each granularity, and what the map says about it."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from layer_nets import ConvBlock, Residual, SmallResNet, Tokens, image
+from layerwise import layer_map
+from layerwise.errors import ModelError, PlanError
+from layerwise.layers.layermap import LayerMap
+from layerwise.layers.table import layer_table, trainable_numel
+
+
+def test_granularities_of_a_residual_network() -> None:
+    # stages, residual blocks, and modules with parameters of their own
+    model = SmallResNet()
+    assert layer_map(model, granularity="stages").names == ("conv1", "layer1", "layer2", "fc")
+    assert layer_map(model).names == ("conv1", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "fc")
+    layers = layer_map(model, granularity="layers")
+    assert layers.names[:4] == ("conv1", "bn1", "layer1.0.conv1", "layer1.0.bn1")
+    assert layers.names[-1] == "fc"
+    assert all(len({name.rpartition(".")[0] for name in group.parameters}) == 1 for group in layers)
+
+
+def test_head_is_the_same_at_every_granularity() -> None:
+    # a linear probe trains the same parameters whatever the granularity
+    class Pooled(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc_norm = nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.patch_embed(x).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.fc_norm(self.norm(x).mean(1)))
+
+    heads = [layer_map(Pooled(), image(), g).head for g in ("stages", "blocks", "layers")]  # type: ignore[arg-type]
+    expected = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias", "cls_token", "pos_embed")
+    assert all(head is not None and head.parameters == expected for head in heads)
+
+
+def test_flattened_features_are_no_pooling() -> None:
+    # VGG's hidden linear layers read positions; the head is the last one alone
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 144, 8), nn.ReLU(),
+        nn.Linear(8, 5),
+    )  # fmt: skip
+    layers = layer_map(net, image())
+    assert layers.names == ("0", "2", "4", "6")
+    assert layers.head is not None
+    assert layers.head.parameters == ("6.weight", "6.bias")
+
+
+def test_layers_between_blocks_join_the_block_they_feed() -> None:
+    # one step of depth is one block: a downsampling layer is no step of its own
+    class Downsamples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.first = nn.ModuleList([ConvBlock(4, 4), ConvBlock(4, 4)])
+            self.norm, self.down = nn.BatchNorm2d(4), nn.Conv2d(4, 8, 2, 2)
+            self.second = nn.ModuleList([ConvBlock(8, 8), ConvBlock(8, 8)])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            for block in self.first:
+                x = block(x)
+            x = self.down(self.norm(x))
+            for block in self.second:
+                x = block(x)
+            return self.head(x.mean((2, 3)))
+
+    layers = layer_map(Downsamples(), image())
+    assert layers.names == ("stem", "first.0", "first.1", "second.0", "second.1", "head")
+    assert layers.group_of("down.weight") == layers.group_of("norm.weight") == "second.0"
+    assert layer_map(Downsamples(), image(), "stages").names == ("stem", "first", "second", "head")
+
+
+def test_flat_list_of_blocks_is_cut_where_positions_change() -> None:
+    # MobileNet's features: stages are named after their first block
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        *[ConvBlock(4, 4), ConvBlock(4, 8, 2), ConvBlock(8, 8), ConvBlock(8, 8, 2)],
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    assert layer_map(net, image(), "stages").names == ("0", "1", "2", "4", "7")
+
+
+def test_plain_transformer_has_one_stage_per_block() -> None:
+    # nothing changes its resolution, so each encoder layer is a stage
+    assert layer_map(Tokens(), image(), "stages").names == layer_map(Tokens(), image()).names
+
+
+def test_modules_without_parameters_stand_where_they_run() -> None:
+    # pooling and activations with what they follow; dropout before the output layer belongs to the head
+    layers = layer_map(SmallResNet(), granularity="stages")
+    assert layers["fc"].modules == ("drop", "fc")
+    assert layers["layer1"].modules == ("layer1",)
+    assert layers["conv1"].modules == ("conv1", "bn1")
+
+
+def test_costs_per_sample() -> None:
+    # FLOPs and handed-on bytes are for one sample, whatever the batch of the example
+    one, four = layer_map(SmallResNet(), image(1)), layer_map(SmallResNet(), image(4))
+    assert [group.flops for group in one] == [group.flops for group in four]
+    assert one["conv1"].flops == 2 * 4 * 8 * 8 * 27
+    assert [group.activation_bytes for group in one] == [group.activation_bytes for group in four]
+    assert one["conv1"].activation_bytes == 4 * 4 * 8 * 8
+    assert one["fc"].activation_bytes == 4 * 5
+
+
+def test_example_inputs_are_derived_and_named() -> None:
+    # from the first layer, and the note says from which and what
+    for net, source, shape in [
+        (nn.Sequential(nn.Linear(7, 3)), "first linear layer", "2x7"),
+        (nn.Sequential(nn.Conv1d(2, 3, 3)), "first convolution", "2x2x1024"),
+        (nn.Sequential(nn.Conv2d(1, 3, 3)), "usual image size", "2x1x224x224"),
+        (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), "first embedding", "2x8"),
+    ]:
+        note = layer_map(net).notes[0]
+        assert source in note
+        assert shape in note
+    assert not layer_map(nn.Linear(7, 3), torch.zeros(2, 7)).notes
+
+
+def test_transformers_inputs_are_derived_from_the_configuration() -> None:
+    # text and image, of the configured sizes
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 50, "eos_token_id": 2},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    note = layer_map(transformers.CLIPModel(config)).notes[0]
+    assert "CLIPConfig" in note
+    assert "pixel_values 2x3x32x32" in note
+    assert "input_ids 2x8" in note
+
+
+def test_wrong_arguments() -> None:
+    # an example of another type, a granularity that does not exist
+    with pytest.raises(ModelError, match="example_input is a str"):
+        layer_map(SmallResNet(), "image")
+    with pytest.raises(ModelError, match=r"granularity 'block' is unknown.*Did you mean 'blocks'"):
+        layer_map(SmallResNet(), granularity="block")  # type: ignore[arg-type]
+
+
+# -- the map as data --------------------------------------------------------------------------------
+
+
+def test_equality_and_difference() -> None:
+    # the same architecture gives an equal map; the difference names what moved
+    one, other = layer_map(SmallResNet(), image()), layer_map(SmallResNet(), image(side=32))
+    assert one == other
+    assert not one.diff(other)
+    assert str(one.diff(other)) == "no difference"
+    model = SmallResNet()
+    model.layer2.append(ConvBlock(8, 8))
+    longer = layer_map(model, image())
+    difference = one.diff(longer)
+    assert one != longer
+    assert difference
+    assert difference.groups_new == ("layer2.2",)
+    assert not difference.groups_gone
+    assert "layer2.2.conv1.weight" in difference.parameters_new
+    stages = one.diff(layer_map(SmallResNet(), image(), "stages"))
+    assert stages.granularity == ("blocks", "stages")
+    assert stages.moved["layer1.0.conv1.weight"] == ("layer1.0", "layer1")
+    assert "groups only in the first: layer1.0" in str(stages)
+
+
+def test_survives_a_state_dict_reload_and_json() -> None:
+    # names hold for another instance with loaded weights, and for a map that went through JSON
+    model, again = SmallResNet(), SmallResNet()
+    layers = layer_map(model, image())
+    again.load_state_dict(model.state_dict())
+    assert layer_map(again, image()) == layers
+    loaded = LayerMap.from_dict(json.loads(json.dumps(layers.to_dict())))
+    assert loaded == layers
+    assert loaded["fc"].flops == layers["fc"].flops
+    assert loaded.depth_of("conv1.weight") == len(loaded) - 1
+
+
+def test_aliases_of_group_names() -> None:
+    # "stem", "head" and modules inside one group are accepted; a module over several is not
+    layers = layer_map(SmallResNet(), image())
+    assert layers["stem"].name == "conv1"
+    assert layers["head"].name == "fc"
+    assert layers["layer1.0.bn1"].name == "layer1.0"
+    with pytest.raises(PlanError, match=r"covers 2 groups.*layer1\.0, layer1\.1"):
+        layers["layer1"]
+
+
+def test_prints_as_a_table() -> None:
+    # group, depth, modules, parameters, share; with the live model also what is trainable now
+    model = SmallResNet()
+    model.layer1.requires_grad_(False)
+    layers = layer_map(model, granularity="stages")
+    text = str(layers)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["layer1"][1] == "2"  # depth
+    assert rows["fc"][1:3] == ["(head)", "0"]
+    assert f"{layers.numel:,}" in rows["total"]
+    assert "note: example input made up" in text
+    assert "trainable" not in text
+    counts = trainable_numel(layers, model)
+    assert counts["layer1"] == 0
+    assert counts["layer2"] == layers["layer2"].numel
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(layer_table(layers, model))
+    assert "trainable" in console.export_text()
+    console.print(layers)
+    assert "layer2" in console.export_text()
+
+
+# -- cost -------------------------------------------------------------------------------------------
+
+
+def test_cost_of_a_large_language_model() -> None:
+    # a 7B Llama on meta within the bound of issue 3, with room for a busy machine
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    ids = {"input_ids": torch.ones(2, 64, dtype=torch.long)}
+    layer_map(nn.Linear(2, 2))
+    start = time.process_time()
+    layers = layer_map(model, ids)
+    assert time.process_time() - start < 2 * 1.5
+    assert len(layers) == 34
+    assert layers.numel == 6_738_415_616
+
+
+def test_cost_grows_with_the_number_of_blocks() -> None:
+    # four times the blocks take no more than eight times the operations of the recording and the map
+    def seconds(blocks: int) -> float:
+        net = nn.Sequential(*(Residual() for _ in range(blocks)), nn.Linear(8, 2))
+        start = time.process_time()
+        layer_map(net, torch.zeros(2, 8))
+        return time.process_time() - start
+
+    seconds(10)
+    assert seconds(160) < 8 * max(seconds(40), 0.02)
