@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader
 from layerwise.training.fit import fit
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
+# Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
+
 LR, DECAY, SEED, SIZE = 1e-2, 0.05, 3, 8
 
 

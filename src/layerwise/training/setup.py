@@ -22,6 +22,7 @@ from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.tasks import Batch, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of
 from layerwise.tuning.audit import Audit, audit
+from layerwise.tuning.norm_layers import small_batch_warning
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import Watch, WatchReport
 
@@ -163,13 +164,21 @@ def enter_phase(
 
     At the first step of a phase with the policy "calibrate" its batch-norm statistics are measured on
     the training data. The watch is told which statistics move on purpose.
+
+    Warns:
+        LayerwiseWarning: batch-norm trains in this phase on batches of 1-8 samples.
     """
     norms = tuner.phase.norms
     if watched is not None:
         watched.expect(
             adapting=(*tuner.norms.adapting, *(tuner.norms.fixed if tuner.norms.calibrate else ()))
         )
-    if not tuner.norms.calibrate or tuner.step_in_phase > 0:
+    if tuner.step_in_phase > 0:
+        return
+    told = small_batch_warning(model, getattr(train, "batch_size", None) or share["batch_size"])
+    if told is not None:
+        warnings.warn(f"phase {tuner.phase.name!r}: {told}", LayerwiseWarning, stacklevel=3)
+    if not tuner.norms.calibrate:
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
 

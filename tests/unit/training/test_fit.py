@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from layerwise.training.result import Result
 from layerwise.training.run import load_run, read_run
 from layerwise.training.tasks import Classification
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
+
+# Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
 
 VAL = tiny_data(30, seed=5)
 
@@ -64,6 +68,18 @@ def test_it_learns_what_the_plan_says_and_nothing_else() -> None:
     assert result.total_parameters == sum(p.numel() for p in model.parameters())
     assert not model.training
     assert result.steps == 4 * 25
+
+
+def test_small_batches_of_training_batch_norm_are_warned_of_in_the_phase_that_trains_it() -> None:
+    # The head's phase trains no batch-norm; the next one trains the body's, and larger batches are fine.
+    with pytest.warns(
+        LayerwiseWarning, match=r"phase 'more': 1 batch-norm .* batches of 8 \(body\.1\)"
+    ) as told:
+        run()
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(batch_size=16)
 
 
 def test_history_says_what_happened_in_each_epoch() -> None:
