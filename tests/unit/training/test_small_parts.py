@@ -1,0 +1,111 @@
+"""Memory, files, progress lines and predictions: the small parts around the loop."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from layerwise.errors import RunError, TrainingError
+from layerwise.training import files
+from layerwise.training.guard import explained
+from layerwise.training.memory import peak_memory
+from layerwise.training.progress import Reporter, format_rates, format_seconds
+
+
+def test_the_peak_of_memory_is_that_of_the_body() -> None:
+    # 200 MB that are held for a moment are seen; without them the peak is lower.
+    cpu = torch.device("cpu")
+    with peak_memory(cpu) as before:
+        torch.ones(1000).sum()
+    with peak_memory(cpu) as peak:
+        torch.ones(50_000_000).sum()
+    assert peak.bytes - before.bytes > 150_000_000
+    if peak.exact:  # Linux: the mark is set back
+        with peak_memory(cpu) as after:
+            torch.ones(1000).sum()
+        assert peak.bytes - after.bytes > 100_000_000
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    # A writer that fails half-way leaves the old content and no temporary file.
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        files.write_file(path, half)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_files_hold_no_nan(tmp_path: Path) -> None:
+    # NaN is no JSON; it is refused instead of written.
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "x.json", {"loss": float("nan")})
+
+
+def test_a_disk_that_fills_up_elsewhere_is_explained_too() -> None:
+    # The history or the weights may be what does not fit any more.
+    with pytest.raises(RunError, match=r"after step 7.*Make room"), explained(lambda: 7, out=None):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError), explained(lambda: 7, out=None):
+        raise FileNotFoundError(2, "a missing image is another matter")
+    with pytest.raises(TrainingError, match="at step 8"), explained(lambda: 7, out=None):
+        raise MemoryError
+
+
+def entry(epoch: int) -> dict:
+    return {
+        "epoch": epoch,
+        "phase": "head",
+        "steps": 10,
+        "train_loss": 0.5,
+        "val_loss": 0.6,
+        "accuracy": 0.75,
+        "rates": {"stem": 0.0, "head": 1e-3},
+    }
+
+
+def test_progress_is_one_line_an_epoch_outside_of_a_terminal() -> None:
+    # Loss, metric, rates and time left; nothing between epochs.
+    text = io.StringIO()
+    reporter = Reporter(enabled=True, total_steps=20, total_epochs=2, console=Console(file=text, width=200))
+    with reporter:
+        reporter.step(epoch=0, phase="head", step=1, loss=0.7, rates={"head": 1e-3})
+        reporter.epoch(entry(0), monitor="accuracy", steps_left=10, seconds=5.0)
+        reporter.epoch(entry(1), monitor="accuracy", steps_left=0, seconds=5.0)
+    first, second = text.getvalue().splitlines()
+    assert first == (
+        "epoch 1/2  phase head  loss 0.5000  val_loss 0.6000  accuracy 0.7500  lr 1.0e-03  5.0 s  5 s left"
+    )
+    assert "left" not in second
+
+
+def test_progress_is_a_bar_in_a_terminal() -> None:
+    # The bar shows the step, the loss and the rates; the line of an epoch stands above it.
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=160)
+    with Reporter(enabled=True, total_steps=20, total_epochs=2, console=console) as reporter:
+        reporter.step(epoch=0, phase="head", step=7, loss=0.7, rates={"head": 1e-3, "body": 5e-4})
+        reporter.epoch(entry(0), monitor="accuracy", steps_left=10, seconds=5.0)
+        reporter._bar.refresh()  # type: ignore[union-attr]
+    shown = text.getvalue()
+    assert "7/20" in shown
+    assert "loss 0.7000" in shown
+    assert "5.0e-04..1.0e-03" in shown
+    silent = io.StringIO()
+    with Reporter(enabled=False, total_steps=1, total_epochs=1, console=Console(file=silent)) as reporter:
+        reporter.say("nothing")
+    assert silent.getvalue() == ""
+
+
+def test_numbers_for_people() -> None:
+    # Rates as one or as a range; times in the unit that fits.
+    assert format_rates({"a": 0.0}) == "0"
+    assert format_seconds(59.1) == "1 min 00 s"
+    assert format_seconds(-1) == "0 s"
