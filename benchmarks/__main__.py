@@ -10,6 +10,7 @@ BENCHMARKS = {
     "cache": "benchmarks.cache",
     "calibrate": "benchmarks.calibrate",
     "cuts": "benchmarks.cuts",
+    "gradual": "benchmarks.gradual",
     "layer_maps": "benchmarks.layer_maps",
     "text": "benchmarks.text",
 }

@@ -98,12 +98,16 @@ def _describe_into(digest: Any, dataset: Any) -> None:
     indices = getattr(dataset, "indices", None)
     if isinstance(indices, list | tuple | range):
         digest.update(repr(list(indices)).encode())
-    for sample in getattr(dataset, "samples", ()) or ():
-        path = sample[0] if isinstance(sample, tuple | list) and sample else sample
-        if isinstance(path, str | os.PathLike) and os.path.exists(path):
-            status = os.stat(path)
-            digest.update(f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    for name in ("transform", "transforms", "target_transform"):
+    for name in ("samples", "paths"):
+        for sample in getattr(dataset, name, ()) or ():
+            path = sample[0] if isinstance(sample, tuple | list) and sample else sample
+            if isinstance(path, str | os.PathLike) and os.path.exists(path):
+                status = os.stat(path)
+                digest.update(f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for name in ("targets", "labels"):
+        if isinstance(labels := getattr(dataset, name, None), list | tuple):
+            digest.update(repr(labels).encode())
+    for name in ("transform", "transforms", "target_transform", "preprocessing", "augment"):
         if hasattr(dataset, name):
             digest.update(_stable_repr(getattr(dataset, name)).encode())
 

@@ -1,0 +1,85 @@
+"""A cache's name changes with everything that its values depend on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from layerwise.cache.fingerprint import (
+    data_digest,
+    named_tensors,
+    quick_state,
+    tensor_digest,
+    weights_digest,
+)
+
+
+def test_one_bit_of_a_weight() -> None:
+    model = nn.Linear(3, 2)
+    names = ["weight", "bias"]
+    digest, state = weights_digest(named_tensors(model), names), quick_state(named_tensors(model), names)
+    assert weights_digest(named_tensors(model), names[::-1]) == digest
+    weight = model.weight.detach()
+    weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
+    assert weights_digest(named_tensors(model), names) != digest
+    assert quick_state(named_tensors(model), names) != state
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8]
+)
+def test_every_type_has_a_digest(dtype) -> None:
+    one, other = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
+    assert tensor_digest(one) != tensor_digest(other)
+    assert quick_state({"x": one}, ["x"]) != quick_state({"x": other}, ["x"])
+    assert tensor_digest(torch.zeros((), dtype=dtype)) != tensor_digest(torch.zeros(0, dtype=dtype))
+
+
+def digest(data) -> str:
+    def load(indices):
+        return torch.utils.data.default_collate([data[i] for i in indices])
+
+    return data_digest(data, load, len(data))
+
+
+def test_tensors_and_subsets() -> None:
+    x, y = torch.randn(100, 3), torch.arange(100)
+    base = digest(TensorDataset(x, y))
+    assert digest(TensorDataset(x.clone(), y)) == base
+    changed = x.clone()
+    changed[51] += 1  # between the samples that are loaded
+    assert digest(TensorDataset(changed, y)) != base
+    first = digest(Subset(TensorDataset(x, y), range(50)))
+    assert first != base
+    assert digest(Subset(TensorDataset(x, y), [*range(49), 99])) != first
+
+
+class Folder:
+    """Like an image folder: paths, labels, a transform."""
+
+    def __init__(self, paths, targets, scale=1.0) -> None:
+        self.paths, self.targets, self.scale = paths, targets, scale
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return torch.tensor(float(len(self.paths[index].read_text()))) * self.scale, self.targets[index]
+
+
+def test_files_labels_and_transform(tmp_path) -> None:
+    paths = [tmp_path / f"{i:03d}.txt" for i in range(100)]
+    for path in paths:
+        path.write_text("same")
+        os.utime(path, (1000, 1000))
+    targets = [0] * 100
+    base = digest(Folder(paths, targets))
+    assert digest(Folder(paths, targets)) == base
+    assert digest(Folder(paths, targets, scale=2.0)) != base
+    assert digest(Folder(paths, [0] * 51 + [1] + [0] * 48)) != base
+    paths[51].write_text("else")
+    assert digest(Folder(paths, targets)) != base
