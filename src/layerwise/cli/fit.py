@@ -132,6 +132,9 @@ def fit(
     ] = "adamw",
     weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
     batch_size: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 32,
+    drop_last: Annotated[
+        bool, typer.Option("--drop-last", help="Leave out a smaller last batch.", rich_help_panel=_TRAINING)
+    ] = False,
     seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
     precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_TRAINING)] = "fp32",
     accumulate: Annotated[
@@ -194,6 +197,7 @@ def fit(
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "batch_size": batch_size,
+        "drop_last": drop_last,
         "seed": seed,
         "precision": precision,
         "accumulate": accumulate,

@@ -31,7 +31,15 @@ from layerwise.training.options import (
 from layerwise.training.progress import Reporter
 from layerwise.training.randomness import get_random_state, seed_everything, set_random_state
 from layerwise.training.result import Result
-from layerwise.training.run import create_run, finish_run, load_weights, read_run, save_weights, weights_file
+from layerwise.training.run import (
+    create_run,
+    finish_run,
+    load_weights,
+    read_run,
+    require_free,
+    save_weights,
+    weights_file,
+)
 from layerwise.training.tasks import Scores, Task, split_batch
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import watch
@@ -55,6 +63,7 @@ def fit(
     weight_decay: float | None = None,
     optimizer_options: Mapping[str, Any] | None = None,
     batch_size: int = 32,
+    drop_last: bool = False,
     seed: int = 0,
     precision: Precision = "fp32",
     accumulate: int = 1,
@@ -109,6 +118,8 @@ def fit(
         weight_decay: None is the optimiser's own default. Norms and biases get none.
         optimizer_options: further keyword options of the optimiser.
         batch_size: samples of one forward pass, for data sets.
+        drop_last: leave out the last, smaller batch of each epoch; for a batch-norm after the pooling,
+            which cannot train on a single sample.
         seed: of order, augmentation, dropout and re-initialised groups.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` for autocast (fp16 on a GPU only). bf16 is slow on
             a CPU without instructions for it.
@@ -168,7 +179,7 @@ def fit(
     share = {"batch_size": batch_size, "seed": seed, "workers": workers, "rank": rank, "world": world}
     share |= {} if task == "auto" else {"collate": task.collate}
     weights = sampling_weights(labels_of(train)) if sampler == "weighted" else None
-    batches = open_batches(train, train=True, weights=weights, **share)
+    batches = open_batches(train, train=True, weights=weights, drop_last=drop_last, **share)
     held_out = None if val is None else open_batches(val, train=False, **share)
     model.to(accelerator.device)
     first = send_to_device(setup.first_batch(batches), accelerator.device)
@@ -193,9 +204,9 @@ def fit(
         before = read_run(folder)
         check_same_run(before, now=record, plan=plan, out=folder)
         previous = load_latest(folder / "checkpoints")
-    elif folder is not None and accelerator.is_main_process:
-        create_run(folder, plan=plan, about=record)
-    accelerator.wait_for_everyone()
+    elif folder is not None:
+        require_free(folder)
+    accelerator.wait_for_everyone()  # all have looked before one writes
 
     args, kwargs, _ = split_batch(first)
     tuner = Tuner(
@@ -215,7 +226,9 @@ def fit(
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
     prefix = setup.open_cache(cache, model, batches, tuner, world=world, pool=cache_pool)
-    inspected = setup.inspect(model, tuner, written, batch_size) if audit else None
+    inspected = setup.inspect(model, tuner, batch_size) if audit else None
+    if written is not None and not resume:  # nothing is written before all of the above went well
+        create_run(written, plan=plan, about=record)
 
     # What changes during the run, and how it is saved and put back.
     history = History(None)

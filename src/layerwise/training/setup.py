@@ -34,6 +34,7 @@ REMEMBERED = (
     "weight_decay",
     "optimizer_options",
     "batch_size",
+    "drop_last",
     "seed",
     "precision",
     "accumulate",
@@ -207,15 +208,13 @@ def open_cache(
     return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool)
 
 
-def inspect(model: nn.Module, tuner: Tuner, out: Path | None, batch_size: int) -> Audit:
-    """Return what the audit finds in the set-up of the first phase, and write it into the run.
+def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
+    """Return what the audit finds in the set-up of the first phase.
 
     Raises:
         ModelError: it finds an error: something would not train, or something frozen would move.
     """
     found = audit(model, tuner.optimizer, layers=tuner.layers, batch_size=batch_size)
-    if out is not None:
-        write_json(out / "audit.json", {"before": found.to_dict(), "after": None})
     found.raise_for_errors()
     return found
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from layerwise.errors import DataError, LayerwiseWarning, RunError, TrainingError
+from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
 from layerwise.plans.plan import Plan
 from layerwise.training import checkpoint
 from layerwise.training.checkpoint import list_checkpoints, load_latest
@@ -426,7 +426,17 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
         run(classes=["a", "b"], out=out)
     with pytest.raises(DataError, match="one integer for each sample"):
         run(train=TensorDataset(torch.zeros(4, 8), torch.zeros(4)), out=out)
+    other = tiny_plan(groups=["a", "head"], phases=[{"name": "p", "rates": {"a": 1.0}, "epochs": 1}])
+    with pytest.raises(PlanError, match="another model"):
+        run(plan=other, out=out)
     assert not out.exists()
+
+
+def test_a_last_batch_of_one_sample_can_be_left_out() -> None:
+    # Batch-norm on vectors cannot train on one sample; with drop_last the run goes through.
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(train=tiny_data(49), plan=one_phase())
+    assert run(train=tiny_data(49), plan=one_phase(), drop_last=True).steps == 6 * 6
 
 
 def test_batch_norm_statistics_are_calibrated_where_the_plan_says() -> None:
