@@ -1,8 +1,10 @@
 """The audit: each fault is built plainly and found under its code; the same set-up done right is silent."""
 
+import ast
 import copy
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,3 +546,15 @@ def test_something_that_is_no_optimizer_is_refused(net, wrong):
 def test_a_map_of_another_model_is_refused(net):
     with pytest.raises(ModelError, match="does not have"):
         audit(nn.Linear(2, 2), layers=map_by_children(net))
+
+
+def test_every_code_stands_in_the_guide():
+    root = Path(__file__).parents[3]
+    guide = (root / "docs" / "guide" / "audit.md").read_text()
+    codes = set()
+    for path in (root / "src" / "layerwise" / "tuning").glob("audit_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+                codes.add(node.args[1].value)
+    assert len(codes) > 25
+    assert {code for code in codes if f"`{code}`" not in guide} == set()
