@@ -18,6 +18,7 @@ from layerwise.cli import (
     output,
     plan,
     predict,
+    report,
     search,
     signature,
 )
@@ -57,6 +58,7 @@ app.command("diagnose")(diagnose.diagnose)
 app.command("advise")(advise.advise)
 app.command("search")(search.search)
 app.command("signature")(signature.signature)
+app.command("report")(report.report)
 
 
 def main() -> None:

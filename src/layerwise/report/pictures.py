@@ -13,6 +13,7 @@ Chart = Any
 """An Altair chart."""
 FORMATS = (".png", ".svg", ".html", ".json")
 BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8a8a"
+_SERIES = [BLUE, ORANGE, "#3b8a5a", "#8a4fa3", GREY]
 _FIGURE_TITLES = {
     "norms": "squared shift of norm inputs, in source variances",
     "frechet": "Fréchet distance of features, in source variances",
@@ -46,18 +47,31 @@ def save_picture(chart: Chart, path: str | Path) -> Path:
         text = chart.to_html() if kind == ".html" else chart.to_json()
         write_file(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return target
+    if kind == ".svg":
+        svg = as_svg(chart)
+        write_file(target, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
+    else:
+        png: bytes = _converter().vegalite_to_png(chart.to_dict(), scale=2)
+        write_file(target, lambda temporary: temporary.write_bytes(png))
+    return target
+
+
+def as_svg(chart: Chart) -> str:
+    """Return a chart as the text of an SVG picture.
+
+    Raises:
+        MissingExtraError: vl-convert is not installed.
+    """
+    svg: str = _converter().vegalite_to_svg(chart.to_dict())
+    return svg
+
+
+def _converter() -> Any:
     try:
         import vl_convert
     except ImportError as error:
-        raise MissingExtraError("vl-convert-python", "report", f"writing {kind}") from error
-    specification = chart.to_dict()
-    if kind == ".svg":
-        svg: str = vl_convert.vegalite_to_svg(specification)
-        write_file(target, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
-    else:
-        png: bytes = vl_convert.vegalite_to_png(specification, scale=2)
-        write_file(target, lambda temporary: temporary.write_bytes(png))
-    return target
+        raise MissingExtraError("vl-convert-python", "report", "writing a picture") from error
+    return vl_convert
 
 
 def shift_picture(shift: Mapping[str, Any]) -> Chart:
@@ -129,6 +143,51 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
         width=560,
         height=max(140, 26 * len(explanation["groups"])),
     )
+
+
+def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
+    """Return learning curves: losses above, validation metrics below, one point an epoch.
+
+    Args:
+        history: lines of a run's ``history.jsonl``.
+    """
+    alt = _altair()
+    losses = {"train_loss": "training loss", "val_loss": "validation loss"}
+    metrics = [
+        key
+        for key, value in history[-1].items()
+        if isinstance(value, float) and key not in losses and not key.endswith("_s")
+    ]
+
+    def lines(names: Mapping[str, str], title: str, height: int) -> Chart:
+        rows = [
+            {"epoch": entry["epoch"] + 1, "series": text, "value": entry[key]}
+            for entry in history
+            for key, text in names.items()
+            if entry.get(key) is not None
+        ]
+        return (
+            alt.Chart(alt.Data(values=rows))
+            .mark_line(point=alt.OverlayMarkDef(size=40, filled=True), strokeWidth=2)
+            .encode(
+                x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d")),
+                y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False, padding=8)),
+                color=alt.Color(
+                    "series:N", title=None, sort=list(names.values()), scale=alt.Scale(range=_SERIES)
+                ),
+            )
+            .properties(width=560, height=height)
+        )
+
+    charts = [lines(losses, "loss", 180)]
+    if metrics:
+        charts.append(lines({key: key.replace("_", " ") for key in metrics}, "validation metric", 180))
+    whole = (
+        alt.vconcat(*charts)
+        .resolve_scale(color="independent")
+        .properties(title="Learning curves", padding=12)
+    )
+    return _styled(whole)
 
 
 def depth_picture(rows: Sequence[Mapping[str, Any]], *, metric: str = "accuracy") -> Chart:
@@ -214,9 +273,12 @@ def transfer_picture(transfer: Mapping[str, Any]) -> Chart:
 
 
 def _finished(chart: Chart, title: str, *, width: int, height: int = 260) -> Chart:
+    return _styled(chart.properties(title=title, width=width, height=height, padding=12))
+
+
+def _styled(chart: Chart) -> Chart:
     return (
-        chart.properties(title=title, width=width, height=height, padding=12)
-        .configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", gridOpacity=0.5)
+        chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", gridOpacity=0.5)
         .configure_title(fontSize=14, anchor="start", offset=12)
         .configure_legend(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
         .configure_view(stroke=None)

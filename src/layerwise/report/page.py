@@ -1,0 +1,199 @@
+"""`write_report`: one HTML page about a run or a search, pictures inside, nothing fetched from the web."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import RunError
+from layerwise.report import pictures
+from layerwise.training.files import write_text
+from layerwise.training.history import read_history
+from layerwise.training.run import read_run
+
+Section = tuple[str, str]
+"""A heading and its HTML."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: .6rem 0 }
+td, th { padding: .15rem .8rem .15rem 0; text-align: right }
+td:first-child, th:first-child { text-align: left } th { border-bottom: 1px solid #999; font-weight: 600 }
+td.words { text-align: left } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }
+svg { max-width: 100%; height: auto } .note { color: #666 }
+"""
+
+
+def write_report(path: str | Path, out: str | Path | None = None) -> Path:
+    """Write a page about the run or the search in the folder `path`; return where it is.
+
+    A run's page shows what learned when and at which rates, the learning curves, the tables of its
+    metrics, why the plan was chosen (for ``--strategy auto``), what the audit found, and all settings. A
+    search's page shows the curve of the metric against depth and every trial. The page is one file.
+
+    Args:
+        path: folder of a run (``run.json``) or of a search (``search.json``).
+        out: file to write; None is ``report.html`` in the folder.
+
+    Raises:
+        RunError: there is neither a run nor a search.
+        MissingExtraError: Altair or vl-convert is not installed.
+    """
+    folder = Path(path)
+    target = folder / "report.html" if out is None else Path(out)
+    if (folder / "run.json").exists():
+        title, sections = _run(folder)
+    elif (folder / "search.json").exists():
+        title, sections = _search(folder)
+    else:
+        raise RunError(
+            f"{folder} holds neither a run (run.json) nor a search (search.json). Give the folder that "
+            "layerwise fit --out or layerwise search --out wrote."
+        )
+    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections)
+    page = (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n{body}\n</html>\n"
+    )
+    write_text(target, page)
+    return target
+
+
+def _run(folder: Path) -> tuple[str, list[Section]]:
+    about = read_run(folder)
+    history = read_history(folder / "history.jsonl") if (folder / "history.jsonl").exists() else []
+    result = about.get("result") or {}
+    plan = about["plan"]
+    sections: list[Section] = []
+    summary = [["model", about["model"].get("spec") or about["model"]["class"]], ["plan", plan["strategy"]]]
+    summary += [[f"validation {name}", _number(value)] for name, value in result.get("metrics", {}).items()]
+    summary += [[f"test {name}", _number(value)] for name, value in (result.get("test") or {}).items()]
+    if result:
+        share = result["trained_parameters"] / max(result["total_parameters"], 1)
+        summary += [
+            ["kept epoch", f"{result['best_epoch'] + 1} of {result['epochs']} ({result['stopped']})"],
+            ["trained parameters", f"{result['trained_parameters']:,} ({share:.1%})"],
+            ["steps", f"{result['steps']:,}"],
+            ["seconds", f"{result['seconds']:.1f}"],
+        ]
+    else:
+        summary.append(["state", "not finished: layerwise fit --resume goes on with it"])
+    sections.append(("Summary", _table(["", ""], summary)))
+    if advice := about.get("advice"):
+        reasons = [[r["about"], r["confidence"], r["text"]] for r in advice["reasons"]]
+        text = f"<p>Advice: {html.escape(advice['strategy'])} (confidence: {advice['confidence']})</p>"
+        sections.append(
+            ("Why this plan", text + _table(["", "confidence", "finding"], reasons, words=(1, 2)))
+        )
+    if history:
+        heat = _svg(pictures.plan_picture(_rates(plan, history, about["settings"]["lr"])))
+        sections.append(("Who learned when, at which rate (at the end of each epoch)", heat))
+        sections.append(("Learning curves", _svg(pictures.history_picture(history))))
+    tables = result.get("test_tables") or result.get("tables") or {}
+    if rows := tables.get("per_class"):
+        columns = list(rows[0])
+        cells = [[_number(row[key]) for key in columns] for row in rows]
+        where = "test" if result.get("test_tables") else "validation"
+        sections.append((f"Per class ({where})", _table(columns, cells)))
+    if confusion := tables.get("confusion"):
+        classes = about["task"]["classes"]
+        cells = [[name, *map(str, row)] for name, row in zip(classes, confusion)]
+        sections.append(("Confusion (rows: true class, columns: predicted)", _table(["", *classes], cells)))
+    if (folder / "audit.json").exists():
+        sections.append(("Audit", _audit(json.loads((folder / "audit.json").read_text(encoding="utf-8")))))
+    known = {key: about[key] for key in ("settings", "data", "versions", "git", "created") if key in about}
+    sections.append(("Settings", f"<pre>{html.escape(json.dumps(known, indent=1))}</pre>"))
+    if (folder / "plan.yaml").exists():
+        text = html.escape((folder / "plan.yaml").read_text(encoding="utf-8"))
+        sections.append(("Plan file", f"<pre>{text}</pre>"))
+    return f"Run {folder.name}", sections
+
+
+def _search(folder: Path) -> tuple[str, list[Section]]:
+    found = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    best, metric = found["best"], found["metric"]
+    summary = [
+        ["best", f"{best['choice']} (from {best['first']})"],
+        [metric, f"{best['mean']:.4f} ± {best['error']:.4f} ({best['seeds']} seeds)"],
+        ["learning rate", f"{best['lr']:.3g}"],
+        ["decay", f"{best['decay']:.3f}"],
+        ["run", (found["run"] or {}).get("out") or "-"],
+    ]
+    sections = [("Summary", _table(["", ""], summary))]
+    points = [point for point in found["curve"] if point["trained_groups"] is not None]
+    if points:
+        picture = _svg(pictures.depth_picture(points, metric=metric))
+        sections.append((f"{metric} against depth", picture))
+    columns = ["trial", "trained", "lr", "decay", "seed", "state", metric, "epochs", "seconds"]
+    rows = [
+        [
+            str(t["number"]), t["choice"], f"{t['lr']:.3g}", f"{t['decay']:.3f}", str(t["seed"]), t["state"],
+            "-" if t["value"] is None else f"{t['value']:.4f}", str(t["epochs"]),
+            "-" if t["seconds"] is None else f"{t['seconds']:.1f}",
+        ]
+        for t in found["trials"]
+    ]  # fmt: skip
+    sections.append(("Trials", _table(columns, rows)))
+    if found["notes"]:
+        sections.append(
+            ("Notes", "".join(f"<p class=note>{html.escape(note)}</p>" for note in found["notes"]))
+        )
+    return f"Search {folder.name}", sections
+
+
+def _rates(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]], lr: float) -> dict[str, Any]:
+    """Return the rates that the history tells in the form of a plan's explanation."""
+    starts = [0, *(entry["step"] for entry in history)]
+    phases: list[dict[str, Any]] = []
+    for start, entry in zip(starts, history):
+        if not phases or phases[-1]["name"] != entry["phase"]:
+            phases.append({"name": entry["phase"], "first_step": start})
+    return {
+        "strategy": plan["strategy"],
+        "lr": lr,
+        "steps": history[-1]["step"],
+        "heat_steps": [entry["step"] for entry in history],
+        "groups": plan["groups"],
+        "heat": [[entry["rates"].get(name, 0.0) for entry in history] for name in plan["groups"]],
+        "phases": phases,
+    }
+
+
+def _audit(audit: Mapping[str, Any]) -> str:
+    before, after = audit.get("before"), audit.get("after")
+    parts = []
+    findings = (before or {}).get("findings", [])
+    if findings:
+        rows = [[f["severity"], ", ".join(f["modules"][:4]), f["why"], f["fix"]] for f in findings]
+        parts.append(_table(["severity", "where", "why", "what to do"], rows, words=(1, 2, 3)))
+    elif before is not None:
+        parts.append("<p>Before training: no findings.</p>")
+    if after is not None:
+        moved = len(after.get("moved", []))
+        state = "nothing frozen moved" if after.get("ok") else "something frozen moved"
+        parts.append(f"<p>After training: {state}; {moved} tensors changed.</p>")
+    return "".join(parts) or "<p>Not run.</p>"
+
+
+def _svg(chart: Any) -> str:
+    return f"<figure>{pictures.as_svg(chart)}</figure>"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = ()) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = []
+    for row in rows:
+        cells = (
+            f"<td{' class=words' if i in words else ''}>{html.escape(str(cell))}</td>"
+            for i, cell in enumerate(row)
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{f'<tr>{head}</tr>' if any(columns) else ''}{''.join(lines)}</table>"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

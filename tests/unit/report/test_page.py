@@ -1,0 +1,101 @@
+"""The page about a run or a search: one file, everything in it, nothing from the web."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import layerwise
+from layerwise.choosing.search import search
+from layerwise.errors import RunError
+from layerwise.report.page import write_report
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 6, generator=generator)
+    return TensorDataset(x[:32], (x[:32, 0] > 0).long()), TensorDataset(x[32:], (x[32:, 0] > 0).long())
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    model, out = make_model(), tmp_path_factory.mktemp("runs") / "a"
+    layers = layerwise.layer_map(model, data[0][0][0][None])
+    about = {"advice": {"strategy": "x<y", "confidence": "low", "reasons": [
+        {"about": "size", "confidence": "high", "text": "32 samples & more"}]}}  # fmt: skip
+    plan = layerwise.gradual_unfreezing(layers, epochs=4)
+    layerwise.fit(
+        model, *data, plan=plan, out=out, layers=layers, about=about, progress=False, classes=["no", "yes"]
+    )
+    return out
+
+
+def test_page_of_a_run_holds_everything_and_needs_nothing(run):
+    # metrics, rates, curves, tables, audit, advice (escaped), settings and plan; no link to the web
+    page = write_report(run).read_text()
+    result = json.loads((run / "run.json").read_text())["result"]
+    for heading in (
+        "Summary",
+        "Why this plan",
+        "Learning curves",
+        "Per class",
+        "Confusion",
+        "Audit",
+        "Settings",
+    ):
+        assert f"<h2>{heading}" in page
+    assert f"{result['metrics']['balanced_accuracy']:.4f}" in page
+    assert page.count("<svg") == 2
+    assert "x&lt;y" in page
+    assert "32 samples &amp; more" in page
+    assert "gradual_unfreezing" in page
+    assert not re.findall(r'(?:src|href)="http', page)
+
+
+def test_page_of_an_unfinished_run_says_so(run, tmp_path):
+    # a run that was cut off has no result yet; the page still shows what there is
+    import shutil
+
+    shutil.copytree(run, tmp_path / "cut")
+    about = json.loads((tmp_path / "cut" / "run.json").read_text())
+    del about["result"]
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(about))
+    page = write_report(tmp_path / "cut", tmp_path / "page.html").read_text()
+    assert "not finished" in page
+    assert "Learning curves" in page
+
+
+def test_findings_of_the_audit_are_told(run, tmp_path):
+    # severity, module, reason and remedy of each
+    import shutil
+
+    shutil.copytree(run, tmp_path / "found")
+    finding = {"severity": "warning", "code": "c", "modules": ["bn1"], "why": "it drifts", "fix": "freeze it"}
+    (tmp_path / "found" / "audit.json").write_text(
+        json.dumps({"before": {"findings": [finding]}, "after": None})
+    )
+    page = write_report(tmp_path / "found").read_text()
+    assert all(f"{text}</td>" in page for text in ("warning", "bn1", "it drifts", "freeze it"))
+
+
+def test_page_of_a_search_lists_every_trial(data, tmp_path):
+    # the curve's picture and one row a trial
+    search(make_model(), *data, trials=3, epochs=1, out=tmp_path / "s", refit="none")
+    page = write_report(tmp_path / "s").read_text()
+    assert page.count("<svg") == 1
+    assert page.count("<td>complete</td>") + page.count("<td>pruned</td>") == 3
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    # the message says what was looked for
+    with pytest.raises(RunError, match=r"run\.json.*search\.json"):
+        write_report(tmp_path)

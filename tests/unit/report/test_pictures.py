@@ -1,0 +1,107 @@
+"""Pictures hold the data they were given, and are written in every format."""
+
+import json
+
+import pytest
+
+from layerwise.errors import DataError
+from layerwise.report import pictures
+
+GROUPS = ["stem", "layer1", "layer2", "fc"]
+
+
+def explanation():
+    return {
+        "strategy": "top_k(k=2)",
+        "lr": 0.1,
+        "steps": 20,
+        "heat_steps": [5, 15],
+        "groups": GROUPS,
+        "heat": [[0.0, 0.0], [0.0, 0.0], [0.05, 0.02], [0.1, 0.04]],
+        "phases": [{"name": "a", "first_step": 0}, {"name": "b", "first_step": 10}],
+    }
+
+
+def values_of(chart):
+    """Return all rows of data in a chart's specification."""
+    found = []
+
+    def walk(part):
+        if isinstance(part, dict):
+            if isinstance(part.get("values"), list):
+                found.extend(part["values"])
+            for inside in part.values():
+                walk(inside)
+        elif isinstance(part, list):
+            for inside in part:
+                walk(inside)
+
+    walk(chart.to_dict())
+    return found
+
+
+def test_plan_picture_shows_every_group_at_every_time():
+    # frozen cells are null (grey), learning ones have their rate; the second phase's start is marked
+    rows = values_of(pictures.plan_picture(explanation()))
+    cells = {(row["group"], row["from"]): row["rate"] for row in rows if "group" in row}
+    assert len(cells) == 8
+    assert cells["stem", 0] is None
+    assert cells["layer2", 10] == 0.02
+    assert [row["step"] for row in rows if "step" in row] == [10]
+
+
+def test_shift_picture_takes_the_figure_that_was_measured():
+    # running statistics when there is no source, the Fréchet distance when there is one
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    group = {"group": "stem", "norms": estimate, "frechet": None}
+    shift = {"groups": [group], "samples": 10, "level": 0.9}
+    rows = values_of(pictures.shift_picture(shift))
+    assert rows[0] == {"group": "stem", **estimate}
+    other = {**group, "frechet": {"value": 2.0, "low": 1.0, "high": 3.0}}
+    rows = values_of(pictures.shift_picture({**shift, "groups": [other]}))
+    assert rows[0]["value"] == 2.0
+
+
+def test_depth_picture_has_bars_of_one_standard_error():
+    # low and high are mean minus and plus the error; the label names the first group that learns
+    rows = values_of(
+        pictures.depth_picture([{"trained_groups": 2, "first": "layer2", "mean": 0.8, "error": 0.05}])
+    )
+    assert rows[0]["low"] == pytest.approx(0.75)
+    assert rows[0]["high"] == pytest.approx(0.85)
+    assert rows[0]["label"] == "2: from layer2"
+
+
+def test_history_picture_leaves_out_what_was_not_measured():
+    # a run without validation has one curve
+    history = [{"epoch": i, "train_loss": 1.0 / (i + 1), "rates": {"fc": 0.1}} for i in range(3)]
+    rows = values_of(pictures.history_picture(history))
+    assert {row["series"] for row in rows} == {"training loss"}
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_transfer_picture_skips_a_probe_that_could_not_be_measured():
+    # null accuracies are left out, the neighbours stay
+    depth = {"group": "fc", "probe": None, "knn": 0.5}
+    rows = values_of(pictures.transfer_picture({"depths": [depth], "chance": 0.25}))
+    assert {"group": "fc", "features": "5 neighbours", "accuracy": 0.5} in rows
+    assert not any(row.get("features") == "linear probe" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<svg"), ("a.json", b"{"), ("a.html", b"")]
+)
+def test_every_format_is_written(tmp_path, name, start):
+    # the file is there and begins as its format does
+    path = pictures.save_picture(pictures.plan_picture(explanation()), tmp_path / name)
+    content = path.read_bytes()
+    assert content.startswith(start)
+    assert len(content) > 500
+    if name == "a.json":
+        assert json.loads(content)["title"].startswith("top_k(k=2)")
+
+
+def test_unknown_format_is_refused(tmp_path):
+    # the formats are listed
+    with pytest.raises(DataError, match=r"a\.bmp.*\.png"):
+        pictures.save_picture(pictures.plan_picture(explanation()), tmp_path / "a.bmp")
