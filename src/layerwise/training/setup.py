@@ -54,9 +54,23 @@ def open_accelerator(
     trackers: str | Sequence[str] | None,
     out: Path | None,
 ) -> Accelerator:
-    """Return accelerate's object for devices, precision, processes and trackers."""
+    """Return accelerate's object for devices, precision, processes and trackers.
+
+    Raises:
+        TrainingError: a tracker's package is not installed (accelerate itself would leave it out).
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    wanted = [trackers] if isinstance(trackers, str) else list(trackers or ())
+    ready = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    if missing := [name for name in wanted if name not in (*ready, "all")]:
+        raise TrainingError(
+            f"tracker {', '.join(map(repr, missing))} is not known, or its package is not installed (ready: "
+            f"{', '.join(ready) or 'none'}). Install the package of that name, or leave trackers out: "
+            "history.jsonl holds the same numbers."
+        )
 
     shared = AcceleratorState._shared_state  # one for the whole process, so two runs must agree or reset it
     if shared and shared.get("_mixed_precision") != PRECISIONS[precision]:

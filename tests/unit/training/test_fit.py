@@ -499,3 +499,10 @@ def test_the_set_up_is_audited_and_watched(tmp_path: Path) -> None:
     assert not json.loads((tmp_path / "b" / "audit.json").read_text())["after"]["ok"]
     run(Drifts(), out=tmp_path / "c", audit=False)
     assert not (tmp_path / "c" / "audit.json").exists()
+
+
+def test_a_tracker_that_is_not_there_is_told(tmp_path: Path) -> None:
+    # accelerate would only leave it out; here the run does not start.
+    with pytest.raises(TrainingError, match="tracker 'nothing' is not known"):
+        run(trackers="nothing", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
