@@ -49,8 +49,11 @@ def open_model(
     """Return the transformers model at `name`; see `layerwise.sources.models.open_model`.
 
     The output layer is made by transformers itself, so that the configuration says the right number of
-    labels and `save_pretrained` writes a folder that others can load.
+    labels and `save_pretrained` writes a folder that others can load. Weights are float32, whatever they
+    are stored in: see `layerwise.fit` for training in mixed precision.
     """
+    import torch
+
     transformers = _transformers(spec)
     folder = _local_folder(spec, name)
     config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
@@ -70,6 +73,12 @@ def open_model(
 
     auto = getattr(transformers, AUTO_CLASSES[task])
     notes: list[str] = []
+    stored = getattr(config, "dtype", None)
+    if stored in (torch.float16, torch.bfloat16):
+        # In half precision an optimiser's steps are mostly smaller than the weights' last bit.
+        notes.append(
+            f"weights are stored as {str(stored).removeprefix('torch.')}; opened as float32, to learn"
+        )
     download = pretrained and weights is None
     if download:
         if folder is not None:
@@ -82,12 +91,13 @@ def open_model(
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                dtype=torch.float32,
             ),
         )
         replaced, found = _loading_notes(spec, model, info, old_classes, num_classes)
         notes.extend(found)
     else:
-        model = _read(spec, lambda: auto.from_config(config, trust_remote_code=False))
+        model = _read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
         replaced = None
     if weights is not None:
         loaded = load_file(
