@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from layerwise.cache.prefix import PrefixCache as PrefixCache
     from layerwise.choosing.advice import Advice as Advice
     from layerwise.choosing.advice import advise as advise
+    from layerwise.choosing.curve import transfer_curve as transfer_curve
     from layerwise.choosing.depths import transferability as transferability
     from layerwise.choosing.search import search as search
     from layerwise.choosing.shift import Shift as Shift
@@ -113,6 +114,7 @@ _HOME = {
     "surgical": "layerwise.plans.strategies",
     "top_k": "layerwise.plans.strategies",
     "training_mode": "layerwise.tuning.norms",
+    "transfer_curve": "layerwise.choosing.curve",
     "transferability": "layerwise.choosing.depths",
     "ulmfit": "layerwise.plans.unfreezing",
     "unfreeze": "layerwise.tuning.freezing",

@@ -11,6 +11,7 @@ from layerwise.cli import (
     advise,
     audit,
     cache,
+    curve,
     demo,
     diagnose,
     fit,
@@ -59,6 +60,7 @@ app.command("advise")(advise.advise)
 app.command("search")(search.search)
 app.command("signature")(signature.signature)
 app.command("report")(report.report)
+app.command("curve")(curve.curve)
 
 
 def main() -> None:

@@ -1,0 +1,208 @@
+"""`transfer_curve`: what each depth of the pretrained network is worth, by training on top of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from layerwise.choosing.features import map_for
+from layerwise.choosing.space import spread_depths
+from layerwise.choosing.tables import text_table
+from layerwise.errors import DataError, PlanError, RunError
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.training.files import write_json
+from layerwise.training.fit import fit
+
+Series = Literal["frozen", "fine-tuned"]
+SERIES: tuple[Series, ...] = ("frozen", "fine-tuned")
+
+
+@dataclass(frozen=True)
+class TransferPoint:
+    """One depth of the curve, over its seeds.
+
+    Attributes:
+        series: ``"frozen"``: what is kept of the pretrained network does not learn; ``"fine-tuned"``: it
+            does.
+        trained_groups: number of groups that start anew, at the output end.
+        first: the first of them.
+        mean: metric, averaged over seeds.
+        error: standard error of that mean; 0 with one seed.
+        seeds: how many there are.
+    """
+
+    series: Series
+    trained_groups: int
+    first: str
+    mean: float
+    error: float
+    seeds: int
+
+
+@dataclass(frozen=True)
+class TransferCurve:
+    """What training on top of each depth came to.
+
+    Attributes:
+        metric: on the validation data.
+        points: of both series, few new groups first.
+    """
+
+    metric: str
+    points: tuple[TransferPoint, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the curve as plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            [p.series, str(p.trained_groups), p.first, f"{p.mean:.4f}", f"{p.error:.4f}", str(p.seeds)]
+            for p in self.points
+        ]
+        return text_table(["kept groups", "new", "from", self.metric, "error", "seeds"], rows)
+
+
+def transfer_curve(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    depths: Sequence[int] | None = None,
+    epochs: int = 5,
+    seeds: int = 1,
+    lr: float = 1e-3,
+    metric: str = "balanced_accuracy",
+    layers: LayerMap | None = None,
+    example_input: Any = None,
+    batch_size: int = 32,
+    fit_options: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> TransferCurve:
+    """Return a metric against the depth at which the pretrained network is cut off.
+
+    For each depth the last k groups start anew (initialised at random) and are trained on top of the groups
+    before them, once with those frozen and once with all learning. Where the two part, the kept groups are
+    too special for the task, or were torn from groups they had learned to work with; where both fall, what
+    the pretrained network knows there is missed. It is an experiment to understand a network by, with two
+    trainings a depth and seed; to choose a plan, use `layerwise.search`.
+
+    Args:
+        model: the pretrained network; unchanged.
+        train: as for `layerwise.fit`.
+        val: measured after each epoch; the best epoch counts.
+        depths: numbers of groups that start anew; None takes about six, denser at the output.
+        epochs: of each training.
+        seeds: trainings of each point.
+        lr: base rate of all of them.
+        metric: of the history of `layerwise.fit`.
+        layers: the layer map; one at granularity ``"stages"`` is made when None.
+        example_input: to make the map from.
+        batch_size: of training.
+        fit_options: further options of `layerwise.fit`.
+        out: a JSON file; what it holds already is not trained again, so an interrupted experiment goes on.
+        say: told of every training.
+
+    Raises:
+        PlanError: a depth is not between 1 and the number of groups.
+        DataError: no validation data, or the metric is not measured.
+        RunError: `out` holds another experiment.
+
+    Source: Yosinski et al. 2014, How transferable are features in deep neural networks?, section 4. Theirs
+    are the curves BnB, AnB (here "frozen") and AnB+ ("fine-tuned") over layers.
+    """
+    if val is None:
+        raise DataError("the curve is of a validation metric, and val is None. Split some off train.")
+    layers = map_for(model, train, layers, example_input, batch_size=batch_size)
+    groups = len(layers)
+    chosen = spread_depths(groups) if depths is None else tuple(sorted(set(depths)))
+    if wrong := [k for k in chosen if not 1 <= k <= groups]:
+        raise PlanError(f"depths {wrong} are not between 1 and the {groups} groups of the layer map")
+    about = {
+        "groups": list(layers.names),
+        "epochs": epochs,
+        "lr": lr,
+        "metric": metric,
+        "batch_size": batch_size,
+    }
+    done = _read(out, about)
+    pool: dict[str, Any] = {}
+    for k in chosen:
+        for series in SERIES:
+            for seed in range(seeds):
+                key = f"{series}/{k}/{seed}"
+                if key in done:
+                    continue
+                result = fit(
+                    copy.deepcopy(model),
+                    train,
+                    val,
+                    plan=cut_plan(layers, k, series, epochs=epochs),
+                    lr=lr,
+                    seed=seed,
+                    layers=layers,
+                    batch_size=batch_size,
+                    progress=False,
+                    cache_pool=pool,
+                    **(fit_options or {}),
+                )
+                if metric not in result.metrics:
+                    raise DataError(
+                        f"metric {metric!r} is not measured; there are {', '.join(result.metrics)}."
+                    )
+                done[key] = result.metrics[metric]
+                if out is not None:
+                    write_json(Path(out), {"about": about, "values": done})
+                say(f"{series}, {k} new groups, seed {seed}: {metric} {done[key]:.4f}")
+    points = []
+    for series in SERIES:
+        for k in chosen:
+            values = [done[f"{series}/{k}/{seed}"] for seed in range(seeds)]
+            error = float(np.std(values, ddof=1) / seeds**0.5) if seeds > 1 else 0.0
+            points.append(
+                TransferPoint(series, k, layers.names[groups - k], float(np.mean(values)), error, seeds)
+            )
+    return TransferCurve(metric, tuple(points))
+
+
+def cut_plan(layers: LayerMap, k: int, series: Series, *, epochs: int) -> Plan:
+    """Return the plan of one point: the last `k` groups start anew, the rest frozen or not.
+
+    Args:
+        layers: the map of the model.
+        k: from 1 to the number of groups.
+        series: what happens to the groups before.
+        epochs: length of the plan.
+    """
+    fresh = layers.names[len(layers) - k :]
+    learning = fresh if series == "frozen" else layers.names
+    phase = Phase(
+        name="train",
+        rates=dict.fromkeys(learning, 1.0),
+        epochs=epochs,
+        schedule=Schedule(shape="cosine", warmup_frac=0.05),
+        reinit=fresh,
+    )
+    strategy = f"transfer_curve(new={k}, kept={series})"
+    return Plan(strategy=strategy, granularity=layers.granularity, groups=layers.names, phases=(phase,))
+
+
+def _read(out: str | Path | None, about: Mapping[str, Any]) -> dict[str, float]:
+    if out is None or not Path(out).exists():
+        return {}
+    found = json.loads(Path(out).read_text(encoding="utf-8"))
+    if found.get("about") != json.loads(json.dumps(about)):
+        raise RunError(
+            f"{out} holds the values of another experiment; give another file, or the same options."
+        )
+    return dict(found["values"])

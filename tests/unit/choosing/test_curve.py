@@ -1,0 +1,98 @@
+"""The curve of training on top of each depth: its plans, its two series, and going on after a stop."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from layerwise.choosing import curve as module
+from layerwise.choosing.curve import cut_plan, transfer_curve
+from layerwise.errors import DataError, PlanError, RunError
+
+from .small import images, map_of, pretrained
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pretrained()
+
+
+@pytest.fixture(scope="module")
+def data():
+    x, y = images(160, seed=5)
+    return TensorDataset(x[:96], y[:96]), TensorDataset(x[96:], y[96:])
+
+
+def curve(model, data, **options):
+    given = {"depths": (1, 5), "epochs": 2, "lr": 3e-3, **options}
+    return transfer_curve(model, *data, layers=map_of(model), **given)
+
+
+def test_plans_start_the_last_groups_anew(model):
+    # both kinds start the same groups anew; only the frozen kind freezes the rest
+    layers = map_of(model)
+    frozen, tuned = (cut_plan(layers, 2, series, epochs=3).phases[0] for series in module.SERIES)
+    assert frozen.reinit == tuned.reinit == ("stage3", "fc")
+    assert [n for n in layers.names if frozen.rate(n)] == ["stage3", "fc"]
+    assert [n for n in layers.names if tuned.rate(n)] == list(layers.names)
+
+
+def test_what_is_kept_and_what_starts_anew(model, data, monkeypatch):
+    # frozen: the kept groups end as they were; fine-tuned: they moved; new groups are not the pretrained ones
+    ends, real = {}, module.fit
+
+    def kept(*args, **options):
+        result = real(*args, **options)
+        ends[options["plan"].strategy] = {k: v.clone() for k, v in result.model.state_dict().items()}
+        return result
+
+    monkeypatch.setattr(module, "fit", kept)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = curve(model, data)
+    frozen, tuned = (ends[f"transfer_curve(new=1, kept={series})"] for series in module.SERIES)
+    assert torch.equal(frozen["stage0.0.weight"], before["stage0.0.weight"])
+    assert not torch.equal(tuned["stage0.0.weight"], before["stage0.0.weight"])
+    assert (frozen["fc.weight"] - before["fc.weight"]).abs().max() > 0.05
+    value = {(p.series, p.trained_groups): p.mean for p in found.points}
+    assert value["frozen", 5] == value["fine-tuned", 5]  # nothing is kept, so there is no difference
+    assert set(value) == {("frozen", 1), ("frozen", 5), ("fine-tuned", 1), ("fine-tuned", 5)}
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert "fine-tuned" in str(found)
+
+
+def test_an_interrupted_curve_goes_on(model, data, tmp_path, monkeypatch):
+    # two trainings, an interruption, then only the two that are missing; another experiment is refused
+    real, calls = module.fit, []
+
+    def counted(*args, **options):
+        calls.append(options["plan"].strategy)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "fit", counted)
+    out = tmp_path / "curve.json"
+    with pytest.raises(KeyboardInterrupt):
+        curve(model, data, out=out)
+    found = curve(model, data, out=out)
+    assert len(calls) == 5
+    assert calls[3] == calls[2]
+    assert len(json.loads(out.read_text())["values"]) == len(found.points) == 4
+    with pytest.raises(RunError, match="another experiment"):
+        curve(model, data, out=out, epochs=3)
+
+
+def test_seeds_give_errors(model, data):
+    # two seeds: the mean lies between them and the error is half their distance
+    found = curve(model, data, depths=(1,), seeds=2)
+    assert all(point.seeds == 2 for point in found.points)
+    assert any(point.error > 0 for point in found.points)
+
+
+def test_bad_depths_and_missing_validation(model, data):
+    # nothing is trained
+    with pytest.raises(PlanError, match=r"\[0, 9\]"):
+        curve(model, data, depths=(0, 9))
+    with pytest.raises(DataError, match="val is None"):
+        transfer_curve(model, data[0], None, layers=map_of(model))
