@@ -23,6 +23,18 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_process_group_left():
+    """Lightning leaves its process group open, and its address in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.setenv(name, "")  # so that it is remembered, and put back as it was
+            patch.delenv(name)
+        yield
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
