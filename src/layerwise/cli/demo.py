@@ -29,7 +29,7 @@ def demo(
     train: Annotated[int, typer.Option(min=8, help="Training images.")] = 800,
     val: Annotated[int, typer.Option(min=4, help="Validation images.")] = 300,
     test: Annotated[int, typer.Option(min=4, help="Test images.")] = 600,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run; 4, of texts 5.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run; 4.")] = None,
     image_size: Annotated[int, typer.Option(min=32, help="Side of the images in pixels.")] = 128,
     per_topic: Annotated[int, typer.Option(min=8, help="text: texts of each of the 20 topics.")] = 100,
     data: Annotated[Path | None, typer.Option(help="text: a table with the columns text and label.")] = None,

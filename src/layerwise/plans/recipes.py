@@ -49,7 +49,9 @@ def lisa(
     Source: Pan et al. 2024, LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model
     Fine-Tuning, algorithm 1. Blocks are drawn with equal probability.
     """
-    require_head(layers, "lisa")
+    # An output layer that is tied to the embeddings learns with them, and is no group of its own.
+    if not any(name.rpartition(".")[0] in layers.outputs for name in layers.aliases):
+        require_head(layers, "lisa")
     trunk = [group.name for group in layers if group.role == "trunk"]
     if not 0 < groups < len(trunk):
         raise PlanError(

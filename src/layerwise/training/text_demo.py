@@ -13,17 +13,18 @@ from layerwise.training.result import Result
 from layerwise.training.text_job import DEBIAN, PreparedText, prepare_text
 
 PER_TOPIC = 100
-EPOCHS = 5
+EPOCHS = 4
 SEED = 0
 MAX_LENGTH = 20
 """Tokens; one synopsis in a hundred is longer."""
 
 TEXT_ARMS = (
-    Arm("linear probe", "linear_probe", 2e-2),
-    Arm("full fine-tuning", "full", 3e-4),
-    Arm("selective", "top_k:k=2", 1e-3),
+    Arm("linear probe", "linear_probe", 5e-3),
+    Arm("full fine-tuning", "full", 2e-4),
+    Arm("selective", "top_k:k=2", 3e-4),
 )
-"""The baselines that any claim needs, and the middle way."""
+"""The baselines that any claim needs, and the middle way: the last layer and the classifier, the layers below
+computed once."""
 
 
 def minilm_folder() -> Path:

@@ -169,3 +169,24 @@ def states_after(model, layer, example):
     finally:
         handle.remove()
     return found[0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_lisa_trains_embeddings_output_layer_and_drawn_blocks(family):
+    # With the output layer tied to the embeddings (GPT-2) or not (Llama), both learn at any time.
+    model = tiny_model(family, "CausalLM")
+    layers = layerwise.layer_map(model, {"input_ids": torch.zeros(2, 8, dtype=torch.long)})
+    plan = layerwise.lisa(layers, groups=1, every_steps=1, steps=4)
+    tuner = Tuner(model, plan, torch.optim.AdamW, lr=1e-3, steps_per_epoch=4, layers=layers)
+    drawn = set()
+    for _ in tuner.epochs():
+        while not tuner.done:
+            learning = {name for name, rate in tuner.rates().items() if rate}
+            drawn |= learning & set(LAYER[family])
+            assert len(learning & set(LAYER[family])) == 1
+            assert model.get_input_embeddings().weight.requires_grad
+            assert model.get_output_embeddings().weight.requires_grad
+            ids = torch.randint(5, 20, (2, 8))
+            model(input_ids=ids, labels=ids).loss.backward()
+            tuner.step()
+    assert drawn == set(LAYER[family])
