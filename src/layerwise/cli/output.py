@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -14,6 +15,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+_shown_by_python = warnings.showwarning
 
 debug = False
 """Set by ``layerwise --debug``: let errors through with their traceback."""
@@ -40,15 +43,29 @@ def print_table(table: Any) -> None:
     console.print(table)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    from layerwise.errors import LayerwiseWarning
+
+    if issubclass(category, LayerwiseWarning):
+        say(f"warning: {message}")
+    else:
+        _shown_by_python(message, category, *where, **more)
+
+
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn layerwise's own errors into one message on stderr and exit code 1, Ctrl-C into 130."""
+    """Turn layerwise's own errors into one message on stderr and exit code 1, Ctrl-C into 130.
+
+    layerwise's warnings become one line each, without the place in the code that gave them.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         from layerwise.errors import LayerwiseError
 
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return command(*args, **kwargs)
         except LayerwiseError as error:
             if debug:
                 raise

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,16 @@ def test_usage_errors_have_exit_code_two(images: Path, run: Path, tmp_path: Path
         result = command(*arguments)
         assert result.exit_code == 2, arguments
         assert "Traceback" not in result.stderr
+
+
+def test_warnings_are_one_line_without_the_code_s_place(images: Path, tmp_path: Path) -> None:
+    # Batch-norm that trains on eight images at a time draws a warning; a person sees just that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = fit("--data", images, "--out", tmp_path / "run", strategy="full")
+    (line,) = [line for line in result.stderr.splitlines() if "batch-norm layers train on batches" in line]
+    assert line.startswith("warning: ")
+    assert ".py:" not in result.stderr
 
 
 def test_runs_that_are_none_are_told(tmp_path: Path, run: Path, images: Path) -> None:
