@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import layerwise
-from benchmarks.oracles import timm_family, timm_names, torchvision_names
+from benchmarks.oracles import timm_family, timm_names
 from benchmarks.transformers_models import SMALL, Small
 from layerwise.layers.structures import tensors_in
 
@@ -166,8 +166,17 @@ def torchvision_model(name: str) -> tuple[nn.Module, list[Any]]:
     return model, images(299 if "inception" in name else 224 if fixed else SMALL_SIZE)
 
 
-def small_timm_names(every: bool) -> list[str]:
-    """Return timm's models up to 30 million parameters: the smallest of each family, or all of them."""
+def small_torchvision_names(large: int) -> list[str]:
+    """Return torchvision's classification models of at most `large` million parameters."""
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    sizes = {n: torchvision.models.get_model_weights(n).DEFAULT.meta["num_params"] for n in names}
+    return [name for name in names if sizes[name] <= large * 1_000_000]
+
+
+def small_timm_names(every: bool, large: int) -> list[str]:
+    """Return timm's models of at most `large` million parameters: the smallest of each family, or all."""
     import timm
 
     chosen: dict[Any, tuple[int, str]] = {}
@@ -176,7 +185,7 @@ def small_timm_names(every: bool) -> list[str]:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             size = sum(p.numel() for p in timm.create_model(name).parameters())
-        if size > 30_000_000:
+        if size > large * 1_000_000:
             continue
         names.append(name)
         family = timm_family(name)
@@ -200,6 +209,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("what", nargs="*", default=["transformers", "torchvision", "timm"])
     parser.add_argument("--part", default="1/1", help="2/4 is every fourth model from the second on")
     parser.add_argument("--all-timm", action="store_true", help="not only the smallest of each family")
+    parser.add_argument("--large", type=int, default=30, help="leave out models of more million parameters")
     parser.add_argument("--out", type=Path, help="append one JSON line a model to this file")
     options = parser.parse_args(arguments)
     number, parts = (int(text) for text in options.part.split("/"))
@@ -212,9 +222,9 @@ def main(arguments: list[str]) -> None:
         if what == "transformers":
             makers = [(s.name, lambda s=s: (s.build(), text_samples(s))) for s in SMALL]
         elif what == "torchvision":
-            makers = [(n, lambda n=n: torchvision_model(n)) for n in torchvision_names()]
+            makers = [(n, lambda n=n: torchvision_model(n)) for n in small_torchvision_names(options.large)]
         elif what == "timm":
-            names = small_timm_names(options.all_timm)
+            names = small_timm_names(options.all_timm, options.large)
             makers = [(n, lambda n=n: timm_model(n)) for n in names]
         else:
             raise SystemExit(f"unknown part {what!r}; there are transformers, torchvision and timm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -70,8 +71,9 @@ def map_tensors(structure: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     return structure
 
 
-def _rebuilt(kind: type[Any], mapped: dict[str, Any]) -> Any:
-    try:
-        return kind(**mapped)  # ModelOutput, BatchEncoding's UserDict, OrderedDict
-    except TypeError:
-        return mapped
+def _rebuilt(kind: Any, mapped: dict[str, Any]) -> Any:
+    with contextlib.suppress(TypeError):
+        return kind(**mapped)  # ModelOutput, OrderedDict
+    with contextlib.suppress(TypeError):
+        return kind(mapped)  # BatchEncoding and other UserDicts
+    return mapped

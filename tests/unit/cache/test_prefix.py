@@ -750,3 +750,43 @@ def test_close_gives_everything_back(tmp_path) -> None:
     assert not folder.exists()
     for x, _ in cache.batches():
         assert not isinstance(x, Ghost)
+
+
+def test_batches_of_a_hugging_face_collator_keep_their_type() -> None:
+    # a loop calls methods of the batch: batch.to(device)
+    from transformers import BatchEncoding
+
+    generator = torch.Generator().manual_seed(0)
+    samples = [{"x": torch.randn(5, generator=generator), "labels": torch.tensor(i % 2)} for i in range(12)]
+
+    def collate(items):
+        return BatchEncoding({name: torch.stack([item[name] for item in items]) for name in items[0]})
+
+    def step(model, batch):
+        batch = batch.to("cpu")
+        return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    cached = both(Net, lambda: samples, "head", step=step, loader_options={"collate_fn": collate})
+    assert "cut at body" in cached.text
+
+
+def test_nothing_is_left_on_the_model_where_nothing_can_be_cached() -> None:
+    # then batches() is the loader: no hook, no ghost, no cost
+    model = TinyCNN()
+    loader = DataLoader(images(), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader)
+    for x, _ in cache.batches():
+        model(x)
+    for x, _ in cache.batches():
+        assert not isinstance(x, Ghost)
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
+        model(x)
