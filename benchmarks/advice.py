@@ -28,8 +28,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.tasks import Task, corrupt, image_task, lite0, normalised
-from layerwise.choosing.advice import advise
+from layerwise.choosing.advice import Advice, advise
+from layerwise.choosing.auto import pick
 from layerwise.choosing.search import search
+from layerwise.choosing.space import spread_depths
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
 from layerwise.plans.parsing import parse_strategy
@@ -127,7 +129,7 @@ def measure(task: Task, samples: int, seed: int, plan: str) -> dict[str, Any]:
         chosen, lr = advice.plan, advice.lr
         found = {"chosen": advice.strategy, "similarity": advice.similarity, "confidence": advice.confidence}
         if plan == "auto":
-            chosen, lr, found = searched(model, x, y, layers, seed, found)
+            chosen, lr, found = searched(model, x, y, layers, seed, advice, found)
     else:
         lr = (GRID | BASELINES)[plan]
         chosen = build(plan, layers)
@@ -157,17 +159,24 @@ def build(strategy: str, layers: LayerMap) -> Plan:
 
 
 def searched(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, layers: LayerMap, seed: int, found: dict[str, Any]
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    layers: LayerMap,
+    seed: int,
+    advice: Advice,
+    found: dict[str, Any],
 ) -> tuple[Plan, float, dict[str, Any]]:
-    """Return the winner of a short search that starts from the advice, on a held-out fifth."""
+    """Return what ``--strategy auto`` would choose after a short search on a held-out fifth."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: len(y) // 5], order[len(y) // 5 :]
     result = search(
         copy.deepcopy(model), TensorDataset(x[rest], y[rest]), TensorDataset(x[held], y[held]),
-        trials=9, depths=(1, 2, 3, 5, len(layers)), strategies=[found["chosen"]], epochs=EPOCHS,
+        trials=8, depths=spread_depths(len(layers), count=4), strategies=[advice.strategy], epochs=EPOCHS,
         layers=layers, batch_size=BATCH, metric="accuracy", refit="none", seed=seed,
     )  # fmt: skip
-    return result.plan, result.lr, {**found, "searched": result.best.choice}
+    plan, lr, why = pick(advice, result, val_samples=len(held))
+    return plan, lr, {**found, "searched": result.best.choice, "why": why}
 
 
 def regrets(cells: list[dict[str, Any]]) -> Iterator[tuple[str, str, int, int, float]]:
@@ -198,7 +207,5 @@ def table(cells: list[dict[str, Any]]) -> str:
             lines.append(f"{plan:32} {own.mean():8.2f} {error:7.2f} {own.max():7.2f} {len(own):6d}")
     total = len(TASKS) * len(SIZES) * len(SEEDS)
     places = len({row[1:4] for row in rows})
-    lines.append(
-        f"{places} of {total} cells (task x samples x seed) have their whole grid"
-    )
+    lines.append(f"{places} of {total} cells (task x samples x seed) have their whole grid")
     return "\n".join(lines)

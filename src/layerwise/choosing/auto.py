@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from layerwise.choosing.advice import Advice, advise
-from layerwise.choosing.search import search
+from layerwise.choosing.search import SearchResult, search
 from layerwise.choosing.space import spread_depths
 from layerwise.errors import DataError
+from layerwise.plans.plan import Plan
 
 if TYPE_CHECKING:
     from layerwise.training.job import Prepared
@@ -30,7 +31,7 @@ def choose_plan(
     """Return a job whose plan, base rate and class weights have been chosen, every choice told to `say`.
 
     Advice comes first; then a short search tries the advised strategy and a few depths on the validation
-    data, unless there are none. The advised plan stays where the search has nothing better.
+    data, unless there are none. The advised plan stays where the search has nothing clearly better (`pick`).
 
     Args:
         prepared: a job with model and data open; its plan is not used. The model is unchanged.
@@ -85,16 +86,50 @@ def choose_plan(
             say=say,
         )
         say(str(found))
-        advised = next((point for point in found.curve if point.choice == advice.strategy), None)
-        if advised is None or found.best.mean > advised.mean:
-            plan, lr = found.plan, found.lr
-        else:
-            lr = advised.lr
+        plan, lr, why = pick(advice, found, val_samples=len(prepared.data.val))
+        say(why)
     say(f"chosen: {plan.strategy} at lr {lr:.3g}")
     options["lr"] = lr
     changed = dataclasses.replace(job, strategy="auto", plan=None, options=options)
     about = {**prepared.about, "job": dataclasses.asdict(changed), "advice": advice.to_dict()}
     return dataclasses.replace(prepared, job=changed, plan=plan, about=about)
+
+
+def pick(advice: Advice, found: SearchResult, *, val_samples: int) -> tuple[Plan, float, str]:
+    """Return plan and base rate: the search's winner, or the advice where the winner is not clearly better.
+
+    Clearly is by more than one standard error of the difference of two accuracies on the validation data,
+    ``sqrt((p (1 - p) + q (1 - q)) / n)``: the best of many trials on few samples is often luck, and the
+    advice does not rest on them. A metric outside [0, 1] (a loss) is taken at its word.
+
+    Args:
+        advice: whose strategy was among the choices of the search.
+        found: what the search found.
+        val_samples: number of validation samples.
+    """
+    advised = next((point for point in found.curve if point.choice == advice.strategy), None)
+    best = found.best
+    if best.choice == advice.strategy:
+        return advice.plan, advice.lr, "the search agrees with the advice"
+    if advised is None:
+        return advice.plan, advice.lr, "the search did not get to the advised plan, which stays"
+    gain = best.mean - advised.mean
+    if found.metric.endswith("loss") or not 0 <= best.mean <= 1:
+        return found.plan, found.lr, f"the search found better: {found.metric} {best.mean:.4f}"
+    error = sum(p * (1 - p) for p in (best.mean, advised.mean)) / max(val_samples, 1)
+    error = float(error**0.5)
+    if gain > error:
+        return (
+            found.plan,
+            found.lr,
+            f"the search gains {gain:+.1%} over the advice (standard error {error:.1%})",
+        )
+    return (
+        advice.plan,
+        advice.lr,
+        f"{best.choice} gains {gain:+.1%} over the advice on {val_samples} validation samples, which is "
+        f"within a standard error of {error:.1%}: the advice stays",
+    )
 
 
 _OWN = ("lr", "batch_size", "seed", "checkpoint_every_steps", "keep_checkpoints", "early_stopping")

@@ -11,6 +11,8 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.plans.parsing import parse_strategy
 from layerwise.plans.plan import NormKind, Plan, Schedule
 
+_HEAD_ALONE = ("last 1", "linear_probe")
+
 
 @dataclass(frozen=True)
 class Space:
@@ -69,7 +71,7 @@ class Space:
         middle = (low * high) ** 0.5
         decay = min(max(0.9, self.decay[0]), self.decay[1])
         return [
-            {"choice": c, "lr": (middle * high) ** 0.5 if c == "last 1" else middle, "decay": decay}
+            {"choice": c, "lr": (middle * high) ** 0.5 if c in _HEAD_ALONE else middle, "decay": decay}
             for c in self.choices
         ]
 
