@@ -244,7 +244,7 @@ def fit(
     epoch_random: dict[str, Any] | None = None
     stopped_early = False
     go_on = "" if folder is None else f"go on with it: layerwise fit --resume {folder}"
-    described = ""  # what the cache of the frozen prefix said last
+    described = ""  # what was said of the cache last
     notes: list[str] = []
 
     def save(*, inside: bool) -> None:
@@ -347,8 +347,8 @@ def fit(
                     interrupt.raise_if_requested(go_on)
 
             stream.close()  # a plan by steps may end inside an epoch; then the cache lets go of the model
-            if prefix is not None and (told := prefix.describe().splitlines()[0]) != described:
-                described = told  # what it says of the training data
+            if prefix is not None and (told := setup.cache_note(prefix)) not in ("", described):
+                described = told
                 reporter.say(told)
             scores = Scores({})
             if held_out is not None:

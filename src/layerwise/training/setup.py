@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -220,6 +221,16 @@ def open_cache(
     if storage == "off" or not batches.exact or world > 1:
         return None
     return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool)
+
+
+def cache_note(prefix: PrefixCache) -> str:
+    """Return what the cache says of the training data in the present phase; ``""`` before it has looked."""
+    decision = prefix.decision
+    lines = prefix.describe().splitlines()
+    if decision is None:
+        return ""
+    found = [line for line in lines if line.endswith(decision.reason)] or [f"prefix cache: {decision.reason}"]
+    return re.sub(r" \(loader \d+\)", "", found[-1])
 
 
 def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
