@@ -20,7 +20,19 @@ _ATTENTION = (
 )
 
 COUNTED = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution", "_convolution", *_ATTENTION}
+    {
+        "mm",
+        "_grouped_mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "mv",
+        "addmv",
+        "dot",
+        "convolution",
+        "_convolution",
+        *_ATTENTION,
+    }
 )
 """Names of the operations that `flops` has a formula for."""
 
@@ -39,7 +51,7 @@ def flops(name: str, args: tuple[Any, ...], output: Any) -> int:
     Returns:
         0 for an operation without a formula.
     """
-    if name in ("mm", "bmm", "mv", "dot"):
+    if name in ("mm", "_grouped_mm", "bmm", "mv", "dot"):
         return 2 * int(output.numel()) * int(args[0].shape[-1])
     if name in ("addmm", "baddbmm", "addmv"):
         return 2 * int(output.numel()) * int(args[1].shape[-1])

@@ -71,7 +71,8 @@ def map_recording(recording: Recording, granularity: Granularity, *, notes: tupl
     head += [name for name, neighbour in neighbours.items() if neighbour in head]
     groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
     if head:
-        output = next((path for path in outputs if any(_under(name, path) for name in head)), head[0])
+        aliases = {alias for name in head for alias in recording.names[name]}
+        output = next((path for path in outputs if any(_under(alias, path) for alias in aliases)), head[0])
         groups.append(Group("head", [Unit(output, output, [], 0, 1, head)], output))
     groups = [group for group in groups if group.parameters]
     layers = _Finished(recording, order, groups).layer_groups()

@@ -9,7 +9,6 @@ from layerwise.layers.graph import Op, Recording
 
 PRODUCTS = COUNTED | {
     "_addmm_activation",
-    "_grouped_mm",
     "_int_mm",
     "_scaled_mm",
     "_cudnn_rnn",

@@ -131,11 +131,14 @@ def head_parameters(
         units: in order.
         is_block: for each of them whether it is a block.
     """
+    own = set(outputs)
+    if recording.root.path in {name.rpartition(".")[0] for name in outputs} and not recording.root.children:
+        own |= set(recording.names)  # the model is itself one layer
     belonging = {
         name
         for unit in units
         for name in unit.parameters
-        if any(alias in outputs or alias.rpartition(".")[0] in outputs for alias in recording.names[name])
+        if any(alias in own or alias.rpartition(".")[0] in own for alias in recording.names[name])
     }
     last_block = max((n for n, unit in enumerate(units) if is_block[n] and unit.weights >= 2), default=-1)
     holding = [n for n, unit in enumerate(units) if not belonging.isdisjoint(unit.parameters)]

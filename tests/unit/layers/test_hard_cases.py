@@ -343,6 +343,25 @@ def test_control_flow_that_depends_on_data() -> None:
     assert_complete(layers, model)
 
 
+def test_mixture_of_experts_without_data() -> None:
+    # the experts' grouped product is recorded on meta, whatever its size
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_hidden_layers=4))
+    layers = layer_map(model)
+    assert layers.names == ("model.embed_tokens", *(f"model.layers.{n}" for n in range(4)), "lm_head")
+    assert not any("real samples" in note for note in layers.notes)
+    assert_complete(layers, model)
+
+
+def test_a_model_of_one_layer() -> None:
+    # a layer by itself is its own head
+    layers = layer_map(nn.Linear(4, 2))
+    assert len(layers) == 1
+    assert layers.head is not None
+    assert set(layers.head.parameters) == {"weight", "bias"}
+
+
 def test_layer_called_by_its_forward() -> None:
     # SqueezeBERT calls layer.forward(x), which hooks do not see
     class Bypasses(nn.Module):
