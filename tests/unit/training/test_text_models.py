@@ -190,3 +190,41 @@ def test_lisa_trains_embeddings_output_layer_and_drawn_blocks(family):
             model(input_ids=ids, labels=ids).loss.backward()
             tuner.step()
     assert drawn == set(LAYER[family])
+
+
+def run_steps(model, layers, plan, batch, steps):
+    task = Classification(CLASSES, "text_classification")
+    tuner = Tuner(model, plan, torch.optim.SGD, lr=0.5, steps_per_epoch=steps, layers=layers)
+    model.eval()  # no dropout: two runs differ in the plan alone
+    for _ in tuner.epochs():
+        while not tuner.done:
+            task.loss(task.forward(model, batch), batch).backward()
+            tuner.step()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_l2_sp_holds_the_pretrained_weights_of_a_transformer(family):
+    # With the pull, the body ends nearer to where it started; the head, which is new, is not pulled.
+    drift = {}
+    for strength in (0.0, 0.5):
+        model, batch, layers = classifier(family)
+        before = weights(model)
+        run_steps(model, layers, layerwise.full(layers, steps=6, l2_sp=strength), batch, 6)
+        body = [name for group in layers if group.role != "head" for name in group.parameters]
+        after = dict(model.named_parameters())
+        drift[strength] = sum(float((after[name].detach() - before[name]).square().sum()) for name in body)
+    assert 0 < drift[0.5] < 0.8 * drift[0.0]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_the_last_layer_starts_anew_and_no_other(family):
+    # reinit_last(k=1): the last layer before the head, and the head, are drawn again; the rest stays.
+    model, _, layers = classifier(family)
+    before = weights(model)
+    plan = layerwise.reinit_last(layers, k=1, steps=1)
+    tuner = Tuner(model, plan, torch.optim.SGD, lr=1e-9, steps_per_epoch=1, layers=layers)
+    tuner.begin_epoch()
+    changed = {layers.group_of(name) for name in moved(model, before)}
+    last = layers.group_of(first_parameters(model, LAYER[family])[-1])
+    assert last in changed
+    assert not changed & set(layers.names[: layers.names.index(last)])
