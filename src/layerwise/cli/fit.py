@@ -34,6 +34,10 @@ def fit(
         Path | None,
         typer.Option(help="Weights file (.safetensors, .pth) to start from.", rich_help_panel=_MODEL),
     ] = None,
+    mismatched: Annotated[
+        Literal["error", "drop_head"],
+        typer.Option(help="Weights for other classes: refuse, or leave their head.", rich_help_panel=_MODEL),
+    ] = "error",
     pretrained: Annotated[
         bool, typer.Option(help="Start from the library's pretrained weights.", rich_help_panel=_MODEL)
     ] = True,
@@ -217,6 +221,7 @@ def fit(
         strategy=strategy,
         plan=None if plan is None else str(plan.resolve()),
         weights=None if weights is None else str(weights.resolve()),
+        mismatched=mismatched,
         pretrained=pretrained,
         granularity=granularity,
         epochs=epochs,

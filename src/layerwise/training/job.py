@@ -38,6 +38,8 @@ class Job:
         strategy: a strategy with its options (``"top_k:k=2"``); exactly one of this and `plan`.
         plan: path of a plan file.
         weights: path of a weights file; None is the library's own pretrained ones.
+        mismatched: what to do with `weights` for other classes: ``"error"``, or ``"drop_head"``: take all but
+            the output layer.
         pretrained: False starts from random weights.
         granularity: of the layer map, for `strategy`; a plan file has its own.
         epochs: length of the plan, for `strategy`; None is the strategy's default.
@@ -57,6 +59,7 @@ class Job:
     strategy: str | None = None
     plan: str | None = None
     weights: str | None = None
+    mismatched: str = "error"
     pretrained: bool = True
     granularity: str = "blocks"
     epochs: int | None = None
@@ -183,6 +186,7 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
         weights=job.weights,
         pretrained=job.pretrained,
         input_size=job.input_size,
+        mismatched=cast(Any, job.mismatched),
     )
     if opened.preprocessing is None:
         raise ModelError(

@@ -228,6 +228,16 @@ def test_a_run_is_not_resumed_on_other_data(images: Path, run: Path, tmp_path: P
     assert (out / "model.safetensors").read_bytes() == before
 
 
+def test_weights_for_other_classes_are_refused_or_lose_their_head(run: Path, tmp_path: Path) -> None:
+    # Two classes in the file, three in the data: told; with --mismatched drop_head the rest is taken.
+    three = make_images(tmp_path / "three", classes=("green", "red", "blue"))
+    start = ["--data", three, "--weights", run / "model.safetensors"]
+    fails(fit(*start, "--out", tmp_path / "a"), "is for 2 classes, not 3")
+    result = fit(*start, "--out", tmp_path / "b", "--mismatched", "drop_head")
+    assert result.exit_code == 0, result.output
+    assert layerwise.load_run(tmp_path / "b").classes == ("blue", "green", "red")
+
+
 def test_a_pickle_that_would_run_code_is_refused(images: Path, tmp_path: Path) -> None:
     # As weights to start from: named, refused, not run.
     ran = tmp_path / "ran"
