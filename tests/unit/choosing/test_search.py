@@ -269,3 +269,38 @@ def test_killed_worker_loses_no_trial(model, data, tmp_path):
     again = [(t.choice, t.lr, t.decay) for t in found.trials if t.state in ("complete", "pruned")]
     assert set(lost) <= set(again)
     assert len(again) == len(set(again)) >= before + 1
+
+
+CALLS = []
+
+
+class Counted(torch.nn.Conv2d):
+    """A convolution that counts its forward passes on real data."""
+
+    def forward(self, x):
+        if type(x) is torch.Tensor:
+            CALLS.append(len(x))
+        return super().forward(x)
+
+
+def test_a_second_trial_of_a_depth_does_not_compute_its_prefix_again(data):
+    # with the shared cache a trial is one check on a few batches; without, trials x epochs x samples
+    counts, trials = {}, {}
+    for cache in ("memory", "off"):
+        torch.manual_seed(0)
+        model = pretrained(norm=False, widths=(4, 4, 6, 6))
+        first = model.stage0[0]
+        counted = Counted(3, 4, 3, padding=1)
+        counted.load_state_dict(first.state_dict())
+        model.stage0[0] = counted
+        CALLS.clear()
+        trials[cache] = []
+        searched(
+            model, data, trials=3, depths=(1,), epochs=5, refit="none", fit_options={"cache": cache},
+            say=lambda _, sums=trials[cache]: sums.append(sum(CALLS)),
+        )  # fmt: skip
+        counts[cache] = sum(CALLS)
+    assert counts["off"] >= 3 * 5 * 96
+    assert counts["memory"] < 0.3 * counts["off"]
+    first, second, third = trials["memory"]
+    assert third - second == second - first < first
