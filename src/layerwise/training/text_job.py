@@ -119,7 +119,8 @@ class PreparedText:
         """Carry the job out: the language model first where it is asked for, then the task.
 
         With `out` the tuned model also lies there as a transformers folder (``transformers/``), and the
-        language model's run in ``language-model/``. Interrupted in either, the job is resumed in it.
+        language model's run in ``language-model/``. Interrupted in that, the job goes on when it is started
+        again; interrupted later, with `resume`.
 
         Args:
             out: folder of the run.
@@ -133,7 +134,12 @@ class PreparedText:
             from layerwise.training.language_first import tune_language_model
 
             below = None if folder is None else folder / LANGUAGE_MODEL
-            notes += tune_language_model(self, out=below, **more)
+            try:
+                notes += tune_language_model(self, out=below, **more)
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt(
+                    "that was the language model's part; the same command goes on with it"
+                ) from error
         result = fit(
             self.opened.model,
             self.data.train,
@@ -148,7 +154,9 @@ class PreparedText:
             resume=resume,
             **{**self.job.options, **more},
         )
-        if folder is not None:
+        from accelerate import PartialState  # fit has made it
+
+        if folder is not None and PartialState().is_main_process:
             tokenizer = self.opened.tokenizer
             save_transformers(result.model, folder / FOLDER, tokenizer=tokenizer, task=result.task)
         return dataclasses.replace(result, notes=(*notes, *result.notes))

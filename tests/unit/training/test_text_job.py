@@ -1,0 +1,119 @@
+"""Jobs on texts: the language model's part, interruption, padding for the cache, and what a run records."""
+
+import json
+
+import pytest
+import torch
+
+from layerwise.errors import DataError, ModelError
+from layerwise.training import text_job
+from layerwise.training.job import Job, open_job
+from layerwise.training.run import load_run
+from tiny_text import save_tiny, topic_rows, write_csv
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    save_tiny(folder / "bert", "bert")
+    save_tiny(folder / "gpt2", "gpt2")
+    write_csv(folder / "train.csv", topic_rows(40))
+    return folder
+
+
+def job(work, *, model="bert", strategy="linear_probe", epochs=2, cache="off", **text):
+    return Job(
+        model=f"hf:{work / model}",
+        data=str(work / "train.csv"),
+        strategy=strategy,
+        epochs=epochs,
+        options={"lr": 1e-3, "batch_size": 8, "cache": cache},
+        text={"label_column": "topic", **text},
+    )
+
+
+def test_the_body_of_the_language_model_is_where_the_classifier_starts(work, tmp_path):
+    # With a probe nothing but the head learns afterwards, so the run's body is the language model's.
+    out = tmp_path / "run"
+    open_job(job(work, lm_epochs=2, lm_lr=1e-2)).fit(out=out, progress=False)
+    language_model = load_run(out / "language-model").model.bert.state_dict()
+    pretrained = open_job(job(work)).opened.model.bert.state_dict()
+    body = load_run(out).model.bert.state_dict()
+    moved = [name for name in language_model if not torch.equal(body[name], pretrained[name])]
+    assert all(torch.equal(body[name], value) for name, value in language_model.items())
+    assert len(moved) > 20
+
+
+def test_a_decoder_is_tuned_as_a_causal_language_model(work, tmp_path):
+    # GPT-2 has no masks; its perplexity is told before and after.
+    result = open_job(job(work, model="gpt2", lm_epochs=1)).fit(out=tmp_path / "run", progress=False)
+    assert any(note.startswith("causal_lm: perplexity") for note in result.notes)
+    about = json.loads((tmp_path / "run/language-model/run.json").read_text())
+    assert about["task"]["name"] == "causal_lm"
+
+
+def test_interrupted_between_the_two_halves_it_goes_on_to_the_same_result(work, tmp_path, monkeypatch):
+    # The language model is not tuned again, and the end is that of an uninterrupted run, bit for bit.
+    whole = open_job(job(work, lm_epochs=1)).fit(out=tmp_path / "whole", progress=False)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_job, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_job(job(work, lm_epochs=1)).fit(out=tmp_path / "cut", progress=False)
+    before = (tmp_path / "cut/language-model/history.jsonl").read_text()
+    again = open_job(job(work, lm_epochs=1)).fit(out=tmp_path / "cut", progress=False)
+    assert (tmp_path / "cut/language-model/history.jsonl").read_text() == before
+    assert again.metrics == whole.metrics
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_one_length_for_all_where_the_cache_can_be_used(work):
+    # A frozen part that runs in several epochs: all batches have the longest length; a full plan: their own.
+    frozen = open_job(job(work, cache="auto"))
+    assert frozen.data.train.pad_to == max(max(part.lengths) for part in frozen.data.parts().values())
+    assert any("for the prefix cache" in note for note in frozen.notes)
+    for other in (
+        job(work, strategy="full", cache="auto"),
+        job(work, cache="off"),
+        job(work, cache="auto", padding="batch"),
+        job(work, cache="auto", epochs=1),
+    ):
+        assert open_job(other).data.train.pad_to is None
+
+
+def test_padding_does_not_change_what_is_learned(work):
+    # Padded to one length and cached, a run ends where an uncached one with its own padding does. A probe,
+    # whose dropout sees pooled vectors: that of a layer draws as many numbers as there are tokens.
+    results = [
+        open_job(job(work, cache=cache, padding=padding)).fit(progress=False)
+        for cache, padding in (("memory", "all"), ("off", "batch"))
+    ]
+    pretrained = open_job(job(work)).opened.model.state_dict()
+    assert not torch.equal(results[0].model.classifier.weight, pretrained["classifier.weight"])
+    for name, value in results[0].model.state_dict().items():
+        torch.testing.assert_close(results[1].model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_length_above_that_of_the_model_is_refused(work):
+    with pytest.raises(DataError, match="max_length is 999"):
+        open_job(job(work, max_length=999))
+
+
+def test_language_modelling_needs_no_language_model_first(work, tmp_path):
+    prepared = open_job(
+        Job(
+            model=f"hf:{work / 'gpt2'}",
+            data=str(work / "train.csv"),
+            strategy="full",
+            epochs=1,
+            text={"task": "causal_lm", "lm_epochs": 1},
+        )
+    )
+    with pytest.raises(ModelError, match="the task is 'causal_lm' already"):
+        prepared.fit(out=tmp_path / "run", progress=False)
