@@ -248,7 +248,13 @@ class Observer:
             BufferGuard(self.model),
             replaying(phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device),
         ):
-            output = self.model(*args, **kwargs)
+            try:
+                output = self.model(*args, **kwargs)
+            except CacheError:
+                raise
+            except Exception as error:  # code between modules reads a ghost in a way of its own (numpy)
+                why = " ".join(str(error).split())[:200]
+                raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
         refuse_ghosts(output)
         return [tensor.detach() for tensor in tensors_in(output)]
 

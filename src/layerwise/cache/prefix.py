@@ -273,7 +273,11 @@ class PrefixCache:
         if feed.reader.size < 2:
             self._refuse(feed, None, "the dataset has fewer than two samples")
             return feed
-        random = feed.reader.randomness()
+        try:
+            random = feed.reader.randomness()
+        except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
+            self._refuse(feed, None, f"a sample could not be loaded in this process: {_one_line(error)}")
+            return feed
         if random and self.views == 1:
             self._refuse(feed, None, f"{random}. Pass views=V to store V draws of each sample")
         return feed
@@ -285,7 +289,7 @@ class PrefixCache:
             feed.reason = reason
         logger.info("prefix cache off: %s", reason)
         if self.storage in ("memory", "disk"):  # it was asked for in so many words
-            warnings.warn(f"The prefix cache is off: {reason}.", LayerwiseWarning, stacklevel=4)
+            warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
 
     def _is_known(self, feed: Feed) -> bool:
         """Whether this epoch can start without looking at a batch first."""
@@ -421,6 +425,8 @@ class PrefixCache:
                 logger.info("prefix cache off: %s", error)
             except (LayerwiseError, OSError) as error:
                 self._refuse(feed, phase, str(error))
+            except Exception as error:  # the model's and the dataset's own code ran: training must go on
+                self._refuse(feed, phase, f"looking at the first batch raised {_one_line(error)}")
         except CacheError as error:
             live.seen = True
             self._refuse(feed, None, str(error))
@@ -434,6 +440,11 @@ def _told(phase: Phase) -> str:
         return f"off: {phase.reason}" if phase.reason else "waiting for the first batch"
     sites = ", ".join(map(str, phase.cut.frontier))
     return f"{phase.decision.storage}, cut at {sites} ({phase.cut.first_dirty}): {phase.decision.reason}"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def _check_options(storage: Any, budget_bytes: Any, views: Any, dtype: Any, exact: bool) -> None:

@@ -790,3 +790,32 @@ def test_nothing_is_left_on_the_model_where_nothing_can_be_cached() -> None:
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
         model(x)
+
+
+def test_code_between_modules_that_no_recording_sees() -> None:
+    # the pooling goes through numpy, so the frozen output seems unread; its ghost raises in the check
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            pooled = torch.from_numpy(self.body(x).detach().numpy().mean((2, 3)))
+            return self.head(pooled)
+
+    assert "a replay raised RuntimeError: .numpy() is not supported" in off(Net, images, "head")
+
+
+def test_a_dataset_that_works_in_workers_only() -> None:
+    class Shy(Counted):
+        def __getitem__(self, index):
+            if torch.utils.data.get_worker_info() is None:
+                raise ValueError("not in the main process")
+            return super().__getitem__(index)
+
+    def data():
+        base = images()
+        return Shy(base.inputs, base.labels)
+
+    text = off(TinyCNN, data, *LAST, loader_options={"num_workers": 1})
+    assert "could not be loaded in this process: ValueError: not in the main process" in text
