@@ -25,8 +25,11 @@ SAMPLE = [
 # docs/guide/layer-maps.md.
 KNOWN_ORDER = {
     "cait": "the class token enters after the last of the image's blocks",
-    "convit": "the class token enters before the last two blocks",
-    "efficientvim": "norms of the heads at each stage are needed at that stage",
+    "convit": "the class token enters before the last blocks",
+    "efficientvim": "norms of each stage's head are needed at that stage",
+    "vit_srelpos": "the shared table is needed first inside the first block",
+    "volo": "class token and positions enter at the second stage",
+    "xcit": "the class token enters after the last of the image's blocks",
 }
 
 
@@ -70,6 +73,8 @@ def test_all_families() -> None:
     names = oracles.timm_names()
     verdicts = [oracles.judge_timm(name) for name in names]
     assert len(names) >= 330
+    unexplained = [v.name for v in verdicts if v.discordant and not v.name.startswith(tuple(KNOWN_ORDER))]
+    assert unexplained == []
     assert [v.name for v in verdicts if v.error or not v.complete] == []
     families = {oracles.timm_family(v.name) for v in verdicts if v.pairs}
     disordered = {oracles.timm_family(v.name) for v in verdicts if v.discordant}

@@ -240,6 +240,17 @@ def test_cost_of_a_large_language_model() -> None:
     assert layers.numel == 6_738_415_616
 
 
+def test_cost_of_a_resnet() -> None:
+    # ResNet-50 within the bound of issue 3, with room for a busy machine
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = models.resnet50()
+    layer_map(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), image())
+    start = time.process_time()
+    layer_map(model)
+    assert time.process_time() - start < 2 * 0.5
+
+
 def test_cost_grows_with_the_number_of_blocks() -> None:
     # four times the blocks take no more than eight times the operations of the recording and the map
     def seconds(blocks: int) -> float:
