@@ -135,6 +135,7 @@ def test_killed_once_anywhere(runner: Runner, whole: Path, tmp_path: Path, draw:
     assert runner(out, resume=False, at=at) == -signal.SIGKILL
     assert runner(out, resume=(out / "run.json").exists()) == 0
     assert compare(whole, out) == []
+    assert not list(out.rglob(".tmp-*"))
 
 
 def test_a_damaged_checkpoint_costs_one_step_only(runner: Runner, whole: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from layerwise.training import setup
 from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import labels_of, open_batches, sampling_weights
 from layerwise.training.evaluate import evaluate
-from layerwise.training.files import write_json
+from layerwise.training.files import remove_leftovers, write_json
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
 from layerwise.training.history import History
 from layerwise.training.options import (
@@ -203,6 +203,8 @@ def fit(
         folder = cast(Path, folder)
         before = read_run(folder)
         check_same_run(before, now=record, plan=plan, out=folder)
+        if accelerator.is_main_process:
+            remove_leftovers(folder)  # of files that a kill left half-written
         previous = load_latest(folder / "checkpoints")
     elif folder is not None:
         require_free(folder)
