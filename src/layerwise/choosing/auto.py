@@ -68,6 +68,7 @@ def choose_plan(
         )
     else:
         groups = len(prepared.layers)
+        task = {"task": prepared.task} if hasattr(prepared, "task") else {}
         shared = {key: value for key, value in options.items() if key not in _OWN}
         found = search(
             prepared.opened.model,
@@ -80,7 +81,7 @@ def choose_plan(
             epochs=plan.total_epochs(1),
             layers=prepared.layers,
             batch_size=batch_size,
-            fit_options={"classes": prepared.data.classes or None, **shared},
+            fit_options={"classes": prepared.data.classes or None, **shared, **task},
             refit="none",
             seed=job.seed,
             say=say,

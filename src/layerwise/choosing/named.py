@@ -11,6 +11,7 @@ from layerwise.errors import DataError, ModelError
 if TYPE_CHECKING:
     from layerwise.sources.opened import OpenedModel
     from layerwise.training.job import Prepared
+    from layerwise.training.text_job import PreparedText
 
 
 def open_task(
@@ -24,12 +25,13 @@ def open_task(
     test_frac: float = 0.0,
     seed: int = 0,
     options: dict[str, Any] | None = None,
-) -> Prepared:
+    text: dict[str, Any] | None = None,
+) -> Prepared | PreparedText:
     """Return model, data and layer map opened as ``layerwise fit`` opens them.
 
     Args:
         model: spec of the model.
-        data: folder or table of labelled images, or the demo's name.
+        data: folder or table of labelled images, a table of texts, or a data set's name.
         weights: file to load instead of the library's own.
         input_size: side of the images in pixels.
         granularity: of the layer map.
@@ -37,15 +39,16 @@ def open_task(
         test_frac: share of train to test on, likewise.
         seed: of the split and the new head.
         options: of `layerwise.fit`.
+        text: fields of `layerwise.training.text_job.TextOptions`, for texts; None for images.
 
     Raises:
         LayerwiseError: model, weights or data cannot be opened.
     """
-    from layerwise.training.job import Job, prepare
+    from layerwise.training.job import Job, open_job
 
     job = Job(
         model=model,
-        data=data if data.startswith("demo:") else str(Path(data).resolve()),
+        data=data if data.startswith(("demo:", "hf:")) else str(Path(data).resolve()),
         strategy="full",
         weights=weights,
         granularity=granularity,
@@ -53,8 +56,9 @@ def open_task(
         val_frac=val_frac,
         test_frac=test_frac,
         options={"seed": seed, **(options or {})},
+        text=text,
     )
-    return prepare(job)
+    return open_job(job)
 
 
 def open_images_alone(

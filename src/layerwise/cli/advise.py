@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from layerwise.cli import text
 from layerwise.cli.diagnose import (
     DataOption,
     GranularityOption,
@@ -30,6 +31,10 @@ def advise(
     data: DataOption,
     source: SourceOption = None,
     signature: SignatureOption = None,
+    text_column: text.TextColumn = None,
+    label_column: text.LabelColumn = None,
+    pair_column: text.PairColumn = None,
+    max_length: text.MaxLength = None,
     weights: WeightsOption = None,
     input_size: SizeOption = None,
     granularity: GranularityOption = "stages",
@@ -59,6 +64,9 @@ def advise(
         granularity=granularity,
         val_frac=val_frac,
         seed=seed,
+        text=text.text_options(
+            text_column=text_column, label_column=label_column, pair_column=pair_column, max_length=max_length
+        ),
     )
     for note in prepared.notes:
         say(note)

@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from layerwise.cli import text
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 ModelArgument = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME, hf:ID or file.py:function.")]
-DataOption = Annotated[str, typer.Option(help="Folder with a folder of images a class, or a table of paths.")]
+DataOption = Annotated[
+    str, typer.Option(help="Folder with a folder of images a class, a table of paths, or of texts.")
+]
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights file instead of the library's own.")]
 SizeOption = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")]
 SourceOption = Annotated[str | None, typer.Option(help="Folder of images of the source domain.")]
@@ -28,6 +31,10 @@ def diagnose(
     data: DataOption,
     source: SourceOption = None,
     signature: SignatureOption = None,
+    text_column: text.TextColumn = None,
+    label_column: text.LabelColumn = None,
+    pair_column: text.PairColumn = None,
+    max_length: text.MaxLength = None,
     weights: WeightsOption = None,
     input_size: SizeOption = None,
     granularity: GranularityOption = "stages",
@@ -47,7 +54,15 @@ def diagnose(
     from layerwise.cli.choosing_tables import shift_tables
 
     prepared = open_task(
-        model, data, weights=_text(weights), input_size=input_size, granularity=granularity, seed=seed
+        model,
+        data,
+        weights=_text(weights),
+        input_size=input_size,
+        granularity=granularity,
+        seed=seed,
+        text=text.text_options(
+            text_column=text_column, label_column=label_column, pair_column=pair_column, max_length=max_length
+        ),
     )
     for note in prepared.notes:
         say(note)

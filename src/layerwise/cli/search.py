@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from layerwise.cli import text
 from layerwise.cli.diagnose import DataOption, GranularityOption, ModelArgument, SizeOption, WeightsOption
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
@@ -48,6 +49,10 @@ def search(
         str | None, typer.Option(help="Journal file or Optuna storage URL; several workers share one.")
     ] = None,
     name: Annotated[str, typer.Option(help="Of the study in the storage.")] = "search",
+    text_column: text.TextColumn = None,
+    label_column: text.LabelColumn = None,
+    pair_column: text.PairColumn = None,
+    max_length: text.MaxLength = None,
     weights: WeightsOption = None,
     input_size: SizeOption = None,
     granularity: GranularityOption = "stages",
@@ -78,9 +83,14 @@ def search(
         val_frac=val_frac,
         test_frac=test_frac,
         seed=seed,
+        text=text.text_options(
+            text_column=text_column, label_column=label_column, pair_column=pair_column, max_length=max_length
+        ),
     )
     for note in prepared.notes:
         say(note)
+    if hasattr(prepared, "task"):
+        options["task"] = prepared.task
     found = run(
         prepared.opened.model,
         prepared.data.train,
@@ -100,7 +110,7 @@ def search(
         metric=metric,
         layers=prepared.layers,
         batch_size=batch_size,
-        fit_options={"classes": prepared.data.classes, **options},
+        fit_options={"classes": prepared.data.classes or None, **options},
         seed=seed,
         say=say,
     )

@@ -158,3 +158,55 @@ def test_bad_input_is_one_message(images, weights, tmp_path, arguments, code, me
     assert result.exit_code == code
     assert message in result.output + result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    # a tiny BERT and tables of topic texts, ours and a source's
+    from tiny_text import save_tiny, topic_rows, write_csv
+
+    folder = tmp_path_factory.mktemp("texts")
+    save_tiny(folder / "bert", "bert")
+    write_csv(folder / "a.csv", topic_rows(90))
+    write_csv(folder / "source.csv", topic_rows(90, seed=1))
+    return folder
+
+
+COLUMNS = ["--text-column", "text", "--label-column", "topic"]
+
+
+def test_texts_are_diagnosed_against_a_signature(texts, tmp_path):
+    # the figures of texts, and no shift between two draws from one kind of text
+    model, path = f"hf:{texts / 'bert'}", tmp_path / "sig.safetensors"
+    made = command("signature", model, "--data", texts / "source.csv", *COLUMNS, "-o", path)
+    assert made.exit_code == 0, made.output
+    told = command("diagnose", model, "--data", texts / "a.csv", *COLUMNS, "--signature", path, "--json")
+    assert told.exit_code == 0, told.output
+    data = json.loads(told.stdout)
+    assert {entry["name"] for entry in data["inputs"]} == {"length", "fertility", "unknown"}
+    assert data["moved"] == []
+
+
+def test_texts_without_a_source_say_how_to_make_a_signature(texts):
+    # BERT has no batch-norm; the message holds the command
+    result = command("diagnose", f"hf:{texts / 'bert'}", "--data", texts / "a.csv", *COLUMNS)
+    assert result.exit_code == 1
+    assert "layerwise signature MODEL" in result.stderr
+
+
+def test_texts_are_advised_on_searched_and_fitted(texts, tmp_path):
+    # advice, two trials, and fit's auto on a table of texts
+    model = f"hf:{texts / 'bert'}"
+    given = ["--data", texts / "a.csv", *COLUMNS]
+    told = command("advise", model, *given, "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["similarity"] == "unknown"
+    found = command("search", model, *given, "--out", tmp_path / "s", "--trials", 2, "--epochs", 1, "--json")
+    assert found.exit_code == 0, found.output
+    assert len(json.loads(found.stdout)["trials"]) == 2
+    trained = command(
+        "fit", "--model", model, *given, "--strategy", "auto", "--search-share", 0, "--epochs", 1,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    assert "chosen:" in trained.stderr
