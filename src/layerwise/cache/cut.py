@@ -19,9 +19,9 @@ Everything here reads a `Recording` and changes nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -219,6 +219,7 @@ class _Finder:
                 and not any(self.dirty[index] for index in span)
                 and any(self.depends[index] for index in span)
                 and _rebuildable(call)
+                and not (_has_numbers(call.output) and any(self.recording.ops[i].syncs for i in span))
             )
             if clean:
                 owner.update(dict.fromkeys(span, call))
@@ -498,6 +499,15 @@ def _count_inside(call: Call) -> dict[nn.Module, int]:
         if inner is not call:
             counts[inner.module] = counts.get(inner.module, 0) + 1
     return counts
+
+
+def _has_numbers(output: Any) -> bool:
+    """Whether a module's output holds Python numbers, which may have been read from data by ``item()``."""
+    if isinstance(output, bool | int | float):
+        return True
+    if isinstance(output, tuple | list):
+        return any(map(_has_numbers, output))
+    return isinstance(output, Mapping) and any(map(_has_numbers, output.values()))
 
 
 def _rebuildable(call: Call) -> bool:

@@ -197,6 +197,12 @@ class Observer:
         part_args = link.build(part_leaves)
         part = self._run_prefix(link, cuts, *part_args, batch=part_count, skeletons=True, seed=1)
         compare_skeletons(found.skeletons, part.skeletons)
+        for site in (site for cut in cuts for site in cut.constants):
+            if site in found.values and not same_bits(found.values[site], part.values[site]):
+                raise CacheError(
+                    f"the value at {site} differs from batch to batch, although no operation that torch sees "
+                    f"links it to the input (numpy?)."
+                )
         feed.skeletons |= found.skeletons
         layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count)
         feed.layouts |= layouts

@@ -819,3 +819,47 @@ def test_a_dataset_that_works_in_workers_only() -> None:
 
     text = off(TinyCNN, data, *LAST, loader_options={"num_workers": 1})
     assert "could not be loaded in this process: ValueError: not in the main process" in text
+
+
+def test_a_frozen_module_that_computes_by_numpy() -> None:
+    # its output looks like a constant to the recording; stored once it would be stale for the next batch
+    class ByNumpy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return torch.from_numpy(self.conv(x).detach().numpy().mean((2, 3)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = ByNumpy(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    assert "differs from batch to batch" in off(Net, images, "head")
+
+
+def test_a_number_read_from_the_data() -> None:
+    # a frozen module hands on a Python number that item() read: the module has to run
+    class Peak(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return x, float(x.abs().max().item())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Peak(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x, peak = self.body(x)
+            return self.head(x.mean((2, 3))) / peak
+
+    assert "cut at body.conv" in both(Net, images, "head").text
