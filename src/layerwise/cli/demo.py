@@ -31,7 +31,7 @@ def demo(
     test: Annotated[int, typer.Option(min=4, help="Test images.")] = 600,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each run; 4.")] = None,
     image_size: Annotated[int, typer.Option(min=32, help="Side of the images in pixels.")] = 128,
-    per_topic: Annotated[int, typer.Option(min=8, help="text: texts of each of the 20 topics.")] = 100,
+    per_topic: Annotated[int, typer.Option(min=8, help="text: texts of each of the 20 topics.")] = 60,
     data: Annotated[Path | None, typer.Option(help="text: a table with the columns text and label.")] = None,
     model: Annotated[str | None, typer.Option(help="text: another encoder, as hf:FOLDER.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of split, head and order.")] = 0,

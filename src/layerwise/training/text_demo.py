@@ -12,7 +12,7 @@ from layerwise.training.job import Job
 from layerwise.training.result import Result
 from layerwise.training.text_job import DEBIAN, PreparedText, prepare_text
 
-PER_TOPIC = 100
+PER_TOPIC = 60
 EPOCHS = 4
 SEED = 0
 MAX_LENGTH = 20

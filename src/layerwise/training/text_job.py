@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,6 +21,8 @@ from layerwise.training.text_tasks import task_of
 from layerwise.training.transformers_folder import FOLDER, save_transformers
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from layerwise.layers.layermap import LayerMap
     from layerwise.sources.opened import OpenedModel
     from layerwise.sources.text import TextData
@@ -140,20 +144,21 @@ class PreparedText:
                 raise KeyboardInterrupt(
                     "that was the language model's part; the same command goes on with it"
                 ) from error
-        result = fit(
-            self.opened.model,
-            self.data.train,
-            self.data.val,
-            test=self.data.test,
-            plan=self.plan,
-            layers=self.layers,
-            task=self.task,
-            classes=self.data.classes or None,
-            about=self.about,
-            out=folder,
-            resume=resume,
-            **{**self.job.options, **more},
-        )
+        with without_key_cache(self.opened.model):
+            result = fit(
+                self.opened.model,
+                self.data.train,
+                self.data.val,
+                test=self.data.test,
+                plan=self.plan,
+                layers=self.layers,
+                task=self.task,
+                classes=self.data.classes or None,
+                about=self.about,
+                out=folder,
+                resume=resume,
+                **{**self.job.options, **more},
+            )
         from accelerate import PartialState  # fit has made it
 
         if folder is not None and PartialState().is_main_process:
@@ -165,16 +170,36 @@ class PreparedText:
         """Return what the job would do, measured on a few steps; the language model's part left out."""
         from layerwise.training.dryrun import dry_run
 
-        return dry_run(
-            self.opened.model,
-            self.data.train,
-            self.data.val,
-            plan=self.plan,
-            layers=self.layers,
-            task=self.task,
-            classes=self.data.classes or None,
-            **self.job.options,
-        )
+        with without_key_cache(self.opened.model):
+            return dry_run(
+                self.opened.model,
+                self.data.train,
+                self.data.val,
+                plan=self.plan,
+                layers=self.layers,
+                task=self.task,
+                classes=self.data.classes or None,
+                **self.job.options,
+            )
+
+
+@contextmanager
+def without_key_cache(model: nn.Module) -> Iterator[None]:
+    """Let a transformers model keep no keys and values inside the context.
+
+    They serve generation, where texts grow by a token; in training they are by-products that take memory,
+    and the prefix cache would have to store them, as they are part of what the model returns.
+    """
+    config: Any = getattr(getattr(model, "body", model), "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:

@@ -117,3 +117,34 @@ def test_language_modelling_needs_no_language_model_first(work, tmp_path):
     )
     with pytest.raises(ModelError, match="the task is 'causal_lm' already"):
         prepared.fit(out=tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("gpt2", "causal_lm"), ("llama", "text_classification"), ("t5", "text_classification")],
+)
+def test_cached_runs_of_every_kind_end_in_the_same_bits(family, task, work, tmp_path):
+    # Attention masks, decoders and encoder-decoders: replaying the frozen part changes nothing, and keys and
+    # values, which only generation needs, are not stored.
+    save_tiny(tmp_path / family, family)
+    found = []
+    for cache in ("memory", "off"):
+        prepared = open_job(
+            Job(
+                model=f"hf:{tmp_path / family}",
+                data=str(work / "train.csv"),
+                strategy="top_k:k=1",
+                epochs=3,
+                options={"cache": cache, "batch_size": 8, "lr": 1e-2},
+                text={"task": task, "label_column": "topic", "max_length": 16, "padding": "all"},
+            )
+        )
+        found.append(prepared.fit(progress=False))
+        assert prepared.opened.model.config.use_cache
+    cached, plain = found
+    notes = [note for note in cached.notes if note.startswith("prefix cache")]
+    assert notes
+    assert all(": memory, cut at" in note and "k_proj" not in note for note in notes), notes
+    assert cached.metrics == plain.metrics
+    for name, value in cached.model.state_dict().items():
+        assert torch.equal(plain.model.state_dict()[name], value), name
