@@ -10,6 +10,7 @@ import layerwise
 SRC = Path(layerwise.__file__).parent
 ORDER = [
     "errors",
+    "files",
     "layers",
     "plans",
     "tuning",

@@ -13,7 +13,6 @@ SHA-256 once, and removed if it was cut short or altered.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -30,10 +29,10 @@ import torch
 
 from layerwise.cache.store import Column, RowSpec
 from layerwise.errors import CacheError
+from layerwise.files import sha256, write_json
 
 FORMAT = 1
 _KEY = re.compile(r"[0-9a-f]{40}")
-_CHUNK_BYTES = 2**22
 _STALE_S = 3600
 
 
@@ -139,10 +138,10 @@ class Shelf:
                 "dtype": str(column.spec.dtype),
                 "stored": str(column.spec.stored),
                 "rows": len(column.filled),
-                "sha256": _digest(part / "rows.bin"),
+                "sha256": sha256(part / "rows.bin"),
                 "what": what,
             }
-            _write_whole(part / "meta.json", json.dumps(meta, indent=1).encode())
+            write_json(part / "meta.json", meta)
             target = self.root / key
             try:
                 os.rename(part, target)  # fails if somebody else was first: his is as good
@@ -269,21 +268,4 @@ def _problem(folder: Path, rows: int, spec: RowSpec) -> str:
     data = folder / "rows.bin"
     if not data.is_file() or data.stat().st_size != max(rows * spec.row_bytes, 1):
         return "cut short"
-    return "" if _digest(data) == meta.get("sha256") else "altered"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return "" if sha256(data) == meta.get("sha256") else "altered"

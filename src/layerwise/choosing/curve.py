@@ -17,9 +17,9 @@ from layerwise.choosing.features import map_for
 from layerwise.choosing.space import spread_depths
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError, PlanError, RunError
+from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan, Schedule
-from layerwise.training.files import write_json
 from layerwise.training.fit import fit
 
 Series = Literal["frozen", "fine-tuned"]

@@ -33,9 +33,9 @@ from layerwise.choosing.study import (
 )
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError, LayerwiseError, RunError
+from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import NormKind, Plan
-from layerwise.training.files import write_json
 from layerwise.training.fit import fit
 from layerwise.training.result import Result
 

@@ -20,8 +20,8 @@ from torch import nn
 from layerwise.choosing.distances import Array
 from layerwise.choosing.features import Features, Floats, collect_features, map_for
 from layerwise.errors import DataError, ModelError
+from layerwise.files import write_file
 from layerwise.layers.layermap import LayerMap
-from layerwise.training.files import write_file
 
 FORMAT = "1"
 SKETCH_DIMENSIONS = 32

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import yaml
 
 from layerwise.errors import PlanError
+from layerwise.files import write_text
 from layerwise.plans.plan import Plan
 
 HEADER = """\
@@ -66,15 +65,7 @@ def to_yaml(plan: Plan) -> str:
 
 def save(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`, whole or not at all."""
-    temporary = path.parent / f".tmp-{uuid.uuid4().hex}-{path.name}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(to_yaml(plan))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, to_yaml(plan))
 
 
 def load(path: Path) -> Plan:

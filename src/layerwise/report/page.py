@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import RunError
+from layerwise.files import write_text
 from layerwise.report import pictures
-from layerwise.training.files import write_text
 from layerwise.training.history import read_history
 from layerwise.training.run import read_run
 

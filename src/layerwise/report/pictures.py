@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError
-from layerwise.training.files import write_file
+from layerwise.files import write_file
 
 Chart = Any
 """An Altair chart."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import RunError
-from layerwise.training.files import remove_leftovers, sha256, write_folder, write_json
+from layerwise.files import remove_leftovers, sha256, write_folder, write_json
 
 FORMAT = 1
 """Version of the checkpoint format; another one is refused."""

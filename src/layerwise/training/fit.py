@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import RunError
+from layerwise.files import remove_leftovers, write_json
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import labels_of, open_batches, sampling_weights
 from layerwise.training.evaluate import evaluate
-from layerwise.training.files import remove_leftovers, write_json
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
 from layerwise.training.history import History
 from layerwise.training.options import (

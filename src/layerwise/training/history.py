@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from layerwise.training.files import write_text
+from layerwise.files import write_text
 
 
 class History:

@@ -25,6 +25,10 @@ from layerwise.training.transformers_folder import move_body
 if TYPE_CHECKING:
     from layerwise.training.text_job import PreparedText
 
+TOKENS_A_BATCH = 4096
+"""At most so many tokens in a batch: outputs of a language model are as wide as its vocabulary, so 32 blocks of
+256 tokens would take a gigabyte for each copy of them."""
+
 _PASSED_ON = (
     "batch_size",
     "seed",
@@ -113,12 +117,12 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
         options.lm_strategy, layers, epochs=options.lm_epochs, schedule="slanted_triangular"
     )
     settings = {name: value for name, value in {**job.options, **more}.items() if name in _PASSED_ON}
+    room = max(1, TOKENS_A_BATCH // data.max_length)
+    settings["batch_size"] = min(settings.get("batch_size", 32), room)
     notes = []
     task = LanguageModelling(kind)
     if data.val is not None:
-        batches = open_batches(
-            data.val, train=False, batch_size=settings.get("batch_size", 32), seed=job.seed
-        )
+        batches = open_batches(data.val, train=False, batch_size=settings["batch_size"], seed=job.seed)
         before = evaluate(opened.model, batches, task).values["perplexity"]
     with without_key_cache(opened.model):
         result = fit(

@@ -27,8 +27,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import ModelError, RunError
+from layerwise.files import remove_leftovers, sha256, write_file, write_json
 from layerwise.plans.plan import Plan
-from layerwise.training.files import remove_leftovers, sha256, write_file, write_json
 from layerwise.training.tasks import Task, task_from_dict
 
 FORMAT = 1

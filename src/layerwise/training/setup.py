@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
+from layerwise.files import write_json
 from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
 from layerwise.training.evaluate import first_output
-from layerwise.training.files import write_json
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.tasks import Batch, Task, infer_task, run_model

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from layerwise.errors import ModelError, RunError
+from layerwise.files import write_folder
 from layerwise.sources.pooled import MeanPooledClassifier
-from layerwise.training.files import write_folder
 from layerwise.training.text_tasks import Regression
 
 if TYPE_CHECKING:
