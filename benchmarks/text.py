@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from layerwise.files import write_json
 from layerwise.training.demo import Arm
-from layerwise.training.files import write_json
 from layerwise.training.text_demo import EPOCHS, PER_TOPIC, TEXT_ARMS, text_demo_job
 from layerwise.training.text_job import DEBIAN, PreparedText, prepare_text
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from layerwise.training.text_job import PreparedText
 
 TOKENS_A_BATCH = 4096
-"""At most so many tokens in a batch: outputs of a language model are as wide as its vocabulary, so 32 blocks of
-256 tokens would take a gigabyte for each copy of them."""
+"""At most so many tokens in a batch: a language model's outputs are as wide as its vocabulary, so 32
+blocks of 256 tokens would take a gigabyte for each copy of them."""
 
 _PASSED_ON = (
     "batch_size",
