@@ -37,6 +37,7 @@ _PASSED_ON = (
     "clip_norm",
     "optimizer",
     "workers",
+    "cache",
     "progress",
 )
 """Options of the classifier's `fit` that hold for the language model too."""
