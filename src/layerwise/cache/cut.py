@@ -339,6 +339,8 @@ class _Finder:
             )
             if read_inside:
                 tensors = tensors_in(call.arguments)
+                if len(tensors) != len(call.input_keys):
+                    continue
                 size = sum(
                     _bytes(tensor)
                     for tensor, read in zip(tensors, _slots(call.input_keys, call.input_ops))
@@ -480,9 +482,10 @@ def _passed(call: Call, slot: int) -> int | None:
     """Return the argument slot that output `slot` of the call hands through untouched, if any."""
     held = _Read(call.output_keys[slot], call.output_ops[slot])
     out = tensors_in(call.output)[slot]
-    for number, (read, tensor) in enumerate(
-        zip(_slots(call.input_keys, call.input_ops), tensors_in(call.arguments), strict=True)
-    ):
+    given = tensors_in(call.arguments)
+    if len(given) != len(call.input_keys):  # an object among the arguments, such as a cache, has grown since
+        return None
+    for number, (read, tensor) in enumerate(zip(_slots(call.input_keys, call.input_ops), given)):
         if read == held and _same_view(tensor, out):
             return number
     return None

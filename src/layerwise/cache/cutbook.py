@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from layerwise.cache.cut import Cut, find_cut
+from layerwise.cache.cut import Cut, NothingToSkipError, find_cut
 from layerwise.errors import CacheError
 from layerwise.layers.recording import record
 
@@ -83,12 +83,16 @@ class CutBook:
             at_inputs: see `find_cut`; False replaces the cut that was found before.
 
         Raises:
-            CacheError: there is none.
+            NothingToSkipError: there is none.
             RecordingError: the forward pass cannot be recorded.
         """
         cut = self.known()
         if cut is not None and at_inputs:
             return cut
+        if self._tuner is not None and getattr(self._phase, "sample_groups", None):
+            raise NothingToSkipError(
+                "the phase draws anew every few steps which groups learn, so no prefix stays frozen for long."
+            )
         recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
         for names in self._later_names():
             if names not in self._foreseen and at_inputs:
@@ -121,6 +125,10 @@ class CutBook:
             for index in range(self._tuner.phase_index, len(self._tuner.plan.phases))
             if self._tuner.trainable_names(index) == now
         )
+
+    @property
+    def _phase(self) -> Any:
+        return None if self._tuner is None else self._tuner.plan.phases[self._tuner.phase_index]
 
     def _later_names(self) -> list[frozenset[str]]:
         if self._tuner is None:

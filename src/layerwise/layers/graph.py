@@ -107,7 +107,8 @@ class Call:
         parent: the call that it was made in; None for the root.
         children: the calls made directly in it, in order.
         start, end: its operations are ``recording.ops[start:end]``.
-        arguments: ``(args, kwargs)`` as the module received them, with their (fake) tensors.
+        arguments: ``(args, kwargs)`` as the module received them, with their (fake) tensors; containers
+            are copied.
         input_keys: values of the tensors in `arguments`, in the order of `tensors_in`, one each.
         output: what the module returned, with its (fake) tensors as leaves. Containers are copied, so
             it is what was returned, whatever the model did to it later. None if the call raised.

@@ -342,7 +342,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             call = Call(paths[module], module, nth, parent, len(self.ops))
             if parent is not None:
                 parent.children.append(call)
-            call.arguments = (args, kwargs)
+            call.arguments = map_tensors((args, kwargs), lambda tensor: tensor)  # lists may grow later
             call.input_keys = tuple(self.key(tensor) for tensor in tensors_in(call.arguments))
             call.input_ops = tuple(self.values[key].writer for key in call.input_keys)
             self.calls.append(call)

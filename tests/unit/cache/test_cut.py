@@ -203,3 +203,27 @@ def test_recorder_options_do_not_change_the_model() -> None:
     cut(model, X, "head")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training
+
+
+def test_a_list_that_grows_after_the_call() -> None:
+    # DenseNet hands its list of features to each layer and appends to it afterwards
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, 6)
+
+        def forward(self, features):
+            return self.linear(torch.cat(features, -1))
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(6), Layer(12), Layer(18)])
+
+        def forward(self, x):
+            features = [x]
+            for layer in self.layers:
+                features.append(layer(features))
+            return features[-1]
+
+    assert sites(cut(Dense(), X, "layers.2")) == ["layers.0", "layers.1"]

@@ -103,3 +103,17 @@ def test_a_phase_without_a_column_of_its_own_is_still_exact() -> None:
                 tuner.step()
         outcomes.append({k: v.clone() for k, v in model.state_dict().items()})
     assert all(torch.equal(outcomes[0][key], outcomes[1][key]) for key in outcomes[0])
+
+
+def test_groups_that_are_drawn_anew_every_few_steps() -> None:
+    # LISA: no prefix is frozen for long; the cache stays away and costs no recordings
+    model, layers, plan = parts(lambda layers: layerwise.lisa(layers, epochs=2, groups=1, every_steps=2))
+    loader = DataLoader(images(), batch_size=4)
+    tuner = layerwise.Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=len(loader), layers=layers)
+    cache = layerwise.PrefixCache(model, loader, storage="memory", tuner=tuner)
+    for _ in tuner.epochs():
+        for x, y in cache.batches():
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+    assert "draws anew" in cache.describe()
+    assert "cut at" not in cache.describe()
