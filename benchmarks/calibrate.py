@@ -27,8 +27,8 @@ from benchmarks.tasks import CORRUPTIONS, PIXELS, corrupt, lite0, normalised
 from layerwise.choosing.features import Features, collect_features
 from layerwise.choosing.shift import measure
 from layerwise.choosing.signature import summarise
+from layerwise.files import write_json
 from layerwise.layers.mapping import layer_map
-from layerwise.training.files import write_json
 from layerwise.tuning.calibration import calibrate_batchnorm
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"

@@ -19,6 +19,8 @@ L2_SP = 0.01
 SATURATED = 0.97
 STRONG, SOME = 2.5, 1.5
 """Standard errors of the gap between the best depth and the last one from which on it counts."""
+STEPS_A_GROUP = 60
+"""Optimiser steps that gradual unfreezing needs for each group: groups that join warm up for 20."""
 HEAD_RATE, BODY_RATE = 1e-2, 1e-3
 """Base rates for AdamW: a linear probe bears, and in few epochs needs, a larger one than a network."""
 
@@ -152,12 +154,13 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
 def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decision:
     """Return a strategy with its reasons: the matrix, overruled where the figures speak clearly.
 
-    In this order: (1) frozen features that separate the classes already: linear probe. (2) A probe in the
-    middle of the network that beats the one at its end by 2.5 standard errors: the groups after it have to be
-    trained, and if the images are unlike the source, or nothing is known, all of them. (3) A shift that sits
-    in the early groups: tune the first third and the head. (4) Recalibrated batch-norm statistics are used
-    where the probe gains from them, and dropped where it loses. Then batch size, imbalance and pretraining
-    set norms, weights and decay.
+    A gradual unfreezing that has too few steps becomes one phase of the last groups. Then, in this order:
+    (1) Recalibrated batch-norm statistics are used where the probe gains from them, and dropped where it
+    loses. (2) A probe in the middle of the network that beats the one at its end by 2.5 standard errors: the
+    groups after it have to be trained, and if the images are unlike the source, or nothing is known, all of
+    them. (3) A shift that sits in the early groups: tune the first third and the head. (4) Frozen features
+    that separate the classes already: linear probe. Then batch size, imbalance and pretraining set norms,
+    weights and decay.
 
     Args:
         evidence: what was measured.
@@ -184,6 +187,7 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
         if calibrating and not helps:
             choice = _last(3, len(layers), "the matrix's adaptation of the statistics does not help here")
         calibrating = helps
+    choice = _enough_steps(evidence, layers, choice, reasons, epochs)
     choice = _by_depth(evidence, layers, choice, reasons)
     if evidence.probe >= SATURATED and size_of(evidence.samples) in ("< 1K", "1K-10K"):
         choice = probe("frozen features separate the classes already")
@@ -215,6 +219,26 @@ def _last(k: int, groups: int, why: str) -> Choice:
 
 def _calibrated(evidence: Evidence) -> Norms:
     return Norms(policy="calibrate", samples=min(evidence.samples, 256))
+
+
+def _enough_steps(
+    evidence: Evidence, layers: LayerMap, choice: Choice, reasons: list[Reason], epochs: int
+) -> Choice:
+    """Return a strategy of one phase where gradual unfreezing would have too few steps for its phases."""
+    steps = epochs * -(-evidence.samples // evidence.batch_size)
+    if not choice.strategy.startswith("gradual_unfreezing") or steps >= STEPS_A_GROUP * len(layers):
+        return choice
+    reasons.append(
+        Reason(
+            "length",
+            f"{steps} steps in {epochs} epochs are few to unfreeze {len(layers)} groups one after another "
+            f"(below {STEPS_A_GROUP} a group): one phase instead, of the last groups",
+            "medium",
+            float(steps),
+        )
+    )
+    k = 3 if evidence.gap_errors < SOME else round(0.65 * len(layers))
+    return _last(k, len(layers), "too few steps for gradual unfreezing: the last groups in one phase")
 
 
 def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: list[Reason]) -> Choice:

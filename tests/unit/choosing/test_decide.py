@@ -181,6 +181,15 @@ def test_pretraining_sets_the_decay():
     assert any(r.about == "pretraining" for r in decision.reasons)
 
 
+def test_gradual_unfreezing_needs_steps():
+    # 1,000 samples for 10 epochs are 320 steps of 32 for six groups: too few; 5,000 samples are enough
+    few, enough = (decide(evidence(samples=n, level="somewhat"), layers_of()) for n in (1_000, 5_000))
+    assert few.cell == enough.cell == "gradual_unfreezing(decay=0.9)"
+    assert few.choice.strategy == "top_k(k=3)"
+    assert next(r for r in few.reasons if r.about == "length").figure == 320
+    assert enough.choice.strategy == "gradual_unfreezing(decay=0.9)"
+
+
 def test_imbalance_is_a_reason():
     # five to one: weights are advised
     assert any(r.about == "classes" for r in decide(evidence(imbalance=5.0), layers_of()).reasons)
