@@ -13,6 +13,7 @@ from layerwise.errors import DataError, ModelError
 from layerwise.plans.plan import Plan
 from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
+from layerwise.training.progress import Reporter
 from layerwise.training.randomness import seed_everything
 from layerwise.training.result import Result
 from layerwise.training.run import read_run
@@ -144,6 +145,9 @@ class PreparedText:
                 raise KeyboardInterrupt(
                     "that was the language model's part; the same command goes on with it"
                 ) from error
+            reporter = Reporter(enabled=more.get("progress", True), total_steps=0, total_epochs=0)
+            for note in notes:
+                reporter.say(note)
         with without_key_cache(self.opened.model):
             result = fit(
                 self.opened.model,
