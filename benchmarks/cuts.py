@@ -10,6 +10,7 @@ buffers must be equal bit for bit. A cut that is refused says why; a wrong one i
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import time
@@ -74,7 +75,7 @@ def examine(name: str, model: nn.Module, samples: list[Any], frozen_frac: float)
     plan = layerwise.top_k(layers, k=max(count - frozen, 1), epochs=1)
     layerwise.Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=2, layers=layers)
     model.train()
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state = copy.deepcopy(model.state_dict())  # with its metadata, which some models read
     cache = layerwise.PrefixCache(model, loader, storage="memory")
 
     def run(batches: Iterable[Any]) -> list[Tensor]:

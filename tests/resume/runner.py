@@ -17,7 +17,7 @@ import accelerate  # noqa: F401  (imported before the fork, so that a run takes 
 import torch
 import torchmetrics.classification  # noqa: F401
 
-from layerwise.training import files
+from layerwise import files
 from layerwise.training.fit import fit
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from layerwise import files
 from layerwise.errors import RunError, TrainingError
-from layerwise.training import files
 from layerwise.training.guard import explained
 from layerwise.training.memory import peak_memory
 from layerwise.training.progress import Reporter, format_rates, format_seconds
