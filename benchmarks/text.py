@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         "linear probe": (PROBE, {}),
         "linear probe, model's pooler": (PROBE, {"pooling": "model"}),
         "full": (FULL, {"cache": "off"}),
-        "selective": (SELECTIVE, {}),
+        "selective, one length, cached": (SELECTIVE, {"padding": "all"}),
         "selective, cache off": (SELECTIVE, {"cache": "off"}),
         "selective, bare Trainer": (SELECTIVE, {"loop": "trainer"}),
     }
@@ -73,6 +73,7 @@ def measure(arm: Arm, changes: dict[str, str], seed: int, options: argparse.Name
         seed=seed,
         pooling=changes.get("pooling", "mean"),
         cache=changes.get("cache", "auto"),
+        padding=changes.get("padding", "auto"),
     )
     prepared = prepare_text(job)
     began_s = time.process_time()

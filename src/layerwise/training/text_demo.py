@@ -52,6 +52,7 @@ def text_demo_job(
     pooling: str = "mean",
     max_length: int = MAX_LENGTH,
     cache: str = "auto",
+    padding: str = "auto",
 ) -> Job:
     """Return the job of one arm; all arms differ only in strategy and learning rate."""
     return Job(
@@ -62,7 +63,7 @@ def text_demo_job(
         schedule="linear",
         test_frac=0.25,
         options={"lr": arm.lr, "seed": seed, "cache": cache},
-        text={"max_length": max_length, "pooling": pooling},
+        text={"max_length": max_length, "pooling": pooling, "padding": padding},
     )
 
 

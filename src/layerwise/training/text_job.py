@@ -35,9 +35,6 @@ DEBIAN = "demo:debian"
 """Data of this name are Debian's package descriptions; ``demo:debian:200`` says how many of each topic."""
 MAX_LENGTH = 256
 """Tokens of a sample where nothing else is said; the model may take fewer."""
-WASTE = 3.0
-"""Padding to one length may make so many times the tokens for the sake of the cache: a cached epoch of a
-frozen network costs far less than a third of a plain one."""
 LANGUAGE_MODEL = "language-model"
 """Name of the folder of the language model's run, inside the classifier's."""
 
@@ -62,8 +59,8 @@ class TextOptions:
         skip_bad_rows: leave out rows that cannot be used.
         max_length: tokens of a sample at most; None is 256, or what the model can take.
         padding: ``"batch"`` pads each batch to its longest sample; ``"all"`` pads every batch to the longest
-            sample there is, which the prefix cache needs; ``"auto"`` takes ``"all"`` where a cache can be
-            used and that makes no more than `WASTE` times as many tokens.
+            sample there is, which the prefix cache needs; ``"auto"`` takes ``"all"`` where the cache saves
+            clearly more than the padding costs (`cache_pays`).
         pooling: ``"model"`` classifies as the model's own class does, ``"mean"`` by the mean of all
             tokens (`layerwise.sources.pooled`).
         lm_epochs: first tune the language model on the texts for so many epochs (ULMFiT); 0 does not.
@@ -262,7 +259,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
             cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
         )
     plan.check(layers)
-    data, padding = _padded(data, options, plan, cached=job.options.get("cache", "auto") != "off")
+    data, padding = _padded(data, options, plan, layers, cached=job.options.get("cache", "auto") != "off")
     about = {
         "model": {**opened.to_dict(), "pooling": options.pooling},
         "data": {
@@ -284,7 +281,36 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     return PreparedText(job, options, opened, table, data, layers, plan, task, about, notes)
 
 
-def _padded(data: TextData, options: TextOptions, plan: Plan, *, cached: bool) -> tuple[TextData, list[str]]:
+def cache_pays(plan: Plan, layers: LayerMap, ratio: float) -> bool:
+    """Return whether a plan runs faster with the prefix cache, if its texts must then be longer.
+
+    Operations of a forward pass count once, those of a backward pass twice. With the cache what lies before
+    the first learning group runs once and the rest in every epoch, all of it on `ratio` times the tokens.
+    The cache has to save a fifth, as it has costs of its own.
+
+    Args:
+        plan: what learns when.
+        layers: the model's layer map.
+        ratio: tokens with padding to one length by tokens with padding by batch, at least 1.
+    """
+    known = all(group.flops is not None for group in layers)
+    work = [float(group.flops or 0) if known else float(group.numel) for group in layers]
+    plain = cached = stored = 0.0
+    for phase in plan.phases:
+        partly = {layers.group_of(name) for name, rate in phase.overrides.items() if rate}
+        learning = [i for i, name in enumerate(layers.names) if phase.rate(name) or name in partly]
+        first = min(learning, default=0)
+        prefix, rest = sum(work[:first]), 3 * sum(work[first:])
+        epochs = phase.epochs or 1
+        plain += epochs * (prefix + rest)
+        cached += epochs * rest
+        stored = max(stored, prefix)
+    return ratio * (stored + cached) < 0.8 * plain
+
+
+def _padded(
+    data: TextData, options: TextOptions, plan: Plan, layers: LayerMap, *, cached: bool
+) -> tuple[TextData, list[str]]:
     """Return the data with its padding chosen, and a line that says so where it is not the usual one."""
     parts = data.parts().values()
     longest = max(max(part.lengths) for part in parts)
@@ -292,11 +318,8 @@ def _padded(data: TextData, options: TextOptions, plan: Plan, *, cached: bool) -
     ratio = longest * sum(map(len, parts)) / needed
     padding = options.padding
     if padding == "auto":
-        reused = (
-            any(plan.groups[0] not in phase.rates and (phase.epochs or 2) > 1 for phase in plan.phases)
-            or sum(plan.groups[0] not in phase.rates for phase in plan.phases) > 1
-        )
-        padding = "all" if cached and reused and data.train.deterministic and ratio <= WASTE else "batch"
+        worth = cached and data.train.deterministic and cache_pays(plan, layers, ratio)
+        padding = "all" if worth else "batch"
     if padding == "batch":
         return data, []
     for part in parts:
