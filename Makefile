@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: install demo demo-text test test-all check docs bench clean
+.PHONY: install demo demo-text test test-all check docs bench bench-advice clean
 
 install: $(STAMP)
 
@@ -37,6 +37,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+bench-advice: $(STAMP)
+	$(BIN)/python -m benchmarks advice --run
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
