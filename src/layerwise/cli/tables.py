@@ -24,7 +24,8 @@ def new_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
         min_width=len(title),
     )
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index < left else "right")
+        # a long path goes on in the next line: its end tells the rows apart
+        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
     return table
 
 
