@@ -176,8 +176,8 @@ def audit(
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> for parameter in model[:2].parameters(): parameter.requires_grad = False
-    >>> [(found.code, found.module) for found in audit(model)]
-    [('frozen-norm-trains', '1')]
+    >>> tuple((found.code, found.module) for found in audit(model))
+    (('frozen-norm-trains', '1'),)
     """
     if batch_size is None:
         found = getattr(loader, "batch_size", None)

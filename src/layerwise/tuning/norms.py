@@ -92,8 +92,8 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     >>> for part in model[:2].parameters(): _ = part.requires_grad_(False)
     >>> with training_mode(model):
-    ...     [module.training for module in model]
-    [True, False, True]
+    ...     tuple(module.training for module in model)
+    (True, False, True)
     >>> model.training
     False
     """
