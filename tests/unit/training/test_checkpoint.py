@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerwise import files
 from layerwise.errors import RunError
-from layerwise.training import checkpoint, files
+from layerwise.training import checkpoint
 from layerwise.training.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 from layerwise.training.randomness import get_random_state
 
