@@ -355,14 +355,25 @@ class _Finder:
     def depends_on_input(self, read: _Read) -> bool:
         return read.writer is not None and self.depends[read.writer]
 
+    def _goes_by_sample(self, place: tuple[Call, str, int], read: _Read) -> bool:
+        """Whether a value has one row a sample: it depends on the input, or was made as long as the batch.
+
+        The latter is a table that the model repeats for each sample (DETR's positions). Where a constant has
+        that length by chance, the check on a part of the batch finds it, and nothing is cached.
+        """
+        if self.depends_on_input(read):
+            return True
+        shape, batch = _tensor(place).shape, self.recording.batch_size
+        return read.writer is not None and batch > 1 and len(shape) > 1 and shape[0] == batch
+
     # -- the result ---------------------------------------------------------------------------
 
     def _cut(self, owner: dict[int, Call], sites: dict[tuple[Call, str, int], _Read]) -> Cut:
         recording = self.recording
         skipped = list(dict.fromkeys(owner.values()))
         order = sorted(sites, key=lambda place: (place[0].start, place[1] == "out", place[2]))
-        frontier = [place for place in order if self.depends_on_input(sites[place])]
-        constants = [place for place in order if not self.depends_on_input(sites[place])]
+        frontier = [place for place in order if self._goes_by_sample(place, sites[place])]
+        constants = [place for place in order if place not in frontier]
         entered = {place[0] for place in frontier if place[1] == "in"}
         needed = self._needed_ops(owner, sites)
         inputs = set(self.kept_inputs)
