@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from layerwise.choosing.advice import Advice, advise
-from layerwise.choosing.search import SearchResult, search
+from layerwise.choosing.search import search
+from layerwise.choosing.search_result import SearchResult
 from layerwise.choosing.space import spread_depths
 from layerwise.errors import DataError
 from layerwise.plans.plan import Plan

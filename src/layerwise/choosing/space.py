@@ -39,6 +39,10 @@ class Space:
         """What is trained, by name: ``"last 1"`` is a linear probe."""
         return (*(f"last {k}" for k in self.depths), *self.strategies)
 
+    def trained_groups(self, choice: str) -> int | None:
+        """Return how many groups learn by a choice, or None for a named strategy."""
+        return None if choice in self.strategies else int(choice.removeprefix("last "))
+
     def plan(self, layers: LayerMap, choice: str, decay: float) -> Plan:
         """Return the plan of one choice.
 
@@ -52,9 +56,9 @@ class Space:
             "schedule": Schedule(shape="cosine", warmup_frac=0.05),
             "norms": self.norms,
         }
-        if choice in self.strategies:
+        k, groups = self.trained_groups(choice), len(layers)
+        if k is None:
             return parse_strategy(choice, layers, **options)
-        k, groups = int(choice.removeprefix("last ")), len(layers)
         if k == 1:
             return parse_strategy("linear_probe", layers, **options)
         if decay >= 1:

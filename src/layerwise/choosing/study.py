@@ -17,7 +17,9 @@ from layerwise.choosing.space import Space
 from layerwise.errors import MissingExtraError, RunError
 
 State = Literal["complete", "pruned", "running", "failed", "waiting"]
-NAMELESS_S = 60
+SETTINGS = {"choice", "lr", "decay"}
+"""What a trial draws, in this order."""
+NAMELESS_S = 60.0
 """A running trial without the name of its worker is given up after so many seconds."""
 
 
@@ -48,6 +50,11 @@ class TrialRow:
     epochs: int
     seconds: float | None
     error: str = ""
+
+    @property
+    def setting(self) -> tuple[str, float, float]:
+        """Choice, rate and decay: what several seeds of one setting share."""
+        return self.choice, self.lr, self.decay
 
 
 def optuna_module() -> Any:
@@ -142,42 +149,55 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def queue(study: Any, params: Mapping[str, Any], *, seed: int) -> None:
+def queue(study: Any, params: Mapping[str, Any], seed: int) -> None:
     """Put a trial with given parameters into the queue."""
     study.enqueue_trial(dict(params), user_attrs={"seed": seed})
 
 
-def take_over(study: Any) -> int:
+def queued(study: Any) -> bool:
+    """Return whether a trial waits in the queue."""
+    return bool(study.get_trials(deepcopy=False, states=(optuna_module().trial.TrialState.WAITING,)))
+
+
+def take_over(study: Any, *, nameless_s: float = NAMELESS_S) -> int:
     """Give up trials whose worker is dead, and queue them again; return how many.
 
     A worker is known to be dead if it ran on this machine and there is no such process any more.
+
+    Args:
+        study: of the search.
+        nameless_s: age from which a running trial without the name of its worker is given up; 0 where the
+            caller holds the lock under which workers begin and name their trials.
     """
-    optuna = optuna_module()
-    running = optuna.trial.TrialState.RUNNING
     lost = 0
-    for trial in study.get_trials(deepcopy=False, states=(running,)):
-        if not _abandoned(trial):
-            continue
-        give_up(study, trial.number, trial.params, seed=trial.user_attrs.get("seed", 0))
-        lost += 1
+    for trial in study.get_trials(deepcopy=False, states=(optuna_module().trial.TrialState.RUNNING,)):
+        if _abandoned(trial, nameless_s):
+            give_up(study, trial)
+            lost += 1
     return lost
 
 
-def give_up(
-    study: Any, number: int, params: Mapping[str, Any], *, seed: int, error: str = "interrupted"
-) -> None:
-    """Mark a trial as failed and queue the same one again."""
-    optuna = optuna_module()
-    study.tell(number, state=optuna.trial.TrialState.FAIL)
-    if params:
-        queue(study, params, seed=seed)
+def give_up(study: Any, trial: Any) -> None:
+    """Mark a trial as failed and queue the same one again.
+
+    A worker that dies while it draws settings leaves a trial with some of them. What the queue had fixed
+    for it is queued again in full, what was drawn as far as it was drawn: the sampler draws the rest.
+
+    Args:
+        study: of the search.
+        trial: a trial of it that runs, as `Study.get_trials` returns it.
+    """
+    study.tell(trial.number, state=optuna_module().trial.TrialState.FAIL)
+    settings = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    if settings:
+        queue(study, settings, trial.user_attrs.get("seed", 0))
 
 
-def _abandoned(trial: Any) -> bool:
+def _abandoned(trial: Any, nameless_s: float) -> bool:
     worker = trial.user_attrs.get("worker")
     if worker is None:
         started = trial.datetime_start
-        return started is not None and datetime.now() - started > timedelta(seconds=NAMELESS_S)
+        return started is not None and datetime.now() - started >= timedelta(seconds=nameless_s)
     host, _, process = worker.rpartition(":")
     if host != socket.gethostname():
         return False
@@ -191,10 +211,14 @@ def _abandoned(trial: Any) -> bool:
 
 
 def rows_of(study: Any) -> tuple[TrialRow, ...]:
-    """Return all trials that have begun."""
+    """Return all trials that have begun and whose settings are drawn.
+
+    Settings are drawn one after another: a trial that another worker has just begun, or that died then, may
+    have a choice and no rate yet. It is left out.
+    """
     found = []
     for trial in study.get_trials(deepcopy=False):
-        if "choice" not in trial.params:
+        if SETTINGS - trial.params.keys():
             continue
         state = _state(trial)
         seconds = trial.duration.total_seconds() if trial.duration is not None else None
@@ -213,12 +237,6 @@ def rows_of(study: Any) -> tuple[TrialRow, ...]:
             )
         )
     return tuple(found)
-
-
-def waiting(study: Any) -> int:
-    """Return how many trials are queued and have not begun."""
-    optuna = optuna_module()
-    return len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,)))
 
 
 def _state(trial: Any) -> State:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from layerwise.choosing.auto import pick
-from layerwise.choosing.search import CurvePoint
+from layerwise.choosing.search_result import CurvePoint
 
 
 def point(choice, mean):

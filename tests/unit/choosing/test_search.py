@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from layerwise.choosing import search as module
+from layerwise.choosing import trials as module
 from layerwise.choosing.search import search
 from layerwise.choosing.space import make_space, spread_depths
-from layerwise.choosing.study import optuna_module, quiet
+from layerwise.choosing.study import open_study, optuna_module, quiet, rows_of, take_over, worker_name
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.plans.plan import Plan
 
@@ -240,7 +240,7 @@ def test_two_workers_share_one_storage(tmp_path):
     assert all(worker.returncode == 0 for worker in workers), outputs
     saved = json.loads((tmp_path / "s" / "search.json").read_text())
     finished = [t for t in saved["trials"] if t["state"] in ("complete", "pruned")]
-    assert 8 <= len(finished) <= 9  # a worker may begin the last one while the other does
+    assert len(finished) == 8
     settings = [(t["choice"], t["lr"], t["decay"]) for t in finished]
     assert len(set(settings)) == len(settings)
     done = [text.count("trial ") for text, _ in outputs]
@@ -249,7 +249,71 @@ def test_two_workers_share_one_storage(tmp_path):
     assert len(list((tmp_path / "s").glob("winner-trial-*"))) >= 1
 
 
-@pytest.mark.slow  # fails now and then with KeyError lr: a trial killed before its rate was drawn
+SPACE = make_space(map_of(pretrained(norm=False, widths=(4, 4, 6, 6))), depths=(1, 2, 5))
+
+
+def half_drawn(study, names, worker, **fixed):
+    """A running trial of a worker that died when it had drawn so many settings."""
+    if fixed:
+        study.enqueue_trial(fixed, user_attrs={"seed": 0})
+    trial = study.ask()
+    if worker:
+        trial.set_user_attr("worker", worker)
+        trial.set_user_attr("seed", 0)
+    if "choice" in names:
+        trial.suggest_categorical("choice", SPACE.choices)
+    if "lr" in names:
+        trial.suggest_float("lr", *SPACE.lr, log=True)
+    return trial
+
+
+@pytest.mark.parametrize("names", [(), ("choice",), ("choice", "lr")])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_trial_killed_while_its_settings_were_drawn_is_run_again(names, named):
+    # SIGKILL between two draws: the row is left out, and what the queue had fixed is queued again in full
+    fixed = {"choice": "last 2", "lr": 3e-3, "decay": 0.9}
+    with quiet():
+        study = open_study(None, "s", about={}, space=SPACE, mode="max", seed=0)
+        half_drawn(study, names, worker_name() if named else None, **fixed)
+        assert rows_of(study) == ()
+        assert take_over(study, nameless_s=0.0) == 1
+        again = half_drawn(study, ("choice", "lr"), worker_name())
+        assert again.params == {"choice": "last 2", "lr": 3e-3}
+        assert again.suggest_float("decay", *SPACE.decay) == 0.9
+
+
+def test_what_a_dead_worker_had_drawn_is_kept_and_the_rest_drawn_anew(model, data, tmp_path):
+    # a trial in the storage with only a choice, and one with nothing: the search goes on, none of them runs
+    out = tmp_path / "s"
+    searched(model, data, trials=3, out=out, refit="none")
+    optuna = optuna_module()
+    with quiet():
+        backend = optuna.storages.journal.JournalFileBackend(str(out / "search.journal"))
+        study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+        lost = half_drawn(study, ("choice",), worker_name())
+        half_drawn(study, (), None)
+    found = searched(model, data, trials=4, out=out, refit="none")
+    states = [(row.choice, row.state) for row in found.trials]
+    assert len(states) == 4
+    assert states[3][0] == lost.params["choice"]
+    assert "2 trials cut off before" in found.notes[0]
+
+
+def test_a_nameless_trial_of_another_machine_has_time_to_tell_its_name():
+    # without a common lock it is given up only after a minute
+    with quiet():
+        study = open_study(None, "s", about={}, space=SPACE, mode="max", seed=0)
+        half_drawn(study, (), None)
+        assert take_over(study) == 0
+
+
+def test_confirming_runs_are_not_taken_by_depths_that_the_budget_left_out(model, data):
+    # two trials for three depths: the third is not run in place of a confirming one
+    found = searched(model, data, trials=2, seeds=2, refit="none")
+    assert [(t.choice, t.seed) for t in found.trials[:2]] == [("last 1", 0), ("last 2", 0)]
+    assert {(t.choice, t.seed) for t in found.trials[2:]} == {("last 1", 1), ("last 2", 1)}
+
+
 def test_killed_worker_loses_no_trial(model, data, tmp_path):
     # SIGKILL in the middle: the next call finds the trial of the dead process and runs it again
     worker = start_worker(tmp_path / "s", 50)

@@ -1,0 +1,161 @@
+"""What a search has found: the best setting of each choice, the winner, every trial."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from layerwise.choosing.space import Space
+from layerwise.choosing.study import TrialRow
+from layerwise.choosing.tables import text_table
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Plan
+from layerwise.training.result import Result
+
+Mode = Literal["max", "min"]
+"""Whether more of a metric is better, or less."""
+CURVE_COLUMNS = ("trained", "from", "metric", "error", "seeds", "lr", "decay")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The best setting of one choice, over its seeds.
+
+    Attributes:
+        choice: ``"last 3"``, or a named strategy.
+        trained_groups: how many groups learn, or None for a named strategy.
+        first: the first group that learns, or the strategy.
+        lr: base rate of the best setting.
+        decay: its decay.
+        mean: metric, averaged over seeds.
+        error: standard error of that mean; 0 with one seed.
+        seeds: how many there are.
+    """
+
+    choice: str
+    trained_groups: int | None
+    first: str
+    lr: float
+    decay: float
+    mean: float
+    error: float
+    seeds: int
+
+    @property
+    def setting(self) -> tuple[str, float, float]:
+        """Choice, rate and decay: what all seeds of a point share."""
+        return self.choice, self.lr, self.decay
+
+    def cells(self) -> list[str]:
+        """Return the point as a row under `CURVE_COLUMNS`; a single seed has no error, a probe no decay."""
+        return [
+            self.choice,
+            self.first,
+            f"{self.mean:.4f}",
+            f"{self.error:.4f}" if self.seeds > 1 else "-",
+            str(self.seeds),
+            f"{self.lr:.2g}",
+            "-" if self.trained_groups in (None, 1) else f"{self.decay:.2f}",
+        ]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found so far.
+
+    Attributes:
+        metric: that was compared, on the validation data.
+        best: the winning choice.
+        plan: its plan.
+        lr: its base rate.
+        curve: the best setting of each choice: metric against depth.
+        trials: every trial of the study, of all workers.
+        run: the winner's run, its model tuned; None where another worker makes it, or none was asked for.
+        notes: for people.
+    """
+
+    metric: str
+    best: CurvePoint
+    plan: Plan
+    lr: float
+    curve: tuple[CurvePoint, ...]
+    trials: tuple[TrialRow, ...]
+    run: Result | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def counted(self) -> str:
+        """How many trials there are, and how they ended."""
+        states = Counter(trial.state for trial in self.trials)
+        many = "trial" if len(self.trials) == 1 else "trials"
+        return f"{len(self.trials)} {many}: " + ", ".join(f"{n} {state}" for state, n in states.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the tuned model as plain data for JSON."""
+        return {
+            "metric": self.metric,
+            "best": dataclasses.asdict(self.best),
+            "plan": self.plan.to_dict(),
+            "lr": self.lr,
+            "curve": [dataclasses.asdict(point) for point in self.curve],
+            "trials": [dataclasses.asdict(row) for row in self.trials],
+            "run": None if self.run is None else self.run.to_dict(),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        columns = [self.metric if name == "metric" else name for name in CURVE_COLUMNS]
+        return "\n".join(
+            [
+                f"best: {self.best.choice} (from {self.best.first}) at lr {self.lr:.2g}: "
+                f"{self.metric} {self.best.mean:.4f}",
+                text_table(columns, [point.cells() for point in self.curve]),
+                self.counted,
+                *self.notes,
+            ]
+        )
+
+
+def depth_curve(
+    rows: Sequence[TrialRow], space: Space, layers: LayerMap, mode: Mode
+) -> tuple[CurvePoint, ...]:
+    """Return the best setting of each choice that has a complete trial, in order of the space."""
+    sign = 1 if mode == "max" else -1
+    found = []
+    for choice in space.choices:
+        settings: dict[tuple[float, float], list[float]] = {}
+        for row in rows:
+            if row.choice == choice and row.value is not None:
+                settings.setdefault((row.lr, row.decay), []).append(row.value)
+        if not settings:
+            continue
+        # Settings that were confirmed with more seeds come first: one lucky run does not beat them.
+        (lr, decay), values = max(
+            settings.items(), key=lambda item: (len(item[1]), sign * float(np.mean(item[1])))
+        )
+        k = space.trained_groups(choice)
+        found.append(
+            CurvePoint(
+                choice=choice,
+                trained_groups=k,
+                first=choice if k is None else layers.names[len(layers) - k],
+                lr=lr,
+                decay=decay,
+                mean=float(np.mean(values)),
+                error=float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0,
+                seeds=len(values),
+            )
+        )
+    return tuple(found)
+
+
+def best_point(curve: Sequence[CurvePoint], mode: Mode) -> CurvePoint:
+    """Return the best of the points with the most seeds; `curve` is not empty."""
+    sign = 1 if mode == "max" else -1
+    most = max(point.seeds for point in curve)
+    return max((point for point in curve if point.seeds == most), key=lambda point: sign * point.mean)

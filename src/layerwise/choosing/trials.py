@@ -1,0 +1,183 @@
+"""One trial of a search: settings drawn, a model trained by them, the outcome told to the study."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from layerwise.choosing.search_result import Mode
+from layerwise.choosing.space import Space
+from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
+from layerwise.errors import DataError, LayerwiseError
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Plan
+from layerwise.training.fit import fit
+from layerwise.training.result import Result
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all trials of a search have in common; see `layerwise.search`.
+
+    Attributes:
+        model: where every trial starts; it is copied.
+        train: training data.
+        val: data to compare on.
+        test: only the winner's run is measured on it; None for nothing.
+        layers: the layer map.
+        space: what is tried.
+        metric: that decides.
+        batch_size: of training.
+        seed: of the search's own trials.
+        options: further options of `layerwise.fit`.
+        pool: outputs of frozen prefixes, shared by all trials; grows.
+    """
+
+    model: nn.Module
+    train: Any
+    val: Any
+    test: Any
+    layers: LayerMap
+    space: Space
+    metric: str
+    batch_size: int
+    seed: int
+    options: Mapping[str, Any]
+    pool: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mode(self) -> Mode:
+        """Whether more of the metric is better."""
+        return "min" if self.metric.endswith("loss") else "max"
+
+    def about(self) -> dict[str, Any]:
+        """Return what must be equal in all workers and after an interruption, as plain data."""
+        return {
+            "model": self.layers.model_class,
+            "groups": list(self.layers.names),
+            "train_samples": len(self.train) if hasattr(self.train, "__len__") else None,
+            "space": dataclasses.asdict(self.space),
+            "metric": self.metric,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "fit_options": {key: _plain(value) for key, value in self.options.items()},
+        }
+
+    def train_by(self, plan: Plan, lr: float, seed: int, **more: Any) -> Result:
+        """Return the result of training a copy of the model by `plan`; `more` are options of `fit`."""
+        given: dict[str, Any] = {
+            "layers": self.layers,
+            "batch_size": self.batch_size,
+            "progress": False,
+            "cache_pool": self.pool,
+            **self.options,
+            **more,
+        }
+        return fit(copy.deepcopy(self.model), self.train, self.val, plan=plan, lr=lr, seed=seed, **given)
+
+    def value(self, entry: Mapping[str, Any]) -> float:
+        """Return the metric in an entry of a history, or in the metrics of a result.
+
+        Raises:
+            DataError: it is not measured.
+        """
+        key = "loss" if self.metric == "val_loss" and "val_loss" not in entry else self.metric
+        if key not in entry:
+            numbers = [name for name, value in entry.items() if isinstance(value, float)]
+            raise DataError(
+                f"metric {self.metric!r} is not measured on this data; expected one of {', '.join(numbers)}."
+            )
+        return float(entry[key])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A trial that has begun.
+
+    Attributes:
+        trial: Optuna's.
+        choice: what is trained.
+        lr: base rate.
+        decay: of the rates, a group.
+        seed: of the run.
+    """
+
+    trial: Any
+    choice: str
+    lr: float
+    decay: float
+    seed: int
+
+
+def begin_trial(found: Experiment, study: Any) -> Drawn:
+    """Return the next trial of the queue, or a new one, its settings drawn."""
+    trial = study.ask()
+    trial.set_user_attr("worker", worker_name())
+    seed = int(trial.user_attrs.get("seed", found.seed))
+    trial.set_user_attr("seed", seed)
+    return Drawn(
+        trial=trial,
+        choice=trial.suggest_categorical("choice", found.space.choices),
+        lr=trial.suggest_float("lr", *found.space.lr, log=True),
+        decay=trial.suggest_float("decay", *found.space.decay),
+        seed=seed,
+    )
+
+
+def run_trial(found: Experiment, study: Any, drawn: Drawn, say: Callable[[str], None]) -> None:
+    """Train by the settings of a trial that has begun, and tell the study how it ended.
+
+    Raises:
+        LayerwiseError: the data cannot be trained on; or the first three trials of the study all failed.
+        KeyboardInterrupt: after Ctrl-C, and so any other error that is not layerwise's; the trial is queued
+            again.
+    """
+    optuna = optuna_module()
+    trial, settings = drawn.trial, f"{drawn.choice}, lr {drawn.lr:.2g}, decay {drawn.decay:.2f}"
+    # the first trial of a choice is finished, so that the curve is whole; so are confirming ones
+    known = any(row.choice == drawn.choice and row.state == "complete" for row in rows_of(study))
+    may_prune = known and drawn.seed == found.seed
+
+    def watch(entry: Mapping[str, Any]) -> None:
+        trial.report(found.value(entry), entry["epoch"])
+        if may_prune and trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        plan = found.space.plan(found.layers, drawn.choice, drawn.decay)
+        result = found.train_by(plan, drawn.lr, drawn.seed, on_epoch=watch)
+        value = found.value(result.metrics)
+    except optuna.TrialPruned:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        say(f"trial {trial.number}: {settings}: pruned")
+    except LayerwiseError as error:
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        say(f"trial {trial.number}: {settings}: failed: {error}")
+        # wrong data fail every trial; other errors, such as a loss that is not finite, only this one
+        if isinstance(error, DataError) or _hopeless(rows_of(study)):
+            raise
+    except BaseException:  # Ctrl-C, or a fault in the caller's code: the trial is not lost
+        give_up(study, study.get_trials(deepcopy=False)[trial.number])
+        raise
+    else:
+        study.tell(trial, value)
+        say(f"trial {trial.number}: {settings}, seed {drawn.seed}: {found.metric} {value:.4f}")
+
+
+def _hopeless(rows: Sequence[TrialRow]) -> bool:
+    return sum(bool(row.error) for row in rows) >= 3 and not any(row.state == "complete" for row in rows)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it and compare it between processes."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return type(value).__name__
