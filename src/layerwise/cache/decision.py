@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil  # type: ignore[import-untyped]
+import torch
 
 from layerwise.cache.cut import Cut
 
@@ -59,6 +61,7 @@ def decide(
     memory_bytes: int,
     disk_bytes: int,
     shared: bool = False,
+    processes: int = 1,
 ) -> Decision:
     """Weigh time saved against bytes needed.
 
@@ -77,6 +80,8 @@ def decide(
         memory_bytes: budget in memory.
         disk_bytes: budget on disk.
         shared: a folder was named to keep the cache for later runs.
+        processes: that train together, each with a cache of its own. The samples change hands from epoch
+            to epoch, so one process sees each of them only every so many epochs.
 
     Returns:
         The choice with its reason.
@@ -97,8 +102,9 @@ def decide(
     if storage == "off":
         return made("off", "switched off")
     if storage == "auto":
-        if epochs is not None and epochs <= 1 and not shared:
-            return made("off", "each sample is seen only once with this cut, so nothing would be reused")
+        if epochs is not None and epochs <= processes and not shared:
+            who = "" if processes == 1 else f" by each of {processes} processes"
+            return made("off", f"each sample is seen only once{who} with this cut, too seldom to be reused")
         if speedup < _LEAST_GAIN:
             return made("off", f"too little to gain: {gain} ({size})")
         if fits_memory and not shared:
@@ -130,15 +136,27 @@ def kept(cut: Cut, where: Literal["memory", "disk"], samples: int) -> Decision:
     return Decision(where, reason, 0, samples, cut.skipped_flops / max(whole, 1.0), speedup)
 
 
+def process_count() -> int:
+    """Return how many processes train together by torch's distributed package; 1 if this one is alone."""
+    distributed = torch.distributed
+    ready = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready else 1
+
+
 def free_memory_bytes() -> int:
-    """Return how much memory this process may still take, control-group limits included."""
+    """Return how much memory this process may still take.
+
+    That is what control groups leave, divided among the processes that were started together on this
+    machine (``torchrun`` and ``accelerate launch`` say how many).
+    """
     free = int(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file():
         text = limit.read_text().strip()
         if text.isdigit():
             free = min(free, max(int(text) - int(used.read_text()), 0))
-    return free
+    together = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return free // max(int(together), 1) if together.isdigit() else free
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -21,6 +21,7 @@ from layerwise.cache.decision import (
     format_bytes,
     free_disk_bytes,
     free_memory_bytes,
+    process_count,
 )
 from layerwise.cache.feed import Feed, SiteColumn
 from layerwise.cache.fingerprint import (
@@ -186,6 +187,7 @@ class Stock:
             memory_bytes=self._spare("memory"),
             disk_bytes=self._spare("disk"),
             shared=self.shelf.lasting,
+            processes=process_count(),
         )
         if self._dtype is not None:
             short = str(self._dtype).removeprefix("torch.")

@@ -86,6 +86,7 @@ def fit(
     about: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], object] | None = None,
     cache_pool: dict[str, Any] | None = None,
+    cache_folder: str | Path | None = None,
 ) -> Result:
     """Fine-tune `model` as `plan` says, and return what came of it.
 
@@ -150,6 +151,8 @@ def fit(
             (a search prunes with it).
         cache_pool: a dictionary that several runs in one process share, so that they compute a frozen
             prefix once (see `layerwise.PrefixCache`, `pool`).
+        cache_folder: where outputs of the frozen prefix are kept for later runs and for other processes
+            (see `layerwise.PrefixCache`, `folder`). None forgets them at the end.
 
     Raises:
         TrainingError: an option is out of range (all are listed); the loss is not finite, or memory ran
@@ -227,7 +230,7 @@ def fit(
     if accelerator.scaler is not None:  # fp16: steps go through the loss scaler
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
-    prefix = setup.open_cache(cache, model, batches, tuner, world=world, pool=cache_pool)
+    prefix = setup.open_cache(cache, model, batches, tuner, pool=cache_pool, folder=cache_folder)
     inspected = setup.inspect(model, tuner, batch_size) if audit else None
     if written is not None and not resume:  # nothing is written before all of the above went well
         create_run(written, plan=plan, about=record)
@@ -316,7 +319,7 @@ def fit(
                 stream = cast("Generator[Any, None, None]", prefix.batches())
             for index, batch in enumerate(stream, within["batch"]):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
-                    runner, wrapped_phase = accelerator.prepare_model(model), tuner.phase_index
+                    runner, wrapped_phase = setup.joined(accelerator, model), tuner.phase_index
                 batch = send_to_device(batch, accelerator.device)
                 with accelerator.autocast():
                     output = task.forward(runner, batch)
@@ -445,5 +448,6 @@ def fit(
     if folder is not None and accelerator.is_main_process:
         write_json(folder / "timings.json", timings)
         finish_run(folder, result.to_dict())
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would end the process group too; others may need it
+        tracker.finish()
     return result

@@ -214,13 +214,17 @@ def open_cache(
     batches: Batches,
     tuner: Tuner,
     *,
-    world: int,
     pool: dict[str, Any] | None = None,
+    folder: str | Path | None = None,
 ) -> PrefixCache | None:
-    """Return the cache of the frozen prefix; None where there is to be none, or none is possible."""
-    if storage == "off" or not batches.exact or world > 1:
+    """Return the cache of the frozen prefix; None where there is to be none, or none is possible.
+
+    Of several processes each has a cache of its own, of the samples that it sees, and decides for itself:
+    a replayed step makes the same collective calls as a plain one.
+    """
+    if storage == "off" or not batches.exact:
         return None
-    return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool)
+    return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool, folder=folder)
 
 
 def cache_note(prefix: PrefixCache) -> str:
@@ -293,6 +297,16 @@ def describe(
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
     return plain
+
+
+def joined(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Return a wrapper that averages the gradients of all processes, of the parameters that learn now.
+
+    Not accelerate's ``prepare_model``: that also puts autocast and casts into the model's own ``forward``,
+    once more at each phase, and leaves them there.
+    """
+    device = accelerator.device
+    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
 
 def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -28,6 +28,8 @@ USUAL = {
         ("auto", {"epochs": 1}, "off", "seen only once"),
         ("auto", {"epochs": 1, "shared": True}, "disk", "faster"),
         ("auto", {"epochs": None}, "memory", "faster"),
+        ("auto", {"epochs": 4, "processes": 4}, "off", "seen only once by each of 4 processes"),
+        ("auto", {"epochs": 5, "processes": 4}, "memory", "faster"),
         ("auto", {"bytes_per_sample": 10**9, "memory_bytes": 10**13}, "off", "too little to gain"),
         ("memory", {"prefix_s": 0.001, "epochs": 1}, "memory", "asked for"),
         ("memory", {"memory_bytes": 10}, "off", "do not fit into the budget of 10 B"),
@@ -53,3 +55,9 @@ def test_expected_gain() -> None:
 def test_what_is_free(tmp_path) -> None:
     assert free_memory_bytes() > 0
     assert free_disk_bytes(tmp_path / "not" / "there") > 0
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch) -> None:
+    alone = free_memory_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert free_memory_bytes() < alone / 4

@@ -36,8 +36,12 @@ def parts(make_plan):
     return model, layers, make_plan(layers)
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_fit_is_bit_equal(name) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in PLANS), ("lp_ft", {"precision": "bf16", "accumulate": 2, "clip_norm": 1.0})],
+)
+def test_fit_is_bit_equal(name, settings) -> None:
+    # in bf16 with accumulated and clipped gradients too
     results = {}
     for cache in ("off", "memory"):
         model, layers, plan = parts(PLANS[name])
@@ -45,7 +49,7 @@ def test_fit_is_bit_equal(name) -> None:
         data = images()
         result = layerwise.fit(
             model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2,
-            cache=cache, keep="last", progress=False, device="cpu",
+            cache=cache, keep="last", progress=False, device="cpu", **settings,
         )  # fmt: skip
         assert any(not torch.equal(start[key], value) for key, value in model.state_dict().items())
         results[cache] = (model.state_dict(), result, data.loads)
