@@ -20,6 +20,7 @@ from layerwise.cache.checking import BufferGuard, difference, find_layouts, site
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.decision import kept
+from layerwise.cache.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.feed import BatchShape, Feed, Phase, padded
 from layerwise.cache.fingerprint import named_tensors, quick_state
 from layerwise.cache.ghost import ghost
@@ -130,10 +131,11 @@ class Observer:
             values = feed.values(cut, live.rows, link.device)
         else:
             started = time.perf_counter()
-            found = self._run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True)
+            log = ElementwiseLog()
+            found = self._run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
-            self._learn(live, link, cuts, found)
+            self._learn(live, link, cuts, found, log)
             self.stock.adopt(feed, cuts, values, live.rows)
             missing = [site for site in (*cut.frontier, *cut.constants) if site not in values]
             if missing:
@@ -162,7 +164,7 @@ class Observer:
             )
         )
 
-    def _learn(self, live: Live, link: Link, cuts: list[Cut], found: Captured) -> None:
+    def _learn(self, live: Live, link: Link, cuts: list[Cut], found: Captured, log: ElementwiseLog) -> None:
         """Find out how values are made of samples, and that samples are independent of each other."""
         feed, count = live.feed, len(live.indices)
         assert feed.reader is not None
@@ -195,7 +197,10 @@ class Observer:
             return more.values
 
         part_args = link.build(part_leaves)
-        part = self._run_prefix(link, cuts, *part_args, batch=part_count, skeletons=True, seed=1)
+        part_log = ElementwiseLog()
+        part = self._run_prefix(
+            link, cuts, *part_args, batch=part_count, skeletons=True, seed=1, log=part_log
+        )
         compare_skeletons(found.skeletons, part.skeletons)
         for site in (site for cut in cuts for site in cut.constants):
             if site in found.values and not same_bits(found.values[site], part.values[site]):
@@ -213,6 +218,14 @@ class Observer:
                 if site in layouts
             }
             sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
+            within, between = uneven_places(log.runs, count, part_log.runs, part_count)
+            if within:
+                raise CacheError(
+                    f"the last bits of {within} depend on a sample's place in a batch of {count}, so a "
+                    f"cached run would not be exactly the plain one. Take a multiple of 32 as batch size, or "
+                    f"pass exact=False."
+                )
+            sensitive |= bool(between)
         except CacheError:
             if self.exact or count == 1:
                 raise
@@ -224,12 +237,15 @@ class Observer:
             feed.sizes = feed.sizes & proved if feed.sizes else proved
 
     def _part_of(self, feed: Feed, count: int) -> list[int]:
-        """Return the positions to compute on their own: as many as the last, smaller batch has, reversed."""
+        """Return the positions to compute on their own: as many as the last, smaller batch has.
+
+        They are the last ones of the batch, backwards, so that they stand in other places.
+        """
         assert feed.reader is not None
         tail = feed.reader.size % count
         keeps_tail = not getattr(feed.loader.batch_sampler, "drop_last", False)
         size = tail if tail and keeps_tail else max(count // 2, 1)
-        return list(range(size))[::-1]
+        return list(range(count))[::-1][:size]
 
     def _replayed(
         self,
@@ -355,6 +371,7 @@ class Observer:
         batch: int,
         skeletons: bool,
         seed: int | None = None,
+        log: ElementwiseLog | None = None,
     ) -> Captured:
         """Run the model up to the last site, leaving no trace in it and in the random numbers."""
         impure = any(cut.impure for cut in cuts) or skeletons
@@ -369,6 +386,8 @@ class Observer:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 reseed(seed)
+            if log is not None:
+                stack.enter_context(log)
             return capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
 
     def _put(

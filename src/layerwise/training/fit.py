@@ -314,8 +314,8 @@ def fit(
             phase, rates = tuner.phase.name, tuner.rates()
             setup.enter_phase(model, tuner, train, share, watched)
             stream = batches.epoch(epoch, within["batch"], random_state=epoch_random)
-            if prefix is not None and not within["batch"]:  # the rest of a broken epoch is not worth a cache
-                batches.begin(epoch)
+            if prefix is not None:
+                batches.begin(epoch, within["batch"])
                 stream = cast("Generator[Any, None, None]", prefix.batches())
             for index, batch in enumerate(stream, within["batch"]):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
