@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from layerwise.choosing.curve import transfer_curve as transfer_curve
     from layerwise.choosing.depths import transferability as transferability
     from layerwise.choosing.search import search as search
-    from layerwise.choosing.shift import Shift as Shift
     from layerwise.choosing.shift import shift as shift
+    from layerwise.choosing.shift_result import Shift as Shift
     from layerwise.choosing.signature import Signature as Signature
     from layerwise.choosing.signature import signature as signature
     from layerwise.errors import LayerwiseError as LayerwiseError
@@ -79,7 +79,7 @@ _HOME = {
     "Result": "layerwise.training.result",
     "Run": "layerwise.training.run",
     "Schedule": "layerwise.plans.plan",
-    "Shift": "layerwise.choosing.shift",
+    "Shift": "layerwise.choosing.shift_result",
     "Signature": "layerwise.choosing.signature",
     "Tuner": "layerwise.tuning.tuner",
     "advise": "layerwise.choosing.advice",

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from torch import nn
 
 from layerwise.choosing.distances import Array
-from layerwise.choosing.features import Features, Floats, collect_features, map_for
+from layerwise.choosing.features import Features, mapped_features
+from layerwise.choosing.taps import Floats
 from layerwise.errors import DataError, ModelError
 from layerwise.files import write_file
 from layerwise.layers.layermap import LayerMap
@@ -177,11 +178,11 @@ def signature(
         DataError: fewer than two samples, or data of an unknown kind.
         ModelError: no layer group hands on one tensor with a row for each sample.
     """
-    layers = map_for(model, data, layers, example_input, batch_size=batch_size, collate=collate)
-    features = collect_features(
+    features, layers = mapped_features(
         model,
         data,
         layers,
+        example_input,
         max_samples=max_samples,
         batch_size=batch_size,
         collate=collate,

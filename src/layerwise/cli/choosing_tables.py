@@ -12,7 +12,7 @@ from layerwise.cli.tables import new_table
 
 if TYPE_CHECKING:
     from layerwise.choosing.depths import Transferability
-    from layerwise.choosing.shift import Shift
+    from layerwise.choosing.shift_result import Shift
 
 _FIGURES = {
     "norms": "norms",

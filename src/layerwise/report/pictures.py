@@ -78,7 +78,7 @@ def shift_picture(shift: Mapping[str, Any]) -> Chart:
     """Return the shift of each layer group with its interval, input on the left.
 
     Args:
-        shift: what `layerwise.choosing.shift.Shift.to_dict` returned.
+        shift: what `layerwise.choosing.shift_result.Shift.to_dict` returned.
     """
     alt = _altair()
     figure = "frechet" if any(group["frechet"] for group in shift["groups"]) else "norms"

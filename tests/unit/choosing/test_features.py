@@ -7,8 +7,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from layerwise.choosing.depths import score_depths, transferability
-from layerwise.choosing.features import collect_features, pool
+from layerwise.choosing.features import collect_features
+from layerwise.choosing.pooling import pool, pool_all
 from layerwise.errors import DataError
+from layerwise.layers.mapping import layer_map
 
 from .small import Net, images, map_of, pretrained
 
@@ -57,6 +59,8 @@ def test_norm_inputs_are_the_statistics_of_what_the_norm_receives():
         ((2, 9, 6), {6}, None, 1.0, 2),  # (N, T, C)
         ((2, 6, 9), {6}, None, 1.0, 1),  # (N, C, T)
         ((2, 6, 6), {6}, None, 1.0, 2),
+        ((2, 1, 6), {1}, None, 1.0, 2),  # one entry is a position: CoaT's aggregation of three branches
+        ((2, 1, 7, 7), set(), None, 1.0, 1),
     ],
 )
 def test_pool_finds_the_channels(shape, widths, mask, ratio, axis):
@@ -64,6 +68,102 @@ def test_pool_finds_the_channels(shape, widths, mask, ratio, axis):
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = value.movedim(axis, 1).flatten(2).mean(2)
     torch.testing.assert_close(pool(value, widths=widths, mask=mask, ratio=ratio), expected)
+
+
+def test_pool_refuses_what_it_cannot_tell():
+    # attention heads x tokens x width: no axis is a channel of the group, and no sides are an image's
+    assert pool(torch.zeros(2, 8, 50, 19), widths={152}) is None
+    assert pool_all([torch.zeros(2, 8, 50, 19)], widths={152}) is None
+    assert pool_all([], widths={152}) is None
+
+
+def test_branches_are_pooled_side_by_side():
+    # two resolutions of three axes each; the table of four axes beside them is no feature
+    one, two, table = torch.randn(2, 9, 4), torch.randn(2, 4, 6), torch.randn(2, 8, 9, 9)
+    found = pool_all([one, two, table], widths={4, 6})
+    torch.testing.assert_close(found, torch.cat([one.mean(1), two.mean(1)], dim=1))
+
+
+class Mixer(nn.Module):
+    """A block that calls a module which all blocks share, as CoaT's position encodings are."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.proj = nn.Linear(8, 8)
+        self.shared = shared
+
+    def forward(self, x):
+        heads = self.norm(x).unflatten(2, (4, 2)).transpose(1, 2)  # [N, heads, T, 2]
+        return x + self.proj(self.shared(heads).transpose(1, 2).flatten(2))
+
+
+class Shared(nn.Module):
+    """Lists of blocks which are never called as lists, and share a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(5, 8))
+        self.drop = nn.Dropout(0.1)
+        self.shared = nn.Linear(2, 2)
+        self.early = nn.ModuleList([Mixer(self.shared) for _ in range(2)])
+        self.late = nn.ModuleList([Mixer(self.shared) for _ in range(2)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.drop(self.embed(x))
+        for block in [*self.early, *self.late]:
+            x = self.drop(block(x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("granularity", ["stages", "blocks"])
+def test_a_block_hands_on_its_own_output_and_not_that_of_a_module_inside(granularity):
+    # the shared module runs last inside, on heads; the features are those of the block around it
+    torch.manual_seed(0)
+    model = Shared().eval()
+    x = torch.randn(3, 7, 5)
+    layers = layer_map(model, x, granularity)
+    found = collect_features(model, x, layers)
+    with torch.no_grad():
+        value, outputs = model.embed(x), []
+        embedded = value.mean(1).numpy()
+        for block in [*model.early, *model.late]:
+            value = block(value)
+            outputs.append(value.mean(1).numpy())
+    wanted = outputs if granularity == "blocks" else outputs[1::2]
+    trunk = [found.groups[group.name] for group in layers if group.role == "trunk"][-len(wanted) :]
+    assert found.notes == ()
+    np.testing.assert_allclose(found.groups[layers.names[0]], embedded, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(trunk, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_without_features_is_named():
+    # what it hands on is heads x tokens: left out with the reason, and the others are there
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(5, 8)
+
+        def forward(self, x):
+            return self.proj(x).unflatten(2, (4, 2)).transpose(1, 2)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = Heads()
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(self.heads(x).transpose(1, 2).flatten(2).mean(1))
+
+    model = Net().eval()
+    x = torch.randn(3, 7, 5)
+    found = collect_features(model, x, layer_map(model, x))
+    assert list(found.groups) == ["fc"]
+    assert "heads" in found.notes[0]
+    assert "channels" in found.notes[0]
 
 
 def test_pool_leaves_padding_out():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.choosing.shift import Shift, shift
+from layerwise.choosing.shift import shift
+from layerwise.choosing.shift_result import Shift
 from layerwise.choosing.signature import Signature, signature
 from layerwise.errors import DataError, ModelError
 
