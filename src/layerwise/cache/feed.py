@@ -1,9 +1,11 @@
-"""`Feed`: what the cache knows about one loader: its samples' stored values, and how to hand them out."""
+"""`Feed`: what the cache knows of samples of one shape: their stored values, and how to hand them out."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from layerwise.cache.cut import CallId, Cut, Site
-from layerwise.cache.decision import Decision
+from layerwise.cache.decision import Decision, format_bytes
 from layerwise.cache.ghost import ghost
 from layerwise.cache.layout import Layout
 from layerwise.cache.link import Link
@@ -22,6 +24,13 @@ from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 _LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
+
+Kind = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+"""For each tensor of a batch, its shape without the first dimension, and its type."""
+
+
+class OtherShapeError(CacheError):
+    """A batch has other shapes than its samples had before."""
 
 
 @dataclass
@@ -74,7 +83,7 @@ class BatchShape:
 
     template: Any
     blank: Any
-    rows: list[tuple[tuple[int, ...], torch.dtype]]
+    rows: Kind
 
     @classmethod
     def of(cls, batch: Any, size: int) -> BatchShape:
@@ -94,34 +103,44 @@ class BatchShape:
         if len(tensors_in(template)) != len(leaves):
             raise CacheError(f"tensors inside a {type(batch).__name__} cannot be replaced.")
         blank = map_tensors(batch, lambda tensor: None)
-        return cls(template, blank, [(tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves])
+        return cls(template, blank, tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves))
 
     def check(self, batch: Any, size: int) -> list[torch.Tensor]:
         """Return the tensors of another batch of the same shape.
 
         Raises:
-            CacheError: its samples have other shapes.
+            OtherShapeError: its samples have other shapes.
         """
         other = BatchShape.of(batch, size)
-        if other.rows != self.rows:
-            raise CacheError(
-                f"samples differ in shape from batch to batch ({self.rows[0][0]}, then "
-                f"{other.rows[0][0]}): padding to the longest of a batch changes the last bits of what the "
-                f"prefix computes. Pad to one length (padding='max_length')."
-            )
+        other.require(self.rows)
         return tensors_in(batch)
+
+    def require(self, rows: Kind) -> None:
+        """Compare with the shapes that the samples had before.
+
+        Raises:
+            OtherShapeError: they are others.
+        """
+        if self.rows != rows:
+            raise OtherShapeError(
+                f"samples differ in shape from batch to batch ({rows[0][0]}, then {self.rows[0][0]}): "
+                f"padding to the longest of a batch changes the last bits of what the prefix computes. Pad "
+                f"each sample to a length of its own, and make batches of one length: "
+                f"layerwise.training.data.EpochBatches(lengths=...)."
+            )
 
 
 @dataclass
 class Feed:
-    """One loader and what is stored of its samples.
+    """The samples of a loader that have one shape, and what is stored of them.
 
     Attributes:
         loader: as given.
-        reader: gives its indices and samples; None if it cannot be read by index.
-        reason: why nothing of this loader is cached; ``""`` if it may be.
+        reader: gives its indices and samples.
         views: draws of each sample that are stored.
-        shape: of its batches, once known.
+        kind: what the samples look like; None if the first batch is to tell.
+        members: their indices in the data set; None for all.
+        shape: of the batches, once known.
         link: how its batches reach the model, once known.
         full: number of samples in the batches in which values are computed.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
@@ -134,14 +153,13 @@ class Feed:
         sites: stored values.
         leaves: stored tensors of the batch, by number.
         phases: by trainable parameters and modes.
-        epochs: epochs that began.
-        unseen: batches in a row that were handed out and never reached the model.
     """
 
     loader: DataLoader[Any]
-    reader: LoaderReader | None = None
-    reason: str = ""
+    reader: LoaderReader
     views: int = 1
+    kind: Kind | None = None
+    members: list[int] | None = None
     shape: BatchShape | None = None
     link: Link | None = None
     full: int = 0
@@ -153,14 +171,45 @@ class Feed:
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
     leaves: dict[int, Column] = field(default_factory=dict)
     phases: dict[Any, Phase] = field(default_factory=dict)
-    epochs: int = 0
-    unseen: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.reader.size if self.members is None else len(self.members)
 
     @property
     def rows(self) -> int:
-        """Number of rows that a column of this loader has."""
-        assert self.reader is not None
-        return self.reader.size * self.views
+        """Number of rows that a column has: one for each draw of each sample."""
+        return self.size * self.views
+
+    @functools.cached_property
+    def _positions(self) -> dict[int, int]:
+        return {index: number for number, index in enumerate(self.members or ())}
+
+    def rows_of(self, indices: Sequence[int], view: int) -> torch.Tensor:
+        """Return the rows of samples, given by their indices in the data set, in draw `view`; int64."""
+        if self.members is not None:
+            indices = [self._positions[index] for index in indices]
+        return torch.tensor(indices, dtype=torch.int64) + view * self.size
+
+    def neighbour(self, index: int) -> int:
+        """Return the index of another sample of this shape.
+
+        Raises:
+            CacheError: there is none.
+        """
+        if self.size == 1:
+            raise CacheError(
+                "only one sample has this shape, so a part of it cannot be compared with others."
+            )
+        if self.members is None:
+            return (index + 1) % self.size
+        return self.members[(self._positions[index] + 1) % self.size]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names which samples these are; ``""`` for all of the data set."""
+        return "" if self.members is None else hashlib.sha256(repr(self.members).encode()).hexdigest()
 
     def fits(self, size: int) -> bool:
         """Whether a batch of `size` samples may be replayed."""
@@ -253,38 +302,26 @@ class Feed:
             return {}
         return sizes
 
-    def schedule(
-        self, known: bool, must_load: Callable[[], bool]
-    ) -> Generator[tuple[list[int], Any], None, None]:
-        """Yield (indices, batch) for one epoch; the batch is None where the caller has to load it.
 
-        Args:
-            known: `must_load` can be asked at once; otherwise after the first batch.
-            must_load: whether most batches have to be loaded; the loader's own workers then do it.
-        """
-        assert self.reader is not None
-        if known and not must_load():
-            for indices in self.reader.epoch():
-                yield indices, None
-            return
-        source = self.reader.epoch(ahead=False)
-        if not known:
-            for indices in source:
-                yield indices, None
-                break
-            if not must_load():
-                for indices in source:
-                    yield indices, None
-                return
-        seen: deque[list[int]] = deque()
-
-        def noted() -> Iterator[list[int]]:
-            for indices in source:
-                seen.append(indices)
-                yield indices
-
-        for batch in self.reader.load(noted()):
-            yield seen.popleft(), batch
+def merged(phases: Sequence[Phase]) -> Phase:
+    """Return the phases of several shapes as one, for people: what was chosen for all samples together."""
+    chosen = [phase for phase in phases if phase.decision is not None and not phase.reason]
+    if len(phases) == 1 or not chosen:
+        return phases[0]
+    first = max(chosen, key=lambda phase: phase.decision.total_bytes if phase.decision else 0)
+    assert first.decision is not None
+    samples = sum(phase.decision.samples for phase in chosen if phase.decision is not None)
+    total = sum(phase.decision.total_bytes for phase in chosen if phase.decision is not None)
+    reason = f"{first.decision.reason}; samples have {len(phases)} shapes"
+    if total:
+        reason += f", {format_bytes(total)} in all"
+    if len(chosen) < len(phases):
+        reason += f"; {len(phases) - len(chosen)} of them not cached: "
+        reason += next(phase.reason for phase in phases if phase.reason)
+    decision = dataclasses.replace(
+        first.decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples
+    )
+    return dataclasses.replace(first, decision=decision)
 
 
 def padded(rows: Sequence[int], size: int) -> list[int]:

@@ -28,6 +28,7 @@ from layerwise.cache.link import Link
 from layerwise.cache.reading import kept_random_state, reseed, same_bits
 from layerwise.cache.replay import Captured, capture, compare_skeletons, refuse_ghosts, replaying
 from layerwise.cache.stock import Stock
+from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
 from layerwise.layers.isolation import untouched
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -38,8 +39,8 @@ logger = logging.getLogger("layerwise.cache")
 class Live:
     """A batch that was handed out, until the loop asks for the next one."""
 
-    def __init__(self, feed: Feed, rows: torch.Tensor, indices: list[int], key: Any) -> None:
-        self.feed, self.rows, self.indices, self.key = feed, rows, indices, key
+    def __init__(self, supply: Supply, feed: Feed, rows: torch.Tensor, indices: list[int], key: Any) -> None:
+        self.supply, self.feed, self.rows, self.indices, self.key = supply, feed, rows, indices, key
         self.batch: Any = None
         self.leaves: list[torch.Tensor] = []
         self.observing = False  # real, and to be looked at when it reaches the model
@@ -90,7 +91,9 @@ class Observer:
         """
         feed, count = live.feed, len(live.indices)
         if feed.link is None or feed.shape is None:
-            feed.shape, feed.link, feed.full = BatchShape.of(live.batch, count), link, count
+            shape = BatchShape.of(live.batch, count)
+            shape.require(feed.kind or shape.rows)
+            feed.shape, feed.link, feed.full = shape, link, count
         elif (feed.link.leaves, feed.link.arguments) != (link.leaves, link.arguments):
             raise CacheError("the model is called in another way than for the first batch.")
         else:
@@ -132,7 +135,7 @@ class Observer:
         else:
             started = time.perf_counter()
             log = ElementwiseLog()
-            found = self._run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
+            found = self.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
             self._learn(live, link, cuts, found, log)
@@ -167,15 +170,13 @@ class Observer:
     def _learn(self, live: Live, link: Link, cuts: list[Cut], found: Captured, log: ElementwiseLog) -> None:
         """Find out how values are made of samples, and that samples are independent of each other."""
         feed, count = live.feed, len(live.indices)
-        assert feed.reader is not None
         assert feed.shape is not None
         feed.constants |= {
             site: found.values[site] for cut in cuts for site in cut.constants if site in found.values
         }
         chosen = self._part_of(feed, count)
         if count == 1:
-            other = (live.indices[0] + 1) % feed.reader.size
-            batch = feed.reader.load_now([live.indices[0], other])
+            batch = feed.reader.load_now([live.indices[0], feed.neighbour(live.indices[0])])
             part_leaves, chosen = feed.shape.check(batch, 2), [0]
         elif feed.views > 1:
             part_leaves = [leaf[chosen] for leaf in live.leaves]
@@ -193,14 +194,12 @@ class Observer:
 
         def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
             again = link.build([leaf[positions] for leaf in live.leaves])
-            more = self._run_prefix(link, cuts, *again, batch=len(positions), skeletons=False, seed=seed)
+            more = self.run_prefix(link, cuts, *again, batch=len(positions), skeletons=False, seed=seed)
             return more.values
 
         part_args = link.build(part_leaves)
         part_log = ElementwiseLog()
-        part = self._run_prefix(
-            link, cuts, *part_args, batch=part_count, skeletons=True, seed=1, log=part_log
-        )
+        part = self.run_prefix(link, cuts, *part_args, batch=part_count, skeletons=True, seed=1, log=part_log)
         compare_skeletons(found.skeletons, part.skeletons)
         for site in (site for cut in cuts for site in cut.constants):
             if site in found.values and not same_bits(found.values[site], part.values[site]):
@@ -241,8 +240,7 @@ class Observer:
 
         They are the last ones of the batch, backwards, so that they stand in other places.
         """
-        assert feed.reader is not None
-        tail = feed.reader.size % count
+        tail = feed.size % count
         keeps_tail = not getattr(feed.loader.batch_sampler, "drop_last", False)
         size = tail if tail and keeps_tail else max(count // 2, 1)
         return list(range(count))[::-1][:size]
@@ -323,7 +321,6 @@ class Observer:
             The loaded batch if one must be handed out, else None.
         """
         assert phase.cut is not None
-        assert feed.reader is not None
         assert feed.shape is not None
         count = len(live.indices)
         absent = feed.missing(phase.cut, phase.ghosts, live.rows)
@@ -353,7 +350,7 @@ class Observer:
             repeated = padded(range(count), size)
             leaves = [leaf[repeated] for leaf in leaves]
         args, kwargs = feed.link.build(leaves)
-        found = self._run_prefix(feed.link, cuts, args, kwargs, batch=size, skeletons=False)
+        found = self.run_prefix(feed.link, cuts, args, kwargs, batch=size, skeletons=False)
         if size != count:
             for site, value in found.values.items():
                 if site in feed.sites:
@@ -361,7 +358,7 @@ class Observer:
                     found.values[site] = layout.from_rows(layout.to_rows(value)[:count])
         return found
 
-    def _run_prefix(
+    def run_prefix(
         self,
         link: Link,
         cuts: list[Cut],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,20 +12,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from layerwise.cache.checking import BufferGuard, no_autocast_cache
-from layerwise.cache.cut import NothingToSkipError
+from layerwise.cache.calls import Calls, told
+from layerwise.cache.checking import BufferGuard
 from layerwise.cache.cutbook import CutBook, PhaseSource
 from layerwise.cache.decision import Decision, Storage
-from layerwise.cache.feed import Feed, Phase
-from layerwise.cache.hooks import RootHook
-from layerwise.cache.link import Link, autocast_state, find_link
+from layerwise.cache.feed import Feed, OtherShapeError, Phase
+from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.observing import Live, Observer
-from layerwise.cache.reading import LoaderReader, kept_random_state
-from layerwise.cache.replay import refuse_ghosts, replaying
+from layerwise.cache.opening import open_supply
+from layerwise.cache.reading import kept_random_state
 from layerwise.cache.stock import Pool, Stock, checked_folder
-from layerwise.errors import CacheError, LayerwiseError, LayerwiseWarning
+from layerwise.cache.supply import Supply
+from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import untouched, unwrap
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
 
@@ -111,17 +110,14 @@ class PrefixCache:
         self.views = views
         self.keep_inputs = keep_inputs
         self.stock = Stock(self.model, storage, budget_bytes, checked_folder(folder), dtype, pool)
+        self._given = model  # wrappers included
+        self._exact = exact
+        self._supplies: dict[int, Supply] = {}
         self._book = CutBook(self.model, tuner)
         self._observer = Observer(
             self.model, self._book, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs
         )
-        self._feeds: dict[int, Feed] = {}
-        self._lives: list[Live] = []
-        self._hook = RootHook(self._before, self._after)
-        self._observer.busy = False
-        self._stack: contextlib.ExitStack | None = None
-        self._expected: tuple[Feed, Phase, Callable[[Any], None]] | None = None
-        self._compiled = model is not self.model and type(model).__name__ == "OptimizedModule"
+        self._calls = Calls(self.model, self._book, self._observer, self._refuse)
 
     # -- what users call ----------------------------------------------------------------------
 
@@ -138,33 +134,33 @@ class PrefixCache:
         Raises:
             CacheError: there is no loader; or, while the loop runs, the value of a ghost was needed.
         """
-        loader = loader if loader is not None else self.loader
-        if loader is None:
-            raise CacheError("there is no loader to read: pass one to PrefixCache or to batches().")
-        feed = self._feed(loader)
+        supply = self._supply(loader)
         self._book.refresh()
-        phase = feed.phases.get(self._book.state())
-        if feed.reason or (phase is not None and phase.reason):
-            feed.epochs += 1
-            yield from loader
+        if supply.is_off(self._book.state()):
+            supply.epochs += 1
+            yield from supply.loader
             return
-        self._observer.drop_stale(feed)
-        view = feed.epochs % feed.views
-        feed.epochs += 1
-        with self._hook.attached(self.model):
-            for indices, batch in feed.schedule(self._is_known(feed), lambda: self._must_load(feed, view)):
-                live = self._next(feed, indices, batch, view)
-                self._lives.append(live)
-                try:
+        for feed in supply.feeds:
+            self._observer.drop_stale(feed)
+        view = supply.epochs % supply.views
+        supply.epochs += 1
+        schedule = supply.schedule(self._is_known(supply), lambda: self._must_load(supply, view))
+        with self._calls.watched():
+            for indices, batch in schedule:
+                live = self._next(supply, indices, batch, view)
+                with self._calls.expecting(live):
                     yield live.batch
-                finally:
-                    self._lives.remove(live)
                 self._note_unseen(live)
         self.stock.shelf.publish_complete()
 
     def fill(
-        self, loader: DataLoader[Any] | None = None, *, call: Callable[[Any], Any] | None = None
-    ) -> None:
+        self,
+        loader: DataLoader[Any] | None = None,
+        *,
+        call: Callable[[Any], Any] | None = None,
+        batch_size: int | None = None,
+        fold: bool = False,
+    ) -> Filled:
         """Compute what is missing for every sample of the loader, in the dataset's order, without training.
 
         One forward pass of the prefix without gradients. `batches` does the same work by and by in its
@@ -174,73 +170,68 @@ class PrefixCache:
             loader: default: the one given to the class.
             call: what the loop does with a batch up to the model's output. Default: ``model(**batch)``
                 for a dictionary, else ``model(batch[0])``.
+            batch_size: samples in a batch of this pass; the loader's by default. An exact cache takes
+                another size only once a batch of it was computed in both ways and the bits agree.
+                Larger batches pay on a GPU; on a CPU they may well be slower.
+            fold: put frozen batch-norms into the convolutions before them, for this pass. Values differ
+                by rounding, so the cache must have been made with ``exact=False``.
+
+        Returns:
+            What was done, and what was asked for and not done.
 
         Raises:
-            CacheError: this loader cannot be cached; says why.
-        """
-        loader = loader if loader is not None else self.loader
-        if loader is None:
-            raise CacheError("there is no loader to read: pass one to PrefixCache or to fill().")
-        feed = self._feed(loader)
-        if feed.reader is None or feed.reason:
-            raise CacheError(f"this loader is not cached: {feed.reason}")
-        if call is None:
-            call = self._call
-        size = feed.reader.batch_size or feed.full or 1
-        batches = [list(range(i, min(i + size, feed.reader.size))) for i in range(0, feed.reader.size, size)]
-        buffers = BufferGuard(self.model)
-        self._book.refresh()
-        with self._hook.attached(self.model), kept_random_state():
-            for view in range(feed.views):
-                for indices, batch in zip(batches, feed.reader.load(iter(batches))):
-                    live = self._next(feed, indices, batch, view)
-                    if live.observing:
-                        self._lives.append(live)
-                        try:
-                            with torch.no_grad(), untouched(self.model), buffers:
-                                call(live.batch)
-                        finally:
-                            self._lives.remove(live)
-                    phase = feed.phases.get(live.key)
-                    if feed.reason or phase is None or phase.reason:
-                        why = feed.reason or (phase.reason if phase else "the model was not called")
-                        raise CacheError(f"this loader is not cached: {why}")
-        self.stock.shelf.publish_complete()
+            CacheError: this loader cannot be cached; says why. Or an argument is out of its range.
 
-    def _call(self, batch: Any) -> Any:
-        return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
+        Warns:
+            LayerwiseWarning: batches of that size, or folded weights, give too different values.
+        """
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise CacheError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        if fold and self._exact:
+            raise CacheError("folded batch-norms change last bits: pass exact=False to PrefixCache as well.")
+        supply = self._supply(loader)
+        with self._calls.watched(), kept_random_state():
+            found = self._looked_at(supply, call or self._call)
+            done = [
+                fill_rest(self._observer, supply, feed, phase, batch_size=batch_size, fold=fold)
+                for feed, phase in found
+            ]
+        self.stock.shelf.publish_complete()
+        filled = total(done)
+        for note in filled.notes:
+            warnings.warn(f"prefix cache: {note}.", LayerwiseWarning, stacklevel=2)
+        return filled
 
     def describe(self) -> str:
         """Return, for people, what is cached, where, why, and what it is expected to gain."""
-        if not self._feeds:
+        if not self._supplies:
             return "prefix cache: nothing seen yet"
         lines = []
-        for number, feed in enumerate(self._feeds.values()):
-            name = "" if len(self._feeds) == 1 else f" (loader {number + 1})"
-            if feed.reason:
-                lines.append(f"prefix cache{name}: off: {feed.reason}")
-            lines += [f"prefix cache{name}: {_told(phase)}" for phase in feed.phases.values()]
+        for number, supply in enumerate(self._supplies.values()):
+            name = "" if len(self._supplies) == 1 else f" (loader {number + 1})"
+            if supply.reason:
+                lines.append(f"prefix cache{name}: off: {supply.reason}")
+            lines += [f"prefix cache{name}: {told(phase)}" for phase in supply.phases().values()]
         return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
     @property
     def decision(self) -> Decision | None:
         """What was chosen last for the class's own loader; None before its first batch."""
-        feed = self._feeds.get(id(self.loader))
-        if feed is None:
+        supply = self._supplies.get(id(self.loader))
+        if supply is None:
             return None
-        if feed.reason:
-            return Decision("off", feed.reason)
-        phases = [phase for phase in feed.phases.values() if phase.decision is not None or phase.reason]
+        if supply.reason:
+            return Decision("off", supply.reason)
+        phases = [p for p in supply.phases().values() if p.decision is not None or p.reason]
         if not phases:
             return None
         return phases[-1].decision or Decision("off", phases[-1].reason)
 
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""
-        for feed in self._feeds.values():
-            feed.sites.clear()
-            feed.leaves.clear()
-            feed.reason = "the cache was closed"
+        for supply in self._supplies.values():
+            supply.feeds.clear()
+            supply.reason = "the cache was closed"
         self.stock.close()
 
     def __enter__(self) -> PrefixCache:
@@ -251,200 +242,125 @@ class PrefixCache:
         """Close the cache."""
         self.close()
 
-    # -- feeds and batches --------------------------------------------------------------------
+    # -- loaders and batches ------------------------------------------------------------------
 
-    def _feed(self, loader: DataLoader[Any]) -> Feed:
-        feed = self._feeds.get(id(loader))
-        if feed is not None:
-            return feed
-        feed = Feed(loader, views=self.views)
-        self._feeds[id(loader)] = feed
-        if self.storage == "off":
-            feed.reason = "switched off"
-            return feed
-        if self._compiled or getattr(self.model, "_compiled_call_impl", None) is not None:
-            self._refuse(feed, None, "the model is compiled; pass the plain model")
-            return feed
-        try:
-            feed.reader = LoaderReader(loader)
-        except CacheError as error:
-            self._refuse(feed, None, str(error))
-            return feed
-        if feed.reader.size < 2:
-            self._refuse(feed, None, "the dataset has fewer than two samples")
-            return feed
-        try:
-            random = feed.reader.randomness()
-        except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
-            self._refuse(feed, None, f"a sample could not be loaded in this process: {_one_line(error)}")
-            return feed
-        if random and self.views == 1:
-            self._refuse(feed, None, f"{random}. Pass views=V to store V draws of each sample")
-        return feed
+    def _supply(self, loader: DataLoader[Any] | None) -> Supply:
+        """Return what is known of a loader; of one that was not seen before, whether it can be cached."""
+        loader = loader if loader is not None else self.loader
+        if loader is None:
+            raise CacheError("there is no loader to read: pass one to PrefixCache, or here.")
+        supply = self._supplies.get(id(loader))
+        if supply is None:
+            if self.storage == "off":
+                supply = Supply(loader, reason="switched off")
+            else:
+                supply = open_supply(loader, self._given, views=self.views)
+                if supply.reason:
+                    self._refuse(supply, None, supply.reason)
+            self._supplies[id(loader)] = supply
+        return supply
 
-    def _refuse(self, feed: Feed, phase: Phase | None, reason: str) -> None:
+    def _refuse(self, supply: Supply, phase: Phase | None, reason: str) -> None:
+        """Note that a phase of a loader, or the whole loader, is not cached."""
         if phase is not None:
             phase.reason = reason
         else:
-            feed.reason = reason
+            supply.reason = reason
         logger.info("prefix cache off: %s", reason)
         if self.storage in ("memory", "disk"):  # it was asked for in so many words
             warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
 
-    def _is_known(self, feed: Feed) -> bool:
+    def _is_known(self, supply: Supply) -> bool:
         """Whether this epoch can start without looking at a batch first."""
-        phase = feed.phases.get(self._book.state())
-        return phase is not None and phase.verified
+        key = self._book.state()
+        return any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
 
-    def _must_load(self, feed: Feed, view: int) -> bool:
+    def _must_load(self, supply: Supply, view: int) -> bool:
         """Whether the loader's workers had better load every batch of this epoch."""
-        assert feed.reader is not None
-        phase = feed.phases.get(self._book.state())
-        if phase is None or phase.cut is None or not phase.verified or feed.reload:
-            return True
-        rows = torch.arange(feed.reader.size) + view * feed.reader.size
-        return bool(feed.missing(phase.cut, phase.ghosts, rows).float().mean() > _MISSING_FRAC)
+        return supply.missing_frac(self._book.state(), view) > _MISSING_FRAC
 
-    def _next(self, feed: Feed, indices: list[int], batch: Any, view: int) -> Live:
+    def _next(self, supply: Supply, indices: list[int], batch: Any, view: int) -> Live:
         """Return the batch to hand out: replayed if it can be, else real."""
-        assert feed.reader is not None
-        rows = torch.tensor(indices, dtype=torch.int64) + view * feed.reader.size
-        live = Live(feed, rows, indices, self._book.state())
-        phase = live.phase = feed.phases.get(live.key)
-        usable = phase is not None and phase.verified and not phase.reason and not feed.reason
-        if usable and phase is not None and feed.fits(len(indices)):
-            try:
-                batch = self._observer.complete(feed, phase, live, batch)
-                live.batch, live.leaves = feed.handed_out(phase.ghosts, rows, batch, tag=live)
-                live.replayed = True
-                return live
-            except (CacheError, OSError) as error:
-                self._refuse(feed, phase, str(error))
+        key = self._book.state()
+        try:
+            feed = supply.feed_of(indices)
+        except CacheError as error:
+            if not supply.reason:
+                self._refuse(supply, None, str(error))
+            feed = supply.feeds[0]
+            live = Live(supply, feed, torch.empty(0, dtype=torch.int64), indices, key)
+        else:
+            live = Live(supply, feed, feed.rows_of(indices, view), indices, key)
+        phase = live.phase = feed.phases.get(key)
+        usable = not supply.reason and phase is not None and phase.verified and not phase.reason
+        if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
+            return live
         live.batch = batch if batch is not None else feed.reader.load_now(indices)
         live.leaves = tensors_in(live.batch)
         settled = phase is not None and (phase.verified or phase.reason)
         size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
-        live.observing = not (feed.reason or settled) and len(indices) >= min(size, feed.reader.size)
+        live.observing = not (supply.reason or settled) and len(indices) >= min(size, feed.size)
         return live
 
-    def _note_unseen(self, live: Live) -> None:
-        feed = live.feed
-        if live.seen:
-            feed.unseen = 0
-        elif live.observing or live.phase is not None:
-            feed.unseen += 1
-            if feed.unseen >= _PATIENCE and not feed.reason:
-                self._refuse(feed, None, "the loop does not pass the loader's batches to this model")
-
-    # -- the model's own call -----------------------------------------------------------------
-
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See every call of the model: recognise a batch that was handed out, and act on it."""
-        if self._observer.busy:
-            return None
-        for live in reversed(self._lives):
-            if live.observing:
-                if not live.seen and not live.feed.reason:
-                    self._observe_safely(live, args, kwargs)
-                if live.seen:
-                    return None
-                continue
-            link = live.feed.link
-            if live.phase is not None and link is not None and link.recognises(args, kwargs, live.leaves):
-                live.seen = True
-                return self._enter(live, link, args, kwargs)
-        return None
-
-    def _enter(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        feed, phase = live.feed, live.phase
-        if not live.replayed or phase is None or phase.cut is None or feed.reader is None:
-            return None  # it was handed out real
-        changed = (
-            live.key != self._book.state()
-            or not link.same_constants(args, kwargs)
-            or autocast_state(link.device) != link.autocast
-        )
-        if changed:  # other modes than when the batch was made: this call needs the real samples
-            leaves = tensors_in(feed.reader.load_now(live.indices))
-            return self._with_real(link, args, kwargs, leaves)
-        values = feed.values(phase.cut, live.rows, link.device)
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(
-            replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
-        )
-        return None
-
-    def _with_real(self, link: Link, args: Any, kwargs: Any, leaves: list[torch.Tensor]) -> Any:
-        numbers = iter(zip(link.leaves, link.dtypes))
-
-        def leaf(_: torch.Tensor) -> torch.Tensor:
-            number, dtype = next(numbers)
-            return leaves[number].to(link.device, dtype)
-
-        return map_tensors((args, kwargs), leaf)
-
-    def _after(self, output: Any) -> None:
-        """See every output of the model, and the end of a call that raised."""
-        if self._observer.busy:
-            return
-        stack, self._stack = self._stack, None
-        if stack is not None:
-            stack.close()
-            refuse_ghosts(output)
-        expected, self._expected = self._expected, None
-        if expected is None or output is None:
-            return
-        feed, phase, compare = expected
+    def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
+        """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
-            compare(output)
-            logger.info("prefix cache: %s", _told(phase))
+            batch = self._observer.complete(live.feed, phase, live, batch)
+            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, tag=live)
+        except OtherShapeError as error:
+            if not live.supply.sort():
+                self._refuse(live.supply, None, str(error))
+            return False
         except (CacheError, OSError) as error:
-            self._refuse(feed, phase, str(error))
+            self._refuse(live.supply, phase, str(error))
+            return False
+        live.replayed = True
+        return True
 
-    # -- the first batch of a phase -----------------------------------------------------------
+    def _note_unseen(self, live: Live) -> None:
+        supply = live.supply
+        if live.seen:
+            supply.unseen = 0
+        elif live.observing or live.phase is not None:
+            supply.unseen += 1
+            if supply.unseen >= _PATIENCE and not supply.reason:
+                self._refuse(supply, None, "the loop does not pass the loader's batches to this model")
 
-    def _observe_safely(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
-        feed = live.feed
-        self._observer.busy = True
-        try:
-            link = find_link(live.leaves, args, kwargs)
-            if link is None:
-                return
-            live.seen = True
-            live.key = self._book.state()  # the loop may have changed modes since it got the batch
-            phase = live.phase = feed.phases.setdefault(live.key, Phase())
-            if phase.verified or phase.reason:
-                return
-            try:
-                with no_autocast_cache():
-                    compare = self._observer.observe(live, link, phase, args, kwargs)
-                self._expected = (feed, phase, compare)
-            except NothingToSkipError as error:
-                phase.reason = str(error)
-                logger.info("prefix cache off: %s", error)
-            except (LayerwiseError, OSError) as error:
-                self._refuse(feed, phase, str(error))
-            except Exception as error:  # the model's and the dataset's own code ran: training must go on
-                self._refuse(feed, phase, f"looking at the first batch raised {_one_line(error)}")
-        except CacheError as error:
-            live.seen = True
-            self._refuse(feed, None, str(error))
-        finally:
-            self._observer.busy = False
+    # -- a recording pass of its own ----------------------------------------------------------
 
+    def _call(self, batch: Any) -> Any:
+        return self.model(**batch) if isinstance(batch, Mapping) else self.model(batch[0])
 
-def _told(phase: Phase) -> str:
-    """Return what was chosen for a phase, for people."""
-    if phase.reason or phase.cut is None or phase.decision is None:
-        return f"off: {phase.reason}" if phase.reason else "waiting for the first batch"
-    sites = ", ".join(map(str, phase.cut.frontier))
-    return f"{phase.decision.storage}, cut at {sites} ({phase.cut.first_dirty}): {phase.decision.reason}"
+    def _looked_at(self, supply: Supply, call: Callable[[Any], Any]) -> list[tuple[Feed, Phase]]:
+        """Return the feeds of a loader with their present phase, after a batch of each was observed.
 
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+        Raises:
+            CacheError: none of them can be cached.
+        """
+        self._book.refresh()
+        why, found = supply.reason, []
+        for feed in supply.feeds if not why else ():
+            self._observer.drop_stale(feed)
+            phase = feed.phases.get(self._book.state())
+            if phase is None or not (phase.verified or phase.reason):
+                samples = feed.members or range(feed.size)
+                size = min(feed.reader.batch_size or feed.full or 1, feed.size)
+                live = self._next(supply, list(samples[:size]), None, 0)
+                with (
+                    self._calls.expecting(live),
+                    torch.no_grad(),
+                    untouched(self.model),
+                    BufferGuard(self.model),
+                ):
+                    call(live.batch)
+                phase = feed.phases.get(self._book.state())
+            if supply.reason or phase is None or phase.reason:
+                why = supply.reason or (phase.reason if phase else "the model was not called")
+            else:
+                found.append((feed, phase))
+        if not found:
+            raise CacheError(f"this loader is not cached: {why}")
+        return found
 
 
 def _check_options(storage: Any, budget_bytes: Any, views: Any, dtype: Any, exact: bool) -> None:

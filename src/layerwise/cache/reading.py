@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
-_PROBES = 4  # samples drawn twice to find random augmentation
+_PROBES = 4  # samples drawn twice to find random augmentation, or looked at one by one for their shapes
 
 
 class LoaderReader:
@@ -123,23 +123,27 @@ class LoaderReader:
             samples = [dataset[index] for index in indices]
         return self.loader.collate_fn(samples)
 
+    def probes(self) -> list[int]:
+        """Return the indices of a few samples, spread evenly."""
+        count = min(_PROBES, self.size)
+        return sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
+
     def randomness(self) -> str:
         """Draw a few samples twice under different seeds; return what differs, or ``""``.
 
         A dataset that draws random numbers without using them counts as random too: skipping it would
         shift every later draw. All random states are put back.
         """
-        count = min(_PROBES, self.size)
-        indices = sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
+        indices = self.probes()
         with kept_random_state():
             reseed(0)
             before = _random_states()
-            first = self.load_now(indices)
+            first = [self.load_now([index]) for index in indices]  # samples may differ in shape
             if _random_states() != before:
                 return "loading a sample draws random numbers (a random augmentation)"
             reseed(1)
             with _next_epoch(self.loader.dataset):
-                second = self.load_now(indices)
+                second = [self.load_now([index]) for index in indices]
         one, other = tensors_in(first), tensors_in(second)
         if len(one) != len(other) or not all(
             a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other)

@@ -32,7 +32,7 @@ from layerwise.cache.fingerprint import (
     weights_digest,
 )
 from layerwise.cache.layout import Layout
-from layerwise.cache.reading import kept_random_state
+from layerwise.cache.reading import LoaderReader, kept_random_state
 from layerwise.cache.shelf import Shelf
 from layerwise.cache.store import Column, RowSpec
 
@@ -70,7 +70,7 @@ class Stock:
         self._memory_bytes = int(free_memory_bytes() * MEMORY_FRAC) if budget_bytes is None else budget_bytes
         self._disk_bytes = budget_bytes
         self._held: dict[int, Column] = {}
-        self._data: dict[int, str] = {}
+        self._data: dict[LoaderReader, str] = {}
 
     def _spare(self, where: Literal["memory", "disk"]) -> int:
         columns = self._held | {id(column): column for column in (self._pool or {}).values()}
@@ -92,12 +92,11 @@ class Stock:
         return self._pool is not None or self.shelf.lasting
 
     def _data_digest(self, feed: Feed) -> str:
-        assert feed.reader is not None
-        if id(feed) not in self._data:
+        if feed.reader not in self._data:
             with kept_random_state():
                 digest = data_digest(feed.loader.dataset, feed.reader.load_now, feed.reader.size)
-            self._data[id(feed)] = digest
-        return self._data[id(feed)]
+            self._data[feed.reader] = digest
+        return self._data[feed.reader]
 
     def _key(self, feed: Feed, source: Source | None, what: str, spec: RowSpec) -> str:
         """Return the name of a column: all that its values depend on. ``""`` if nothing is shared."""
@@ -110,10 +109,10 @@ class Stock:
             what,
             weights,
             source.structure if source is not None else "",
-            self._data_digest(feed),
+            self._data_digest(feed) + feed.digest,
             f"{spec} views {feed.views}",
             f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.arguments}",
-            f"batches of {feed.full}" if feed.sizes == {feed.full} else "",
+            _bits_of(feed),
         )
 
     def _shared(self, key: str, rows: int, spec: RowSpec) -> Column | None:
@@ -281,3 +280,10 @@ class Stock:
 def checked_folder(folder: str | Path | None) -> Path | None:
     """Return `folder` as a path with ``~`` resolved."""
     return None if folder is None else Path(folder).expanduser()
+
+
+def _bits_of(feed: Feed) -> str:
+    """Return what a feed's last bits depend on besides what is computed."""
+    if feed.sizes is None:
+        return "not exact"
+    return f"batches of {feed.full}" if feed.sizes == {feed.full} else ""

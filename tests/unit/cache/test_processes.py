@@ -49,7 +49,7 @@ DDP = """
         ended.append({{k: v.clone() for k, v in model.state_dict().items()}})
     assert all(torch.equal(ended[0][k], ended[1][k]) for k in ended[0])
     assert "cut at layer1" in cache.describe()
-    (feed,) = cache._feeds.values()
+    ((feed,),) = (s.feeds for s in cache._supplies.values())
     (stored,) = feed.sites.values()
     torch.save((loads, int(stored.column.filled.sum()), ended[1]), sys.argv[3])
     torch.distributed.destroy_process_group()

@@ -1,0 +1,170 @@
+"""`Calls`: what happens when the model is called while batches are handed out.
+
+A hook sees every call of the model. A call with a batch that was handed out is either replayed from stored
+values, or, for the first batch of a phase, observed: computed plainly, and compared with a replay. All other
+calls run as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.checking import no_autocast_cache
+from layerwise.cache.cut import NothingToSkipError
+from layerwise.cache.cutbook import CutBook
+from layerwise.cache.feed import OtherShapeError, Phase
+from layerwise.cache.hooks import RootHook
+from layerwise.cache.link import Link, autocast_state, find_link
+from layerwise.cache.observing import Live, Observer
+from layerwise.cache.opening import one_line
+from layerwise.cache.replay import refuse_ghosts, replaying
+from layerwise.cache.supply import Supply
+from layerwise.errors import CacheError, LayerwiseError
+from layerwise.layers.structures import map_tensors, tensors_in
+
+logger = logging.getLogger("layerwise.cache")
+
+Refuse = Callable[[Supply, Phase | None, str], None]
+"""Notes that a loader, or one of its phases, is not cached, and why."""
+
+
+class Calls:
+    """Watches one model's calls.
+
+    Args:
+        model: the model.
+        book: tells in which state (who learns, which modes) the model is.
+        observer: looks at the first batch of a phase.
+        refuse: see `Refuse`.
+    """
+
+    def __init__(self, model: nn.Module, book: CutBook, observer: Observer, refuse: Refuse) -> None:
+        self._model, self._book, self._observer, self._refuse = model, book, observer, refuse
+        self._hook = RootHook(self._before, self._after)
+        self._lives: list[Live] = []
+        self._replay: contextlib.ExitStack | None = None  # open during a replayed call
+        self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
+
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        """Within: calls of the model are seen; may be nested."""
+        return self._hook.attached(self._model)
+
+    @contextlib.contextmanager
+    def expecting(self, live: Live) -> Iterator[None]:
+        """Within: `live` is in the loop's hands, and may come to the model."""
+        self._lives.append(live)
+        try:
+            yield
+        finally:
+            self._lives.remove(live)
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Recognise a batch that was handed out, and act on it."""
+        if self._observer.busy:
+            return None
+        for live in reversed(self._lives):
+            if live.observing:
+                if not live.seen and not live.supply.reason:
+                    self._observe(live, args, kwargs)
+                if live.seen:
+                    return None
+                continue
+            link = live.feed.link
+            if live.phase is not None and link is not None and link.recognises(args, kwargs, live.leaves):
+                live.seen = True
+                return self._begin_replay(live, link, args, kwargs)
+        return None
+
+    def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        feed, phase = live.feed, live.phase
+        if not live.replayed or phase is None or phase.cut is None:
+            return None  # it was handed out real
+        changed = (
+            live.key != self._book.state()
+            or not link.same_constants(args, kwargs)
+            or autocast_state(link.device) != link.autocast
+        )
+        if changed:  # other modes than when the batch was made: this call needs the real samples
+            leaves = tensors_in(feed.reader.load_now(live.indices))
+            return _with_real(link, args, kwargs, leaves)
+        values = feed.values(phase.cut, live.rows, link.device)
+        self._replay = contextlib.ExitStack()
+        self._replay.enter_context(
+            replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
+        )
+        return None
+
+    def _after(self, output: Any) -> None:
+        """See every output of the model, and the end of a call that raised (`output` is then None)."""
+        if self._observer.busy:
+            return
+        replay, self._replay = self._replay, None
+        if replay is not None:
+            replay.close()
+            refuse_ghosts(output)
+        comparison, self._comparison = self._comparison, None
+        if comparison is None or output is None:
+            return
+        live, compare = comparison
+        try:
+            compare(output)
+            logger.info("prefix cache: %s", told(live.phase))
+        except (CacheError, OSError) as error:
+            self._refuse(live.supply, live.phase, str(error))
+
+    def _observe(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
+        feed = live.feed
+        self._observer.busy = True
+        try:
+            link = find_link(live.leaves, args, kwargs)
+            if link is None:
+                return
+            live.seen = True
+            live.key = self._book.state()  # the loop may have changed modes since it got the batch
+            phase = live.phase = feed.phases.setdefault(live.key, Phase())
+            if phase.verified or phase.reason:
+                return
+            try:
+                with no_autocast_cache():
+                    self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
+            except OtherShapeError as error:
+                if not live.supply.sort():
+                    self._refuse(live.supply, None, str(error))
+            except NothingToSkipError as error:
+                phase.reason = str(error)
+                logger.info("prefix cache off: %s", error)
+            except (LayerwiseError, OSError) as error:
+                self._refuse(live.supply, phase, str(error))
+            except Exception as error:  # the model's and the dataset's own code ran: training must go on
+                self._refuse(live.supply, phase, f"looking at the first batch raised {one_line(error)}")
+        except CacheError as error:
+            live.seen = True
+            self._refuse(live.supply, None, str(error))
+        finally:
+            self._observer.busy = False
+
+
+def told(phase: Phase | None) -> str:
+    """Return what was chosen for a phase, for people."""
+    if phase is None or phase.reason or phase.cut is None or phase.decision is None:
+        return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
+    sites = ", ".join(map(str, phase.cut.frontier))
+    return f"{phase.decision.storage}, cut at {sites} ({phase.cut.first_dirty}): {phase.decision.reason}"
+
+
+def _with_real(link: Link, args: Any, kwargs: Any, leaves: list[torch.Tensor]) -> Any:
+    """Return the arguments of a call with the real samples in place of ghosts."""
+    numbers = iter(zip(link.leaves, link.dtypes))
+
+    def leaf(_: torch.Tensor) -> torch.Tensor:
+        number, dtype = next(numbers)
+        return leaves[number].to(link.device, dtype)
+
+    return map_tensors((args, kwargs), leaf)

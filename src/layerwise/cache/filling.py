@@ -1,0 +1,187 @@
+"""The recording pass on its own: the frozen prefix of all samples, without training.
+
+Two things may make it faster than the same work in the first epoch: batches of another size, and
+batch-norms that are folded into convolutions. Each is tried on one batch first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layerwise.cache.cut import Cut, Site
+from layerwise.cache.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.feed import Feed, Phase
+from layerwise.cache.folding import FOLD_TOLERANCE, Folding, find_pairs, relative_difference
+from layerwise.cache.observing import Live, Observer
+from layerwise.cache.reading import same_bits
+from layerwise.cache.supply import Supply
+from layerwise.errors import CacheError
+from layerwise.layers.recording import record
+from layerwise.layers.structures import tensors_in
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a recording pass did.
+
+    Attributes:
+        samples: that were computed, views counted.
+        batch_size: of its batches.
+        folded: number of batch-norms that were folded into convolutions.
+        difference: largest difference of folded values from plain ones on the first batch, relative to
+            the largest number of each value; 0.0 where nothing was folded.
+        notes: what was asked for and not done, and why.
+    """
+
+    samples: int
+    batch_size: int
+    folded: int = 0
+    difference: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def total(parts: Sequence[Filled]) -> Filled:
+    """Return what was done for samples of several shapes as one."""
+    notes = dict.fromkeys(note for part in parts for note in part.notes)
+    return Filled(
+        sum(part.samples for part in parts),
+        max(part.batch_size for part in parts),
+        max(part.folded for part in parts),
+        max(part.difference for part in parts),
+        tuple(notes),
+    )
+
+
+def fill_rest(
+    observer: Observer,
+    supply: Supply,
+    feed: Feed,
+    phase: Phase,
+    *,
+    batch_size: int | None = None,
+    fold: bool = False,
+) -> Filled:
+    """Compute and store what is missing of a feed's samples.
+
+    Args:
+        observer: computes samples.
+        supply: the loader.
+        feed: of those of its samples that are to be computed.
+        phase: under way, and verified: the values of its cut are computed, and those of later phases for
+            which there is room.
+        batch_size: of this pass; the loader's by default.
+        fold: fold batch-norms.
+    """
+    assert phase.cut is not None
+    samples, notes = feed.members or list(range(feed.size)), []
+    folding: Folding | None = None
+    difference = 0.0
+    if fold:
+        folding, difference, note = _try_folding(observer, feed, phase.cut)
+        notes += [note] if note else []
+    done = 0
+    if batch_size is not None and not feed.fits(batch_size):
+        trial = samples[:batch_size]
+        done += _fill(observer, supply, feed, phase, trial, feed.full, 0, None)
+        if len(trial) < batch_size:
+            batch_size = feed.full  # the data is smaller than such a batch
+        elif reason := _other_bits(observer, feed, phase.cut, trial):
+            notes.append(f"batches of {batch_size} are not used for the recording pass: {reason}")
+            batch_size = feed.full
+        elif feed.sizes is not None:
+            feed.sizes = feed.sizes | {batch_size}
+    size = batch_size or feed.full
+    for view in range(feed.views):
+        done += _fill(observer, supply, feed, phase, samples, size, view, folding)
+    return Filled(done, size, 0 if folding is None else len(folding), difference, tuple(notes))
+
+
+def _fill(
+    observer: Observer,
+    supply: Supply,
+    feed: Feed,
+    phase: Phase,
+    samples: Sequence[int],
+    size: int,
+    view: int,
+    folding: Folding | None,
+) -> int:
+    """Compute the samples of which something is missing, in batches of `size`; return how many there were."""
+    assert phase.cut is not None
+    batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+    rows = [feed.rows_of(batch, view) for batch in batches]
+    absent = [int(feed.missing(phase.cut, phase.ghosts, some).sum()) for some in rows]
+    wanted = [number for number, count in enumerate(absent) if count]
+    loaded = feed.reader.load(iter([batches[number] for number in wanted]))
+    for number, batch in zip(wanted, loaded):
+        live = Live(supply, feed, rows[number], batches[number], None)
+        with folding or contextlib.nullcontext():
+            observer.complete(feed, phase, live, batch)
+        if folding is not None:
+            folding.check()
+    return sum(absent)
+
+
+def _cuts(observer: Observer, feed: Feed, cut: Cut) -> list[Cut]:
+    """Return the cuts whose values are stored: the present one, and later ones for which there is room."""
+    later = [other for _, other in observer.book.later()]
+    return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
+
+
+def _other_bits(observer: Observer, feed: Feed, cut: Cut, samples: list[int]) -> str:
+    """Return how a batch of all `samples` differs from what is stored of them; ``""`` if no bit does."""
+    assert feed.link is not None
+    assert feed.shape is not None
+    cuts, rows = _cuts(observer, feed, cut), feed.rows_of(samples, 0)
+    leaves = feed.shape.check(feed.reader.load_now(samples), len(samples))
+    runs: list[ElementwiseLog] = []
+
+    def compute(count: int) -> dict[Site, torch.Tensor]:
+        assert feed.link is not None
+        runs.append(ElementwiseLog())
+        args, kwargs = feed.link.build([leaf[:count] for leaf in leaves])
+        return observer.run_prefix(
+            feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]
+        ).values
+
+    values = compute(len(samples))
+    for site in (site for each in cuts for site in each.frontier):
+        fresh = feed.sites[site].layout.to_rows(values[site]).cpu()
+        if not same_bits(fresh, feed.sites[site].column.get(rows)):
+            return f"the last bits of the value at {site} differ from those in batches of {feed.full}"
+    compute(feed.full)
+    within, between = uneven_places(runs[1].runs, feed.full, runs[0].runs, len(samples))
+    if within or between:
+        return f"the last bits of {within or between} depend on the size of the batch"
+    return ""
+
+
+def _try_folding(observer: Observer, feed: Feed, cut: Cut) -> tuple[Folding | None, float, str]:
+    """Return the folding, its relative difference on the first batch, and what is to be said of it."""
+    assert feed.link is not None
+    assert feed.shape is not None
+    cuts, link, count = _cuts(observer, feed, cut), feed.link, feed.full
+    args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
+    with torch.no_grad():
+        pairs = find_pairs(record(observer.model, args, kwargs), cuts)
+    if not pairs:
+        return None, 0.0, "nothing is folded: no frozen batch-norm follows a frozen convolution directly"
+    folding = Folding(observer.model, pairs)
+    plain = observer.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=False).values
+    try:
+        with folding:
+            folded = observer.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=False).values
+        folding.check()
+    except CacheError as error:
+        return None, 0.0, f"nothing is folded: {str(error).rstrip('.')}"
+    difference = relative_difference(plain, folded, (site for each in cuts for site in each.frontier))
+    if not difference <= FOLD_TOLERANCE:
+        return None, 0.0, (
+            f"nothing is folded: values would differ by {difference:.1e} of the largest, more than "
+            f"{FOLD_TOLERANCE:.0e}"
+        )  # fmt: skip
+    return folding, difference, ""

@@ -1,0 +1,180 @@
+"""Fold frozen batch-norms into the convolutions before them, for the time of a recording pass.
+
+A batch-norm that does not train is a scale and a shift of each channel, so it can go into the weights of the
+convolution whose output it alone reads. That saves a pass over each activation. The last bits change, so it
+is done on request only, and only where the values stay near (`FOLD_TOLERANCE`).
+
+The model is not touched: the folded weights are handed to the convolution's function call, and the
+batch-norm's call returns what it is given. So there is nothing to put back, whatever is raised.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+
+from layerwise.cache.cut import Cut, Site
+from layerwise.cache.fingerprint import named_tensors
+from layerwise.errors import CacheError
+from layerwise.layers.graph import Op, Recording
+
+FOLD_TOLERANCE = 1e-4
+"""Largest difference, relative to a value's largest number, up to which folded weights are used."""
+
+_CONVOLUTIONS: tuple[Callable[..., Any], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A convolution and the batch-norm that alone reads its output, both frozen.
+
+    Attributes:
+        convolution: names of its weight and, if it has one, its bias.
+        norm: names of weight, bias, running mean and running variance; ``""`` for what it does not have.
+        eps: of the batch-norm.
+    """
+
+    convolution: tuple[str, str]
+    norm: tuple[str, str, str, str]
+    eps: float
+
+
+def find_pairs(recording: Recording, cuts: Iterable[Cut]) -> list[Pair]:
+    """Return the pairs that can be folded while the values of `cuts` are computed.
+
+    Either both of a pair or none of it lie before the sites of each cut; so no stored value is what a
+    convolution gave before its batch-norm.
+
+    Args:
+        recording: of the model in its present modes.
+        cuts: whose values the pass shall give.
+    """
+    readers = Counter(source for op in recording.ops for source in op.sources)
+    uses = Counter(name for op in recording.ops for name in op.parameters)
+    handed_out = {recording.values[key].writer for key in recording.output_keys}
+    before = [{name for source in cut.sources.values() for name in source.tensors} for cut in cuts]
+    found = []
+    for op in recording.ops:
+        if "batch_norm" not in op.name or op.effect is not None or op.mutates or len(op.sources) != 1:
+            continue
+        source = recording.ops[op.sources[0]]
+        if source.name != "convolution" or readers[source.index] != 1 or source.index in handed_out:
+            continue
+        pair = _pair(source, op, recording)
+        if pair is None or uses[pair.convolution[0]] != 1:
+            continue
+        if any(pair.norm[2] in names for names in before) and all(
+            (pair.convolution[0] in names) == (pair.norm[2] in names) for names in before
+        ):
+            found.append(pair)
+    return found
+
+
+def _pair(convolution: Op, norm: Op, recording: Recording) -> Pair | None:
+    """Return the names of what two operations read; None if they read anything but weights of the model."""
+    eps = getattr(norm.call.module, "eps", None) if norm.call is not None else None
+    weights = [recording.values[key] for key in convolution.reads[1:]]
+    own = [recording.values[key] for key in norm.reads[1:]]  # the first one is the input
+    affine = [value.name for value in own if value.kind == "parameter"]
+    statistics = [value.name for value in own if value.kind == "buffer"]
+    if (
+        not isinstance(eps, float)
+        or norm.read_ops[0] != convolution.index
+        or not 1 <= len(weights) <= 2
+        or any(value.kind != "parameter" for value in weights)
+        or len(own) != len(affine) + len(statistics)
+        or len(affine) not in (0, 2)
+        or len(statistics) != 2
+    ):
+        return None
+    bias = weights[1].name if len(weights) > 1 else ""
+    scale, shift = affine or ("", "")
+    return Pair((weights[0].name, bias), (scale, shift, statistics[0], statistics[1]), eps)
+
+
+class Folding(TorchFunctionMode):
+    """Within: the convolutions of `pairs` run with folded weights, and their batch-norms do nothing.
+
+    Args:
+        model: whose weights.
+        pairs: see `find_pairs`.
+
+    Raises:
+        CacheError: on leaving, if a convolution was folded and its batch-norm did not come.
+    """
+
+    def __init__(self, model: nn.Module, pairs: Sequence[Pair]) -> None:
+        super().__init__()
+        tensors: Mapping[str, torch.Tensor] = named_tensors(model)
+        self._kept = tensors  # identities stay valid
+        self._folded: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        with torch.no_grad():
+            for pair in pairs:
+                weight, bias = (tensors.get(name) for name in pair.convolution)
+                scale, shift, mean, variance = (tensors.get(name) for name in pair.norm)
+                assert weight is not None
+                assert mean is not None
+                assert variance is not None
+                one, other = fuse_conv_bn_weights(weight, bias, mean, variance, pair.eps, scale, shift)
+                self._folded[id(weight)] = one.detach(), other.detach(), mean
+
+    def __len__(self) -> int:
+        """Return how many pairs are folded."""
+        return len(self._folded)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function, or its folded form."""
+        kwargs = kwargs or {}
+        if func in _CONVOLUTIONS:
+            given = args[1] if len(args) > 1 else kwargs.get("weight")
+            if id(given) in self._folded:
+                weight, bias, mean = self._folded[id(given)]
+                left = {name: value for name, value in kwargs.items() if name not in ("weight", "bias")}
+                if len(args) > 3:
+                    output = func(args[0], weight, bias, *args[3:], **left)
+                else:
+                    output = func(*args[:1], weight=weight, bias=bias, **left)
+                self._waiting.append((output, mean))
+                return output
+        if self._waiting and func in (nn.functional.batch_norm, torch.batch_norm):
+            output, mean = self._waiting[-1]
+            present = args[0] if args else kwargs.get("input")
+            if present is output and any(part is mean for part in (*args, *kwargs.values())):
+                self._waiting.pop()
+                return output
+        return func(*args, **kwargs)
+
+    def check(self) -> None:
+        """Raise if a convolution was folded and its batch-norm did not come after it.
+
+        Raises:
+            CacheError: so it is.
+        """
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            raise CacheError(
+                f"{len(waiting)} batch-norms did not follow their convolutions as they did when the "
+                f"model was recorded, so they cannot be folded. Leave fold out."
+            )
+
+
+def relative_difference(
+    one: Mapping[Site, torch.Tensor], other: Mapping[Site, torch.Tensor], sites: Iterable[Site]
+) -> float:
+    """Return the largest difference at `sites`, relative to the largest number of each value."""
+    found = 0.0
+    for site in sites:
+        scale = float(one[site].abs().max())
+        gap = float((one[site].double() - other[site].double()).abs().max())
+        found = max(found, gap / scale if scale else gap)
+    return found

@@ -1,0 +1,159 @@
+"""`Supply`: one loader whose samples the cache keeps, sorted by their shapes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from layerwise.cache.feed import Feed, Kind, Phase, merged
+from layerwise.cache.reading import LoaderReader, kept_random_state
+from layerwise.errors import CacheError
+from layerwise.layers.structures import tensors_in
+
+_MIXED = (
+    "a batch holds samples that have different shapes when each is collated alone, so a sample's padding "
+    "depends on the others of its batch, and with it the last bits of what the prefix computes. Pad each "
+    "sample to a length of its own, and make batches of one length: "
+    "layerwise.training.data.EpochBatches(lengths=...)."
+)
+
+
+@dataclass
+class Supply:
+    """One loader, and a `Feed` for each shape that its samples have.
+
+    A sample must have the same shape in every epoch, and a batch must hold samples of one shape. Each shape
+    is then cached like a data set of its own: it is looked at, proved and stored by itself.
+
+    Attributes:
+        loader: as given.
+        reader: gives its indices and samples; None if it cannot be read by index.
+        reason: why nothing of this loader is cached; ``""`` if it may be.
+        views: draws of each sample that are stored.
+        feeds: one for each shape.
+        kinds: for each sample, the number of its feed; None where all have one shape.
+        epochs: epochs that began.
+        unseen: batches in a row that were handed out and never reached the model.
+    """
+
+    loader: DataLoader[Any]
+    reader: LoaderReader | None = None
+    reason: str = ""
+    views: int = 1
+    feeds: list[Feed] = field(default_factory=list)
+    kinds: list[int] | None = None
+    epochs: int = 0
+    unseen: int = 0
+
+    def read(self, reader: LoaderReader) -> None:
+        """Take samples from `reader`, which so far are thought to have one shape."""
+        self.reader = reader
+        self.feeds = [Feed(self.loader, reader, views=self.views)]
+
+    def sort(self) -> bool:
+        """Load every sample by itself, and sort them by shape; what was stored before is forgotten.
+
+        Returns:
+            Whether that helps: False if all have one shape, or were sorted before, or are random.
+        """
+        assert self.reader is not None
+        if self.kinds is not None or self.views > 1:
+            return False
+        with kept_random_state():
+            singles = self.reader.load(iter([[index] for index in range(self.reader.size)]))
+            shapes = [_kind(single) for single in singles]
+        numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
+        if len(numbers) == 1:
+            return False
+        self.kinds = [numbers[shape] for shape in shapes]
+        members: list[list[int]] = [[] for _ in numbers]
+        for index, number in enumerate(self.kinds):
+            members[number].append(index)
+        self.feeds = [
+            Feed(self.loader, self.reader, views=self.views, kind=shape, members=members[number])
+            for shape, number in numbers.items()
+        ]
+        return True
+
+    def looks_ragged(self) -> bool:
+        """Return whether a few samples, each collated alone, have different shapes."""
+        assert self.reader is not None
+        with kept_random_state():
+            return len({_kind(self.reader.load_now([index])) for index in self.reader.probes()}) > 1
+
+    def feed_of(self, indices: Sequence[int]) -> Feed:
+        """Return the feed of a batch.
+
+        Raises:
+            CacheError: its samples have several shapes.
+        """
+        if self.kinds is None:
+            return self.feeds[0]
+        numbers = {self.kinds[index] for index in indices}
+        if len(numbers) > 1:
+            raise CacheError(_MIXED)
+        return self.feeds[numbers.pop()]
+
+    def phases(self) -> dict[Any, Phase]:
+        """Return, by trainable parameters and modes, what was found for all shapes together."""
+        keys = dict.fromkeys(key for feed in self.feeds for key in feed.phases)
+        return {key: merged([feed.phases[key] for feed in self.feeds if key in feed.phases]) for key in keys}
+
+    def is_off(self, key: Any) -> bool:
+        """Whether nothing of this loader is cached in the phase `key`."""
+        return bool(self.reason) or all(key in feed.phases and feed.phases[key].reason for feed in self.feeds)
+
+    def missing_frac(self, key: Any, view: int) -> float:
+        """Return the share of the samples that have to be loaded in an epoch of the phase `key`."""
+        count = 0.0
+        for feed in self.feeds:
+            phase = feed.phases.get(key)
+            if phase is None or phase.cut is None or not phase.verified or feed.reload:
+                count += feed.size
+            else:
+                rows = torch.arange(feed.size) + view * feed.size
+                count += float(feed.missing(phase.cut, phase.ghosts, rows).sum())
+        return count / max(sum(feed.size for feed in self.feeds), 1)
+
+    def schedule(
+        self, known: bool, must_load: Callable[[], bool]
+    ) -> Generator[tuple[list[int], Any], None, None]:
+        """Yield (indices, batch) for one epoch; the batch is None where the caller has to load it.
+
+        Args:
+            known: `must_load` can be asked at once; otherwise after the first batch.
+            must_load: whether most batches have to be loaded; the loader's own workers then do it.
+        """
+        assert self.reader is not None
+        if known and not must_load():
+            for indices in self.reader.epoch():
+                yield indices, None
+            return
+        source = self.reader.epoch(ahead=False)
+        if not known:
+            for indices in source:
+                yield indices, None
+                break
+            if not must_load():
+                for indices in source:
+                    yield indices, None
+                return
+        seen: deque[list[int]] = deque()
+
+        def noted() -> Iterator[list[int]]:
+            for indices in source:
+                seen.append(indices)
+                yield indices
+
+        for batch in self.reader.load(noted()):
+            yield seen.popleft(), batch
+
+
+def _kind(single: Any) -> Kind:
+    """Return the shapes, first dimension left out, and types of the tensors of a batch."""
+    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tensors_in(single))
