@@ -1,0 +1,231 @@
+"""`PrefixCache.fill`: batches of another size and folded batch-norms, only where the values allow it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import layerwise
+from cache_loops import freeze_prefix, images
+from helpers import TinyCNN
+from layerwise.cache.cut import find_cut
+from layerwise.cache.folding import Folding, find_pairs
+from layerwise.errors import CacheError, LayerwiseWarning
+from layerwise.layers.recording import record
+
+LAST = ("layer2", "fc")
+
+
+def tiny(make=TinyCNN, *learning: str) -> nn.Module:
+    """Return a model with a frozen prefix whose running statistics are those of some training."""
+    torch.manual_seed(0)
+    model = make()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.3)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    freeze_prefix(model, *(learning or LAST))
+    return model
+
+
+def cached(model: nn.Module, data=None, batch: int = 4, **options) -> layerwise.PrefixCache:
+    loader = DataLoader(images(32) if data is None else data, batch, shuffle=True)
+    return layerwise.PrefixCache(model, loader, **{"storage": "memory", **options})
+
+
+def stored(cache: layerwise.PrefixCache) -> torch.Tensor:
+    """Return the values of the one site of the one loader, in the order of the dataset."""
+    ((feed,),) = (supply.feeds for supply in cache._supplies.values())
+    ((site),) = feed.sites.values()
+    assert bool(site.column.filled.all())
+    return site.column.get(torch.arange(len(site.column.filled)))
+
+
+# -- the pass itself ------------------------------------------------------------------------------
+
+
+def test_only_what_is_missing_is_computed() -> None:
+    # a second pass loads nothing, and says so
+    data = images(22)
+    cache = cached(tiny(), data)
+    assert cache.fill().samples == 18  # the first batch was looked at before, and stored
+    loads = data.loads
+    assert cache.fill().samples == 0
+    assert data.loads == loads
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32, 64])
+def test_another_batch_size_changes_no_bit(size) -> None:
+    # whether it is taken or not
+    plain, other = cached(tiny()), cached(tiny())
+    plain.fill()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+        done = other.fill(batch_size=size)
+    assert torch.equal(stored(plain), stored(other))
+    assert done.batch_size == (4 if size == 64 or done.notes else size)  # there are 32 samples
+
+
+class Sized(TinyCNN):
+    """Gives other last bits for more than 8 samples, as a kernel that is chosen by size does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem.append(Rounding())
+
+
+class Rounding(nn.Module):
+    def forward(self, x):
+        return x * (1 + 2.0**-20) if len(x) > 8 else x
+
+
+def test_a_batch_size_with_other_bits_is_refused() -> None:
+    # the user is told, and the values are those of the loader's batches
+    plain, other = cached(tiny(Sized)), cached(tiny(Sized))
+    plain.fill()
+    with pytest.warns(
+        LayerwiseWarning, match="batches of 16 are not used for the recording pass: the last bi"
+    ):
+        done = other.fill(batch_size=16)
+    assert done.batch_size == 4
+    assert "differ from those in batches of 4" in done.notes[0]
+    assert torch.equal(stored(plain), stored(other))
+
+
+def test_a_batch_size_with_other_bits_is_taken_if_the_cache_need_not_be_exact() -> None:
+    plain, other = cached(tiny(Sized)), cached(tiny(Sized), exact=False)
+    plain.fill()
+    assert other.fill(batch_size=16).batch_size == 16
+    assert not torch.equal(stored(plain), stored(other))
+    torch.testing.assert_close(stored(plain), stored(other), rtol=1e-4, atol=1e-5)
+
+
+# -- folding --------------------------------------------------------------------------------------
+
+
+def test_folding_keeps_values_near_and_the_model_as_it_is() -> None:
+    # both pairs of the prefix; weights, buffers, attributes and outputs of the model are what they were
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    plain, folded = cached(tiny()), cached(model, exact=False)
+    plain.fill()
+    done = folded.fill(fold=True)
+    assert (done.folded, done.notes) == (2, ())
+    assert 0 < done.difference < 1e-5
+    assert not torch.equal(stored(plain), stored(folded))  # it was at work
+    torch.testing.assert_close(stored(plain), stored(folded))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+    probe = torch.randn(4, 3, 8, 8)
+    assert torch.equal(model.eval()(probe), tiny().eval()(probe))
+
+
+def test_folding_is_for_caches_that_need_not_be_exact() -> None:
+    with pytest.raises(CacheError, match="pass exact=False"):
+        cached(tiny()).fill(fold=True)
+
+
+def test_folding_is_refused_where_values_move() -> None:
+    # a large mean that bias and batch-norm cancel: folded values are another 10 % of the small rest
+    model = tiny()
+    with torch.no_grad():
+        model.stem[0].bias += 1e6
+        model.stem[1].running_mean += 1e6
+    plain, folded = cached(model), cached(model, exact=False)
+    plain.fill()
+    with pytest.warns(LayerwiseWarning, match="nothing is folded: values would differ"):
+        done = folded.fill(fold=True)
+    assert (done.folded, done.difference) == (0, 0.0)
+    assert torch.equal(stored(plain), stored(folded))
+
+
+def test_nothing_to_fold_is_told() -> None:
+    class Plain(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem[1], self.layer1[1] = nn.Identity(), nn.Identity()
+
+    with pytest.warns(LayerwiseWarning, match="no frozen batch-norm follows a frozen convolution"):
+        assert cached(tiny(Plain), exact=False).fill(fold=True).folded == 0
+
+
+def pairs(model: nn.Module, *cuts: tuple[str, ...]) -> list[str]:
+    """Return the convolutions that can be folded when the children named by each cut learn."""
+    recording = record(model, (torch.zeros(2, 3, 8, 8),))
+    found = []
+    for learning in cuts:
+        names = {name for name, _ in model.named_parameters() if name.startswith(learning)}
+        found.append(find_cut(recording, frozenset(names)))
+    return [pair.convolution[0] for pair in find_pairs(recording, found)]
+
+
+def test_which_pairs_are_folded() -> None:
+    # those before every stored value, or behind it; never a pair with a stored value in its middle
+    model = tiny()
+    assert pairs(model, LAST) == ["stem.0.weight", "layer1.0.weight"]
+    assert pairs(model, LAST, ("layer1", *LAST)) == ["stem.0.weight", "layer1.0.weight"]
+    assert pairs(model, LAST, ("layer1.1", *LAST)) == ["stem.0.weight"]  # layer1.0's own output is stored
+
+
+def test_a_convolution_that_somebody_else_reads_is_not_folded() -> None:
+    class Shortcut(TinyCNN):
+        def forward(self, x):
+            x = self.stem[0](x)
+            x = self.layer1(x + self.stem[1](x))
+            return self.fc(self.flatten(self.pool(self.layer2(x))))
+
+    assert pairs(tiny(Shortcut), LAST) == ["layer1.0.weight"]
+
+
+def test_a_batch_norm_that_does_not_come_is_found() -> None:
+    # the pass takes another way than the recorded one: the convolution's folded output is not handed on
+    model = tiny()
+    recording = record(model, (torch.zeros(2, 3, 8, 8),))
+    names = frozenset(name for name, _ in model.named_parameters() if name.startswith(LAST))
+    folding = Folding(model, find_pairs(recording, [find_cut(recording, names)]))
+    with torch.no_grad(), folding:
+        model.stem(torch.zeros(2, 3, 8, 8))
+    folding.check()
+    with torch.no_grad(), folding:
+        model.stem[0](torch.zeros(2, 3, 8, 8))
+    with pytest.raises(CacheError, match="1 batch-norms did not follow"):
+        folding.check()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_of_each_rank(rank) -> None:
+    # with and without bias and affine weights
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
+    norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(conv(3, 4, 3, bias=False), norm(4), nn.ReLU())
+            self.layer1 = nn.Sequential(conv(4, 4, 1), norm(4, affine=False), nn.ReLU())
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(self.layer1(self.stem(x)).flatten(2).mean(2))
+
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(3, *[6] * rank, generator=generator), i % 3) for i in range(8)]
+    plain, folded = (cached(tiny(Net, "fc"), data, exact=exact) for exact in (True, False))
+    plain.fill()
+    assert folded.fill(fold=True).folded == 2
+    torch.testing.assert_close(stored(plain), stored(folded))
+
+
+def test_values_that_are_not_exact_have_names_of_their_own(tmp_path) -> None:
+    # an exact cache in the same folder must not take folded values for its own
+    cached(tiny(), exact=False, storage="disk", folder=tmp_path).fill(fold=True)
+    data = images(32)
+    exact, plain = cached(tiny(), data, storage="disk", folder=tmp_path), cached(tiny())
+    exact.fill()
+    plain.fill()
+    assert torch.equal(stored(exact), stored(plain))
+    assert data.loads >= 32
