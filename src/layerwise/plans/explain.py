@@ -21,7 +21,8 @@ from layerwise.plans.timeline import joins, phase_factor
 ASSUMED_STEPS_PER_EPOCH = 100
 COLUMNS = 48
 SHADES = "·░▒▓█"
-MOST_ROWS = 80
+MOST_ROWS = 40
+MOST_ROWS_OF_GROUPS = 80
 _JOINING = "joining groups warm up for"
 
 
@@ -135,15 +136,29 @@ class Explanation:
     def _footnote(self) -> str:
         rates = "rates are multiples of the learning rate" if self.lr is None else f"base rate {self.lr:g}"
         steps = f"{self.steps_per_epoch:,} steps an epoch{' (assumed)' if self.assumed else ''}"
-        return f"{rates}; {steps}; a group without a row is frozen"
+        frozen = (
+            "groups that are not named are frozen" if self._is_long else "a group without a row is frozen"
+        )
+        return f"{rates}; {steps}; {frozen}"
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether a row for each phase and group would be too many: they grow with the square of groups."""
+        return len(self.phases) > 2 and sum(len(phase.groups) for phase in self.phases) > MOST_ROWS
 
     def _table(self) -> Table:
+        """Return a row for each phase and group that learns; for a long plan a row for each phase."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("phase", max_width=44)
         for title in ("length", "trainable"):
             table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("group", no_wrap=True)
-        for title in ("start", "peak", "end"):
+        if self._is_long:
+            table.add_column("groups that learn", no_wrap=True)
+            rates = ["highest peak", "lowest peak"]
+        else:
+            table.add_column("group", no_wrap=True)
+            rates = ["start", "peak", "end"]
+        for title in rates:
             table.add_column(title, justify="right", no_wrap=True)
         common = self._common_notes()
         for number, phase in enumerate(self.phases):
@@ -153,24 +168,37 @@ class Explanation:
             share = f"{_count(phase.trainable)} {phase.trainable / max(self.total, 1):6.1%}"
             first = [f"{number + 1} {phase.name}", length, share]
             left = [first, *([f"  {note}", "", ""] for note in phase.notes if note not in common)]
-            right = self._group_rows(phase)
+            right = [self._range(phase)] if self._is_long else self._group_rows(phase)
+            nothing = [""] * (1 + len(rates))
+            last = number + 1 == len(self.phases)
             for row in range(max(len(left), len(right))):
                 table.add_row(
                     *(left[row] if row < len(left) else ["", "", ""]),
-                    *(right[row] if row < len(right) else ["", "", "", ""]),
-                    end_section=row + 1 == max(len(left), len(right)) and number + 1 < len(self.phases),
+                    *(right[row] if row < len(right) else nothing),
+                    end_section=row + 1 == max(len(left), len(right)) and not last and not self._is_long,
                 )
         return table
 
     def _group_rows(self, phase: PhaseSummary) -> list[list[str]]:
-        """Return a row a group, output on top; of a long plan only the outermost groups of each phase."""
+        """Return a row a group, output on top; of very many groups only the outermost."""
         rows = [
             [group.name, *(_rate(value) for value in (group.start, group.peak, group.end))]
             for group in reversed(phase.groups)
         ]
-        if len(rows) > 5 and sum(len(other.groups) for other in self.phases) > MOST_ROWS:
+        if len(rows) > MOST_ROWS_OF_GROUPS:
             rows[2:-2] = [[f"... {len(rows) - 4} between", "", "", ""]]
         return rows
+
+    def _range(self, phase: PhaseSummary) -> list[str]:
+        """Return which groups learn, from the output on, and the highest and the lowest of their peaks."""
+        if not phase.groups:
+            return ["none", "", ""]
+        names = [group.name for group in phase.groups]
+        first = self.groups.index(names[0])
+        whole = names == list(self.groups[first : first + len(names)])
+        words = names[0] if len(names) == 1 else f"{names[-1]} {'to' if whole else '...'} {names[0]}"
+        peaks = [group.peak for group in phase.groups]
+        return [f"{words} ({len(names)})", _rate(max(peaks)), _rate(min(peaks))]
 
     def _heat_map(self) -> Table:
         """Return groups (output on top) x time; darker and warmer is faster, on a logarithmic scale."""

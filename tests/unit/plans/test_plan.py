@@ -279,15 +279,36 @@ def test_explain_counts_what_is_drawn_at_a_time() -> None:
 
 
 def test_explain_of_a_long_plan_stays_readable() -> None:
-    """With hundreds of rows each phase shows its outermost groups; the data has all of them."""
+    """A row a phase, and the heat map below: lines grow with the groups, not with their square."""
     from layerwise.plans.unfreezing import gradual_unfreezing
 
     layers = named_map(*(f"layer.{i}" for i in range(40)))
     told = gradual_unfreezing(layers).explain(layers)
     text = str(told)
-    assert "... 36 between" in text
-    assert len(text.splitlines()) < 350
+    assert len(text.splitlines()) < 2 * 40 + 12
+    assert re.search(r"2 from layer.38 +.* layer.39 to layer.38 \(2\) +1 +0", text)
+    assert re.search(r"40 .* layer.39 to layer.0 \(40\) ", text)
     assert len(told.phases[-1].groups) == 40
+
+
+def test_explain_of_a_plan_of_many_groups_and_one_phase_shows_their_rates() -> None:
+    """A row a group where there is one phase; of very many groups the outermost."""
+    from layerwise.plans.strategies import discriminative
+
+    layers = named_map(*(f"layer.{i}" for i in range(50)))
+    text = str(discriminative(layers, decay=0.9).explain(layers))
+    assert text.count("layer.25 ") == 2  # in the table and in the heat map
+    layers = named_map(*(f"layer.{i}" for i in range(100)))
+    assert "... 96 between" in str(discriminative(layers, decay=0.9).explain(layers))
+
+
+def test_explain_names_groups_that_are_not_side_by_side() -> None:
+    """Three phases of the first and the last groups: "..." in place of "to"."""
+    layers = named_map(*(f"layer.{i}" for i in range(20)))
+    rates = {name: 1.0 for i, name in enumerate(layers.names) if i < 8 or i > 11}
+    phases = tuple(Phase(name=f"p{i}", rates=rates, epochs=1) for i in range(3))
+    plan = Plan(strategy="mine", granularity="stages", groups=layers.names, phases=phases)
+    assert "layer.19 ... layer.0 (16)" in str(plan.explain(layers))
 
 
 def test_explain_prints_a_timeline_and_a_heat_map() -> None:
