@@ -2,7 +2,7 @@
 
 Counted as ``torch.utils.flop_counter`` and fvcore do: matrix products, convolutions and attention; a
 multiply and an add are two. Written out here because that module takes 0.2 s to import and does not
-know the attention kernel of the CPU.
+know the CPU's attention kernel, nor its operation for a whole LSTM layer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ COUNTED = frozenset(
         "dot",
         "convolution",
         "_convolution",
+        "mkldnn_rnn_layer",
         *_ATTENTION,
     }
 )
@@ -57,6 +58,8 @@ def flops(name: str, args: tuple[Any, ...], output: Any) -> int:
         return 2 * int(output.numel()) * int(args[1].shape[-1])
     if name in ("convolution", "_convolution"):
         return _convolution(args[0], args[1], bool(args[6]), output)
+    if name == "mkldnn_rnn_layer":  # a whole LSTM layer: both weight matrices, for each sample and time
+        return 2 * int(output.numel()) // int(output.shape[-1]) * int(args[1].numel() + args[2].numel())
     if name in _ATTENTION:
         query, key, value = args[:3]
         pairs = int(query.numel()) // int(query.shape[-1]) * int(key.shape[-2])

@@ -68,7 +68,8 @@ class Op:
             operation also reads what it writes into, following `sources` finds every ancestor.
         effect: ``"random"`` if it draws random numbers; ``"batch"`` if a sample's result depends on the
             other samples of the batch (batch-norm that normalises by batch statistics); else None.
-        syncs: it hands data to Python (``item()``, ``bool()``), where its use can no longer be seen.
+        syncs: it hands data to Python, where its use can no longer be seen: a number (``item()``,
+            ``bool()``), or the shape of a result that the data decide (``nonzero()``, ``x[mask]``).
         flops: floating-point operations of matrix products, convolutions and attention for the whole
             recorded batch; a multiply and an add count as two; 0 for every other operation.
         output_bytes: size of the results that it newly made, for the whole recorded batch.
@@ -160,6 +161,8 @@ class Recording:
         output_keys: values of the tensors in `output`.
         names: every parameter's first name -> all its names (more than one where weights are tied).
         batch_size: number of samples: length of the first input tensor, or of the first list of tensors.
+        remembering: modules that carry something over from one forward pass to the next -> the name of the
+            attribute (`layerwise.layers.memory`).
         notes: for people: why a recording fell back to real samples.
     """
 
@@ -173,6 +176,7 @@ class Recording:
     output_keys: tuple[int, ...]
     names: dict[str, tuple[str, ...]]
     batch_size: int
+    remembering: dict[nn.Module, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -38,6 +38,7 @@ class _Facts:
     draws_random: bool
     is_attention: bool
     is_batch_norm: bool
+    is_shaped_by_data: bool
     counts_flops: bool
 
 
@@ -59,6 +60,7 @@ def _facts(func: Any) -> _Facts:
         draws_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_attention="attention" in name,
         is_batch_norm="batch_norm" in name and "backward" not in name,
+        is_shaped_by_data=torch.Tag.dynamic_output_shape in func.tags,
         counts_flops=name in COUNTED,
     )
 
@@ -145,6 +147,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 self._kept.append(tensor)
         return key
 
+    def has_seen(self, tensor: torch.Tensor) -> bool:
+        """Return whether `tensor` is a value of this recording."""
+        return id(tensor) in self._by_tensor or _storage(tensor) in self._by_storage
+
     # -- operations ---------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -216,7 +222,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 inputs=tuple(value.input for kind, value in kinds if kind == "input"),
                 sources=tuple(sorted({op for op in read_ops if op is not None})),
                 effect=_effect(facts, args, kwargs),
-                syncs=not writes and bool(reads),
+                syncs=bool(reads) and (not writes or _shaped_by_data(facts, args)),
                 flops=flops(facts.name, args, results[0]) if facts.counts_flops and results else 0,
                 output_bytes=size,
             )
@@ -303,7 +309,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         """Return the fake tensor that stands for a real, meta or sharded one (by its logical shape)."""
         twin = self._twins.get(id(tensor))
         if twin is None:
-            known = id(tensor) in self._by_tensor or _storage(tensor) in self._by_storage
+            known = self.has_seen(tensor)
             strides = tensor.stride() if tensor.layout == torch.strided else None
             empty = (
                 torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="meta")
@@ -392,6 +398,13 @@ def _argument(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any], *nam
         if name in facts.arguments and (position := facts.arguments.index(name)) < len(args):
             return args[position]
     return None
+
+
+def _shaped_by_data(facts: _Facts, args: tuple[Any, ...]) -> bool:
+    """Whether the data decide the shape of the result, as for ``nonzero()`` and ``x[mask]``."""
+    if facts.name == "index":  # its tag says that masks are possible
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return facts.is_shaped_by_data
 
 
 def _effect(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Effect | None:

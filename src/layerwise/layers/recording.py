@@ -13,6 +13,7 @@ from torch import nn
 from layerwise.errors import RecordingError
 from layerwise.layers.graph import Call, Op, Recording, Value
 from layerwise.layers.isolation import check_ready, fill_meta_tensors, plain_execution, untouched, unwrap
+from layerwise.layers.memory import Attributes
 from layerwise.layers.recorder import Recorder
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -123,6 +124,7 @@ def _attempt(
             for tensor in tensors_in(arguments)
         ]
         args, kwargs = map_tensors(arguments, recorder.add_input)
+        attributes = Attributes(model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_without_log("torch._subclasses.fake_tensor"))  # we report the failure
             stack.callback(recorder.undo_writes)
@@ -141,6 +143,7 @@ def _attempt(
             output_keys=tuple(recorder.key(tensor) for tensor in tensors_in(output)),
             names=recorder.names,
             batch_size=_batch_size(arguments),
+            remembering=attributes.changed(recorder.has_seen),
         )
 
 

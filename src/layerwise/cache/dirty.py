@@ -1,0 +1,95 @@
+"""`find_dirty`: which operations of a forward pass may give something else in the next epoch, and why.
+
+An operation is *dirty* if it
+
+- reads a parameter that learns,
+- draws random numbers,
+- depends on the other samples of the batch,
+- changes a tensor that outlives the pass,
+- belongs to a module that remembers something from call to call (`layerwise.layers.memory`),
+- hands Python a number or a shape that the network computed, or runs after such an operation: Python may
+  decide by it what runs, and no recording shows that,
+- or is fed by a dirty one.
+
+Whether a result requires grad is no test for this: a detached branch would go stale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layerwise.layers.recording import Op, Recording
+
+
+@dataclass(frozen=True)
+class Dirt:
+    """What is dirty in a recording.
+
+    Attributes:
+        flags: for each operation, whether it is dirty.
+        first: a sentence about the first dirty operation.
+    """
+
+    flags: list[bool]
+    first: str
+
+
+def find_dirty(recording: Recording, trainable: frozenset[str]) -> Dirt:
+    """Return which operations are dirty when the parameters `trainable` learn.
+
+    Args:
+        recording: of the model in the modes in which it will train.
+        trainable: names of the parameters that learn; any name of a shared parameter counts.
+    """
+    learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
+    computed = _computed_by_the_network(recording)
+    flags: list[bool] = []
+    first = decided = ""
+    for op in recording.ops:
+        why = _own_reason(recording, op, learning) or decided
+        if op.syncs and (why or computed[op.index] or any(flags[source] for source in op.sources)):
+            why = why or "hands Python a value of the batch, which may decide what runs"
+            decided = decided or "runs after Python got a value of the batch, which may decide what runs"
+        if why and not first:
+            where = op.call.path if op.call is not None and op.call.path else "the model's own forward"
+            first = f"the operation {op.name!r} in {where} {why}"
+        flags.append(bool(why) or any(flags[source] for source in op.sources))
+    return Dirt(flags, first or "nothing learns")
+
+
+def _own_reason(recording: Recording, op: Op, learning: set[str]) -> str:
+    """Return why an operation is dirty whatever feeds it; ``""`` if it is not."""
+    learns = next((name for name in op.parameters if name in learning), None)
+    if learns is not None:
+        return f"reads {learns!r}, which learns"
+    if op.effect == "random":
+        return "draws random numbers"
+    if op.effect == "batch" and recording.input_dependent[op.index]:
+        return "normalises by the batch"
+    lasting = next((key for key in op.mutates if recording.values[key].kind != "computed"), None)
+    if lasting is not None:
+        value = recording.values[lasting]
+        return f"changes a {value.kind}{' ' + repr(value.name) if value.name else ''} in place"
+    attribute = recording.remembering.get(op.call.module) if op.call is not None else None
+    if attribute is not None:
+        return f"belongs to a module that changes its {attribute!r} from call to call"
+    return ""
+
+
+def _computed_by_the_network(recording: Recording) -> list[bool]:
+    """Return of each operation whether it depends on the input's numbers or on what weights made of it.
+
+    What is made of integer inputs alone (masks, positions) is not: models ask such tensors whether there is
+    any padding.
+    """
+    buffers = dict(recording.model.named_buffers())
+    computed: list[bool] = []
+    for op in recording.ops:
+        numbers = (
+            bool(op.parameters)
+            or any(buffers[name].is_floating_point() for name in op.buffers if name in buffers)
+            or any(recording.inputs[number].is_floating_point() for number in op.inputs)
+            or any(computed[source] for source in op.sources)
+        )
+        computed.append(numbers and recording.input_dependent[op.index])
+    return computed

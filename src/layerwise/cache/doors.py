@@ -1,0 +1,123 @@
+"""The values that enter and leave module calls: when each was written, and where one can be handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from layerwise.layers.recording import Call, Recording
+from layerwise.layers.structures import map_tensors, tensors_in
+
+
+class Read(NamedTuple):
+    """A value at a time: the key of the value, and the operation that had last written it."""
+
+    key: int
+    writer: int | None
+
+
+class Door(NamedTuple):
+    """The `slot`-th tensor among the outputs or the arguments of a call."""
+
+    call: Call
+    side: Literal["out", "in"]
+    slot: int
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The (fake) tensor that passed here."""
+        return tensors_in(self.call.output if self.side == "out" else self.call.arguments)[self.slot]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size for the whole recorded batch."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+def reads_of(recording: Recording) -> tuple[list[tuple[Read, ...]], list[Read]]:
+    """Return what each operation reads, and what the model returns: each value at its time."""
+    writer: dict[int, int] = {}
+    reads = []
+    for op in recording.ops:
+        reads.append(tuple(Read(key, writer.get(key)) for key in op.reads))
+        writer.update(dict.fromkeys(op.writes, op.index))
+    return reads, [Read(key, writer.get(key)) for key in recording.output_keys]
+
+
+def taken(call: Call) -> list[Read]:
+    """Return the tensors that the call got as arguments, in the order of `tensors_in`."""
+    return [Read(key, writer) for key, writer in zip(call.input_keys, call.input_ops, strict=True)]
+
+
+def given(call: Call) -> list[Read]:
+    """Return the tensors that the call returned, in the order of `tensors_in`."""
+    return [Read(key, writer) for key, writer in zip(call.output_keys, call.output_ops, strict=True)]
+
+
+def has_grown(call: Call) -> bool:
+    """Whether an object among the arguments, such as a key-value cache, got more tensors since the call."""
+    return len(tensors_in(call.arguments)) != len(call.input_keys)
+
+
+def handed_through(call: Call) -> dict[int, int]:
+    """Return the output slots of a call that are arguments, untouched -> the argument's slot."""
+    if has_grown(call):
+        return {}
+    found = {}
+    inputs = list(zip(taken(call), tensors_in(call.arguments)))
+    for slot, (read, output) in enumerate(zip(given(call), tensors_in(call.output))):
+        same = (number for number, (at, it) in enumerate(inputs) if at == read and _same_view(it, output))
+        number = next(same, None)
+        if number is not None:
+            found[slot] = number
+    return found
+
+
+def is_rebuildable(call: Call) -> bool:
+    """Whether the call's output can be built anew around other tensors: none is hidden in an object."""
+    seen = 0
+
+    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    try:
+        map_tensors(call.output, without_data)
+    except (RuntimeError, TypeError, ValueError):  # a type that checks its tensors, such as PackedSequence
+        return False
+    return seen == len(call.output_keys) > 0
+
+
+def returns_numbers(call: Call) -> bool:
+    """Whether the call's output holds Python numbers, which may have been read from data by ``item()``."""
+    return _has_numbers(call.output)
+
+
+def calls_inside(call: Call) -> dict[nn.Module, int]:
+    """Return how often each module is called within the call."""
+    counts: dict[nn.Module, int] = {}
+    for inner in call.walk():
+        if inner is not call:
+            counts[inner.module] = counts.get(inner.module, 0) + 1
+    return counts
+
+
+def _has_numbers(output: Any) -> bool:
+    if isinstance(output, bool | int | float):
+        return True
+    if isinstance(output, tuple | list):
+        return any(map(_has_numbers, output))
+    return isinstance(output, Mapping) and any(map(_has_numbers, output.values()))
+
+
+def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(
+        one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.storage_offset() == other.storage_offset()
+    )

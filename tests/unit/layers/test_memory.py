@@ -1,0 +1,76 @@
+"""Modules that carry something over from one forward pass to the next are named with the attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.layers.recording import record
+
+
+class Remembering(nn.Module):
+    """A layer that calls `act` on itself in every forward pass."""
+
+    def __init__(self, act: Callable[[nn.Module, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.act = act
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("average", torch.zeros(3))
+        self.calls, self.state, self.queue, self.table, self.seen = 0, torch.ones(3), [], None, torch.ones(3)
+        self.numbers = {"step": 0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x) * self.state
+        self.act(self, x)
+        return x
+
+
+def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
+    module.average = module.average + x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("act", "attribute"),
+    [
+        (lambda m, x: setattr(m, "calls", m.calls + 1), "calls"),
+        (lambda m, x: m.numbers.update(step=1), "numbers"),
+        (replace_buffer, "average"),
+        (lambda m, x: setattr(m, "state", x.mean(0)), "state"),
+    ],
+)
+def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
+    net = nn.Sequential(Remembering(act), nn.Linear(3, 2))
+    recording = record(net, (torch.zeros(4, 3),))
+    assert recording.remembering == {net[0]: attribute}
+    assert net[0].calls == 0  # the recording leaves no trace
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m, x: None,
+        lambda m, x: setattr(m, "table", x),  # made at the first call, and kept
+        lambda m, x: setattr(m, "seen", x),  # stored for somebody to look at, and never read
+        lambda m, x: setattr(m, "calls", 0),
+    ],
+)
+def test_what_stays_the_same_is_no_memory(act) -> None:
+    assert record(nn.Sequential(Remembering(act)), (torch.zeros(4, 3),)).remembering == {}
+
+
+def test_shapes_that_the_data_decide_are_handed_to_python() -> None:
+    # as numbers are; an index by numbers has the shape of the index
+    class Picking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = (x > 0).any(1).nonzero().flatten()
+            return x[torch.tensor([0, 1])] + x[x > -9].sum() + len(chosen)
+
+    recording = record(Picking(), (torch.ones(4, 3),))
+    assert [(op.name, op.syncs) for op in recording.ops if op.name in ("nonzero", "index")] == [
+        ("nonzero", True),
+        ("index", False),
+        ("index", True),
+    ]
