@@ -1,19 +1,22 @@
-"""Whole runs on real photos, decoding included: cached, plain, and the floor.
+"""Whole runs on real photos, decoding and first pass included: cached, plain, peers, and the floor.
 
-    python -m benchmarks gradual [--images 320] [--what pipeline|gradual|depths ...]
+    python -m benchmarks gradual [pipeline|gradual|depths ...] [--images 128] [--rounds 3] [--resume]
 
-*pipeline*: the last groups of EfficientNet-Lite0 trained for 8 epochs on ELPV, first pass included.
-*gradual*: gradual unfreezing over 10 epochs; its floor is one forward of the data plus every phase's trained
-part on ready tensors. *depths*: five freeze depths one after another, 5 epochs each, the deepest training
-half of the network's work, sharing their values; against five independent runs. CPU time of one thread.
+*pipeline*: the last three groups of EfficientNet-Lite0 trained for 8 epochs on ELPV. *gradual*: gradual
+unfreezing over 10 epochs. *depths*: five freeze depths, 5 epochs each, the deepest training half of the
+network's work, as a search runs them, against five independent runs. The peers, fastai and Lightning with
+finetuning-scheduler, train the same parameters in the same phases from the same loader.
+
+*floor*: one forward of the data, and each phase's trained part on ready tensors. CPU time of one thread;
+the contenders take turns run by run, and are compared within a round.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable, Iterable
+from time import process_time
 from typing import Any
 
 import torch
@@ -21,13 +24,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
+from benchmarks.measuring import Ratio, Results, Seconds, by_runs, verdict
+from benchmarks.peers import PEERS, Phases, installed
 from benchmarks.tasks import lite0
-from layerwise.cache.store import Column
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.sources.demo import elpv_rows
 
-SIZE, BATCH = 128, 32
+SIZE, BATCH, RATE = 128, 16, 7e-4
+PlanOf = Callable[[LayerMap], Plan]
+Save = Callable[[dict[str, Any]], None]
+"""Keeps the figures of the rounds so far."""
 
 
 class Photos(Dataset[Any]):
@@ -51,55 +58,62 @@ class Photos(Dataset[Any]):
         return (torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255 - 0.5) / 0.5, label
 
 
-def train(plan_of: Callable[[LayerMap], Plan], data: Photos, *, cached: bool, pool: Any = None) -> Any:
-    """Train by a plan; return (CPU seconds, weights, the tuner's phases' trained groups)."""
+def prepared(plan_of: PlanOf, data: Photos) -> tuple[nn.Module, DataLoader[Any], layerwise.Tuner]:
+    """Return a network, its loader, and a tuner that carries the plan out; always the same."""
     torch.manual_seed(0)
     model = lite0(2)
     loader: DataLoader[Any] = DataLoader(data, batch_size=BATCH, shuffle=True)
     layers = layerwise.layer_map(model, torch.zeros(2, 3, SIZE, SIZE), granularity="stages")
-    plan = plan_of(layers)
     tuner = layerwise.Tuner(
-        model, plan, torch.optim.AdamW, lr=7e-4, steps_per_epoch=len(loader), layers=layers
+        model, plan_of(layers), torch.optim.AdamW, lr=RATE, steps_per_epoch=len(loader), layers=layers
     )
     torch.manual_seed(1)
-    began_s = time.process_time()
+    return model, loader, tuner
+
+
+def phases_of(tuner: layerwise.Tuner) -> Phases:
+    """Return which parameters learn in each phase, and for how many epochs."""
+    return [
+        (tuner.trainable_names(number), int(phase.epochs or 0))
+        for number, phase in enumerate(tuner.plan.phases)
+    ]
+
+
+def train(
+    plan_of: PlanOf, data: Photos, weights: dict[str, Tensor], *, cached: bool, pool: Any = None
+) -> float:
+    """Train by a plan; return the CPU seconds, and leave what was learned in `weights`."""
+    model, loader, tuner = prepared(plan_of, data)
+    began_s = process_time()
     cache = layerwise.PrefixCache(model, loader, tuner=tuner, pool=pool) if cached else None
     for _ in tuner.epochs():
         model.train()
         for images, labels in loader if cache is None else cache.batches():
             nn.functional.cross_entropy(model(images), labels).backward()
             tuner.step()
-    seconds = time.process_time() - began_s
-    if cache is not None:
-        print("   " + cache.describe().replace("\n", "\n   "), flush=True)
-    return seconds, {name: value.clone() for name, value in model.state_dict().items()}
+    seconds = process_time() - began_s
+    weights.update({name: value.clone() for name, value in model.state_dict().items()})
+    return seconds
 
 
-def floor(plan_of: Callable[[LayerMap], Plan], data: Photos) -> float:
+def floor(plan_of: PlanOf, data: Photos) -> float:
     """Return the CPU seconds of one forward of the data and of each phase's trained part on ready tensors."""
-    torch.manual_seed(0)
-    model = lite0(2)
-    loader: DataLoader[Any] = DataLoader(data, batch_size=BATCH)
-    layers = layerwise.layer_map(model, torch.zeros(2, 3, SIZE, SIZE), granularity="stages")
-    plan = plan_of(layers)
-    tuner = layerwise.Tuner(
-        model, plan, torch.optim.AdamW, lr=7e-4, steps_per_epoch=len(loader), layers=layers
-    )
+    model, loader, tuner = prepared(plan_of, data)
     with torch.no_grad():
-        began_s = time.process_time()
+        began_s = process_time()
         model.eval()
         for images, _ in loader:
             model(images)
-        seconds = time.process_time() - began_s
+        seconds = process_time() - began_s
     for _ in tuner.epochs():
         model.train()
-        start = _first_trained(tuner.trainable_names(tuner.phase_index))
+        start = _first_trained(tuner.trainable_names())
         ready = _ready(model, loader, start)
-        began_s = time.process_time()
+        began_s = process_time()
         for value, labels in ready:
             nn.functional.cross_entropy(_rest(model, value, start), labels).backward()
             tuner.step()
-        seconds += time.process_time() - began_s
+        seconds += process_time() - began_s
     return seconds
 
 
@@ -138,50 +152,107 @@ def _rest(model: nn.Module, value: Tensor, start: int) -> Tensor:
     return model.forward_head(model.bn2(model.conv_head(value)))
 
 
-def _compare(title: str, plan_of: Callable[[LayerMap], Plan], data: Photos, with_floor: bool) -> None:
-    print(f"-- {title}", flush=True)
-    plain_s, plain = train(plan_of, data, cached=False)
-    cached_s, cached = train(plan_of, data, cached=True)
-    same = all(torch.equal(value, cached[name]) for name, value in plain.items())
-    text = f"   cached {cached_s:.1f} s, plain {plain_s:.1f} s: {cached_s / plain_s:.3f} of plain"
-    if with_floor:
-        floor_s = floor(plan_of, data)
-        text += f"; floor {floor_s:.1f} s: {cached_s / floor_s:.3f} of the floor"
-    print(f"{text}; weights {'bit-equal' if same else 'DIFFERENT'}", flush=True)
+def whole_run(plan_of: PlanOf, data: Photos, save: Save, *, rounds: int, limits: dict[str, float]) -> None:
+    """Measure the cached run's time over that of each other contender."""
+    plain: dict[str, Tensor] = {}
+    cached: dict[str, Tensor] = {}
+
+    def peer(name: str) -> Callable[[], float]:
+        def run() -> float:
+            phases = phases_of(prepared(plan_of, data)[2])
+            torch.manual_seed(0)
+            loader: DataLoader[Any] = DataLoader(data, batch_size=BATCH, shuffle=True)
+            return PEERS[name][1](lite0(2), loader, phases, RATE)
+
+        return run
+
+    contenders: dict[str, Callable[[], float]] = {
+        "cached": lambda: train(plan_of, data, cached, cached=True),
+        "floor": lambda: floor(plan_of, data),
+        "plain": lambda: train(plan_of, data, plain, cached=False),
+        **{name: peer(name) for name in installed()},
+    }
+
+    def after_round(timed: list[Seconds]) -> None:
+        same = all(torch.equal(value, cached[name]) for name, value in plain.items())
+        save({**_compared(timed, "cached", limits), "images": len(data), "bit_equal_to_plain": same})
+
+    by_runs(contenders, rounds=rounds, after_round=after_round)
 
 
-def depths(data: Photos) -> None:
-    """Five freeze depths, the deepest from the middle of the work on, 5 epochs each."""
-    print("-- five freeze depths searched", flush=True)
-    pool: dict[str, Column] = {}
-    shared_s = independent_s = 0.0
-    for count in (1, 2, 3, 4, 5):
-        plan_of = lambda layers, k=count: layerwise.top_k(layers, k=k, epochs=5)  # noqa: E731
-        independent_s += train(plan_of, data, cached=False)[0]
-        shared_s += train(plan_of, data, cached=True, pool=pool)[0]
-    print(
-        f"   shared cache {shared_s:.1f} s, independent {independent_s:.1f} s: {shared_s / independent_s:.3f}"
-    )
+def depths(data: Photos, save: Save, *, rounds: int, limits: dict[str, float]) -> None:
+    """Measure five depths that share their stored values over five runs of their own, 5 epochs each."""
+    counts = (1, 2, 3, 4, 5)
+    plans: list[PlanOf] = [lambda layers, k=k: layerwise.top_k(layers, k=k, epochs=5) for k in counts]  # type: ignore[misc]
+    ends: dict[str, list[dict[str, Tensor]]] = {"shared": [], "independent": []}
+
+    def shared() -> float:
+        upcoming = [phases_of(prepared(plan_of, data)[2])[0] for plan_of in plans]
+        pool = layerwise.CachePool(upcoming=dict(upcoming))
+        ends["shared"] = [{} for _ in plans]
+        return sum(train(p, data, w, cached=True, pool=pool) for p, w in zip(plans, ends["shared"]))
+
+    def independent() -> float:
+        ends["independent"] = [{} for _ in plans]
+        return sum(train(p, data, w, cached=False) for p, w in zip(plans, ends["independent"]))
+
+    def after_round(timed: list[Seconds]) -> None:
+        pairs = zip(ends["shared"], ends["independent"])
+        same = all(torch.equal(value, one[name]) for one, other in pairs for name, value in other.items())
+        save({**_compared(timed, "shared", limits), "images": len(data), "bit_equal_to_plain": same})
+
+    by_runs({"shared": shared, "independent": independent}, rounds=rounds, after_round=after_round)
+
+
+def _compared(timed: list[Seconds], one: str, limits: dict[str, float]) -> dict[str, Any]:
+    others = [name for name in timed[0] if name != one]
+    return {
+        "ratios": {name: Ratio.of(timed, one, name).to_list() for name in others},
+        "limits": limits,
+        "cpu_s": {name: [round(seconds[name], 1) for seconds in timed] for name in timed[0]},
+        "rounds": len(timed),
+    }
+
+
+def lines(row: dict[str, Any]) -> str:
+    """Return the table of one part."""
+    same = "bit-equal to the plain loop's" if row["bit_equal_to_plain"] else "NOT those of the plain loop"
+    found = [f"-- {row['work']}; {row['images']} photos, {row['rounds']} rounds; weights {same}"]
+    for name, values in row["ratios"].items():
+        ratio = Ratio(*values)
+        found.append(f"   of {name:22s} {ratio!s:22s} {verdict(ratio.median, row['limits'].get(name))}")
+    return "\n".join(found)
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gradual")
-    parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("what", nargs="*", default=["pipeline", "gradual", "depths"])
+    parser.add_argument("what", nargs="*", help="of pipeline, gradual, depths; default all")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resume", action="store_true", help="measure only what the results lack")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    data = Photos(options.images)
-    if "pipeline" in options.what:
-        _compare(
-            "last three groups, 8 epochs", lambda layers: layerwise.top_k(layers, k=3, epochs=8), data, True
-        )
-    if "gradual" in options.what:
-        _compare(
+    data, results = Photos(options.images), Results("gradual")
+    third = {"plain": 0.3, "fastai": 0.3, "finetuning-scheduler": 0.3}
+    parts: dict[str, tuple[str, PlanOf | None, dict[str, float]]] = {
+        "pipeline": ("last three groups, 8 epochs", lambda m: layerwise.top_k(m, k=3, epochs=8), third),
+        "gradual": (
             "gradual unfreezing, 10 epochs",
-            lambda layers: layerwise.gradual_unfreezing(layers, epochs=10),
-            data,
-            True,
-        )
-    if "depths" in options.what:
-        depths(data)
+            lambda m: layerwise.gradual_unfreezing(m, epochs=10),
+            {"floor": 1.1},
+        ),
+        "depths": ("five freeze depths, 5 epochs each", None, {"independent": 0.5}),
+    }
+    for name in options.what or parts:
+        work, plan_of, limits = parts[name]
+        if not (options.resume and name in results.rows):
+
+            def save(row: dict[str, Any], name: str = name, work: str = work) -> None:
+                results.save(name, {"work": work, **row})
+
+            if plan_of is None:
+                depths(data, save, rounds=options.rounds, limits=limits)
+            else:
+                whole_run(plan_of, data, save, rounds=options.rounds, limits=limits)
+        print(lines(results.rows[name]), flush=True)

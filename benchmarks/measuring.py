@@ -57,22 +57,29 @@ def by_steps(contenders: Mapping[str, Callable[[], Iterator[Any]]], *, rounds: i
     return found[1:]
 
 
-def by_runs(contenders: Mapping[str, Callable[[], float]], *, rounds: int) -> list[Seconds]:
+def by_runs(
+    contenders: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    after_round: Callable[[list[Seconds]], object] = lambda _: None,
+) -> list[Seconds]:
     """Run each contender as a whole, by turns; another one begins each round.
 
     Args:
         contenders: by name, a function that does the whole work and returns the seconds that count.
         rounds: at least 1.
+        after_round: called with the rounds so far, to save what was measured.
 
     Returns:
         For each round, the seconds of each contender.
     """
-    found = []
+    found: list[Seconds] = []
     for number in range(rounds):
         names = list(contenders)
         shift = number % len(names)
         seconds = {name: contenders[name]() for name in names[shift:] + names[:shift]}
         found.append({name: seconds[name] for name in contenders})
+        after_round(found)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise.cache.prefix import PrefixCache as PrefixCache
+    from layerwise.cache.stock import CachePool as CachePool
     from layerwise.choosing.advice import Advice as Advice
     from layerwise.choosing.advice import advise as advise
     from layerwise.choosing.curve import transfer_curve as transfer_curve
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Advice": "layerwise.choosing.advice",
+    "CachePool": "layerwise.cache.stock",
     "LayerGroup": "layerwise.layers.layermap",
     "LayerMap": "layerwise.layers.layermap",
     "LayerwiseError": "layerwise.errors",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from layerwise.cache.cut import Cut, NothingToSkipError, find_cut
 from layerwise.errors import CacheError
-from layerwise.layers.recording import record
+from layerwise.layers.recording import Recording, record
 
 Modes = tuple[bool, ...]
 
@@ -33,19 +34,36 @@ class PhaseSource(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Foreseen:
+    """What a recording in an earlier phase told of a later one.
+
+    Attributes:
+        modes: of each module when it was recorded.
+        cut: of the later phase, or why there is none.
+    """
+
+    modes: Mapping[nn.Module, bool]
+    cut: Cut | CacheError
+
+
 class CutBook:
     """Finds cuts, and remembers them.
 
     Args:
         model: whose cuts.
         tuner: knows the phases to come; None if there is none.
+        upcoming: what runs to come will train, names of parameters -> epochs.
     """
 
-    def __init__(self, model: nn.Module, tuner: PhaseSource | None) -> None:
+    def __init__(
+        self, model: nn.Module, tuner: PhaseSource | None, upcoming: Mapping[frozenset[str], int]
+    ) -> None:
         self._model = model
         self._tuner = tuner
+        self._upcoming = upcoming
         self._found: dict[frozenset[str], list[tuple[Modes, Cut]]] = {}
-        self._foreseen: dict[frozenset[str], Cut | None] = {}
+        self._foreseen: dict[frozenset[str], _Foreseen] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -93,27 +111,76 @@ class CutBook:
             raise NothingToSkipError(
                 "the phase draws anew every few steps which groups learn, so no prefix stays frozen for long."
             )
-        recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
-        for names in self._later_names():
-            if names not in self._foreseen and at_inputs:
-                self._foreseen[names] = None
-                with contextlib.suppress(CacheError):
-                    self._foreseen[names] = find_cut(recording, names)
         trainable = self._trainable()
-        cut = find_cut(recording, trainable, at_inputs=at_inputs)
+        cut = self._told_before(trainable) if at_inputs else None
+        if cut is None:
+            recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
+            if at_inputs:
+                self._foresee(recording)
+            cut = find_cut(recording, trainable, at_inputs=at_inputs)
         self._found.setdefault(trainable, []).insert(0, (self.state()[1], cut))
         return cut
 
+    def _foresee(self, recording: Recording) -> None:
+        """Find the cuts of the later phases, which spares them a recording of their own."""
+        modes = {module: module.training for module in self._modules}
+        for names in self._lengths():
+            try:
+                self._foreseen[names] = _Foreseen(modes, find_cut(recording, names))
+            except CacheError as error:
+                self._foreseen[names] = _Foreseen(modes, error)
+
+    def _told_before(self, trainable: frozenset[str]) -> Cut | None:
+        """Return the cut that an earlier phase's recording told for now, if it still holds.
+
+        A phase that unfreezes a group puts it into train mode. That makes nothing random or dependent on
+        the batch in what the cut skips, unless it is a module there, or one around it, that went from eval
+        to train mode since.
+
+        Raises:
+            NothingToSkipError: there was nothing to skip then, and no fewer modules train now.
+        """
+        told = self._foreseen.get(trainable)
+        if told is None:
+            return None
+        if isinstance(told.cut, NothingToSkipError):
+            if all(module.training >= told.modes.get(module, True) for module in self._modules):
+                raise told.cut
+            return None
+        if isinstance(told.cut, CacheError):
+            return None
+        awake = {m for m in self._modules if m.training and not told.modes.get(m, False)}
+        return None if awake and not awake.isdisjoint(self._in_or_around(told.cut)) else told.cut
+
+    def _in_or_around(self, cut: Cut) -> set[nn.Module]:
+        """Return the modules of the skipped calls, what is in them, and what they are in.
+
+        A plain container hands its input from one child to the next in either mode, so it does not count.
+        """
+        found: set[nn.Module] = set()
+        for call, module in cut.skipped.items():
+            found.update(module.modules())
+            parts = call.path.split(".")
+            found.update(self._model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+        return {module for module in found if type(module).forward is not nn.Sequential.forward}
+
     def later(self) -> list[tuple[int, Cut]]:
-        """Return the foreseen cuts of the tuner's later phases, with the epochs that each phase lasts."""
-        if self._tuner is None:
-            return []
-        lengths: dict[frozenset[str], int] = {}
-        for index in range(self._tuner.phase_index + 1, len(self._tuner.plan.phases)):
-            names = self._tuner.trainable_names(index)
-            lengths[names] = lengths.get(names, 0) + _epochs(self._tuner.plan.phases[index])
-        cuts = ((epochs, self._foreseen.get(names)) for names, epochs in lengths.items())
-        return [(epochs, cut) for epochs, cut in cuts if cut is not None]
+        """Return the foreseen cuts of later phases and runs, with the epochs that each lasts."""
+        told = ((epochs, self._foreseen.get(names)) for names, epochs in self._lengths().items())
+        return [(epochs, one.cut) for epochs, one in told if one is not None and isinstance(one.cut, Cut)]
+
+    def _lengths(self) -> dict[frozenset[str], int]:
+        """Return what trains in later phases and runs -> for how many epochs.
+
+        Only where more trains than now: what is frozen then is frozen now, so its values are final.
+        """
+        found: dict[frozenset[str], int] = dict(self._upcoming)
+        if self._tuner is not None:
+            for index in range(self._tuner.phase_index + 1, len(self._tuner.plan.phases)):
+                names = self._tuner.trainable_names(index)
+                found[names] = found.get(names, 0) + _epochs(self._tuner.plan.phases[index])
+        now = self._trainable()
+        return {names: epochs for names, epochs in found.items() if names > now}
 
     def epochs_now(self) -> int | None:
         """Return how many epochs the present set of trainable parameters lasts, if a tuner knows."""
@@ -129,12 +196,6 @@ class CutBook:
     @property
     def _phase(self) -> Any:
         return None if self._tuner is None else self._tuner.plan.phases[self._tuner.phase_index]
-
-    def _later_names(self) -> list[frozenset[str]]:
-        if self._tuner is None:
-            return []
-        phases = range(self._tuner.phase_index + 1, len(self._tuner.plan.phases))
-        return [self._tuner.trainable_names(index) for index in phases]
 
     def _trainable(self) -> frozenset[str]:
         return frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)

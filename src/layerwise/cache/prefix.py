@@ -21,7 +21,7 @@ from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import open_supply
 from layerwise.cache.reading import kept_random_state
-from layerwise.cache.stock import Pool, Stock, checked_folder
+from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import untouched, unwrap
@@ -70,7 +70,7 @@ class PrefixCache:
         tuner: a `layerwise.Tuner`: what later phases of its plan need is stored in the same pass.
         epochs: how many epochs the loop will run; tells ``"auto"`` whether caching can pay. Default: from
             `tuner`, else unknown.
-        pool: a dictionary that several caches share in one process, such as the trials of a search.
+        pool: shared by several caches in one process, such as the trials of a search.
 
     Raises:
         CacheError: an argument is out of its range.
@@ -101,7 +101,7 @@ class PrefixCache:
         exact: bool = True,
         tuner: PhaseSource | None = None,
         epochs: int | None = None,
-        pool: Pool | None = None,
+        pool: CachePool | None = None,
     ) -> None:
         _check_options(storage, budget_bytes, views, dtype, exact)
         self.model = unwrap(model)
@@ -113,7 +113,7 @@ class PrefixCache:
         self._given = model  # wrappers included
         self._exact = exact
         self._supplies: dict[int, Supply] = {}
-        self._book = CutBook(self.model, tuner)
+        self._book = CutBook(self.model, tuner, pool.upcoming if pool is not None else {})
         self._observer = Observer(
             self.model, self._book, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs
         )

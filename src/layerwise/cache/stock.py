@@ -38,7 +38,20 @@ from layerwise.cache.store import Column, RowSpec
 
 logger = logging.getLogger("layerwise.cache")
 
-Pool = dict[str, Column]
+
+@dataclasses.dataclass
+class CachePool:
+    """Values that several caches of one process share, such as those of a search's trials.
+
+    Attributes:
+        columns: by what they depend on; grows.
+        upcoming: what runs to come will train, names of parameters -> epochs. A run that trains fewer
+            parameters stores in its own first pass what they need, so begin with the one that trains
+            the fewest. Only a hint: a wrong one costs space and nothing else.
+    """
+
+    columns: dict[str, Column] = dataclasses.field(default_factory=dict)
+    upcoming: Mapping[frozenset[str], int] = dataclasses.field(default_factory=dict)
 
 
 class Stock:
@@ -60,7 +73,7 @@ class Stock:
         budget_bytes: int | None,
         folder: Path | None,
         dtype: torch.dtype | None,
-        pool: Pool | None,
+        pool: CachePool | None,
     ) -> None:
         self._model = model
         self._storage: Storage = storage
@@ -73,7 +86,8 @@ class Stock:
         self._data: dict[LoaderReader, str] = {}
 
     def _spare(self, where: Literal["memory", "disk"]) -> int:
-        columns = self._held | {id(column): column for column in (self._pool or {}).values()}
+        shared = {} if self._pool is None else self._pool.columns
+        columns = self._held | {id(column): column for column in shared.values()}
         held = sum(column.nbytes for column in columns.values() if column.where == where)
         if where == "memory":
             return max(self._memory_bytes - held, 0)
@@ -116,8 +130,8 @@ class Stock:
         )
 
     def _shared(self, key: str, rows: int, spec: RowSpec) -> Column | None:
-        if self._pool is not None and key in self._pool:
-            column = self._pool[key]
+        if self._pool is not None and key in self._pool.columns:
+            column = self._pool.columns[key]
             return column if column.spec == spec and len(column.filled) == rows else None
         return self.shelf.find(key, rows, spec) if key else None
 
@@ -231,7 +245,7 @@ class Stock:
             column = Column(rows, spec)
         self._held[id(column)] = column
         if self._pool is not None:
-            self._pool[key] = column
+            self._pool.columns[key] = column
         return column
 
     def provide_later(

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from layerwise.cache.stock import CachePool
 from layerwise.choosing.features import map_for
-from layerwise.choosing.space import spread_depths
+from layerwise.choosing.space import names_by_depth, spread_depths
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.files import write_json
@@ -136,7 +137,7 @@ def transfer_curve(
         "batch_size": batch_size,
     }
     done = _read(out, about)
-    pool: dict[str, Any] = {}
+    pool = CachePool(upcoming=names_by_depth(layers, chosen, epochs=epochs))
     for k in chosen:
         for series in SERIES:
             for seed in range(seeds):

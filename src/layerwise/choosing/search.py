@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from layerwise.cache.stock import CachePool
 from layerwise.choosing.budget import Budget
 from layerwise.choosing.decide import SMALL_BATCH
 from layerwise.choosing.features import map_for
 from layerwise.choosing.locks import lock_beside
 from layerwise.choosing.search_result import CurvePoint, SearchResult, best_point, depth_curve
-from layerwise.choosing.space import make_space
+from layerwise.choosing.space import make_space, names_by_depth
 from layerwise.choosing.study import TrialRow, open_study, queue, queued, quiet, rows_of, take_over
 from layerwise.choosing.trials import Experiment, begin_trial, run_trial
 from layerwise.errors import DataError, RunError
@@ -118,7 +119,8 @@ def search(
         layers, depths=depths, strategies=strategies, lr=lr, decay=decay, epochs=epochs, norms=norms
     )
     options = dict(fit_options or {})
-    experiment = Experiment(model, train, val, test, layers, space, metric, batch_size, seed, options)
+    pool = CachePool(upcoming=names_by_depth(layers, space.depths, epochs=space.epochs))
+    experiment = Experiment(model, train, val, test, layers, space, metric, batch_size, seed, options, pool)
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -119,6 +119,15 @@ def make_space(
     return Space(chosen, tuple(strategies), lr, decay, epochs, norms)
 
 
+def names_by_depth(layers: LayerMap, depths: Sequence[int], *, epochs: int) -> dict[frozenset[str], int]:
+    """Return the parameters that learn at each depth -> `epochs`, as a `CachePool` is told beforehand."""
+    groups = list(layers)
+    return {
+        frozenset(name for group in groups[len(groups) - k :] for name in group.parameters): epochs
+        for k in depths
+    }
+
+
 def spread_depths(groups: int, *, count: int = 6) -> tuple[int, ...]:
     """Return about `count` numbers of groups that learn, denser at the output.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from layerwise.cache.stock import CachePool
 from layerwise.choosing.search_result import Mode
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
@@ -48,7 +49,7 @@ class Experiment:
     batch_size: int
     seed: int
     options: Mapping[str, Any]
-    pool: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pool: CachePool = dataclasses.field(default_factory=CachePool)
 
     @property
     def mode(self) -> Mode:

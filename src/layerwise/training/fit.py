@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from layerwise.cache.stock import CachePool
 from layerwise.errors import RunError
 from layerwise.files import remove_leftovers, write_json
 from layerwise.plans.plan import Plan
@@ -85,7 +86,7 @@ def fit(
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Mapping[str, Any]], object] | None = None,
-    cache_pool: dict[str, Any] | None = None,
+    cache_pool: CachePool | None = None,
     cache_folder: str | Path | None = None,
 ) -> Result:
     """Fine-tune `model` as `plan` says, and return what came of it.
@@ -149,8 +150,8 @@ def fit(
         about: what else ``run.json`` shall tell, by its keys ``model``, ``data`` and others.
         on_epoch: called with each line of history once its epoch is saved; what it raises ends the run
             (a search prunes with it).
-        cache_pool: a dictionary that several runs in one process share, so that they compute a frozen
-            prefix once (see `layerwise.PrefixCache`, `pool`).
+        cache_pool: shared by several runs in one process, so that they compute a frozen prefix once (see
+            `layerwise.PrefixCache`, `pool`).
         cache_folder: where outputs of the frozen prefix are kept for later runs and for other processes
             (see `layerwise.PrefixCache`, `folder`). None forgets them at the end.
 

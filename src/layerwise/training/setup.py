@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
+from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
 from layerwise.files import write_json
 from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
@@ -214,7 +215,7 @@ def open_cache(
     batches: Batches,
     tuner: Tuner,
     *,
-    pool: dict[str, Any] | None = None,
+    pool: CachePool | None = None,
     folder: str | Path | None = None,
 ) -> PrefixCache | None:
     """Return the cache of the frozen prefix; None where there is to be none, or none is possible.

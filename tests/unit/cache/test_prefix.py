@@ -712,12 +712,12 @@ def test_other_weights_data_or_transform_do_not_find_them(tmp_path) -> None:
 
 def test_a_pool_serves_the_trials_of_a_search() -> None:
     # a second model with the same frozen weights takes the values that the first one stored
-    pool = {}
+    pool = layerwise.CachePool()
     first = train(TinyCNN, images(), *LAST, cached=True, pool=pool)
     again = train(TinyCNN, images(), *LAST, cached=True, pool=pool)
     assert_same(first, again)
     ((feed,),) = (s.feeds for s in again.cache._supplies.values())
-    assert {id(s.column) for s in feed.sites.values()} <= {id(c) for c in pool.values()}
+    assert {id(s.column) for s in feed.sites.values()} <= {id(c) for c in pool.columns.values()}
 
 
 def test_fill_prepares_everything() -> None:
