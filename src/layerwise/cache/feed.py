@@ -130,7 +130,7 @@ class BatchShape:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class Feed:
     """The samples of a loader that have one shape, and what is stored of them.
 

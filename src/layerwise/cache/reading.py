@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
-_PROBES = 4  # samples drawn twice to find random augmentation, or looked at one by one for their shapes
+_PROBES = 4  # samples drawn twice to find random augmentation
 
 
 class LoaderReader:
@@ -123,9 +123,9 @@ class LoaderReader:
             samples = [dataset[index] for index in indices]
         return self.loader.collate_fn(samples)
 
-    def probes(self) -> list[int]:
+    def probes(self, count: int = _PROBES) -> list[int]:
         """Return the indices of a few samples, spread evenly."""
-        count = min(_PROBES, self.size)
+        count = min(count, self.size)
         return sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
 
     def randomness(self) -> str:

@@ -15,6 +15,7 @@ from layerwise.cache.reading import LoaderReader, kept_random_state
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
+_LOOKED_AT = 12  # samples whose shapes are compared before the first epoch
 _MIXED = (
     "a batch holds samples that have different shapes when each is collated alone, so a sample's padding "
     "depends on the others of its batch, and with it the last bits of what the prefix computes. Pad each "
@@ -84,7 +85,8 @@ class Supply:
         """Return whether a few samples, each collated alone, have different shapes."""
         assert self.reader is not None
         with kept_random_state():
-            return len({_kind(self.reader.load_now([index])) for index in self.reader.probes()}) > 1
+            singles = (self.reader.load_now([index]) for index in self.reader.probes(_LOOKED_AT))
+            return len({_kind(single) for single in singles}) > 1
 
     def feed_of(self, indices: Sequence[int]) -> Feed:
         """Return the feed of a batch.

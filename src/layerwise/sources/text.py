@@ -47,7 +47,9 @@ class TextSet:
         task: what the labels are.
         mask_frac: share of the tokens that are hidden, for ``"masked_lm"``, else 0.
         pad_to: every batch is padded to at least so many tokens; None pads each to its own longest sample.
-            The prefix cache needs batches of one length, since padding shifts the last bits of a sum.
+        pads_samples: `layerwise.fit` pads each sample to a length of its own, the same in every epoch, and
+            makes batches of one length. The prefix cache needs that, since padding shifts the last bits of
+            a sum. False leaves all padding to `collate`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TextSet:
         self.targets = None if targets is None else tuple(targets)
         self.mask_frac = mask_frac
         self.pad_to = pad_to
+        self.pads_samples = True
         self.lengths = tuple(len(sample["input_ids"]) for sample in self.samples)
 
     def __len__(self) -> int:
@@ -91,32 +94,35 @@ class TextSet:
         targets = self.targets or ()
         return {name: targets.count(number) for number, name in enumerate(self.classes)} if targets else {}
 
-    def collate(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Return samples as one batch: a mapping of tensors, padded to the longest of them or to `pad_to`.
+    def pad(self, sample: Encoded, length: int) -> Encoded:
+        """Return a sample with what belongs to tokens filled up to `length` of them; it may be longer.
 
         ``input_ids`` are padded with the padding token, ``attention_mask`` with 0, labels of tokens with
         -100. Padding stands on the side that the tokenizer says.
         """
+        filling = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
+        filling["token_type_ids"] = getattr(self.tokenizer, "pad_token_type_id", 0)
+        padded = dict(sample)
+        for name, value in sample.items():
+            if name != "labels" or _per_token(self.task):
+                assert isinstance(value, list)
+                padding = [filling.get(name, 0)] * (length - len(value))
+                left = self.tokenizer.padding_side == "left"
+                padded[name] = [*padding, *value] if left else [*value, *padding]
+        return padded
+
+    def collate(self, samples: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Return samples as one batch: a mapping of tensors, padded to the longest of them or to `pad_to`."""
         import torch
 
         longest = max(self.pad_to or 0, *(len(sample["input_ids"]) for sample in samples))
-        left = self.tokenizer.padding_side == "left"
-        filling = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
-        filling["token_type_ids"] = getattr(self.tokenizer, "pad_token_type_id", 0)
-        batch = {}
-        for name, first in samples[0].items():
-            values = [sample[name] for sample in samples]
-            if name == "labels" and not _per_token(self.task):
-                kind = torch.long if self.task == "text_classification" else torch.float32
-                batch[name] = torch.tensor(values, dtype=kind)
-                continue
-            assert isinstance(first, list)  # everything else is one value a token
-            rows = []
-            for value in values:
-                padding = [filling.get(name, 0)] * (longest - len(value))
-                rows.append([*padding, *value] if left else [*value, *padding])
-            batch[name] = torch.tensor(rows, dtype=torch.long)
-        return batch
+        rows = [self.pad(sample, longest) for sample in samples]
+        numbers = not _per_token(self.task) and self.task != "text_classification"
+        kinds = {"labels": torch.float32} if numbers else {}
+        return {
+            name: torch.tensor([row[name] for row in rows], dtype=kinds.get(name, torch.long))
+            for name in samples[0]
+        }
 
     def subset(self, indices: Sequence[int]) -> TextSet:
         """Return the samples at `indices`, in that order, with all else the same."""

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from layerwise.errors import DataError
+from layerwise.training.lengths import order_by_length, padded_lengths
 from layerwise.training.randomness import epoch_seed, get_random_state, sample_randomness, set_random_state
 
 Data = Any
@@ -40,10 +41,14 @@ class EpochBatches(Sampler[list[int]]):
         shuffle: False keeps the order of the data set in every epoch.
         weights: float64[size], for drawing with replacement instead of shuffling.
         drop_last: leave out a smaller last batch.
-        lengths: of each sample, in tokens: batches are made of samples of about one length (see
-            `group_by_length`), so that little of them is padding. None does not look at lengths.
+        lengths: of each sample, in tokens: a batch holds samples that are padded to one length, so that
+            little of it is padding, and no sample's depends on the others. None does not look at lengths.
         rank: number of this process.
         world: number of processes.
+
+    Attributes:
+        padded: to how many tokens each sample has to be padded, in every epoch (`padded_lengths`); None
+            without `lengths`.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class EpochBatches(Sampler[list[int]]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.lengths = lengths
+        least = {} if shuffle else {"least_batches": 1}
+        self.padded = None if lengths is None else padded_lengths(lengths, batch_size, **least)
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.shuffle, self.weights, self.drop_last = shuffle, weights, drop_last
         self.rank, self.world = rank, world
@@ -71,21 +77,18 @@ class EpochBatches(Sampler[list[int]]):
 
     def order(self) -> list[int]:
         """Return the indices of all samples of the chosen epoch, in order, before they are batched."""
-        if not self.shuffle:
-            if self.lengths is None:
-                return list(range(self.size))
-            return sorted(range(self.size), key=self.lengths.__getitem__)
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        generator = None
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        if self.padded is not None:
+            return order_by_length(self.padded, self.batch_size, generator, self.weights)
+        if generator is None:
+            return list(range(self.size))
         if self.weights is not None:
             drawn = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
         else:
             drawn = torch.randperm(self.size, generator=generator)
-        order = cast("list[int]", drawn.tolist())
-        return (
-            order
-            if self.lengths is None
-            else group_by_length(order, self.lengths, self.batch_size, generator)
-        )
+        return cast("list[int]", drawn.tolist())
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
@@ -102,39 +105,6 @@ class EpochBatches(Sampler[list[int]]):
         return len(range(self.rank, batches, self.world))
 
 
-GROUPED_BATCHES = 50
-"""Batches' worth of samples that are sorted by length together."""
-
-
-def group_by_length(
-    order: Sequence[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator
-) -> list[int]:
-    """Return a random order again, in which neighbours that make a batch have about one length.
-
-    Stretches of `GROUPED_BATCHES` batches of `order` are sorted by length and cut into batches, and the
-    batches are shuffled. So batches still differ from epoch to epoch, and lengths come in random order.
-    A smaller last batch stays the last.
-
-    Args:
-        order: indices, shuffled.
-        lengths: of each sample.
-        batch_size: samples in a batch.
-        generator: shuffles the batches.
-
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> sorted(group_by_length([0, 1, 2, 3, 4], [9, 1, 8, 2, 5], 2, generator)[:2])
-    [1, 3]
-    """
-    whole = len(order) - len(order) % batch_size
-    stretch = GROUPED_BATCHES * batch_size
-    batches = []
-    for start in range(0, whole, stretch):
-        part = sorted(order[start : min(start + stretch, whole)], key=lengths.__getitem__)
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    shuffled = torch.randperm(len(batches), generator=generator).tolist()
-    return [index for number in shuffled for index in batches[number]] + list(order[whole:])
-
-
 class SeededSamples(Dataset[Any]):
     """A data set whose random augmentation depends on (seed, epoch, index) alone.
 
@@ -143,14 +113,16 @@ class SeededSamples(Dataset[Any]):
     Args:
         data: any map-style data set.
         seed: of the augmentation.
+        padded: to how many tokens ``data.pad`` fills up each sample; None leaves them.
     """
 
-    def __init__(self, data: Any, seed: int) -> None:
-        self.data, self.seed, self.epoch = data, seed, 0
+    def __init__(self, data: Any, seed: int, padded: Sequence[int] | None = None) -> None:
+        self.data, self.seed, self.padded, self.epoch = data, seed, padded, 0
 
     def __getitem__(self, index: int) -> Any:
         with sample_randomness(self.seed, self.epoch, index):
-            return self.data[index]
+            sample = self.data[index]
+        return sample if self.padded is None else self.data.pad(sample, self.padded[index])
 
     def __len__(self) -> int:
         return len(self.data)
@@ -235,7 +207,8 @@ def open_batches(
         batch_size: for a data set; a loader has its own.
         seed: of the order and the augmentation.
         collate: for a data set that has no ``collate`` of its own; a loader has its own. Batches of a
-            data set that tells the ``lengths`` of its samples hold samples of about one length.
+            data set that tells the ``lengths`` of its samples hold samples of about one length, and are
+            padded to one that depends on nothing else if it has a method ``pad(sample, length)``.
         workers: processes that load samples of a data set; 0 loads in this one.
         weights: float64[samples], to draw with replacement.
         drop_last: leave out a smaller last batch, of a data set.
@@ -292,8 +265,9 @@ def open_batches(
         rank=rank,
         world=world,
     )
+    padded = order.padded if getattr(source, "pads_samples", hasattr(source, "pad")) else None
     ours_loader = DataLoader(
-        SeededSamples(source, seed),
+        SeededSamples(source, seed, padded),
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,

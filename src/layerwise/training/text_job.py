@@ -58,9 +58,9 @@ class TextOptions:
         prompt_template: how a prompt is written, with ``{prompt}`` in it.
         skip_bad_rows: leave out rows that cannot be used.
         max_length: tokens of a sample at most; None is 256, or what the model can take.
-        padding: ``"batch"`` pads each batch to its longest sample; ``"all"`` pads every batch to the longest
-            sample there is, which the prefix cache needs; ``"auto"`` takes ``"all"`` where the cache saves
-            clearly more than the padding costs (`cache_pays`).
+        padding: ``"auto"`` pads each sample to one of a few lengths, the same in every epoch, and makes
+            batches of one length; ``"batch"`` pads each batch to its longest sample, which the prefix cache
+            cannot use; ``"all"`` pads every batch to the longest sample there is.
         pooling: ``"model"`` classifies as the model's own class does, ``"mean"`` by the mean of all
             tokens (`layerwise.sources.pooled`).
         lm_epochs: first tune the language model on the texts for so many epochs (ULMFiT); 0 does not.
@@ -259,7 +259,9 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
             cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
         )
     plan.check(layers)
-    data, padding = _padded(data, options, plan, layers, cached=job.options.get("cache", "auto") != "off")
+    for part in data.parts().values():
+        part.pads_samples = options.padding == "auto"
+        part.pad_to = max(part.lengths) if options.padding == "all" else None
     about = {
         "model": {**opened.to_dict(), "pooling": options.pooling},
         "data": {
@@ -277,56 +279,8 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     }
     task: Task | Literal["auto"] = task_of(data.train) or "auto"
     skipped = [f"left out {row}: {reason}" for row, reason in data.skipped]
-    notes = (*opened.notes, *data.notes, *padding, *skipped)
+    notes = (*opened.notes, *data.notes, *skipped)
     return PreparedText(job, options, opened, table, data, layers, plan, task, about, notes)
-
-
-def cache_pays(plan: Plan, layers: LayerMap, ratio: float) -> bool:
-    """Return whether a plan runs faster with the prefix cache, if its texts must then be longer.
-
-    Operations of a forward pass count once, those of a backward pass twice. With the cache what lies before
-    the first learning group runs once and the rest in every epoch, all of it on `ratio` times the tokens.
-    The cache has to save a fifth, as it has costs of its own.
-
-    Args:
-        plan: what learns when.
-        layers: the model's layer map.
-        ratio: tokens with padding to one length by tokens with padding by batch, at least 1.
-    """
-    known = all(group.flops is not None for group in layers)
-    work = [float(group.flops or 0) if known else float(group.numel) for group in layers]
-    plain = cached = stored = 0.0
-    for phase in plan.phases:
-        partly = {layers.group_of(name) for name, rate in phase.overrides.items() if rate}
-        learning = [i for i, name in enumerate(layers.names) if phase.rate(name) or name in partly]
-        first = min(learning, default=0)
-        prefix, rest = sum(work[:first]), 3 * sum(work[first:])
-        epochs = phase.epochs or 1
-        plain += epochs * (prefix + rest)
-        cached += epochs * rest
-        stored = max(stored, prefix)
-    return ratio * (stored + cached) < 0.8 * plain
-
-
-def _padded(
-    data: TextData, options: TextOptions, plan: Plan, layers: LayerMap, *, cached: bool
-) -> tuple[TextData, list[str]]:
-    """Return the data with its padding chosen, and a line that says so where it is not the usual one."""
-    parts = data.parts().values()
-    longest = max(max(part.lengths) for part in parts)
-    needed = sum(sum(part.lengths) for part in parts)
-    ratio = longest * sum(map(len, parts)) / needed
-    padding = options.padding
-    if padding == "auto":
-        worth = cached and data.train.deterministic and cache_pays(plan, layers, ratio)
-        padding = "all" if worth else "batch"
-    if padding == "batch":
-        return data, []
-    for part in parts:
-        part.pad_to = longest
-    return data, [
-        f"every batch is padded to {longest} tokens, {ratio:.1f} times as many, for the prefix cache"
-    ]
 
 
 def length_for(options: TextOptions, opened: OpenedModel) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from layerwise.errors import DataError, ModelError
 from layerwise.training import text_job
+from layerwise.training.data import open_batches
 from layerwise.training.job import Job, open_job
 from layerwise.training.run import load_run
 from tiny_text import save_tiny, topic_rows, write_csv
@@ -73,31 +74,44 @@ def test_interrupted_between_the_two_halves_it_goes_on_to_the_same_result(work, 
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-def test_one_length_for_all_where_the_cache_can_be_used(work):
-    # A frozen part that runs in several epochs: all batches have the longest length; a full plan: their own.
-    frozen = open_job(job(work, cache="auto"))
-    assert frozen.data.train.pad_to == max(max(part.lengths) for part in frozen.data.parts().values())
-    assert any("for the prefix cache" in note for note in frozen.notes)
-    for other in (
-        job(work, strategy="full", cache="auto"),
-        job(work, cache="off"),
-        job(work, cache="auto", padding="batch"),
-        job(work, cache="auto", epochs=1),
-    ):
-        assert open_job(other).data.train.pad_to is None
+def lengths_by_sample(prepared):
+    """Return the lengths at which each sample of the training data comes in three epochs."""
+    seen: dict[int, set[int]] = {}
+    batches = open_batches(prepared.data.train, train=True, batch_size=4)
+    for epoch in range(3):
+        batches.begin(epoch)
+        for indices, batch in zip(batches.loader.batch_sampler, batches.loader, strict=True):
+            for index in indices:
+                seen.setdefault(index, set()).add(batch["input_ids"].shape[1])
+    return seen
+
+
+def test_a_sample_has_one_length_whatever_the_cache(work):
+    # A few lengths, each sample always the same one; the cache does not change them, padding= does.
+    for cache in ("auto", "off"):
+        prepared = open_job(job(work, cache=cache))
+        seen = lengths_by_sample(prepared)
+        assert all(len(lengths) == 1 for lengths in seen.values())
+        for index, length in enumerate(prepared.data.train.lengths):
+            assert length <= min(seen[index]) <= max(prepared.data.train.lengths)
+    assert any(
+        len(lengths) > 1 for lengths in lengths_by_sample(open_job(job(work, padding="batch"))).values()
+    )
+    longest = max(open_job(job(work)).data.train.lengths)
+    assert set().union(*lengths_by_sample(open_job(job(work, padding="all"))).values()) == {longest}
 
 
 def test_padding_does_not_change_what_is_learned(work):
-    # Padded to one length and cached, a run ends where an uncached one with its own padding does. A probe,
-    # whose dropout sees pooled vectors: that of a layer draws as many numbers as there are tokens.
+    # However it is padded, a run ends at about the same weights. A probe, whose dropout sees pooled
+    # vectors: that of a layer draws as many numbers as there are tokens.
     results = [
-        open_job(job(work, cache=cache, padding=padding)).fit(progress=False)
-        for cache, padding in (("memory", "all"), ("off", "batch"))
+        open_job(job(work, padding=padding)).fit(progress=False) for padding in ("auto", "batch", "all")
     ]
     pretrained = open_job(job(work)).opened.model.state_dict()
     assert not torch.equal(results[0].model.classifier.weight, pretrained["classifier.weight"])
     for name, value in results[0].model.state_dict().items():
-        torch.testing.assert_close(results[1].model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+        for other in results[1:]:
+            torch.testing.assert_close(other.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_a_length_above_that_of_the_model_is_refused(work):
