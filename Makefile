@@ -36,7 +36,7 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
 
 bench-advice: $(STAMP)
 	$(BIN)/python -m benchmarks advice --run

@@ -1,4 +1,8 @@
-"""Run one benchmark by name, or list them: ``python -m benchmarks layer_maps``."""
+"""Run one benchmark by name: ``python -m benchmarks layer_maps``; without a name, those of `USUAL`.
+
+``--resume`` (and every option that all of `USUAL` know) may stand without a name: what a broken run measured
+is then not measured again.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,29 @@ BENCHMARKS = {
     "cuts": "benchmarks.cuts",
     "gradual": "benchmarks.gradual",
     "layer_maps": "benchmarks.layer_maps",
+    "recording": "benchmarks.recording",
     "text": "benchmarks.text",
 }
 """Name -> module; each has a ``main(arguments)`` that prints its figures."""
 
 
+USUAL = ("cache", "gradual", "recording")
+"""What the prefix cache is held to. The others take hours, or print what an earlier ``--run`` left."""
+
+
 def main() -> None:
-    names = sys.argv[1:2] or list(BENCHMARKS)
+    given = sys.argv[1:]
+    names, options = (given[:1], given[1:]) if given and not given[0].startswith("-") else ([], given)
+    others = [] if names else [name for name in BENCHMARKS if name not in USUAL]
+    names = names or list(USUAL)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
     for name in names:
         print(f"== {name}", flush=True)
-        importlib.import_module(BENCHMARKS[name]).main(sys.argv[2:])
+        importlib.import_module(BENCHMARKS[name]).main(options)
+    if others:
+        print(f"== others, by name: {', '.join(others)}")
 
 
 if __name__ == "__main__":

@@ -205,13 +205,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="default all")
     parser.add_argument("--rounds", type=int, default=7, help="passes of each kind, by turns")
     parser.add_argument("--batches", type=int, default=8, help="of the data")
+    parser.add_argument("--resume", action="store_true", help="measure only what the results lack")
     options = parser.parse_args(arguments)
     results = Results("recording")
     for name in options.what or NETWORKS:
         for part in options.part or PARTS:
-            row = PARTS[part](name, options.rounds, options.batches)
-            results.save(f"{name} {part}", {**row, "rounds": options.rounds, "batches": options.batches})
-            for line in lines(row):
+            key = f"{name} {part}"
+            if not (options.resume and key in results.rows):
+                row = PARTS[part](name, options.rounds, options.batches)
+                results.save(key, {**row, "rounds": options.rounds, "batches": options.batches})
+            for line in lines(results.rows[key]):
                 print(f"{name:10s} {line}", flush=True)
 
 
