@@ -47,7 +47,7 @@ SkipBadRows = Annotated[bool, _option("Leave out rows without text or label.", "
 MaxLength = Annotated[int | None, _option("Tokens of a text at most; 256.")]
 Padding = Annotated[
     Literal["auto", "batch", "all"] | None,
-    _option("To the longest text of a batch, or of all (which the cache needs)."),
+    _option("To one of a few lengths (auto), to the longest text of a batch (not cached), or of all."),
 ]
 Pooling = Annotated[
     Literal["model", "mean"] | None,
