@@ -1,11 +1,11 @@
 """Tune MiniLM on topics of Debian packages: accuracy and time of each strategy, over several seeds.
 
 ``python -m benchmarks text`` runs the arms of ``layerwise demo text`` for 3 seeds, without and with the
-prefix cache where a part is frozen, in all ways to pad (``--padding``), the linear probe on transformers' own pooler, and the selective plan
-written out by hand for a bare transformers ``Trainer``. It prints the mean test accuracy with the last
-epoch's weights, its standard error over the seeds, and CPU seconds of training, validation and test on one
-thread: CPU time, because other work on the machine does not change it much. Results are kept in
-``benchmarks/results/text.json`` and only what is missing is run.
+prefix cache where a part is frozen and in all ways to pad (``--padding``), the linear probe on
+transformers' own pooler, and the selective plan written out by hand for a bare transformers ``Trainer``.
+It prints the mean test accuracy with the last epoch's weights, its standard error over the seeds, and CPU
+seconds of training, validation and test on one thread: CPU time, because other work on the machine does
+not change it much. Results are kept in ``benchmarks/results/text.json`` and only what is missing is run.
 """
 
 from __future__ import annotations

@@ -101,6 +101,23 @@ def test_a_sample_has_one_length_whatever_the_cache(work):
     assert set().union(*lengths_by_sample(open_job(job(work, padding="all"))).values()) == {longest}
 
 
+def test_the_cache_does_not_change_what_is_learned(work, caplog):
+    # Texts of several lengths, the last layer and its dropout trained: the same bits with the cache.
+    caplog.set_level("INFO", logger="layerwise.cache")
+    options = {"strategy": "top_k:k=2", "epochs": 3}
+    plain, cached = (
+        open_job(job(work, cache=cache, **options)).fit(progress=False) for cache in ("off", "memory")
+    )
+    assert any("memory, cut at" in record.message for record in caplog.records)
+    pretrained = open_job(job(work)).opened.model.state_dict()
+    moved = [n for n, value in plain.model.state_dict().items() if not torch.equal(value, pretrained[n])]
+    assert any("layer.1" in name for name in moved)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(cached.model.state_dict()[name], value), name
+    losses = [[entry["train_loss"] for entry in result.history] for result in (plain, cached)]
+    assert losses[0] == losses[1]
+
+
 def test_padding_does_not_change_what_is_learned(work):
     # However it is padded, a run ends at about the same weights. A probe, whose dropout sees pooled
     # vectors: that of a layer draws as many numbers as there are tokens.
