@@ -48,6 +48,12 @@ def _timed(work: Callable[[], object]) -> float:
     return time.process_time() - began_s
 
 
+def _layers(case: Case) -> layerwise.LayerMap:
+    example = next(iter(DataLoader(case.data, 2)))
+    inputs = {k: v for k, v in example.items() if k != "labels"} if isinstance(example, dict) else example[0]
+    return layerwise.layer_map(case.model, inputs, granularity="stages")
+
+
 def _forward(case: Case, loader: DataLoader[Any]) -> None:
     with torch.no_grad():
         for batch in loader:
@@ -109,9 +115,7 @@ def passes(name: str, rounds: int, batches: int) -> dict[str, Any]:
 def all_phases(name: str, rounds: int, batches: int) -> dict[str, Any]:
     """Compare the pass that fills every phase of gradual unfreezing with a forward of the whole model."""
     case = _case(name, batches)
-    example = next(iter(DataLoader(case.data, 2)))
-    inputs = {k: v for k, v in example.items() if k != "labels"} if isinstance(example, dict) else example[0]
-    layers = layerwise.layer_map(case.model, inputs, granularity="stages")
+    layers = _layers(case)
     plan = layerwise.gradual_unfreezing(layers, epochs_per_group=2, last_epochs=2)
     loader: DataLoader[Any] = DataLoader(case.data, batch_size=case.batch)
     tuner = layerwise.Tuner(
@@ -151,6 +155,7 @@ def idle(name: str, rounds: int, batches: int) -> dict[str, Any]:
 def _peak(name: str, batches: int, cached: bool) -> tuple[int, int]:
     """Train two epochs; return the most memory that this process took, and the bytes it stored."""
     case = _case(name, batches)
+    _layers(case)  # as for every plan; what torch loads to record a model is then in both processes
     prepare(case)
     loader: DataLoader[Any] = DataLoader(case.data, batch_size=case.batch)
     cache = layerwise.PrefixCache(case.model, loader, storage="memory") if cached else None

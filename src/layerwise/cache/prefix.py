@@ -15,22 +15,19 @@ from torch.utils.data import DataLoader
 from layerwise.cache.calls import Calls, told
 from layerwise.cache.checking import BufferGuard
 from layerwise.cache.cutbook import CutBook, PhaseSource
+from layerwise.cache.dealing import Dealer
 from layerwise.cache.decision import Decision, Storage
-from layerwise.cache.feed import Feed, OtherShapeError, Phase
+from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
-from layerwise.cache.observing import Live, Observer
+from layerwise.cache.observing import Observer
 from layerwise.cache.opening import open_supply
 from layerwise.cache.reading import kept_random_state
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import untouched, unwrap
-from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
-
-_MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
-_PATIENCE = 3  # batches that may pass without reaching the model before the cache gives up
 
 
 class PrefixCache:
@@ -117,6 +114,7 @@ class PrefixCache:
         self._observer = Observer(
             self.model, self._book, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs
         )
+        self._dealer = Dealer(self._book, self._observer, self._refuse)
         self._calls = Calls(self.model, self._book, self._observer, self._refuse)
 
     # -- what users call ----------------------------------------------------------------------
@@ -142,15 +140,10 @@ class PrefixCache:
             return
         for feed in supply.feeds:
             self._observer.drop_stale(feed)
-        view = supply.epochs % supply.views
-        supply.epochs += 1
-        schedule = supply.schedule(self._is_known(supply), lambda: self._must_load(supply, view))
         with self._calls.watched():
-            for indices, batch in schedule:
-                live = self._next(supply, indices, batch, view)
+            for live in self._dealer.epoch(supply):
                 with self._calls.expecting(live):
                     yield live.batch
-                self._note_unseen(live)
         self.stock.shelf.publish_complete()
 
     def fill(
@@ -270,62 +263,6 @@ class PrefixCache:
         if self.storage in ("memory", "disk"):  # it was asked for in so many words
             warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
 
-    def _is_known(self, supply: Supply) -> bool:
-        """Whether this epoch can start without looking at a batch first."""
-        key = self._book.state()
-        return any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
-
-    def _must_load(self, supply: Supply, view: int) -> bool:
-        """Whether the loader's workers had better load every batch of this epoch."""
-        return supply.missing_frac(self._book.state(), view) > _MISSING_FRAC
-
-    def _next(self, supply: Supply, indices: list[int], batch: Any, view: int) -> Live:
-        """Return the batch to hand out: replayed if it can be, else real."""
-        key = self._book.state()
-        try:
-            feed = supply.feed_of(indices)
-        except CacheError as error:
-            if not supply.reason:
-                self._refuse(supply, None, str(error))
-            feed = supply.feeds[0]
-            live = Live(supply, feed, torch.empty(0, dtype=torch.int64), indices, key)
-        else:
-            live = Live(supply, feed, feed.rows_of(indices, view), indices, key)
-        phase = live.phase = feed.phases.get(key)
-        usable = not supply.reason and phase is not None and phase.verified and not phase.reason
-        if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
-            return live
-        live.batch = batch if batch is not None else feed.reader.load_now(indices)
-        live.leaves = tensors_in(live.batch)
-        settled = phase is not None and (phase.verified or phase.reason)
-        size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
-        live.observing = not (supply.reason or settled) and len(indices) >= min(size, feed.size)
-        return live
-
-    def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
-        """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
-        try:
-            batch = self._observer.complete(live.feed, phase, live, batch)
-            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, tag=live)
-        except OtherShapeError as error:
-            if not live.supply.sort():
-                self._refuse(live.supply, None, str(error))
-            return False
-        except (CacheError, OSError) as error:
-            self._refuse(live.supply, phase, str(error))
-            return False
-        live.replayed = True
-        return True
-
-    def _note_unseen(self, live: Live) -> None:
-        supply = live.supply
-        if live.seen:
-            supply.unseen = 0
-        elif live.observing or live.phase is not None:
-            supply.unseen += 1
-            if supply.unseen >= _PATIENCE and not supply.reason:
-                self._refuse(supply, None, "the loop does not pass the loader's batches to this model")
-
     # -- a recording pass of its own ----------------------------------------------------------
 
     def _call(self, batch: Any) -> Any:
@@ -345,7 +282,7 @@ class PrefixCache:
             if phase is None or not (phase.verified or phase.reason):
                 samples = feed.members or range(feed.size)
                 size = min(feed.reader.batch_size or feed.full or 1, feed.size)
-                live = self._next(supply, list(samples[:size]), None, 0)
+                live = self._dealer.deal(supply, list(samples[:size]), None, view=0)
                 with (
                     self._calls.expecting(live),
                     torch.no_grad(),

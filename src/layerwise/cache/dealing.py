@@ -1,0 +1,107 @@
+"""`Dealer`: makes the batches of an epoch: replayed where they can be, else real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from layerwise.cache.calls import Refuse
+from layerwise.cache.cutbook import CutBook
+from layerwise.cache.feed import OtherShapeError, Phase
+from layerwise.cache.observing import Live, Observer
+from layerwise.cache.supply import Supply
+from layerwise.errors import CacheError
+from layerwise.layers.structures import tensors_in
+
+_MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
+_PATIENCE = 3  # batches that may pass without reaching the model before the cache gives up
+
+
+class Dealer:
+    """Makes batches.
+
+    Args:
+        book: tells in which state (who learns, which modes) the model is.
+        observer: computes what is missing.
+        refuse: notes why a loader, or one of its phases, is not cached.
+    """
+
+    def __init__(self, book: CutBook, observer: Observer, refuse: Refuse) -> None:
+        self._book, self._observer, self._refuse = book, observer, refuse
+
+    def epoch(self, supply: Supply) -> Iterator[Live]:
+        """Yield the batches of one epoch, in the order of the loader."""
+        view = supply.epochs % supply.views
+        supply.epochs += 1
+        for indices, batch in supply.schedule(self._is_known(supply), lambda: self._must_load(supply, view)):
+            live = self.deal(supply, indices, batch, view=view)
+            yield live
+            self._note_unseen(live)
+
+    def deal(self, supply: Supply, indices: list[int], batch: Any, *, view: int) -> Live:
+        """Return one batch.
+
+        Args:
+            supply: the loader.
+            indices: of its samples.
+            batch: the loaded batch; None if it was not loaded.
+            view: which draw of the samples.
+        """
+        key = self._book.state()
+        try:
+            feed = supply.feed_of(indices)
+        except CacheError as error:
+            if not supply.reason:
+                self._refuse(supply, None, str(error))
+            feed = supply.feeds[0]
+            live = Live(supply, feed, torch.empty(0, dtype=torch.int64), indices, key)
+        else:
+            live = Live(supply, feed, feed.rows_of(indices, view), indices, key)
+        phase = live.phase = feed.phases.get(key)
+        usable = not supply.reason and phase is not None and phase.verified and not phase.reason
+        if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
+            return live
+        if not (supply.reason or any(feed is one for one in supply.feeds)):  # just sorted by shape
+            return self.deal(supply, indices, batch, view=view)
+        live.batch = batch if batch is not None else feed.reader.load_now(indices)
+        live.leaves = tensors_in(live.batch)
+        settled = phase is not None and (phase.verified or phase.reason)
+        size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
+        live.observing = not (supply.reason or settled) and len(indices) >= min(size, feed.size)
+        return live
+
+    def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
+        """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
+        try:
+            batch = self._observer.complete(live.feed, phase, live, batch)
+            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, tag=live)
+        except OtherShapeError as error:
+            if not live.supply.sort():
+                self._refuse(live.supply, None, str(error))
+            return False
+        except (CacheError, OSError) as error:
+            self._refuse(live.supply, phase, str(error))
+            return False
+        live.replayed = True
+        return True
+
+    def _is_known(self, supply: Supply) -> bool:
+        """Whether this epoch can start without looking at a batch first."""
+        key = self._book.state()
+        return any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
+
+    def _must_load(self, supply: Supply, view: int) -> bool:
+        """Whether the loader's workers had better load every batch of this epoch."""
+        return supply.missing_frac(self._book.state(), view) > _MISSING_FRAC
+
+    def _note_unseen(self, live: Live) -> None:
+        """Give up where several batches in a row never came to the model."""
+        supply = live.supply
+        if live.seen:
+            supply.unseen = 0
+        elif live.observing or live.phase is not None:
+            supply.unseen += 1
+            if supply.unseen >= _PATIENCE and not supply.reason:
+                self._refuse(supply, None, "the loop does not pass the loader's batches to this model")
