@@ -48,6 +48,11 @@ class TransferPoint:
     error: float
     seeds: int
 
+    def cells(self) -> list[str]:
+        """Return the point as a row of a table; a single seed has no error."""
+        error = f"{self.error:.4f}" if self.seeds > 1 else "-"
+        return [self.series, str(self.trained_groups), self.first, f"{self.mean:.4f}", error, str(self.seeds)]
+
 
 @dataclass(frozen=True)
 class TransferCurve:
@@ -66,11 +71,8 @@ class TransferCurve:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        rows = [
-            [p.series, str(p.trained_groups), p.first, f"{p.mean:.4f}", f"{p.error:.4f}", str(p.seeds)]
-            for p in self.points
-        ]
-        return text_table(["kept groups", "new", "from", self.metric, "error", "seeds"], rows)
+        columns = ["kept groups", "new groups", "from", self.metric, "error", "seeds"]
+        return text_table(columns, [point.cells() for point in self.points])
 
 
 def transfer_curve(
@@ -130,7 +132,9 @@ def transfer_curve(
     if wrong := [k for k in chosen if not 1 <= k <= groups]:
         raise PlanError(f"depths {wrong} are not between 1 and the {groups} groups of the layer map")
     about = {
+        "model": layers.model_class,
         "groups": list(layers.names),
+        "train_samples": len(train) if hasattr(train, "__len__") else None,
         "epochs": epochs,
         "lr": lr,
         "metric": metric,
@@ -164,7 +168,7 @@ def transfer_curve(
                 done[key] = result.metrics[metric]
                 if out is not None:
                     write_json(Path(out), {"about": about, "values": done})
-                say(f"{series}, {k} new groups, seed {seed}: {metric} {done[key]:.4f}")
+                say(f"{series}, {k} new group{'s' * (k > 1)}, seed {seed}: {metric} {done[key]:.4f}")
     points = []
     for series in SERIES:
         for k in chosen:

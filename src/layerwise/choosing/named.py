@@ -86,12 +86,19 @@ def unlabelled(opened: OpenedModel, data: str) -> Any:
 
     if opened.preprocessing is None:
         raise ModelError(
-            f"{opened.spec!r} takes no images; use layerwise.shift in Python with your own data."
+            f"{opened.spec!r} takes no images. For texts say in which column they are (--text-column); other "
+            "inputs can be given in Python: layerwise.shift, layerwise.signature."
         )
     return _Inputs(image_list([data], opened.preprocessing))
 
 
-def open_source(opened: OpenedModel, source: str | None, signature: str | None) -> Any:
+def fit_options(prepared: Prepared | PreparedText) -> dict[str, Any]:
+    """Return the options of `layerwise.fit` that follow from the data of a task: its classes, or its kind."""
+    task = {"task": prepared.task} if hasattr(prepared, "task") else {}
+    return {"classes": prepared.data.classes or None, **task}
+
+
+def open_source(opened: OpenedModel, source: str | None, signature: str | Path | None) -> Any:
     """Return what a shift is measured against: a folder's images, a saved signature, or None.
 
     Raises:

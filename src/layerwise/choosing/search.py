@@ -110,7 +110,10 @@ def search(
     if val is None:
         raise DataError("a search compares plans on validation data, and val is None. Split some off train.")
     if (trials is not None and trials < 1) or (minutes is not None and not minutes > 0) or seeds < 1:
-        raise DataError(f"trials is {trials}, minutes {minutes}, seeds {seeds}; expected numbers above 0.")
+        raise DataError(
+            f"trials is {trials}, minutes {minutes}, seeds {seeds}; expected numbers above 0 (or None for no "
+            "limit of that kind)."
+        )
     budget = Budget(20 if trials is None and minutes is None else trials, minutes, seeds)
     layers = map_for(model, train, layers, example_input, batch_size=batch_size)
     if norms is None:
@@ -248,7 +251,7 @@ def _refit(
     options = {"test": experiment.test}
     if folder is None:
         return experiment.train_by(plan, best.lr, experiment.seed, **options), ""
-    number = next(row.number for row in rows if row.setting == best.setting)
+    number = next(row.number for row in rows if row.setting == best.setting and row.state == "complete")
     target = folder / f"winner-trial-{number}"
     try:
         with lock:  # a second worker that gets here waits, and then finds the run

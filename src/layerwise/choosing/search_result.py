@@ -91,7 +91,10 @@ class SearchResult:
     @property
     def counted(self) -> str:
         """How many trials there are, and how they ended."""
-        states = Counter(trial.state for trial in self.trials)
+        states = Counter(
+            "interrupted" if trial.state == "failed" and not trial.error else trial.state
+            for trial in self.trials
+        )
         many = "trial" if len(self.trials) == 1 else "trials"
         return f"{len(self.trials)} {many}: " + ", ".join(f"{n} {state}" for state, n in states.items())
 

@@ -134,8 +134,9 @@ def measure(
     if target.samples < 2:
         raise DataError(f"a shift needs at least two samples, better some hundred; got {target.samples}.")
     if reference is None and not target.norms:
+        name = layers.model_class.rpartition(".")[2] or "this model"
         raise ModelError(
-            f"{layers.model_class or 'this model'} has no layer with running statistics (batch-norm), so it "
+            f"{name} has no layer with running statistics (batch-norm), so it "
             "carries no summary of its source domain, and no source was given. Give a sample of the source, "
             "shift(model, target, source), or a signature made where the source is: "
             "layerwise signature MODEL --data SOURCE -o sig.safetensors"

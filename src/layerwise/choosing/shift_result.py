@@ -146,6 +146,15 @@ class Shift:
             found = [pair for pair in found if signs[pair[1].name] < 0 or pair[1].name not in _DETAIL]
         return tuple(entry for _, entry in sorted(found, key=lambda pair: -pair[0]))
 
+    @property
+    def summary(self) -> str:
+        """The three means and where the shift sits, in three lines."""
+        return (
+            f"input side (first two thirds): {self.input_side}\n"
+            f"label side (last third): {self.label_side}\n"
+            f"overall: {self.overall}; {_SITS[self.where]}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
         data = dataclasses.asdict(self)
@@ -163,10 +172,8 @@ class Shift:
             for g in self.groups
         ]
         parts = [
-            f"shift against {_AGAINST[self.method]}: {self.overall} "
-            f"({self.level:.0%} interval, {self.samples} samples)\n"
-            f"input side (first two thirds): {self.input_side}; label side (last third): {self.label_side}; "
-            f"sits: {self.where}",
+            f"shift against {_AGAINST[self.method]} ({self.samples} samples, {self.level:.0%} intervals)\n"
+            f"{self.summary}",
             text_table(["group", "depth", *shown], rows),
         ]
         if self.inputs:
@@ -190,4 +197,10 @@ class Shift:
 
 
 _DETAIL = ("sharpness", "resolution")
+_SITS: dict[Where, str] = {
+    "none": "no shift is shown, as the interval holds 0",
+    "early": "more in the first third of the groups than in the last",
+    "late": "more in the last third of the groups than in the first",
+    "throughout": "in early and late groups alike",
+}
 _AGAINST = {"norms": "running statistics", "signature": "a signature", "source": "a source sample"}

@@ -267,15 +267,15 @@ def check_belongs(found: Signature, features: Features, layers: LayerMap) -> Non
     """
     if found.modality != features.modality:
         raise DataError(
-            f"the source holds {found.modality} inputs of shape {found.shape} and the target "
-            f"{features.modality} inputs of shape {features.shape}; a shift between them has no meaning. "
-            "Give a source of the same kind."
+            f"the source is {_kind(found.modality, found.shape)} and the target "
+            f"{_kind(features.modality, features.shape)}; a shift between them has no meaning. Give a source "
+            "of the same kind, or a signature of one: layerwise signature MODEL --data SOURCE"
         )
     if found.modality != "tokens" and found.shape != features.shape:
         raise DataError(
             f"the source's inputs have the shape {_sides(found.shape)}, the target's "
             f"{_sides(features.shape)}; features of another size differ for that reason alone. Bring both to "
-            "the model's input size with its own preprocessing."
+            "one size: the model's own preprocessing, or the same --input-size for both."
         )
     widths = {name: len(group.mean) for name, group in found.groups.items()}
     ours = {name: values.shape[1] for name, values in features.groups.items()}
@@ -292,3 +292,9 @@ def check_belongs(found: Signature, features: Features, layers: LayerMap) -> Non
 
 def _sides(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def _kind(modality: str, shape: tuple[int, ...]) -> str:
+    """Return what inputs are, in words."""
+    words = {"tokens": "texts (token ids)", "image": "images", "values": "tensors"}[modality]
+    return f"{words} of shape {_sides(shape)}" if shape else words

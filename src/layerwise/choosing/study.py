@@ -135,13 +135,23 @@ def open_study(
     if before is None:
         study.set_user_attr("about", plain)
     elif before != plain:
-        keys = [key for key in plain if before.get(key) != plain[key]]
-        listed = "".join(f"\n  - {key}: {before.get(key)!r} -> {plain[key]!r}" for key in keys)
+        listed = "".join(
+            f"\n  - {key}: {old!r} there, {new!r} given" for key, old, new in _differences(before, plain)
+        )
         raise RunError(
             f"the search {name!r} in {storage} is about something else:{listed}\n"
             "Give the same values to go on with it, or another name or folder for a new one."
         )
     return study
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, old and new value of each entry that differs, of nested mappings the inner ones."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{path} {key}".strip())
+    elif before != now:
+        yield path, before, now
 
 
 def worker_name() -> str:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from layerwise.cli import text
-from layerwise.cli.diagnose import (
-    DataOption,
-    GranularityOption,
-    ModelArgument,
+from layerwise.cli.options import (
+    BatchSizeOption,
     SamplesOption,
-    SeedOption,
     SignatureOption,
-    SizeOption,
     SourceOption,
-    WeightsOption,
+    TaskOptions,
+    ValFracOption,
+    with_task,
 )
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
@@ -26,26 +24,20 @@ if TYPE_CHECKING:
 
 
 @friendly
+@with_task
 def advise(
-    model: ModelArgument,
-    data: DataOption,
+    task: TaskOptions,
     source: SourceOption = None,
     signature: SignatureOption = None,
-    text_column: text.TextColumn = None,
-    label_column: text.LabelColumn = None,
-    pair_column: text.PairColumn = None,
-    max_length: text.MaxLength = None,
-    weights: WeightsOption = None,
-    input_size: SizeOption = None,
-    granularity: GranularityOption = "stages",
     pretraining: Annotated[
         Literal["supervised", "self_supervised", "unknown"], typer.Option(help="Sets the decay of the rates.")
     ] = "unknown",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Length of the plan.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="That training will use.")] = 32,
-    val_frac: Annotated[float, typer.Option(help="Share that fit will validate on.")] = 0.2,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Length of the plan; by the number of samples.")
+    ] = None,
+    batch_size: BatchSizeOption = 32,
+    val_frac: ValFracOption = 0.2,
     max_samples: SamplesOption = 512,
-    seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan to this file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -54,37 +46,25 @@ def advise(
     layerwise advise timm:resnet18 --data photos -o plan.yaml
     """
     from layerwise.choosing.advice import advise as ask
-    from layerwise.choosing.named import open_source, open_task
+    from layerwise.choosing.named import open_source
 
-    prepared = open_task(
-        model,
-        data,
-        weights=None if weights is None else str(weights),
-        input_size=input_size,
-        granularity=granularity,
-        val_frac=val_frac,
-        seed=seed,
-        text=text.text_options(
-            text_column=text_column, label_column=label_column, pair_column=pair_column, max_length=max_length
-        ),
-    )
-    for note in prepared.notes:
-        say(note)
+    prepared = task.open(val_frac=val_frac)
     found = ask(
         prepared.opened.model,
         prepared.data.train,
-        open_source(prepared.opened, source, None if signature is None else str(signature)),
+        open_source(prepared.opened, source, signature),
         layers=prepared.layers,
         epochs=epochs,
         batch_size=batch_size,
         pretraining=pretraining,
         max_samples=max_samples,
-        seed=seed,
+        seed=task.seed,
     )
     if out is not None:
         found.plan.save(out)
-        say(f"wrote {out}; train with it: layerwise fit --model {model} --data {data} --plan {out} --lr "
-            f"{found.lr:g}")  # fmt: skip
+        more = "".join(f" --{key.replace('_', '-')} {value}" for key, value in found.fit_options.items())
+        say(f"wrote {out}; train with it: {task.fit_command()} --plan {shlex.quote(str(out))} --lr "
+            f"{found.lr:g}{more} --out RUN")  # fmt: skip
     if as_json:
         print_json(found.to_dict())
         return

@@ -36,21 +36,9 @@ def shift_tables(found: Shift, classes: Sequence[str] = ()) -> Iterator[Table | 
         figures = (getattr(group, name) for name in shown)
         table.add_row(group.group, str(group.depth), *("-" if f is None else str(f) for f in figures))
     yield table
-    yield Text(
-        f"input side (first two thirds) {found.input_side}, label side (last third) {found.label_side}, "
-        f"overall {found.overall}; sits: {found.where}\n"
-    )
+    yield Text(f"{found.summary}\n")
     if found.inputs:
-        table = new_table("Inputs", ["property", "target", "source", "effect in sd", ""])
-        for entry in found.inputs:
-            table.add_row(
-                entry.name,
-                f"{entry.target:.3g}",
-                "-" if entry.source is None else f"{entry.source:.3g}",
-                "-" if entry.effect is None else str(entry.effect),
-                "moved" if entry.moved else "",
-            )
-        yield table
+        yield _input_table(found)
     if found.labels is not None:
         yield transfer_table(found.labels.transfer)
         counts = found.labels.counts
@@ -58,6 +46,25 @@ def shift_tables(found: Shift, classes: Sequence[str] = ()) -> Iterator[Table | 
         yield Text(f"classes: {', '.join(named)}; largest {found.labels.imbalance:.3g} times the smallest\n")
     for note in found.notes:
         yield Text(f"note: {note}")
+
+
+def _input_table(found: Shift) -> Table:
+    """Return the properties of the inputs; beside the source's where there is one to measure them on."""
+    if all(entry.effect is None for entry in found.inputs):
+        table = new_table("Inputs", ["property", "mean"])
+        for entry in found.inputs:
+            table.add_row(entry.name, f"{entry.target:.3g}")
+        return table
+    table = new_table("Inputs", ["property", "target", "source", "effect in sd", ""])
+    for entry in found.inputs:
+        table.add_row(
+            entry.name,
+            f"{entry.target:.3g}",
+            "-" if entry.source is None else f"{entry.source:.3g}",
+            "-" if entry.effect is None else str(entry.effect),
+            "moved" if entry.moved else "",
+        )
+    return table
 
 
 def transfer_table(found: Transferability) -> Table:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from layerwise.cli.demo_output import describe_arm, show_demo
 from layerwise.cli.demo_text import demo_text
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, friendly, say
 
 if TYPE_CHECKING:
-    from layerwise.training.demo import Arm, Row
+    from layerwise.training.demo import Arm
     from layerwise.training.job import Prepared
 
 
@@ -68,53 +69,30 @@ def demo(
         image_size=image_size,
         on_arm=_describe,
     )
-    seconds = time.monotonic() - began_s
     images = " ".join(map(shlex.quote, done.examples))
-    command = f"layerwise predict {shlex.quote(done.rows[-1].run)} {images}"
-    if as_json:
-        print_json(
-            {
-                "model": DEMO_MODEL,
-                "images": {"data": "ELPV", "size": image_size, "train": train, "val": val, "test": test},
-                "epochs": epochs,
-                "seed": seed,
-                "rows": [row.to_dict() for row in done.rows],
-                "seconds": round(seconds, 1),
-                "predict": command,
-            }
-        )
-        return
-    print_table(_table(done.rows))
-    print_table(f"All of it took {seconds:.0f} seconds. The runs are in {folder}. Predict with one of them:")
-    typer.echo(f"  {command}")
+    show_demo(
+        done.rows,
+        about={
+            "model": DEMO_MODEL,
+            "images": {"data": "ELPV", "size": image_size, "train": train, "val": val, "test": test},
+            "epochs": epochs,
+            "seed": seed,
+        },
+        what="images",
+        seconds=time.monotonic() - began_s,
+        where=f"The runs are in {folder}.",
+        command=f"layerwise predict {shlex.quote(done.rows[-1].run)} {images}",
+        as_json=as_json,
+    )
 
 
 def _describe(arm: Arm, prepared: Prepared) -> None:
     """Say what is frozen, what learns and at which rate."""
     from layerwise.training.demo import frozen_norms_of
 
-    phase, layers = prepared.plan.phases[0], prepared.layers
-    rates = {name: phase.rate(name) * arm.lr for name in layers.names}
-    frozen = [name for name, rate in rates.items() if rate == 0]
+    describe_arm(arm, prepared)
     norms, total = frozen_norms_of(prepared)
-    say(f"\n{arm.name}: {prepared.plan.strategy}")
-    say(f"  frozen: {', '.join(frozen) or 'nothing'}")
-    say("  rates:  " + ", ".join(f"{name} {rate:.2e}" for name, rate in rates.items() if rate > 0))
     say(f"  batch-norm: {norms} of {total} keep their pretrained statistics")
-
-
-def _table(rows: tuple[Row, ...]) -> Any:
-    from layerwise.cli.tables import new_table
-
-    title = "Test images, weights of the epoch that was best on validation"
-    table = new_table(
-        title, ["strategy", "balanced accuracy", "macro F1", "accuracy", "trained parameters", "seconds"]
-    )
-    for row in rows:
-        share = row.trained_parameters / row.total_parameters
-        scores = (f"{score:.3f}" for score in (row.balanced_accuracy, row.macro_f1, row.accuracy))
-        table.add_row(row.arm, *scores, f"{row.trained_parameters:,} ({share:.1%})", f"{row.seconds:.0f}")
-    return table
 
 
 def _new_folder(parent: Path, name: str) -> Path:

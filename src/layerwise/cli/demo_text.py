@@ -5,15 +5,9 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import typer
-
-from layerwise.cli.output import print_json, print_table, say
-
-if TYPE_CHECKING:
-    from layerwise.training.demo import Arm, Row
-    from layerwise.training.text_job import PreparedText
+from layerwise.cli.demo_output import describe_arm, show_demo
+from layerwise.cli.output import say
 
 NO_LISTS = (
     "The demo's texts are Debian's package descriptions. Where apt knows them (a Debian machine after "
@@ -57,55 +51,24 @@ def demo_text(
             seed=seed,
             data=None if data is None else str(data.resolve()),
             model=model,
-            on_arm=_describe,
+            on_arm=describe_arm,
         )
     except DataError as error:
         if data is not None:
             raise
         raise DataError(f"{error}\n{NO_LISTS}") from error
-    seconds = time.monotonic() - began_s
     example = done.examples[0] if done.examples else "a text"
-    command = f"echo {shlex.quote(example)} | layerwise predict {shlex.quote(done.rows[-1].run)}"
-    if as_json:
-        print_json(
-            {
-                "model": name,
-                "texts": {"data": str(data or "Debian package descriptions"), "per_topic": per_topic},
-                "epochs": epochs,
-                "seed": seed,
-                "rows": [row.to_dict() for row in done.rows],
-                "seconds": round(seconds, 1),
-                "predict": command,
-            }
-        )
-        return
-    print_table(_table(done.rows))
-    print_table(
-        f"All of it took {seconds:.0f} seconds. The runs are in {folder}; in each lies transformers/,"
+    show_demo(
+        done.rows,
+        about={
+            "model": name,
+            "texts": {"data": str(data or "Debian package descriptions"), "per_topic": per_topic},
+            "epochs": epochs,
+            "seed": seed,
+        },
+        what="texts",
+        seconds=time.monotonic() - began_s,
+        where=f"The runs are in {folder}; in each lies transformers/, a folder that transformers loads.",
+        command=f"echo {shlex.quote(example)} | layerwise predict {shlex.quote(done.rows[-1].run)}",
+        as_json=as_json,
     )
-    print_table("a folder that transformers loads. Predict with one of them:")
-    typer.echo(f"  {command}")
-
-
-def _describe(arm: Arm, prepared: PreparedText) -> None:
-    """Say what is frozen, what learns and at which rate."""
-    phase, layers = prepared.plan.phases[0], prepared.layers
-    rates = {name: phase.rate(name) * arm.lr for name in layers.names}
-    frozen = [name for name, rate in rates.items() if rate == 0]
-    say(f"\n{arm.name}: {prepared.plan.strategy}")
-    for note in prepared.data.notes:
-        say(f"  {note}")
-    say(f"  frozen: {', '.join(frozen) or 'nothing'}")
-    say("  rates:  " + ", ".join(f"{name} {rate:.2e}" for name, rate in rates.items() if rate > 0))
-
-
-def _table(rows: tuple[Row, ...]) -> Any:
-    from layerwise.cli.tables import new_table
-
-    title = "Test texts, weights of the epoch that was best on validation"
-    table = new_table(title, ["strategy", "accuracy", "macro F1", "trained parameters", "seconds"])
-    for row in rows:
-        share = row.trained_parameters / row.total_parameters
-        scores = (f"{score:.3f}" for score in (row.accuracy, row.macro_f1))
-        table.add_row(row.arm, *scores, f"{row.trained_parameters:,} ({share:.1%})", f"{row.seconds:.0f}")
-    return table

@@ -23,7 +23,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bot
 table { border-collapse: collapse; margin: .6rem 0 }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right }
 td:first-child, th:first-child { text-align: left } th { border-bottom: 1px solid #999; font-weight: 600 }
-td.words { text-align: left } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }
+td.words, th.words { text-align: left }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }
 svg { max-width: 100%; height: auto } .note { color: #666 }
 """
 
@@ -82,7 +83,7 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
         ]
     else:
         summary.append(["state", "not finished: layerwise fit --resume goes on with it"])
-    sections.append(("Summary", _table(["", ""], summary)))
+    sections.append(("Summary", _table(["", ""], summary, words=(1,))))
     if advice := about.get("advice"):
         reasons = [[r["about"], r["confidence"], r["text"]] for r in advice["reasons"]]
         text = f"<p>Advice: {html.escape(advice['strategy'])} (confidence: {advice['confidence']})</p>"
@@ -118,26 +119,33 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
     best, metric = found["best"], found["metric"]
     summary = [
         ["best", f"{best['choice']} (from {best['first']})"],
-        [metric, f"{best['mean']:.4f} ± {best['error']:.4f} ({best['seeds']} seeds)"],
+        [metric, _with_error(best) + (f" ({best['seeds']} seeds)" if best["seeds"] > 1 else "")],
         ["learning rate", f"{best['lr']:.3g}"],
         ["decay", f"{best['decay']:.3f}"],
         ["run", (found["run"] or {}).get("out") or "-"],
     ]
-    sections = [("Summary", _table(["", ""], summary))]
+    sections = [("Summary", _table(["", ""], summary, words=(1,)))]
     points = [point for point in found["curve"] if point["trained_groups"] is not None]
     if points:
         picture = _svg(pictures.depth_picture(points, metric=metric))
-        sections.append((f"{metric} against depth", picture))
-    columns = ["trial", "trained", "lr", "decay", "seed", "state", metric, "epochs", "seconds"]
+        sections.append(("Accuracy by depth" if "accuracy" in metric else f"{metric} by depth", picture))
+    columns = ["trained", "from", metric, "seeds", "lr", "decay"]
+    rows = [
+        [p["choice"], p["first"], _with_error(p), str(p["seeds"]), f"{p['lr']:.3g}", f"{p['decay']:.2f}"]
+        for p in found["curve"]
+    ]
+    sections.append(("Best setting of each choice", _table(columns, rows, words=(1,))))
+    columns = ["trial", "trained", "lr", "decay", "seed", metric, "epochs", "seconds", "state"]
     rows = [
         [
-            str(t["number"]), t["choice"], f"{t['lr']:.3g}", f"{t['decay']:.3f}", str(t["seed"]), t["state"],
+            str(t["number"]), t["choice"], f"{t['lr']:.3g}", f"{t['decay']:.3f}", str(t["seed"]),
             "-" if t["value"] is None else f"{t['value']:.4f}", str(t["epochs"]),
             "-" if t["seconds"] is None else f"{t['seconds']:.1f}",
+            t["state"] + (f": {t['error']}" if t["error"] else ""),
         ]
         for t in found["trials"]
     ]  # fmt: skip
-    sections.append(("Trials", _table(columns, rows)))
+    sections.append(("Trials", _table(columns, rows, words=(1, 8))))
     if found["notes"]:
         sections.append(
             ("Notes", "".join(f"<p class=note>{html.escape(note)}</p>" for note in found["notes"]))
@@ -184,7 +192,10 @@ def _svg(chart: Any) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = ()) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    head = "".join(
+        f"<th{' class=words' if i in words else ''}>{html.escape(column)}</th>"
+        for i, column in enumerate(columns)
+    )
     lines = []
     for row in rows:
         cells = (
@@ -193,6 +204,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequ
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>{f'<tr>{head}</tr>' if any(columns) else ''}{''.join(lines)}</table>"
+
+
+def _with_error(point: Mapping[str, Any]) -> str:
+    error = f" ± {point['error']:.4f}" if point["seeds"] > 1 else ""
+    return f"{point['mean']:.4f}{error}"
 
 
 def _number(value: Any) -> str:

@@ -190,15 +190,19 @@ def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
     return _styled(whole)
 
 
-def depth_picture(rows: Sequence[Mapping[str, Any]], *, metric: str = "accuracy") -> Chart:
-    """Return a metric against how many groups learn, with one line a series and error bars.
+def depth_picture(
+    rows: Sequence[Mapping[str, Any]], *, metric: str = "accuracy", counted: str = "groups that learn"
+) -> Chart:
+    """Return a metric against a number of groups at the output, with one line a series and error bars.
 
     Args:
         rows: mappings with ``"trained_groups"``, ``"first"`` (name of the first group that learns),
             ``"mean"``, ``"error"`` (standard error, 0 if unknown), and perhaps ``"series"``.
         metric: title of the vertical axis.
+        counted: what the number of groups is of.
     """
     alt = _altair()
+    metric = metric.replace("_", " ")
     values = [
         {
             "series": "search",
@@ -211,28 +215,28 @@ def depth_picture(rows: Sequence[Mapping[str, Any]], *, metric: str = "accuracy"
     ]
     labels = {row["trained_groups"]: row["label"] for row in values}
     order = [labels[count] for count in sorted(labels)]
-    several = len({row["series"] for row in values}) > 1
-    base = alt.Chart(alt.Data(values=values))
-    colour = (
-        alt.Color("series:N", title=None, scale=alt.Scale(range=[BLUE, ORANGE, GREY]))
-        if several
-        else alt.value(BLUE)
-    )
-    x = alt.X("label:N", sort=order, title="groups that learn", axis=alt.Axis(labelAngle=-30))
+    series = list(dict.fromkeys(row["series"] for row in values))
+    colour = alt.value(BLUE)
+    if len(series) > 1:
+        colour = alt.Color("series:N", title=None, sort=series, scale=alt.Scale(range=[BLUE, ORANGE, GREY]))
+    x = alt.X("label:N", sort=order, title=counted, axis=alt.Axis(labelAngle=-30))
     scale = alt.Scale(zero=False, padding=12)
-    parts = [
-        base.mark_line(strokeWidth=2).encode(x=x, y=alt.Y("mean:Q", title=metric, scale=scale), color=colour),
-        base.mark_rule(strokeWidth=1.5).encode(
-            x=x, y=alt.Y("low:Q", title=metric, scale=scale), y2="high:Q", color=colour
-        ),
-        base.mark_point(filled=True, size=60, opacity=1).encode(
-            x=x, y=alt.Y("mean:Q", title=metric, scale=scale), color=colour
-        ),
-    ]
+    y = alt.Y("mean:Q", title=metric, scale=scale)
+    low = alt.Y("low:Q", title=metric, scale=scale)
+    parts = []
+    for number, name in enumerate(series):
+        aside = 6 * (number - (len(series) - 1) / 2)  # pixels, so that no error bar hides another
+        own = [row for row in values if row["series"] == name]
+        base = alt.Chart(alt.Data(values=own)).encode(x=x, color=colour)
+        parts += [
+            base.mark_line(strokeWidth=2, xOffset=aside).encode(y=y),
+            base.mark_rule(strokeWidth=1.5, xOffset=aside).encode(y=low, y2="high:Q"),
+            base.mark_point(filled=True, size=60, opacity=1, xOffset=aside).encode(y=y),
+        ]
+    bars = " (bars: one standard error)" if any(row["error"] for row in rows) else ""
     return _finished(
-        alt.layer(*parts), f"{metric} against depth of training (bars: one standard error)",
-        width=max(360, 72 * len(order)),
-    )  # fmt: skip
+        alt.layer(*parts), f"{metric.capitalize()} by depth{bars}", width=max(360, 72 * len(order))
+    )
 
 
 def transfer_picture(transfer: Mapping[str, Any]) -> Chart:

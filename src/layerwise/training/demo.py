@@ -131,12 +131,13 @@ def run_demo(
         prepared = prepare(demo_job(arm, sizes=sizes, epochs=epochs, seed=seed, image_size=image_size))
         on_arm(arm, prepared)
         folder = out / arm.name.replace(" ", "-")
-        rows.append(_row(arm, prepared.fit(out=folder, progress=progress), folder))
+        rows.append(row_of(arm, prepared.fit(out=folder, progress=progress), folder))
         examples = () if prepared.data.test is None else prepared.data.test.paths[:3]
     return DemoResult(tuple(rows), examples)
 
 
-def _row(arm: Arm, result: Result, folder: Path) -> Row:
+def row_of(arm: Arm, result: Result, folder: Path) -> Row:
+    """Return the line of the closing table about a finished arm."""
     test = result.test or {}
     return Row(
         arm=arm.name,

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from layerwise.errors import ModelError
-from layerwise.training.demo import Arm, DemoResult, Row
+from layerwise.training.demo import Arm, DemoResult, Row, row_of
 from layerwise.training.job import Job
-from layerwise.training.result import Result
 from layerwise.training.text_job import DEBIAN, PreparedText, prepare_text
 
 PER_TOPIC = 60
@@ -104,22 +103,7 @@ def run_text_demo(
         prepared = prepare_text(job)
         on_arm(arm, prepared)
         folder = out / arm.name.replace(" ", "-")
-        rows.append(_row(arm, prepared.fit(out=folder, progress=progress), folder))
+        rows.append(row_of(arm, prepared.fit(out=folder, progress=progress), folder))
         test = prepared.table.parts.get("test")
         examples = () if test is None else tuple(test.texts[:3])
     return DemoResult(tuple(rows), examples)
-
-
-def _row(arm: Arm, result: Result, folder: Path) -> Row:
-    test = result.test or {}
-    return Row(
-        arm=arm.name,
-        strategy=arm.strategy,
-        balanced_accuracy=test["balanced_accuracy"],
-        macro_f1=test["macro_f1"],
-        accuracy=test["accuracy"],
-        trained_parameters=result.trained_parameters,
-        total_parameters=result.total_parameters,
-        seconds=result.seconds,
-        run=str(folder),
-    )

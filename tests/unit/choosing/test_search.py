@@ -145,6 +145,7 @@ def test_interrupted_search_goes_on_without_losing_a_trial(model, data, tmp_path
     assert len(finished) == 5
     assert calls[4] == calls[3]
     assert [row.state for row in found.trials].count("failed") == 1
+    assert "1 interrupted" in found.counted
     assert Plan.load(tmp_path / "s" / "plan.yaml") == found.plan
     saved = json.loads((tmp_path / "s" / "search.json").read_text())
     assert saved["run"]["out"] == str(found.run.out)
@@ -165,7 +166,7 @@ def test_finished_search_called_again_only_reads(model, data, tmp_path):
 def test_storage_of_another_search_is_refused(model, data, tmp_path):
     # other epochs are another space; the difference is named
     searched(model, data, trials=1, out=tmp_path / "s", refit="none")
-    with pytest.raises(RunError, match="space"):
+    with pytest.raises(RunError, match="\n  - space epochs: 2 there, 3 given\nGive the same"):
         searched(model, data, trials=1, out=tmp_path / "s", epochs=3)
 
 

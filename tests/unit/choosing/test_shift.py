@@ -175,7 +175,9 @@ def test_source_of_another_resolution_or_modality_is_refused(model):
         measured(model, images(20)[0], images(20, size=32)[0])
     other = signature(model, images(20)[0], layers=map_of(model))
     tokens = Signature(**{**other.__dict__, "modality": "tokens", "shape": (7,)})
-    with pytest.raises(DataError, match="tokens inputs"):
+    with pytest.raises(
+        DataError, match=r"source is texts .token ids. of shape 7 and the target images of shape 3x24x24"
+    ):
         measured(model, images(20)[0], tokens)
 
 

@@ -145,7 +145,11 @@ def test_fit_auto_searches_within_trials(images, weights, tmp_path, monkeypatch)
         (["diagnose", MODEL], 2, "--data"),
         (["diagnose", MODEL, "--data", "nowhere"], 1, "nowhere"),
         (["advise", "timm:no_such_net", "--data", "IMAGES"], 1, "no_such_net"),
-        (["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--lr", "fast"], 2, "'fast' is not a number"),
+        (
+            ["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--lr", "fast"],
+            2,
+            "--lr is 'fast'; expected numbers",
+        ),
         (["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--lr", "1,0.1"], 1, "lr is"),
         (["signature", MODEL, "--data", "nowhere", "-o", "OUT"], 1, "nowhere"),
     ],
@@ -192,6 +196,34 @@ def test_texts_without_a_source_say_how_to_make_a_signature(texts):
     result = command("diagnose", f"hf:{texts / 'bert'}", "--data", texts / "a.csv", *COLUMNS)
     assert result.exit_code == 1
     assert "layerwise signature MODEL" in result.stderr
+
+
+def test_curve_of_texts_goes_on_and_draws(texts, tmp_path):
+    # two depths, frozen and fine-tuned; called again it reads the file; the picture has both series
+    out, picture = tmp_path / "curve.json", tmp_path / "curve.svg"
+    arguments = [
+        "curve", f"hf:{texts / 'bert'}", "--data", texts / "a.csv", *COLUMNS, "--out", out, "--depths", "1,3",
+        "--epochs", 1, "--plot", picture,
+    ]  # fmt: skip
+    told = command(*arguments, "--json")
+    assert told.exit_code == 0, told.output
+    points = json.loads(told.stdout)["points"]
+    assert [(p["series"], p["trained_groups"]) for p in points] == [
+        ("frozen", 1), ("frozen", 3), ("fine-tuned", 1), ("fine-tuned", 3)
+    ]  # fmt: skip
+    assert told.stderr.count("new group") == 4
+    assert {"frozen", "fine-tuned"} <= set(picture.read_text().replace("<", ">").split(">"))
+    again = command(*arguments)
+    assert "new group" not in again.stderr
+    assert "Training on top of each depth" in again.stdout
+
+
+def test_commands_share_the_options_of_a_task():
+    # the five commands take model, data and texts alike, and each has the help of its own
+    for name in ("diagnose", "advise", "search", "signature", "curve"):
+        shown = command(name, "--help").output
+        for option in ("--data", "--weights", "--input-size", "--granularity", "--seed", "--text-column"):
+            assert option in shown, (name, option)
 
 
 def test_texts_are_advised_on_searched_and_fitted(texts, tmp_path):

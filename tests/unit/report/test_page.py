@@ -92,7 +92,7 @@ def test_page_of_a_search_lists_every_trial(data, tmp_path):
     search(make_model(), *data, trials=3, epochs=1, out=tmp_path / "s", refit="none")
     page = write_report(tmp_path / "s").read_text()
     assert page.count("<svg") == 1
-    assert page.count("<td>complete</td>") + page.count("<td>pruned</td>") == 3
+    assert page.count("<td class=words>complete</td>") + page.count("<td class=words>pruned</td>") == 3
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

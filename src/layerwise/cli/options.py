@@ -1,0 +1,144 @@
+"""The options that diagnose, advise, search, signature and curve share: a model and the data of a task."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from layerwise.cli import text
+from layerwise.cli.output import say
+
+if TYPE_CHECKING:
+    from layerwise.training.job import Prepared
+    from layerwise.training.text_job import PreparedText
+
+SourceOption = Annotated[str | None, typer.Option(help="Folder of images of the source domain.")]
+SignatureOption = Annotated[
+    Path | None, typer.Option(help="Signature of the source domain, from layerwise signature.")
+]
+SamplesOption = Annotated[int, typer.Option(min=2, help="Measure so many samples at most.")]
+ValFracOption = Annotated[float, typer.Option(help="Share to validate on, where there is no val folder.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Of training.")]
+MetricOption = Annotated[str, typer.Option(help="Of the validation data.")]
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """A model and data, as the command line names them.
+
+    Each field is an option of every command under `with_task`.
+    """
+
+    model: Annotated[
+        str, typer.Argument(help="timm:NAME, torchvision:NAME, hf:PATH_OR_ID or file.py:function.")
+    ]
+    data: Annotated[
+        str,
+        typer.Option(help="Folder with a folder of images a class, a table of paths, or a table of texts."),
+    ]
+    text_column: text.TextColumn = None
+    label_column: text.LabelColumn = None
+    pair_column: text.PairColumn = None
+    max_length: text.MaxLength = None
+    weights: Annotated[Path | None, typer.Option(help="Weights file instead of the library's own.")] = None
+    input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None
+    granularity: Annotated[
+        Literal["stages", "blocks", "layers"], typer.Option(help="What one layer group is.")
+    ] = "stages"
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0
+
+    @property
+    def weights_file(self) -> str | None:
+        """The weights file as a text."""
+        return None if self.weights is None else str(self.weights)
+
+    @property
+    def text(self) -> dict[str, Any] | None:
+        """What was said of texts; None for images."""
+        return text.text_options(
+            text_column=self.text_column,
+            label_column=self.label_column,
+            pair_column=self.pair_column,
+            max_length=self.max_length,
+        )
+
+    def fit_command(self) -> str:
+        """Return the beginning of the ``layerwise fit`` command for the same model and data."""
+        parts = ["layerwise", "fit"]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "granularity":  # which a plan file brings
+                parts += [f"--{field.name.replace('_', '-')}", str(value)]
+        return shlex.join(parts)
+
+    def open(self, *, val_frac: float = 0.2, test_frac: float = 0.0) -> Prepared | PreparedText:
+        """Return model, data and layer map, opened as ``layerwise fit`` opens them; print their notes."""
+        from layerwise.choosing.named import open_task
+
+        prepared = open_task(
+            self.model,
+            self.data,
+            weights=self.weights_file,
+            input_size=self.input_size,
+            granularity=self.granularity,
+            val_frac=val_frac,
+            test_frac=test_frac,
+            seed=self.seed,
+            text=self.text,
+        )
+        for note in prepared.notes:
+            say(note)
+        return prepared
+
+
+def with_task(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that has the fields of `TaskOptions` in place of its first parameter.
+
+    Args:
+        command: a function of ``task``, a `TaskOptions`, and of options of its own.
+    """
+    hints = typing.get_type_hints(TaskOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(TaskOptions)
+    ]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    ]
+    names = {parameter.name for parameter in shared}
+
+    def run(**given: Any) -> None:
+        task = TaskOptions(**{name: value for name, value in given.items() if name in names})
+        command(task, **{name: value for name, value in given.items() if name not in names})
+
+    parameters = [*shared[:2], *own, *shared[2:]]  # model and data first, what is special next
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def numbers(text: str, option: str, *, kind: Callable[[str], Any] = int) -> list[Any]:
+    """Return the numbers of a list with commas.
+
+    Raises:
+        BadParameter: a part is no number.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} is {text!r}; expected numbers with commas between.") from None
