@@ -552,6 +552,13 @@ class GradientInside(Net):
         return self.head(x + slope)
 
 
+class ScaledByLoneNumber(Net):
+    """Takes the root of a tensor without dimensions, as disentangled attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x / torch.sqrt(torch.tensor(8.0))).mean((2, 3)))
+
+
 class NoGradBody(Net):
     """Runs its frozen body under ``no_grad``, as many do by hand."""
 
@@ -650,6 +657,7 @@ CASES = {
         LearningPosition, ("table", "head"), "off: no part .*reads 'table.0'", words
     ),
     "gradient inside": Case(GradientInside, ("head",), "cut at body ", image),
+    "scaled by a lone number": Case(ScaledByLoneNumber, ("head",), "cut at input of head ", image),
     "no_grad by hand": Case(NoGradBody, ("head",), "cut at input of head ", image),
     "memory of the last batch": Case(
         MemoryOfLastBatch, ("head",), "cut at body .*changes its 'last' from call to call", vector

@@ -119,6 +119,8 @@ def uneven_places(
 def _telling_numbers(run: Elementwise) -> list[list[float]]:
     """Return inputs (one number a tensor) that the two routines of an operation answer differently."""
     tensors = [leaf for leaf in tree_leaves(run.arguments) if isinstance(leaf, torch.Tensor)]
+    if not any(tensor.dim() for tensor in tensors):
+        return []  # one number alone has no places
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(_TRIED, generator=generator).to(run.device, tensor.dtype) for tensor in tensors]
 

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.cache.checking import BufferGuard, difference, find_layouts, sites_of, size_sensitive
+from layerwise.cache.checking import BufferGuard, difference
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.decision import kept
-from layerwise.cache.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.evenness import ElementwiseLog
 from layerwise.cache.feed import BatchShape, Feed, Phase, padded
 from layerwise.cache.fingerprint import named_tensors, quick_state
 from layerwise.cache.ghost import ghost
 from layerwise.cache.link import Link
-from layerwise.cache.reading import kept_random_state, reseed, same_bits
-from layerwise.cache.replay import Captured, capture, compare_skeletons, refuse_ghosts, replaying
+from layerwise.cache.proving import prove
+from layerwise.cache.reading import kept_random_state, reseed
+from layerwise.cache.replay import Captured, capture, refuse_ghosts, replaying
 from layerwise.cache.stock import Stock
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
@@ -138,7 +139,7 @@ class Observer:
             found = self.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
-            self._learn(live, link, cuts, found, log)
+            prove(feed, link, cuts, found, log, live.indices, live.leaves, self.run_prefix, exact=self.exact)
             self.stock.adopt(feed, cuts, values, live.rows)
             missing = [site for site in (*cut.frontier, *cut.constants) if site not in values]
             if missing:
@@ -166,84 +167,6 @@ class Observer:
                 for site in cut.frontier
             )
         )
-
-    def _learn(self, live: Live, link: Link, cuts: list[Cut], found: Captured, log: ElementwiseLog) -> None:
-        """Find out how values are made of samples, and that samples are independent of each other."""
-        feed, count = live.feed, len(live.indices)
-        assert feed.shape is not None
-        feed.constants |= {
-            site: found.values[site] for cut in cuts for site in cut.constants if site in found.values
-        }
-        chosen = self._part_of(feed, count)
-        if count == 1:
-            batch = feed.reader.load_now([live.indices[0], feed.neighbour(live.indices[0])])
-            part_leaves, chosen = feed.shape.check(batch, 2), [0]
-        elif feed.views > 1:
-            part_leaves = [leaf[chosen] for leaf in live.leaves]
-        else:
-            with kept_random_state():
-                batch = feed.reader.load_now([live.indices[i] for i in chosen])
-            part_leaves = feed.shape.check(batch, len(chosen))
-            if map_tensors(batch, lambda t: None) != feed.shape.blank:
-                feed.reload = True  # per-sample values that are not tensors (names, strings)
-            if not all(same_bits(leaf[chosen], part) for leaf, part in zip(live.leaves, part_leaves)):
-                raise CacheError(
-                    "a sample of a batch depends on the other samples that are collated with it."
-                )
-        part_count = len(part_leaves[0])
-
-        def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
-            again = link.build([leaf[positions] for leaf in live.leaves])
-            more = self.run_prefix(link, cuts, *again, batch=len(positions), skeletons=False, seed=seed)
-            return more.values
-
-        part_args = link.build(part_leaves)
-        part_log = ElementwiseLog()
-        part = self.run_prefix(link, cuts, *part_args, batch=part_count, skeletons=True, seed=1, log=part_log)
-        compare_skeletons(found.skeletons, part.skeletons)
-        for site in (site for cut in cuts for site in cut.constants):
-            if site in found.values and not same_bits(found.values[site], part.values[site]):
-                raise CacheError(
-                    f"the value at {site} differs from batch to batch, although no operation that torch sees "
-                    f"links it to the input (numpy?)."
-                )
-        feed.skeletons |= found.skeletons
-        layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count)
-        feed.layouts |= layouts
-        try:
-            seen = {
-                site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
-                for site, value in part.values.items()
-                if site in layouts
-            }
-            sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
-            within, between = uneven_places(log.runs, count, part_log.runs, part_count)
-            if within:
-                raise CacheError(
-                    f"the last bits of {within} depend on a sample's place in a batch of {count}, so a "
-                    f"cached run would not be exactly the plain one. Take a multiple of 32 as batch size, or "
-                    f"pass exact=False."
-                )
-            sensitive |= bool(between)
-        except CacheError:
-            if self.exact or count == 1:
-                raise
-            sensitive = False
-        if not self.exact:
-            feed.sizes = None
-        elif feed.sizes is not None:
-            proved = {count} if sensitive else {count, part_count}
-            feed.sizes = feed.sizes & proved if feed.sizes else proved
-
-    def _part_of(self, feed: Feed, count: int) -> list[int]:
-        """Return the positions to compute on their own: as many as the last, smaller batch has.
-
-        They are the last ones of the batch, backwards, so that they stand in other places.
-        """
-        tail = feed.size % count
-        keeps_tail = not getattr(feed.loader.batch_sampler, "drop_last", False)
-        size = tail if tail and keeps_tail else max(count // 2, 1)
-        return list(range(count))[::-1][:size]
 
     def _replayed(
         self,

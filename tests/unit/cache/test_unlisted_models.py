@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from cache_loops import assert_same, train
-from unlisted_models import CASES
+from unlisted_models import CASES, Net
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -24,3 +25,21 @@ def test_exact_or_refused_with_a_reason(name) -> None:
     torch.manual_seed(0)
     start = case.make().state_dict()
     assert any(not torch.equal(value, start[name]) for name, value in cached.weights.items())
+
+
+def test_a_batch_of_two_is_not_proved_by_a_batch_of_one() -> None:
+    # a frozen module runs after a batch-norm that learns, which cannot train on a single sample
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.late = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x).mean((2, 3))
+            return self.head(self.norm(x) + self.late(x))
+
+    samples = CASES["u-net"].samples()
+    plain = train(Late, samples, "norm", "head", cached=False, batch=2, epochs=2)
+    cached = train(Late, samples, "norm", "head", cached=True, batch=2, epochs=2)
+    assert_same(plain, cached)
+    assert "late (" in cached.text

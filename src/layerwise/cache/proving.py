@@ -1,0 +1,135 @@
+"""`prove`: find out on one batch how values are made of samples, and that no sample needs the others.
+
+Some of the batch's samples are loaded and computed again, in other places of a batch of another size and
+under other seeds. What comes of it must be the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from layerwise.cache.checking import find_layouts, sites_of, size_sensitive
+from layerwise.cache.cut import Cut, Site
+from layerwise.cache.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.feed import Feed
+from layerwise.cache.link import Link
+from layerwise.cache.reading import kept_random_state, same_bits
+from layerwise.cache.replay import Captured, compare_skeletons
+from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors
+
+
+def prove(
+    feed: Feed,
+    link: Link,
+    cuts: list[Cut],
+    found: Captured,
+    log: ElementwiseLog,
+    indices: Sequence[int],
+    leaves: Sequence[torch.Tensor],
+    run_prefix: Callable[..., Captured],
+    *,
+    exact: bool,
+) -> None:
+    """Note in `feed` the layouts, skeletons and constants of some cuts, and the proved batch sizes.
+
+    Args:
+        feed: whose samples.
+        link: how the model is called.
+        cuts: of this phase, and of later ones.
+        found: what the prefix gave for the whole batch.
+        log: of that pass.
+        indices: of the batch's samples.
+        leaves: the batch's tensors.
+        run_prefix: `layerwise.cache.observing.Observer.run_prefix`.
+        exact: refuse values whose last bits depend on the place in the batch.
+
+    Raises:
+        CacheError: the values cannot be taken apart into samples, are random, or depend on other samples.
+    """
+    count = len(indices)
+    part_leaves, chosen = _loaded_again(feed, indices, leaves)
+    part_count = len(part_leaves[0])
+    part_log = ElementwiseLog()
+    part = run_prefix(
+        link, cuts, *link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
+    )
+    compare_skeletons(found.skeletons, part.skeletons)
+    constants = {site: found.values[site] for cut in cuts for site in cut.constants if site in found.values}
+    for site, value in constants.items():
+        if not same_bits(value, part.values[site]):
+            raise CacheError(
+                f"the value at {site} differs from batch to batch, although no operation that torch sees "
+                f"links it to the input (numpy?)."
+            )
+    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count)
+    feed.constants |= constants
+    feed.skeletons |= found.skeletons
+    feed.layouts |= layouts
+
+    def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
+        again = link.build([leaf[positions] for leaf in leaves])
+        return run_prefix(link, cuts, *again, batch=len(positions), skeletons=False, seed=seed).values
+
+    try:
+        seen = {
+            site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
+            for site, value in part.values.items()
+            if site in layouts
+        }
+        sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
+        within, between = uneven_places(log.runs, count, part_log.runs, part_count)
+        if within:
+            raise CacheError(
+                f"the last bits of {within} depend on a sample's place in a batch of {count}, so a "
+                f"cached run would not be exactly the plain one. Take a multiple of 32 as batch size, or "
+                f"pass exact=False."
+            )
+    except CacheError:
+        if exact or count == 1:
+            raise
+    if not exact:
+        feed.sizes = None
+    elif feed.sizes is not None:
+        proved = {count} if sensitive or between else {count, part_count}
+        feed.sizes = feed.sizes & proved if feed.sizes else proved
+
+
+def _loaded_again(
+    feed: Feed, indices: Sequence[int], leaves: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Return some of the batch's samples, loaded once more, and which positions of the batch they are.
+
+    Raises:
+        CacheError: they are not the same this time.
+    """
+    assert feed.shape is not None
+    if len(indices) == 1:
+        batch = feed.reader.load_now([indices[0], feed.neighbour(indices[0])])
+        return feed.shape.check(batch, 2), [0]
+    chosen = _positions(feed, len(indices))
+    if feed.views > 1:  # each loading draws anew
+        return [leaf[chosen] for leaf in leaves], chosen
+    with kept_random_state():
+        batch = feed.reader.load_now([indices[position] for position in chosen])
+    again = feed.shape.check(batch, len(chosen))
+    if map_tensors(batch, lambda tensor: None) != feed.shape.blank:
+        feed.reload = True  # per-sample values that are not tensors (names, strings)
+    if not all(same_bits(leaf[chosen], part) for leaf, part in zip(leaves, again)):
+        raise CacheError("a sample of a batch depends on the other samples that are collated with it.")
+    return again, chosen
+
+
+def _positions(feed: Feed, count: int) -> list[int]:
+    """Return the positions to compute on their own: as many as the last, smaller batch has.
+
+    They are the last ones of the batch, backwards, so that they stand in other places. A batch of one is
+    avoided where the data do not make one: a batch-norm that learns cannot train on it.
+    """
+    backwards = list(range(count))[::-1]
+    tail = feed.size % count
+    if tail and not getattr(feed.loader.batch_sampler, "drop_last", False):
+        return backwards[:tail]
+    return backwards[: count // 2] if count > 3 else [*backwards, backwards[0]]
