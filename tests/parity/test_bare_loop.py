@@ -29,6 +29,7 @@ def bare_loop(model: Tiny, *, accumulate: int = 1, clip_norm: float | None = Non
             {"params": [model.head.bias], "weight_decay": 0.0, "base": LR},
         ],
         lr=LR,
+        fused=True,  # what fit chooses for an optimiser by name
     )
     model.stem.requires_grad_(False)
     model.body.requires_grad_(False)

@@ -11,7 +11,7 @@ from torch import nn
 from layerwise.choosing.decide import Choice, Decision, Reason, Size, decide, default_epochs, size_of
 from layerwise.choosing.depths import Transferability
 from layerwise.choosing.evidence import Confidence, Evidence, Level, Pretraining, gather_evidence
-from layerwise.choosing.shift import Shift
+from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
@@ -175,7 +175,7 @@ def advice_from(evidence: Evidence, layers: LayerMap, *, epochs: int | None = No
         plan=built(decision.choice),
         strategy=decision.choice.strategy,
         lr=decision.choice.lr,
-        fit_options={"class_weights": "balanced"} if evidence.imbalance >= 3 else {},
+        fit_options={"class_weights": "balanced"} if evidence.imbalanced else {},
         confidence=decision.confidence,
         similarity=evidence.level,
         size=size_of(evidence.samples),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from layerwise.choosing.evidence import Confidence, Evidence, Pretraining, thresholds
+from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, Pretraining, thresholds
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.parsing import parse_strategy
 from layerwise.plans.plan import Norms, Plan, Schedule
@@ -22,7 +22,10 @@ STRONG, SOME = 2.5, 1.5
 STEPS_A_GROUP = 60
 """Optimiser steps that gradual unfreezing needs for each group: groups that join warm up for 20."""
 HEAD_RATE, BODY_RATE = 1e-2, 1e-3
-"""Base rates for AdamW: a linear probe bears, and in few epochs needs, a larger one than a network."""
+"""Base rates for AdamW: a linear probe bears, and in few epochs needs, a larger one than a network.
+The second is for networks with batch-norm."""
+PLAIN_RATE = 2e-4
+"""The same for networks without batch-norm (transformers) of `REFERENCE_WIDTH`; see `body_rate`."""
 
 
 @dataclass(frozen=True)
@@ -195,16 +198,31 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
             Reason("depth", f"a linear probe already reaches {evidence.probe:.1%}", "high", evidence.probe)
         )
     choice = _finished(evidence, choice, reasons, calibrating=calibrating)
-    alternatives = _alternatives(layers, choice, cell, epochs, adapted=calibrating or gain is None)
+    alternatives = list(_alternatives(layers, choice, cell, epochs, adapted=calibrating or gain is None))
     order: dict[Confidence, int] = {"low": 0, "medium": 1, "high": 2}
     confidence = min((reasons[0].confidence, *(r.confidence for r in reasons if r.about == "depth")),
                      key=lambda c: order[c])  # fmt: skip
-    return Decision(choice, alternatives, tuple(reasons), confidence, cell.strategy)
+    choice, *alternatives = (_with_rate(found, evidence) for found in (choice, *alternatives))
+    return Decision(choice, tuple(alternatives), tuple(reasons), confidence, cell.strategy)
+
+
+def body_rate(evidence: Evidence) -> float:
+    """Return the base rate (AdamW) of a plan in which more than the head learns.
+
+    With batch-norm 1e-3. Without, 2e-4 at width 384, and inversely as the width: 1e-4 for BERT-base.
+
+    Source: Yang et al. 2022, "Tensor Programs V" (muP): the best rate of Adam goes as 1 / width.
+    """
+    return BODY_RATE if evidence.has_batchnorm else PLAIN_RATE * REFERENCE_WIDTH / evidence.width
 
 
 def probe(why: str, *, norms: Norms | None = None) -> Choice:
     """Return the choice of a linear probe."""
     return Choice("linear_probe", why, {} if norms is None else {"norms": norms}, HEAD_RATE)
+
+
+def _with_rate(choice: Choice, evidence: Evidence) -> Choice:
+    return choice if choice.lr == HEAD_RATE else replace(choice, lr=body_rate(evidence))
 
 
 def full(why: str) -> Choice:
@@ -316,7 +334,7 @@ def _finished(evidence: Evidence, choice: Choice, reasons: list[Reason], *, cali
                     float(evidence.batch_size),
                 )
             )
-    if evidence.imbalance >= 3:
+    if evidence.imbalanced:
         reasons.append(
             Reason(
                 "classes",

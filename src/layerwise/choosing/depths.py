@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from layerwise.choosing import transferability as scores
-from layerwise.choosing.features import Features, collect_features, map_for
+from layerwise.choosing.features import Features, mapped_features
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError
 from layerwise.layers.layermap import LayerMap
@@ -28,6 +28,9 @@ class DepthScores:
         h_score: with shrinkage.
         knn: leave-one-out accuracy of five neighbours.
         probe: cross-validated accuracy of a linear probe; NaN where a class has a single sample.
+        lead: by how many standard errors this probe beats the one at the output, both asked about the same
+            held-out samples: ``(b - c) / sqrt(b + c)`` with b samples that only this one has right and c
+            that only the other has (McNemar 1947). None where there is no probe.
     """
 
     group: str
@@ -37,6 +40,7 @@ class DepthScores:
     h_score: float
     knn: float
     probe: float
+    lead: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,11 @@ def transferability(
         DataError: no labels, a single class, fewer samples than classes.
         MissingExtraError: scikit-learn is not installed.
     """
-    layers = map_for(model, data, layers, example_input, batch_size=batch_size, collate=collate)
-    features = collect_features(
+    features, _ = mapped_features(
         model,
         data,
         layers,
+        example_input,
         max_samples=max_samples,
         batch_size=batch_size,
         collate=collate,
@@ -152,6 +156,11 @@ def score_depths(features: Features, *, seed: int = 0) -> Transferability:
     if outputs is not None and outputs.shape[1] > 1:
         shifted = np.exp(outputs - outputs.max(1, keepdims=True).astype(np.float64))
         head_leep = scores.leep(shifted / shifted.sum(1, keepdims=True), labels)
+    right: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+    if counts.min() >= 2:
+        for name, values in features.groups.items():
+            right[name] = scores.probe_predictions(values, labels, folds=3, seed=seed) == labels
+    last = right.get(list(features.groups)[-1])
     found = []
     for name, values in features.groups.items():
         found.append(
@@ -162,9 +171,8 @@ def score_depths(features: Features, *, seed: int = 0) -> Transferability:
                 leep=scores.leep(scores.soft_clusters(values, seed=seed), labels),
                 h_score=scores.h_score(values, labels),
                 knn=scores.knn_accuracy(values, labels),
-                probe=scores.probe_accuracy(values, labels, folds=3, seed=seed)
-                if counts.min() >= 2
-                else float("nan"),
+                probe=float(right[name].mean()) if name in right else float("nan"),
+                lead=None if last is None else _lead(right[name], last),
             )
         )
     return Transferability(
@@ -174,3 +182,9 @@ def score_depths(features: Features, *, seed: int = 0) -> Transferability:
         chance=float(counts.max() / counts.sum()),
         head_leep=head_leep,
     )
+
+
+def _lead(right: np.ndarray[Any, np.dtype[np.bool_]], other: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
+    """Return McNemar's statistic, signed: 0 where the two are right about the same samples."""
+    only, only_other = int((right & ~other).sum()), int((other & ~right).sum())
+    return float((only - only_other) / max(only + only_other, 1) ** 0.5)

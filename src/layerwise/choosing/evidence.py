@@ -11,13 +11,15 @@ from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import nn
 
 from layerwise.choosing.depths import Transferability, score_depths
 from layerwise.choosing.features import Features, collect_features, map_for
 from layerwise.choosing.samples import open_sample, split_inputs, tensors
-from layerwise.choosing.shift import Method, Shift, measure
-from layerwise.choosing.signature import Signature, summarise
+from layerwise.choosing.shift import measure, open_reference
+from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.layermap import LayerMap
 from layerwise.tuning.calibration import calibrate_batchnorm
@@ -27,6 +29,8 @@ Level = Literal["similar", "somewhat", "dissimilar", "unknown"]
 Confidence = Literal["high", "medium", "low"]
 Pretraining = Literal["supervised", "self_supervised", "unknown"]
 CALIBRATION_SAMPLES = 256
+REFERENCE_WIDTH = 384
+"""Of MiniLM and ViT-S: the width at which the rate of networks without batch-norm was measured."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Evidence:
         samples: number of training samples.
         classes: number of classes.
         imbalance: largest class over smallest, in the measured sample.
+        imbalance_p: probability of counts as uneven as these, or more, if all classes were equally frequent
+            (Pearson's chi-square test).
         batch_size: that training will use.
         pretraining: how the network was pretrained.
         has_batchnorm: whether it has layers with running statistics.
@@ -45,6 +51,7 @@ class Evidence:
         shift: the shift, or None.
         transfer: transferability at every depth.
         measured: samples the transferability was measured on.
+        width: number of features that the head gets.
         recalibrated: the same after batch-norm statistics were set to the target's; None if not tried.
         notes: what could not be measured.
     """
@@ -62,6 +69,13 @@ class Evidence:
     measured: int
     recalibrated: Transferability | None = None
     notes: tuple[str, ...] = ()
+    imbalance_p: float = 0.0
+    width: int = REFERENCE_WIDTH
+
+    @property
+    def imbalanced(self) -> bool:
+        """Whether the largest class is three times the smallest, and not by the luck of a small sample."""
+        return self.imbalance >= 3 and self.imbalance_p < 0.01
 
     @property
     def probe(self) -> float:
@@ -86,9 +100,14 @@ class Evidence:
 
     @property
     def gap_errors(self) -> float:
-        """The gap in standard errors (of two independent proportions, so on the careful side)."""
-        errors = self.error_of(self.probe), self.error_of(self.best_probe)
-        return self.gap / float(np.hypot(*errors))
+        """The gap in standard errors: of the same samples asked twice (`DepthScores.lead`).
+
+        Where there are no probes, of two independent proportions, which is on the careful side.
+        """
+        lead = next(d.lead for d in self.transfer.depths if d.depth == self.best_depth)
+        if lead is not None:
+            return max(lead, 0.0)
+        return self.gap / float(np.hypot(self.error_of(self.probe), self.error_of(self.best_probe)))
 
     def error_of(self, accuracy: float) -> float:
         """Return the standard error of an accuracy on the measured sample, above 0 at 0 and 1 as well.
@@ -169,16 +188,7 @@ def gather_evidence(
     counts = np.bincount(np.unique(np.asarray(found.labels), return_inverse=True)[1])
     notes: list[str] = list(found.notes)
     measured: Shift | None = None
-    method: Method = "norms"
-    reference: Signature | None = None
-    if source is not None:
-        method = "source"
-        if isinstance(source, Signature):
-            method, reference = "signature", source
-        elif isinstance(source, str) or hasattr(source, "__fspath__"):
-            method, reference = "signature", Signature.load(source)
-        else:
-            reference = summarise(collect_features(model, source, layers, norms=False, **options), layers)
+    method, reference = open_reference(model, source, layers, **options)
     try:
         measured = measure(found, reference, layers, method=method, seed=seed)
     except ModelError as error:
@@ -197,6 +207,8 @@ def gather_evidence(
         samples=total,
         classes=transfer.classes,
         imbalance=float(counts.max() / counts.min()),
+        imbalance_p=chance_of(counts),
+        width=next(reversed(found.groups.values())).shape[1],
         batch_size=batch_size,
         pretraining=pretraining,
         has_batchnorm=has_batchnorm,
@@ -209,6 +221,21 @@ def gather_evidence(
         notes=tuple(notes),
     )
     return evidence, layers
+
+
+def chance_of(counts: npt.ArrayLike) -> float:
+    """Return the probability of counts at least as uneven as these if all classes were equally frequent.
+
+    Pearson's chi-square test: ``Q((k - 1) / 2, x / 2)`` with ``x = sum((c - m)^2 / m)`` over k classes, m the
+    mean count.
+
+    >>> round(chance_of([10, 12, 8]), 3), chance_of([100, 1]) < 1e-9
+    (0.67, True)
+    """
+    found = torch.as_tensor(np.asarray(counts), dtype=torch.float64)
+    statistic = ((found - found.mean()) ** 2 / found.mean()).sum()
+    half = torch.tensor((len(found) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half, statistic / 2))
 
 
 def _recalibrated(
@@ -235,8 +262,6 @@ def _recalibrated(
 
 
 def _joined(batches: list[Any], device: Any) -> Any:
-    import torch
-
     from layerwise.choosing.samples import to_device
 
     first = batches[0]

@@ -173,7 +173,7 @@ def dry_run(
         label_smoothing=label_smoothing,
     )
     steps_per_epoch = -(-setup.batch_count(batches) // accumulate)
-    factory, options, _ = find_optimizer(optimizer, optimizer_options)
+    factory, options, _ = find_optimizer(optimizer, optimizer_options, device=accelerator.device)
     args, kwargs, _ = split_batch(first)
     costs, exact = [], True
     for phase in plan.phases:

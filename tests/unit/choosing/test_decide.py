@@ -9,8 +9,8 @@ from layerwise.choosing import decide as module
 from layerwise.choosing.decide import decide, default_epochs, matrix_cell, size_of
 from layerwise.choosing.depths import DepthScores, Transferability
 from layerwise.choosing.distances import Estimate
-from layerwise.choosing.evidence import Evidence, similarity, thresholds
-from layerwise.choosing.shift import GroupShift, InputShift, Shift
+from layerwise.choosing.evidence import Evidence, chance_of, similarity, thresholds
+from layerwise.choosing.shift_result import GroupShift, InputShift, Shift
 from layerwise.layers.layermap import LayerGroup, LayerMap
 
 LEVELS = ("similar", "somewhat", "dissimilar", "unknown")
@@ -194,6 +194,38 @@ def test_imbalance_is_a_reason():
     # five to one: weights are advised
     assert any(r.about == "classes" for r in decide(evidence(imbalance=5.0), layers_of()).reasons)
     assert not any(r.about == "classes" for r in decide(evidence(imbalance=1.5), layers_of()).reasons)
+
+
+def test_uneven_counts_that_may_be_luck_are_no_reason():
+    # 100 samples of ten equally frequent classes easily are 4 of one and 13 of another
+    lucky = evidence(imbalance=3.2, imbalance_p=chance_of([4, 13, *[10] * 8, 3]))
+    assert not lucky.imbalanced
+    assert not any(r.about == "classes" for r in decide(lucky, layers_of()).reasons)
+    assert evidence(imbalance=3.2, imbalance_p=chance_of([40, 130])).imbalanced
+
+
+def test_networks_without_batchnorm_get_a_lower_rate_the_wider_they_are():
+    # MiniLM's width is the reference; BERT-base is twice as wide; the head's own rate is not touched
+    plain = {"has_batchnorm": False, "level": "unknown", "shift": None}
+    assert decide(evidence(**plain, width=384), layers_of()).choice.lr == module.PLAIN_RATE
+    found = decide(evidence(**plain, width=768), layers_of())
+    assert found.choice.lr == module.PLAIN_RATE / 2
+    rates = {a.strategy: a.lr for a in found.alternatives}
+    assert rates["linear_probe"] == module.HEAD_RATE
+    assert rates["full"] == module.PLAIN_RATE / 2
+    assert decide(evidence(level="somewhat"), layers_of()).choice.lr == module.BODY_RATE
+
+
+def test_the_lead_of_a_depth_is_asked_of_the_same_samples():
+    # 12 samples apart of 100: 1.5 errors for independent samples, 2.8 where hardly any go the other way
+    probes = (0.5, 0.88, 0.86, 0.80)
+    apart = transfer(*probes)
+    paired = dataclasses.replace(
+        apart,
+        depths=tuple(dataclasses.replace(d, lead=lead) for d, lead in zip(apart.depths, (-5, 2.8, 2.5, 0))),
+    )
+    assert evidence(transfer=apart, measured=100).gap_errors < 2
+    assert evidence(transfer=paired, measured=100).gap_errors == 2.8
 
 
 def test_unknown_similarity_lowers_the_confidence():

@@ -77,11 +77,15 @@ def test_all_wrong_values_are_told_at_once() -> None:
 
 def test_optimisers_by_name_and_as_classes() -> None:
     # A name has its defaults, which options win over; anything callable is taken as it is.
-    assert find_optimizer("sgd", None)[:2] == (torch.optim.SGD, {"momentum": 0.9})
-    assert find_optimizer("sgd", {"momentum": 0.5})[1] == {"momentum": 0.5}
-    assert find_optimizer(torch.optim.Adagrad, None) == (torch.optim.Adagrad, {}, "Adagrad")
+    cpu = torch.device("cpu")
+    fused = {"momentum": 0.9, "fused": True}
+    assert find_optimizer("sgd", None, device=cpu)[:2] == (torch.optim.SGD, fused)
+    assert find_optimizer("sgd", {"momentum": 0.5}, device=cpu)[1] == {**fused, "momentum": 0.5}
+    assert find_optimizer("adamw", {"foreach": True}, device=cpu)[1] == {"foreach": True}
+    assert find_optimizer("adamw", None, device=torch.device("meta"))[1] == {}
+    assert find_optimizer(torch.optim.Adagrad, None, device=cpu) == (torch.optim.Adagrad, {}, "Adagrad")
     with pytest.raises(TrainingError, match="Did you mean 'adamw'"):
-        find_optimizer("adam_w", None)
+        find_optimizer("adam_w", None, device=cpu)
 
 
 def test_a_resumed_run_must_be_the_same_run() -> None:
