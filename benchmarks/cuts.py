@@ -1,21 +1,26 @@
 """The frozen-prefix cache on hundreds of models: is a cut found, and is it bit for bit exact?
 
-    python -m benchmarks cuts [transformers|torchvision|timm ...] [--part 1/4] [--all-timm] [--out FILE]
+    python -m benchmarks cuts [transformers|torchvision|timm ...] [--large 50] [--again refused failed]
+    python -m benchmarks cuts --table
 
-Each model gets random weights, and its first groups are frozen: 60 % of them, and all but the head. It is
-then trained for one epoch of two batches, plain and cached, with the same seeds. Outputs, gradients and
-buffers must be equal bit for bit. A cut that is refused says why; a wrong one is a fault.
+Each model gets random weights, and its first groups are frozen: 60 % of them, and all but the head. Two
+batches are then trained on plainly, and twice with the cache, each time with the same seeds; the second
+time every batch comes from the cache. Outputs, gradients and buffers must be equal bit for bit. A cut that
+is refused says why; a wrong one is a fault. Images are as small as the model takes them.
+
+Each result is a line of ``benchmarks/results/cuts.jsonl``; what stands there is not run again. The table is
+made of these lines.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import hashlib
 import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +32,16 @@ from torch.utils.data import DataLoader
 import layerwise
 from benchmarks.oracles import timm_family, timm_names
 from benchmarks.transformers_models import SMALL, Small
+from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
-BATCH, SAMPLES = 2, 4
-SMALL_SIZE = 96
+BATCHES = 2  # that are trained on
+PIXELS = (64, 96, 128, 192, 224, 256, 299)
 FRACTIONS = (0.6, 1.0)
+LISTS = ("torchvision", "timm", "transformers")
+RESULTS = Path(__file__).parent / "results" / "cuts.jsonl"
+
+Make = Callable[[int], tuple[nn.Module, list[Any]]]
 
 
 @dataclass
@@ -39,205 +49,266 @@ class Examined:
     """What came of one model.
 
     Attributes:
+        part: the list that the model is from, one of `LISTS`.
         name: of the model.
         frozen_frac: part of the groups that is frozen; 1 is all but the head.
         state: ``"exact"``, ``"refused"``, ``"wrong"``, or ``"failed"`` where the plain loop itself fails.
-        why: in words.
+        why: in words; where it is cut for an exact one.
         kb_per_sample: stored.
         skipped: part of the forward's operations (FLOPs) that is not run any more.
-        seconds: that the model took in all.
+        cpu_s: that the model took in all.
+        batch: samples in a batch.
     """
 
+    part: str
     name: str
     frozen_frac: float
     state: str
     why: str = ""
     kb_per_sample: float = 0.0
     skipped: float = 0.0
-    seconds: float = 0.0
+    cpu_s: float = 0.0
+    batch: int = 8
 
 
-def examine(name: str, model: nn.Module, samples: list[Any], frozen_frac: float) -> Examined:
-    """Train a model plain and cached, and compare.
-
-    Args:
-        name: of the model, for the report.
-        model: any.
-        samples: `SAMPLES` samples, each a tensor or a dictionary of keyword arguments.
-        frozen_frac: part of the layer groups to freeze, from the input on; 1 is all but the last.
-    """
-    began_s = time.perf_counter()
-    loader: DataLoader[Any] = DataLoader(samples, batch_size=BATCH)  # type: ignore[arg-type]
-    first = next(iter(loader))
-    layers = layerwise.layer_map(model, first)
-    count = len(layers)
-    frozen = count - 1 if frozen_frac >= 1 else min(max(round(count * frozen_frac), 1), count - 1)
-    plan = layerwise.top_k(layers, k=max(count - frozen, 1), epochs=1)
-    layerwise.Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=2, layers=layers)
+def examine(found: Examined, make: Make) -> None:
+    """Train a model plain and cached, compare, and note in `found` what came of it."""
+    torch.manual_seed(0)
+    model, samples = make(found.batch)
+    loader: DataLoader[Any] = DataLoader(samples, batch_size=found.batch)  # type: ignore[arg-type]
+    layers = layerwise.layer_map(model, next(iter(loader)))
+    learning = len(layers) - min(max(round(len(layers) * found.frozen_frac), 1), len(layers) - 1)
+    plan = layerwise.top_k(layers, k=learning, epochs=1)
+    layerwise.Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=BATCHES, layers=layers)
     model.train()
-    state = copy.deepcopy(model.state_dict())  # with its metadata, which some models read
-    cache = layerwise.PrefixCache(model, loader, storage="memory")
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def run(batches: Iterable[Any]) -> list[Tensor]:
-        model.load_state_dict(state)
+    def epoch(batches: Iterable[Any]) -> list[str]:
+        """Return digests of all outputs, gradients and buffers of one pass over the data."""
+        for buffer, content in buffers:
+            buffer.copy_(content)
         torch.manual_seed(0)
-        seen: list[Tensor] = []
+        seen: list[str] = []
         for batch in batches:
             output = model(**batch) if isinstance(batch, dict) else model(batch)
-            answers = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
+            answers = [t for t in tensors_in(output) if t.is_floating_point()]
             model.zero_grad()
-            sum(t.float().pow(2).mean() for t in answers).backward()  # type: ignore[union-attr]
-            seen += [t.detach().clone() for t in answers]
-            seen += [torch.zeros(0) if p.grad is None else p.grad.clone() for p in model.parameters()]
-            seen += [b.clone() for b in model.buffers()]
+            sum(t.float().pow(2).mean() for t in answers if t.requires_grad).backward()  # type: ignore[union-attr]
+            seen += [f"output {number} {_digest(t)}" for number, t in enumerate(answers)]
+            seen += [f"gradient of {n} {_digest(p.grad)}" for n, p in model.named_parameters()]
+            seen += [f"buffer {n} {_digest(b)}" for n, b in model.named_buffers()]
         return seen
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = run(loader)
-        if not _equal(plain, run(loader)):
-            return Examined(name, frozen_frac, "failed", "two plain runs differ")
-        cached = run(cache.batches())
-    (feed,) = cache._feeds.values()
-    phases = list(feed.phases.values())
-    seconds = time.perf_counter() - began_s
-    if not _equal(plain, cached):
-        return Examined(name, frozen_frac, "wrong", cache.describe(), seconds=seconds)
-    if feed.reason or not phases or not phases[-1].verified:
-        return Examined(name, frozen_frac, "refused", cache.describe(), seconds=seconds)
-    cut = phases[-1].cut
-    assert cut is not None
-    where = ", ".join(map(str, cut.frontier))
-    return Examined(
-        name, frozen_frac, "exact", where, cut.bytes_per_sample / 1024,
-        cut.skipped_flops / max(cut.flops, 1), seconds,
-    )  # fmt: skip
+    plain = epoch(loader)
+    with layerwise.PrefixCache(model, loader, storage="memory") as cache:
+        replays: list[bool] = []
+        first = epoch(cache.batches())
+        second = epoch(_watched(cache, replays))
+        (supply,) = cache._supplies.values()
+        phases, reason = list(supply.phases().values()), supply.reason
+        found.why = cache.describe()
+    unequal = [what for what, *others in zip(plain, first, second, strict=True) if {what} != set(others)]
+    if unequal:
+        stable = plain == epoch(loader)
+        found.state = "wrong" if stable else "failed"
+        found.why = f"{unequal[0].rsplit(' ', 1)[0]} differs" if stable else "two plain runs differ"
+    elif reason or not phases or not phases[-1].verified or not all(replays):
+        found.state = "refused"
+    else:
+        cut = phases[-1].cut
+        assert cut is not None
+        found.state, found.why = "exact", ", ".join(map(str, cut.frontier))
+        found.kb_per_sample = round(cut.bytes_per_sample / 1024, 2)
+        found.skipped = round(cut.skipped_flops / max(cut.flops, 1), 4)
 
 
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one, other)
-    )
+def _watched(cache: layerwise.PrefixCache, replays: list[bool]) -> Iterator[Any]:
+    """Yield an epoch's batches, and note of each whether the cache answers for it."""
+    for batch in cache.batches():
+        lives = cache._calls._lives
+        replays.append(bool(lives) and lives[-1].replayed)
+        yield batch
 
 
-def images(size: int, channels: int = 3) -> list[Tensor]:
-    """Return random images."""
+def _digest(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "none"
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tuple(tensor.shape)} {hashlib.blake2b(data, digest_size=16).hexdigest()}".replace(" ", "")
+
+
+# -- the models -----------------------------------------------------------------------------------
+
+
+def images(batch: int, size: int, channels: int = 3) -> list[Tensor]:
+    """Return random images for `BATCHES` batches."""
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randn(SAMPLES, channels, size, size, generator=generator))
+    return list(torch.randn(BATCHES * batch, channels, size, size, generator=generator))
 
 
-def text_samples(small: Small) -> list[dict[str, Tensor]]:
+def smallest_images(model: nn.Module, batch: int, own: int, channels: int = 3) -> list[Tensor]:
+    """Return images of the smallest size of `PIXELS` that the model trains on, or else of its own."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    fitting = own
+    with torch.no_grad():
+        for size in PIXELS:
+            try:
+                model.train()(torch.zeros(batch, channels, size, size))
+            except Exception:  # whatever a model says to images that are too small
+                continue
+            fitting = size
+            break
+        for buffer, content in buffers:  # zeros would spoil the running statistics
+            buffer.copy_(content)
+    return images(batch, fitting, channels)
+
+
+def text_samples(small: Small, batch: int) -> list[dict[str, Tensor]]:
     """Return samples for a transformers model: its example's ids, and random numbers for the rest."""
     generator = torch.Generator().manual_seed(0)
     columns = {}
     for name, value in small.example().items():
-        value = torch.cat([value] * (SAMPLES // len(value)))
+        value = torch.cat([value] * (BATCHES * batch // len(value)))
         if value.is_floating_point():
             value = torch.randn(value.shape, generator=generator)
         columns[name] = value
-    return [{name: value[i] for name, value in columns.items()} for i in range(SAMPLES)]
+    return [{name: value[i] for name, value in columns.items()} for i in range(BATCHES * batch)]
 
 
-def timm_model(name: str) -> tuple[nn.Module, list[Any]]:
-    """Return a timm model and images: small ones, unless it takes only those of its own size."""
+def timm_model(name: str, batch: int) -> tuple[nn.Module, list[Any]]:
+    """Return a timm model with ten classes, and images."""
     import timm
 
     model = timm.create_model(name, num_classes=10)
     channels, size, _ = model.default_cfg.get("input_size", (3, 224, 224))
-    fixed = model.default_cfg.get("fixed_input_size", False) or not _runs(model, channels)
-    return model, images(size if fixed else SMALL_SIZE, channels)
+    if model.default_cfg.get("fixed_input_size", False):
+        return model, images(batch, size, channels)
+    return model, smallest_images(model, batch, size, channels)
 
 
-def _runs(model: nn.Module, channels: int) -> bool:
-    with torch.no_grad():
-        try:
-            model.eval()(torch.zeros(2, channels, SMALL_SIZE, SMALL_SIZE))
-        except Exception:  # whatever a model says to images that are too small
-            return False
-    return True
-
-
-def torchvision_model(name: str) -> tuple[nn.Module, list[Any]]:
-    """Return a torchvision classification model and images."""
+def torchvision_model(name: str, batch: int) -> tuple[nn.Module, list[Any]]:
+    """Return a torchvision classification model, and images."""
     import torchvision
 
     options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
-    fixed = name.startswith(("vit", "maxvit", "googlenet")) or not _runs(model, 3)
-    return model, images(299 if "inception" in name else 224 if fixed else SMALL_SIZE)
+    return model, smallest_images(model, batch, 224)
 
 
-def small_torchvision_names(large: int) -> list[str]:
-    """Return torchvision's classification models of at most `large` million parameters."""
+def torchvision_sizes() -> dict[str, int]:
+    """Return the parameters of each of torchvision's classification models."""
     import torchvision
 
     names = torchvision.models.list_models(module=torchvision.models)
-    sizes = {n: torchvision.models.get_model_weights(n).DEFAULT.meta["num_params"] for n in names}
-    return [name for name in names if sizes[name] <= large * 1_000_000]
+    return {n: torchvision.models.get_model_weights(n).DEFAULT.meta["num_params"] for n in names}
 
 
-def small_timm_names(every: bool, large: int) -> list[str]:
-    """Return timm's models of at most `large` million parameters: the smallest of each family, or all."""
+def timm_sizes(every: bool) -> dict[str, int]:
+    """Return the parameters of the small model of each timm family, or of all models of the layer maps."""
     import timm
 
-    chosen: dict[Any, tuple[int, str]] = {}
-    names = []
+    families: dict[Any, str] = {}
     for name in timm_names():
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            size = sum(p.numel() for p in timm.create_model(name).parameters())
-        if size > large * 1_000_000:
-            continue
-        names.append(name)
-        family = timm_family(name)
-        if family not in chosen or size < chosen[family][0]:
-            chosen[family] = (size, name)
-    return names if every else [name for _, name in chosen.values()]
+        families.setdefault(timm_family(name), name)
+    sizes = {}
+    for name in timm_names() if every else families.values():
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    return sizes
 
 
-def _attempt(name: str, make: Callable[[], tuple[nn.Module, list[Any]]]) -> Iterable[Examined]:
-    for frac in FRACTIONS:
-        try:
-            torch.manual_seed(0)
-            model, samples = make()
-            yield examine(name, model, samples, frac)
-        except Exception as error:  # a sweep goes on whatever one model does
-            yield Examined(name, frac, "failed", f"{type(error).__name__}: {str(error)[:200]}")
+def models_of(part: str, *, every: bool, large: int) -> dict[str, Make]:
+    """Return the models of one list, the smallest first, by name: a function that makes each."""
+    if part == "transformers":
+        return {small.name: lambda batch, s=small: (s.build(), text_samples(s, batch)) for small in SMALL}  # type: ignore[misc]
+    sizes = torchvision_sizes() if part == "torchvision" else timm_sizes(every)
+    make = torchvision_model if part == "torchvision" else timm_model
+    names = sorted((name for name in sizes if sizes[name] <= large * 1_000_000), key=sizes.__getitem__)
+    return {name: lambda batch, n=name: make(n, batch) for name in names}  # type: ignore[misc]
+
+
+# -- the results ----------------------------------------------------------------------------------
+
+
+def read_results(path: Path) -> dict[tuple[str, str, float, int], Examined]:
+    """Return the results of a file; a later line of the same model counts."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [Examined(**json.loads(line)) for line in lines]
+    return {(one.part, one.name, one.frozen_frac, one.batch): one for one in found}
+
+
+def table(results: Iterable[Examined]) -> str:
+    """Return how many were exact, and each of the others with its reason; Markdown."""
+    results = list(results)
+    rows = [
+        "| list | batch | models | cases | exact | refused | wrong | plain loop fails |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for part, batch in sorted({(one.part, one.batch) for one in results}):
+        mine = [one for one in results if (one.part, one.batch) == (part, batch)]
+        counts = [
+            sum(one.state == state for one in mine) for state in ("exact", "refused", "wrong", "failed")
+        ]
+        share = f"{counts[0]} ({counts[0] / len(mine):.1%})"
+        others = " | ".join(map(str, counts[1:]))
+        models = len({one.name for one in mine})
+        rows.append(f"| {part} | {batch} | {models} | {len(mine)} | {share} | {others} |")
+    rows += ["", "| not exact | batch | frozen | what came of it | reason |", "|---|---|---|---|---|"]
+    for one in sorted(results, key=lambda one: (one.state, one.part, one.name)):
+        if one.state != "exact":
+            frozen = "all but the head" if one.frozen_frac == 1 else f"{one.frozen_frac:.0%}"
+            why = one.why.removeprefix("prefix cache: off: ").replace("|", r"\|")
+            rows.append(f"| {one.part} {one.name} | {one.batch} | {frozen} | {one.state} | {why} |")
+    return "\n".join(rows)
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cuts")
-    parser.add_argument("what", nargs="*", default=["transformers", "torchvision", "timm"])
-    parser.add_argument("--part", default="1/1", help="2/4 is every fourth model from the second on")
-    parser.add_argument("--all-timm", action="store_true", help="not only the smallest of each family")
-    parser.add_argument("--large", type=int, default=30, help="leave out models of more million parameters")
-    parser.add_argument("--out", type=Path, help="append one JSON line a model to this file")
+    parser.add_argument("lists", nargs="*", default=list(LISTS), help=f"of {', '.join(LISTS)}")
+    parser.add_argument("--only", nargs="*", help="names of models")
+    parser.add_argument("--all-timm", action="store_true", help="not only a small model of each family")
+    parser.add_argument("--batch", type=int, default=8, help="samples in a batch; even")
+    parser.add_argument("--large", type=int, default=50, help="leave out models of more million parameters")
+    parser.add_argument(
+        "--again", nargs="*", default=(), help="states that are run again: refused failed ..."
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of results")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results, and run nothing"
+    )
     options = parser.parse_args(arguments)
-    number, parts = (int(text) for text in options.part.split("/"))
+    unknown = set(options.lists) - set(LISTS)
+    if unknown:
+        parser.error(f"unknown list {unknown.pop()!r}; there are {', '.join(LISTS)}")
+    results = read_results(options.out)
+    if options.table:
+        print(table(results.values()))
+        return
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    for what in options.what:
-        print(f"-- {what}", flush=True)
-        makers: list[tuple[str, Callable[[], tuple[nn.Module, list[Any]]]]]
-        if what == "transformers":
-            makers = [(s.name, lambda s=s: (s.build(), text_samples(s))) for s in SMALL]
-        elif what == "torchvision":
-            makers = [(n, lambda n=n: torchvision_model(n)) for n in small_torchvision_names(options.large)]
-        elif what == "timm":
-            names = small_timm_names(options.all_timm, options.large)
-            makers = [(n, lambda n=n: timm_model(n)) for n in names]
-        else:
-            raise SystemExit(f"unknown part {what!r}; there are transformers, torchvision and timm")
-        counts: dict[str, int] = {}
-        for name, make in makers[number - 1 :: parts]:
-            for found in _attempt(name, make):
-                counts[found.state] = counts.get(found.state, 0) + 1
-                if found.state != "exact":
-                    print(f"   {found.name} {found.frozen_frac}: {found.state}: {found.why}", flush=True)
-                if options.out is not None:
-                    with open(options.out, "a") as file:
-                        file.write(json.dumps(asdict(found)) + "\n")
-        total = max(sum(counts.values()), 1)
-        shares = ", ".join(f"{state} {n} ({n / total:.1%})" for state, n in sorted(counts.items()))
-        print(f"   {what}: {shares}", flush=True)
+    for part in options.lists:
+        for name, make in models_of(part, every=options.all_timm, large=options.large).items():
+            for frozen_frac in FRACTIONS:
+                key = part, name, frozen_frac, options.batch
+                before = results.get(key)
+                if (before and before.state not in options.again) or name not in (options.only or [name]):
+                    continue
+                found = _attempt(Examined(part, name, frozen_frac, "failed", batch=options.batch), make)
+                results[key] = found
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
+                print(f"   {part} {name} {frozen_frac}: {found.state}: {found.why}", flush=True)
+    print(table(one for one in results.values() if one.part in options.lists), flush=True)
+
+
+def _attempt(found: Examined, make: Make) -> Examined:
+    began_s = time.process_time()
+    try:
+        examine(found, make)
+    except CacheError as error:  # the cache itself: a ghost's value was needed while the loop ran
+        found.state, found.why = "wrong", str(error)[:300]
+    except Exception as error:  # a sweep goes on whatever one model does
+        found.why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    found.cpu_s = round(time.process_time() - began_s, 1)
+    return found
