@@ -20,36 +20,42 @@ TIMM = ["resnet18", "test_vit", "levit_128s", "tf_efficientnet_lite0", "test_con
 TORCHVISION = ["squeezenet1_1", "shufflenet_v2_x0_5"]
 
 
-def check(name, model, samples, frac) -> None:
+def examined(part: str, name: str, make: cuts.Make, frac: float) -> cuts.Examined:
+    found = cuts.Examined(part, name, frac, "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # random weights, deprecated names: their own business
         logging.disable(logging.WARNING)
         try:
-            found = cuts.examine(name, model, samples, frac)
+            cuts.examine(found, make)
         finally:
             logging.disable(logging.NOTSET)
+    return found
+
+
+def check(found: cuts.Examined) -> None:
     assert found.state == "exact", found.why
     assert found.skipped > 0
 
 
+def text(name: str) -> cuts.Make:
+    small = NAMES[name]
+    return lambda batch: (small.build(), cuts.text_samples(small, batch))
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name) -> None:
-    small = NAMES[name]
-    check(name, small.build(), cuts.text_samples(small), 0.6)
+    check(examined("transformers", name, text(name), 0.6))
 
 
 @pytest.mark.parametrize("frac", cuts.FRACTIONS)
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name, frac) -> None:
-    model, _ = cuts.timm_model(name)
-    size = 224 if name == "levit_128s" else 160 if name.startswith("test") else 64
-    check(name, model, cuts.images(size), frac)
+    check(examined("timm", name, lambda batch: cuts.timm_model(name, batch), frac))
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name) -> None:
-    model, _ = cuts.torchvision_model(name)
-    check(name, model, cuts.images(96), 1.0)
+    check(examined("torchvision", name, lambda batch: cuts.torchvision_model(name, batch), 1.0))
 
 
 @pytest.mark.slow
@@ -57,7 +63,6 @@ def test_torchvision(name) -> None:
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_all_transformers(name, frac) -> None:
     # none is silently wrong; what is refused has a reason
-    small = NAMES[name]
-    found = cuts.examine(name, small.build(), cuts.text_samples(small), frac)
+    found = examined("transformers", name, text(name), frac)
     assert found.state in ("exact", "refused")
     assert found.why

@@ -36,7 +36,7 @@ def padded_lengths(
         least_batches: batches of one length at least.
 
     >>> padded_lengths([3, 60, 5, 9, 58, 30, 8, 33], 2, least_batches=1)
-    [16, 60, 16, 16, 60, 40, 16, 40]
+    [16, 60, 16, 16, 60, 60, 16, 60]
     """
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     longest = max(lengths, default=0)
