@@ -140,7 +140,8 @@ def size_sensitive(
         if not same_bits(layout.to_rows(full[site]).flip(0), layout.to_rows(backwards[site])):
             raise CacheError(
                 f"the last bits of the value at {site} depend on a sample's place in its batch, so a "
-                f"cached run would not be exactly the plain one. Pass exact=False to accept that."
+                f"cached run would not be exactly the plain one. Try a multiple of 32 as batch size, or "
+                f"pass exact=False to accept that."
             )
     return True
 
