@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TRIALS = 8
 """Trials of the short search where no budget in minutes is given."""
+CLEAR = 2.0
+"""Standard errors from which on the best of so many trials counts as better than the advice."""
 
 
 def choose_plan(
@@ -100,7 +102,7 @@ def choose_plan(
 def pick(advice: Advice, found: SearchResult, *, val_samples: int) -> tuple[Plan, float, str]:
     """Return plan and base rate: the search's winner, or the advice where the winner is not clearly better.
 
-    Clearly is by more than one standard error of the difference of two accuracies on the validation data,
+    Clearly is by more than two standard errors of the difference of two accuracies on the validation data,
     ``sqrt((p (1 - p) + q (1 - q)) / n)``: the best of many trials on few samples is often luck, and the
     advice does not rest on them. A metric outside [0, 1] (a loss) is taken at its word.
 
@@ -120,7 +122,7 @@ def pick(advice: Advice, found: SearchResult, *, val_samples: int) -> tuple[Plan
         return found.plan, found.lr, f"the search found better: {found.metric} {best.mean:.4f}"
     error = sum(p * (1 - p) for p in (best.mean, advised.mean)) / max(val_samples, 1)
     error = float(error**0.5)
-    if gain > error:
+    if gain > CLEAR * error:
         return (
             found.plan,
             found.lr,
@@ -130,7 +132,7 @@ def pick(advice: Advice, found: SearchResult, *, val_samples: int) -> tuple[Plan
         advice.plan,
         advice.lr,
         f"{best.choice} gains {gain:+.1%} over the advice on {val_samples} validation samples, which is "
-        f"within a standard error of {error:.1%}: the advice stays",
+        f"within {CLEAR:g} standard errors of {error:.1%}: the advice stays",
     )
 
 

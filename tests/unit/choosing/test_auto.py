@@ -27,6 +27,12 @@ def test_a_gain_counts_where_the_validation_data_can_show_it(val_samples, plan):
     assert picked(0.80, 0.85, val_samples=val_samples, strategy="last 2")[0] == plan
 
 
+def test_the_best_of_many_trials_needs_two_standard_errors():
+    # 20 points on 20 samples are 1.6 standard errors: such a winner lost 6 points of test accuracy
+    assert picked(0.7, 0.9, val_samples=20, strategy="last 2")[0] == "advised plan"
+    assert picked(0.7, 0.9, val_samples=40, strategy="last 2")[0] == "found plan"
+
+
 def test_agreement_and_a_missing_trial_keep_the_advice():
     # the winner is the advised strategy; the budget ended before the advised plan was tried
     assert picked(0.9, 0.9, val_samples=100) == ("advised plan", 0.001)
