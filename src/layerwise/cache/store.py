@@ -1,8 +1,8 @@
 """`Column`: one cached value of every sample, in memory or in a memory-mapped file.
 
-A row is one sample's value in the physical order in which it was computed. All rows of a column have one
-shape, or (a *ragged* column) each its own. Reading gathers rows into a new tensor, so what the training
-step does to it in place never reaches the cache.
+A row is one sample's value in the physical order in which it was computed; all rows of a column have one
+shape. Reading gathers rows into a new tensor, so what the training step does to it in place never reaches
+the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from layerwise.errors import CacheError
 
 Where = Literal["memory", "disk"]
 _FP16_MAX = 65504.0
-_FIRST_ARENA_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,18 @@ class RowSpec:
     """Shape and type of one row.
 
     Attributes:
-        shape: of a row; of the widest one known for a ragged column.
+        shape: of a row.
         dtype: of the values as they are computed and handed out.
         stored: of the values as they are kept; another one than `dtype` is not exact.
-        ragged: rows differ in shape.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored: torch.dtype
-    ragged: bool = False
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one row takes (the widest one, for a ragged column)."""
+        """Bytes that one row takes."""
         return torch.Size(self.shape).numel() * self.stored.itemsize
 
 

@@ -391,8 +391,7 @@ def _similarity_reason(evidence: Evidence) -> Reason:
     if evidence.shift is None:
         return Reason(
             "similarity",
-            "how similar the data are to the source is unknown: "
-            + "; ".join(evidence.notes or ("not measured",)),
+            "; ".join(evidence.notes) or "how similar the data are to the source was not measured",
             "low",
         )
     limits = thresholds()["norms" if evidence.shift.method == "norms" else "source"]

@@ -32,8 +32,8 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 """What an optimiser chosen by name gets unless `optimizer_options` says otherwise."""
 
 FUSED = ("adamw", "adam", "sgd")
-"""Have one kernel for the whole step: on a CPU about six times as fast as torch's default for MiniLM, and of
-the same figures up to the last bits. ``optimizer_options={"fused": False}`` switches it off."""
+"""Have one kernel for the whole step: faster than torch's default, with other last bits.
+``optimizer_options={"fused": False}`` switches it off."""
 
 FUSED_DEVICES = ("cpu", "cuda")
 

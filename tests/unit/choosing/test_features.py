@@ -242,6 +242,10 @@ def test_transferability_rises_with_depth_on_the_task_the_network_knows():
     assert found.chance == 0.25
     assert found.best.probe >= last.probe
     assert "stage0" in str(found)
+    # the first depth trails the last on the same samples, which does not lead itself
+    assert first.lead is not None
+    assert first.lead < -2
+    assert last.lead == 0
 
 
 def test_one_sample_a_class_cannot_be_scored():
