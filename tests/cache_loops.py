@@ -77,7 +77,9 @@ def train(
     torch.manual_seed(0)
     model = make()
     freeze_prefix(model, *learning)
-    loader: DataLoader[Any] = DataLoader(data, batch, **{"shuffle": True, **(loader_options or {})})
+    loader: DataLoader[Any] = DataLoader(
+        data, **{"batch_size": batch, "shuffle": True, **(loader_options or {})}
+    )
     held_out: DataLoader[Any] = DataLoader(data, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cache = layerwise.PrefixCache(model, loader, **{"storage": "memory", **options}) if cached else None

@@ -145,7 +145,10 @@ class Feed:
         full: number of samples in the batches in which values are computed.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
             Values are computed in batches of such a size, and other batches go through the plain model.
-            None where last bits do not matter.
+            None where last bits do not matter, or `places` tells.
+        places: where in a batch, and in one of how many samples, the values of each row were computed;
+            int64[rows, 2]. Values count only for that place: there the last bits depend on it. None
+            where they do not.
         reload: batches hold something that is not stored: samples are loaded again each epoch.
         skeletons: of the skipped calls of all phases.
         constants: values that do not depend on the input.
@@ -164,6 +167,7 @@ class Feed:
     link: Link | None = None
     full: int = 0
     sizes: set[int] | None = field(default_factory=set)
+    places: torch.Tensor | None = None
     reload: bool = False
     skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
     constants: dict[Site, torch.Tensor] = field(default_factory=dict)
@@ -210,6 +214,42 @@ class Feed:
     def digest(self) -> str:
         """Names which samples these are; ``""`` for all of the data set."""
         return "" if self.members is None else hashlib.sha256(repr(self.members).encode()).hexdigest()
+
+    def keep_places(self, what: str, count: int) -> None:
+        """Keep each value only for the place in the batch at which it was computed.
+
+        Args:
+            what: has last bits that depend on it.
+            count: samples in the batch in which that was seen.
+
+        Raises:
+            CacheError: samples come at other places in each epoch.
+        """
+        if not self.reader.keeps_order:
+            raise CacheError(
+                f"the last bits of {what} depend on a sample's place in a batch of {count}, and the loader "
+                f"shuffles: a cached run would not be exactly the plain one. Take a multiple of 32 as batch "
+                f"size, keep the order (shuffle=False), or pass exact=False."
+            )
+        self.sizes = None
+        if self.places is None:
+            self.places = torch.full((self.rows, 2), -1)
+
+    def forget_moved(self, rows: torch.Tensor) -> None:
+        """Forget what is stored for `rows`, one batch, if one of them stood elsewhere when it was computed.
+
+        Raises:
+            CacheError: a sample stands in the batch twice, so it has no one place.
+        """
+        if self.places is None:
+            return
+        here = torch.stack([torch.arange(len(rows)), torch.full((len(rows),), len(rows))], dim=1)
+        if not torch.equal(self.places[rows], here):
+            for stored in self.sites.values():
+                stored.column.forget(rows)
+            self.places[rows] = here
+            if not torch.equal(self.places[rows], here):
+                raise CacheError("a batch holds a sample twice, and its last bits depend on the place.")
 
     def fits(self, size: int) -> bool:
         """Whether a batch of `size` samples may be replayed."""

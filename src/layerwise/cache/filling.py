@@ -84,6 +84,9 @@ def fill_rest(
         folding, difference, note = _try_folding(observer, feed, phase.cut)
         notes += [note] if note else []
     done = 0
+    if batch_size not in (None, feed.full) and feed.places is not None:
+        notes.append(f"batches of {batch_size} are not used: last bits depend on the place in a batch")
+        batch_size = None
     if batch_size is not None and not feed.fits(batch_size):
         trial = samples[:batch_size]
         done += _fill(observer, supply, feed, phase, trial, feed.full, 0, None)

@@ -58,7 +58,7 @@ class Observer:
         book: knows its cuts.
         stock: keeps values.
         keep_inputs: batches hold the real inputs.
-        exact: refuse values whose last bits depend on where in a batch they were computed.
+        exact: see `layerwise.cache.proving.prove`.
         epochs: that the loop will run; None if unknown.
 
     Attributes:
@@ -100,6 +100,7 @@ class Observer:
         else:
             feed.shape.check(live.batch, count)
         self.drop_stale(feed)
+        feed.forget_moved(live.rows)
         cut = self.book.find(args, kwargs)
         later = [other for _, other in self.book.later()]
         self.stock.release_unused(feed, [cut, *later])
@@ -140,6 +141,7 @@ class Observer:
             prefix_s = time.perf_counter() - started
             values = found.values
             prove(feed, link, cuts, found, log, live.indices, live.leaves, self.run_prefix, exact=self.exact)
+            feed.forget_moved(live.rows)
             self.stock.adopt(feed, cuts, values, live.rows)
             missing = [site for site in (*cut.frontier, *cut.constants) if site not in values]
             if missing:
@@ -246,7 +248,10 @@ class Observer:
         assert phase.cut is not None
         assert feed.shape is not None
         count = len(live.indices)
+        feed.forget_moved(live.rows)
         absent = feed.missing(phase.cut, phase.ghosts, live.rows)
+        if feed.places is not None and absent.any():
+            absent[:] = True  # each at its place
         if feed.reload and batch is None:
             batch = feed.reader.load_now(live.indices)
         if absent.any():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from layerwise.cache.checking import find_layouts, sites_of, size_sensitive
+from layerwise.cache.checking import PlaceError, find_layouts, sites_of, size_sensitive
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.feed import Feed
@@ -33,7 +33,7 @@ def prove(
     *,
     exact: bool,
 ) -> None:
-    """Note in `feed` the layouts, skeletons and constants of some cuts, and the proved batch sizes.
+    """Note in `feed` the layouts, skeletons and constants of some cuts, and where their bits hold.
 
     Args:
         feed: whose samples.
@@ -44,7 +44,7 @@ def prove(
         indices: of the batch's samples.
         leaves: the batch's tensors.
         run_prefix: `layerwise.cache.observing.Observer.run_prefix`.
-        exact: refuse values whose last bits depend on the place in the batch.
+        exact: keep values whose last bits depend on the place in the batch only for that place.
 
     Raises:
         CacheError: the values cannot be taken apart into samples, are random, or depend on other samples.
@@ -82,19 +82,16 @@ def prove(
         sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
         within, between = uneven_places(log.runs, count, part_log.runs, part_count)
         if within:
-            raise CacheError(
-                f"the last bits of {within} depend on a sample's place in a batch of {count}, so a "
-                f"cached run would not be exactly the plain one. Take a multiple of 32 as batch size, or "
-                f"pass exact=False."
-            )
-    except CacheError:
-        if exact or count == 1:
-            raise
+            raise PlaceError(within)
+    except PlaceError as error:
+        if exact:
+            feed.keep_places(str(error), count)
+    else:
+        if exact and feed.sizes is not None:
+            proved = {count} if sensitive or between else {count, part_count}
+            feed.sizes = feed.sizes & proved if feed.sizes else proved
     if not exact:
         feed.sizes = None
-    elif feed.sizes is not None:
-        proved = {count} if sensitive or between else {count, part_count}
-        feed.sizes = feed.sizes & proved if feed.sizes else proved
 
 
 def _loaded_again(

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
@@ -47,6 +47,13 @@ class LoaderReader:
         self.size = len(loader.dataset)  # type: ignore[arg-type]
         self.batch_size: int | None = getattr(loader.batch_sampler, "batch_size", None)
         self._seeded = False
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the loader is known to make the same batches in every epoch."""
+        given: Any = self.loader.batch_sampler
+        samplers = [given, getattr(given, "sampler", None)]
+        return any(isinstance(s, SequentialSampler) or getattr(s, "shuffle", None) is False for s in samplers)
 
     def epoch(self, *, ahead: bool = True) -> Iterator[list[int]]:
         """Yield the indices of one epoch's batches, as the loader's own iterator would draw them.

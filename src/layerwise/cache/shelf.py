@@ -55,6 +55,16 @@ class Entry:
     modified_s: float
 
 
+@dataclass(frozen=True)
+class _Filling:
+    """A column that is being filled, with its open lock file, and the name that it will have."""
+
+    column: Column
+    lock: IO[bytes]
+    key: str
+    what: str
+
+
 class Shelf:
     """Columns on disk.
 
@@ -67,7 +77,7 @@ class Shelf:
         self._lasting = folder
         self._folder: Path | None = None
         self._temporary: list[Path] = []
-        self._filling: dict[str, tuple[Column, Path, IO[bytes], str]] = {}
+        self._filling: dict[Path, _Filling] = {}
         self._finalizer = weakref.finalize(self, _remove_all, self._filling, self._temporary)
 
     @property
@@ -107,6 +117,12 @@ class Shelf:
     def create(self, key: str, rows: int, spec: RowSpec, what: str) -> Column:
         """Return a new column in a file of its own, not yet to be seen by others.
 
+        Args:
+            key: under which it is to be found once it is complete; ``""`` if never.
+            rows: number of samples.
+            spec: of one row.
+            what: where in which model it is taken.
+
         Raises:
             OSError: there is no room for it.
         """
@@ -121,15 +137,16 @@ class Shelf:
             lock.close()
             shutil.rmtree(part, ignore_errors=True)
             raise
-        self._filling[key] = (column, part, lock, what)
+        self._filling[part] = _Filling(column, lock, key, what)
         return column
 
     def publish_complete(self) -> None:
         """Make the columns whose rows are all there visible to others."""
         if not self.lasting:
             return
-        for key, (column, part, lock, what) in list(self._filling.items()):
-            if not bool(column.filled.all()):
+        for part, filling in list(self._filling.items()):
+            column = filling.column
+            if not filling.key or not bool(column.filled.all()):
                 continue
             column.flush()
             meta = {
@@ -139,26 +156,26 @@ class Shelf:
                 "stored": str(column.spec.stored),
                 "rows": len(column.filled),
                 "sha256": sha256(part / "rows.bin"),
-                "what": what,
+                "what": filling.what,
             }
             write_json(part / "meta.json", meta)
-            target = self.root / key
+            target = self.root / filling.key
             try:
                 os.rename(part, target)  # fails if somebody else was first: his is as good
                 (target / "lock").unlink(missing_ok=True)
             except OSError:
                 shutil.rmtree(part, ignore_errors=True)
-            lock.close()
-            del self._filling[key]
+            filling.lock.close()
+            del self._filling[part]
 
     def close(self) -> None:
         """Remove unfinished columns, and the folder if it is temporary."""
         _remove_all(self._filling, self._temporary)
 
 
-def _remove_all(filling: dict[str, tuple[Column, Path, IO[bytes], str]], folders: list[Path]) -> None:
-    for _, part, lock, _ in filling.values():
-        lock.close()
+def _remove_all(filling: dict[Path, _Filling], folders: list[Path]) -> None:
+    for part, one in filling.items():
+        one.lock.close()
         shutil.rmtree(part, ignore_errors=True)
     filling.clear()
     for folder in folders:

@@ -114,7 +114,7 @@ class Stock:
 
     def _key(self, feed: Feed, source: Source | None, what: str, spec: RowSpec) -> str:
         """Return the name of a column: all that its values depend on. ``""`` if nothing is shared."""
-        if not self._shares:
+        if not self._shares or feed.places is not None:
             return ""
         assert feed.link is not None
         weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
@@ -239,12 +239,9 @@ class Stock:
     def _made(
         self, key: str, rows: int, spec: RowSpec, where: Literal["memory", "disk"], what: str
     ) -> Column:
-        if where == "disk":
-            column = self.shelf.create(key or column_key(what, str(id(spec))), rows, spec, what)
-        else:
-            column = Column(rows, spec)
+        column = self.shelf.create(key, rows, spec, what) if where == "disk" else Column(rows, spec)
         self._held[id(column)] = column
-        if self._pool is not None:
+        if self._pool is not None and key:
             self._pool.columns[key] = column
         return column
 

@@ -110,6 +110,10 @@ class Column:
         self._data[rows] = values.to(self._data.device)
         self.filled[rows] = True
 
+    def forget(self, rows: torch.Tensor) -> None:
+        """Take the values of `rows` (int64) for missing."""
+        self.filled[rows] = False
+
     def get(self, rows: torch.Tensor) -> torch.Tensor:
         """Return a new tensor (n, *shape) with the values of `rows` (int64, all filled)."""
         return self._data.index_select(0, rows).to(self.spec.dtype)

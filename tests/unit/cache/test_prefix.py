@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import layerwise
-from cache_loops import Counted, assert_same, freeze_prefix, images, train
+from cache_loops import Counted, assert_same, images, train
 from helpers import TinyCNN
 from layerwise.cache.ghost import Ghost
 from layerwise.errors import CacheError, LayerwiseWarning
@@ -863,62 +863,3 @@ def test_a_number_read_from_the_data() -> None:
             return self.head(x.mean((2, 3))) / peak
 
     assert "cut at body.conv" in both(Net, images, "head").text
-
-
-# -- last bits ------------------------------------------------------------------------------------
-
-
-class Gated(nn.Module):
-    """Squeeze and excitation: an activation of few numbers a sample, in the frozen part."""
-
-    def __init__(self, gates: int) -> None:
-        super().__init__()
-        self.conv, self.squeeze = nn.Conv2d(3, 8, 3), nn.Conv2d(8, gates, 1)
-        self.excite, self.head = nn.Conv2d(gates, 8, 1), nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.conv(x)
-        gate = nn.functional.silu(self.squeeze(x.mean((2, 3), keepdim=True)))
-        return self.head((x * self.excite(gate).sigmoid()).mean((2, 3)))
-
-
-@pytest.mark.parametrize(("seed", "start"), [(4, 3), (5, 2), (5, 3)])
-def test_a_first_epoch_that_begins_in_the_middle(seed, start) -> None:
-    # later epochs then compute a few samples of a batch: only in batches that give them the same bits, of
-    # which the first batch tells nothing here (its samples happen to get the same bits in twos)
-    class Late(torch.utils.data.Sampler):
-        def __init__(self, size, epoch=-1):
-            self.size, self.epoch = size, epoch
-
-        def __iter__(self):
-            self.epoch += 1
-            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist()
-            yield from [order[i : i + 4] for i in range(0, self.size, 4)][0 if self.epoch else start :]
-
-        def __len__(self):
-            return -(-self.size // 4)
-
-    def run(cached):
-        torch.manual_seed(seed)
-        model = Gated(8)
-        freeze_prefix(model, "head")
-        loader = DataLoader(images(38), batch_sampler=Late(38))
-        cache = layerwise.PrefixCache(model, loader, storage="memory") if cached else None
-        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
-        for _ in range(6):
-            for x, y in loader if cache is None else cache.batches():
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
-        return model.state_dict(), cache
-
-    (plain, _), (cached, cache) = run(False), run(True)
-    assert "memory, cut at" in cache.describe()
-    assert all(torch.equal(plain[name], cached[name]) for name in plain)
-
-
-def test_places_in_a_batch_that_get_other_bits() -> None:
-    # 4 samples of 12 gates are 48 numbers: the processor takes 32 at once and the others one by one
-    text = off(lambda: Gated(12), lambda: images(24), "head")
-    assert "silu" in text
-    assert "multiple of 32" in text
