@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
+from layerwise.errors import LayerwiseWarning
 from layerwise.tuning.modes import pin_eval
 
 
@@ -117,3 +119,35 @@ def assert_same(one: Outcome, other: Outcome) -> None:
     for name, value in one.weights.items():
         assert torch.equal(value, other.weights[name]), name
     assert torch.equal(one.random, other.random)
+
+
+def both(make: Callable[[], nn.Module], data: Callable[[], Any], *learning: str, **options: Any) -> Outcome:
+    """Return a cached run after comparing it with the plain one; the weights must have moved."""
+    shared = {
+        k: options.pop(k)
+        for k in ("epochs", "batch", "validate", "step", "before_epoch", "loader_options")
+        if k in options
+    }
+    plain = train(make, data(), *learning, cached=False, **shared)
+    cached = train(make, data(), *learning, cached=True, **shared, **options)
+    assert_same(plain, cached)
+    torch.manual_seed(0)
+    start = make().state_dict()
+    assert any(not torch.equal(start[name], value) for name, value in cached.weights.items())
+    return cached
+
+
+def off(
+    make: Callable[[], nn.Module], data: Callable[[], Any], *learning: str, warns: bool = True, **options: Any
+) -> str:
+    """Return why a run is not cached, after comparing it with the plain one."""
+    shared = {k: options.pop(k) for k in ("step", "loader_options") if k in options}
+    plain = train(make, data(), *learning, cached=False, **shared)
+    if warns:
+        with pytest.warns(LayerwiseWarning, match="The prefix cache is off"):
+            cached = train(make, data(), *learning, cached=True, **shared, **options)
+    else:
+        cached = train(make, data(), *learning, cached=True, **shared, **options)
+    assert_same(plain, cached)
+    assert "off" in cached.text
+    return cached.text

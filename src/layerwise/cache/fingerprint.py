@@ -16,7 +16,7 @@ from torch import nn
 
 from layerwise.layers.structures import tensors_in
 
-_PROBES = 32  # samples hashed of a dataset whose content cannot be listed
+_PROBES = 32  # samples hashed to see what transforms make of them
 _DATASET_DEPTH = 5  # Subset of a Subset ...
 
 
@@ -64,29 +64,31 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if width is None or tensor.dtype == torch.bool else tensor.view(width)
 
 
-def data_digest(dataset: Any, load: Any, size: int) -> str:
+def data_digest(dataset: Any, load: Any, size: int, *, lasting: bool) -> str:
     """Return a hash that names the content of a dataset and what its transforms make of it.
 
     Hashes what can be listed without loading all samples: tensors of a ``TensorDataset``, the indices of a
     ``Subset``, the ``_fingerprint`` of a Hugging Face dataset, path, size and time of the files of an image
     folder; and always some loaded samples, spread evenly, which show a changed transform. A change inside
-    a file that keeps its size and time, or in an unlisted sample of another kind of dataset, is not seen.
+    a file that keeps its size and time is not seen.
 
     Args:
         dataset: map-style.
         load: function from a list of indices to their collated batch.
         size: number of samples.
+        lasting: the name must tell the content of today from that of another day. All samples of a
+            dataset whose content cannot be listed are then loaded once, and hashed; else some of them.
     """
     digest = hashlib.sha256(f"{size}\n".encode())
-    part = dataset
+    part, listed = dataset, False
     for _ in range(_DATASET_DEPTH):
         digest.update(f"{type(part).__module__}.{type(part).__qualname__}\n".encode())
-        _describe_into(digest, part)
+        listed |= _describe_into(digest, part)
         inner = next((getattr(part, name) for name in ("dataset", "data") if hasattr(part, name)), None)
         if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor | Mapping | list):
             break
         part = inner
-    count = min(_PROBES, size)
+    count = size if lasting and not listed else min(_PROBES, size)
     for number in range(count):
         index = round(number * (size - 1) / max(count - 1, 1))
         for tensor in tensors_in(load([index])):
@@ -94,28 +96,37 @@ def data_digest(dataset: Any, load: Any, size: int) -> str:
     return digest.hexdigest()
 
 
-def _describe_into(digest: Any, dataset: Any) -> None:
+def _describe_into(digest: Any, dataset: Any) -> bool:
+    """Hash what a dataset tells of itself; return whether that changes with the content of any sample."""
+    listed = False
     fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
     if isinstance(fingerprint, str):
         digest.update(fingerprint.encode())
+        listed = True
     for tensor in getattr(dataset, "tensors", ()) or ():
         if isinstance(tensor, torch.Tensor):
             digest.update(tensor_digest(tensor).encode())
+            listed = True
     indices = getattr(dataset, "indices", None)
     if isinstance(indices, list | tuple | range):
         digest.update(repr(list(indices)).encode())
     for name in ("samples", "paths"):
-        for sample in getattr(dataset, name, ()) or ():
-            path = sample[0] if isinstance(sample, tuple | list) and sample else sample
-            if isinstance(path, str | os.PathLike) and os.path.exists(path):
-                status = os.stat(path)
-                digest.update(f"{os.fspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        files = [
+            sample[0] if isinstance(sample, tuple | list) and sample else sample
+            for sample in getattr(dataset, name, ()) or ()
+        ]
+        files = [file for file in files if isinstance(file, str | os.PathLike) and os.path.exists(file)]
+        for file in files:
+            status = os.stat(file)
+            digest.update(f"{os.fspath(file)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        listed |= 0 < len(files) == len(dataset)
     for name in ("targets", "labels"):
         if isinstance(labels := getattr(dataset, name, None), list | tuple):
             digest.update(repr(labels).encode())
     for name in ("transform", "transforms", "target_transform", "preprocessing", "augment"):
         if hasattr(dataset, name):
             digest.update(_stable_repr(getattr(dataset, name)).encode())
+    return listed
 
 
 def _stable_repr(thing: Any) -> str:

@@ -108,7 +108,9 @@ class Stock:
     def _data_digest(self, feed: Feed) -> str:
         if feed.reader not in self._data:
             with kept_random_state():
-                digest = data_digest(feed.loader.dataset, feed.reader.load_now, feed.reader.size)
+                digest = data_digest(
+                    feed.loader.dataset, feed.reader.load_now, feed.reader.size, lasting=self.shelf.lasting
+                )
             self._data[feed.reader] = digest
         return self._data[feed.reader]
 

@@ -275,7 +275,7 @@ class _Finished:
         return [total // batch for total in flops], [total // batch for total in sizes]
 
     def _name(self, group: Group, names: list[str], modules: list[str]) -> str:
-        """Return the stage's or block's path; for a stem the module of the first parameter."""
-        if group.role != "stem":
+        """Return the stage's or block's path; of a stem or bare parameters, the first module or parameter."""
+        if group.role != "stem" and modules:
             return group.stage or group.core
         return next((path for name in names for path in modules if _under(name, path)), names[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -90,6 +90,15 @@ def _ancestors(recording: Recording, of: Mapping[int, Any]) -> set[int]:
     return seen
 
 
+def _descendants(recording: Recording, of: Set[int]) -> set[int]:
+    """Return the operations that are fed by one of `of`."""
+    fed: set[int] = set()
+    for op in recording.ops:
+        if not fed.isdisjoint(op.sources) or not of.isdisjoint(op.sources):
+            fed.add(op.index)
+    return fed
+
+
 def _applied_by(recording: Recording, op: Op, weights: tuple[str, ...]) -> str:
     """Return the path of the module that applies the weight; the name of a bare parameter if none does.
 
@@ -122,7 +131,8 @@ def head_parameters(
       (``classifier.dense`` beside ``classifier.out_proj``).
 
     In a network of single layers, where each of them is a block, only the first of the two holds. What is
-    needed later than all of these (a temperature of the logits) belongs to the head as well.
+    needed later than all of these (a temperature of the logits), or reads what an output layer gave (the
+    weights of several classifiers' votes), belongs to the head as well.
 
     Args:
         recording: of the model.
@@ -153,10 +163,12 @@ def head_parameters(
         for output in outputs:
             container = _own_container(recording.model, output, before)
             head |= {name for name in after if container and name.startswith(container + ".")}
+    fed = _descendants(recording, {order.position[name] for name in head if name in order.position})
     head |= set(_after_pooling(recording, after, head))
     last = max(order.position.get(name, -1) for name in head)
     head |= {name for name in after if order.position.get(name, -1) > last}
-    return tuple(name for name in after if name in head)
+    known = [name for unit in units for name in unit.parameters if name in order.position]
+    return tuple(name for name in known if name in head or order.position[name] in fed)
 
 
 def _own_container(model: nn.Module, output: str, earlier: set[str]) -> str:

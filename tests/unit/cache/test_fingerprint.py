@@ -39,11 +39,11 @@ def test_every_type_has_a_digest(dtype) -> None:
     assert tensor_digest(torch.zeros((), dtype=dtype)) != tensor_digest(torch.zeros(0, dtype=dtype))
 
 
-def digest(data) -> str:
+def digest(data, lasting=True) -> str:
     def load(indices):
         return torch.utils.data.default_collate([data[i] for i in indices])
 
-    return data_digest(data, load, len(data))
+    return data_digest(data, load, len(data), lasting=lasting)
 
 
 def test_tensors_and_subsets() -> None:
@@ -51,7 +51,7 @@ def test_tensors_and_subsets() -> None:
     base = digest(TensorDataset(x, y))
     assert digest(TensorDataset(x.clone(), y)) == base
     changed = x.clone()
-    changed[51] += 1  # between the samples that are loaded
+    changed[50] += 1  # between the samples that are loaded
     assert digest(TensorDataset(changed, y)) != base
     first = digest(Subset(TensorDataset(x, y), range(50)))
     assert first != base
@@ -80,6 +80,15 @@ def test_files_labels_and_transform(tmp_path) -> None:
     base = digest(Folder(paths, targets))
     assert digest(Folder(paths, targets)) == base
     assert digest(Folder(paths, targets, scale=2.0)) != base
-    assert digest(Folder(paths, [0] * 51 + [1] + [0] * 48)) != base
-    paths[51].write_text("else")
+    assert digest(Folder(paths, [0] * 50 + [1] + [0] * 49)) != base
+    paths[50].write_text("else")
     assert digest(Folder(paths, targets)) != base
+
+
+def test_every_sample_of_a_dataset_that_lists_nothing() -> None:
+    # between the samples that are loaded anyway; within one process the names of a few are enough
+    samples = [(torch.tensor(float(i)), i) for i in range(100)]
+    changed = [*samples[:50], (torch.tensor(9.0), 50), *samples[51:]]
+    assert digest(samples) == digest(list(samples))
+    assert digest(changed) != digest(samples)
+    assert digest(changed, lasting=False) == digest(samples, lasting=False)

@@ -271,3 +271,46 @@ def test_cost_grows_with_the_number_of_blocks() -> None:
 
     calls(2)  # what is imported and looked up once
     assert calls(80) < 4.4 * calls(20)
+
+
+class Voting(nn.Module):
+    """A classifier after each stage; a bare parameter weighs their votes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(3)])
+        self.heads = nn.ModuleList([nn.Linear(8, 5) for _ in range(3)])
+        self.weights = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, votes = self.weights.softmax(0), []
+        for body, norm, head in zip(self.body, self.norms, self.heads):
+            x = body(x)
+            votes.append(head(norm(x)))
+        return sum(vote * weight for vote, weight in zip(votes, weights))
+
+
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+def test_what_weighs_the_votes_of_several_heads_belongs_to_the_head(granularity) -> None:
+    # timm's efficientvim: `weights` is first needed long before the last classifier
+    layers = layer_map(Voting(), torch.zeros(2, 8), granularity)
+    assert "weights" in layers.head.parameters
+    assert len(set(layers.names)) == len(layers.names)
+    assert layers.names[-1] == "heads.0"
+
+
+def test_bare_parameters_between_blocks_have_a_name_of_their_own() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(self.last(torch.cos(self.first(x)) * self.scale))
+
+    for granularity in ("stages", "blocks", "layers"):
+        layers = layer_map(Scaled(), torch.zeros(2, 8), granularity)
+        assert len(set(layers.names)) == len(layers.names)
+        assert sum("scale" in group.parameters for group in layers.groups) == 1

@@ -1,0 +1,303 @@
+"""What is not cached, and what the user is told about it; training goes on to the same weights."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+import layerwise
+from cache_loops import Counted, both, images, off
+from helpers import TinyCNN
+from layerwise.errors import CacheError, LayerwiseWarning
+
+LAST = ("layer2", "fc")
+
+
+def test_nothing_frozen() -> None:
+    text = off(TinyCNN, images, "stem", "layer1", *LAST, warns=False)
+    assert "in stem.0 reads 'stem.0.weight', which learns" in text
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "python", "unused"])
+def test_random_augmentation(source) -> None:
+    # detected by drawing samples twice; a draw that changes nothing shifts later draws all the same
+    def augment(x):
+        if source == "torch":
+            return x + torch.rand(()) * 0.1
+        if source == "numpy":
+            return x + float(np.random.rand()) * 0.1
+        if source == "python":
+            return x + random.random() * 0.1
+        torch.rand(1)
+        return x
+
+    def data():
+        np.random.seed(0)
+        random.seed(0)
+        base = images()
+        return Counted(base.inputs, base.labels, augment)
+
+    text = off(TinyCNN, data, *LAST)
+    assert "random augmentation" in text
+    assert "views=V" in text
+
+
+def test_augmentation_that_depends_on_the_epoch_alone() -> None:
+    # the same within an epoch, another one in the next: a function of the dataset's `epoch`
+    class Seeded(Counted):
+        epoch = 0
+
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + 0.1 * ((self.epoch + index) % 3), y
+
+    def data():
+        base = images()
+        return Seeded(base.inputs, base.labels)
+
+    assert "random augmentation" in off(TinyCNN, data, *LAST)
+
+
+@pytest.mark.parametrize("source", ["numpy", "python"])
+def test_hidden_randomness_in_a_frozen_module(source) -> None:
+    # numpy's and Python's generators go past the recorder; the prefix is computed twice to find them
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + (float(np.random.rand()) if source == "numpy" else random.random())
+
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem.append(Noisy())
+
+    def make():
+        np.random.seed(0)
+        random.seed(0)
+        return Net()
+
+    assert "random numbers" in off(make, images, *LAST)
+
+
+def test_samples_that_read_each_other() -> None:
+    # a frozen module that subtracts the mean of the batch is not seen by the recorder, but by the check
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True)
+
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem.append(Centred())
+
+    assert "depends on the other samples" in off(Net, images, *LAST)
+
+
+def test_a_value_that_leaves_by_a_side_door() -> None:
+    # a frozen module stores a feature map in an attribute that the head reads: the module must run
+    class Saving(nn.Module):
+        def __init__(self, owner):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.saved = {}
+
+        def forward(self, x):
+            self.saved["x"] = x.mean((2, 3))
+            return self.conv(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Saving(self)
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+            self.fc = nn.Linear(7, 4)
+
+        def forward(self, x):
+            x = self.body(self.stem(x)).mean((2, 3))
+            return self.fc(torch.cat([x, self.stem.saved["x"]], 1))
+
+    cached = both(Net, images, "fc")
+    assert "off" in cached.text or "cut at" in cached.text
+
+
+def test_branches_detached_from_the_gradient_do_not_go_stale() -> None:
+    # a trained branch whose output is detached requires no grad, and changes all the same
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+            self.gate = nn.Linear(4, 4)
+            self.mix = nn.Linear(4, 4)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.stem(x).mean((2, 3))
+            gate = self.gate(x)
+            return self.fc(self.mix(x + gate.detach())) + gate
+
+    cached = both(Net, images, "gate", "fc")
+    assert "cut at" in cached.text
+    assert "mix" not in cached.text.split("(")[0]
+
+
+def test_skips_to_the_trained_part() -> None:
+    # a U-Net: the trained decoder reads two frozen levels
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down1 = nn.Conv2d(3, 4, 3, padding=1)
+            self.down2 = nn.Conv2d(4, 8, 3, padding=1, stride=2)
+            self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            a = self.down1(x).relu()
+            b = self.down2(a).relu()
+            return self.fc(torch.cat([self.up(b), a], 1).mean((2, 3)))
+
+    assert "cut at down1, down2" in both(Net, images, "up", "fc").text
+
+
+def test_tuples_and_dictionaries_between_modules() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"maps": (y, y.mean((2, 3))), "size": x.shape[-1]}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Pair()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            found = self.stem(x)
+            return self.fc(found["maps"][1]) / found["size"]
+
+    cached = both(Net, images, "fc")
+    assert "cut at stem[1]" in cached.text
+
+
+def test_a_number_that_depends_on_the_batch_size() -> None:
+    # stored once it would be wrong for the last, smaller batch
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3)), len(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = Counting()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x, count = self.stem(x)
+            return self.fc(x) / count
+
+    assert "a number that depends on the batch size" in off(Net, images, "fc")
+
+
+def test_shared_modules_and_calls() -> None:
+    # one frozen module called three times, the last time on what was learned
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.block = nn.Conv2d(4, 4, 3, padding=1)
+            self.mid = nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.block(self.block(self.stem(x)).relu())
+            return self.fc(self.block(self.mid(x)).mean((2, 3)))
+
+    assert "cut at block#1" in both(Net, images, "mid", "fc").text
+
+
+def test_loaders_that_cannot_be_read_by_index() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            base = images()
+            return iter([base[i] for i in range(22)])
+
+    assert "IterableDataset" in off(TinyCNN, Stream, *LAST, loader_options={"shuffle": False})
+
+    class Words:
+        batch_size = 4
+
+        def __iter__(self):
+            return iter([["a", "b"], ["c"]])
+
+    class Dictionary(Counted):
+        def __getitem__(self, key):
+            return super().__getitem__({"a": 0, "b": 1, "c": 2}.get(key, key))
+
+    base = images()
+    loader = DataLoader(Dictionary(base.inputs, base.labels), batch_sampler=Words())
+    cache = layerwise.PrefixCache(TinyCNN(), loader, storage="memory")
+    with pytest.raises(CacheError, match="samples cannot be recognised"):
+        next(cache.batches())
+
+
+def test_a_loop_that_does_not_use_this_model() -> None:
+    model, other = TinyCNN(), TinyCNN()
+    model.stem.requires_grad_(False).eval()
+    loader = DataLoader(images(), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader)
+    for x, _ in cache.batches():
+        other(x)
+    assert "does not pass the loader's batches" in cache.describe()
+
+
+def test_inputs_computed_in_the_loop() -> None:
+    # a step between loader and model may be random: it is not cached, and nothing goes wrong
+    text = off(
+        TinyCNN, images, *LAST, step=lambda m, b: nn.functional.cross_entropy(m(b[0].flip(-1)), b[1]),
+    )  # fmt: skip
+    assert "does not pass the loader's batches" in text
+
+
+def test_a_cast_in_the_loop_is_fine() -> None:
+    both(
+        lambda: TinyCNN().double(), images, *LAST,
+        step=lambda m, b: nn.functional.cross_entropy(m(b[0].double()), b[1]),
+    )  # fmt: skip
+
+
+def test_a_compiled_model_is_refused() -> None:
+    compiled = torch.compile(TinyCNN(), backend="eager")
+    cache = layerwise.PrefixCache(compiled, DataLoader(images(), 4), storage="memory")
+    with pytest.warns(LayerwiseWarning, match="compiled"):
+        next(cache.batches())
+
+
+def test_full_disk_falls_back_with_a_warning(monkeypatch) -> None:
+    def full(descriptor, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("layerwise.cache.store.reserve_file", full)
+    assert "No space left" in off(TinyCNN, images, *LAST, storage="disk")
+
+
+def test_budget() -> None:
+    assert "do not fit into the budget of 1.0 KB" in off(TinyCNN, images, *LAST, budget_bytes=1024)
+
+
+def test_options_are_checked_together() -> None:
+    with pytest.raises(CacheError) as caught:
+        layerwise.PrefixCache(TinyCNN(), None, storage="ram", budget_bytes=-1, views=0, dtype=torch.int8)
+    for part in ("got 'ram'", "got -1", "got 0", "torch.int8"):
+        assert part in str(caught.value)
