@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from layerwise.cache.checking import no_autocast_cache
 from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.feed import OtherShapeError, Phase
+from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
 from layerwise.cache.link import Link, autocast_state, find_link
 from layerwise.cache.observing import Live, Observer
@@ -49,6 +51,7 @@ class Calls:
         self._hook = RootHook(self._before, self._after)
         self._lives: list[Live] = []
         self._replay: contextlib.ExitStack | None = None  # open during a replayed call
+        self._observed = False  # the call under way is looked at
         self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
@@ -76,17 +79,24 @@ class Calls:
                     return None
                 continue
             link = live.feed.link
-            if live.phase is not None and link is not None and link.recognises(args, kwargs, live.leaves):
+            known = live.phase is not None and link is not None
+            if known and link is not None and link.recognises(args, kwargs, live.leaves, live):
                 live.seen = True
                 return self._begin_replay(live, link, args, kwargs)
+        if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
+            return map_tensors((args, kwargs), real)  # the loop made something of its own of the batch
         return None
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase = live.feed, live.phase
         if not live.replayed or phase is None or phase.cut is None:
             return None  # it was handed out real
+        moved = self._book.weights_moved()
+        if moved:
+            self._refuse(live.supply, None, "the frozen weights change while an epoch runs")
         changed = (
-            live.key != self._book.state()
+            moved
+            or live.key != self._book.state()
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
         )
@@ -108,6 +118,9 @@ class Calls:
         if replay is not None:
             replay.close()
             refuse_ghosts(output)
+        if self._observed:
+            self._observed = False
+            self._book.settings.after_forward()
         comparison, self._comparison = self._comparison, None
         if comparison is None or output is None:
             return
@@ -131,8 +144,10 @@ class Calls:
             phase = live.phase = feed.phases.setdefault(live.key, Phase())
             if phase.verified or phase.reason:
                 return
+            self._book.settings.before_forward()
+            self._observed = True
             try:
-                with no_autocast_cache():
+                with no_autocast_cache(), saved_tensors_hooks(_as_it_is, _as_it_is):
                     self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
             except OtherShapeError as error:
                 if not live.supply.sort():
@@ -149,6 +164,11 @@ class Calls:
             self._refuse(live.supply, None, str(error))
         finally:
             self._observer.busy = False
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """Save a tensor for backward as it is: in place of hooks of the loop's own, such as a checkpoint's."""
+    return tensor
 
 
 def told(phase: Phase | None) -> str:

@@ -14,6 +14,7 @@ from layerwise.cache.cut import Cut, Site
 from layerwise.cache.layout import Layout, find_layout
 from layerwise.cache.reading import same_bits
 from layerwise.errors import CacheError
+from layerwise.layers.snapshot import plain_tensors
 from layerwise.layers.structures import tensors_in
 
 _NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
@@ -29,16 +30,17 @@ Run = Callable[[list[int], int], Mapping[Site, torch.Tensor]]
 """Runs the prefix on some samples of the batch (by position), under a seed; returns values by site."""
 
 
-class BufferGuard(contextlib.AbstractContextManager["BufferGuard"]):
-    """Within: what a forward pass writes into the model's buffers is undone after."""
+class ContentGuard(contextlib.AbstractContextManager["ContentGuard"]):
+    """Within: what a forward pass writes into buffers, and tensors that are plain attributes, is undone."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __enter__(self) -> BufferGuard:
-        """Save the buffers."""
-        self._saved = [(buffer, buffer.detach().clone()) for buffer in self._model.buffers()]
+    def __enter__(self) -> ContentGuard:
+        """Save the tensors."""
+        tensors = [*self._model.buffers(), *plain_tensors(self._model)]
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
         return self
 
     def __exit__(
@@ -46,9 +48,9 @@ class BufferGuard(contextlib.AbstractContextManager["BufferGuard"]):
     ) -> None:
         """Put back those that were written to."""
         with torch.no_grad():
-            for buffer, content in self._saved:
-                if not torch.equal(buffer, content):  # batch-norm's kernel does not bump `_version`
-                    buffer.copy_(content)
+            for tensor, content in self._saved:
+                if not torch.equal(tensor, content):  # batch-norm's kernel does not bump `_version`
+                    tensor.copy_(content)
         self._saved = []
 
 
@@ -108,9 +110,10 @@ def size_sensitive(
     Compares the values of a whole batch with those of some of its samples, which were computed on their
     own, in another order and under another seed. Equal bits prove that no sample reads another, that the
     place in the batch does not matter, and that nothing draws random numbers that the recording cannot
-    see (numpy's, Python's). Differences that are only rounding are traced to the batch size. Where these
-    samples have few numbers (a pooled vector of a last, small batch), equal bits can be luck: others of the
-    batch are then computed in the same number.
+    see (numpy's, Python's). Where these samples have few numbers (a pooled vector of a last, small batch),
+    equal bits can be luck: others of the batch are then computed in the same number. Differences that are
+    only rounding are traced to the batch size: the whole batch, backwards and under yet another seed, must
+    give the same bits.
 
     Args:
         layouts: of the sites to compare.
@@ -135,8 +138,9 @@ def size_sensitive(
     if not unequal:
         return False
     everything = list(range(batch))
-    again = run(everything, 2)
-    for site in unequal:
+    moved = _unequal(layouts, full, everything[::-1], run(everything[::-1], 3))
+    again = run(everything, 2) if moved else full
+    for site in moved:
         if not same_bits(full[site], again[site]):
             raise CacheError(
                 f"the value at {site} differs when the same batch is computed again: the frozen part draws "
@@ -146,11 +150,8 @@ def size_sensitive(
         layout = layouts[site]
         if not _near(layout.to_rows(full[site])[chosen], layout.to_rows(part[site])):
             raise CacheError(f"the value at {site} of one sample depends on the other samples of its batch.")
-    backwards = run(everything[::-1], 3)
-    for site in unequal:
-        layout = layouts[site]
-        if not same_bits(layout.to_rows(full[site]).flip(0), layout.to_rows(backwards[site])):
-            raise PlaceError(f"the value at {site}")
+    if moved:
+        raise PlaceError(f"the value at {moved[0]}")
     return True
 
 

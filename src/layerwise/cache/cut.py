@@ -96,7 +96,7 @@ class Cut:
         frontier: sites of the cached values that depend on the input, in order of execution.
         constants: sites of needed values that do not depend on the input: the same for all batches.
         inputs: the model's inputs that are still read.
-        sources: of each site in `frontier`.
+        sources: of each site.
         bytes_per_sample: size of `frontier`, as recorded.
         flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
         first_dirty: a sentence about the first dirty operation.
@@ -323,7 +323,7 @@ class _Search:
             frontier=tuple(map(_site, frontier)),
             constants=tuple(_site(door) for door in doors if door not in frontier),
             inputs=self.kept_inputs | needs.inputs,
-            sources={_site(door): _source(self.recording, needs.doors[door]) for door in frontier},
+            sources={_site(door): _source(self.recording, needs.doors[door]) for door in doors},
             bytes_per_sample=sum(door.nbytes for door in frontier) // max(self.recording.batch_size, 1),
             flops=sum(op.flops for op in ops),
             skipped_flops=sum(op.flops for op in ops if op.index in owner),
@@ -352,7 +352,9 @@ def _source(recording: Recording, value: Read) -> Source:
         flops += op.flops
         sources = [position[source] for source in op.sources]
         where = op.call.path if op.call is not None else ""
-        digest.update(f"{number} {op.name} {where} {op.parameters} {op.buffers} {sources}\n".encode())
+        constants = [recording.values[key].content for key in op.reads if recording.values[key].content]
+        text = f"{number} {op.name} {where} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
+        digest.update(f"{text}\n".encode())
     digest.update(str(position.get(value.writer if value.writer is not None else -1)).encode())
     return Source(tuple(sorted(tensors)), digest.hexdigest(), tuple(sorted(inputs)), flops)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.cut import Cut, NothingToSkipError, find_cut
+from layerwise.cache.settings import Settings, Stillness
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 
@@ -40,10 +41,12 @@ class _Foreseen:
 
     Attributes:
         modes: of each module when it was recorded.
+        settings: of the modules, as a number, when it was recorded.
         cut: of the later phase, or why there is none.
     """
 
     modes: Mapping[nn.Module, bool]
+    settings: int
     cut: Cut | CacheError
 
 
@@ -62,21 +65,32 @@ class CutBook:
         self._model = model
         self._tuner = tuner
         self._upcoming = upcoming
-        self._found: dict[frozenset[str], list[tuple[Modes, Cut]]] = {}
+        self._found: dict[tuple[frozenset[str], int], list[tuple[Modes, Cut]]] = {}
         self._foreseen: dict[frozenset[str], _Foreseen] = {}
+        self.settings = Settings(model)
         self.refresh()
 
     def refresh(self) -> None:
         """Look again which modules and parameters the model has; once an epoch, as it takes a while."""
         self._modules = list(self._model.modules())
         self._parameters = list(self._model.parameters())
+        self.settings.refresh()
+        self._still = Stillness(self._parameters)
 
-    def state(self) -> tuple[tuple[bool, ...], Modes]:
-        """Return what a cut depends on besides the model's code: who learns, and each module's mode."""
+    def state(self) -> tuple[tuple[bool, ...], Modes, int]:
+        """Return what a cut depends on: who learns, each module's mode, and the modules' settings."""
         return (
             tuple([parameter.requires_grad for parameter in self._parameters]),
             tuple([module.training for module in self._modules]),
+            self.settings.number(),
         )
+
+    def weights_moved(self) -> bool:
+        """Return whether frozen weights seem to have changed since `refresh`, or since this last said so."""
+        if self._still.holds():
+            return False
+        self._still = Stillness(self._parameters)
+        return True
 
     def known(self) -> Cut | None:
         """Return a cut that holds in the present state, if one was found before.
@@ -84,8 +98,8 @@ class CutBook:
         A cut that was found in train mode also holds in eval mode: with fewer modules training, fewer
         operations are random. The reverse is not true.
         """
-        modes = self.state()[1]
-        for recorded, cut in self._found.get(self._trainable(), ()):
+        _, modes, settings = self.state()
+        for recorded, cut in self._found.get((self._trainable(), settings), ()):
             if all(now <= then for now, then in zip(modes, recorded, strict=True)):
                 return cut
         return None
@@ -103,6 +117,7 @@ class CutBook:
         Raises:
             NothingToSkipError: there is none.
             RecordingError: the forward pass cannot be recorded.
+            CacheError: it writes to a parameter.
         """
         cut = self.known()
         if cut is not None and at_inputs:
@@ -115,20 +130,26 @@ class CutBook:
         cut = self._told_before(trainable) if at_inputs else None
         if cut is None:
             recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
+            if recording.rewritten:
+                raise CacheError(
+                    f"the forward pass itself changes the parameter {min(recording.rewritten)!r}, and passes "
+                    f"of the cache's own would change it as well."
+                )
             if at_inputs:
                 self._foresee(recording)
             cut = find_cut(recording, trainable, at_inputs=at_inputs)
-        self._found.setdefault(trainable, []).insert(0, (self.state()[1], cut))
+        _, modes, settings = self.state()
+        self._found.setdefault((trainable, settings), []).insert(0, (modes, cut))
         return cut
 
     def _foresee(self, recording: Recording) -> None:
         """Find the cuts of the later phases, which spares them a recording of their own."""
-        modes = {module: module.training for module in self._modules}
+        modes, settings = {module: module.training for module in self._modules}, self.settings.number()
         for names in self._lengths():
             try:
-                self._foreseen[names] = _Foreseen(modes, find_cut(recording, names))
+                self._foreseen[names] = _Foreseen(modes, settings, find_cut(recording, names))
             except CacheError as error:
-                self._foreseen[names] = _Foreseen(modes, error)
+                self._foreseen[names] = _Foreseen(modes, settings, error)
 
     def _told_before(self, trainable: frozenset[str]) -> Cut | None:
         """Return the cut that an earlier phase's recording told for now, if it still holds.
@@ -141,7 +162,7 @@ class CutBook:
             NothingToSkipError: there was nothing to skip then, and no fewer modules train now.
         """
         told = self._foreseen.get(trainable)
-        if told is None:
+        if told is None or told.settings != self.settings.number():
             return None
         if isinstance(told.cut, NothingToSkipError):
             if all(module.training >= told.modes.get(module, True) for module in self._modules):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
+_SETTINGS = 16  # combinations of the modules' attributes: each is looked at by itself
 _PATIENCE = 3  # batches that may pass without reaching the model before the cache gives up
 
 
@@ -50,6 +52,7 @@ class Dealer:
             view: which draw of the samples.
         """
         key = self._book.state()
+        self._note_changes(supply)
         try:
             feed = supply.feed_of(indices)
         except CacheError as error:
@@ -67,16 +70,33 @@ class Dealer:
             return self.deal(supply, indices, batch, view=view)
         live.batch = batch if batch is not None else feed.reader.load_now(indices)
         live.leaves = tensors_in(live.batch)
+        live.versions = [leaf._version for leaf in live.leaves]
         settled = phase is not None and (phase.verified or phase.reason)
         size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
         live.observing = not (supply.reason or settled) and len(indices) >= min(size, feed.size)
         return live
 
+    def _note_changes(self, supply: Supply) -> None:
+        """Give up where what should stand still moves while an epoch runs."""
+        if supply.reason:
+            return
+        if self._book.settings.count > _SETTINGS:
+            self._refuse(supply, None, "the attributes of the model's modules change all the time")
+        elif self._book.weights_moved() and any([self._observer.drop_stale(feed) for feed in supply.feeds]):
+            self._refuse(supply, None, "the frozen weights change while an epoch runs")
+
     def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
             batch = self._observer.complete(live.feed, phase, live, batch)
-            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, tag=live)
+            reader = live.feed.reader
+
+            @functools.cache
+            def load() -> list[torch.Tensor]:
+                with reader.unaffected():
+                    return tensors_in(reader.load_now(live.indices))
+
+            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live, load)
         except OtherShapeError as error:
             if not live.supply.sort():
                 self._refuse(live.supply, None, str(error))

@@ -6,7 +6,9 @@ An operation is *dirty* if it
 - draws random numbers,
 - depends on the other samples of the batch,
 - changes a tensor that outlives the pass,
-- belongs to a module that remembers something from call to call (`layerwise.layers.memory`),
+- reads a tensor that learns without being a parameter of the model,
+- belongs to a module that remembers something from call to call, or carries a hook of the user's
+  (`layerwise.layers.memory`),
 - hands Python a number or a shape that the network computed, or runs after such an operation: Python may
   decide by it what runs, and no recording shows that,
 - or is fed by a dirty one.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerwise.layers.recording import Op, Recording
+from layerwise.layers.recording import Call, Op, Recording
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,20 @@ def _own_reason(recording: Recording, op: Op, learning: set[str]) -> str:
     if lasting is not None:
         value = recording.values[lasting]
         return f"changes a {value.kind}{' ' + repr(value.name) if value.name else ''} in place"
-    attribute = recording.remembering.get(op.call.module) if op.call is not None else None
-    if attribute is not None:
-        return f"belongs to a module that changes its {attribute!r} from call to call"
+    if any(recording.values[key].learns for key in op.reads):
+        return "reads a tensor that learns and is no parameter of the model"
+    return _reason_of_module(recording, op.call)
+
+
+def _reason_of_module(recording: Recording, call: Call | None) -> str:
+    """Return why whatever runs in a call is dirty; ``""`` if it is not."""
+    while call is not None:
+        attribute, hook = recording.remembering.get(call.module), recording.watched.get(call.module)
+        if attribute is not None:
+            return f"belongs to a module that changes its {attribute!r} from call to call"
+        if hook is not None:
+            return f"belongs to a module with a hook ({hook}), which must see the call"
+        call = call.parent
     return ""
 
 

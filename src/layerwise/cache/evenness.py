@@ -23,6 +23,7 @@ from layerwise.cache.layout import find_layout
 from layerwise.errors import CacheError
 
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
+_COUNTED = 50  # integers are drawn below it
 _TELLING = 4  # of those that differ, how many are used
 
 
@@ -44,7 +45,7 @@ class Elementwise:
 
 
 class ElementwiseLog(TorchDispatchMode):
-    """Within: notes each operation that works number by number on floating-point tensors.
+    """Within: notes each operation that makes floating-point or complex numbers one by one.
 
     Attributes:
         runs: in order.
@@ -62,7 +63,7 @@ class ElementwiseLog(TorchDispatchMode):
         output = func(*args, **kwargs)
         if torch.Tag.pointwise in func.tags and isinstance(output, torch.Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            if tensors and all(tensor.is_floating_point() for tensor in tensors):
+            if tensors and (output.is_floating_point() or output.is_complex()):
                 arguments = tree_map_only(torch.Tensor, _without_data, (args, kwargs))
                 self.runs.append(Elementwise(func, arguments, _without_data(output), output.device))
         return output
@@ -85,7 +86,7 @@ def uneven_places(
     """
     if [run.function for run in full] != [run.function for run in part]:
         return "", "another order of operations"
-    telling: dict[str, list[list[float]]] = {}
+    telling: dict[str, list[list[Any]]] = {}
     seen: set[str] = set()
     within = between = ""
     for one, other in zip(full, part):
@@ -116,13 +117,20 @@ def uneven_places(
     return within, between
 
 
-def _telling_numbers(run: Elementwise) -> list[list[float]]:
+def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        wide = torch.complex64 if dtype.is_complex else torch.float32
+        return torch.randn(_TRIED, generator=generator, dtype=wide).to(dtype)
+    return torch.randint(0, _COUNTED, (_TRIED,), generator=generator).to(dtype)
+
+
+def _telling_numbers(run: Elementwise) -> list[list[Any]]:
     """Return inputs (one number a tensor) that the two routines of an operation answer differently."""
     tensors = [leaf for leaf in tree_leaves(run.arguments) if isinstance(leaf, torch.Tensor)]
     if not any(tensor.dim() for tensor in tensors):
         return []  # one number alone has no places
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(_TRIED, generator=generator).to(run.device, tensor.dtype) for tensor in tensors]
+    drawn = [_drawn(tensor.dtype, generator).to(run.device) for tensor in tensors]
 
     def at(i: int, count: int) -> torch.Tensor:  # cloned, as the operation may work in place
         picked = [number[i : i + count] if t.dim() else number[0] for number, t in zip(drawn, tensors)]
@@ -135,13 +143,13 @@ def _telling_numbers(run: Elementwise) -> list[list[float]]:
         if not torch.equal(many[i : i + 1], one):
             if bool(one.isnan().any()):
                 continue  # outside of what the operation is defined for
-            found.append([float(number[i if t.dim() else 0]) for number, t in zip(drawn, tensors)])
+            found.append([number[i if t.dim() else 0].item() for number, t in zip(drawn, tensors)])
         if len(found) == _TELLING:
             break
     return found
 
 
-def _filled(run: Elementwise, numbers: Sequence[float]) -> torch.Tensor:
+def _filled(run: Elementwise, numbers: Sequence[Any]) -> torch.Tensor:
     """Return what the operation gives for tensors of the real shapes, each filled with one number."""
     tensors = [leaf for leaf in tree_leaves(run.arguments) if isinstance(leaf, torch.Tensor)]
     inputs = []

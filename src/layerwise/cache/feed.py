@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +115,13 @@ class BatchShape:
         other.require(self.rows)
         return tensors_in(batch)
 
+    def has_other_values(self, batch: Any) -> bool:
+        """Return whether what is no tensor in another batch is not what it was in the first one."""
+        try:
+            return bool(map_tensors(batch, lambda tensor: None) != self.blank)
+        except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
+            return True
+
     def require(self, rows: Kind) -> None:
         """Compare with the shapes that the samples had before.
 
@@ -152,6 +159,7 @@ class Feed:
         reload: batches hold something that is not stored: samples are loaded again each epoch.
         skeletons: of the skipped calls of all phases.
         constants: values that do not depend on the input.
+        constant_weights: `quick_state` of the weights behind them.
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
         leaves: stored tensors of the batch, by number.
@@ -171,6 +179,7 @@ class Feed:
     reload: bool = False
     skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
     constants: dict[Site, torch.Tensor] = field(default_factory=dict)
+    constant_weights: dict[Site, tuple[Any, ...]] = field(default_factory=dict)
     layouts: dict[Site, Layout] = field(default_factory=dict)
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
     leaves: dict[int, Column] = field(default_factory=dict)
@@ -214,6 +223,29 @@ class Feed:
     def digest(self) -> str:
         """Names which samples these are; ``""`` for all of the data set."""
         return "" if self.members is None else hashlib.sha256(repr(self.members).encode()).hexdigest()
+
+    def unverify(self) -> None:
+        """Have the phases looked at again whose values are not all kept any more."""
+        for phase in self.phases.values():
+            cut = phase.cut
+            if cut is not None and not (
+                all(self.holds(cut, site) for site in cut.frontier)
+                and all(site in self.constants for site in cut.constants)
+            ):
+                phase.verified = False
+
+    def holds(self, cut: Cut, site: Site) -> bool:
+        """Return whether what is stored at a site was made by the operations that `cut` saw."""
+        return site in self.sites and self.sites[site].structure == cut.sources[site].structure
+
+    def forget_other(self, cuts: Sequence[Cut]) -> None:
+        """Forget what other operations made at the sites of `cuts`: modules compute something else now."""
+        for cut in cuts:
+            for site in cut.frontier:
+                if site in self.sites and not self.holds(cut, site):
+                    del self.sites[site]
+                    self.layouts.pop(site, None)
+        self.unverify()
 
     def keep_places(self, what: str, count: int) -> None:
         """Keep each value only for the place in the batch at which it was computed.
@@ -287,7 +319,12 @@ class Feed:
         return found
 
     def handed_out(
-        self, ghosts: frozenset[int], rows: torch.Tensor, batch: Any, tag: object
+        self,
+        ghosts: frozenset[int],
+        rows: torch.Tensor,
+        batch: Any,
+        tag: object,
+        load: Callable[[], Sequence[torch.Tensor]],
     ) -> tuple[Any, list[torch.Tensor]]:
         """Return a batch for the loop, with ghosts for what is not loaded, and its tensors.
 
@@ -296,13 +333,15 @@ class Feed:
             rows: which samples.
             batch: the loaded one where samples are loaded again; else None.
             tag: marks the ghosts of this batch.
+            load: returns the batch's tensors, for a loop that reads what is a ghost.
         """
         assert self.shape is not None
         real = tensors_in(batch) if batch is not None else None
         leaves: list[torch.Tensor] = []
         for number, (shape, dtype) in enumerate(self.shape.rows):
             if number in ghosts:
-                leaves.append(ghost((len(rows), *shape), dtype, tag=(tag, number)))
+                value = None if self.views > 1 else functools.partial(_item, load, number)  # drawn anew
+                leaves.append(ghost((len(rows), *shape), dtype, tag=(tag, number), load=value))
             elif real is not None:
                 leaves.append(real[number])
             else:
@@ -341,6 +380,10 @@ class Feed:
             self.reload = True
             return {}
         return sizes
+
+
+def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:
+    return load()[number]
 
 
 def merged(phases: Sequence[Phase]) -> Phase:

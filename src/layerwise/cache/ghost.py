@@ -5,11 +5,17 @@ returned is a ghost. The model's own code between modules (reshapes, residual ad
 on ghosts as it is, for the price of a few Python calls. As soon as a ghost's *value* would be needed, the
 operation raises `CacheError`: when Python asks for it, when it meets a tensor that gradients flow through,
 when it is written into a real tensor.
+
+The batch's own tensors are ghosts as well, and the loop may do with them what it likes: an operation outside
+of a replay loads the samples and gets the real values. Only a ghost that is still what was handed out, copied
+or moved at most, lets the model be replayed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,12 +36,16 @@ class Ghost(torch.Tensor):
     """A strided tensor with shape, strides, type and device, and without data.
 
     Attributes:
-        tag: what the ghost stands for, kept by copies and moves and lost by every other operation; None
-            where nobody asked.
+        tag: what the ghost stands for, kept by copies, moves and one cast to a narrower type, and lost by
+            every other operation, and when it is written to; None where nobody asked.
+        load: returns the tensor that it stands for, which nobody writes to; None where it cannot be had.
     """
 
     tag: Any
+    load: Callable[[], torch.Tensor] | None = None
     _meta: torch.Tensor
+    _real: torch.Tensor | None = None  # what the loop has written to it
+    _narrowed = False  # a cast took bits away: a cast back does not bring them back
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -48,6 +58,18 @@ class Ghost(torch.Tensor):
     def __init__(self, meta: torch.Tensor, device: torch.device, tag: Any = None) -> None:
         self._meta = meta
         self.tag = tag
+
+    def value(self) -> torch.Tensor:
+        """Return the tensor that it stands for, what was written to it included; to be read only.
+
+        Raises:
+            CacheError: it cannot be loaded.
+        """
+        if self._real is not None:
+            return self._real
+        if self.load is None:
+            raise CacheError(_needed("read", (self,)))
+        return self.load()
 
     def __repr__(self) -> str:  # type: ignore[override]  # a tensor's takes options
         return f"Ghost(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -66,20 +88,29 @@ class Ghost(torch.Tensor):
         name = str(func.__name__).split(".")[0]
         device = torch.device("cpu")
         tag = None
+        ghosts = []
+        trains = False
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Ghost):
                 device = leaf.device
                 tag = tag or leaf.tag
+                ghosts.append(leaf)
             elif isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                raise CacheError(_needed(name, tree_leaves((args, kwargs)), "it meets a tensor that trains"))
+                trains = True
         if name in SHAPE_ONLY:
             return _factory(func, args, kwargs)
+        loadable = _replays == 0 and all(one.load is not None for one in ghosts)
+        if loadable and name not in _KEEPS_TAG:
+            return _run_for_real(func, args, kwargs, ghosts)
+        if trains:
+            raise CacheError(_needed(name, tree_leaves((args, kwargs)), "it meets a tensor that trains"))
         mutable = func._schema.is_mutable
         if mutable and not isinstance(_written(func, args, kwargs), Ghost):
             raise CacheError(
                 _needed(name, tree_leaves((args, kwargs)), "it is written into a tensor with data")
             )
         target = torch.device(kwargs["device"]) if kwargs.get("device") is not None else device
+        given = args, kwargs
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
         meta_args, meta_kwargs = tree_map_only(torch.Tensor, _meta, (args, kwargs))
@@ -88,11 +119,83 @@ class Ghost(torch.Tensor):
         except Exception as error:  # meta tensors raise various types where data is needed
             raise CacheError(_needed(name, tree_leaves((args, kwargs)), str(error))) from error
         if mutable:
+            _written(func, args, kwargs).tag = None  # it is not what it was
             return args[0]
         if not isinstance(output, torch.Tensor | tuple | list):
             raise CacheError(_needed(name, tree_leaves((args, kwargs))))
         keep = tag if name in _KEEPS_TAG else None
-        return tree_map_only(torch.Tensor, lambda meta: Ghost(meta, target, keep), output)
+        if keep is None or not isinstance(output, torch.Tensor):
+            return tree_map_only(torch.Tensor, lambda meta: Ghost(meta, target), output)
+        return _copied(func, *given, ghosts[0], Ghost(output, target, keep))
+
+
+def _copied(func: Any, args: Any, kwargs: Any, source: Ghost, made: Ghost) -> Ghost:
+    """Give a copy of a ghost what it needs to know: whether it may be cast back, and how it is loaded."""
+    if made.dtype == source.dtype:
+        made._narrowed = source._narrowed
+    else:
+        if source._narrowed:
+            made.tag = None
+        made._narrowed = torch.promote_types(source.dtype, made.dtype) != made.dtype
+    if source.load is not None:
+        pristine, written = source.load, source._real
+
+        def load() -> torch.Tensor:
+            real = pristine() if written is None else written
+            copy: torch.Tensor = func(*tree_map_only(Ghost, lambda _: real, args), **kwargs)
+            return copy
+
+        made.load = load
+    return made
+
+
+def _run_for_real(func: Any, args: Any, kwargs: Any, ghosts: list[Ghost]) -> Any:
+    """Run an operation of the loop's own on loaded tensors in the place of ghosts."""
+    writes = func._schema.is_mutable
+    shares = any(result.alias_info is not None for result in func._schema.returns)
+    for one in ghosts if writes or shares else ():  # what shares memory may be written to later
+        one.tag = None
+        one._real = one.value().clone() if one._real is None else one._real
+    output = func(*tree_map_only(Ghost, Ghost.value, args), **tree_map_only(Ghost, Ghost.value, kwargs))
+    return args[0] if writes and isinstance(args[0], Ghost) else output
+
+
+class _Loaded(torch.autograd.Function):
+    """A ghost's value, through which gradients flow back to the ghost."""
+
+    @staticmethod
+    def forward(ctx: Any, phantom: Ghost) -> torch.Tensor:
+        return phantom.value().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with data: of a ghost the one that it stands for, linked to it by autograd.
+
+    Raises:
+        CacheError: it cannot be loaded.
+    """
+    if not isinstance(tensor, Ghost):
+        return tensor
+    found: torch.Tensor = _Loaded.apply(tensor) if tensor.requires_grad else tensor.value()
+    return found
+
+
+@contextlib.contextmanager
+def only_shapes() -> Iterator[None]:
+    """Within, ghosts load nothing: a replayed forward pass shows by that what it needs."""
+    global _replays
+    _replays += 1
+    try:
+        yield
+    finally:
+        _replays -= 1
+
+
+_replays = 0  # forward passes under way that are replayed
 
 
 def ghost(
@@ -102,6 +205,7 @@ def ghost(
     *,
     order: tuple[int, ...] | None = None,
     tag: Any = None,
+    load: Callable[[], torch.Tensor] | None = None,
 ) -> Ghost:
     """Return a ghost of the given shape.
 
@@ -112,6 +216,7 @@ def ghost(
         order: its dimensions from the outermost in memory to the innermost (channels_last is
             ``(0, 2, 3, 1)``); None for the usual order.
         tag: see `Ghost`.
+        load: see `Ghost`.
 
     >>> ghost((2, 3), torch.float32).sum(dim=1).shape
     torch.Size([2])
@@ -125,7 +230,9 @@ def ghost(
     else:
         meta = torch.empty([shape[d] for d in order], dtype=dtype, device="meta")
         meta = meta.permute([order.index(d) for d in range(len(shape))])
-    return Ghost(meta, torch.device(device), tag)
+    made = Ghost(meta, torch.device(device), tag)
+    made.load = load
+    return made
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:

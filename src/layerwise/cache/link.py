@@ -6,8 +6,9 @@ first call is watched, and each tensor argument is recognised among the tensors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from layerwise.cache.ghost import Ghost
 from layerwise.cache.reading import same_bits
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
+
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
@@ -51,26 +54,22 @@ class Link:
         built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(self.template, leaf)
         return built
 
-    def recognises(self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor]) -> bool:
+    def recognises(self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor], tag: object) -> bool:
         """Return whether the arguments are those of the batch that was handed out as `leaves`.
 
-        Raises:
-            CacheError: one argument is and another is not.
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            leaves: of the batch.
+            tag: of the ghosts among them.
         """
         tensors = tensors_in((args, kwargs))
         if len(tensors) != len(self.leaves):
             return False
-        same = [
-            _is_handed_out(tensor, leaves[number], number) for tensor, number in zip(tensors, self.leaves)
-        ]
-        if all(same):
-            return True
-        if any(isinstance(tensor, Ghost) for tensor in tensors):
-            raise CacheError(
-                "the model was called with a tensor that the loop made from a cached batch, whose values are "
-                "not loaded. Do that step in the dataset's transform, or use storage='off'."
-            )
-        return False
+        return all(
+            _is_handed_out(tensor, leaves[number], (tag, number))
+            for tensor, number in zip(tensors, self.leaves)
+        )
 
     def same_constants(self, args: Any, kwargs: Any) -> bool:
         """Return whether all arguments that are not tensors are those of the first call."""
@@ -93,20 +92,37 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     found = [_position(tensor, leaves) for tensor in tensors]
     if not any(number is not None for number in found):
         return None
+    if any(tensor.requires_grad for tensor in tensors):
+        raise CacheError("an argument of the model requires gradients, so nothing before it can be skipped.")
     unknown = next((tensor for tensor, number in zip(tensors, found) if number is None), None)
     if unknown is not None:
         raise CacheError(
             f"the model's argument of shape {tuple(unknown.shape)} is not one of the batch's tensors: the "
             f"loop computes it, and it may differ next time. Let the dataset return it."
         )
+    arguments = map_tensors((args, kwargs), lambda tensor: None)
+    if not _is_plain(arguments):
+        raise CacheError(
+            "an argument of the model is an object whose content may change from call to call. Pass numbers, "
+            "texts and tensors."
+        )
     return Link(
         leaves=tuple(number for number in found if number is not None),
         dtypes=tuple(tensor.dtype for tensor in tensors),
-        arguments=map_tensors((args, kwargs), lambda tensor: None),
+        arguments=arguments,
         template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
         autocast=autocast_state(tensors[0].device),
         device=tensors[0].device,
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument is what it is: no object whose content may change behind the same name."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, _PLAIN) or callable(value)
 
 
 def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
@@ -121,14 +137,14 @@ def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | Non
     return None
 
 
-def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, number: int) -> bool:
+def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, tag: object) -> bool:
+    if tensor.requires_grad:  # its gradient is wanted, or what it was made of learns
+        return False
+    if isinstance(leaf, Ghost) or isinstance(tensor, Ghost):
+        return isinstance(tensor, Ghost) and tensor.tag == tag
     if tensor is leaf:
         return True
-    if isinstance(leaf, Ghost):
-        return isinstance(tensor, Ghost) and tensor.tag is not None and tensor.tag == leaf.tag
-    if isinstance(tensor, Ghost) or tensor.shape != leaf.shape:
-        return False
-    return same_bits(leaf.to(tensor.device, tensor.dtype), tensor.detach())
+    return tensor.shape == leaf.shape and same_bits(leaf.to(tensor.device, tensor.dtype), tensor)
 
 
 def autocast_state(device: torch.device) -> Autocast:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.cache.checking import BufferGuard, difference
+from layerwise.cache.checking import ContentGuard, difference
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.decision import kept
@@ -26,7 +26,7 @@ from layerwise.cache.fingerprint import named_tensors, quick_state
 from layerwise.cache.ghost import ghost
 from layerwise.cache.link import Link
 from layerwise.cache.proving import prove
-from layerwise.cache.reading import kept_random_state, reseed
+from layerwise.cache.reading import drawn_outside_torch, kept_random_state, reseed
 from layerwise.cache.replay import Captured, capture, refuse_ghosts, replaying
 from layerwise.cache.stock import Stock
 from layerwise.cache.supply import Supply
@@ -44,6 +44,7 @@ class Live:
         self.supply, self.feed, self.rows, self.indices, self.key = supply, feed, rows, indices, key
         self.batch: Any = None
         self.leaves: list[torch.Tensor] = []
+        self.versions: list[int] = []  # of the leaves when they were handed out
         self.observing = False  # real, and to be looked at when it reaches the model
         self.replayed = False  # with ghosts
         self.seen = False  # it reached the model
@@ -91,6 +92,11 @@ class Observer:
             CacheError: this phase cannot be cached. So may the returned function, and OSError.
         """
         feed, count = live.feed, len(live.indices)
+        if [leaf._version for leaf in live.leaves] != live.versions:
+            raise CacheError(
+                "the loop writes into the batch before the model gets it, and may write something else next "
+                "time. Do that in the dataset's transform."
+            )
         if feed.link is None or feed.shape is None:
             shape = BatchShape.of(live.batch, count)
             shape.require(feed.kind or shape.rows)
@@ -103,6 +109,7 @@ class Observer:
         feed.forget_moved(live.rows)
         cut = self.book.find(args, kwargs)
         later = [other for _, other in self.book.later()]
+        feed.forget_other([cut, *later])
         self.stock.release_unused(feed, [cut, *later])
         try:
             return self._prepared(live, link, phase, [cut, *later], args, kwargs)
@@ -142,6 +149,7 @@ class Observer:
             values = found.values
             prove(feed, link, cuts, found, log, live.indices, live.leaves, self.run_prefix, exact=self.exact)
             feed.forget_moved(live.rows)
+            self._note_constants(feed, cuts)
             self.stock.adopt(feed, cuts, values, live.rows)
             missing = [site for site in (*cut.frontier, *cut.constants) if site not in values]
             if missing:
@@ -158,6 +166,13 @@ class Observer:
             self._store(feed, phase, values, leaves, live.rows, prefix_s, suffix_s)
 
         return compare
+
+    def _note_constants(self, feed: Feed, cuts: list[Cut]) -> None:
+        """Note the state of the weights behind values that do not depend on the input."""
+        tensors = named_tensors(self.model)
+        for cut in cuts:
+            for site in cut.constants:
+                feed.constant_weights[site] = quick_state(tensors, cut.sources[site].tensors)
 
     def _is_stored(self, feed: Feed, cut: Cut, rows: torch.Tensor) -> bool:
         """Whether a batch can be replayed from what was stored in an earlier phase."""
@@ -190,7 +205,7 @@ class Observer:
         with (
             kept_random_state(),
             untouched(self.model),
-            BufferGuard(self.model),
+            ContentGuard(self.model),
             replaying(phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device),
         ):
             try:
@@ -260,8 +275,11 @@ class Observer:
                 part = feed.reader.load_now([live.indices[i] for i in where])
                 leaves = feed.shape.check(part, len(where))
             else:
-                leaves = feed.shape.check(batch, count)
+                part, leaves = batch, feed.shape.check(batch, count)
                 leaves = leaves if len(where) == count else [leaf[where] for leaf in leaves]
+            if not feed.reload and feed.shape.has_other_values(part):
+                feed.reload = True  # numbers or texts that differ from batch to batch
+                batch = batch if batch is not None else feed.reader.load_now(live.indices)
             later = [cut for _, cut in self.book.later()]
             cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
             found = self._captured(feed, cuts, leaves, len(where))
@@ -303,17 +321,24 @@ class Observer:
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "busy", self.busy)
             self.busy = True
-            stack.enter_context(kept_random_state())
+            stack.enter_context(untouched(self.model))
             if impure:
-                stack.enter_context(untouched(self.model))
-                stack.enter_context(BufferGuard(self.model))
+                stack.enter_context(ContentGuard(self.model))
             for kind, enabled, dtype in link.autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 reseed(seed)
-            if log is not None:
-                stack.enter_context(log)
-            return capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
+            if log is None:
+                return capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
+            stack.enter_context(log)
+            before = drawn_outside_torch()
+            found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
+            if drawn_outside_torch() != before:
+                raise CacheError(
+                    "the frozen part draws random numbers of Python's or numpy's, and what they decide "
+                    "cannot be seen."
+                )
+            return found
 
     def _put(
         self,
@@ -332,22 +357,22 @@ class Observer:
         for number, column in feed.leaves.items():
             column.put(rows, leaves[number].detach().cpu())
 
-    def drop_stale(self, feed: Feed) -> None:
-        """Forget stored values whose weights changed since they were computed."""
-        names = {name for stored in feed.sites.values() for name, *_ in stored.weights}
+    def drop_stale(self, feed: Feed) -> bool:
+        """Forget stored values whose weights changed since they were computed; return whether some were."""
+        behind = {site: stored.weights for site, stored in feed.sites.items()} | feed.constant_weights
+        names = {name for weights in behind.values() for name, *_ in weights}
         if not names:
-            return
-        now = {item[0]: item for item in quick_state(named_tensors(self.model), names)}
+            return False
+        tensors = named_tensors(self.model)
+        now = {item[0]: item for item in quick_state(tensors, names & tensors.keys())}
         stale = [
-            site
-            for site, stored in feed.sites.items()
-            if any(now[item[0]] != item for item in stored.weights)
+            site for site, weights in behind.items() if any(now.get(item[0]) != item for item in weights)
         ]
         for site in stale:
             logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
-            del feed.sites[site]
+            feed.sites.pop(site, None)
         if stale:
             feed.constants.clear()
-            for phase in feed.phases.values():
-                if phase.cut is not None and not set(stale).isdisjoint(phase.cut.frontier):
-                    phase.verified = False
+            feed.constant_weights.clear()
+            feed.unverify()
+        return bool(stale)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.decision import process_count
 from layerwise.cache.reading import LoaderReader
 from layerwise.cache.supply import Supply
@@ -39,7 +40,11 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int) -> Sup
         supply.reason = "the dataset has fewer than two samples"
         return supply
     try:
-        random = reader.randomness()
+        watch = DataWatch(loader.dataset)
+        random, samples = reader.randomness()
+        if views == 1:
+            watch.loaded(samples)
+            supply.watch = watch
         if random and views == 1:
             supply.reason = f"{random}. Pass views=V to store V draws of each sample"
         elif supply.looks_ragged():

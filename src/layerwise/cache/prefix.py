@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.calls import Calls, told
-from layerwise.cache.checking import BufferGuard
+from layerwise.cache.checking import ContentGuard
 from layerwise.cache.cutbook import CutBook, PhaseSource
 from layerwise.cache.dealing import Dealer
 from layerwise.cache.decision import Decision, Storage
@@ -28,6 +28,8 @@ from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import untouched, unwrap
 
 logger = logging.getLogger("layerwise.cache")
+
+_CHANGES = 2  # times that a dataset may change before it is no use to store anything of it
 
 
 class PrefixCache:
@@ -138,12 +140,19 @@ class PrefixCache:
             supply.epochs += 1
             yield from supply.loader
             return
+        changed = supply.forget_changed()
+        if changed and supply.changes > _CHANGES:
+            self._refuse(supply, None, f"the dataset changes from epoch to epoch ({changed})")
         for feed in supply.feeds:
             self._observer.drop_stale(feed)
-        with self._calls.watched():
-            for live in self._dealer.epoch(supply):
-                with self._calls.expecting(live):
-                    yield live.batch
+        try:
+            with self._calls.watched():
+                for live in self._dealer.epoch(supply):
+                    with self._calls.expecting(live):
+                        yield live.batch
+        finally:
+            if supply.watch is not None:
+                supply.watch.epoch_ended()
         self.stock.shelf.publish_complete()
 
     def fill(
@@ -287,7 +296,7 @@ class PrefixCache:
                     self._calls.expecting(live),
                     torch.no_grad(),
                     untouched(self.model),
-                    BufferGuard(self.model),
+                    ContentGuard(self.model),
                 ):
                     call(live.batch)
                 phase = feed.phases.get(self._book.state())

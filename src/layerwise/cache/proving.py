@@ -15,10 +15,9 @@ from layerwise.cache.cut import Cut, Site
 from layerwise.cache.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.feed import Feed
 from layerwise.cache.link import Link
-from layerwise.cache.reading import kept_random_state, same_bits
+from layerwise.cache.reading import same_bits
 from layerwise.cache.replay import Captured, compare_skeletons
 from layerwise.errors import CacheError
-from layerwise.layers.structures import map_tensors
 
 
 def prove(
@@ -109,10 +108,10 @@ def _loaded_again(
     chosen = _positions(feed, len(indices))
     if feed.views > 1:  # each loading draws anew
         return [leaf[chosen] for leaf in leaves], chosen
-    with kept_random_state():
+    with feed.reader.unaffected():
         batch = feed.reader.load_now([indices[position] for position in chosen])
     again = feed.shape.check(batch, len(chosen))
-    if map_tensors(batch, lambda tensor: None) != feed.shape.blank:
+    if feed.shape.has_other_values(batch):
         feed.reload = True  # per-sample values that are not tensors (names, strings)
     if not all(same_bits(leaf[chosen], part) for leaf, part in zip(leaves, again)):
         raise CacheError("a sample of a batch depends on the other samples that are collated with it.")
@@ -120,7 +119,7 @@ def _loaded_again(
 
 
 def _positions(feed: Feed, count: int) -> list[int]:
-    """Return the positions to compute on their own: as many as the last, smaller batch has.
+    """Return the positions to compute on their own: as many as the last, smaller batch has, else two.
 
     They are the last ones of the batch, backwards, so that they stand in other places. A batch of one is
     avoided where the data do not make one: a batch-norm that learns cannot train on it.
@@ -129,4 +128,4 @@ def _positions(feed: Feed, count: int) -> list[int]:
     tail = feed.size % count
     if tail and not getattr(feed.loader.batch_sampler, "drop_last", False):
         return backwards[:tail]
-    return backwards[: count // 2] if count > 3 else [*backwards, backwards[0]]
+    return backwards[:2] if count > 2 else [*backwards, backwards[0]]

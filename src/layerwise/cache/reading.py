@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from layerwise.errors import CacheError
+from layerwise.layers.snapshot import Snapshot
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 4  # samples drawn twice to find random augmentation
@@ -130,33 +131,46 @@ class LoaderReader:
             samples = [dataset[index] for index in indices]
         return self.loader.collate_fn(samples)
 
+    @contextlib.contextmanager
+    def unaffected(self) -> Iterator[Snapshot]:
+        """Within: random numbers that are drawn, the dataset's own generators' included, are undone after."""
+        kept = Snapshot([self.loader.dataset, self.loader.collate_fn], generators_only=True)
+        try:
+            with kept_random_state():
+                yield kept
+        finally:
+            kept.restore()
+
     def probes(self, count: int = _PROBES) -> list[int]:
         """Return the indices of a few samples, spread evenly."""
         count = min(count, self.size)
         return sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
 
-    def randomness(self) -> str:
-        """Draw a few samples twice under different seeds; return what differs, or ``""``.
+    def load_probes(self) -> list[Any]:
+        """Return a few samples, each collated alone, as they may differ in shape; loaded in this process."""
+        return [self.load_now([index]) for index in self.probes()]
+
+    def randomness(self) -> tuple[str, list[Any]]:
+        """Draw a few samples twice under different seeds; return what differs, or ``""``, and the samples.
 
         A dataset that draws random numbers without using them counts as random too: skipping it would
         shift every later draw. All random states are put back.
         """
-        indices = self.probes()
-        with kept_random_state():
+        with self.unaffected() as own:
             reseed(0)
-            before = _random_states()
-            first = [self.load_now([index]) for index in indices]  # samples may differ in shape
-            if _random_states() != before:
-                return "loading a sample draws random numbers (a random augmentation)"
+            before = _random_states(), own.states()
+            first = self.load_probes()
+            if (_random_states(), own.states()) != before:
+                return "loading a sample draws random numbers (a random augmentation)", first
             reseed(1)
             with _next_epoch(self.loader.dataset):
-                second = [self.load_now([index]) for index in indices]
+                second = self.load_probes()
         one, other = tensors_in(first), tensors_in(second)
         if len(one) != len(other) or not all(
             a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other)
         ):
-            return "the same sample is different each time it is loaded (a random augmentation)"
-        return ""
+            return "the same sample is different each time it is loaded (a random augmentation)", first
+        return "", first
 
 
 @contextlib.contextmanager
@@ -217,14 +231,15 @@ def reseed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _random_states() -> tuple[Any, ...]:
+def drawn_outside_torch() -> tuple[Any, ...]:
+    """Return the states of Python's and numpy's global generators, to be compared."""
     numpy = sys.modules.get("numpy")
     legacy = numpy.random.get_state(legacy=True) if numpy is not None else None
-    return (
-        random.getstate(),
-        (legacy[1].tolist(), legacy[2]) if legacy is not None else None,
-        torch.get_rng_state().tolist(),
-    )
+    return random.getstate(), (legacy[1].tolist(), legacy[2]) if legacy is not None else None
+
+
+def _random_states() -> tuple[Any, ...]:
+    return *drawn_outside_torch(), torch.get_rng_state().tolist()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.cut import CallId, Cut, Site
-from layerwise.cache.ghost import Ghost, ghost
+from layerwise.cache.ghost import Ghost, ghost, only_shapes
 from layerwise.cache.layout import Layout, find_layout, memory_order
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -235,6 +235,7 @@ def replaying(
             return map_tensors(skeleton.output, leaf)
 
         counts = stack.enter_context(_intercepted(modules, answer))
+        stack.enter_context(only_shapes())
         yield
 
 

@@ -6,12 +6,13 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from layerwise.cache.cut import Cut, Site, Source
+from layerwise.cache.datawatch import DataNames
 from layerwise.cache.decision import (
     DISK_FRAC,
     MEMORY_FRAC,
@@ -32,7 +33,7 @@ from layerwise.cache.fingerprint import (
     weights_digest,
 )
 from layerwise.cache.layout import Layout
-from layerwise.cache.reading import LoaderReader, kept_random_state
+from layerwise.cache.reading import LoaderReader
 from layerwise.cache.shelf import Shelf
 from layerwise.cache.store import Column, RowSpec
 
@@ -48,10 +49,12 @@ class CachePool:
         upcoming: what runs to come will train, names of parameters -> epochs. A run that trains fewer
             parameters stores in its own first pass what they need, so begin with the one that trains
             the fewest. Only a hint: a wrong one costs space and nothing else.
+        names: of the datasets, so that they are read for it only once.
     """
 
     columns: dict[str, Column] = dataclasses.field(default_factory=dict)
     upcoming: Mapping[frozenset[str], int] = dataclasses.field(default_factory=dict)
+    names: DataNames = dataclasses.field(default_factory=DataNames, repr=False)
 
 
 class Stock:
@@ -107,11 +110,12 @@ class Stock:
 
     def _data_digest(self, feed: Feed) -> str:
         if feed.reader not in self._data:
-            with kept_random_state():
-                digest = data_digest(
-                    feed.loader.dataset, feed.reader.load_now, feed.reader.size, lasting=self.shelf.lasting
+            dataset, load, size = feed.loader.dataset, feed.reader.load_now, feed.reader.size
+            names = DataNames() if self._pool is None else self._pool.names
+            with feed.reader.unaffected():
+                self._data[feed.reader] = names.name_of(
+                    _inner(dataset), lambda: data_digest(dataset, load, size)
                 )
-            self._data[feed.reader] = digest
         return self._data[feed.reader]
 
     def _key(self, feed: Feed, source: Source | None, what: str, spec: RowSpec) -> str:
@@ -283,11 +287,18 @@ class Stock:
         for site in [site for site in feed.sites if site not in wanted]:
             column = feed.sites.pop(site).column
             self._held.pop(id(column), None)
+        feed.unverify()
 
     def close(self) -> None:
         """Forget all columns and remove temporary files."""
         self._held.clear()
         self.shelf.close()
+
+
+def _inner(dataset: Any) -> Any:
+    """Return the dataset inside the wrapper that each run of `layerwise.fit` puts around it."""
+    wrapped = type(dataset).__module__.startswith("layerwise.") and hasattr(dataset, "data")
+    return dataset.data if wrapped else dataset
 
 
 def checked_folder(folder: str | Path | None) -> Path | None:

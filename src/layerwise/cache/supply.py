@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.feed import Feed, Kind, Phase, merged
-from layerwise.cache.reading import LoaderReader, kept_random_state
+from layerwise.cache.reading import LoaderReader
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
@@ -40,6 +41,8 @@ class Supply:
         kinds: for each sample, the number of its feed; None where all have one shape.
         epochs: epochs that began.
         unseen: batches in a row that were handed out and never reached the model.
+        watch: notices that the dataset was changed between epochs.
+        changes: how often it was.
     """
 
     loader: DataLoader[Any]
@@ -50,11 +53,26 @@ class Supply:
     kinds: list[int] | None = None
     epochs: int = 0
     unseen: int = 0
+    watch: DataWatch | None = None
+    changes: int = 0
 
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""
         self.reader = reader
         self.feeds = [Feed(self.loader, reader, views=self.views)]
+
+    def forget_changed(self) -> str:
+        """Forget all values if the dataset was changed since the last epoch; return what was, or ``""``."""
+        assert self.reader is not None
+        if self.watch is None:
+            return ""
+        with self.reader.unaffected():
+            what = self.watch.changed(self.reader.load_probes)
+        if what:
+            self.changes += 1
+            self.kinds = None
+            self.read(self.reader)
+        return what
 
     def sort(self) -> bool:
         """Load every sample by itself, and sort them by shape; what was stored before is forgotten.
@@ -65,7 +83,7 @@ class Supply:
         assert self.reader is not None
         if self.kinds is not None or self.views > 1:
             return False
-        with kept_random_state():
+        with self.reader.unaffected():
             singles = self.reader.load(iter([[index] for index in range(self.reader.size)]))
             shapes = [_kind(single) for single in singles]
         numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
@@ -84,7 +102,7 @@ class Supply:
     def looks_ragged(self) -> bool:
         """Return whether a few samples, each collated alone, have different shapes."""
         assert self.reader is not None
-        with kept_random_state():
+        with self.reader.unaffected():
             singles = (self.reader.load_now([index]) for index in self.reader.probes(_LOOKED_AT))
             return len({_kind(single) for single in singles}) > 1
 

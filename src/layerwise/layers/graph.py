@@ -13,7 +13,7 @@ Plain data, read by the layer map and by the frozen-prefix cache. The words:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -38,6 +38,8 @@ class Value:
         shape: of the tensor in which the value was first met.
         nbytes: size of that tensor in bytes.
         writer: index of the last operation that wrote it when the pass ended; None if none did.
+        learns: a constant that requires grad: it learns, and the model does not know it as a parameter.
+        content: of a constant, a hash of its data, type and shape.
     """
 
     kind: ValueKind
@@ -46,6 +48,8 @@ class Value:
     shape: tuple[int, ...] = ()
     nbytes: int = 0
     writer: int | None = None
+    learns: bool = False
+    content: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +77,7 @@ class Op:
         flops: floating-point operations of matrix products, convolutions and attention for the whole
             recorded batch; a multiply and an add count as two; 0 for every other operation.
         output_bytes: size of the results that it newly made, for the whole recorded batch.
+        constants: its arguments as text: numbers, and what part of its memory each tensor is.
     """
 
     index: int
@@ -90,6 +95,7 @@ class Op:
     syncs: bool
     flops: int
     output_bytes: int
+    constants: str = ""
 
     def __repr__(self) -> str:
         where = self.call.path if self.call is not None else ""
@@ -163,6 +169,8 @@ class Recording:
         batch_size: number of samples: length of the first input tensor, or of the first list of tensors.
         remembering: modules that carry something over from one forward pass to the next -> the name of the
             attribute (`layerwise.layers.memory`).
+        watched: modules that carry a hook of the user's -> the hook's name.
+        rewritten: parameters that the forward pass itself writes to, or gives other data.
         notes: for people: why a recording fell back to real samples.
     """
 
@@ -177,6 +185,8 @@ class Recording:
     names: dict[str, tuple[str, ...]]
     batch_size: int
     remembering: dict[nn.Module, str] = field(default_factory=dict)
+    watched: dict[nn.Module, str] = field(default_factory=dict)
+    rewritten: Set[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     @property

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from layerwise.errors import ModelError
+from layerwise.layers.snapshot import Snapshot
 
 _WRAPPED_AS = {
     "OptimizedModule": "_orig_mod",  # torch.compile(model)
@@ -62,18 +63,32 @@ def check_ready(model: nn.Module) -> None:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put everything back at the end that a forward pass could have changed in `model`.
 
-    Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others)
-    and lists, dicts and sets among them, one level deep; and the random state of Python, numpy, torch and
-    its CUDA devices. Does not cover writes into a tensor's memory: the recorder undoes those.
+    Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others) and
+    what they hold (`layerwise.layers.snapshot`), parameters whose ``data`` was replaced, and the random
+    state of Python, numpy, torch and its CUDA devices. Does not cover writes into a tensor's memory: the
+    recorder undoes those.
     """
-    attributes = [(module, _copied(vars(module))) for module in model.modules() if not _scripted(module)]
+    kept = Snapshot(module for module in model.modules() if not _scripted(module))
+    contents = [(parameter, parameter.detach()) for parameter in model.parameters()]
     randomness = _random_state(model)
     try:
         yield
     finally:
-        for module, before in attributes:
-            _put_back(vars(module), before)
+        kept.restore()
+        for parameter, content in contents:
+            if was_replaced(parameter, content):
+                parameter.data = content
         _restore_random_state(randomness)
+
+
+def was_replaced(parameter: torch.Tensor, content: torch.Tensor) -> bool:
+    """Return whether a parameter holds other memory than `content`, its ``detach()`` from before."""
+    if parameter.device != content.device or parameter.shape != content.shape:
+        return True
+    try:
+        return parameter.device.type != "meta" and parameter.data_ptr() != content.data_ptr()
+    except (RuntimeError, NotImplementedError):  # subclasses without memory of their own (DTensor)
+        return False
 
 
 @contextlib.contextmanager
@@ -142,36 +157,6 @@ def _of_distributed(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # functools.partial
     function = getattr(function, "__func__", function)
     return str(getattr(function, "__module__", "")).startswith("torch.distributed")
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Map each attribute to itself and, for a built-in container, a copy of its content."""
-    return {
-        name: (value, value.copy() if isinstance(value, dict | list | set) else None)
-        for name, value in attributes.items()
-    }
-
-
-def _put_back(attributes: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
-    for name in [name for name in attributes if name not in before]:
-        del attributes[name]
-    for name, (value, content) in before.items():
-        attributes[name] = value
-        if isinstance(content, dict) and not _same_items(value, content):
-            value.clear()
-            value.update(content)
-        elif isinstance(content, list):
-            value[:] = content
-        elif isinstance(content, set):
-            value.clear()
-            value.update(content)
-
-
-def _same_items(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return len(now) == len(before) and all(
-        key is old_key and value is old_value
-        for (key, value), (old_key, old_value) in zip(now.items(), before.items(), strict=True)
-    )
 
 
 def _random_state(model: nn.Module) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from layerwise.layers.flops import COUNTED, flops
 from layerwise.layers.graph import Call, Effect, Op, Value, ValueKind
@@ -93,6 +94,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         self._times_called: dict[nn.Module, int] = {}
         self._by_tensor: dict[int, int] = {}  # id(parameter, buffer or input) -> value
         self._by_storage: dict[Any, int] = {}  # storage -> value
+        self._of_batch: list[bool] = []  # of each operation, whether it depends on an input
         self._kept: list[Any] = []  # keeps ids and storages from being used again
         self._twins: dict[int, FakeTensor] = {}  # id(real tensor) -> its fake stand-in
         self._overwritten: set[int] = set()  # values whose real content is out of date
@@ -144,12 +146,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             key = self._by_storage.get(storage)
             if key is None:
                 key = self._by_storage[storage] = self._new_value("constant", tensor)
+                self.values[key].learns = tensor.requires_grad
+                self.values[key].content = _content(tensor)
                 self._kept.append(tensor)
         return key
 
     def has_seen(self, tensor: torch.Tensor) -> bool:
         """Return whether `tensor` is a value of this recording."""
         return id(tensor) in self._by_tensor or _storage(tensor) in self._by_storage
+
+    def is_of_batch(self, tensor: torch.Tensor) -> bool:
+        """Return whether `tensor` is an input of the model, or was computed from one."""
+        if not self.has_seen(tensor):
+            return False
+        value = self.values[self.key(tensor)]
+        return value.kind == "input" or (value.writer is not None and self._of_batch[value.writer])
+
+    def rewritten(self) -> set[str]:
+        """Return the names of the parameters that were written to in place."""
+        written = {key for op in self.ops for key in op.mutates}
+        return {self.values[key].name for key in written if self.values[key].kind == "parameter"}
 
     # -- operations ---------------------------------------------------------------------------
 
@@ -208,6 +224,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 writes.append(key)
         kinds = [(values[key].kind, values[key]) for key in reads]
         read_ops = tuple(value.writer for _, value in kinds)
+        sources = {op for op in read_ops if op is not None}
+        self._of_batch.append(
+            any(value.kind == "input" for _, value in kinds) or any(self._of_batch[op] for op in sources)
+        )
         self.ops.append(
             Op(
                 index=index,
@@ -220,11 +240,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 parameters=tuple(value.name for kind, value in kinds if kind == "parameter"),
                 buffers=tuple(value.name for kind, value in kinds if kind == "buffer"),
                 inputs=tuple(value.input for kind, value in kinds if kind == "input"),
-                sources=tuple(sorted({op for op in read_ops if op is not None})),
+                sources=tuple(sorted(sources)),
                 effect=_effect(facts, args, kwargs),
                 syncs=bool(reads) and (not writes or _shaped_by_data(facts, args)),
                 flops=flops(facts.name, args, results[0]) if facts.counts_flops and results else 0,
                 output_bytes=size,
+                constants=_constants(facts, args, kwargs),
             )
         )
         for key in writes:
@@ -418,6 +439,31 @@ def _effect(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Eff
         return None
     switch = _argument(facts, args, kwargs, *_TRAINING_ARGUMENTS)
     return None if switch is False else "random"
+
+
+def _constants(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Return the arguments as text: of tensors, what part of their memory they are, the samples left out."""
+    given = (*zip(facts.arguments, args), *sorted(kwargs.items()))
+    return ", ".join(f"{name}={_text(value)}" for name, value in given)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        strided = value.layout == torch.strided
+        return f"{tuple(value.shape[1:])} {value.stride()} {value.storage_offset()}" if strided else "tensor"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_text, value))}]"
+    return "generator" if isinstance(value, torch.Generator) else str(value)
+
+
+def _content(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's data; ``""`` if it has none to look at."""
+    if type(tensor) is FakeTensor or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return ""
+    with torch.no_grad(), _disable_current_modes():
+        data = tensor.detach().cpu().contiguous().reshape(-1).resolve_conj().resolve_neg()
+        raw = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + raw).hexdigest()
 
 
 def _factory_size(func: Any, args: tuple[Any, ...]) -> float:

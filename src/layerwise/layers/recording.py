@@ -12,8 +12,15 @@ from torch import nn
 
 from layerwise.errors import RecordingError
 from layerwise.layers.graph import Call, Op, Recording, Value
-from layerwise.layers.isolation import check_ready, fill_meta_tensors, plain_execution, untouched, unwrap
-from layerwise.layers.memory import Attributes
+from layerwise.layers.isolation import (
+    check_ready,
+    fill_meta_tensors,
+    plain_execution,
+    untouched,
+    unwrap,
+    was_replaced,
+)
+from layerwise.layers.memory import Attributes, watched
 from layerwise.layers.recorder import Recorder
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -124,7 +131,8 @@ def _attempt(
             for tensor in tensors_in(arguments)
         ]
         args, kwargs = map_tensors(arguments, recorder.add_input)
-        attributes = Attributes(model)
+        attributes, hooked = Attributes(model), watched(model)
+        contents = {name: (p, p.detach()) for name, p in model.named_parameters()}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_without_log("torch._subclasses.fake_tensor"))  # we report the failure
             stack.callback(recorder.undo_writes)
@@ -143,7 +151,10 @@ def _attempt(
             output_keys=tuple(recorder.key(tensor) for tensor in tensors_in(output)),
             names=recorder.names,
             batch_size=_batch_size(arguments),
-            remembering=attributes.changed(recorder.has_seen),
+            remembering=attributes.changed(recorder.has_seen, recorder.is_of_batch),
+            watched=hooked,
+            rewritten=recorder.rewritten()
+            | {name for name, (parameter, content) in contents.items() if was_replaced(parameter, content)},
         )
 
 

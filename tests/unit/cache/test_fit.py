@@ -72,7 +72,13 @@ def test_one_pass_fills_the_caches_of_later_phases(name) -> None:
     )
     cache = layerwise.PrefixCache(model, loader, storage="memory", tuner=tuner)
     loads, prefix_runs = [], []
-    model.stem[0].register_forward_hook(lambda m, a, out: prefix_runs.append(isinstance(a[0], Ghost)))
+    plain_forward = model.stem[0].forward
+
+    def counted(x):  # no hook: a module with a hook is never skipped
+        prefix_runs.append(isinstance(x, Ghost))
+        return plain_forward(x)
+
+    model.stem[0].forward = counted
     for _ in tuner.epochs():
         model.train()
         before, phase = data.loads, tuner.phase_index

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ class Remembering(nn.Module):
         self.linear = nn.Linear(3, 3)
         self.register_buffer("average", torch.zeros(3))
         self.calls, self.state, self.queue, self.table, self.seen = 0, torch.ones(3), [], None, torch.ones(3)
-        self.numbers = {"step": 0}
+        self.numbers, self.ring, self.space = {"step": 0}, deque(maxlen=2), SimpleNamespace(n=0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.linear(x) * self.state
@@ -39,6 +41,11 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: m.numbers.update(step=1), "numbers"),
         (replace_buffer, "average"),
         (lambda m, x: setattr(m, "state", x.mean(0)), "state"),
+        (lambda m, x: setattr(m, "table", x), "table"),  # whoever trains it may read it
+        (lambda m, x: setattr(m, "seen", x.relu()), "seen"),
+        (lambda m, x: m.queue.append(x.mean(0)), "queue"),
+        (lambda m, x: m.ring.append(x), "ring"),
+        (lambda m, x: setattr(m.space, "n", m.space.n + 1), "space"),
     ],
 )
 def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
@@ -52,8 +59,8 @@ def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
     "act",
     [
         lambda m, x: None,
-        lambda m, x: setattr(m, "table", x),  # made at the first call, and kept
-        lambda m, x: setattr(m, "seen", x),  # stored for somebody to look at, and never read
+        lambda m, x: setattr(m, "table", m.linear.weight * 2),  # made at the first call, and kept
+        lambda m, x: m.queue.append(torch.ones(3)),
         lambda m, x: setattr(m, "calls", 0),
     ],
 )
