@@ -92,7 +92,7 @@ class Settings:
                 if name in _APART or id(value) in looked_into:
                     continue
                 looked_into.add(id(value))
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and not value.requires_grad:
                     self._tensors.append((value, value._version))
                 elif isinstance(value, dict | list | set | deque) and 0 < len(value) <= _LARGE:
                     self._contents.append((value, value.copy()))
@@ -155,7 +155,8 @@ def _known(value: Any, depth: int = 0) -> str:
     if isinstance(value, _SCALARS):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        return f"tensor {id(value)} {value._version}"
+        learns = value.requires_grad  # what reads it is never skipped
+        return f"tensor {id(value)} {'learns' if learns else value._version}"
     if depth < _DEPTH and isinstance(value, dict) and len(value) <= _LARGE:
         return str([f"{name!r}: {_known(item, depth + 1)}" for name, item in value.items()])
     if depth < _DEPTH and isinstance(value, list | tuple | set | deque) and len(value) <= _LARGE:
