@@ -27,6 +27,8 @@ The second is for networks with batch-norm."""
 PLAIN_RATE = 2e-4
 """The same for networks without batch-norm (transformers) of `REFERENCE_WIDTH`; see `body_rate`."""
 
+BASELINE = "the baseline that every other plan has to beat; takes minutes with the cache"
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -60,6 +62,18 @@ class Choice:
     why: str
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = BODY_RATE
+
+    @property
+    def described(self) -> str:
+        """The strategy and what its options add, in words."""
+        norms, words = self.options.get("norms"), []
+        if norms is not None:
+            words.append(
+                {"calibrate": "recalibrated batch-norm", "freeze": "frozen batch-norm"}[norms.policy]
+            )
+        if "l2_sp" in self.options:
+            words.append(f"L2-SP {self.options['l2_sp']:g}")
+        return f"{self.strategy} with {' and '.join(words)}" if words else self.strategy
 
     def plan(self, layers: LayerMap, *, epochs: int) -> Plan:
         """Return the plan for `layers`."""
@@ -369,10 +383,11 @@ def _alternatives(
     """
     if not adapted:
         kept = {key: value for key, value in cell.options.items() if key != "norms"}
-        cell = Choice(cell.strategy, cell.why, kept, cell.lr)
+        why = BASELINE if cell.strategy == "linear_probe" else cell.why
+        cell = Choice(cell.strategy, why, kept, cell.lr)
     found = [
         cell,
-        probe("the baseline that every other plan has to beat; takes minutes with the cache"),
+        probe(BASELINE),
         _last(3, len(layers), "between the two: cheap, and rarely far from the best"),
         full("when the target is unlike the source and there is time"),
     ]
@@ -391,7 +406,7 @@ def _similarity_reason(evidence: Evidence) -> Reason:
     if evidence.shift is None:
         return Reason(
             "similarity",
-            "; ".join(evidence.notes) or "how similar the data are to the source was not measured",
+            f"unknown: {evidence.unknown or 'how similar the data are to the source was not measured'}",
             "low",
         )
     limits = thresholds()["norms" if evidence.shift.method == "norms" else "source"]
@@ -409,7 +424,7 @@ def _size_reason(evidence: Evidence, cell: Choice) -> Reason:
     return Reason(
         "size",
         f"{evidence.samples:,} samples of {evidence.classes} classes ({size_of(evidence.samples)}): the "
-        f"matrix says {cell.strategy}",
+        f"matrix says {cell.described}",
         "medium",
         float(evidence.samples),
     )
