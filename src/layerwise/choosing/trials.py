@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.cache.stock import CachePool
+from layerwise.choosing.samples import fingerprint
 from layerwise.choosing.search_result import Mode
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
@@ -62,6 +63,8 @@ class Experiment:
             "model": self.layers.model_class,
             "groups": list(self.layers.names),
             "train_samples": len(self.train) if hasattr(self.train, "__len__") else None,
+            "train_data": fingerprint(self.train),
+            "val_data": fingerprint(self.val),
             "space": dataclasses.asdict(self.space),
             "metric": self.metric,
             "batch_size": self.batch_size,

@@ -125,6 +125,9 @@ def search(
     best = found.best
     error = f" ± {best.error:.4f}" if best.seeds > 1 else ""
     typer.echo(f"* best: {best.choice}, from {best.first} on: {metric} {best.mean:.4f}{error}")
+    if found.run is not None and found.run.test:
+        measured = ", ".join(f"{key} {value:.4f}" for key, value in found.run.test.items())
+        typer.echo(f"its run on the test data: {measured}")
     typer.echo(found.counted)
     for note in found.notes:
         typer.echo(note)

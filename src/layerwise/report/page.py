@@ -129,6 +129,8 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
         ["decay", _decay(best)],
         ["run", (found["run"] or {}).get("out") or "-"],
     ]
+    tested = (found["run"] or {}).get("test") or {}
+    summary += [[f"test {name}", _number(value)] for name, value in tested.items()]
     sections = [("Summary", _table(["", ""], summary, words=(1,)))]
     points = [point for point in found["curve"] if point["trained_groups"] is not None]
     if points:

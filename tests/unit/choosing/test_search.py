@@ -171,6 +171,15 @@ def test_storage_of_another_search_is_refused(model, data, tmp_path):
         searched(model, data, trials=1, out=tmp_path / "s", epochs=3)
 
 
+def test_other_data_of_the_same_size_is_refused(model, data, tmp_path):
+    # trials about other images are not taken for trials about these
+    searched(model, data, trials=1, out=tmp_path / "s", refit="none")
+    x, y = images(96, seed=6, size=12)
+    other = TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:])
+    with pytest.raises(RunError, match=r"train_data.*\n.*val_data"):
+        searched(model, other, trials=1, out=tmp_path / "s", refit="none")
+
+
 def test_any_optuna_storage_url_works(model, data, tmp_path):
     # SQLite by its URL holds the trials for Optuna's own tools to read
     pytest.importorskip("sqlalchemy")

@@ -166,6 +166,16 @@ def test_search_makes_plan_run_and_curve(images, weights, tmp_path):
     assert again["trials"] == found["trials"]
 
 
+def test_search_tells_the_test_metrics_of_the_winner(images, weights, tmp_path):
+    # they are what to report: the search never saw these data
+    shown = command(
+        "search", MODEL, "--data", images, *SIZE, *weights, "--out", tmp_path / "s", "--trials", 1,
+        "--depths", 1, "--epochs", 1, "--batch-size", 8, "--test-frac", 0.2,
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    assert "its run on the test data: loss" in shown.stdout
+
+
 def test_fit_with_strategy_auto_says_every_choice(images, weights, tmp_path):
     # advice alone (no search), told on stderr and kept in the run
     out = tmp_path / "run"
