@@ -217,6 +217,8 @@ def pick(
     tried = advice.strategy if tried is None else tried
     advised = next((point for point in found.curve if point.choice == tried), None)
     best = found.best
+    if best.choice == tried and len(found.curve) == 1:
+        return advice.plan, advice.lr, "the search got to no other plan, so the advice stays"
     if best.choice == tried:
         return advice.plan, advice.lr, "the search agrees with the advice"
     if advised is None:

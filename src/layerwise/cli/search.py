@@ -124,7 +124,7 @@ def search(
     print_table(table)
     best = found.best
     error = f" ± {best.error:.4f}" if best.seeds > 1 else ""
-    typer.echo(f"* best: {best.choice}, from {best.first} on: {metric} {best.mean:.4f}{error}")
+    typer.echo(f"* best: {best.described}: {metric} {best.mean:.4f}{error}")
     if found.run is not None and found.run.test:
         measured = ", ".join(f"{key} {value:.4f}" for key, value in found.run.test.items())
         typer.echo(f"its run on the test data: {measured}")

@@ -123,7 +123,10 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
     found = json.loads((folder / "search.json").read_text(encoding="utf-8"))
     best, metric = found["best"], found["metric"]
     summary = [
-        ["best", f"{best['choice']} (from {best['first']})"],
+        [
+            "best",
+            best["choice"] if best["trained_groups"] is None else f"{best['choice']} (from {best['first']})",
+        ],
         [metric, _with_error(best) + (f" ({best['seeds']} seeds)" if best["seeds"] > 1 else "")],
         ["learning rate", f"{best['lr']:.3g}"],
         ["decay", _decay(best)],
@@ -138,7 +141,14 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
         sections.append(("Accuracy by depth" if "accuracy" in metric else f"{metric} by depth", picture))
     columns = ["trained", "from", metric, "seeds", "lr", "decay"]
     rows = [
-        [p["choice"], p["first"], _with_error(p), str(p["seeds"]), f"{p['lr']:.3g}", _decay(p)]
+        [
+            p["choice"],
+            "-" if p["trained_groups"] is None else p["first"],
+            _with_error(p),
+            str(p["seeds"]),
+            f"{p['lr']:.3g}",
+            _decay(p),
+        ]
         for p in found["curve"]
     ]
     sections.append(("Best setting of each choice", _table(columns, rows, words=(1,))))

@@ -43,6 +43,9 @@ def test_the_best_of_many_trials_needs_two_standard_errors():
 def test_agreement_and_a_missing_trial_keep_the_advice():
     # the winner is the advised strategy; the budget ended before the advised plan was tried
     assert picked(0.9, 0.9, val_samples=100) == ("advised plan", 0.001)
+    alone = SimpleNamespace(curve=(point("full", 0.9),), best=point("full", 0.9))
+    advice = SimpleNamespace(strategy="full", plan="advised plan", lr=0.001)
+    assert "no other plan" in pick(advice, alone, val_samples=100)[2]
     assert picked(None, 0.9, val_samples=10_000, strategy="last 2") == ("advised plan", 0.001)
 
 

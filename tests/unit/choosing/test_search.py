@@ -221,6 +221,13 @@ def test_a_search_can_begin_with_a_choice_at_a_rate(model, data):
     )
     assert (found.trials[0].choice, found.trials[0].lr) == (strategies[0], 0.002)
     assert found.trials[1].choice == "last 1"
+    # a named strategy has no first group to be told
+    assert [cells[:2] for cells in (p.cells() for p in found.curve)] == [
+        ["last 1", "fc"],
+        [strategies[0], "-"],
+    ]
+    assert f"best: {found.best.described} at" in str(found)
+    assert "(from surgical" not in str(found)
     with pytest.raises(PlanError, match=r"begin_with has 'last 9' at 0\.001"):
         searched(model, data, begin_with=[("last 9", 0.001)])
     with pytest.raises(PlanError, match="begin_with has 'last 1' at 7"):
