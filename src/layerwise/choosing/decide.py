@@ -132,6 +132,8 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
     size, level = size_of(evidence.samples), evidence.level
     gradual = f"{'gradual_unfreezing' if epochs > 1 else 'discriminative'}(decay={decay})"
 
+    between = "similarity unknown" if level == "unknown" else "somewhat similar"
+
     def last(k: int, why: str) -> Choice:
         return _last(k, groups, why)
 
@@ -143,7 +145,7 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
                 "few samples, unlike the source: adapt the statistics to the target, then a linear probe",
                 norms=_calibrated(evidence) if evidence.has_batchnorm else None,
             )
-        return last(3, "few samples, somewhat similar: only the last groups")
+        return last(3, f"few samples, {between}: only the last groups")
     if size == "1K-10K":
         if level == "similar":
             return last(3, "some thousand samples, similar: the last groups")
@@ -154,13 +156,13 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
                 "their pretrained weights",
                 {"l2_sp": L2_SP},
             )
-        return Choice(gradual, "some thousand samples, somewhat similar: all groups one after another")
+        return Choice(gradual, f"some thousand samples, {between}: all groups one after another")
     if size == "10K-100K":
         if level == "similar":
             return last(math.ceil(groups / 2), "tens of thousands of samples, similar: the last half")
         if level == "dissimilar":
             return last(groups - 1, "tens of thousands of samples, unlike the source: most groups")
-        return last(round(0.65 * groups), "tens of thousands of samples, somewhat similar: the last 65 %")
+        return last(round(0.65 * groups), f"tens of thousands of samples, {between}: the last 65 %")
     if level == "dissimilar":
         return full("more than 100,000 samples, unlike the source")
     return Choice(

@@ -249,6 +249,7 @@ def test_unknown_similarity_lowers_the_confidence():
     decision = decide(found, layers_of())
     assert decision.confidence == "low"
     assert "no batch-norm" in decision.reasons[0].text
+    assert decision.choice.why == "few samples, similarity unknown: only the last groups"
 
 
 def test_similarity_by_the_calibrated_thresholds():
