@@ -24,12 +24,14 @@ class Alternative:
 
     Attributes:
         strategy: its name with options.
+        described: the same in words, with what the plan does to batch-norm and weights.
         plan: the plan.
         lr: base rate that goes with it.
         why: one sentence.
     """
 
     strategy: str
+    described: str
     plan: Plan
     lr: float
     why: str
@@ -42,6 +44,8 @@ class Advice:
     Attributes:
         plan: the advised plan.
         strategy: its name with options.
+        described: the same in words, with what the plan does to batch-norm and weights.
+        why: one sentence.
         lr: base rate that goes with it, for AdamW.
         fit_options: further keyword options for `layerwise.fit` (class weights).
         confidence: how sure the advice is: the lowest of the reasons that decided.
@@ -57,6 +61,8 @@ class Advice:
 
     plan: Plan
     strategy: str
+    described: str
+    why: str
     lr: float
     fit_options: dict[str, Any]
     confidence: Confidence
@@ -73,6 +79,8 @@ class Advice:
         """Return everything as plain data for JSON."""
         return {
             "strategy": self.strategy,
+            "described": self.described,
+            "why": self.why,
             "lr": self.lr,
             "fit_options": self.fit_options,
             "confidence": self.confidence,
@@ -81,7 +89,7 @@ class Advice:
             "cell": self.cell,
             "reasons": [dataclasses.asdict(reason) for reason in self.reasons],
             "alternatives": [
-                {"strategy": a.strategy, "why": a.why, "lr": a.lr, "plan": a.plan.to_dict()}
+                {**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)}, "plan": a.plan.to_dict()}
                 for a in self.alternatives
             ],
             "plan": self.plan.to_dict(),
@@ -92,10 +100,11 @@ class Advice:
 
     def __str__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.fit_options.items())
-        lines = [f"advice: {self.strategy}, lr={self.lr:g}{options} (confidence: {self.confidence})", ""]
+        lines = [f"advice: {self.described}, lr={self.lr:g}{options} (confidence: {self.confidence})"]
+        lines += [f"  {self.why}", ""]
         lines += [f"  {r.about} ({r.confidence}): {r.text}" for r in self.reasons]
         lines += ["", "alternatives:"]
-        lines += [f"  {a.strategy}, lr={a.lr:g}: {a.why}" for a in self.alternatives]
+        lines += [f"  {a.described}, lr={a.lr:g}: {a.why}" for a in self.alternatives]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "", to_yaml(self.plan)])
 
 
@@ -174,6 +183,8 @@ def advice_from(evidence: Evidence, layers: LayerMap, *, epochs: int | None = No
     return Advice(
         plan=built(decision.choice),
         strategy=decision.choice.strategy,
+        described=decision.choice.described,
+        why=decision.choice.why,
         lr=decision.choice.lr,
         fit_options={"class_weights": "balanced"} if evidence.imbalanced else {},
         confidence=decision.confidence,
@@ -181,7 +192,9 @@ def advice_from(evidence: Evidence, layers: LayerMap, *, epochs: int | None = No
         size=size_of(evidence.samples),
         cell=decision.cell,
         reasons=decision.reasons,
-        alternatives=tuple(Alternative(c.strategy, built(c), c.lr, c.why) for c in decision.alternatives),
+        alternatives=tuple(
+            Alternative(c.strategy, c.described, built(c), c.lr, c.why) for c in decision.alternatives
+        ),
         shift=evidence.shift,
         transfer=evidence.transfer,
         notes=evidence.notes,

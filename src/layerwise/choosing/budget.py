@@ -10,6 +10,8 @@ from layerwise.choosing.study import TrialRow
 
 SEARCH_SHARE = 0.6
 """Share of a budget in minutes that finds settings; the rest confirms them with more seeds."""
+OVERRUN = 0.1
+"""Share of a budget in minutes by which a trial may outlast it, before it is cut off and queued again."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Budget:
     def spent(self) -> bool:
         """Whether the time is over."""
         return self._over(1.0)
+
+    @property
+    def overrun(self) -> bool:
+        """Whether the time has been over for so long that a trial under way is not waited for."""
+        return self._over(1.0 + OVERRUN)
 
     def allows(self, rows: Sequence[TrialRow]) -> bool:
         """Return whether another trial of the search (not a confirming one) may begin."""

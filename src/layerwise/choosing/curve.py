@@ -15,6 +15,7 @@ from torch import nn
 
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.features import map_for
+from layerwise.choosing.samples import fingerprint
 from layerwise.choosing.space import names_by_depth, spread_depths
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError, PlanError, RunError
@@ -135,6 +136,8 @@ def transfer_curve(
         "model": layers.model_class,
         "groups": list(layers.names),
         "train_samples": len(train) if hasattr(train, "__len__") else None,
+        "train_data": fingerprint(train),
+        "val_data": fingerprint(val),
         "epochs": epochs,
         "lr": lr,
         "metric": metric,
@@ -206,8 +209,12 @@ def _read(out: str | Path | None, about: Mapping[str, Any]) -> dict[str, float]:
     if out is None or not Path(out).exists():
         return {}
     found = json.loads(Path(out).read_text(encoding="utf-8"))
-    if found.get("about") != json.loads(json.dumps(about)):
+    there = found.get("about") or {}
+    if differing := [
+        name for name, value in json.loads(json.dumps(about)).items() if there.get(name) != value
+    ]:
         raise RunError(
-            f"{out} holds the values of another experiment; give another file, or the same options."
+            f"{out} holds the values of another experiment (another {', '.join(differing)}); give another "
+            "file, or the same data and options."
         )
     return dict(found["values"])

@@ -27,6 +27,8 @@ The second is for networks with batch-norm."""
 PLAIN_RATE = 2e-4
 """The same for networks without batch-norm (transformers) of `REFERENCE_WIDTH`; see `body_rate`."""
 
+BASELINE = "the baseline that every other plan has to beat; takes minutes with the cache"
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -60,6 +62,18 @@ class Choice:
     why: str
     options: dict[str, Any] = field(default_factory=dict)
     lr: float = BODY_RATE
+
+    @property
+    def described(self) -> str:
+        """The strategy and what its options add, in words."""
+        norms, words = self.options.get("norms"), []
+        if norms is not None:
+            words.append(
+                {"calibrate": "recalibrated batch-norm", "freeze": "frozen batch-norm"}[norms.policy]
+            )
+        if "l2_sp" in self.options:
+            words.append(f"L2-SP {self.options['l2_sp']:g}")
+        return f"{self.strategy} with {' and '.join(words)}" if words else self.strategy
 
     def plan(self, layers: LayerMap, *, epochs: int) -> Plan:
         """Return the plan for `layers`."""
@@ -118,6 +132,8 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
     size, level = size_of(evidence.samples), evidence.level
     gradual = f"{'gradual_unfreezing' if epochs > 1 else 'discriminative'}(decay={decay})"
 
+    between = "similarity unknown" if level == "unknown" else "somewhat similar"
+
     def last(k: int, why: str) -> Choice:
         return _last(k, groups, why)
 
@@ -129,7 +145,7 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
                 "few samples, unlike the source: adapt the statistics to the target, then a linear probe",
                 norms=_calibrated(evidence) if evidence.has_batchnorm else None,
             )
-        return last(3, "few samples, somewhat similar: only the last groups")
+        return last(3, f"few samples, {between}: only the last groups")
     if size == "1K-10K":
         if level == "similar":
             return last(3, "some thousand samples, similar: the last groups")
@@ -140,13 +156,13 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
                 "their pretrained weights",
                 {"l2_sp": L2_SP},
             )
-        return Choice(gradual, "some thousand samples, somewhat similar: all groups one after another")
+        return Choice(gradual, f"some thousand samples, {between}: all groups one after another")
     if size == "10K-100K":
         if level == "similar":
             return last(math.ceil(groups / 2), "tens of thousands of samples, similar: the last half")
         if level == "dissimilar":
             return last(groups - 1, "tens of thousands of samples, unlike the source: most groups")
-        return last(round(0.65 * groups), "tens of thousands of samples, somewhat similar: the last 65 %")
+        return last(round(0.65 * groups), f"tens of thousands of samples, {between}: the last 65 %")
     if level == "dissimilar":
         return full("more than 100,000 samples, unlike the source")
     return Choice(
@@ -369,10 +385,11 @@ def _alternatives(
     """
     if not adapted:
         kept = {key: value for key, value in cell.options.items() if key != "norms"}
-        cell = Choice(cell.strategy, cell.why, kept, cell.lr)
+        why = BASELINE if cell.strategy == "linear_probe" else cell.why
+        cell = Choice(cell.strategy, why, kept, cell.lr)
     found = [
         cell,
-        probe("the baseline that every other plan has to beat; takes minutes with the cache"),
+        probe(BASELINE),
         _last(3, len(layers), "between the two: cheap, and rarely far from the best"),
         full("when the target is unlike the source and there is time"),
     ]
@@ -391,7 +408,7 @@ def _similarity_reason(evidence: Evidence) -> Reason:
     if evidence.shift is None:
         return Reason(
             "similarity",
-            "; ".join(evidence.notes) or "how similar the data are to the source was not measured",
+            f"unknown: {evidence.unknown or 'how similar the data are to the source was not measured'}",
             "low",
         )
     limits = thresholds()["norms" if evidence.shift.method == "norms" else "source"]
@@ -409,7 +426,7 @@ def _size_reason(evidence: Evidence, cell: Choice) -> Reason:
     return Reason(
         "size",
         f"{evidence.samples:,} samples of {evidence.classes} classes ({size_of(evidence.samples)}): the "
-        f"matrix says {cell.strategy}",
+        f"matrix says {cell.described}",
         "medium",
         float(evidence.samples),
     )

@@ -42,6 +42,11 @@ class DepthScores:
     probe: float
     lead: float | None = None
 
+    def cells(self) -> list[str]:
+        """Return the scores as a row of a table; a probe that could not be fitted is a dash."""
+        figures = (self.probe, self.knn, self.logme, self.leep, self.h_score)
+        return [self.group, str(self.depth), *("-" if np.isnan(v) else f"{v:.3f}" for v in figures)]
+
 
 @dataclass(frozen=True)
 class Transferability:
@@ -80,11 +85,8 @@ class Transferability:
         return data
 
     def __str__(self) -> str:
-        rows = [
-            [d.group, str(d.depth), *(f"{v:.3f}" for v in (d.probe, d.knn, d.logme, d.leep, d.h_score))]
-            for d in self.depths
-        ]
-        return text_table(["group", "depth", "probe", "kNN", "LogME", "NLEEP", "H-score"], rows)
+        columns = ["group", "depth", "probe", "kNN", "LogME", "NLEEP", "H-score"]
+        return text_table(columns, [d.cells() for d in self.depths])
 
 
 def transferability(

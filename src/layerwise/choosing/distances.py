@@ -285,6 +285,7 @@ def proxy_a_distance(
         2 * (1 - (drawn[0] + drawn[1])),
         level=level,
         unbiased=True,
+        ceiling=2.0,
     )
 
 
@@ -326,6 +327,7 @@ def interval(
     level: float = 0.9,
     unbiased: bool = False,
     floor: float | None = 0.0,
+    ceiling: float | None = None,
 ) -> Estimate:
     """Return an estimate with its interval from bootstrap draws.
 
@@ -340,14 +342,13 @@ def interval(
         unbiased: the figure itself has no such excess; only the draws are re-centred.
         floor: lowest possible value of the true figure: 0 for distances; ends and value are not allowed
             below. None for none.
+        ceiling: highest possible value likewise.
     """
     draws = np.asarray(drawn, dtype=np.float64)
     excess = float(draws.mean()) - value
     value, draws = (value, draws - excess) if unbiased else (value - excess, draws - 2 * excess)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    if floor is not None:
-        value, low, high = max(value, floor), max(low, floor), max(high, floor)
-    return Estimate(float(value), float(low), float(high))
+    return Estimate(*(float(end) for end in np.clip([value, low, high], floor, ceiling)))
 
 
 def bootstrap(
@@ -357,6 +358,7 @@ def bootstrap(
     level: float = 0.9,
     seed: int = 0,
     floor: float | None = 0.0,
+    ceiling: float | None = None,
 ) -> Estimate:
     """Return `figure` of `samples` with an interval, re-drawing the rows of each array on its own.
 
@@ -367,6 +369,7 @@ def bootstrap(
         level: of the interval.
         seed: of the draws; the result is a function of the arguments alone.
         floor: see `interval`.
+        ceiling: likewise.
 
     >>> x = np.arange(100.0)[:, None]
     >>> bootstrap(lambda a, b: float((a.mean() - b.mean()) ** 2), x, x + 50).nothing
@@ -376,4 +379,4 @@ def bootstrap(
     drawn = [
         figure(*(rows[rng.integers(len(rows), size=len(rows))] for rows in samples)) for _ in range(draws)
     ]
-    return interval(figure(*samples), drawn, level=level, floor=floor)
+    return interval(figure(*samples), drawn, level=level, floor=floor, ceiling=ceiling)

@@ -53,7 +53,8 @@ class Evidence:
         measured: samples the transferability was measured on.
         width: number of features that the head gets.
         recalibrated: the same after batch-norm statistics were set to the target's; None if not tried.
-        notes: what could not be measured.
+        unknown: why nothing could be compared; empty where something was.
+        notes: what else could not be measured.
     """
 
     samples: int
@@ -68,6 +69,7 @@ class Evidence:
     transfer: Transferability
     measured: int
     recalibrated: Transferability | None = None
+    unknown: str = ""
     notes: tuple[str, ...] = ()
     imbalance_p: float = 0.0
     width: int = REFERENCE_WIDTH
@@ -186,7 +188,7 @@ def gather_evidence(
     _check_classes(train, found, total)
     transfer = score_depths(found, seed=seed)
     counts = np.bincount(np.unique(np.asarray(found.labels), return_inverse=True)[1])
-    notes: list[str] = list(found.notes)
+    unknown = ""
     measured: Shift | None = None
     method, reference = open_reference(model, source, layers, **options)
     try:
@@ -194,7 +196,7 @@ def gather_evidence(
     except ModelError as error:
         if source is not None:
             raise
-        notes.append(f"similarity is unknown: {error}")
+        unknown = str(error)
     level: Level = "unknown"
     confidence: Confidence = "low"
     if measured is not None:
@@ -218,7 +220,8 @@ def gather_evidence(
         transfer=transfer,
         measured=found.samples,
         recalibrated=recalibrated,
-        notes=tuple(notes),
+        unknown=unknown,
+        notes=found.notes,
     )
     return evidence, layers
 

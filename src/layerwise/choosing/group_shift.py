@@ -121,12 +121,12 @@ def _kl(mean: Array, var: Array, ref_mean: Array, ref_var: Array) -> Array:
 
 def _cka(theirs: Array, ours: Array, draws: int, level: float, seed: int) -> Estimate:
     """Return linear CKA of the two arrangements of features: rows are the features, columns the samples."""
-    estimate = distances.bootstrap(
+    return distances.bootstrap(
         lambda a, b: distances.linear_cka(a.T, b.T),
         theirs,
         ours,
         draws=min(draws, 100),
         level=level,
         seed=seed,
+        ceiling=1.0,
     )
-    return Estimate(min(estimate.value, 1.0), min(estimate.low, 1.0), min(estimate.high, 1.0))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.choosing.signature import Signature
 from layerwise.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
     from layerwise.sources.opened import OpenedModel
     from layerwise.training.job import Prepared
     from layerwise.training.text_job import PreparedText
+
+
+NAMED = ("demo:", "hf:")
+"""How the names of data sets that are no paths begin."""
 
 
 def open_task(
@@ -48,7 +53,7 @@ def open_task(
 
     job = Job(
         model=model,
-        data=data if data.startswith(("demo:", "hf:")) else str(Path(data).resolve()),
+        data=data if data.startswith(NAMED) else str(Path(data).resolve()),
         strategy="full",
         weights=weights,
         granularity=granularity,
@@ -61,29 +66,77 @@ def open_task(
     return open_job(job)
 
 
-def open_images_alone(
-    model: str, data: str, *, weights: str | None = None, input_size: int | None = None
-) -> tuple[OpenedModel, Any]:
-    """Return a model with its own head, and all images of a folder without labels.
+def open_inputs(
+    model: str,
+    data: str,
+    *,
+    weights: str | None = None,
+    input_size: int | None = None,
+    granularity: str = "stages",
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+) -> tuple[OpenedModel, Any, LayerMap]:
+    """Return a model, data without their labels if they have any, and the layer map.
+
+    Args:
+        model: spec of the model.
+        data: a folder of images, whatever its sub-folders; a table or lines of texts; a data set's name.
+        weights: file to load instead of the library's own.
+        input_size: side of the images in pixels.
+        granularity: of the layer map.
+        seed: of the split of a named data set, and of a new head.
+        text: fields of `layerwise.training.text_job.TextOptions`, for texts; None for images.
 
     Raises:
-        LayerwiseError: model, weights or images cannot be opened.
+        LayerwiseError: model, weights or data cannot be opened.
     """
+    from layerwise.layers.mapping import layer_map
     from layerwise.sources.models import open_model
+    from layerwise.training.randomness import seed_everything
 
-    opened = open_model(model, weights=weights, input_size=input_size)
-    return opened, unlabelled(opened, data)
+    if data.startswith(NAMED):
+        given: dict[str, Any] = {"weights": weights, "input_size": input_size, "granularity": granularity}
+        task = open_task(model, data, **given, val_frac=0.0, seed=seed, text=text)
+        return task.opened, _Inputs(task.data.train), task.layers
+    seed_everything(seed)
+    # a text model has a head to be named by the same groups as when it is tuned
+    more: dict[str, Any] = {} if text is None else {"num_classes": 2, "task": "text_classification"}
+    opened = open_model(model, weights=weights, input_size=input_size, **more)
+    samples = unlabelled(opened, data, text=text)
+    return opened, samples, layer_map(opened.model, opened.example_input, cast(Any, granularity))
 
 
-def unlabelled(opened: OpenedModel, data: str) -> Any:
-    """Return all images in a folder, whatever its sub-folders, as a data set without labels.
+def has_labels(data: str, text: dict[str, Any] | None) -> bool:
+    """Return whether data name the classes of their samples; of what cannot be opened, yes: so it is told.
+
+    A folder that holds images and no folder of images names none, nor does a table of texts without the
+    column ``label`` for which no other column is named, nor a file of lines.
+    """
+    from layerwise.sources.images import is_image
+    from layerwise.sources.tables import TABLES, read_rows
+
+    path = Path(data)
+    if text is None:
+        loose = path.is_dir() and any(map(is_image, path.iterdir()))
+        return not loose or any(map(is_image, path.glob("*/**/*")))
+    if text.get("label_column") is not None or not path.is_file():
+        return True
+    if path.suffix.lower() not in TABLES:
+        return False
+    return "label" in read_rows(path, encoding=text.get("encoding", "utf-8"))[0]
+
+
+def unlabelled(opened: OpenedModel, data: str, *, text: dict[str, Any] | None = None) -> Any:
+    """Return all images in a folder, whatever its sub-folders, or all texts of a file, without labels.
 
     Raises:
-        ModelError: the model takes no images.
-        DataError: there is no such folder, or no image in it.
+        ModelError: the model takes no images, and it was not said in which column the texts are.
+        DataError: there is no such folder or file, or nothing in it.
     """
     from layerwise.sources.images import image_list
 
+    if text is not None:
+        return _texts(opened, data, text)
     if opened.preprocessing is None:
         raise ModelError(
             f"{opened.spec!r} takes no images. For texts say in which column they are (--text-column); other "
@@ -92,33 +145,70 @@ def unlabelled(opened: OpenedModel, data: str) -> Any:
     return _Inputs(image_list([data], opened.preprocessing))
 
 
+def _texts(opened: OpenedModel, data: str, text: dict[str, Any]) -> Any:
+    from layerwise.sources.text import text_list
+    from layerwise.training.text_job import TextOptions, length_for
+    from layerwise.training.text_predict import read_texts
+
+    options = TextOptions(**text)
+    rows = read_texts(
+        [data],
+        text_column=options.text_column or "text",
+        pair_column=options.pair_column,
+        encoding=options.encoding,
+    )
+    pairs = None if options.pair_column is None else [row.pair or "" for row in rows]
+    length = length_for(options, opened)
+    return text_list([row.text for row in rows], opened.tokenizer, max_length=length, pairs=pairs)
+
+
 def fit_options(prepared: Prepared | PreparedText) -> dict[str, Any]:
     """Return the options of `layerwise.fit` that follow from the data of a task: its classes, or its kind."""
     task = {"task": prepared.task} if hasattr(prepared, "task") else {}
     return {"classes": prepared.data.classes or None, **task}
 
 
-def open_source(opened: OpenedModel, source: str | None, signature: str | Path | None) -> Any:
-    """Return what a shift is measured against: a folder's images, a saved signature, or None.
+def check_source(source: str | None, signature: str | Path | None) -> Signature | None:
+    """Return the signature, if one is given: what is wrong with it is told before a model is opened.
 
     Raises:
-        DataError: both are given, or one cannot be opened.
+        DataError: a source is given as well, or does not exist; or the signature cannot be read.
     """
     if source is not None and signature is not None:
         raise DataError("a source folder and a signature are both given; give one of them.")
-    if signature is not None:
-        return Signature.load(signature)
-    return None if source is None else unlabelled(opened, source)
+    if source is not None and not source.startswith(NAMED) and not Path(source).exists():
+        raise DataError(f"source {source!r} does not exist; expected a folder of images, or a file of texts.")
+    return None if signature is None else Signature.load(signature)
+
+
+def open_source(
+    opened: OpenedModel,
+    source: str | None,
+    signature: Signature | None,
+    *,
+    text: dict[str, Any] | None = None,
+) -> Any:
+    """Return what a shift is measured against: a folder's images, a file's texts, a signature, or None.
+
+    Raises:
+        LayerwiseError: the source cannot be opened.
+    """
+    return signature if source is None else unlabelled(opened, source, text=text)
 
 
 class _Inputs:
-    """A data set of pairs as one of inputs alone."""
+    """A labelled data set as one of inputs alone."""
 
-    def __init__(self, pairs: Any) -> None:
-        self.pairs = pairs
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+        self.tokenizer = getattr(samples, "tokenizer", None)
+        self.collate = getattr(samples, "collate", None)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
-        return self.pairs[index][0]
+        sample = self.samples[index]
+        if isinstance(sample, dict):
+            return {name: value for name, value in sample.items() if name != "labels"}
+        return sample[0]

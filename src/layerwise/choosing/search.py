@@ -37,6 +37,7 @@ def search(
     seeds: int = 1,
     depths: Sequence[int] | None = None,
     strategies: Sequence[str] = (),
+    begin_with: Sequence[tuple[str, float]] = (),
     lr: tuple[float, float] = (1e-4, 1e-2),
     decay: tuple[float, float] = (0.7, 1.0),
     epochs: int = 5,
@@ -74,10 +75,13 @@ def search(
         test: only the winner's run is measured on it.
         trials: stop when the study holds so many (confirming seeds not counted). 20 where neither this nor
             `minutes` is given.
-        minutes: stop this process after so long; a trial that has begun is finished.
+        minutes: stop this process after so long. A trial under way may take a tenth more; then it is cut
+            off and queued again, for a search that goes on. The winner's run comes after that.
         seeds: runs of the best setting of each choice.
         depths: numbers of groups that learn; None takes about six, denser at the output.
         strategies: named strategies to try besides the depths.
+        begin_with: choices (``"last 3"``, or one of `strategies`) that are tried before all others, each with
+            its base rate.
         lr: lowest and highest base rate.
         decay: lowest and highest decay a group.
         epochs: length of every trial, and of the winner's run.
@@ -119,7 +123,14 @@ def search(
     if norms is None:
         norms = "freeze" if batch_size < SMALL_BATCH else "follow"
     space = make_space(
-        layers, depths=depths, strategies=strategies, lr=lr, decay=decay, epochs=epochs, norms=norms
+        layers,
+        depths=depths,
+        strategies=strategies,
+        lr=lr,
+        decay=decay,
+        epochs=epochs,
+        norms=norms,
+        begin_with=begin_with,
     )
     options = dict(fit_options or {})
     pool = CachePool(upcoming=names_by_depth(layers, space.depths, epochs=space.epochs))
@@ -135,7 +146,7 @@ def search(
                 if not budget.allows(rows_of(study)):
                     break
                 drawn = begin_trial(experiment, study)
-            run_trial(experiment, study, drawn, say)
+            run_trial(experiment, study, drawn, say, time_over=lambda: budget.overrun)
         while not budget.spent:
             with lock:
                 unconfirmed = _unconfirmed(experiment, rows_of(study), seeds)
@@ -144,8 +155,8 @@ def search(
                 if not queued(study):  # else a trial that was cut off comes first
                     queue(study, *unconfirmed)
                 drawn = begin_trial(experiment, study)
-            run_trial(experiment, study, drawn, say)
-        return _finished(experiment, study, folder, refit=refit, notes=notes, lock=lock)
+            run_trial(experiment, study, drawn, say, time_over=lambda: budget.overrun)
+        return _finished(experiment, study, folder, refit=refit, notes=notes, lock=lock, say=say)
 
 
 def _opened(
@@ -207,6 +218,7 @@ def _finished(
     refit: Literal["winner", "none"],
     notes: list[str],
     lock: AbstractContextManager[None],
+    say: Callable[[str], None],
 ) -> SearchResult:
     """Return the result and write it to the folder, the winner's run made if it is this worker's to make.
 
@@ -223,7 +235,10 @@ def _finished(
         )
     best = best_point(curve, experiment.mode)
     plan = experiment.space.plan(experiment.layers, best.choice, best.decay)
-    run, note = _refit(experiment, plan, best, rows, folder, lock) if refit == "winner" else (None, "")
+    run, note = None, ""
+    if refit == "winner":
+        say(f"best: {best.choice} at lr {best.lr:.2g}; making its run")
+        run, note = _refit(experiment, plan, best, rows, folder, lock)
     notes = [*notes, *([note] if note else [])]
     result = SearchResult(experiment.metric, best, plan, best.lr, curve, rows, run, tuple(notes))
     if folder is not None:

@@ -51,11 +51,16 @@ class CurvePoint:
         """Choice, rate and decay: what all seeds of a point share."""
         return self.choice, self.lr, self.decay
 
+    @property
+    def described(self) -> str:
+        """The choice, and for a depth the first group that learns."""
+        return self.choice if self.trained_groups is None else f"{self.choice} (from {self.first})"
+
     def cells(self) -> list[str]:
         """Return the point as a row under `CURVE_COLUMNS`; a single seed has no error, a probe no decay."""
         return [
             self.choice,
-            self.first,
+            "-" if self.trained_groups is None else self.first,
             f"{self.mean:.4f}",
             f"{self.error:.4f}" if self.seeds > 1 else "-",
             str(self.seeds),
@@ -115,8 +120,7 @@ class SearchResult:
         columns = [self.metric if name == "metric" else name for name in CURVE_COLUMNS]
         return "\n".join(
             [
-                f"best: {self.best.choice} (from {self.best.first}) at lr {self.lr:.2g}: "
-                f"{self.metric} {self.best.mean:.4f}",
+                f"best: {self.best.described} at lr {self.lr:.2g}: {self.metric} {self.best.mean:.4f}",
                 text_table(columns, [point.cells() for point in self.curve]),
                 self.counted,
                 *self.notes,

@@ -137,8 +137,8 @@ def measure(
         name = layers.model_class.rpartition(".")[2] or "this model"
         raise ModelError(
             f"{name} has no layer with running statistics (batch-norm), so it "
-            "carries no summary of its source domain, and no source was given. Give a sample of the source, "
-            "shift(model, target, source), or a signature made where the source is: "
+            "carries no summary of its source domain, and no source was given. Give a sample of the source "
+            "(--source; in Python source=), or a signature made where the source is (--signature): "
             "layerwise signature MODEL --data SOURCE -o sig.safetensors"
         )
     if reference is not None:

@@ -25,6 +25,7 @@ class Space:
         decay: lowest and highest decay a group; 1 is the same rate for all groups that learn.
         epochs: length of every plan.
         norms: the normalisation policy of every plan.
+        begin_with: choices that are tried before all others, each with its base rate.
     """
 
     depths: tuple[int, ...]
@@ -33,6 +34,7 @@ class Space:
     decay: tuple[float, float]
     epochs: int
     norms: NormKind = "follow"
+    begin_with: tuple[tuple[str, float], ...] = ()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -69,15 +71,15 @@ class Space:
     def first(self) -> list[dict[str, Any]]:
         """Return the trials that every search begins with: each depth and strategy once, mid-range.
 
-        The middle of the rates is geometric; the head alone gets the upper quarter, as it bears more.
+        The middle of the rates is geometric; the head alone gets the upper quarter, as it bears more. What
+        `begin_with` names comes first, at the rate that it says.
         """
         low, high = self.lr
         middle = (low * high) ** 0.5
         decay = min(max(0.9, self.decay[0]), self.decay[1])
-        return [
-            {"choice": c, "lr": (middle * high) ** 0.5 if c in _HEAD_ALONE else middle, "decay": decay}
-            for c in self.choices
-        ]
+        rates = {c: (middle * high) ** 0.5 if c in _HEAD_ALONE else middle for c in self.choices}
+        ordered = {**dict(self.begin_with), **rates, **dict(self.begin_with)}
+        return [{"choice": choice, "lr": rate, "decay": decay} for choice, rate in ordered.items()]
 
 
 def make_space(
@@ -89,6 +91,7 @@ def make_space(
     decay: tuple[float, float] = (0.7, 1.0),
     epochs: int = 5,
     norms: NormKind = "follow",
+    begin_with: Sequence[tuple[str, float]] = (),
 ) -> Space:
     """Return a checked search space; see `layerwise.search` for the arguments.
 
@@ -114,9 +117,13 @@ def make_space(
             parse_strategy(text, layers)
         except PlanError as error:
             found.append(str(error))
+    known = [*(f"last {k}" for k in chosen), *strategies]
+    for choice, rate in begin_with:
+        if choice not in known or not lr[0] <= rate <= lr[1]:
+            found.append(f"begin_with has {choice!r} at {rate:g}; expected one of {known}, at a rate in {lr}")
     if found:
         raise PlanError("the search space cannot be used:" + "".join(f"\n  - {problem}" for problem in found))
-    return Space(chosen, tuple(strategies), lr, decay, epochs, norms)
+    return Space(chosen, tuple(strategies), lr, decay, epochs, norms, tuple(begin_with))
 
 
 def names_by_depth(layers: LayerMap, depths: Sequence[int], *, epochs: int) -> dict[frozenset[str], int]:

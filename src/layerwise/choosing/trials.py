@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.cache.stock import CachePool
+from layerwise.choosing.samples import fingerprint
 from layerwise.choosing.search_result import Mode
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
@@ -62,6 +63,8 @@ class Experiment:
             "model": self.layers.model_class,
             "groups": list(self.layers.names),
             "train_samples": len(self.train) if hasattr(self.train, "__len__") else None,
+            "train_data": fingerprint(self.train),
+            "val_data": fingerprint(self.val),
             "space": dataclasses.asdict(self.space),
             "metric": self.metric,
             "batch_size": self.batch_size,
@@ -130,8 +133,27 @@ def begin_trial(found: Experiment, study: Any) -> Drawn:
     )
 
 
-def run_trial(found: Experiment, study: Any, drawn: Drawn, say: Callable[[str], None]) -> None:
+class _CutOffError(Exception):
+    """The time is over in the middle of a trial."""
+
+
+def run_trial(
+    found: Experiment,
+    study: Any,
+    drawn: Drawn,
+    say: Callable[[str], None],
+    *,
+    time_over: Callable[[], bool] = lambda: False,
+) -> None:
     """Train by the settings of a trial that has begun, and tell the study how it ended.
+
+    Args:
+        found: what all trials have in common.
+        study: Optuna's.
+        drawn: the trial.
+        say: told how it ended.
+        time_over: asked after each epoch; a trial is then cut off and queued again, unless it is the
+            search's first, without which there would be no result.
 
     Raises:
         LayerwiseError: the data cannot be trained on; or the first three trials of the study all failed.
@@ -148,6 +170,9 @@ def run_trial(found: Experiment, study: Any, drawn: Drawn, say: Callable[[str], 
         trial.report(found.value(entry), entry["epoch"])
         if may_prune and trial.should_prune():
             raise optuna.TrialPruned
+        unfinished = entry["epoch"] + 1 < found.space.epochs
+        if unfinished and time_over() and any(row.state == "complete" for row in rows_of(study)):
+            raise _CutOffError
 
     try:
         plan = found.space.plan(found.layers, drawn.choice, drawn.decay)
@@ -156,6 +181,9 @@ def run_trial(found: Experiment, study: Any, drawn: Drawn, say: Callable[[str], 
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         say(f"trial {trial.number}: {settings}: pruned")
+    except _CutOffError:
+        give_up(study, study.get_trials(deepcopy=False)[trial.number])
+        say(f"trial {trial.number}: {settings}: cut off, the time is over; a longer search runs it again")
     except LayerwiseError as error:
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)

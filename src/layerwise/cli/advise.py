@@ -46,13 +46,14 @@ def advise(
     layerwise advise timm:resnet18 --data photos -o plan.yaml
     """
     from layerwise.choosing.advice import advise as ask
-    from layerwise.choosing.named import open_source
+    from layerwise.choosing.named import check_source, open_source
 
+    known = check_source(source, signature)
     prepared = task.open(val_frac=val_frac)
     found = ask(
         prepared.opened.model,
         prepared.data.train,
-        open_source(prepared.opened, source, signature),
+        open_source(prepared.opened, source, known, text=task.text),
         layers=prepared.layers,
         epochs=epochs,
         batch_size=batch_size,
@@ -83,11 +84,12 @@ def show(found: Advice) -> None:
         table.add_row(reason.about, reason.confidence, reason.text)
     print_table(table)
     options = "".join(f", {key} {value}" for key, value in found.fit_options.items())
-    typer.echo(f"Advice: {found.strategy} at lr {found.lr:g}{options} (confidence: {found.confidence})\n")
+    typer.echo(f"Advice: {found.described} at lr {found.lr:g}{options} (confidence: {found.confidence})")
+    typer.echo(f"{found.why}\n")
     table = new_table("Alternatives", ["strategy", "lr", "why"], left=1)
     table.columns[2].justify = "left"
     for other in found.alternatives:
-        table.add_row(other.strategy, f"{other.lr:g}", other.why)
+        table.add_row(other.described, f"{other.lr:g}", other.why)
     print_table(table)
     for note in found.notes:
         typer.echo(f"note: {note}")

@@ -14,36 +14,40 @@ if TYPE_CHECKING:
     from layerwise.choosing.depths import Transferability
     from layerwise.choosing.shift_result import Shift
 
-_FIGURES = {
-    "norms": "norms",
-    "frechet": "Fréchet",
-    "kl": "KL",
-    "mmd": "MMD",
-    "proxy_a": "proxy A",
-    "cka": "CKA",
-}
+_FIGURES = (
+    {"norms": "norms", "frechet": "Fréchet", "kl": "KL"},
+    {"mmd": "MMD", "proxy_a": "proxy A", "cka": "CKA"},
+)
+"""Figure -> heading: of the whole features, and of the sketches of them."""
 
 
 def shift_tables(found: Shift, classes: Sequence[str] = ()) -> Iterator[Table | Text]:
     """Yield the shift of each group, the input properties, and the label side."""
-    shown = [name for name in _FIGURES if any(getattr(g, name) is not None for g in found.groups)]
     against = {"norms": "running statistics", "signature": "a signature", "source": "a source sample"}
-    table = new_table(
+    titles = (
         f"Shift against {against[found.method]} ({found.samples} samples, {found.level:.0%} intervals)",
-        ["group", "depth", *(_FIGURES[name] for name in shown)],
+        "The same in sketches of the features (random directions)",
     )
-    for group in found.groups:
-        figures = (getattr(group, name) for name in shown)
-        table.add_row(group.group, str(group.depth), *("-" if f is None else str(f) for f in figures))
-    yield table
+    for title, figures in zip(titles, _FIGURES, strict=True):
+        shown = [name for name in figures if any(getattr(g, name) is not None for g in found.groups)]
+        if not shown:
+            continue
+        table = new_table(title, ["group", "depth", *(figures[name] for name in shown)])
+        for group in found.groups:
+            values = (getattr(group, name) for name in shown)
+            table.add_row(group.group, str(group.depth), *("-" if v is None else str(v) for v in values))
+        yield table
     yield Text(f"{found.summary}\n")
     if found.inputs:
         yield _input_table(found)
     if found.labels is not None:
         yield transfer_table(found.labels.transfer)
         counts = found.labels.counts
-        named = (f"{classes[k] if k < len(classes) else k} {n}" for k, n in list(counts.items())[:12])
-        yield Text(f"classes: {', '.join(named)}; largest {found.labels.imbalance:.3g} times the smallest\n")
+        named = [f"{classes[k] if k < len(classes) else k} {n}" for k, n in list(counts.items())[:12]]
+        more = f", and {len(counts) - 12} more" if len(counts) > 12 else ""
+        ratio = found.labels.imbalance
+        even = "all equally frequent" if ratio == 1 else f"largest {ratio:.3g} times the smallest"
+        yield Text(f"classes: {', '.join(named)}{more}; {even}\n")
     for note in found.notes:
         yield Text(f"note: {note}")
 
@@ -74,6 +78,5 @@ def transfer_table(found: Transferability) -> Table:
         ["group", "depth", "linear probe", "kNN", "LogME", "NLEEP", "H-score"],
     )
     for d in found.depths:
-        figures = (f"{value:.3f}" for value in (d.probe, d.knn, d.logme, d.leep, d.h_score))
-        table.add_row(d.group, str(d.depth), *figures)
+        table.add_row(*d.cells())
     return table

@@ -41,7 +41,10 @@ def curve(
     """
     from layerwise.choosing.curve import transfer_curve
     from layerwise.choosing.named import fit_options
+    from layerwise.report.pictures import check_picture, depth_picture, save_picture
 
+    if plot is not None:
+        check_picture(plot)
     prepared = task.open(val_frac=val_frac)
     try:
         found = transfer_curve(
@@ -62,8 +65,6 @@ def curve(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished trainings are kept; the same command goes on.") from None
     if plot is not None:
-        from layerwise.report.pictures import depth_picture, save_picture
-
         points = found.to_dict()["points"]
         picture = depth_picture(points, metric=metric, counted="groups that start anew")
         say(f"wrote {save_picture(picture, plot)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,29 +24,41 @@ def diagnose(
 ) -> None:
     """Measure domain shift per layer group, and how well frozen features separate the classes.
 
+    --data may lack labels: a folder of images without class folders, or texts without a label column.
+
     layerwise diagnose timm:resnet18 --data photos
 
     layerwise diagnose timm:vit_tiny_patch16_224 --data photos --signature source.safetensors
     """
-    from layerwise.choosing.named import open_source
+    from layerwise.choosing.named import check_source, has_labels, open_source
     from layerwise.choosing.shift import shift
     from layerwise.cli.choosing_tables import shift_tables
+    from layerwise.report.pictures import check_picture, save_picture, shift_picture
 
-    prepared = task.open()
+    if plot is not None:
+        check_picture(plot)
+    known = check_source(source, signature)
+    samples: Any
+    classes: Sequence[str] = ()
+    if has_labels(task.data, task.text):
+        prepared = task.open(val_frac=0.0)
+        opened, samples, layers = prepared.opened, prepared.data.train, prepared.layers
+        classes = prepared.data.classes
+    else:
+        opened, samples, layers = task.open_inputs()
+        say(f"{task.data} names no classes: the shift of the inputs is measured, not the label side")
     found = shift(
-        prepared.opened.model,
-        prepared.data.train,
-        open_source(prepared.opened, source, signature),
-        layers=prepared.layers,
+        opened.model,
+        samples,
+        open_source(opened, source, known, text=task.text),
+        layers=layers,
         max_samples=max_samples,
         seed=task.seed,
     )
     if plot is not None:
-        from layerwise.report.pictures import save_picture, shift_picture
-
         say(f"wrote {save_picture(shift_picture(found.to_dict()), plot)}")
     if as_json:
         print_json(found.to_dict())
         return
-    for table in shift_tables(found, prepared.data.classes):
+    for table in shift_tables(found, classes):
         print_table(table)

@@ -257,14 +257,12 @@ def fit(
     if dry_run:
         _dry_run(job, as_json)
     else:
-        minutes = None if budget_minutes is None else budget_minutes * search_share
-        if not search_share:
-            minutes = 0.0
-        _show(_start(job, Path(str(out)), minutes, workers=workers, trackers=tracker), as_json)
+        budget = {"budget_minutes": budget_minutes, "search_share": search_share}
+        _show(_start(job, Path(str(out)), budget, workers=workers, trackers=tracker), as_json)
 
 
-def _start(job: Job, out: Path, search_minutes: float | None, **more: Any) -> Result:
-    """Run a new job; `search_minutes` is what a strategy "auto" may search, None for its own default."""
+def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
+    """Run a new job; `budget` are the options of a strategy "auto"."""
     from layerwise.training.job import open_job
     from layerwise.training.run import require_free
 
@@ -277,9 +275,7 @@ def _start(job: Job, out: Path, search_minutes: float | None, **more: Any) -> Re
     if auto:
         from layerwise.choosing.auto import choose_plan
 
-        how: Literal["trials", "minutes", "nothing"] = "nothing" if search_minutes == 0 else "minutes"
-        how = "trials" if search_minutes is None else how
-        prepared = choose_plan(prepared, search_with=how, minutes=search_minutes or 0.0, say=say)
+        prepared = choose_plan(prepared, **budget, say=say)
     return prepared.fit(out=out, **more)
 
 

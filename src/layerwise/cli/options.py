@@ -17,10 +17,14 @@ from layerwise.cli import text
 from layerwise.cli.output import say
 
 if TYPE_CHECKING:
+    from layerwise.layers.layermap import LayerMap
+    from layerwise.sources.opened import OpenedModel
     from layerwise.training.job import Prepared
     from layerwise.training.text_job import PreparedText
 
-SourceOption = Annotated[str | None, typer.Option(help="Folder of images of the source domain.")]
+SourceOption = Annotated[
+    str | None, typer.Option(help="Images of the source domain, any folder of them; or a table of its texts.")
+]
 SignatureOption = Annotated[
     Path | None, typer.Option(help="Signature of the source domain, from layerwise signature.")
 ]
@@ -97,6 +101,23 @@ class TaskOptions:
         for note in prepared.notes:
             say(note)
         return prepared
+
+    def open_inputs(self) -> tuple[OpenedModel, Any, LayerMap]:
+        """Return model, data without labels, and layer map; print the notes of the model."""
+        from layerwise.choosing.named import open_inputs
+
+        found = open_inputs(
+            self.model,
+            self.data,
+            weights=self.weights_file,
+            input_size=self.input_size,
+            granularity=self.granularity,
+            seed=self.seed,
+            text=self.text,
+        )
+        for note in found[0].notes:
+            say(note)
+        return found
 
 
 def with_task(command: Callable[..., None]) -> Callable[..., None]:

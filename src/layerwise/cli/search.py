@@ -70,7 +70,10 @@ def search(
     """
     from layerwise.choosing.named import fit_options
     from layerwise.choosing.search import search as run
+    from layerwise.report.pictures import check_picture, depth_picture, save_picture
 
+    if plot is not None:
+        check_picture(plot)
     prepared = task.open(val_frac=val_frac, test_frac=test_frac)
     options = fit_options(prepared)
     if class_weights is not None:
@@ -102,8 +105,6 @@ def search(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished trials are kept; the same command goes on.") from None
     if plot is not None:
-        from layerwise.report.pictures import depth_picture, save_picture
-
         points = [p for p in found.to_dict()["curve"] if p["trained_groups"] is not None]
         say(f"wrote {save_picture(depth_picture(points, metric=metric), plot)}")
     if as_json:
@@ -123,7 +124,10 @@ def search(
     print_table(table)
     best = found.best
     error = f" ± {best.error:.4f}" if best.seeds > 1 else ""
-    typer.echo(f"* best: {best.choice}, from {best.first} on: {metric} {best.mean:.4f}{error}")
+    typer.echo(f"* best: {best.described}: {metric} {best.mean:.4f}{error}")
+    if found.run is not None and found.run.test:
+        measured = ", ".join(f"{key} {value:.4f}" for key, value in found.run.test.items())
+        typer.echo(f"its run on the test data: {measured}")
     typer.echo(found.counted)
     for note in found.notes:
         typer.echo(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,23 +21,13 @@ def signature(
 ) -> None:
     """Write what a model makes of its source domain at every layer group, in kilobytes.
 
-    --data is the source here; its labels are not used, so any folder of images will do.
+    --data is the source here. Labels are not used: any folder of images will do, or any table of texts.
 
     layerwise signature timm:vit_tiny_patch16_224 --data source -o source.safetensors
     """
-    from layerwise.choosing.named import open_images_alone
     from layerwise.choosing.signature import signature as make
-    from layerwise.layers.mapping import layer_map
 
-    samples: Any
-    if task.text is None:
-        opened, samples = open_images_alone(
-            task.model, task.data, weights=task.weights_file, input_size=task.input_size
-        )
-        layers = layer_map(opened.model, opened.example_input, task.granularity)
-    else:
-        prepared = task.open()
-        opened, samples, layers = prepared.opened, prepared.data.train, prepared.layers
+    opened, samples, layers = task.open_inputs()
     made = make(opened.model, samples, layers=layers, max_samples=max_samples, seed=task.seed)
     path = made.save(out)
     about = {

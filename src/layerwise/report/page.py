@@ -86,7 +86,12 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
     sections.append(("Summary", _table(["", ""], summary, words=(1,))))
     if advice := about.get("advice"):
         reasons = [[r["about"], r["confidence"], r["text"]] for r in advice["reasons"]]
-        text = f"<p>Advice: {html.escape(advice['strategy'])} (confidence: {advice['confidence']})</p>"
+        said = html.escape(
+            f"{advice.get('described', advice['strategy'])} ({advice['confidence']} confidence)"
+        )
+        text = f"<p>Advice: {said}</p>"
+        if chosen := about.get("choice"):
+            text += f"<p>{html.escape(chosen)}</p>"
         sections.append(
             ("Why this plan", text + _table(["", "confidence", "finding"], reasons, words=(1, 2)))
         )
@@ -118,12 +123,17 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
     found = json.loads((folder / "search.json").read_text(encoding="utf-8"))
     best, metric = found["best"], found["metric"]
     summary = [
-        ["best", f"{best['choice']} (from {best['first']})"],
+        [
+            "best",
+            best["choice"] if best["trained_groups"] is None else f"{best['choice']} (from {best['first']})",
+        ],
         [metric, _with_error(best) + (f" ({best['seeds']} seeds)" if best["seeds"] > 1 else "")],
         ["learning rate", f"{best['lr']:.3g}"],
-        ["decay", f"{best['decay']:.3f}"],
+        ["decay", _decay(best)],
         ["run", (found["run"] or {}).get("out") or "-"],
     ]
+    tested = (found["run"] or {}).get("test") or {}
+    summary += [[f"test {name}", _number(value)] for name, value in tested.items()]
     sections = [("Summary", _table(["", ""], summary, words=(1,)))]
     points = [point for point in found["curve"] if point["trained_groups"] is not None]
     if points:
@@ -131,14 +141,23 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
         sections.append(("Accuracy by depth" if "accuracy" in metric else f"{metric} by depth", picture))
     columns = ["trained", "from", metric, "seeds", "lr", "decay"]
     rows = [
-        [p["choice"], p["first"], _with_error(p), str(p["seeds"]), f"{p['lr']:.3g}", f"{p['decay']:.2f}"]
+        [
+            p["choice"],
+            "-" if p["trained_groups"] is None else p["first"],
+            _with_error(p),
+            str(p["seeds"]),
+            f"{p['lr']:.3g}",
+            _decay(p),
+        ]
         for p in found["curve"]
     ]
     sections.append(("Best setting of each choice", _table(columns, rows, words=(1,))))
+    groups = {p["choice"]: p["trained_groups"] for p in found["curve"]}
     columns = ["trial", "trained", "lr", "decay", "seed", metric, "epochs", "seconds", "state"]
     rows = [
         [
-            str(t["number"]), t["choice"], f"{t['lr']:.3g}", f"{t['decay']:.3f}", str(t["seed"]),
+            str(t["number"]), t["choice"], f"{t['lr']:.3g}",
+            _decay({**t, "trained_groups": groups.get(t["choice"], 0)}), str(t["seed"]),
             "-" if t["value"] is None else f"{t['value']:.4f}", str(t["epochs"]),
             "-" if t["seconds"] is None else f"{t['seconds']:.1f}",
             t["state"] + (f": {t['error']}" if t["error"] else ""),
@@ -204,6 +223,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequ
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>{f'<tr>{head}</tr>' if any(columns) else ''}{''.join(lines)}</table>"
+
+
+def _decay(point: Mapping[str, Any]) -> str:
+    """Return the decay of a point, a dash where the plan has none: a probe, a named strategy."""
+    return "-" if point["trained_groups"] in (None, 1) else f"{point['decay']:.2f}"
 
 
 def _with_error(point: Mapping[str, Any]) -> str:

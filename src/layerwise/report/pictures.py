@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError
-from layerwise.files import write_file
+from layerwise.files import write_file, write_text
 
 Chart = Any
 """An Altair chart."""
@@ -31,28 +31,43 @@ def _altair() -> Any:
 def save_picture(chart: Chart, path: str | Path) -> Path:
     """Write a chart to a file, whole or not at all; the format is that of the file name. Return the path.
 
-    PNG is written at twice the size in pixels; HTML loads Vega from the web, SVG and PNG need nothing.
+    PNG is written at twice the size in pixels. HTML shows values under the pointer and holds Vega itself
+    (about 1 MB), so it opens without a network, as SVG and PNG do.
 
     Raises:
         DataError: the name ends in none of .png, .svg, .html, .json.
-        MissingExtraError: vl-convert is not installed (for .png and .svg).
+        MissingExtraError: vl-convert is not installed (for all but .json).
     """
-    target = Path(path)
+    target = check_picture(path)
     kind = target.suffix.lower()
-    if kind not in FORMATS:
-        raise DataError(
-            f"a picture cannot be written to {target.name!r}; expected one of {', '.join(FORMATS)}."
-        )
-    if kind in (".html", ".json"):
-        text = chart.to_html() if kind == ".html" else chart.to_json()
-        write_file(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        return target
-    if kind == ".svg":
-        svg = as_svg(chart)
-        write_file(target, lambda temporary: temporary.write_text(svg, encoding="utf-8"))
-    else:
+    if kind == ".png":
         png: bytes = _converter().vegalite_to_png(chart.to_dict(), scale=2)
         write_file(target, lambda temporary: temporary.write_bytes(png))
+        return target
+    if kind == ".html":
+        text = _converter().vegalite_to_html(chart.to_dict(), bundle=True)
+    else:
+        text = as_svg(chart) if kind == ".svg" else chart.to_json()
+    write_text(target, text)
+    return target
+
+
+def check_picture(path: str | Path) -> Path:
+    """Return the path if `save_picture` can write to it, so that hours of work do not end in a wrong name.
+
+    Raises:
+        DataError: as `save_picture`; or the path is a folder.
+        MissingExtraError: Altair or (for all but .json) vl-convert is not installed.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS or target.is_dir():
+        raise DataError(
+            f"a picture cannot be written to {str(path)!r}; expected the name of a file that ends in one of "
+            f"{', '.join(FORMATS)}."
+        )
+    _altair()
+    if target.suffix.lower() != ".json":
+        _converter()
     return target
 
 
@@ -88,10 +103,10 @@ def shift_picture(shift: Mapping[str, Any]) -> Chart:
     order = [row["group"] for row in rows]
     x = alt.X("group:N", sort=order, title="layer group, input to output", axis=alt.Axis(labelAngle=-40))
     base = alt.Chart(alt.Data(values=rows))
-    scale = alt.Scale(domainMin=0)
+    scale = alt.Scale(zero=True, nice=True)
     y = alt.Y("value:Q", title=_FIGURE_TITLES[figure], scale=scale)
     parts = [
-        base.mark_bar(color=BLUE, opacity=0.85).encode(x=x, y=y),
+        base.mark_bar(color=BLUE, opacity=0.85, tooltip=True).encode(x=x, y=y),
         base.mark_rule(color="black", strokeWidth=1.5).encode(
             x=x, y=alt.Y("low:Q", scale=scale), y2="high:Q"
         ),
@@ -231,7 +246,7 @@ def depth_picture(
         parts += [
             base.mark_line(strokeWidth=2, xOffset=aside).encode(y=y),
             base.mark_rule(strokeWidth=1.5, xOffset=aside).encode(y=low, y2="high:Q"),
-            base.mark_point(filled=True, size=60, opacity=1, xOffset=aside).encode(y=y),
+            base.mark_point(filled=True, size=60, opacity=1, xOffset=aside, tooltip=True).encode(y=y),
         ]
     bars = " (bars: one standard error)" if any(row["error"] for row in rows) else ""
     return _finished(

@@ -241,7 +241,7 @@ def image_list(
     problems = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
+            inside = [file for file in sorted(path.rglob("*")) if is_image(file)]
             found.extend(inside)
             if not inside:
                 problems.append(f"folder {str(path)!r} has no images")
@@ -294,13 +294,13 @@ def _list_folders(root: Path) -> _Listing:
             if class_folder.name.startswith("."):
                 continue
             files = sorted(file for file in class_folder.rglob("*") if file.is_file())
-            images = [file for file in files if _is_image(file)]
+            images = [file for file in files if is_image(file)]
             others += len(files) - len(images)
             samples += [(file, class_folder.name) for file in images]
             if not images:
                 empty.append(str(class_folder))
         parts[part] = samples
-    if not any(parts.values()) and any(_is_image(entry) for entry in root.iterdir()):
+    if not any(parts.values()) and any(is_image(entry) for entry in root.iterdir()):
         raise DataError(
             f"data folder {str(root)!r} holds images itself; expected a folder for each class, with its "
             f"images inside. Move them into class folders, or give a table of paths and labels."
@@ -385,7 +385,8 @@ def _listed(summary: str, problems: Sequence[str]) -> str:
     return f"{summary}:{''.join(shown)}{more}"
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Return whether a path is a file that is named like an image, and not hidden."""
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 

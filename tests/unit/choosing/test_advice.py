@@ -80,7 +80,9 @@ def test_network_without_norms_and_source_is_advised_with_low_confidence():
     found = advised(model, *images(120, seed=3))
     assert found.similarity == "unknown"
     assert found.confidence == "low"
-    assert any("layerwise signature" in note for note in found.notes)
+    assert "layerwise signature" in found.reasons[0].text
+    assert str(found).count("layerwise signature") == 1
+    assert found.notes == ()
 
 
 def test_network_without_norms_uses_a_source():

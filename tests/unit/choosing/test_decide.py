@@ -6,12 +6,13 @@ import itertools
 import pytest
 
 from layerwise.choosing import decide as module
-from layerwise.choosing.decide import decide, default_epochs, matrix_cell, size_of
+from layerwise.choosing.decide import Choice, decide, default_epochs, matrix_cell, size_of
 from layerwise.choosing.depths import DepthScores, Transferability
 from layerwise.choosing.distances import Estimate
 from layerwise.choosing.evidence import Evidence, chance_of, similarity, thresholds
 from layerwise.choosing.shift_result import GroupShift, InputShift, Shift
 from layerwise.layers.layermap import LayerGroup, LayerMap
+from layerwise.plans.plan import Norms
 
 LEVELS = ("similar", "somewhat", "dissimilar", "unknown")
 SIZES = (300, 3_000, 30_000, 300_000)
@@ -159,7 +160,21 @@ def test_recalibration_is_used_only_where_it_helps(after, policy):
     decision = decide(found, layers_of())
     norms = decision.choice.options.get("norms")
     assert (norms.policy if norms else None) == policy
+    assert decision.reasons[1].text.endswith("the matrix says linear_probe with recalibrated batch-norm")
+    described = [c.described for c in (decision.choice, *decision.alternatives)]
+    assert ("linear_probe with recalibrated batch-norm" in described) == (policy is not None)
+    # the adaptation that was tried and lost is nowhere advised
+    assert any("adapt the statistics" in c.why for c in (decision.choice, *decision.alternatives)) == (
+        policy is not None
+    )
     assert any(r.about == "batch-norm" and r.figure == pytest.approx(after - 0.8) for r in decision.reasons)
+
+
+def test_options_of_a_choice_are_told_in_words():
+    # what a strategy's name leaves out: batch-norm and the pull towards the pretrained weights
+    options = {"norms": Norms(policy="freeze"), "l2_sp": 0.01}
+    assert Choice("full", "", options).described == "full with frozen batch-norm and L2-SP 0.01"
+    assert Choice("full", "").described == "full"
 
 
 def test_small_batches_freeze_the_statistics():
@@ -230,10 +245,11 @@ def test_the_lead_of_a_depth_is_asked_of_the_same_samples():
 
 def test_unknown_similarity_lowers_the_confidence():
     # nothing to compare with: the reason carries the note, the confidence is low
-    found = evidence(level="unknown", level_confidence="low", shift=None, notes=("no batch-norm",))
+    found = evidence(level="unknown", level_confidence="low", shift=None, unknown="no batch-norm")
     decision = decide(found, layers_of())
     assert decision.confidence == "low"
     assert "no batch-norm" in decision.reasons[0].text
+    assert decision.choice.why == "few samples, similarity unknown: only the last groups"
 
 
 def test_similarity_by_the_calibrated_thresholds():

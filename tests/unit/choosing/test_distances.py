@@ -212,6 +212,15 @@ def test_interval_takes_the_excess_off_once_and_twice():
     assert estimate == Estimate(1.0, pytest.approx(0, abs=1e-2), pytest.approx(2, abs=1e-2))
 
 
+def test_interval_stays_within_what_the_figure_can_be():
+    # re-centred draws leave the range of a figure that is near its end; the interval does not
+    draws = [1.0, 2.0, 2.0, 2.0, 2.0]
+    assert distances.interval(1.9, draws, unbiased=True).high > 2
+    assert distances.interval(1.9, draws, unbiased=True, ceiling=2.0).high == 2
+    near = distances.proxy_a_distance(gaussians(0, n=60), gaussians(1, n=60, shift=1.5), draws=20)
+    assert 1.5 < near.value < near.high <= 2
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -71,7 +71,8 @@ def test_search_tries_each_depth_first_and_returns_the_best(model, data):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = searched(model, data, trials=5, say=said.append)
     assert [row.choice for row in found.trials[:3]] == ["last 1", "last 2", "last 5"]
-    assert len(found.trials) == len(said) == 5
+    assert len(found.trials) == len(said) - 1 == 5
+    assert said[-1] == f"best: {found.best.choice} at lr {found.best.lr:.2g}; making its run"
     values = [row.value for row in found.trials if row.value is not None]
     assert found.best.mean == max(values)
     assert {point.choice for point in found.curve} == {"last 1", "last 2", "last 5"}
@@ -170,6 +171,15 @@ def test_storage_of_another_search_is_refused(model, data, tmp_path):
         searched(model, data, trials=1, out=tmp_path / "s", epochs=3)
 
 
+def test_other_data_of_the_same_size_is_refused(model, data, tmp_path):
+    # trials about other images are not taken for trials about these
+    searched(model, data, trials=1, out=tmp_path / "s", refit="none")
+    x, y = images(96, seed=6, size=12)
+    other = TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:])
+    with pytest.raises(RunError, match=r"train_data.*\n.*val_data"):
+        searched(model, other, trials=1, out=tmp_path / "s", refit="none")
+
+
 def test_any_optuna_storage_url_works(model, data, tmp_path):
     # SQLite by its URL holds the trials for Optuna's own tools to read
     pytest.importorskip("sqlalchemy")
@@ -185,6 +195,43 @@ def test_minutes_stop_a_search(model, data):
     # a budget of no time: nothing begins, and that is an error that says so
     with pytest.raises(DataError, match="no trial of 0 was completed"):
         searched(model, data, minutes=1e-9)
+
+
+def test_a_trial_that_outlasts_the_budget_is_cut_off_and_run_later(model, data, tmp_path, monkeypatch):
+    # the first trial is finished all the same; the second ends after an epoch and is the next one's first
+    from layerwise.choosing.budget import Budget
+
+    said = []
+    monkeypatch.setattr(Budget, "overrun", property(lambda self: True))
+    monkeypatch.setattr(Budget, "spent", property(lambda self: any("cut off" in line for line in said)))
+    found = searched(model, data, trials=2, out=tmp_path / "s", refit="none", say=said.append)
+    assert [row.state for row in found.trials] == ["complete", "failed"]
+    monkeypatch.undo()
+    assert "cut off" in said[1]
+    again = searched(model, data, trials=2, out=tmp_path / "s", refit="none")
+    done = [row for row in again.trials if row.state == "complete"]
+    assert [row.setting for row in done] == [row.setting for row in found.trials[:2]]
+
+
+def test_a_search_can_begin_with_a_choice_at_a_rate(model, data):
+    # the named one comes first, at its rate; the others as always; wrong ones are refused
+    strategies = ["surgical(which=first)"]
+    found = searched(
+        model, data, trials=2, strategies=strategies, begin_with=[(strategies[0], 0.002)], refit="none"
+    )
+    assert (found.trials[0].choice, found.trials[0].lr) == (strategies[0], 0.002)
+    assert found.trials[1].choice == "last 1"
+    # a named strategy has no first group to be told
+    assert [cells[:2] for cells in (p.cells() for p in found.curve)] == [
+        ["last 1", "fc"],
+        [strategies[0], "-"],
+    ]
+    assert f"best: {found.best.described} at" in str(found)
+    assert "(from surgical" not in str(found)
+    with pytest.raises(PlanError, match=r"begin_with has 'last 9' at 0\.001"):
+        searched(model, data, begin_with=[("last 9", 0.001)])
+    with pytest.raises(PlanError, match="begin_with has 'last 1' at 7"):
+        searched(model, data, begin_with=[("last 1", 7.0)])
 
 
 @pytest.mark.parametrize(

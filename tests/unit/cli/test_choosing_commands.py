@@ -69,6 +69,62 @@ def test_signature_of_a_source_and_its_use(images, weights, tmp_path):
     assert "give one of them" in both.stderr
 
 
+def test_images_without_class_folders_are_diagnosed(images, weights, tmp_path):
+    # the shift of the inputs needs no labels; all images are measured, and the label side is left out
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        (loose / f"{number}.png").write_bytes(file.read_bytes())
+    told = command("diagnose", MODEL, "--data", loose, *SIZE, *weights, "--json")
+    assert told.exit_code == 0, told.output
+    assert "names no classes" in told.stderr
+    data = json.loads(told.stdout)
+    assert data["labels"] is None
+    assert data["samples"] == len(list(loose.iterdir()))
+    labelled = json.loads(command("diagnose", MODEL, "--data", images, *SIZE, *weights, "--json").stdout)
+    assert labelled["samples"] == data["samples"]  # nothing is split off
+    assert labelled["labels"] is not None
+
+
+@pytest.mark.parametrize("given", ["diagnose", "search", "curve"])
+def test_a_wrong_picture_is_told_before_any_work(tmp_path, given):
+    # neither model nor data exist, and still the message is about the picture
+    more = [] if given == "diagnose" else ["--out", tmp_path / "out"]
+    told = command(given, "timm:nothing", "--data", "nowhere", *more, "--plot", tmp_path / "a.pdf")
+    assert told.exit_code == 1
+    assert "a.pdf" in told.stderr
+
+
+@pytest.mark.parametrize("given", [["--source", "gone"], ["--signature", "gone"]])
+@pytest.mark.parametrize("name", ["diagnose", "advise"])
+def test_a_wrong_source_is_told_before_any_work(name, given):
+    # neither model nor data exist, and still the message is about the source
+    told = command(name, "timm:nothing", "--data", "nowhere", *given)
+    assert told.exit_code == 1
+    assert "gone" in told.stderr
+
+
+def test_tables_of_a_shift_keep_each_figure_in_one_line(images, weights):
+    # against a source there are five figures with intervals: two tables, nothing broken in two lines
+    told = command("diagnose", MODEL, "--data", images, "--source", images, *SIZE, *weights)
+    assert told.exit_code == 0, told.output
+    assert "nan" not in told.stdout
+    assert "all equally frequent" in told.stdout
+    groups = [line for line in told.stdout.splitlines() if line.lstrip().startswith("classifier ")]
+    assert len(groups) == 3  # moments, sketches, transferability
+    assert sum(line.count("[") for line in groups) == sum(line.count("]") for line in groups) == 5
+
+
+def test_a_class_with_one_sample_has_a_dash_for_its_probe(images, weights):
+    # three samples of two classes: no held-out accuracy, and no "nan" in the table
+    told = command("diagnose", MODEL, "--data", images, *SIZE, *weights, "--max-samples", 3)
+    assert told.exit_code == 0, told.output
+    assert "nan" not in told.stdout
+    assert [line.split()[2] for line in told.stdout.splitlines() if line.lstrip().startswith("classifier ")][
+        -1
+    ] == "-"
+
+
 def test_advise_writes_a_plan_that_fit_takes(images, weights, tmp_path):
     # the plan file is the advised plan, and training by it works
     path = tmp_path / "plan.yaml"
@@ -108,6 +164,16 @@ def test_search_makes_plan_run_and_curve(images, weights, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     again = json.loads(command(*arguments).stdout)
     assert again["trials"] == found["trials"]
+
+
+def test_search_tells_the_test_metrics_of_the_winner(images, weights, tmp_path):
+    # they are what to report: the search never saw these data
+    shown = command(
+        "search", MODEL, "--data", images, *SIZE, *weights, "--out", tmp_path / "s", "--trials", 1,
+        "--depths", 1, "--epochs", 1, "--batch-size", 8, "--test-frac", 0.2,
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    assert "its run on the test data: loss" in shown.stdout
 
 
 def test_fit_with_strategy_auto_says_every_choice(images, weights, tmp_path):
@@ -189,6 +255,25 @@ def test_texts_are_diagnosed_against_a_signature(texts, tmp_path):
     data = json.loads(told.stdout)
     assert {entry["name"] for entry in data["inputs"]} == {"length", "fertility", "unknown"}
     assert data["moved"] == []
+
+
+def test_texts_need_no_labels_for_signature_and_diagnosis(texts, tmp_path):
+    # all rows of a table, or of a file of lines; and a table as the source itself
+    model, path = f"hf:{texts / 'bert'}", tmp_path / "sig.safetensors"
+    made = command(
+        "signature", model, "--data", texts / "source.csv", "--text-column", "text", "-o", path, "--json"
+    )
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["samples"] == 90
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(["a fine day", "rain again", "no more wind"] * 8))
+    for source in (["--signature", path], ["--source", texts / "source.csv"]):
+        told = command("diagnose", model, "--data", lines, "--text-column", "text", *source, "--json")
+        assert told.exit_code == 0, told.output
+        data = json.loads(told.stdout)
+        assert data["labels"] is None
+        assert data["samples"] == 24
+        assert {entry["name"] for entry in data["inputs"]} == {"length", "fertility", "unknown"}
 
 
 def test_texts_without_a_source_say_how_to_make_a_signature(texts):

@@ -89,10 +89,16 @@ def test_findings_of_the_audit_are_told(run, tmp_path):
 
 def test_page_of_a_search_lists_every_trial(data, tmp_path):
     # the curve's picture and one row a trial
-    search(make_model(), *data, trials=3, epochs=1, out=tmp_path / "s", refit="none")
+    search(make_model(), *data, test=data[1], trials=3, epochs=1, out=tmp_path / "s")
     page = write_report(tmp_path / "s").read_text()
     assert page.count("<svg") == 1
+    assert "test balanced_accuracy" in page
     assert page.count("<td class=words>complete</td>") + page.count("<td class=words>pruned</td>") == 3
+    # a linear probe has no decay, neither as a point of the curve nor as a trial
+    rows = [row for row in page.split("<tr>") if ">last 1</td>" in row]
+    assert len(rows) == 2
+    assert all("<td>-</td>" in row for row in rows)
+    assert any("<td>0.90</td>" in row for row in page.split("<tr>") if ">last 2</td>" in row)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

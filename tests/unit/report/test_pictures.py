@@ -1,6 +1,7 @@
 """Pictures hold the data they were given, and are written in every format."""
 
 import json
+import re
 
 import pytest
 
@@ -101,7 +102,27 @@ def test_every_format_is_written(tmp_path, name, start):
         assert json.loads(content)["title"].startswith("top_k(k=2)")
 
 
+def test_html_opens_without_a_network(tmp_path):
+    # Vega is inside: no script is loaded from anywhere
+    page = pictures.save_picture(pictures.plan_picture(explanation()), tmp_path / "a.html").read_text()
+    assert not re.findall(r"<(?:script|link)[^>]*(?:src|href)=", page)
+
+
+def test_the_axis_of_a_shift_reaches_beyond_its_intervals(tmp_path):
+    # the last label of the axis lies above the highest interval, and the lowest at 0
+    estimate = {"value": 0.711, "low": 0.688, "high": 0.734}
+    shift = {"groups": [{"group": "stem", "norms": estimate, "frechet": None}], "samples": 9, "level": 0.9}
+    svg = pictures.as_svg(pictures.shift_picture(shift))
+    axis = re.search(r"Y-axis titled '[^']*' for a linear scale with values from ([\d.]+) to ([\d.]+)", svg)
+    assert axis is not None
+    assert float(axis[1]) == 0
+    assert float(axis[2]) > estimate["high"]
+
+
 def test_unknown_format_is_refused(tmp_path):
     # the formats are listed
     with pytest.raises(DataError, match=r"a\.bmp.*\.png"):
         pictures.save_picture(pictures.plan_picture(explanation()), tmp_path / "a.bmp")
+    with pytest.raises(DataError, match="name of a file"):
+        pictures.check_picture(tmp_path)
+    assert pictures.check_picture(tmp_path / "a.svg") == tmp_path / "a.svg"
