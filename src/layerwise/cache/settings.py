@@ -2,8 +2,8 @@
 
 A temperature that follows a schedule, an adapter's scale, another activation, a hook that was added, a domain
 that is chosen before each batch: attributes of modules decide what a forward pass does. They are compared at
-every batch, so it must cost next to nothing where nothing changed: dictionaries are compared with copies of
-them, in which all values are the same objects.
+every batch, those of torch's own layers at every epoch. Where nothing changed that costs next to nothing:
+dictionaries are compared with copies of them, in which all values are the same objects.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _LARGE = 1000  # items: longer containers are data
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _APART = frozenset(vars(nn.Module()))  # looked at apart, or of no effect on a forward pass
 
+_Saved = list[tuple[Any, Any]]  # containers, and copies of them
 _Key = tuple[int, str]  # id of a module, name of an attribute
 
 
@@ -36,16 +37,20 @@ class Settings:
         self._numbers: dict[Any, int] = {}
         self._moving: set[_Key] = set()  # changed by the forward pass itself
         self._number = 0
+        self._modules: list[nn.Module] = []
+        self._saved: _Saved = []
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again which modules there are; once an epoch, as it takes a while."""
-        self._modules = [m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-        self._save()
+        """Look again which modules there are, torch's own included; once an epoch, as it takes a while."""
+        modules = [m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        if modules != self._modules or not self._is_same(self._saved):
+            self._modules = modules
+            self._save()
 
     def number(self) -> int:
         """Return a number: another one for other attributes, and the same again when they are back."""
-        if not self._is_same():
+        if not self._is_same(self._watched):
             self._save()
         return self._number
 
@@ -65,29 +70,32 @@ class Settings:
         self._moving |= now.keys() - self._before.keys()
         self._save(self._number)
 
-    def _is_same(self) -> bool:
+    def _is_same(self, saved: _Saved) -> bool:
+        for now, before in saved:
+            before["training"] = now["training"]  # `CutBook.state` looks at the modes
         try:
             return (
-                all([vars(module) == saved for module, saved in self._saved])
-                and all([now == saved for now, saved in self._contents])
+                all([now == before for now, before in saved])
+                and all([now == before for now, before in self._contents])
                 and all([tensor._version == version for tensor, version in self._tensors])
-                and self._hooks() == self._hook_counts
+                and sum(map(len, self._hooks)) == self._hook_count
             )
         except (RuntimeError, ValueError, TypeError):  # two different tensors cannot be compared: they differ
             return False
 
-    def _hooks(self) -> list[int]:
-        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules[1:]]
-
     def _save(self, number: int | None = None) -> None:
         """Take the attributes as they are now; they get `number`, if they were not met before."""
-        self._saved = [(module, dict(vars(module))) for module in self._modules]
-        self._contents: list[tuple[Any, Any]] = []
+        self._saved = [(vars(module), dict(vars(module))) for module in self._modules]
+        self._watched = [
+            saved for saved, module in zip(self._saved, self._modules) if not _is_of_torch(module)
+        ]
+        self._contents: _Saved = []
         self._tensors: list[tuple[torch.Tensor, int]] = []
-        self._hook_counts = self._hooks()
+        self._hooks = [h for m in self._modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hook_count = sum(map(len, self._hooks))
         looked_into: set[int] = set()
         for module in self._modules:
-            self._contents += [(d, dict(d)) for d in (module._modules, module._parameters)]
+            self._contents += [(d, dict(d)) for d in (module._modules, module._parameters) if d]
             for name, value in vars(module).items():
                 if name in _APART or id(value) in looked_into:
                     continue
@@ -122,33 +130,23 @@ class Settings:
 class Stillness:
     """Tells cheaply that frozen weights move while an epoch runs, as a momentum encoder's do.
 
-    Autograd's version counters and the place of the memory show most ways of writing; the content of a few
-    small tensors shows the others (``p.data.mul_``), as what moves the weights moves all of them.
+    Autograd's version counters show most ways of writing; the content of a few small tensors shows the others
+    (``p.data.mul_``, ``p.data = ...``), as what moves the weights moves all of them.
 
     Args:
         parameters: of the model.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._places = [(p, p._version, _address(p)) for p in parameters if not p.requires_grad]
-        small = sorted((p for p, *_ in self._places if p.numel()), key=torch.Tensor.numel)[:_SENTINELS]
+        self._versions = [(p, p._version) for p in parameters if not p.requires_grad]
+        small = sorted((p for p, _ in self._versions if p.numel()), key=torch.Tensor.numel)[:_SENTINELS]
         self._contents = [(p, p.detach().clone()) for p in small]
 
     def holds(self) -> bool:
         """Return whether no weight that is frozen now has changed since."""
-        return all(
-            [
-                p.requires_grad or (p._version == version and _address(p) == at)
-                for p, version, at in self._places
-            ]
-        ) and all([p.requires_grad or torch.equal(p, content) for p, content in self._contents])
-
-
-def _address(parameter: torch.Tensor) -> int:
-    try:
-        return parameter.data_ptr()
-    except (RuntimeError, NotImplementedError):  # subclasses without memory of their own
-        return 0
+        return all([p._version == version or p.requires_grad for p, version in self._versions]) and all(
+            [torch.equal(p, content) or p.requires_grad for p, content in self._contents]
+        )
 
 
 def _known(value: Any, depth: int = 0) -> str:
@@ -164,6 +162,11 @@ def _known(value: Any, depth: int = 0) -> str:
     if depth == 0 and _is_object(value):
         return f"{id(value)} {_known(vars(value), 1)}"
     return f"{type(value).__name__} {id(value)}"
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether a layer is one of torch's: nobody changes a stride from batch to batch."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _is_ours(value: Any) -> bool:
