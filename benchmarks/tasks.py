@@ -6,13 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
+
+if TYPE_CHECKING:
+    from layerwise.sources.texttable import TextTable
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def _resized(grey: Tensor, size: int) -> Tensor:
 
 
 @cache
-def elpv_pixels(size: int) -> tuple[Tensor, Tensor]:
-    """Solar cells, defective or not: float[2624, 3, size, size] in [0, 1], int[2624]."""
+def elpv_cells(size: int) -> tuple[Tensor, tuple[tuple[float, str], ...]]:
+    """Solar cells: float[2624, 3, size, size] in [0, 1]; of each probability of a defect, and the type."""
     import elpv_dataset
     from PIL import Image
 
@@ -105,7 +108,13 @@ def elpv_pixels(size: int) -> tuple[Tensor, Tensor]:
             small = image.convert("L").resize((size, size), Image.Resampling.BICUBIC)
             pictures.append(torch.from_numpy(np.asarray(small).copy()))
     grey = torch.stack(pictures)[:, None].float() / 255
-    return grey.expand(-1, 3, -1, -1).contiguous(), torch.tensor([int(float(r[1]) > 0.5) for r in rows])
+    return grey.expand(-1, 3, -1, -1).contiguous(), tuple((float(row[1]), row[2]) for row in rows)
+
+
+def elpv_pixels(size: int) -> tuple[Tensor, Tensor]:
+    """Solar cells, defective or not: float[2624, 3, size, size] in [0, 1], int[2624]."""
+    pixels, cells = elpv_cells(size)
+    return pixels, torch.tensor([int(probability > 0.5) for probability, _ in cells])
 
 
 @cache
@@ -155,7 +164,23 @@ PIXELS = {"photos": photo_pixels, "elpv": elpv_pixels, "mnist": mnist_pixels, "d
 
 def image_task(name: str, size: int, *, test: int = 700, seed: int = 2024) -> Task:
     """Return a data set of `PIXELS` for EfficientNet-Lite0, split once and for all into pool and test."""
-    pixels, labels = PIXELS[name](size)
+    return pixel_task(name, *PIXELS[name](size), test=test, seed=seed)
+
+
+def pixel_task(
+    name: str, pixels: Tensor, labels: Tensor, *, make: Callable[[int], nn.Module] = lite0,
+    test: int = 700, seed: int = 2024,
+) -> Task:  # fmt: skip
+    """Return pictures and their classes as a task, split once and for all.
+
+    Args:
+        name: of the task.
+        pixels: float[n, 3, size, size] in [0, 1].
+        labels: int64[n], from 0 without a gap.
+        make: number of classes -> the pretrained network; one that wants mean and standard deviation 0.5.
+        test: how many pictures are never trained on.
+        seed: of the split.
+    """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held, pool = order[:test], order[test:]
     x = normalised(pixels)
@@ -163,7 +188,7 @@ def image_task(name: str, size: int, *, test: int = 700, seed: int = 2024) -> Ta
 
     def network() -> nn.Module:
         # twice as fast on a CPU: the depthwise convolutions of channels-first tensors are slow
-        return lite0(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        return make(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     return Task(
         name, classes, TensorDataset(x[pool], labels[pool]), labels[pool],
@@ -174,14 +199,21 @@ def image_task(name: str, size: int, *, test: int = 700, seed: int = 2024) -> Ta
 def text_task(*, sections: int = 10, per_section: int = 300, length: int = 20, seed: int = 2024) -> Task:
     """Return the topics of Debian packages for MiniLM: one-line synopses, padded to `length` tokens."""
     from layerwise.sources.debian import TOPICS, debian_texts
+
+    table = debian_texts(sections=TOPICS[:sections], per_section=per_section, seed=seed)
+    return table_task("debian", table, length=length)
+
+
+def table_task(name: str, table: TextTable, *, length: int = 20) -> Task:
+    """Return labelled texts for MiniLM, cut or padded to `length` tokens; the part "train" is the pool."""
     from layerwise.sources.encoding import encode_texts
     from layerwise.sources.models import open_model
     from layerwise.sources.pooled import mean_pooled
     from layerwise.training.text_demo import minilm_folder
 
     spec = f"hf:{minilm_folder()}"
-    table = debian_texts(sections=TOPICS[:sections], per_section=per_section, seed=seed)
-    tokenizer = open_model(spec, num_classes=sections, task="text_classification").tokenizer
+    classes = len(table.classes)
+    tokenizer = open_model(spec, num_classes=classes, task="text_classification").tokenizer
 
     def rows(part: str) -> Rows:
         texts, targets = table.parts[part].texts, table.parts[part].targets or []
@@ -200,12 +232,10 @@ def text_task(*, sections: int = 10, per_section: int = 300, length: int = 20, s
         )
 
     def network() -> nn.Module:
-        return mean_pooled(open_model(spec, num_classes=sections, task="text_classification")).model
+        return mean_pooled(open_model(spec, num_classes=classes, task="text_classification")).model
 
     pool = rows("train")
-    return Task(
-        "debian", sections, pool, pool.columns["labels"], rows("test"), network, probe_lr=1e-2, lr=2e-4
-    )
+    return Task(name, classes, pool, pool.columns["labels"], rows("test"), network, probe_lr=1e-2, lr=2e-4)
 
 
 def corrupt(pixels: Tensor, kind: str, strength: float) -> Tensor:
