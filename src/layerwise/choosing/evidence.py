@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal
@@ -34,6 +34,24 @@ REFERENCE_WIDTH = 384
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """What class weights (``"balanced"``) do to the held-out predictions of a linear probe.
+
+    Attributes:
+        balanced_gain: balanced accuracy with weights minus without.
+        accuracy_gain: accuracy with weights minus without; mostly below 0.
+    """
+
+    balanced_gain: float
+    accuracy_gain: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether weights bring at least as much balanced accuracy as they cost accuracy."""
+        return self.balanced_gain + self.accuracy_gain >= 0
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The figures that decide.
 
@@ -52,6 +70,8 @@ class Evidence:
         transfer: transferability at every depth.
         measured: samples the transferability was measured on.
         width: number of features that the head gets.
+        weighting: what class weights do to a probe; None if not tried (no imbalance, or a class with a
+            single sample).
         recalibrated: the same after batch-norm statistics were set to the target's; None if not tried.
         unknown: why nothing could be compared; empty where something was.
         notes: what else could not be measured.
@@ -73,11 +93,17 @@ class Evidence:
     notes: tuple[str, ...] = ()
     imbalance_p: float = 0.0
     width: int = REFERENCE_WIDTH
+    weighting: Weighting | None = None
 
     @property
     def imbalanced(self) -> bool:
         """Whether the largest class is three times the smallest, and not by the luck of a small sample."""
         return self.imbalance >= 3 and self.imbalance_p < 0.01
+
+    @property
+    def weighted(self) -> bool:
+        """Whether to weight the classes: they are imbalanced, and weights did not lose when tried."""
+        return self.imbalanced and (self.weighting is None or self.weighting.pays)
 
     @property
     def probe(self) -> float:
@@ -223,7 +249,36 @@ def gather_evidence(
         unknown=unknown,
         notes=found.notes,
     )
+    if evidence.imbalanced and counts.min() >= 2:
+        last = next(reversed(found.groups.values()))
+        evidence = replace(evidence, weighting=try_weights(last, found.labels, seed=seed))
     return evidence, layers
+
+
+def try_weights(features: npt.ArrayLike, labels: Any, *, seed: int = 0) -> Weighting:
+    """Return what class weights do to the held-out predictions of a linear probe, on the same folds.
+
+    Args:
+        features: shape (n, d).
+        labels: shape (n,), at least two of each class.
+        seed: of the three folds (two where a class has two samples).
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x = np.asarray(features)
+    y = np.unique(np.asarray(labels), return_inverse=True)[1]
+    split = StratifiedKFold(min(3, int(np.bincount(y).min())), shuffle=True, random_state=seed)
+    accuracy, balanced = [], []
+    for weights in (None, "balanced"):
+        # as layerwise.choosing.transferability.probe_predictions
+        classifier = LogisticRegression(C=x.shape[1] ** -0.5, max_iter=300, tol=1e-3, class_weight=weights)
+        right = cross_val_predict(make_pipeline(StandardScaler(), classifier), x, y, cv=split) == y
+        accuracy.append(float(right.mean()))
+        balanced.append(float(np.mean([right[y == c].mean() for c in np.unique(y)])))
+    return Weighting(balanced[1] - balanced[0], accuracy[1] - accuracy[0])
 
 
 def chance_of(counts: npt.ArrayLike) -> float:

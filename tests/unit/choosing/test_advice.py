@@ -74,6 +74,15 @@ def test_imbalance_sets_the_class_weights(model):
     assert found.fit_options == {"class_weights": "balanced"}
 
 
+def test_class_weights_are_not_advised_where_a_probe_loses_by_them(model):
+    # labels that no feature tells: weights only turn samples of the large class to the small one
+    x, _ = images(300, seed=4)
+    y = (torch.rand(300, generator=torch.Generator().manual_seed(0)) < 0.12).long()
+    found = advised(model, x, y)
+    assert found.fit_options == {}
+    assert "cost more than they bring" in next(r.text for r in found.reasons if r.about == "classes")
+
+
 def test_network_without_norms_and_source_is_advised_with_low_confidence():
     # similarity is unknown, the message names the command, and the features still speak
     model = pretrained(norm=False)

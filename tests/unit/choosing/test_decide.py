@@ -9,7 +9,7 @@ from layerwise.choosing import decide as module
 from layerwise.choosing.decide import Choice, decide, default_epochs, matrix_cell, size_of
 from layerwise.choosing.depths import DepthScores, Transferability
 from layerwise.choosing.distances import Estimate
-from layerwise.choosing.evidence import Evidence, chance_of, similarity, thresholds
+from layerwise.choosing.evidence import Evidence, Weighting, chance_of, similarity, thresholds
 from layerwise.choosing.shift_result import GroupShift, InputShift, Shift
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.plan import Norms
@@ -209,6 +209,19 @@ def test_imbalance_is_a_reason():
     # five to one: weights are advised
     assert any(r.about == "classes" for r in decide(evidence(imbalance=5.0), layers_of()).reasons)
     assert not any(r.about == "classes" for r in decide(evidence(imbalance=1.5), layers_of()).reasons)
+
+
+@pytest.mark.parametrize(
+    ("balanced", "accuracy", "weighted"), [(0.05, -0.02, True), (0.02, -0.05, False), (0.0, 0.0, True)]
+)
+def test_class_weights_that_cost_more_than_they_bring_are_not_advised(balanced, accuracy, weighted):
+    # both figures are told; accuracy lost is set against balanced accuracy won
+    found = evidence(imbalance=5.0, weighting=Weighting(balanced, accuracy))
+    assert found.weighted == weighted
+    reason = next(r for r in decide(found, layers_of()).reasons if r.about == "classes")
+    assert f"{balanced:+.1%} of balanced accuracy and {accuracy:+.1%} of accuracy" in reason.text
+    assert ("class_weights='balanced'" in reason.text) == weighted
+    assert not evidence(imbalance=1.5, weighting=Weighting(0.1, 0.0)).weighted
 
 
 def test_uneven_counts_that_may_be_luck_are_no_reason():
