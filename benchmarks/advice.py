@@ -72,6 +72,8 @@ BASELINES = ("linear_probe", "top_k(k=2)", "full", "fine_tune")
 """What people do without advice; ``fine_tune`` is fastai's recipe at its own default rate."""
 FINE_TUNE_LR = 2e-3
 CHOOSERS = ("advise", "auto")
+FIRST = "advise, as first held out"
+"""What was advised before held-out results changed a rule; kept in the results where it differs."""
 
 
 @dataclass
@@ -252,9 +254,16 @@ def _since(began: float) -> float:
 
 
 def regrets(rows: list[dict[str, Any]]) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
-    """Return each plan's regrets: of every task and size, of every cell; and the number of whole cells."""
+    """Return each plan's regrets: of every task and size, of every cell; and the number of whole cells.
+
+    `FIRST` is among the plans where a cell has it; in the other cells it is what is advised now.
+    """
     accuracy = {(r["task"], r["samples"], r["seed"], r["plan"]): 100 * r["accuracy"] for r in rows}
     plans = list(dict.fromkeys([*CHOOSERS, *BASELINES, *GRID]))
+    if any(row["plan"] == FIRST for row in rows):
+        plans.insert(1, FIRST)
+        advised = {key[:3]: value for key, value in accuracy.items() if key[3] == "advise"}
+        accuracy = {**{(*place, FIRST): value for place, value in advised.items()}, **accuracy}
     whole = [place for place in sorted({key[:3] for key in accuracy})
              if all((*place, plan) in accuracy for plan in GRID)]  # fmt: skip
     by_cell: dict[str, list[float]] = {plan: [] for plan in plans}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from benchmarks import advice
-from benchmarks.advice import GRID, GROUPS, each, regrets, table
+from benchmarks.advice import FIRST, GRID, GROUPS, each, regrets, table
 from benchmarks.held_out import MissingPackageError
 
 
@@ -45,6 +45,15 @@ def test_a_chooser_that_has_not_all_seeds_of_a_size_is_not_averaged_with_those_t
     by_size, by_cell, _ = regrets(more)
     assert by_size["auto"] == []
     assert by_cell["auto"] == pytest.approx([0.0])
+
+
+def test_what_was_advised_first_differs_where_it_was_kept():
+    # one seed has another first advice; in the other it is what is advised now
+    first = {**TWO_SEEDS[0], "plan": FIRST, "accuracy": 0.75}
+    _, by_cell, _ = regrets([*TWO_SEEDS, first])
+    assert by_cell["advise"] == pytest.approx([10.0, 0.0])
+    assert by_cell[FIRST] == pytest.approx([5.0, 0.0])
+    assert FIRST not in regrets(TWO_SEEDS)[1]
 
 
 def test_the_table_says_of_how_many_cells_it_is():
