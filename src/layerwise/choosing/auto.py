@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from layerwise.choosing.advice import Advice, advice_from
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 TRIALS = 8
 """Trials of the short search where no budget in minutes is given."""
 CLEAR = 2.0
-"""Standard errors from which on the best of so many trials counts as better than the advice."""
+"""Standard errors from which on one other choice counts as better than the advice; see `clear_errors`."""
 RATES = 10.0
 """Factor around the advised rate of plans that train more than the head, within which rates are tried."""
 
@@ -204,9 +205,9 @@ def pick(
 ) -> tuple[Plan, float, str]:
     """Return plan and base rate: the search's winner, or the advice where the winner is not clearly better.
 
-    Clearly is by more than two standard errors of the difference of two accuracies on the validation data,
-    ``sqrt((p (1 - p) + q (1 - q)) / n)``: the best of many trials on few samples is often luck, and the
-    advice does not rest on them. A metric outside [0, 1] (a loss) is taken at its word.
+    Clearly is by more than `clear_errors` standard errors of the difference of two accuracies on the
+    validation data, ``sqrt((p (1 - p) + q (1 - q)) / n)``: the best of many choices on few samples is often
+    luck, and the advice does not rest on them. A metric outside [0, 1] (a loss) is taken at its word.
 
     Args:
         advice: whose strategy was among the choices of the search.
@@ -228,7 +229,8 @@ def pick(
         return found.plan, found.lr, f"the search found better: {found.metric} {best.mean:.4f}"
     error = sum(p * (1 - p) for p in (best.mean, advised.mean)) / max(val_samples, 1)
     error = float(error**0.5)
-    if gain > CLEAR * error:
+    clear = clear_errors(len(found.curve) - 1)
+    if gain > clear * error:
         return (
             found.plan,
             found.lr,
@@ -238,8 +240,21 @@ def pick(
         advice.plan,
         advice.lr,
         f"{best.choice} gains {gain:+.1%} over the advice on {val_samples} validation samples, which is "
-        f"within {CLEAR:g} standard errors of {error:.1%}: the advice stays",
+        f"within {clear:.2g} standard errors of {error:.1%}: the advice stays",
     )
+
+
+def clear_errors(rivals: int) -> float:
+    """Return the standard errors by which the best of so many other choices has to beat the advice.
+
+    Every rival is one more chance of luck, so the probability of `CLEAR` errors is divided among them
+    (Bonferroni).
+
+    >>> [round(clear_errors(rivals), 2) for rivals in (1, 2, 4, 8)]
+    [2.0, 2.28, 2.53, 2.77]
+    """
+    normal = NormalDist()
+    return normal.inv_cdf(1 - (1 - normal.cdf(CLEAR)) / rivals)
 
 
 _OWN = ("lr", "batch_size", "seed", "checkpoint_every_steps", "keep_checkpoints", "early_stopping")

@@ -40,6 +40,26 @@ def test_the_best_of_many_trials_needs_two_standard_errors():
     assert picked(0.7, 0.9, val_samples=40, strategy="last 2")[0] == "found plan"
 
 
+def test_the_best_of_more_choices_has_to_win_by_more():
+    # 25 points on 20 samples are 2.2 standard errors: enough for one rival, not for the best of four
+    advice = SimpleNamespace(strategy="full", plan="advised plan", lr=0.001)
+
+    def chosen(rivals):
+        others = [point(f"last {k}", 0.95 if k == 1 else 0.6) for k in range(1, rivals + 1)]
+        found = SimpleNamespace(
+            curve=(point("full", 0.7), *others),
+            best=others[0],
+            plan="found plan",
+            lr=0.01,
+            metric="accuracy",
+        )
+        return pick(advice, found, val_samples=20)
+
+    assert chosen(1)[0] == "found plan"
+    assert chosen(4)[0] == "advised plan"
+    assert "within 2.5 standard errors" in chosen(4)[2]
+
+
 def test_agreement_and_a_missing_trial_keep_the_advice():
     # the winner is the advised strategy; the budget ended before the advised plan was tried
     assert picked(0.9, 0.9, val_samples=100) == ("advised plan", 0.001)
