@@ -40,9 +40,8 @@ from torch.utils.data import Subset
 from benchmarks.held_out import HELD_OUT, MissingPackageError, held_out_task
 from benchmarks.tasks import PIXELS, Rows, Task, image_task, text_task
 from layerwise.choosing.advice import Advice, advise
-from layerwise.choosing.auto import pick
+from layerwise.choosing.auto import TRIALS, pick, space_around
 from layerwise.choosing.search import search
-from layerwise.choosing.space import spread_depths
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
@@ -137,15 +136,15 @@ class Cell:
         chosen = self.task.draw(self.samples, self.seed)
         order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(self.seed))]
         held, rest = order[: len(order) // 5].tolist(), order[len(order) // 5 :].tolist()
+        space = space_around(self.advice, groups=len(self.layers))
         # "balanced" needs every class, and a rare one may be held out whole
         whole = len(self.task.labels[rest].unique()) == self.task.classes
         result = search(
             copy.deepcopy(self.model()), Subset(self.task.pool, rest), Subset(self.task.pool, held),
-            trials=8, depths=spread_depths(len(self.layers), count=4), strategies=[self.advice.strategy],
-            epochs=self.epochs, layers=self.layers, batch_size=BATCH, metric="accuracy", refit="none",
+            trials=TRIALS, **space, layers=self.layers, batch_size=BATCH, metric="accuracy", refit="none",
             fit_options=self.advice.fit_options if whole else {}, seed=self.seed,
         )  # fmt: skip
-        plan, lr, why = pick(self.advice, result, val_samples=len(held))
+        plan, lr, why = pick(self.advice, result, val_samples=len(held), tried=space["strategies"][0])
         return plan, lr, {"searched": result.best.choice, "why": why}
 
 

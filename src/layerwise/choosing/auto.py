@@ -164,21 +164,13 @@ def _search(
     say: Callable[[str], None],
 ) -> SearchResult:
     """Return what a short search finds; it begins with the advised plan at its own rate."""
-    body = min([advice.lr, *(other.lr for other in advice.alternatives)])
-    lowest, highest = body / RATES, max(body * RATES, advice.lr)
-    tried, policy = _searchable(advice), advice.plan.phases[0].norms.policy
     return search(
         prepared.opened.model,
         prepared.data.train,
         prepared.data.val,
         trials=trials if minutes is None else None,
         minutes=minutes,
-        depths=spread_depths(len(prepared.layers), count=4),
-        strategies=[tried],
-        begin_with=[(tried, advice.lr)],
-        lr=(lowest, highest),
-        epochs=advice.plan.total_epochs(1),
-        norms=None if policy == "follow" else policy,
+        **space_around(advice, groups=len(prepared.layers)),
         layers=prepared.layers,
         batch_size=int(options.get("batch_size", 32)),
         fit_options={
@@ -189,6 +181,24 @@ def _search(
         seed=prepared.job.seed,
         say=say,
     )
+
+
+def space_around(advice: Advice, *, groups: int) -> dict[str, Any]:
+    """Return the options of `search` that follow from advice: what is tried, at which rates, for how long.
+
+    The advised strategy comes first, at its own rate; then it and four depths of so many `groups` at rates
+    within a factor of `RATES` around the lowest rate advised, and with the advised batch-norm policy.
+    """
+    body = min([advice.lr, *(other.lr for other in advice.alternatives)])
+    tried, policy = _searchable(advice), advice.plan.phases[0].norms.policy
+    return {
+        "depths": spread_depths(groups, count=4),
+        "strategies": [tried],
+        "begin_with": [(tried, advice.lr)],
+        "lr": (body / RATES, max(body * RATES, advice.lr)),
+        "epochs": advice.plan.total_epochs(1),
+        "norms": None if policy == "follow" else policy,
+    }
 
 
 def _searchable(advice: Advice) -> str:

@@ -7,10 +7,11 @@ import pytest
 from torch.utils.data import TensorDataset
 
 from layerwise.choosing import auto
-from layerwise.choosing.auto import choose_plan, expected_s, pick
+from layerwise.choosing.auto import choose_plan, expected_s, pick, space_around
 from layerwise.choosing.search_result import CurvePoint
 from layerwise.errors import DataError
 from layerwise.plans.parsing import parse_strategy
+from layerwise.plans.plan import Norms
 
 from .small import images, map_of, pretrained
 
@@ -169,6 +170,21 @@ def test_epochs_after_the_first_cost_what_learns():
     )
     assert expected_s(measured, plan, counted) == pytest.approx(25)
     assert expected_s(measured, plan, layers) == pytest.approx(40)
+
+
+def test_what_is_searched_lies_around_the_advice(prepared):
+    # the advised plan at its own rate first; rates around the lowest advised one, and as high as the probe's
+    plan = parse_strategy("linear_probe", prepared.layers, epochs=7, norms=Norms(policy="freeze"))
+    other = SimpleNamespace(lr=1e-3)
+    advice = SimpleNamespace(plan=plan, strategy="linear_probe", lr=5e-2, alternatives=[other])
+    found = space_around(advice, groups=5)
+    assert found["begin_with"] == [("linear_probe", 5e-2)]
+    assert found["strategies"] == ["linear_probe"]
+    assert found["lr"] == pytest.approx((1e-4, 5e-2))
+    assert (found["epochs"], found["norms"]) == (7, "freeze")
+    assert max(found["depths"]) <= 5
+    follows = SimpleNamespace(**{**vars(advice), "plan": parse_strategy("full", prepared.layers, epochs=1)})
+    assert space_around(follows, groups=5)["norms"] is None
 
 
 def test_a_pull_towards_the_pretrained_weights_is_searched_with(prepared):
