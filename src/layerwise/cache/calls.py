@@ -16,10 +16,11 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.checking import no_autocast_cache
 from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook
-from layerwise.cache.feed import OtherShapeError, Phase
+from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
 from layerwise.cache.link import Link, autocast_state, find_link

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.calls import Refuse
 from layerwise.cache.cutbook import CutBook
-from layerwise.cache.feed import OtherShapeError, Phase
+from layerwise.cache.feed import Phase
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from layerwise.cache.batchshape import BatchShape, Kind
 from layerwise.cache.cut import CallId, Cut, Site
 from layerwise.cache.decision import Decision, format_bytes
 from layerwise.cache.ghost import ghost
@@ -24,13 +25,6 @@ from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 _LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
-
-Kind = tuple[tuple[tuple[int, ...], torch.dtype], ...]
-"""For each tensor of a batch, its shape without the first dimension, and its type."""
-
-
-class OtherShapeError(CacheError):
-    """A batch has other shapes than its samples had before."""
 
 
 @dataclass
@@ -69,72 +63,6 @@ class Phase:
     verified: bool = False
     ghosts: frozenset[int] = frozenset()
     decision: Decision | None = None
-
-
-@dataclass
-class BatchShape:
-    """How the loader's batches look: learned from the first one.
-
-    Attributes:
-        template: its structure, with meta tensors.
-        blank: its structure, with None in place of tensors.
-        rows: for each tensor, its shape without the first dimension, and type.
-    """
-
-    template: Any
-    blank: Any
-    rows: Kind
-
-    @classmethod
-    def of(cls, batch: Any, size: int) -> BatchShape:
-        """Learn from a batch of `size` samples.
-
-        Raises:
-            CacheError: a tensor's first dimension does not count samples.
-        """
-        leaves = tensors_in(batch)
-        if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != size for leaf in leaves):
-            shapes = [tuple(leaf.shape) for leaf in leaves]
-            raise CacheError(
-                f"the tensors of a batch of {size} samples have the shapes {shapes}: the first dimension "
-                f"must count samples."
-            )
-        template = map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-        if len(tensors_in(template)) != len(leaves):
-            raise CacheError(f"tensors inside a {type(batch).__name__} cannot be replaced.")
-        blank = map_tensors(batch, lambda tensor: None)
-        return cls(template, blank, tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves))
-
-    def check(self, batch: Any, size: int) -> list[torch.Tensor]:
-        """Return the tensors of another batch of the same shape.
-
-        Raises:
-            OtherShapeError: its samples have other shapes.
-        """
-        other = BatchShape.of(batch, size)
-        other.require(self.rows)
-        return tensors_in(batch)
-
-    def has_other_values(self, batch: Any) -> bool:
-        """Return whether what is no tensor in another batch is not what it was in the first one."""
-        try:
-            return bool(map_tensors(batch, lambda tensor: None) != self.blank)
-        except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
-            return True
-
-    def require(self, rows: Kind) -> None:
-        """Compare with the shapes that the samples had before.
-
-        Raises:
-            OtherShapeError: they are others.
-        """
-        if self.rows != rows:
-            raise OtherShapeError(
-                f"samples differ in shape from batch to batch ({rows[0][0]}, then {self.rows[0][0]}): "
-                f"padding to the longest of a batch changes the last bits of what the prefix computes. Pad "
-                f"each sample to a length of its own, and make batches of one length: "
-                f"layerwise.training.data.EpochBatches(lengths=...)."
-            )
 
 
 @dataclass(eq=False)

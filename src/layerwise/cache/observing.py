@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.cache.batchshape import BatchShape
 from layerwise.cache.checking import ContentGuard, difference
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.decision import kept
 from layerwise.cache.evenness import ElementwiseLog
-from layerwise.cache.feed import BatchShape, Feed, Phase, padded
+from layerwise.cache.feed import Feed, Phase, padded
 from layerwise.cache.fingerprint import named_tensors, quick_state
 from layerwise.cache.ghost import ghost
 from layerwise.cache.link import Link

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from layerwise.cache.batchshape import Kind
 from layerwise.cache.datawatch import DataWatch
-from layerwise.cache.feed import Feed, Kind, Phase, merged
+from layerwise.cache.feed import Feed, Phase, merged
 from layerwise.cache.reading import LoaderReader
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
