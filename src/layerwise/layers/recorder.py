@@ -3,67 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerwise.layers.flops import COUNTED, flops
-from layerwise.layers.graph import Call, Effect, Op, Value, ValueKind
+from layerwise.layers.flops import flops
+from layerwise.layers.graph import Call, Op, Value, ValueKind
+from layerwise.layers.operators import (
+    TRAINING_ARGUMENTS,
+    Facts,
+    argument_of,
+    constants_of,
+    content_of,
+    effect_of,
+    factory_size,
+    facts_of,
+    is_shaped_by_data,
+)
 from layerwise.layers.structures import map_tensors, tensors_in
 
 _SMALL = 2**16  # elements: up to here masks, indices and flags keep their real values
 _SMALL_PRODUCT = 2**24  # elements: bound on what broadcasting small tensors against each other makes
-
-_BATCH_NORMS = frozenset({"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_stats"})
-_TRAINING_ARGUMENTS = ("training", "train", "use_input_stats")
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What an operator's schema says, looked up once."""
-
-    name: str
-    arguments: tuple[str, ...]
-    written: frozenset[str]
-    """Names of the arguments that it writes in place."""
-    is_view: bool
-    is_query: bool
-    draws_random: bool
-    is_attention: bool
-    is_batch_norm: bool
-    is_shaped_by_data: bool
-    counts_flops: bool
-
-
-@functools.cache
-def _facts(func: Any) -> _Facts:
-    schema = func._schema
-    name = str(func.__name__).split(".")[0]
-    written = frozenset(
-        argument.name
-        for argument in schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    return _Facts(
-        name=name,
-        arguments=tuple(argument.name for argument in schema.arguments),
-        written=written,
-        is_view=not written and any(result.alias_info is not None for result in schema.returns),
-        is_query=func.namespace == "prim",  # .device, .layout: no data
-        draws_random=torch.Tag.nondeterministic_seeded in func.tags,
-        is_attention="attention" in name,
-        is_batch_norm="batch_norm" in name and "backward" not in name,
-        is_shaped_by_data=torch.Tag.dynamic_output_shape in func.tags,
-        counts_flops=name in COUNTED,
-    )
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -147,7 +111,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             if key is None:
                 key = self._by_storage[storage] = self._new_value("constant", tensor)
                 self.values[key].learns = tensor.requires_grad
-                self.values[key].content = _content(tensor)
+                self.values[key].content = content_of(tensor)
                 self._kept.append(tensor)
         return key
 
@@ -173,7 +137,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        facts = _facts(func)
+        facts = facts_of(func)
         if facts.is_query:
             return func(*args, **kwargs)
         read: list[torch.Tensor] = []
@@ -183,9 +147,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             _collect(argument, read)
             if name in facts.written:
                 written += read[before:]
-        if facts.is_batch_norm and _argument(facts, args, kwargs, *_TRAINING_ARGUMENTS) is True:
+        if facts.is_batch_norm and argument_of(facts, args, kwargs, *TRAINING_ARGUMENTS) is True:
             # older schemas do not say that the running statistics are written
-            statistics = (_argument(facts, args, kwargs, name) for name in ("running_mean", "running_var"))
+            statistics = (argument_of(facts, args, kwargs, name) for name in ("running_mean", "running_var"))
             written += [t for t in statistics if t is not None and not any(t is w for w in written)]
         reads = tuple(dict.fromkeys(self.key(tensor) for tensor in read))
         mutates = tuple(dict.fromkeys(self.key(tensor) for tensor in written))
@@ -202,7 +166,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
 
     def _book(
         self,
-        facts: _Facts,
+        facts: Facts,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         reads: tuple[int, ...],
@@ -241,11 +205,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 buffers=tuple(value.name for kind, value in kinds if kind == "buffer"),
                 inputs=tuple(value.input for kind, value in kinds if kind == "input"),
                 sources=tuple(sorted(sources)),
-                effect=_effect(facts, args, kwargs),
-                syncs=bool(reads) and (not writes or _shaped_by_data(facts, args)),
+                effect=effect_of(facts, args, kwargs),
+                syncs=bool(reads) and (not writes or is_shaped_by_data(facts, args)),
                 flops=flops(facts.name, args, results[0]) if facts.counts_flops and results else 0,
                 output_bytes=size,
-                constants=_constants(facts, args, kwargs),
+                constants=constants_of(facts, args, kwargs),
             )
         )
         for key in writes:
@@ -298,7 +262,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         if mutates and any(self.values[key].kind != "computed" for key in mutates):
             return False
         if not read:
-            return _factory_size(func, args) <= _SMALL
+            return factory_size(func, args) <= _SMALL
         product = 1
         for tensor in read:
             if not self._keeps_value(tensor):
@@ -409,66 +373,3 @@ def _collect(argument: Any, into: list[torch.Tensor]) -> None:
     elif isinstance(argument, tuple | list):
         for item in argument:
             _collect(item, into)
-
-
-def _argument(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> Any:
-    """Return the first of the arguments `names` that was given, else None."""
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-        if name in facts.arguments and (position := facts.arguments.index(name)) < len(args):
-            return args[position]
-    return None
-
-
-def _shaped_by_data(facts: _Facts, args: tuple[Any, ...]) -> bool:
-    """Whether the data decide the shape of the result, as for ``nonzero()`` and ``x[mask]``."""
-    if facts.name == "index":  # its tag says that masks are possible
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return facts.is_shaped_by_data
-
-
-def _effect(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Effect | None:
-    if facts.is_batch_norm:
-        training = _argument(facts, args, kwargs, *_TRAINING_ARGUMENTS) is True
-        # instance norm is a batch-norm over a batch of one, made of all samples' channels
-        return "batch" if training and args[0].shape[0] != 1 else None
-    if not facts.draws_random:
-        return None
-    if facts.is_attention and not _argument(facts, args, kwargs, "dropout_p"):
-        return None
-    switch = _argument(facts, args, kwargs, *_TRAINING_ARGUMENTS)
-    return None if switch is False else "random"
-
-
-def _constants(facts: _Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return the arguments as text: of tensors, what part of their memory they are, the samples left out."""
-    given = (*zip(facts.arguments, args), *sorted(kwargs.items()))
-    return ", ".join(f"{name}={_text(value)}" for name, value in given)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        strided = value.layout == torch.strided
-        return f"{tuple(value.shape[1:])} {value.stride()} {value.storage_offset()}" if strided else "tensor"
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_text, value))}]"
-    return "generator" if isinstance(value, torch.Generator) else str(value)
-
-
-def _content(tensor: torch.Tensor) -> str:
-    """Return a hash of a tensor's data; ``""`` if it has none to look at."""
-    if type(tensor) is FakeTensor or tensor.device.type == "meta" or tensor.layout != torch.strided:
-        return ""
-    with torch.no_grad(), _disable_current_modes():
-        data = tensor.detach().cpu().contiguous().reshape(-1).resolve_conj().resolve_neg()
-        raw = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + raw).hexdigest()
-
-
-def _factory_size(func: Any, args: tuple[Any, ...]) -> float:
-    """Return how many elements an operation without tensor arguments makes; inf if it cannot be told."""
-    if args and isinstance(args[0], tuple | list):
-        return math.prod(int(length) for length in args[0])
-    numbers = [abs(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool)]
-    return max(numbers, default=math.inf)
