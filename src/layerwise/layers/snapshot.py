@@ -8,6 +8,7 @@ a few objects deep. What a closure or a module's globals hold is not.
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import sys
 from collections import deque
@@ -39,54 +40,86 @@ class Snapshot:
     def __init__(self, roots: Iterable[Any], *, generators_only: bool = False) -> None:
         self._only = generators_only
         self._restores: list[_Restore] = []
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._seen: set[int] = set()
         self.generators: list[Any] = []
         for root in roots:
-            self._keep(root, 0, is_root=True)
+            if isinstance(root, nn.Module):
+                self._keep_module(root)
+            else:
+                self._keep(root, 0)
 
     def restore(self) -> None:
         """Put everything back."""
         for restore in self._restores:
             restore()
+        for now, content in self._dicts:
+            _put_back(now, content)
 
     def states(self) -> list[str]:
         """Return the present states of the random generators that were found, to be compared."""
         return [_told(generator) for generator in self.generators]
 
-    def _keep(self, thing: Any, depth: int, *, is_root: bool = False) -> None:
-        if id(thing) in self._seen or isinstance(thing, _LEAVES):
+    def _keep(self, thing: Any, depth: int) -> None:
+        if id(thing) in self._seen or isinstance(thing, nn.Module):
             return
+        self._seen.add(id(thing))
         state = _generator_state(thing)
         if state is not None:
-            self._seen.add(id(thing))
             self.generators.append(thing)
             self._restores.append(state)
             return
-        if depth > _DEPTH or (isinstance(thing, nn.Module) and not is_root):
+        if depth > _DEPTH or isinstance(thing, torch.Tensor):
             return
-        self._seen.add(id(thing))
         if isinstance(thing, dict | list | set | deque):
-            if not self._only:
+            if isinstance(thing, dict) and not self._only:
+                self._dicts.append((thing, thing.copy()))
+            elif not self._only:
                 self._restores.append(_container_state(thing))
-            items: Iterable[Any] = thing.values() if isinstance(thing, dict) else thing
+            items: Any = thing.values() if isinstance(thing, dict) else thing
         elif isinstance(thing, tuple):
             items = thing
         elif hasattr(thing, "__dict__"):
             attributes = vars(thing)
             if not self._only:
-                self._restores.append(_attributes_state(attributes))
+                self._dicts.append((attributes, attributes.copy()))
             items = attributes.values()
         else:
             return
-        if len(items) <= _LARGE:  # type: ignore[arg-type]
-            for item in list(items):
+        if len(items) <= _LARGE:
+            for item in [item for item in items if type(item) not in _LEAVES]:
                 self._keep(item, depth + 1)
 
+    def _keep_module(self, module: nn.Module) -> None:
+        """Keep a module's own attributes; of what every module has, only what a forward pass may change."""
+        attributes = vars(module)
+        self._seen.add(id(module))
+        if not self._only:
+            own = (attributes, *(attributes[name] for name in _KEPT if name in attributes))
+            self._dicts += [(now, now.copy()) for now in own]
+        for name, value in attributes.items():
+            if name not in _EVERY_MODULES and type(value) not in _LEAVES:
+                self._keep(value, 1)
 
-_LEAVES = (
-    str, bytes, int, float, complex, type(None), type, torch.Tensor, torch.Size, torch.device, torch.dtype,
-    FunctionType, BuiltinFunctionType, MethodType, ModuleType,
-)  # fmt: skip
+
+_LEAVES = frozenset({
+    str, bytes, bool, int, float, complex, type(None), type, torch.Tensor, nn.Parameter, torch.Size,
+    torch.device, torch.dtype, FunctionType, BuiltinFunctionType, MethodType, ModuleType,
+})  # fmt: skip
+
+
+_EVERY_MODULES = frozenset(vars(nn.Module()))
+_KEPT = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
+        return
+    if now.keys() == before.keys():
+        now.update(before)  # keeps the order, and views of the dictionary
+    else:
+        now.clear()
+        now.update(before)
 
 
 def _generator_state(thing: Any) -> _Restore | None:
@@ -98,10 +131,12 @@ def _generator_state(thing: Any) -> _Restore | None:
         python = thing.getstate()
         return lambda: thing.setstate(python)
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(thing, numpy.random.RandomState):
+    if numpy is None or not type(thing).__module__.startswith("numpy."):
+        return None
+    if isinstance(thing, numpy.random.RandomState):
         legacy = thing.get_state()
         return lambda: thing.set_state(legacy)
-    if numpy is not None and isinstance(thing, numpy.random.Generator):
+    if isinstance(thing, numpy.random.Generator):
         bits, inner = thing.bit_generator, thing.bit_generator.state
         return lambda: setattr(bits, "state", inner)
     return None
@@ -126,29 +161,11 @@ def _container_state(thing: Any) -> _Restore:
     def restore() -> None:
         if isinstance(thing, list):
             thing[:] = content
-        elif not (isinstance(thing, dict) and _same_items(thing, content)):  # keeps a dictionary's views
+        else:
             thing.clear()
             (thing.extend if isinstance(thing, deque) else thing.update)(content)
 
     return restore
-
-
-def _attributes_state(attributes: dict[str, Any]) -> _Restore:
-    content = dict(attributes)
-
-    def restore() -> None:
-        for name in [name for name in attributes if name not in content]:
-            del attributes[name]
-        attributes.update(content)
-
-    return restore
-
-
-def _same_items(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return len(now) == len(before) and all(
-        key is old_key and value is old_value
-        for (key, value), (old_key, old_value) in zip(now.items(), before.items(), strict=True)
-    )
 
 
 def plain_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
