@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -61,7 +61,7 @@ class DataWatch:
             load: returns the samples of `loaded`, loaded again.
         """
         now = state_of(self._dataset)
-        found = sorted(_different(self._last, now) - self._loading)
+        found = sorted(_different(self._last, now, self._loading))
         if not found:
             return ""
         samples = _digests(load())
@@ -85,7 +85,7 @@ class DataNames:
         """
         before = state_of(dataset)
         for known, state, loading, name in self._known:
-            if known is dataset and not _different(state, before) - loading:
+            if known is dataset and not _different(state, before, loading):
                 return name
         name = make()
         after = state_of(dataset)
@@ -97,8 +97,11 @@ def _digests(samples: Any) -> list[str]:
     return [tensor_digest(tensor) for tensor in tensors_in(samples)]
 
 
-def _different(one: State, other: State) -> set[str]:
-    return {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+def _different(one: State, other: State, left_out: Set[str] = frozenset()) -> set[str]:
+    """Return the paths at which two states differ, without those at or below `left_out`."""
+    differ = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    below = tuple(f"{name}{mark}" for name in left_out for mark in ".[")
+    return {name for name in differ if name not in left_out and not name.startswith(below)}
 
 
 def state_of(dataset: Any) -> State:

@@ -22,7 +22,7 @@ _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torc
 _APART = frozenset(vars(nn.Module()))  # looked at apart, or of no effect on a forward pass
 
 _Saved = list[tuple[Any, Any]]  # containers, and copies of them
-_Key = tuple[int, str]  # id of a module, name of an attribute
+_Key = tuple[int, str]  # number of a module, name of an attribute
 
 
 class Settings:

@@ -106,20 +106,16 @@ _LEAVES = frozenset({
     str, bytes, bool, int, float, complex, type(None), type, torch.Tensor, nn.Parameter, torch.Size,
     torch.device, torch.dtype, FunctionType, BuiltinFunctionType, MethodType, ModuleType,
 })  # fmt: skip
-
-
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 _KEPT = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
 def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if len(now) == len(before) and all(map(operator.is_, now.values(), before.values())):
-        return
-    if now.keys() == before.keys():
-        now.update(before)  # keeps the order, and views of the dictionary
-    else:
+    if now.keys() != before.keys():
         now.clear()
         now.update(before)
+    elif not all(map(operator.is_, now.values(), before.values())):
+        now.update(before)  # keeps views of the dictionary
 
 
 def _generator_state(thing: Any) -> _Restore | None:
