@@ -281,7 +281,7 @@ def _needed(name: str, leaves: Any, why: str = "") -> str:
     shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Ghost)]
     return (
         f"the operation {name!r} needs the value of a tensor that the prefix cache did not load or compute "
-        f"(shape {shapes[0] if shapes else '?'}{'; ' + why if why else ''}). If it is the batch's own input "
-        f"that your loop reads, pass PrefixCache(..., keep_inputs=True); otherwise use storage='off' and "
-        f"report the model."
+        f"(shape {shapes[0] if shapes else '?'}{'; ' + why if why else ''}). If your loop reads the "
+        f"inputs of a cache with views=, pass PrefixCache(..., keep_inputs=True). Otherwise the model takes "
+        f"another way than on the first batch: use storage='off', and report it if it should not."
     )

@@ -62,8 +62,9 @@ class PrefixCache:
             not that of the plain loop, which draws anew each epoch. Default 1: random data is not cached.
         dtype: ``torch.bfloat16`` or ``torch.float16`` to store floating-point values in half the space.
             Not exact. Default None: as they are computed.
-        keep_inputs: hand out the real inputs although the model does not read them; for loops that use
-            them otherwise (a reconstruction loss). They are loaded anew each epoch.
+        keep_inputs: hand out the real inputs although the model does not read them, loaded anew each epoch
+            by the loader's workers. Faster for loops that read them in every batch (a reconstruction
+            loss): without it they are loaded where they are read, in the main process.
         exact: False accepts that values differ in the last bits (stored as 16 bits, or computed in
             batches of another size).
         tuner: a `layerwise.Tuner`: what later phases of its plan need is stored in the same pass.
