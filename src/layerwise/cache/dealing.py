@@ -18,7 +18,7 @@ from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
-_SETTINGS = 16  # combinations of the modules' attributes: each is looked at by itself
+_SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
 _PATIENCE = 3  # batches that may pass without reaching the model before the cache gives up
 
 
@@ -81,8 +81,8 @@ class Dealer:
         """Give up where what should stand still moves while an epoch runs."""
         if supply.reason:
             return
-        if self._book.settings.count > _SETTINGS:
-            self._refuse(supply, None, "the attributes of the model's modules change all the time")
+        if self._book.settings.new > _SETTINGS:
+            self._refuse(supply, None, "the attributes of the model's modules change from batch to batch")
         elif self._book.weights_moved() and any([self._observer.drop_stale(feed) for feed in supply.feeds]):
             self._refuse(supply, None, "the frozen weights change while an epoch runs")
 

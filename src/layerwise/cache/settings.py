@@ -30,13 +30,17 @@ class Settings:
 
     Args:
         model: whose modules.
+
+    Attributes:
+        new: how many combinations of attributes were met for the first time, but for epochs that had
+            at most one: a schedule.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._numbers: dict[Any, int] = {}
         self._moving: set[_Key] = set()  # changed by the forward pass itself
-        self._number = 0
+        self._number = self.new = 0
         self._modules: list[nn.Module] = []
         self._saved: _Saved = []
         self.refresh()
@@ -44,6 +48,8 @@ class Settings:
     def refresh(self) -> None:
         """Look again which modules there are, torch's own included; once an epoch, as it takes a while."""
         modules = [m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        if self.new <= 1:  # one an epoch is a schedule
+            self.new = 0
         if modules != self._modules or not self._is_same(self._saved):
             self._modules = modules
             self._save()
@@ -53,11 +59,6 @@ class Settings:
         if not self._is_same(self._watched):
             self._save()
         return self._number
-
-    @property
-    def count(self) -> int:
-        """How many combinations of attributes there were so far."""
-        return len(set(self._numbers.values()))
 
     def before_forward(self) -> None:
         """Remember the attributes as they are before a forward pass of the loop."""
@@ -110,7 +111,10 @@ class Settings:
         for key in self._moving & state.keys():
             del state[key]
         known = tuple(sorted(state.items()))
-        self._number = self._numbers.setdefault(known, len(self._numbers) if number is None else number)
+        if known not in self._numbers:
+            self._numbers[known] = len(self._numbers) if number is None else number
+            self.new += number is None
+        self._number = self._numbers[known]
 
     def _attributes(self) -> dict[_Key, Any]:
         """Return what each attribute is, by value or identity, so that it can be compared and hashed."""

@@ -401,6 +401,21 @@ def test_cached_is_plain(name: str) -> None:
     assert re.search(CASES[name]().says, cached.text), cached.text
 
 
+def test_a_schedule_of_the_trained_part_never_ends_the_cache() -> None:
+    # a number that changes each epoch: the first batch is looked at again, and no sample is computed anew
+    def step_up(model: Any, epoch: int) -> None:
+        model.tail.scale = 1.0 + epoch
+
+    cached = train(
+        tail(scaled, scale=1.0), Items(), "tail", "head", cached=True, epochs=12, before_epoch=step_up
+    )
+    assert cached.text.count("off") == 0
+    plain = train(
+        tail(scaled, scale=1.0), Items(), "tail", "head", cached=False, epochs=12, before_epoch=step_up
+    )
+    assert_same(plain, cached)
+
+
 def test_ordinary_training_loads_nothing_again() -> None:
     # what is watched costs no loading: neither of a data set that counts, nor where an epoch is set
     class Counting(Items):
