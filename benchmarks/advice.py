@@ -295,10 +295,11 @@ def table(rows: list[dict[str, Any]], *, cells: int) -> str:
         f"{'by seed':>7} {'error':>6} {'cells':>6}   (points of test accuracy)"
     ]
     for plan, regret in by_size.items():
-        if regret:
-            first, second = np.array(regret), np.array(by_cell[plan])
+        first, second = np.array(regret), np.array(by_cell[plan])
+        if len(second):  # a plan may lack the seeds of a size, and still have cells
+            means = f"{first.mean():7.2f} {_error(first):6.2f} {first.max():6.2f}" if regret else f"{'-':>21}"
             lines.append(
-                f"{plan:32} {first.mean():7.2f} {_error(first):6.2f} {first.max():6.2f} {len(first):6d}   "
+                f"{plan:32} {means} {len(first):6d}   "
                 f"{second.mean():7.2f} {_error(second):6.2f} {len(second):6d}"
             )
     lines.append(f"{whole} of {cells} cells (task x samples x seed) have their whole grid")
