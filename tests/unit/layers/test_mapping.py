@@ -227,6 +227,7 @@ def test_prints_as_a_table() -> None:
 # -- cost -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # bounds CPU time
 def test_cost_of_a_large_language_model() -> None:
     # a 7B Llama on meta within the bound of issue 3, with room for a busy machine
     transformers = pytest.importorskip("transformers")
@@ -241,6 +242,7 @@ def test_cost_of_a_large_language_model() -> None:
     assert layers.numel == 6_738_415_616
 
 
+@pytest.mark.slow  # bounds CPU time
 def test_cost_of_a_resnet() -> None:
     # ResNet-50 within the bound of issue 3, with room for a busy machine
     models = pytest.importorskip("torchvision.models")

@@ -17,6 +17,7 @@ from layerwise.training.progress import Reporter, format_rates, format_seconds
 def test_the_peak_of_memory_is_that_of_the_body() -> None:
     # 200 MB that are held for a moment are seen; without them the peak is lower.
     cpu = torch.device("cpu")
+    gc.collect()  # of other tests' models, which would count
     with peak_memory(cpu) as before:
         torch.ones(1000).sum()
     with peak_memory(cpu) as peak:
