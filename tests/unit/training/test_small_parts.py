@@ -1,5 +1,6 @@
 """Memory, files, progress lines and predictions: the small parts around the loop."""
 
+import gc
 import io
 from pathlib import Path
 
