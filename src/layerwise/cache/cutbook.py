@@ -77,12 +77,17 @@ class CutBook:
         self.settings.refresh()
         self._still = Stillness(self._parameters)
 
-    def state(self) -> tuple[tuple[bool, ...], Modes, int]:
-        """Return what a cut depends on: who learns, each module's mode, and the modules' settings."""
+    def state(self, *, look: bool = True) -> tuple[tuple[bool, ...], Modes, int]:
+        """Return what a cut depends on: who learns, each module's mode, and the modules' settings.
+
+        Args:
+            look: compare the settings. False takes them for what they were: for a batch that is handed out,
+                as they are looked at when it comes to the model.
+        """
         return (
             tuple([parameter.requires_grad for parameter in self._parameters]),
             tuple([module.training for module in self._modules]),
-            self.settings.number(),
+            self.settings.number() if look else self.settings.last,
         )
 
     def weights_moved(self) -> bool:

@@ -52,8 +52,9 @@ class Dealer:
             batch: the loaded batch; None if it was not loaded.
             view: which draw of the samples.
         """
-        key = self._book.state()
-        self._note_changes(supply)
+        key = self._book.state(look=False)
+        if self._book.settings.new > _SETTINGS and not supply.reason:
+            self._refuse(supply, None, "the attributes of the model's modules change from batch to batch")
         try:
             feed = supply.feed_of(indices)
         except CacheError as error:
@@ -76,15 +77,6 @@ class Dealer:
         size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
         live.observing = not (supply.reason or settled) and len(indices) >= min(size, feed.size)
         return live
-
-    def _note_changes(self, supply: Supply) -> None:
-        """Give up where what should stand still moves while an epoch runs."""
-        if supply.reason:
-            return
-        if self._book.settings.new > _SETTINGS:
-            self._refuse(supply, None, "the attributes of the model's modules change from batch to batch")
-        elif self._book.weights_moved() and any([self._observer.drop_stale(feed) for feed in supply.feeds]):
-            self._refuse(supply, None, "the frozen weights change while an epoch runs")
 
     def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""

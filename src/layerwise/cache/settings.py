@@ -32,6 +32,7 @@ class Settings:
         model: whose modules.
 
     Attributes:
+        last: the number when it was last looked at.
         new: how many combinations of attributes were met for the first time, but for epochs that had
             at most one: a schedule.
     """
@@ -40,7 +41,7 @@ class Settings:
         self._model = model
         self._numbers: dict[Any, int] = {}
         self._moving: set[_Key] = set()  # changed by the forward pass itself
-        self._number = self.new = 0
+        self.last = self.new = 0
         self._modules: list[nn.Module] = []
         self._saved: _Saved = []
         self.refresh()
@@ -58,7 +59,7 @@ class Settings:
         """Return a number: another one for other attributes, and the same again when they are back."""
         if not self._is_same(self._watched):
             self._save()
-        return self._number
+        return self.last
 
     def before_forward(self) -> None:
         """Remember the attributes as they are before a forward pass of the loop."""
@@ -69,7 +70,7 @@ class Settings:
         now = self._attributes()
         self._moving |= {key for key, value in self._before.items() if now.get(key, value) != value}
         self._moving |= now.keys() - self._before.keys()
-        self._save(self._number)
+        self._save(self.last)
 
     def _is_same(self, saved: _Saved) -> bool:
         for now, before in saved:
@@ -114,7 +115,7 @@ class Settings:
         if known not in self._numbers:
             self._numbers[known] = len(self._numbers) if number is None else number
             self.new += number is None
-        self._number = self._numbers[known]
+        self.last = self._numbers[known]
 
     def _attributes(self) -> dict[_Key, Any]:
         """Return what each attribute is, by value or identity, so that it can be compared and hashed."""
