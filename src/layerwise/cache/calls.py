@@ -92,7 +92,8 @@ class Calls:
         feed, phase = live.feed, live.phase
         if not live.replayed or phase is None or phase.cut is None:
             return None  # it was handed out real
-        moved = self._book.weights_moved()
+        seems = self._book.weights_moved()  # or was written with what it held, as DDP does at its start
+        moved = seems and any([self._observer.drop_stale(one) for one in live.supply.feeds])
         if moved:
             self._refuse(live.supply, None, "the frozen weights change while an epoch runs")
         changed = (
