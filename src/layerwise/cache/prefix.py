@@ -141,7 +141,10 @@ class PrefixCache:
             supply.epochs += 1
             yield from supply.loader
             return
+        feeds = supply.feeds
         changed = supply.forget_changed()
+        if changed:
+            self.stock.forget(feeds)
         if changed and supply.changes > _CHANGES:
             self._refuse(supply, None, f"the dataset changes from epoch to epoch ({changed})")
         for feed in supply.feeds:

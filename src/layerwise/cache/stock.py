@@ -289,6 +289,13 @@ class Stock:
             self._held.pop(id(column), None)
         feed.unverify()
 
+    def forget(self, feeds: Iterable[Feed]) -> None:
+        """Forget the names and values of samples that are others now; what is shared keeps its old name."""
+        for feed in feeds:
+            self._data.pop(feed.reader, None)
+            for column in (*(stored.column for stored in feed.sites.values()), *feed.leaves.values()):
+                self._held.pop(id(column), None)
+
     def close(self) -> None:
         """Forget all columns and remove temporary files."""
         self._held.clear()

@@ -497,6 +497,18 @@ def test_one_changed_sample_is_other_data(kind, changed, tmp_path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(plain, outputs(model, data, **options)))
 
 
+def test_labels_that_change_have_another_name(tmp_path) -> None:
+    # what was published under the old name is not found again in the middle of the run
+    def run(**options: Any) -> Any:
+        data = Items()
+        change = at(1, lambda m, d: d.y.__setitem__(slice(None, None, 2), 3))
+        return train(
+            Net, data, "tail", "head", before_epoch=lambda m, e: change(m, data, e), **options
+        )  # fmt: skip
+
+    assert_same(run(cached=False), run(cached=True, folder=tmp_path, storage="disk"))
+
+
 def test_numbers_of_the_frozen_part_are_part_of_the_name(tmp_path) -> None:
     # the same weights behind another limit: a lasting folder holds values of the first one
     torch.manual_seed(0)
