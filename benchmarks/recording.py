@@ -65,7 +65,7 @@ def _emptied(cache: layerwise.PrefixCache) -> None:
     for supply in cache._supplies.values():
         for feed in supply.feeds:
             for column in (*(site.column for site in feed.sites.values()), *feed.leaves.values()):
-                column.filled.fill_(False)
+                column.forget(torch.arange(len(column.filled)))
 
 
 def passes(name: str, rounds: int, batches: int) -> dict[str, Any]:

@@ -90,8 +90,8 @@ class Cut:
     Attributes:
         skipped: the calls whose modules do not run -> the module.
         entered: the calls that run and take a cached argument -> the module.
-        inside: for each skipped call, how many calls of each module happen within it (they must be
-            counted although they do not happen).
+        inside: for each skipped call, how many calls of modules that are skipped or entered elsewhere
+            happen within it (they must be counted although they do not happen).
         passes: for a skipped call, output slot -> argument slot that it hands through untouched.
         frontier: sites of the cached values that depend on the input, in order of execution.
         constants: sites of needed values that do not depend on the input: the same for all batches.
@@ -314,11 +314,12 @@ class _Search:
         doors = sorted(needs.doors, key=lambda door: (door.call.start, door.side == "out", door.slot))
         frontier = [door for door in doors if self._goes_by_sample(door, needs.doors[door])]
         entered = [door.call for door in frontier if door.side == "in"]
+        counted = {call.module for call in (*skipped, *entered)}
         ends = (door.call.start if door.side == "in" else door.call.end for door in frontier)
         return Cut(
             skipped={_id(call): call.module for call in skipped},
             entered={_id(call): call.module for call in entered},
-            inside={_id(call): calls_inside(call) for call in skipped},
+            inside={_id(call): calls_inside(call, counted) for call in skipped},
             passes={_id(call): through for call in skipped if (through := handed_through(call))},
             frontier=tuple(map(_site, frontier)),
             constants=tuple(_site(door) for door in doors if door not in frontier),

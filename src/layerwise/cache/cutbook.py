@@ -15,6 +15,8 @@ from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 
 Modes = tuple[bool, ...]
+State = tuple[tuple[bool, ...], Modes, int]
+"""Who learns, each module's mode, and the number of the modules' settings."""
 
 
 class PhaseSource(Protocol):
@@ -33,6 +35,10 @@ class PhaseSource(Protocol):
     def trainable_names(self, phase_index: int | None = None) -> frozenset[str]:
         """Return the names of the parameters that learn in a phase."""
         ...
+
+
+class OtherStateError(CacheError):
+    """The model is in another state than a batch was made for."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,10 @@ class CutBook:
         model: whose cuts.
         tuner: knows the phases to come; None if there is none.
         upcoming: what runs to come will train, names of parameters -> epochs.
+
+    Attributes:
+        settings: of the model's modules.
+        last_state: what `state` returned last.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class CutBook:
         self._model = model
         self._tuner = tuner
         self._upcoming = upcoming
+        self.last_state: State = (), (), 0
         self._found: dict[tuple[frozenset[str], int], list[tuple[Modes, Cut]]] = {}
         self._foreseen: dict[frozenset[str], _Foreseen] = {}
         self.settings = Settings(model)
@@ -77,18 +88,14 @@ class CutBook:
         self.settings.refresh()
         self._still = Stillness(self._parameters)
 
-    def state(self, *, look: bool = True) -> tuple[tuple[bool, ...], Modes, int]:
-        """Return what a cut depends on: who learns, each module's mode, and the modules' settings.
-
-        Args:
-            look: compare the settings. False takes them for what they were: for a batch that is handed out,
-                as they are looked at when it comes to the model.
-        """
-        return (
+    def state(self) -> State:
+        """Return what a cut depends on: who learns, each module's mode, and the modules' settings."""
+        self.last_state = (
             tuple([parameter.requires_grad for parameter in self._parameters]),
             tuple([module.training for module in self._modules]),
-            self.settings.number() if look else self.settings.last,
+            self.settings.number(),
         )
+        return self.last_state
 
     def weights_moved(self) -> bool:
         """Return whether frozen weights seem to have changed since `refresh`, or since this last said so."""

@@ -10,7 +10,7 @@ import torch
 
 from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.calls import Refuse
-from layerwise.cache.cutbook import CutBook
+from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.feed import Phase
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.supply import Supply
@@ -52,7 +52,7 @@ class Dealer:
             batch: the loaded batch; None if it was not loaded.
             view: which draw of the samples.
         """
-        key = self._book.state(look=False)
+        key = self._book.last_state  # looked at anew when the batch comes to the model
         if self._book.settings.new > _SETTINGS and not supply.reason:
             self._refuse(supply, None, "the attributes of the model's modules change from batch to batch")
         try:
@@ -68,7 +68,8 @@ class Dealer:
         usable = not supply.reason and phase is not None and phase.verified and not phase.reason
         if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
             return live
-        if not (supply.reason or any(feed is one for one in supply.feeds)):  # just sorted by shape
+        sorted_anew = not (supply.reason or any(feed is one for one in supply.feeds))
+        if sorted_anew or self._book.last_state != key:
             return self.deal(supply, indices, batch, view=view)
         live.batch = batch if batch is not None else feed.reader.load_now(indices)
         live.leaves = tensors_in(live.batch)
@@ -93,6 +94,8 @@ class Dealer:
         except OtherShapeError as error:
             if not live.supply.sort():
                 self._refuse(live.supply, None, str(error))
+            return False
+        except OtherStateError:
             return False
         except (CacheError, OSError) as error:
             self._refuse(live.supply, phase, str(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -97,11 +97,11 @@ def returns_numbers(call: Call) -> bool:
     return _has_numbers(call.output)
 
 
-def calls_inside(call: Call) -> dict[nn.Module, int]:
-    """Return how often each module is called within the call."""
+def calls_inside(call: Call, modules: Set[nn.Module]) -> dict[nn.Module, int]:
+    """Return how often each of `modules` is called within the call."""
     counts: dict[nn.Module, int] = {}
     for inner in call.walk():
-        if inner is not call:
+        if inner is not call and inner.module in modules:
             counts[inner.module] = counts.get(inner.module, 0) + 1
     return counts
 

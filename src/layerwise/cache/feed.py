@@ -88,6 +88,7 @@ class Feed:
         skeletons: of the skipped calls of all phases.
         constants: values that do not depend on the input.
         constant_weights: `quick_state` of the weights behind them.
+        looked: what weights were expected, and how they were, when none was found changed.
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
         leaves: stored tensors of the batch, by number.
@@ -108,6 +109,7 @@ class Feed:
     skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
     constants: dict[Site, torch.Tensor] = field(default_factory=dict)
     constant_weights: dict[Site, tuple[Any, ...]] = field(default_factory=dict)
+    looked: Any = None
     layouts: dict[Site, Layout] = field(default_factory=dict)
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
     leaves: dict[int, Column] = field(default_factory=dict)
@@ -227,6 +229,11 @@ class Feed:
                 return None
             columns += [self.leaves[number] for number in wanted]
         return columns
+
+    def is_whole(self, cut: Cut, ghosts: frozenset[int]) -> bool:
+        """Return whether nothing is missing of any row."""
+        columns = self.columns_of(cut, ghosts)
+        return columns is not None and all([column.is_whole for column in columns])
 
     def missing(self, cut: Cut, ghosts: frozenset[int], rows: torch.Tensor) -> torch.Tensor:
         """Return which of `rows` (int64) are not complete; bool."""

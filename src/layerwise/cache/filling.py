@@ -121,8 +121,8 @@ def _fill(
     wanted = [number for number, count in enumerate(absent) if count]
     loaded = feed.reader.load(iter([batches[number] for number in wanted]))
     for number, batch in zip(wanted, loaded):
-        live = Live(supply, feed, rows[number], batches[number], None)
         with folding or contextlib.nullcontext():
+            live = Live(supply, feed, rows[number], batches[number], observer.book.state())
             observer.complete(feed, phase, live, batch)
         if folding is not None:
             folding.check()

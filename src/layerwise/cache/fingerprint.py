@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 32  # samples hashed to see what transforms make of them
+_SMALL = 2**18  # numbers: what a tensor may have to be copied
 _STRIDE = 1021  # a prime: rows of a matrix are not of such a length
 _DATASET_DEPTH = 5  # Subset of a Subset ...
 
@@ -54,6 +55,23 @@ def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tu
         (name, tuple(tensors[name].shape), _checksum(_words(tensors[name].detach())))
         for name in sorted(set(names))
     )
+
+
+def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Return something small that differs when one of the tensors was changed, in a tenth of the time.
+
+    Does not tell which one, as `quick_state` does: small tensors are laid side by side and summed as one.
+    """
+    together: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    sums = []
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.numel() <= _SMALL:
+                together.setdefault((tensor.dtype, tensor.device), []).append(tensor.reshape(-1))
+            else:
+                sums.append(_checksum(_words(tensor)))
+        sums += [_checksum(_words(torch.cat(flat))) for flat in together.values()]
+    return [tensor.shape for tensor in tensors], sums
 
 
 def _checksum(words: torch.Tensor) -> int:

@@ -39,8 +39,10 @@ class Ghost(torch.Tensor):
         tag: what the ghost stands for, kept by copies, moves and one cast to a narrower type, and lost by
             every other operation, and when it is written to; None where nobody asked.
         load: returns the tensor that it stands for, which nobody writes to; None where it cannot be had.
+        was_written: an operation wrote into it.
     """
 
+    was_written = False
     tag: Any
     load: Callable[[], torch.Tensor] | None = None
     _meta: torch.Tensor
@@ -119,7 +121,8 @@ class Ghost(torch.Tensor):
         except Exception as error:  # meta tensors raise various types where data is needed
             raise CacheError(_needed(name, tree_leaves((args, kwargs)), str(error))) from error
         if mutable:
-            _written(func, args, kwargs).tag = None  # it is not what it was
+            written = _written(func, args, kwargs)
+            written.tag, written.was_written = None, True  # it is not what it was
             return args[0]
         if not isinstance(output, torch.Tensor | tuple | list):
             raise CacheError(_needed(name, tree_leaves((args, kwargs))))

@@ -19,11 +19,11 @@ from torch import nn
 from layerwise.cache.batchshape import BatchShape
 from layerwise.cache.checking import ContentGuard, difference
 from layerwise.cache.cut import Cut, Site
-from layerwise.cache.cutbook import CutBook
+from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.decision import kept
 from layerwise.cache.evenness import ElementwiseLog
 from layerwise.cache.feed import Feed, Phase, padded
-from layerwise.cache.fingerprint import named_tensors, quick_state
+from layerwise.cache.fingerprint import joint_state, named_tensors, quick_state
 from layerwise.cache.ghost import ghost
 from layerwise.cache.link import Link
 from layerwise.cache.proving import prove
@@ -260,17 +260,25 @@ class Observer:
 
         Returns:
             The loaded batch if one must be handed out, else None.
+
+        Raises:
+            OtherStateError: something is missing, and the model would now compute something else.
+            CacheError: a batch cannot be taken apart as the first one could.
         """
         assert phase.cut is not None
         assert feed.shape is not None
         count = len(live.indices)
         feed.forget_moved(live.rows)
+        if not feed.reload and feed.is_whole(phase.cut, phase.ghosts):
+            return None
         absent = feed.missing(phase.cut, phase.ghosts, live.rows)
         if feed.places is not None and absent.any():
             absent[:] = True  # each at its place
         if feed.reload and batch is None:
             batch = feed.reader.load_now(live.indices)
         if absent.any():
+            if self.book.state() != live.key:
+                raise OtherStateError("values of a former state would be computed")
             where = absent.nonzero().flatten().tolist()
             if batch is None:
                 part = feed.reader.load_now([live.indices[i] for i in where])
@@ -361,14 +369,18 @@ class Observer:
     def drop_stale(self, feed: Feed) -> bool:
         """Forget stored values whose weights changed since they were computed; return whether some were."""
         behind = {site: stored.weights for site, stored in feed.sites.items()} | feed.constant_weights
-        names = {name for weights in behind.values() for name, *_ in weights}
-        if not names:
+        if not behind:
             return False
+        names = {name for weights in behind.values() for name, *_ in weights}
         tensors = named_tensors(self.model)
+        looked = behind, joint_state([tensors[name] for name in sorted(names & tensors.keys())])
+        if looked == feed.looked:
+            return False
         now = {item[0]: item for item in quick_state(tensors, names & tensors.keys())}
         stale = [
             site for site, weights in behind.items() if any(now.get(item[0]) != item for item in weights)
         ]
+        feed.looked = None if stale else looked
         for site in stale:
             logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
             feed.sites.pop(site, None)

@@ -60,13 +60,24 @@ class Skeleton:
 
     Attributes:
         output: the structure, with a meta tensor in place of each tensor.
-        layouts: for each tensor, how it depends on the batch size; None where it does not.
         batch: number of samples when it was taken.
+        layouts: for each tensor, how it depends on the batch size; None where it does not.
     """
 
     output: Any
     batch: int
     layouts: list[Layout | None] = field(default_factory=list)
+    _ghosts: dict[Any, Ghost] = field(default_factory=dict)
+
+    def ghost(self, slot: int, batch: int, device: torch.device) -> Ghost:
+        """Return what stands for a tensor of the output: the same in each step, as nothing is in it."""
+        made = self._ghosts.get((slot, batch, device))
+        if made is None or made.was_written:
+            layout, meta = self.layouts[slot], tensors_in(self.output)[slot]
+            shape = tuple(meta.shape) if layout is None else layout.shape(tuple(meta.shape), batch)
+            order = memory_order(meta) if layout is None else layout.order
+            made = self._ghosts[slot, batch, device] = ghost(shape, meta.dtype, device, order=order)
+        return made
 
 
 @dataclass
@@ -206,8 +217,7 @@ def replaying(
         def answer(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if call in cut.skipped:
                 for module, count in cut.inside[call].items():
-                    if module in counts:
-                        counts[module] += count  # calls that did not happen
+                    counts[module] += count  # calls that did not happen
                 return emit(call, args, kwargs)
             if call in entries:
                 replace = {site.slot: values[site] for site in entries[call]}
@@ -220,17 +230,14 @@ def replaying(
             given = tensors_in((args, kwargs)) if passes else []
             slots = iter(range(len(skeleton.layouts)))
 
-            def leaf(meta: torch.Tensor) -> torch.Tensor:
+            def leaf(_: torch.Tensor) -> torch.Tensor:
                 slot = next(slots)
                 value = values.get(Site(call, "out", slot))
                 if value is not None:
                     return value
                 if slot in passes and passes[slot] < len(given):
                     return given[passes[slot]]
-                layout = skeleton.layouts[slot]
-                shape = tuple(meta.shape) if layout is None else layout.shape(tuple(meta.shape), batch)
-                order = memory_order(meta) if layout is None else layout.order
-                return ghost(shape, meta.dtype, device, order=order)
+                return skeleton.ghost(slot, batch, device)
 
             return map_tensors(skeleton.output, leaf)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _SENTINELS = 4  # tensors whose content is compared
 _DEPTH = 2  # containers in containers
@@ -80,10 +81,16 @@ class Settings:
                 all([now == before for now, before in saved])
                 and all([now == before for now, before in self._contents])
                 and all([tensor._version == version for tensor, version in self._tensors])
-                and sum(map(len, self._hooks)) == self._hook_count
+                and self._has_same_hooks()
             )
         except (RuntimeError, ValueError, TypeError):  # two different tensors cannot be compared: they differ
             return False
+
+    def _has_same_hooks(self) -> bool:
+        if not self._hook_count and RemovableHandle.next_id == self._handle:
+            return True  # none was there, and nobody made one
+        self._handle = RemovableHandle.next_id
+        return sum(map(len, self._hooks)) == self._hook_count
 
     def _save(self, number: int | None = None) -> None:
         """Take the attributes as they are now; they get `number`, if they were not met before."""
@@ -94,7 +101,7 @@ class Settings:
         self._contents: _Saved = []
         self._tensors: list[tuple[torch.Tensor, int]] = []
         self._hooks = [h for m in self._modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hook_count = sum(map(len, self._hooks))
+        self._hook_count, self._handle = sum(map(len, self._hooks)), RemovableHandle.next_id
         looked_into: set[int] = set()
         for module in self._modules:
             self._contents += [(d, dict(d)) for d in (module._modules, module._parameters) if d]

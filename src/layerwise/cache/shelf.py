@@ -146,7 +146,7 @@ class Shelf:
             return
         for part, filling in list(self._filling.items()):
             column = filling.column
-            if not filling.key or not bool(column.filled.all()):
+            if not filling.key or not column.is_whole:
                 continue
             column.flush()
             meta = {

@@ -61,6 +61,7 @@ class Column:
     def __init__(self, rows: int, spec: RowSpec, *, file: Path | None = None) -> None:
         self.spec = spec
         self.filled = torch.zeros(rows, dtype=torch.bool)
+        self._whole: bool | None = None  # None: not known since rows changed
         self._file = file
         self._data = self._reserve(rows)
 
@@ -77,7 +78,7 @@ class Column:
     def opened(cls, file: Path, rows: int, spec: RowSpec, filled: torch.Tensor) -> Column:
         """Return a read-only column on a file that a former column wrote."""
         column = cls.__new__(cls)
-        column.spec, column._file, column.filled = spec, file, filled
+        column.spec, column._file, column.filled, column._whole = spec, file, filled, None
         column._data = map_file(file, (rows, *spec.shape), spec.stored, writable=False)
         return column
 
@@ -95,6 +96,13 @@ class Column:
         """Return for each of `rows` (int64) whether its value is not there yet."""
         return ~self.filled[rows]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows are filled."""
+        if self._whole is None:
+            self._whole = bool(self.filled.all())
+        return self._whole
+
     def put(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Store one value a row.
 
@@ -109,10 +117,12 @@ class Column:
             values = _narrowed(values, self.spec.stored)
         self._data[rows] = values.to(self._data.device)
         self.filled[rows] = True
+        self._whole = None
 
     def forget(self, rows: torch.Tensor) -> None:
         """Take the values of `rows` (int64) for missing."""
         self.filled[rows] = False
+        self._whole = None
 
     def get(self, rows: torch.Tensor) -> torch.Tensor:
         """Return a new tensor (n, *shape) with the values of `rows` (int64, all filled)."""
@@ -127,7 +137,7 @@ class Column:
     def release(self) -> None:
         """Forget the values and give their memory back; the file, if there is one, stays."""
         self._data = torch.empty(0)
-        self.filled.fill_(False)
+        self.forget(torch.arange(len(self.filled)))
 
 
 def reserve_file(descriptor: int, size: int) -> None:

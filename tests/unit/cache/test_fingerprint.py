@@ -11,6 +11,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from layerwise.cache.fingerprint import (
     data_digest,
+    joint_state,
     named_tensors,
     quick_state,
     tensor_digest,
@@ -36,7 +37,30 @@ def test_every_type_has_a_digest(dtype) -> None:
     one, other = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
     assert tensor_digest(one) != tensor_digest(other)
     assert quick_state({"x": one}, ["x"]) != quick_state({"x": other}, ["x"])
+    assert joint_state([one]) != joint_state([other])
     assert tensor_digest(torch.zeros((), dtype=dtype)) != tensor_digest(torch.zeros(0, dtype=dtype))
+
+
+def exchange(tensors: list[torch.Tensor]) -> None:
+    tensors[0], tensors[1] = tensors[1], tensors[0]
+
+
+CHANGES = {
+    "a bit": lambda tensors: tensors[1].view(torch.int32)[0].add_(1),
+    "a bit of a large one": lambda tensors: tensors[2].view(torch.int32)[-1].add_(1),
+    "two exchanged": exchange,
+    "a value moved on": lambda tensors: tensors.__setitem__(1, tensors[1].roll(1)),
+    "another shape": lambda tensors: tensors.__setitem__(0, tensors[0].view(5, 10)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_joint_state_sees(change) -> None:
+    tensors = [torch.randn(50), torch.randn(50), torch.randn(300_000), torch.ones(3, dtype=torch.bool)]
+    before = joint_state(tensors)
+    assert joint_state([tensor.clone() for tensor in tensors]) == before
+    change(tensors)
+    assert joint_state(tensors) != before
 
 
 def digest(data) -> str:

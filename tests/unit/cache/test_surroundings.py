@@ -252,6 +252,13 @@ def pruned(layers: nn.Module) -> None:
     layers.requires_grad_(False)
 
 
+def scale_within(model: Any, batch: Any) -> Tensor:
+    model.body.scale = 2.0
+    value = loss(model, batch)
+    model.body.scale = 1.0
+    return value
+
+
 CONTEXT = SimpleNamespace(scale=1.0)
 CHANGES = {
     "number that follows a schedule": Case(
@@ -266,6 +273,7 @@ CHANGES = {
     "domain before each batch": Case(
         body(picked, scales=lambda: torch.tensor([1.0, 2.0, 3.0]), domain=0), step=choose_domain
     ),
+    "number for the call alone": Case(body(scaled, scale=1.0), ".", scale_within),
     "other activation": Case(before=at(1, lambda m, d: m.body.__setitem__(1, nn.Tanh()))),
     "new hook": Case(before=at(1, lambda m, d: m.body[1].register_forward_hook(lambda m, a, out: out * 2))),
     "exchanged rows": Case(before=at(1, lambda m, d: exchange_rows(m.body[0]))),
