@@ -2,8 +2,8 @@
 
 *plain*: a bare PyTorch loop whose frozen part already needs no backward. *floor*: forward and backward of
 the trained part alone, on ready tensors. First the cached epoch and the floor take turns step by step, then
-all three, each on its own copy of the model; compared is the CPU time of one thread in one epoch, shown are the
-median over the rounds and their range. Real weights where a package has them.
+all three, each on its own copy of the model; compared is the CPU time of one thread in one epoch, shown are
+the median over the rounds and their range. Real weights where a package has them.
 
 Each work has a process of its own, because the speed of the plain loop depends on what ran before it: glibc
 gives the memory of large freed tensors back to the system, and getting it again costs the plain loop of
@@ -126,7 +126,7 @@ def cases(names: Iterable[str] = (), *, head_only: bool = False) -> list[Case]:
     def lite0() -> Case:
         return Case(
             "EfficientNet-Lite0, blocks.6 on", tasks.lite0(10),
-            _starts("blocks.6", "conv_head", "bn2", "classifier"), Images(192), 8, lambda m: m.blocks[6],
+            _starts("blocks.6", "conv_head", "bn2", "classifier"), Images(384), 8, lambda m: m.blocks[6],
             lambda m, v: m.forward_head(m.bn2(m.conv_head(m.blocks[6](v["value"])))), (1.03, 0.14),
         )  # fmt: skip
 
