@@ -299,8 +299,9 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         reasons.append(
             Reason(
                 "depth",
-                f"the best probe is {evidence.best_depth} groups before the head ({evidence.best_probe:.1%} "
-                f"against {evidence.probe:.1%}, {evidence.gap_errors:.1f} standard errors)",
+                f"the best probe is {evidence.best_depth} group{'s' * (evidence.best_depth > 1)} before the "
+                f"head ({evidence.best_probe:.1%} against {evidence.probe:.1%}, "
+                f"{evidence.gap_errors:.1f} standard errors)",
                 "medium",
                 evidence.gap,
             )

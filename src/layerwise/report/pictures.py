@@ -13,6 +13,7 @@ Chart = Any
 """An Altair chart."""
 FORMATS = (".png", ".svg", ".html", ".json")
 BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8a8a"
+_TICKS = 12  # at most, for epochs
 _SERIES = [BLUE, ORANGE, "#3b8a5a", "#8a4fa3", GREY]
 _FIGURE_TITLES = {
     "norms": "squared shift of norm inputs, in source variances",
@@ -174,6 +175,9 @@ def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
         if isinstance(value, float) and key not in losses and not key.endswith("_s")
     ]
 
+    epochs = [entry["epoch"] + 1 for entry in history]
+    ticks = list(range(min(epochs), max(epochs) + 1, -(-len(epochs) // _TICKS)))  # no half epochs
+
     def lines(names: Mapping[str, str], title: str, height: int) -> Chart:
         rows = [
             {"epoch": entry["epoch"] + 1, "series": text, "value": entry[key]}
@@ -185,7 +189,7 @@ def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
             alt.Chart(alt.Data(values=rows))
             .mark_line(point=alt.OverlayMarkDef(size=40, filled=True), strokeWidth=2)
             .encode(
-                x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d")),
+                x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(values=ticks, format="d")),
                 y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False, padding=8)),
                 color=alt.Color(
                     "series:N", title=None, sort=list(names.values()), scale=alt.Scale(range=_SERIES)

@@ -30,7 +30,7 @@ def values_of(chart):
     def walk(part):
         if isinstance(part, dict):
             if isinstance(part.get("values"), list):
-                found.extend(part["values"])
+                found.extend(row for row in part["values"] if isinstance(row, dict))  # no ticks
             for inside in part.values():
                 walk(inside)
         elif isinstance(part, list):
@@ -79,6 +79,15 @@ def test_history_picture_leaves_out_what_was_not_measured():
     rows = values_of(pictures.history_picture(history))
     assert {row["series"] for row in rows} == {"training loss"}
     assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ticks"), [(1, [1]), (3, [1, 2, 3]), (30, [1, 4, 7, 10, 13, 16, 19, 22, 25, 28])]
+)
+def test_history_picture_has_whole_epochs(epochs, ticks):
+    history = [{"epoch": i, "train_loss": 1.0 / (i + 1)} for i in range(epochs)]
+    (chart,) = pictures.history_picture(history).to_dict()["vconcat"]
+    assert chart["encoding"]["x"]["axis"]["values"] == ticks
 
 
 def test_transfer_picture_skips_a_probe_that_could_not_be_measured():
