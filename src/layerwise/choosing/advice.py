@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.choosing.decide import Choice, Decision, Reason, Size, decide, default_epochs, size_of
+from layerwise.choosing.choice import Choice
+from layerwise.choosing.decide import Decision, Reason, decide
 from layerwise.choosing.depths import Transferability
 from layerwise.choosing.evidence import Confidence, Evidence, Level, Pretraining, gather_evidence
+from layerwise.choosing.matrix import Size, default_epochs, size_of
 from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, PlanError
 from layerwise.layers.layermap import LayerMap

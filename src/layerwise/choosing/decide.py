@@ -1,32 +1,23 @@
-"""From evidence to a strategy: the decision matrix, and what adjusts it. No model, no data, no files."""
+"""From evidence to a strategy: what adjusts the decision matrix. No model, no data, no files."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, Pretraining, thresholds
+from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice, full, last_groups, probe
+from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, thresholds
+from layerwise.choosing.matrix import DECAY, calibrated, matrix_cell, size_of
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.parsing import parse_strategy
-from layerwise.plans.plan import Norms, Plan, Schedule
+from layerwise.plans.plan import Norms
 
-Size = Literal["< 1K", "1K-10K", "10K-100K", "> 100K"]
-DECAY: dict[Pretraining, float] = {"supervised": 0.9, "self_supervised": 0.75, "unknown": 0.9}
-"""Published recipes: 0.85-0.9 after supervised pretraining, 0.65-0.75 after self-supervised."""
 SMALL_BATCH = 16
-L2_SP = 0.01
 SATURATED = 0.97
 STRONG, SOME = 2.5, 1.5
 """Standard errors of the gap between the best depth and the last one from which on it counts."""
 STEPS_A_GROUP = 60
 """Optimiser steps that gradual unfreezing needs for each group: groups that join warm up for 20."""
-HEAD_RATE, BODY_RATE = 1e-2, 1e-3
-"""Base rates for AdamW: a linear probe bears, and in few epochs needs, a larger one than a network.
-The second is for networks with batch-norm."""
 PLAIN_RATE = 2e-4
-"""The same for networks without batch-norm (transformers) of `REFERENCE_WIDTH`; see `body_rate`."""
-
+"""Base rate for networks without batch-norm (transformers) of `REFERENCE_WIDTH`; see `body_rate`."""
 BASELINE = "the baseline that every other plan has to beat; takes minutes with the cache"
 
 
@@ -48,42 +39,6 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A strategy by name, and the options its plan is built with.
-
-    Attributes:
-        strategy: as `layerwise.plans.parsing.parse_strategy` reads it.
-        why: one sentence.
-        options: of the strategy: `norms`, `l2_sp`, ...
-        lr: base rate that goes with it, for AdamW.
-    """
-
-    strategy: str
-    why: str
-    options: dict[str, Any] = field(default_factory=dict)
-    lr: float = BODY_RATE
-
-    @property
-    def described(self) -> str:
-        """The strategy and what its options add, in words."""
-        norms, words = self.options.get("norms"), []
-        if norms is not None:
-            words.append(
-                {"calibrate": "recalibrated batch-norm", "freeze": "frozen batch-norm"}[norms.policy]
-            )
-        if "l2_sp" in self.options:
-            words.append(f"L2-SP {self.options['l2_sp']:g}")
-        return f"{self.strategy} with {' and '.join(words)}" if words else self.strategy
-
-    def plan(self, layers: LayerMap, *, epochs: int) -> Plan:
-        """Return the plan for `layers`."""
-        schedule = Schedule(shape="cosine", warmup_frac=0.05)
-        return parse_strategy(
-            self.strategy, layers, **{"epochs": epochs, "schedule": schedule, **self.options}
-        )
-
-
-@dataclass(frozen=True)
 class Decision:
     """What was decided.
 
@@ -100,74 +55,6 @@ class Decision:
     reasons: tuple[Reason, ...]
     confidence: Confidence
     cell: str
-
-
-def size_of(samples: int) -> Size:
-    """Return the row of the matrix.
-
-    >>> size_of(999), size_of(1000), size_of(100_000)
-    ('< 1K', '1K-10K', '10K-100K')
-    """
-    if samples < 1_000:
-        return "< 1K"
-    if samples < 10_000:
-        return "1K-10K"
-    return "10K-100K" if samples <= 100_000 else "> 100K"
-
-
-def default_epochs(samples: int) -> int:
-    """Return a length that gives small data enough steps and does not waste large data: 20, 10, 5 or 3."""
-    return {"< 1K": 20, "1K-10K": 10, "10K-100K": 5, "> 100K": 3}[size_of(samples)]
-
-
-def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Choice:
-    """Return the strategy of the decision matrix (similarity x number of samples), nothing adjusted.
-
-    Unknown similarity is taken as "somewhat similar". Numbers of groups that the model does not have are
-    cut to what it has, and one epoch, which cannot be divided in phases, trains all groups at decayed rates
-    where the matrix says gradual unfreezing; so every cell is a working plan for every map of two groups.
-    """
-    groups = len(layers)
-    decay = DECAY[evidence.pretraining]
-    size, level = size_of(evidence.samples), evidence.level
-    gradual = f"{'gradual_unfreezing' if epochs > 1 else 'discriminative'}(decay={decay})"
-
-    between = "similarity unknown" if level == "unknown" else "somewhat similar"
-
-    def last(k: int, why: str) -> Choice:
-        return _last(k, groups, why)
-
-    if size == "< 1K":
-        if level == "similar":
-            return probe("few samples, similar to the source: frozen features suffice")
-        if level == "dissimilar":
-            return probe(
-                "few samples, unlike the source: adapt the statistics to the target, then a linear probe",
-                norms=_calibrated(evidence) if evidence.has_batchnorm else None,
-            )
-        return last(3, f"few samples, {between}: only the last groups")
-    if size == "1K-10K":
-        if level == "similar":
-            return last(3, "some thousand samples, similar: the last groups")
-        if level == "dissimilar":
-            return Choice(
-                gradual,
-                "some thousand samples, unlike the source: all groups one after another, held near "
-                "their pretrained weights",
-                {"l2_sp": L2_SP},
-            )
-        return Choice(gradual, f"some thousand samples, {between}: all groups one after another")
-    if size == "10K-100K":
-        if level == "similar":
-            return last(math.ceil(groups / 2), "tens of thousands of samples, similar: the last half")
-        if level == "dissimilar":
-            return last(groups - 1, "tens of thousands of samples, unlike the source: most groups")
-        return last(round(0.65 * groups), f"tens of thousands of samples, {between}: the last 65 %")
-    if level == "dissimilar":
-        return full("more than 100,000 samples, unlike the source")
-    return Choice(
-        f"discriminative(decay={decay})", "more than 100,000 samples: all groups, later ones faster"
-    )
 
 
 def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decision:
@@ -204,7 +91,8 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
             )
         )
         if calibrating and not helps:
-            choice = _last(3, len(layers), "the matrix's adaptation of the statistics does not help here")
+            why = "the matrix's adaptation of the statistics does not help here"
+            choice = last_groups(3, len(layers), why)
         calibrating = helps
     choice = _enough_steps(evidence, layers, choice, reasons, epochs)
     choice = _by_depth(evidence, layers, choice, reasons)
@@ -232,27 +120,8 @@ def body_rate(evidence: Evidence) -> float:
     return BODY_RATE if evidence.has_batchnorm else PLAIN_RATE * REFERENCE_WIDTH / evidence.width
 
 
-def probe(why: str, *, norms: Norms | None = None) -> Choice:
-    """Return the choice of a linear probe."""
-    return Choice("linear_probe", why, {} if norms is None else {"norms": norms}, HEAD_RATE)
-
-
 def _with_rate(choice: Choice, evidence: Evidence) -> Choice:
     return choice if choice.lr == HEAD_RATE else replace(choice, lr=body_rate(evidence))
-
-
-def full(why: str) -> Choice:
-    """Return the choice of full fine-tuning."""
-    return Choice("full", why)
-
-
-def _last(k: int, groups: int, why: str) -> Choice:
-    k = max(1, min(k, groups - 1))
-    return Choice(f"top_k(k={k})", why) if k > 1 else probe(why)
-
-
-def _calibrated(evidence: Evidence) -> Norms:
-    return Norms(policy="calibrate", samples=min(evidence.samples, 256))
 
 
 def _enough_steps(
@@ -272,7 +141,7 @@ def _enough_steps(
         )
     )
     k = 3 if evidence.gap_errors < SOME else round(0.65 * len(layers))
-    return _last(k, len(layers), "too few steps for gradual unfreezing: the last groups in one phase")
+    return last_groups(k, len(layers), "too few steps for gradual unfreezing: the last groups in one phase")
 
 
 def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: list[Reason]) -> Choice:
@@ -294,7 +163,7 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         if evidence.level in ("dissimilar", "unknown"):
             return full("the frozen features lose much of what this task needs, from early on")
         k = max(evidence.best_depth, 2)
-        return _last(k, len(layers), f"all groups after {names[0]}, whose frozen features are the best")
+        return last_groups(k, len(layers), f"all groups after {names[0]}, whose frozen features are the best")
     if evidence.gap_errors >= SOME:
         reasons.append(
             Reason(
@@ -307,7 +176,7 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
             )
         )
         if choice.strategy == "linear_probe":
-            return _last(max(evidence.best_depth, 2), len(layers), "the groups after the best probe")
+            return last_groups(max(evidence.best_depth, 2), len(layers), "the groups after the best probe")
     elif evidence.transfer.last.depth == 0:
         reasons.append(
             Reason(
@@ -339,7 +208,7 @@ def _finished(evidence: Evidence, choice: Choice, reasons: list[Reason], *, cali
     options.pop("norms", None)
     if evidence.has_batchnorm:
         if calibrating:
-            options["norms"] = _calibrated(evidence)
+            options["norms"] = calibrated(evidence)
         elif evidence.batch_size < SMALL_BATCH and choice.strategy != "linear_probe":
             options["norms"] = Norms(policy="freeze")
             reasons.append(
@@ -383,7 +252,7 @@ def _alternatives(
     found = [
         cell,
         probe(BASELINE),
-        _last(3, len(layers), "between the two: cheap, and rarely far from the best"),
+        last_groups(3, len(layers), "between the two: cheap, and rarely far from the best"),
         full("when the target is unlike the source and there is time"),
     ]
     if epochs > 1:

@@ -5,11 +5,12 @@ import itertools
 
 import pytest
 
-from layerwise.choosing import decide as module
-from layerwise.choosing.decide import Choice, decide, default_epochs, matrix_cell, size_of
+from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice
+from layerwise.choosing.decide import PLAIN_RATE, decide
 from layerwise.choosing.depths import DepthScores, Transferability
 from layerwise.choosing.distances import Estimate
 from layerwise.choosing.evidence import Evidence, Weighting, chance_of, similarity, thresholds
+from layerwise.choosing.matrix import default_epochs, matrix_cell, size_of
 from layerwise.choosing.shift_result import GroupShift, InputShift, Shift
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.plan import Norms
@@ -114,7 +115,7 @@ def test_saturated_features_get_a_linear_probe():
     # whatever the matrix says: nothing is left to gain
     decision = decide(evidence(samples=3000, level="somewhat", transfer=transfer(*[0.98] * 6)), layers_of())
     assert decision.choice.strategy == "linear_probe"
-    assert decision.choice.lr == module.HEAD_RATE
+    assert decision.choice.lr == HEAD_RATE
 
 
 def test_dissimilar_with_better_features_in_the_middle_gets_full_fine_tuning():
@@ -235,13 +236,13 @@ def test_uneven_counts_that_may_be_luck_are_no_reason():
 def test_networks_without_batchnorm_get_a_lower_rate_the_wider_they_are():
     # MiniLM's width is the reference; BERT-base is twice as wide; the head's own rate is not touched
     plain = {"has_batchnorm": False, "level": "unknown", "shift": None}
-    assert decide(evidence(**plain, width=384), layers_of()).choice.lr == module.PLAIN_RATE
+    assert decide(evidence(**plain, width=384), layers_of()).choice.lr == PLAIN_RATE
     found = decide(evidence(**plain, width=768), layers_of())
-    assert found.choice.lr == module.PLAIN_RATE / 2
+    assert found.choice.lr == PLAIN_RATE / 2
     rates = {a.strategy: a.lr for a in found.alternatives}
-    assert rates["linear_probe"] == module.HEAD_RATE
-    assert rates["full"] == module.PLAIN_RATE / 2
-    assert decide(evidence(level="somewhat"), layers_of()).choice.lr == module.BODY_RATE
+    assert rates["linear_probe"] == HEAD_RATE
+    assert rates["full"] == PLAIN_RATE / 2
+    assert decide(evidence(level="somewhat"), layers_of()).choice.lr == BODY_RATE
 
 
 def test_the_lead_of_a_depth_is_asked_of_the_same_samples():
