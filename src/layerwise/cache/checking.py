@@ -148,7 +148,7 @@ def size_sensitive(
             )
     for site in unequal:
         layout = layouts[site]
-        if not _near(layout.to_rows(full[site])[chosen], layout.to_rows(part[site])):
+        if not is_near(layout.to_rows(full[site])[chosen], layout.to_rows(part[site])):
             raise CacheError(f"the value at {site} of one sample depends on the other samples of its batch.")
     if moved:
         raise PlaceError(f"the value at {moved[0]}")
@@ -180,7 +180,8 @@ def _few_numbers(
     )
 
 
-def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+def is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors are the same but for rounding."""
     if not one.is_floating_point():
         return torch.equal(one, other)
     scale = float(one.abs().max()) if one.numel() else 0.0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from layerwise.cache.checking import PlaceError, find_layouts, sites_of, size_sensitive
+from layerwise.cache.companions import check_companions
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.feed import Feed
@@ -68,9 +69,12 @@ def prove(
     feed.skeletons |= found.skeletons
     feed.layouts |= layouts
 
+    def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:
+        built, size = link.build(again), len(again[0])
+        return run_prefix(link, cuts, *built, batch=size, skeletons=False, seed=seed).values
+
     def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
-        again = link.build([leaf[positions] for leaf in leaves])
-        return run_prefix(link, cuts, *again, batch=len(positions), skeletons=False, seed=seed).values
+        return run_batch([leaf[positions] for leaf in leaves], seed)
 
     try:
         seen = {
@@ -79,6 +83,7 @@ def prove(
             if site in layouts
         }
         sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
+        check_companions(layouts, seen, [leaf[: len(chosen)] for leaf in part_leaves], link.leaves, run_batch)
         within, between = uneven_places(log.runs, count, part_log.runs, part_count)
         if within:
             raise PlaceError(within)
