@@ -296,18 +296,28 @@ def _size_reason(evidence: Evidence, cell: Choice) -> Reason:
 
 def _classes_reason(evidence: Evidence) -> Reason:
     found = evidence.weighting
-    tried = ("" if found is None else
-             f"; with weights a probe changes by {found.balanced_gain:+.1%} of balanced accuracy and "
-             f"{found.accuracy_gain:+.1%} of accuracy")  # fmt: skip
-    then = (
-        "weight the classes (class_weights='balanced') and look at balanced accuracy"
-        if evidence.weighted
-        else "look at balanced accuracy, but class weights cost more than they bring"
-    )
+    tried = ""
+    if found is not None:
+        tried = (
+            f"; with weights a probe changes by {found.balanced_gain:+.1%} of balanced accuracy (standard "
+            f"error {found.balanced_error:.1%}) and {found.accuracy_gain:+.1%} of accuracy "
+            f"({found.accuracy_error:.1%})"
+        )
+    if evidence.weighted:
+        then = "weight the classes (class_weights='balanced') and look at balanced accuracy"
+    elif found is None:
+        then = "look at balanced accuracy; a class of one sample cannot show whether class weights help"
+    elif found.wins:
+        then = (
+            "look at balanced accuracy, for which class weights trade accuracy: take "
+            "class_weights='balanced' if a rare class is worth as much as a frequent one"
+        )
+    else:
+        then = "look at balanced accuracy; class weights bring nothing clear"
     return Reason(
         "classes",
         f"the largest class is {evidence.imbalance:.3g} times the smallest{tried}: {then}",
-        "high" if found is None or not evidence.weighted or found.balanced_gain > 0 else "medium",
+        "high" if found is not None and found.wins else "medium",
         evidence.imbalance,
     )
 

@@ -40,15 +40,48 @@ class Weighting:
     Attributes:
         balanced_gain: balanced accuracy with weights minus without.
         accuracy_gain: accuracy with weights minus without; mostly below 0.
+        balanced_error: standard error of the first, of the same samples asked twice.
+        accuracy_error: of the second.
     """
 
     balanced_gain: float
     accuracy_gain: float
+    balanced_error: float
+    accuracy_error: float
+
+    @classmethod
+    def of(cls, without: npt.ArrayLike, with_weights: npt.ArrayLike, labels: npt.ArrayLike) -> Weighting:
+        """Compare predictions of the same samples.
+
+        Args:
+            without: for each sample, 1 where it was right without weights, else 0; shape (n,).
+            with_weights: the same with weights.
+            labels: shape (n,), at least two of each class.
+        """
+        y = np.asarray(labels)
+        change = np.asarray(with_weights, dtype=float) - np.asarray(without, dtype=float)
+        classes = [change[y == label] for label in np.unique(y)]
+        errors = [own.std(ddof=1) / len(own) ** 0.5 for own in classes]
+        return cls(
+            balanced_gain=float(np.mean([own.mean() for own in classes])),
+            accuracy_gain=float(change.mean()),
+            balanced_error=float(np.linalg.norm(errors)) / len(classes),
+            accuracy_error=float(change.std(ddof=1) / len(change) ** 0.5),
+        )
+
+    @property
+    def wins(self) -> bool:
+        """Whether weights clearly bring balanced accuracy: by two standard errors."""
+        return self.balanced_gain > 2 * self.balanced_error
 
     @property
     def pays(self) -> bool:
-        """Whether weights bring at least as much balanced accuracy as they cost accuracy."""
-        return self.balanced_gain + self.accuracy_gain >= 0
+        """Whether they do at no clear cost of accuracy.
+
+        A network that learns loses more accuracy by them than a probe does, so a trade of the two is left
+        to who knows what a rare class is worth.
+        """
+        return self.wins and self.accuracy_gain >= -self.accuracy_error
 
 
 @dataclass(frozen=True)
@@ -102,8 +135,8 @@ class Evidence:
 
     @property
     def weighted(self) -> bool:
-        """Whether to weight the classes: they are imbalanced, and weights did not lose when tried."""
-        return self.imbalanced and (self.weighting is None or self.weighting.pays)
+        """Whether to weight the classes: they are imbalanced, and weights paid when tried."""
+        return self.imbalanced and self.weighting is not None and self.weighting.pays
 
     @property
     def probe(self) -> float:
@@ -271,14 +304,13 @@ def try_weights(features: npt.ArrayLike, labels: Any, *, seed: int = 0) -> Weigh
     x = np.asarray(features)
     y = np.unique(np.asarray(labels), return_inverse=True)[1]
     split = StratifiedKFold(min(3, int(np.bincount(y).min())), shuffle=True, random_state=seed)
-    accuracy, balanced = [], []
+    right = []
     for weights in (None, "balanced"):
         # as layerwise.choosing.transferability.probe_predictions
         classifier = LogisticRegression(C=x.shape[1] ** -0.5, max_iter=300, tol=1e-3, class_weight=weights)
-        right = cross_val_predict(make_pipeline(StandardScaler(), classifier), x, y, cv=split) == y
-        accuracy.append(float(right.mean()))
-        balanced.append(float(np.mean([right[y == c].mean() for c in np.unique(y)])))
-    return Weighting(balanced[1] - balanced[0], accuracy[1] - accuracy[0])
+        predicted = cross_val_predict(make_pipeline(StandardScaler(), classifier), x, y, cv=split)
+        right.append((predicted == y).astype(float))
+    return Weighting.of(right[0], right[1], y)
 
 
 def chance_of(counts: npt.ArrayLike) -> float:

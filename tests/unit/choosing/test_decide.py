@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from layerwise.choosing.advice import advice_from
 from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice
 from layerwise.choosing.decide import PLAIN_RATE, decide
 from layerwise.choosing.depths import DepthScores, Transferability
@@ -207,22 +208,36 @@ def test_gradual_unfreezing_needs_steps():
 
 
 def test_imbalance_is_a_reason():
-    # five to one: weights are advised
+    # five to one: balanced accuracy is to be looked at
     assert any(r.about == "classes" for r in decide(evidence(imbalance=5.0), layers_of()).reasons)
     assert not any(r.about == "classes" for r in decide(evidence(imbalance=1.5), layers_of()).reasons)
 
 
 @pytest.mark.parametrize(
-    ("balanced", "accuracy", "weighted"), [(0.05, -0.02, True), (0.02, -0.05, False), (0.0, 0.0, True)]
+    ("balanced", "accuracy", "weighted", "says"),
+    [
+        (0.05, 0.0, True, "weight the classes (class_weights='balanced')"),
+        (0.05, -0.04, False, "take class_weights='balanced' if a rare class"),
+        (0.02, -0.05, False, "bring nothing clear"),
+    ],
 )
-def test_class_weights_that_cost_more_than_they_bring_are_not_advised(balanced, accuracy, weighted):
-    # both figures are told; accuracy lost is set against balanced accuracy won
-    found = evidence(imbalance=5.0, weighting=Weighting(balanced, accuracy))
+def test_class_weights_are_advised_where_they_cost_nothing(balanced, accuracy, weighted, says):
+    # both figures are told; a trade of accuracy for balanced accuracy is left to the user
+    found = evidence(imbalance=5.0, weighting=Weighting(balanced, accuracy, 0.02, 0.02))
     assert found.weighted == weighted
     reason = next(r for r in decide(found, layers_of()).reasons if r.about == "classes")
-    assert f"{balanced:+.1%} of balanced accuracy and {accuracy:+.1%} of accuracy" in reason.text
-    assert ("class_weights='balanced'" in reason.text) == weighted
-    assert not evidence(imbalance=1.5, weighting=Weighting(0.1, 0.0)).weighted
+    assert f"{balanced:+.1%} of balanced accuracy" in reason.text
+    assert f"{accuracy:+.1%} of accuracy" in reason.text
+    assert says in reason.text
+    options = advice_from(found, layers_of()).fit_options
+    assert options == ({"class_weights": "balanced"} if weighted else {})
+    assert not evidence(imbalance=1.5, weighting=Weighting(0.1, 0.0, 0.02, 0.02)).weighted
+
+
+def test_class_weights_that_could_not_be_tried_are_not_advised():
+    found = evidence(imbalance=50.0, weighting=None)
+    assert not found.weighted
+    assert any("a class of one sample" in r.text for r in decide(found, layers_of()).reasons)
 
 
 def test_uneven_counts_that_may_be_luck_are_no_reason():
