@@ -47,6 +47,23 @@ def test_transformers(name) -> None:
     check(examined("transformers", name, text(name), 0.6))
 
 
+@pytest.mark.parametrize(
+    "name", ["BertForSequenceClassification", "LlamaForCausalLM", "ViTForImageClassification"]
+)
+def test_hidden_states_are_collected_by_hooks(name) -> None:
+    # the hooks stay on the layers after the first call; what they collect is part of the output
+    def make(batch):
+        model = NAMES[name].build()
+        model.config.output_hidden_states = True
+        samples = cuts.text_samples(NAMES[name], batch)
+        model(**{key: value[None] for key, value in samples[0].items()})
+        return model, samples
+
+    found = examined("transformers", name, make, 0.6)
+    check(found)
+    assert found.skipped > 0.3  # layers, and not just the embeddings
+
+
 @pytest.mark.parametrize("frac", cuts.FRACTIONS)
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name, frac) -> None:

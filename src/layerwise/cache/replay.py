@@ -21,6 +21,7 @@ from layerwise.cache.cut import CallId, Cut, Site
 from layerwise.cache.ghost import Ghost, ghost, only_shapes
 from layerwise.cache.layout import Layout, find_layout, memory_order
 from layerwise.errors import CacheError
+from layerwise.layers.memory import collectors
 from layerwise.layers.structures import map_tensors, tensors_in
 
 Forward = Callable[..., Any]
@@ -218,7 +219,10 @@ def replaying(
             if call in cut.skipped:
                 for module, count in cut.inside[call].items():
                     counts[module] += count  # calls that did not happen
-                return emit(call, args, kwargs)
+                output = emit(call, args, kwargs)
+                for collect in collectors(cut.skipped[call]):
+                    collect(cut.skipped[call], args, output)
+                return output
             if call in entries:
                 replace = {site.slot: values[site] for site in entries[call]}
                 args, kwargs = _with_slots((args, kwargs), replace)

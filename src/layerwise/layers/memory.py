@@ -17,6 +17,8 @@ from torch import nn
 _OURS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters"})
 _LIBRARIES = ("torch.", "layerwise.")  # their hooks do what the recording sees, or are the recording's own
 
+_COLLECTS = "transformers.utils.output_capturing"  # hooks that keep outputs for `output_hidden_states=True`
+
 Test = Callable[[torch.Tensor], bool]
 
 
@@ -111,8 +113,22 @@ def watched(model: nn.Module) -> dict[nn.Module, str]:
             continue
         hooks: Iterable[Any] = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         for hook in hooks:
-            function = getattr(hook, "func", hook)  # functools.partial
-            home = getattr(function, "__module__", None) or type(function).__module__
-            if not f"{home}.".startswith(_LIBRARIES):
-                found[module] = getattr(function, "__qualname__", type(function).__name__)
+            home, name = _origin(hook)
+            if home != _COLLECTS and not f"{home}.".startswith(_LIBRARIES):
+                found[module] = name
     return found
+
+
+def collectors(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks by which transformers collects what a module returns, ``hook(module, args, output)``.
+
+    They stay on the modules for good once a model was asked for its hidden states.
+    """
+    return [hook for hook in module._forward_hooks.values() if _origin(hook)[0] == _COLLECTS]
+
+
+def _origin(hook: Any) -> tuple[str, str]:
+    """Return the module that defines a hook, and its name."""
+    function = getattr(hook, "func", hook)  # functools.partial
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home, getattr(function, "__qualname__", type(function).__name__)
