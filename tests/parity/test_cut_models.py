@@ -47,14 +47,18 @@ def test_transformers(name) -> None:
     check(examined("transformers", name, text(name), 0.6))
 
 
+@pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
 @pytest.mark.parametrize(
-    "name", ["BertForSequenceClassification", "LlamaForCausalLM", "ViTForImageClassification"]
-)
-def test_hidden_states_are_collected_by_hooks(name) -> None:
+    "name",
+    ["BertForSequenceClassification", "AlbertForSequenceClassification", "LlamaForCausalLM",
+     "ViTForImageClassification", "T5ForConditionalGeneration"],
+)  # fmt: skip
+def test_outputs_collected_by_hooks(name, what) -> None:
     # the hooks stay on the layers after the first call; what they collect is part of the output
     def make(batch):
         model = NAMES[name].build()
-        model.config.output_hidden_states = True
+        model.set_attn_implementation("eager")  # the others compute no attentions
+        setattr(model.config, what, True)
         samples = cuts.text_samples(NAMES[name], batch)
         model(**{key: value[None] for key, value in samples[0].items()})
         return model, samples

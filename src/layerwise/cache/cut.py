@@ -37,6 +37,7 @@ from layerwise.cache.doors import (
 )
 from layerwise.cache.ghost import SHAPE_ONLY
 from layerwise.errors import CacheError
+from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.recording import Call, Recording
 
 _CANDIDATES = 64  # calls tried as cut-at-the-input, smallest first
@@ -158,6 +159,9 @@ class _Search:
         self.dirt = find_dirty(recording, trainable)
         self.dirty, self.depends = self.dirt.flags, recording.input_dependent
         self.reads, self.returned = reads_of(recording)
+        self.collected = [
+            call for call in recording.calls if call.end > call.start and collectors(call.module)
+        ]
         self.kept_inputs = frozenset(  # cheap to load, and a ghost could not decide a branch
             number
             for number, tensor in enumerate(recording.inputs)
@@ -247,7 +251,14 @@ class _Search:
                     if slot not in through:
                         doors[Door(call, "out", slot)] = read
         by_side_door = (read.writer for read in wanted - explained if read.writer is not None)
-        return _Needs(doors, inputs, {owner[writer] for writer in by_side_door if writer in owner})
+        unskippable = {owner[writer] for writer in by_side_door if writer in owner}
+        for call in self.collected:
+            skipped = owner.get(call.start)
+            if skipped in (None, call) or wanted.isdisjoint(given(call)):
+                continue  # the hooks of a call that is skipped itself do run in a replay
+            if _is_collected_outside(call, skipped):
+                unskippable.add(skipped)
+        return _Needs(doors, inputs, unskippable)
 
     def _is_storable(self, read: Read) -> bool:
         return self._depends(read) and read.writer is not None and not self.dirty[read.writer]
@@ -331,6 +342,15 @@ class _Search:
             first_dirty=self.dirt.first,
             impure=bool(self.recording.remembering) or any(self.dirty[: max(ends, default=0)]),
         )
+
+
+def _is_collected_outside(call: Call, around: Call) -> bool:
+    """Whether a hook hands what `call` returned to code outside of another call, which it is in."""
+    while call is not around and call.parent is not None:
+        call = call.parent
+        if collects_below(call.module):
+            return False
+    return True
 
 
 def _source(recording: Recording, value: Read) -> Source:

@@ -127,6 +127,11 @@ def collectors(module: nn.Module) -> list[Callable[..., Any]]:
     return [hook for hook in module._forward_hooks.values() if _origin(hook)[0] == _COLLECTS]
 
 
+def collects_below(module: nn.Module) -> bool:
+    """Whether what such hooks of the modules inside collect becomes part of what this module returns."""
+    return "_output_capturing_hooks_installed" in vars(module)
+
+
 def _origin(hook: Any) -> tuple[str, str]:
     """Return the module that defines a hook, and its name."""
     function = getattr(hook, "func", hook)  # functools.partial
