@@ -14,6 +14,8 @@ SMALL_BATCH = 16
 SATURATED = 0.97
 STRONG, SOME = 2.5, 1.5
 """Standard errors of the gap between the best depth and the last one from which on it counts."""
+MOST = 0.65
+"""Part of the groups that learns where the gap is between the two."""
 STEPS_A_GROUP = 60
 """Optimiser steps that gradual unfreezing needs for each group: groups that join warm up for 20."""
 PLAIN_RATE = 2e-4
@@ -64,9 +66,9 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
     (1) Recalibrated batch-norm statistics are used where the probe gains from them, and dropped where it
     loses. (2) A probe in the middle of the network that beats the one at its end by 2.5 standard errors: the
     groups after it have to be trained, and if the images are unlike the source, or nothing is known, all of
-    them. (3) A shift that sits in the early groups: tune the first third and the head. (4) Frozen features
-    that separate the classes already: linear probe. Then batch size, imbalance and pretraining set norms,
-    weights and decay.
+    them; one that beats it by 1.5 turns the last three groups into most of them. (3) A shift that sits in the
+    early groups: tune the first third and the head. (4) Frozen features that separate the classes already:
+    linear probe. Then batch size, imbalance and pretraining set norms, weights and decay.
 
     Args:
         evidence: what was measured.
@@ -140,7 +142,7 @@ def _enough_steps(
             float(steps),
         )
     )
-    k = 3 if evidence.gap_errors < SOME else round(0.65 * len(layers))
+    k = 3 if evidence.gap_errors < SOME else round(MOST * len(layers))
     return last_groups(k, len(layers), "too few steps for gradual unfreezing: the last groups in one phase")
 
 
@@ -177,6 +179,9 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         )
         if choice.strategy == "linear_probe":
             return last_groups(max(evidence.best_depth, 2), len(layers), "the groups after the best probe")
+        if choice.strategy == "top_k(k=3)" and evidence.level in ("dissimilar", "unknown"):
+            k = max(evidence.best_depth, round(MOST * len(layers)))
+            return last_groups(k, len(layers), "the last groups may be too special: most of them")
     elif evidence.transfer.last.depth == 0:
         reasons.append(
             Reason(

@@ -260,6 +260,27 @@ def test_networks_without_batchnorm_get_a_lower_rate_the_wider_they_are():
     assert decide(evidence(level="somewhat"), layers_of()).choice.lr == BODY_RATE
 
 
+@pytest.mark.parametrize(
+    ("lead", "level", "strategy"),
+    [
+        (1.0, "dissimilar", "top_k(k=3)"),
+        (2.0, "dissimilar", "top_k(k=6)"),
+        (2.0, "unknown", "top_k(k=6)"),
+        (2.0, "somewhat", "top_k(k=3)"),
+        (3.0, "dissimilar", "full"),
+    ],
+)
+def test_a_lead_of_the_middle_widens_the_last_three_groups(lead, level, strategy):
+    # ten groups; the best probe stands four before the head
+    probes = transfer(0.5, 0.5, 0.5, 0.5, 0.6, 0.7, 0.65, 0.6, 0.6, 0.6)
+    depths = tuple(dataclasses.replace(d, lead=lead if d.depth == 4 else 0.0) for d in probes.depths)
+    found = evidence(
+        level=level, shift=None if level == "unknown" else shift_of(1.0), recalibrated=transfer(*[0.4] * 10),
+        transfer=dataclasses.replace(probes, depths=depths),
+    )  # fmt: skip
+    assert decide(found, layers_of(10)).choice.strategy == strategy
+
+
 def test_the_lead_of_a_depth_is_asked_of_the_same_samples():
     # 12 samples apart of 100: 1.5 errors for independent samples, 2.8 where hardly any go the other way
     probes = (0.5, 0.88, 0.86, 0.80)
