@@ -58,9 +58,9 @@ def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tu
 
 
 def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """Return something small that differs when one of the tensors was changed, in a tenth of the time.
+    """Return something small that differs when one of the tensors was changed, faster than `quick_state`.
 
-    Does not tell which one, as `quick_state` does: small tensors are laid side by side and summed as one.
+    Does not tell which one: small tensors are laid side by side and summed as one.
     """
     together: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     sums = []
