@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice, full, last_groups, probe
 from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, thresholds
-from layerwise.choosing.matrix import DECAY, calibrated, matrix_cell, size_of
+from layerwise.choosing.matrix import DECAY, MOST, calibrated, matrix_cell, size_of
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Norms
 
@@ -14,8 +14,6 @@ SMALL_BATCH = 16
 SATURATED = 0.97
 STRONG, SOME = 2.5, 1.5
 """Standard errors of the gap between the best depth and the last one from which on it counts."""
-MOST = 0.65
-"""Part of the groups that learns where the gap is between the two."""
 STEPS_A_GROUP = 60
 """Optimiser steps that gradual unfreezing needs for each group: groups that join warm up for 20."""
 PLAIN_RATE = 2e-4
@@ -179,7 +177,8 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         )
         if choice.strategy == "linear_probe":
             return last_groups(max(evidence.best_depth, 2), len(layers), "the groups after the best probe")
-        if choice.strategy == "top_k(k=3)" and evidence.level in ("dissimilar", "unknown"):
+        few = last_groups(3, len(layers), "").strategy
+        if choice.strategy == few and evidence.level in ("dissimilar", "unknown"):
             k = max(evidence.best_depth, round(MOST * len(layers)))
             return last_groups(k, len(layers), "the last groups may be too special: most of them")
     elif evidence.transfer.last.depth == 0:

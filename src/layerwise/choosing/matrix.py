@@ -14,6 +14,8 @@ Size = Literal["< 1K", "1K-10K", "10K-100K", "> 100K"]
 DECAY: dict[Pretraining, float] = {"supervised": 0.9, "self_supervised": 0.75, "unknown": 0.9}
 """Published recipes: 0.85-0.9 after supervised pretraining, 0.65-0.75 after self-supervised."""
 L2_SP = 0.01
+MOST = 0.65
+"""Part of the groups that learns where the last few are too few and all are too many."""
 
 
 def size_of(samples: int) -> Size:
@@ -76,7 +78,7 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
             return last(math.ceil(groups / 2), "tens of thousands of samples, similar: the last half")
         if level == "dissimilar":
             return last(groups - 1, "tens of thousands of samples, unlike the source: most groups")
-        return last(round(0.65 * groups), f"tens of thousands of samples, {between}: the last 65 %")
+        return last(round(MOST * groups), f"tens of thousands of samples, {between}: the last 65 %")
     if level == "dissimilar":
         return full("more than 100,000 samples, unlike the source")
     return Choice(

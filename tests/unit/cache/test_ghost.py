@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.ghost import Ghost, ghost
+from layerwise.cache.replay import Skeleton
 from layerwise.errors import CacheError
 
 
@@ -93,3 +94,13 @@ def test_the_tag_marks_copies_and_nothing_else() -> None:
 
 def test_deepcopy(phantom: Ghost) -> None:
     assert tuple(copy.deepcopy(phantom).shape) == (2, 3)
+
+
+def test_one_ghost_serves_all_steps_until_it_is_written_to() -> None:
+    skeleton = Skeleton(torch.empty(4, 3, device="meta"), 4, [None])
+    first = skeleton.ghost(0, 4, torch.device("cpu"))
+    assert skeleton.ghost(0, 4, torch.device("cpu")) is first
+    first.add_(1)
+    again = skeleton.ghost(0, 4, torch.device("cpu"))
+    assert again is not first
+    assert again.shape == (4, 3)

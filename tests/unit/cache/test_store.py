@@ -71,3 +71,14 @@ def test_no_room_raises_before_anything_is_written(tmp_path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_whole_until_a_row_is_forgotten() -> None:
+    column = Column(3, RowSpec((2,), torch.float32, torch.float32))
+    assert not column.is_whole
+    column.put(torch.arange(3), torch.ones(3, 2))
+    assert column.is_whole
+    column.forget(torch.tensor([1]))
+    assert not column.is_whole
+    column.put(torch.tensor([1]), torch.ones(1, 2))
+    assert column.is_whole
