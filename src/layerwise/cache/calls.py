@@ -81,7 +81,7 @@ class Calls:
                 continue
             link = live.feed.link
             known = live.phase is not None and link is not None
-            if known and link is not None and link.recognises(args, kwargs, live.leaves, live):
+            if known and link is not None and link.recognises(args, kwargs, live.leaves, live.tag):
                 live.seen = True
                 return self._begin_replay(live, link, args, kwargs)
         if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):

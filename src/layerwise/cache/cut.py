@@ -16,6 +16,7 @@ Everything here reads a `Recording` and changes nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -118,6 +119,11 @@ class Cut:
     skipped_flops: int = 0
     first_dirty: str = ""
     impure: bool = False
+
+    @functools.cached_property
+    def paths(self) -> dict[nn.Module, str]:
+        """The modules whose calls are skipped, or take a cached argument -> their paths."""
+        return {module: call.path for call, module in (self.skipped | self.entered).items()}
 
 
 def find_cut(recording: Recording, trainable: frozenset[str], *, at_inputs: bool = True) -> Cut:

@@ -14,9 +14,20 @@ from layerwise.cache.settings import Settings, Stillness
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 
-Modes = tuple[bool, ...]
-State = tuple[tuple[bool, ...], Modes, int]
-"""Who learns, each module's mode, and the number of the modules' settings."""
+Modes = Mapping[nn.Module, bool]
+"""Module -> whether it is in train mode; without those that do the same in either mode."""
+
+_MODELESS = frozenset(
+    {
+        *(nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Unflatten),
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.GroupNorm),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid),
+        *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softmax, nn.LogSoftmax, nn.Softplus),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+        *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.PixelShuffle, nn.ZeroPad2d),
+    }
+)
+"""Layers whose forward does the same in train and in eval mode."""
 
 
 class PhaseSource(Protocol):
@@ -51,7 +62,7 @@ class _Foreseen:
         cut: of the later phase, or why there is none.
     """
 
-    modes: Mapping[nn.Module, bool]
+    modes: Modes
     settings: int
     cut: Cut | CacheError
 
@@ -75,7 +86,9 @@ class CutBook:
         self._model = model
         self._tuner = tuner
         self._upcoming = upcoming
-        self.last_state: State = (), (), 0
+        self.last_state = 0
+        self._states: dict[Any, int] = {}
+        self._seen: Any = None  # what `last_state` stands for
         self._found: dict[tuple[frozenset[str], int], list[tuple[Modes, Cut]]] = {}
         self._foreseen: dict[frozenset[str], _Foreseen] = {}
         self.settings = Settings(model)
@@ -83,18 +96,26 @@ class CutBook:
 
     def refresh(self) -> None:
         """Look again which modules and parameters the model has; once an epoch, as it takes a while."""
-        self._modules = list(self._model.modules())
+        self._modules = [
+            module
+            for module in self._model.modules()
+            if type(module) not in _MODELESS or module._forward_hooks or module._forward_pre_hooks
+        ]
         self._parameters = list(self._model.parameters())
         self.settings.refresh()
         self._still = Stillness(self._parameters)
 
-    def state(self) -> State:
-        """Return what a cut depends on: who learns, each module's mode, and the modules' settings."""
-        self.last_state = (
-            tuple([parameter.requires_grad for parameter in self._parameters]),
-            tuple([module.training for module in self._modules]),
+    def state(self) -> int:
+        """Return what a cut depends on as a number: who learns, the modules' modes, and their settings."""
+        seen = (
+            [parameter.requires_grad for parameter in self._parameters],
+            [module.training for module in self._modules],
             self.settings.number(),
         )
+        if seen != self._seen:
+            learns, modes, settings = self._seen = seen
+            known = tuple(learns), tuple(modes), settings
+            self.last_state = self._states.setdefault(known, len(self._states))
         return self.last_state
 
     def weights_moved(self) -> bool:
@@ -110,9 +131,8 @@ class CutBook:
         A cut that was found in train mode also holds in eval mode: with fewer modules training, fewer
         operations are random. The reverse is not true.
         """
-        _, modes, settings = self.state()
-        for recorded, cut in self._found.get((self._trainable(), settings), ()):
-            if all(now <= then for now, then in zip(modes, recorded, strict=True)):
+        for recorded, cut in self._found.get((self._trainable(), self.settings.number()), ()):
+            if not any(module.training and not recorded.get(module, False) for module in self._modules):
                 return cut
         return None
 
@@ -150,13 +170,12 @@ class CutBook:
             if at_inputs:
                 self._foresee(recording)
             cut = find_cut(recording, trainable, at_inputs=at_inputs)
-        _, modes, settings = self.state()
-        self._found.setdefault((trainable, settings), []).insert(0, (modes, cut))
+        self._found.setdefault((trainable, self.settings.number()), []).insert(0, (self._modes(), cut))
         return cut
 
     def _foresee(self, recording: Recording) -> None:
         """Find the cuts of the later phases, which spares them a recording of their own."""
-        modes, settings = {module: module.training for module in self._modules}, self.settings.number()
+        modes, settings = self._modes(), self.settings.number()
         for names in self._lengths():
             try:
                 self._foreseen[names] = _Foreseen(modes, settings, find_cut(recording, names))
@@ -229,6 +248,9 @@ class CutBook:
     @property
     def _phase(self) -> Any:
         return None if self._tuner is None else self._tuner.plan.phases[self._tuner.phase_index]
+
+    def _modes(self) -> Modes:
+        return {module: module.training for module in self._modules}
 
     def _trainable(self) -> frozenset[str]:
         return frozenset(name for name, p in self._model.named_parameters() if p.requires_grad)

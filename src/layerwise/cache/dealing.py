@@ -13,6 +13,7 @@ from layerwise.cache.calls import Refuse
 from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.feed import Phase
 from layerwise.cache.observing import Live, Observer
+from layerwise.cache.reading import LoaderReader
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
@@ -83,14 +84,8 @@ class Dealer:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
             batch = self._observer.complete(live.feed, phase, live, batch)
-            reader = live.feed.reader
-
-            @functools.cache
-            def load() -> list[torch.Tensor]:
-                with reader.unaffected():
-                    return tensors_in(reader.load_now(live.indices))
-
-            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live, load)
+            load = functools.cache(functools.partial(_load, live.feed.reader, live.indices))
+            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
         except OtherShapeError as error:
             if not live.supply.sort():
                 self._refuse(live.supply, None, str(error))
@@ -121,3 +116,8 @@ class Dealer:
             supply.unseen += 1
             if supply.unseen >= _PATIENCE and not supply.reason:
                 self._refuse(supply, None, "the loop does not pass the loader's batches to this model")
+
+
+def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:
+    with reader.unaffected():
+        return tensors_in(reader.load_now(indices))

@@ -133,7 +133,8 @@ class Feed:
         """Return the rows of samples, given by their indices in the data set, in draw `view`; int64."""
         if self.members is not None:
             indices = [self._positions[index] for index in indices]
-        return torch.tensor(indices, dtype=torch.int64) + view * self.size
+        first = view * self.size
+        return torch.tensor([first + index for index in indices] if first else indices, dtype=torch.int64)
 
     def neighbour(self, index: int) -> int:
         """Return the index of another sample of this shape.

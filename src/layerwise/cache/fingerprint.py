@@ -24,8 +24,12 @@ _DATASET_DEPTH = 5  # Subset of a Subset ...
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's parameters and buffers by each of their names."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    return {**tensors, **dict(model.named_buffers(remove_duplicate=False))}
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

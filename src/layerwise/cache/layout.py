@@ -6,6 +6,7 @@ choose another kernel, and so other last bits, for another order.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,16 @@ class Layout:
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what `to_rows` took apart; a view of `rows` where the sample dimension lies outermost."""
-        physical = rows.flatten(0, 1).movedim(0, self.order.index(self.dim)).contiguous()
+        physical = rows.flatten(0, 1)
+        if self.order[0] != self.dim:
+            physical = physical.movedim(0, self.order.index(self.dim)).contiguous()
+        if self._is_usual:
+            return physical
         return physical.permute([self.order.index(dim) for dim in range(len(self.order))])
+
+    @functools.cached_property
+    def _is_usual(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
 
     def shape(self, recorded: tuple[int, ...], batch: int) -> tuple[int, ...]:
         """Return the shape of the tensor for another batch size."""

@@ -43,6 +43,7 @@ class Live:
 
     def __init__(self, supply: Supply, feed: Feed, rows: torch.Tensor, indices: list[int], key: Any) -> None:
         self.supply, self.feed, self.rows, self.indices, self.key = supply, feed, rows, indices, key
+        self.tag = object()  # of its ghosts; not the batch itself, which would keep itself alive
         self.batch: Any = None
         self.leaves: list[torch.Tensor] = []
         self.versions: list[int] = []  # of the leaves when they were handed out

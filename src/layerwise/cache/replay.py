@@ -124,7 +124,7 @@ def capture(
         for site in (*cut.frontier, *cut.constants):
             wanted.setdefault(site.call, set()).add(site)
             waiting.add(site)
-        modules |= {module: call.path for call, module in (cut.skipped | cut.entered).items()}
+        modules |= cut.paths
         if skeletons:
             waiting |= set(cut.skipped)
     shaped = {call for cut in cuts for call in cut.skipped} if skeletons else set()
@@ -207,46 +207,42 @@ def replaying(
         batch: number of samples.
         device: of the ghosts.
     """
-    modules = {module: call.path for call, module in (cut.skipped | cut.entered).items()}
     entries: dict[CallId, list[Site]] = {}
     for site in cut.frontier:
         if site.side == "in":
             entries.setdefault(site.call, []).append(site)
-    with contextlib.ExitStack() as stack:
-        counts: dict[nn.Module, int] = {}
 
-        def answer(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if call in cut.skipped:
-                for module, count in cut.inside[call].items():
-                    counts[module] += count  # calls that did not happen
-                output = emit(call, args, kwargs)
-                for collect in collectors(cut.skipped[call]):
-                    collect(cut.skipped[call], args, output)
-                return output
-            if call in entries:
-                replace = {site.slot: values[site] for site in entries[call]}
-                args, kwargs = _with_slots((args, kwargs), replace)
-            return original(*args, **kwargs)
+    def answer(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if call in cut.skipped:
+            for module, count in cut.inside[call].items():
+                counts[module] += count  # calls that did not happen
+            output = emit(call, args, kwargs)
+            for collect in collectors(cut.skipped[call]):
+                collect(cut.skipped[call], args, output)
+            return output
+        if call in entries:
+            replace = {site.slot: values[site] for site in entries[call]}
+            args, kwargs = _with_slots((args, kwargs), replace)
+        return original(*args, **kwargs)
 
-        def emit(call: CallId, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            skeleton = skeletons[call]
-            passes = cut.passes.get(call, {})
-            given = tensors_in((args, kwargs)) if passes else []
-            slots = iter(range(len(skeleton.layouts)))
+    def emit(call: CallId, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        skeleton = skeletons[call]
+        passes = cut.passes.get(call, {})
+        given = tensors_in((args, kwargs)) if passes else []
+        slots = iter(range(len(skeleton.layouts)))
 
-            def leaf(_: torch.Tensor) -> torch.Tensor:
-                slot = next(slots)
-                value = values.get(Site(call, "out", slot))
-                if value is not None:
-                    return value
-                if slot in passes and passes[slot] < len(given):
-                    return given[passes[slot]]
-                return skeleton.ghost(slot, batch, device)
+        def leaf(_: torch.Tensor) -> torch.Tensor:
+            slot = next(slots)
+            value = values.get(Site(call, "out", slot))
+            if value is not None:
+                return value
+            if slot in passes and passes[slot] < len(given):
+                return given[passes[slot]]
+            return skeleton.ghost(slot, batch, device)
 
-            return map_tensors(skeleton.output, leaf)
+        return map_tensors(skeleton.output, leaf)
 
-        counts = stack.enter_context(_intercepted(modules, answer))
-        stack.enter_context(only_shapes())
+    with _intercepted(cut.paths, answer) as counts, only_shapes():
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,3 +123,26 @@ def test_a_pool_fills_what_upcoming_runs_need_in_the_first_pass(order) -> None:
     assert loads[0] >= 64
     spared = [count < 64 for count in loads[1:]]  # the data's digest and one batch, and no pass
     assert spared == ([True, True] if order == (1, 2, 3) else [False, False])
+
+
+def test_layers_whose_mode_is_not_looked_at_have_none() -> None:
+    for layer in cutbook._MODELESS:
+        assert "self.training" not in inspect.getsource(layer), layer
+
+
+def test_the_mode_of_a_layer_counts_where_a_hook_may_read_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    handle = model[0].register_forward_pre_hook(
+        lambda module, args: (args[0] * (2 if module.training else 1),)
+    )
+    book = cutbook.CutBook(model, None, {})
+    before = book.state()
+    model[0].eval()
+    assert book.state() != before
+    model[0].train()
+    assert book.state() == before
+    handle.remove()
+    book.refresh()
+    plain = book.state()
+    model.eval()
+    assert book.state() == plain  # no hook, no dropout, no batch-norm

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -186,6 +188,26 @@ def test_inputs_that_a_loop_uses_itself() -> None:
 
 
 # -- what changes while it runs -------------------------------------------------------------------
+
+
+def test_a_batch_is_freed_as_soon_as_the_loop_drops_it() -> None:
+    # not by the garbage collector, which may come late: values would pile up
+    model = TinyCNN()
+    model.layer1.requires_grad_(False)
+    model.stem.requires_grad_(False)
+    cache = layerwise.PrefixCache(model.eval(), DataLoader(images(count=8), batch_size=2), storage="memory")
+    cache.fill()
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        for x, _ in cache.batches():
+            model(x)
+            seen.append(weakref.ref(x))
+        assert isinstance(x, Ghost)
+        assert [ref() for ref in seen] == [None, None, None, x]
+    finally:
+        gc.enable()
 
 
 def test_trainable_set_changes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +134,11 @@ def track_centre(module: Any, h: Tensor) -> Tensor:
     return h - module.centre
 
 
+def track_scale(module: Any, h: Tensor) -> Tensor:
+    module.scale.lerp_(h.detach().abs().mean(0), 0.1)
+    return h / module.scale
+
+
 def shrink_weight(module: Any, h: Tensor) -> Tensor:
     with torch.no_grad():
         module.linear.weight.mul_(0.99)
@@ -258,6 +263,61 @@ def scale_within(model: Any, batch: Any) -> Tensor:
     model.body.scale = 1.0
     return value
 
+
+def set_in_place(layer: nn.Module, value: float) -> None:
+    layer.scale.fill_(value)
+
+
+def set_unnoticed(layer: nn.Module, value: float) -> None:
+    layer.scale.data.fill_(value)
+
+
+def set_anew(layer: nn.Module, value: float) -> None:
+    layer.scale = torch.full((1,), value)
+
+
+def with_buffer(act: Callable[..., Tensor], buffer: Callable[[], Tensor], *, part: str = "body") -> Any:
+    """Return what makes a net one of whose parts is a `Layer` with a buffer `scale`."""
+
+    def make() -> nn.Module:
+        layer = Layer(act)
+        layer.register_buffer("scale", buffer())
+        return Net(**{part: layer})
+
+    return make
+
+
+def at_batches(change: Callable[[nn.Module, float], None], values: Sequence[float]) -> Any:
+    """Return a step that sets the body's scale before each batch, when the first epoch is over."""
+    count = iter(range(10**6))
+
+    def step(model: Any, batch: Any) -> Tensor:
+        number = next(count)
+        if number > 8:
+            change(model.body, values[number % len(values)])
+        return loss(model, batch)
+
+    return step
+
+
+def buffer_changes(change: Callable[[nn.Module, float], None], values: Sequence[float]) -> Callable[[], Case]:
+    make = with_buffer(scaled, lambda: torch.ones(1))
+    return lambda: Case(make, ".", at_batches(change, values))
+
+
+BUFFERS: dict[str, Callable[[], Case]] = {
+    "buffer set in place": buffer_changes(set_in_place, [1.0, 2.0, 3.0]),
+    "buffer set through data": buffer_changes(set_unnoticed, [1.0, 2.0, 3.0]),
+    "buffer set anew": buffer_changes(set_anew, [1.0, 2.0, 3.0]),
+    "buffer that is never the same": buffer_changes(set_in_place, [1 + n / 64 for n in range(64)]),
+    "large buffer": lambda: Case(
+        with_buffer(lambda module, h: h / module.scale.mean(), lambda: torch.ones(40)), ".",
+        at_batches(set_in_place, [1.0, 2.0]),
+    ),
+    "buffer of the trained part": lambda: Case(
+        with_buffer(track_scale, lambda: torch.ones(SIZE), part="tail")
+    ),
+}  # fmt: skip
 
 CONTEXT = SimpleNamespace(scale=1.0)
 CHANGES = {
@@ -388,7 +448,7 @@ DATA = {
     ),
 }  # fmt: skip
 
-CASES = {name: (lambda case=case: case) for name, case in (STATE | CHANGES | DATA).items()} | LOOPS
+CASES = {name: (lambda case=case: case) for name, case in (STATE | CHANGES | DATA).items()} | BUFFERS | LOOPS
 
 
 @pytest.mark.filterwarnings("ignore::layerwise.errors.LayerwiseWarning")
