@@ -56,7 +56,7 @@ def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tu
     (``p.data.copy_``) is seen as well.
     """
     return tuple(
-        (name, tuple(tensors[name].shape), _checksum(_words(tensors[name].detach())))
+        (name, tuple(tensors[name].shape), checksum(tensors[name].detach()))
         for name in sorted(set(names))
     )
 
@@ -73,14 +73,14 @@ def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
             if tensor.numel() <= _SMALL:
                 together.setdefault((tensor.dtype, tensor.device), []).append(tensor.reshape(-1))
             else:
-                sums.append(_checksum(_words(tensor)))
-        sums += [_checksum(_words(torch.cat(flat))) for flat in together.values()]
+                sums.append(checksum(tensor))
+        sums += [checksum(torch.cat(flat)) for flat in together.values()]
     return [tensor.shape for tensor in tensors], sums
 
 
-def _checksum(words: torch.Tensor) -> int:
+def checksum(tensor: torch.Tensor) -> int:
     """Return a number made of sums over every 1,021st word: one sum alone would not notice an exchange."""
-    flat = words.reshape(-1)
+    flat = _words(tensor).reshape(-1)
     whole = len(flat) - len(flat) % _STRIDE
     sums = flat[:whole].view(-1, _STRIDE).sum(dim=0, dtype=torch.int64)
     parts = torch.cat([sums, flat[whole:].to(torch.int64)])

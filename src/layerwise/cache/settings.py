@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
+from layerwise.cache.fingerprint import checksum
+
 _SENTINELS = 2  # tensors whose content is compared
 _TINY = 16  # numbers: a tensor of so many is compared by content, as a number is
 _DEPTH = 2  # containers in containers
@@ -167,7 +169,7 @@ class _Look:
             return
         self._seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            if value.requires_grad or value.is_inference():
+            if value.requires_grad or value.is_inference():  # the latter have no version
                 return
             self._versions.append((value, value._version))
             if _is_tiny(value):
@@ -230,10 +232,9 @@ def _known(value: Any, depth: int = 0) -> str:
     if isinstance(value, _SCALARS):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        if _is_tiny(value) and not value.requires_grad:
-            return f"{value.dtype} {value.tolist()}"
-        learns = value.requires_grad or value.is_inference()  # what reads the former is never skipped
-        return f"tensor {id(value)} {'-' if learns else value._version}"
+        if value.requires_grad or value.layout != torch.strided:  # what reads the former is never skipped
+            return f"tensor {id(value)}"
+        return f"{value.dtype} {tuple(value.shape)} {checksum(value)}"
     if depth < _DEPTH and isinstance(value, dict) and len(value) <= _LARGE:
         return str([f"{name!r}: {_known(item, depth + 1)}" for name, item in value.items()])
     if depth < _DEPTH and isinstance(value, list | tuple | set | deque) and len(value) <= _LARGE:

@@ -146,3 +146,14 @@ def test_the_mode_of_a_layer_counts_where_a_hook_may_read_it() -> None:
     plain = book.state()
     model.eval()
     assert book.state() == plain  # no hook, no dropout, no batch-norm
+
+
+def test_a_state_comes_back_with_the_content_of_a_buffer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.register_buffer("table", torch.arange(100.0))
+    book = cutbook.CutBook(model, None, {})
+    before = book.state()
+    model.table.add_(1)
+    assert book.state() != before
+    model.table.sub_(1)
+    assert book.state() == before
