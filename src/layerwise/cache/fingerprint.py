@@ -56,8 +56,7 @@ def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tu
     (``p.data.copy_``) is seen as well.
     """
     return tuple(
-        (name, tuple(tensors[name].shape), checksum(tensors[name].detach()))
-        for name in sorted(set(names))
+        (name, tuple(tensors[name].shape), checksum(tensors[name].detach())) for name in sorted(set(names))
     )
 
 
