@@ -20,6 +20,7 @@ from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.checking import no_autocast_cache
 from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook
+from layerwise.cache.decision import format_bytes
 from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
@@ -32,6 +33,8 @@ from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 logger = logging.getLogger("layerwise.cache")
+
+_TOLD = 4  # sites that are named
 
 Refuse = Callable[[Supply, Phase | None, str], None]
 """Notes that a loader, or one of its phases, is not cached, and why."""
@@ -177,8 +180,17 @@ def told(phase: Phase | None) -> str:
     """Return what was chosen for a phase, for people."""
     if phase is None or phase.reason or phase.cut is None or phase.decision is None:
         return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
-    sites = ", ".join(map(str, phase.cut.frontier))
-    return f"{phase.decision.storage}, cut at {sites} ({phase.cut.first_dirty}): {phase.decision.reason}"
+    cut, decision = phase.cut, phase.decision
+    sites = ", ".join(map(str, cut.frontier[:_TOLD]))
+    if len(cut.frontier) > _TOLD:
+        sites += f" and {len(cut.frontier) - _TOLD} more"
+    text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
+    if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
+        text += (
+            f"; {format_bytes(cut.returned_bytes_per_sample)} of a sample's because the model returns frozen "
+            f"values (for keys and values of a decoder, set model.config.use_cache = False)"
+        )
+    return text
 
 
 def _with_real(link: Link, args: Any, kwargs: Any, leaves: list[torch.Tensor]) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -100,6 +101,7 @@ class Cut:
         inputs: the model's inputs that are still read.
         sources: of each site.
         bytes_per_sample: size of `frontier`, as recorded.
+        returned_bytes_per_sample: how much less it would be if the model did not return frozen values.
         flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
         first_dirty: a sentence about the first dirty operation.
         impure: the recording pass leaves traces that must be undone: dirty operations run before the last
@@ -115,6 +117,7 @@ class Cut:
     inputs: frozenset[int]
     sources: dict[Site, Source] = field(repr=False)
     bytes_per_sample: int = 0
+    returned_bytes_per_sample: int = 0
     flops: int = 0
     skipped_flops: int = 0
     first_dirty: str = ""
@@ -164,7 +167,8 @@ class _Search:
         self.recording = recording
         self.dirt = find_dirty(recording, trainable)
         self.dirty, self.depends = self.dirt.flags, recording.input_dependent
-        self.reads, self.returned = reads_of(recording)
+        self.reads, returned = reads_of(recording)
+        self.returned = frozenset(returned)
         self.collected = [
             call for call in recording.calls if call.end > call.start and collectors(call.module)
         ]
@@ -175,26 +179,34 @@ class _Search:
         )
 
     def find(self, at_inputs: bool) -> Cut:
-        unskippable: set[Call] = set()
-        while True:
-            owner = self._skippable(unskippable)
-            needs = self._needs(owner)
-            must_run = needs.unskippable | self._cheap_to_run(owner, needs)
-            if not must_run:
-                break
-            unskippable |= must_run
+        owner, needs = self._settled(self.returned)
         if not any(op.flops for op in self.recording.ops if op.index in owner):
             raise NothingToSkipError(
                 f"no part of the forward pass that does any work stays the same from epoch to epoch: "
                 f"{self.dirt.first}. Freeze the groups before it, and hold them in eval mode "
                 f"(layerwise.Tuner does both)."
             )
+        changing = {read for read in self.returned if read.writer is not None and self.dirty[read.writer]}
+        only_returned = 0
+        if changing < self.returned:
+            only_returned = self._stored_bytes(needs) - self._stored_bytes(self._settled(changing)[1])
         entered: tuple[Call, ...] = ()
         for call in self._enterable(owner) if at_inputs else ():
-            tried = self._needs(owner, (*entered, call))
+            tried = self._needs(owner, self.returned, (*entered, call))
             if not tried.unskippable and self._stored_bytes(tried) < self._stored_bytes(needs):
                 entered, needs = (*entered, call), tried
-        return self._cut(owner, needs)
+        return self._cut(owner, needs, only_returned)
+
+    def _settled(self, returned: Set[Read]) -> tuple[dict[int, Call], _Needs]:
+        """Return which call each skipped operation is in, and what a replay needs that returns `returned`."""
+        unskippable: set[Call] = set()
+        while True:
+            owner = self._skippable(unskippable)
+            needs = self._needs(owner, returned)
+            must_run = needs.unskippable | self._cheap_to_run(owner, needs)
+            if not must_run:
+                return owner, needs
+            unskippable |= must_run
 
     def _skippable(self, unskippable: set[Call]) -> dict[int, Call]:
         """Map each operation inside a skipped call to that call: the highest ones that may be skipped."""
@@ -218,13 +230,13 @@ class _Search:
         visit(self.recording.root)
         return owner
 
-    def _needs(self, owner: dict[int, Call], entered: tuple[Call, ...] = ()) -> _Needs:
+    def _needs(self, owner: dict[int, Call], returned: Set[Read], entered: tuple[Call, ...] = ()) -> _Needs:
         """Return what a replay needs.
 
         Walks backwards: an operation that runs in the replay and whose value is needed needs what it
         reads. A value made in a skipped call must be one of its outputs.
         """
-        wanted = set(self.returned)
+        wanted = set(returned)
         running = {read.writer for read in wanted}  # operations whose result is needed
         inputs = {
             value.input
@@ -325,13 +337,14 @@ class _Search:
         shape, batch = door.tensor.shape, self.recording.batch_size
         return read.writer is not None and batch > 1 and len(shape) > 1 and shape[0] == batch
 
-    def _cut(self, owner: dict[int, Call], needs: _Needs) -> Cut:
+    def _cut(self, owner: dict[int, Call], needs: _Needs, only_returned: int) -> Cut:
         ops = self.recording.ops
         skipped = list(dict.fromkeys(owner.values()))
         doors = sorted(needs.doors, key=lambda door: (door.call.start, door.side == "out", door.slot))
         frontier = [door for door in doors if self._goes_by_sample(door, needs.doors[door])]
         entered = [door.call for door in frontier if door.side == "in"]
         counted = {call.module for call in (*skipped, *entered)}
+        batch = max(self.recording.batch_size, 1)
         ends = (door.call.start if door.side == "in" else door.call.end for door in frontier)
         return Cut(
             skipped={_id(call): call.module for call in skipped},
@@ -342,7 +355,8 @@ class _Search:
             constants=tuple(_site(door) for door in doors if door not in frontier),
             inputs=self.kept_inputs | needs.inputs,
             sources={_site(door): _source(self.recording, needs.doors[door]) for door in doors},
-            bytes_per_sample=sum(door.nbytes for door in frontier) // max(self.recording.batch_size, 1),
+            bytes_per_sample=sum(door.nbytes for door in frontier) // batch,
+            returned_bytes_per_sample=only_returned // batch,
             flops=sum(op.flops for op in ops),
             skipped_flops=sum(op.flops for op in ops if op.index in owner),
             first_dirty=self.dirt.first,

@@ -156,6 +156,19 @@ def test_frozen_output_next_to_a_trained_one() -> None:
     assert sites(cut(Two(), X, "head")) == ["body"]
 
 
+def test_what_is_stored_for_the_output_alone_is_told() -> None:
+    # a decoder's keys and values: 10 tokens of 8 numbers, beside the one token that the head reads
+    class WithKeys(Tokens):
+        def forward(self, x):
+            keys = self.blocks(self.embed(x) + self.position)
+            return self.head(self.norm(keys)[:, 0]), keys
+
+    found = cut(WithKeys().eval(), X, "head")
+    assert sites(found) == ["blocks", "input of head"]
+    assert (found.bytes_per_sample, found.returned_bytes_per_sample) == (352, 320)
+    assert cut(Tokens().eval(), X, "head").returned_bytes_per_sample == 0
+
+
 def test_the_input_itself_is_read_after_the_cut() -> None:
     # then it is loaded: input 0 stays real
     class Residual(nn.Module):
