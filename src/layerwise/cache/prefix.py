@@ -217,7 +217,11 @@ class PrefixCache:
             name = "" if len(self._supplies) == 1 else f" (loader {number + 1})"
             if supply.reason:
                 lines.append(f"prefix cache{name}: off: {supply.reason}")
-            lines += [f"prefix cache{name}: {told(phase)}" for phase in supply.phases().values()]
+            phases = supply.phases()
+            lines += [f"prefix cache{name}: {told(phase)}" for phase in phases.values()]
+            stored, samples = supply.stored(next(reversed(phases), None)), supply.samples
+            if 0 < stored < samples:
+                lines[-1] += f"; {stored:,} of {samples:,} samples stored so far"
         return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
     @property

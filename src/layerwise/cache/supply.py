@@ -125,6 +125,21 @@ class Supply:
         keys = dict.fromkeys(key for feed in self.feeds for key in feed.phases)
         return {key: merged([feed.phases[key] for feed in self.feeds if key in feed.phases]) for key in keys}
 
+    @property
+    def samples(self) -> int:
+        """Number of samples, times views."""
+        return sum(feed.rows for feed in self.feeds)
+
+    def stored(self, key: Any) -> int:
+        """Return how many of `samples` are stored for the phase `key`."""
+        count = 0
+        for feed in self.feeds:
+            phase = feed.phases.get(key)
+            if phase is not None and phase.cut is not None and phase.verified:
+                absent = feed.missing(phase.cut, phase.ghosts, torch.arange(feed.rows))
+                count += feed.rows - int(absent.sum())
+        return count
+
     def is_off(self, key: Any) -> bool:
         """Whether nothing of this loader is cached in the phase `key`."""
         return bool(self.reason) or all(key in feed.phases and feed.phases[key].reason for feed in self.feeds)

@@ -234,7 +234,7 @@ def cache_note(prefix: PrefixCache) -> str:
     lines = prefix.describe().splitlines()
     if decision is None:
         return ""
-    found = [line for line in lines if line.endswith(decision.reason)] or [f"prefix cache: {decision.reason}"]
+    found = [line for line in lines if decision.reason in line] or [f"prefix cache: {decision.reason}"]
     return re.sub(r" \(loader \d+\)", "", found[-1])
 
 

@@ -588,3 +588,11 @@ def test_numbers_of_the_frozen_part_are_part_of_the_name(tmp_path) -> None:
     plain = [model(x).detach() + y.unsqueeze(1) for x, y in DataLoader(Items(), 4)]
     again = outputs(model, Items(), folder=tmp_path, storage="disk")
     assert all(torch.equal(one, other) for one, other in zip(plain, again))
+
+
+@pytest.mark.filterwarnings("ignore::layerwise.errors.LayerwiseWarning")
+def test_values_that_cannot_be_computed_between_two_batches_are_told() -> None:
+    # the model of the call is never there when samples are to be computed, so nothing is gained
+    cached = train(body(scaled, scale=1.0), Items(), "tail", "head", cached=True, step=scale_within, epochs=3)
+    assert f"of {COUNT} samples stored so far" in cached.text
+    assert "stored so far" not in train(Net, Items(), "tail", "head", cached=True, epochs=2).text
