@@ -134,11 +134,6 @@ class Column:
             with open(self._file, "rb+") as file:
                 os.fsync(file.fileno())
 
-    def release(self) -> None:
-        """Forget the values and give their memory back; the file, if there is one, stays."""
-        self._data = torch.empty(0)
-        self.forget(torch.arange(len(self.filled)))
-
 
 def reserve_file(descriptor: int, size: int) -> None:
     """Give an open file `size` bytes of real disk space.
