@@ -221,7 +221,7 @@ class PrefixCache:
             lines += [f"prefix cache{name}: {told(phase)}" for phase in phases.values()]
             stored, samples = supply.stored(next(reversed(phases), None)), supply.samples
             if 0 < stored < samples:
-                lines[-1] += f"; {stored:,} of {samples:,} samples stored so far"
+                lines.append(f"prefix cache{name}: {stored:,} of {samples:,} samples stored so far")
         return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
     @property
