@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,17 @@ class RelativeGradientNorms:
     def start_epoch(self) -> None:
         """Begin to measure anew; the weights stay until the first measurement."""
         self.sums, self.steps = {}, 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data; ``RelativeGradientNorms.from_dict`` is its inverse."""
+        return {"weights": dict(self.weights), "sums": dict(self.sums), "steps": self.steps}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RelativeGradientNorms:
+        """Build what `to_dict` was called on."""
+        found = cls()
+        found.weights, found.sums, found.steps = dict(data["weights"]), dict(data["sums"]), int(data["steps"])
+        return found
 
     @torch.no_grad()
     def measure(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> bool:

@@ -27,8 +27,7 @@ from torch import nn
 from layerwise.errors import LayerwiseWarning, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
-from layerwise.plans.schedules import join_factor
-from layerwise.plans.timeline import joining, phase_factor
+from layerwise.plans.timeline import joining
 from layerwise.tuning.checks import check_first_step
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.matching import (
@@ -40,16 +39,16 @@ from layerwise.tuning.matching import (
     parameters_of,
 )
 from layerwise.tuning.norms import NormRecord
-from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory, set_rate
+from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
 from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
 from layerwise.tuning.progress import Progress
+from layerwise.tuning.rates import Rates, rates_by_name
 from layerwise.tuning.regularisers import L2SP
 from layerwise.tuning.reinit import reinit
 from layerwise.tuning.stall import Mode, Stall
 from layerwise.tuning.trainability import set_modes
+from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
 from layerwise.tuning.wrappers import unwrapped
-
-STATE_VERSION = 1
 
 
 class Tuner:
@@ -130,6 +129,7 @@ class Tuner:
         self._exempt = no_decay_names(self._model, self.layers)
         self._generator = torch.Generator().manual_seed(seed)
         self._progress = Progress()
+        self._rates = Rates(plan, lr, steps_per_epoch)
         self._stall, self._plateau = Stall(), Stall()
         self._l2_sp = L2SP()
         self._rgn = RelativeGradientNorms()
@@ -296,7 +296,7 @@ class Tuner:
         if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
             self._set_rates()
         if phase.l2_sp:
-            self._l2_sp.pull(*self._named_rates(), phase.l2_sp)
+            self._l2_sp.pull(*rates_by_name(self.optimizer, self._parameters), phase.l2_sp)
 
     def after_step(self) -> None:
         """Move the schedule and the phases on after an optimiser step that a framework took itself."""
@@ -372,19 +372,12 @@ class Tuner:
         Tensors are the live ones, as in torch's own state dicts: copy or save before the next step.
         """
         return {
-            "version": STATE_VERSION,
-            "plan": self.plan.to_dict(),
-            "lr": self._lr,
-            "steps_per_epoch": self._steps_per_epoch,
+            **run_of(self.plan, self._lr, self._steps_per_epoch),
             "progress": self._progress.to_dict(),
             "open": self._open,
             "stall": dataclasses.asdict(self._stall),
             "plateau": dataclasses.asdict(self._plateau),
-            "rgn": {
-                "weights": dict(self._rgn.weights),
-                "sums": dict(self._rgn.sums),
-                "steps": self._rgn.steps,
-            },
+            "rgn": self._rgn.to_dict(),
             "generator": self._generator.get_state(),
             "references": dict(self._l2_sp.references),
             "names": [group["name"] for group in self.optimizer.param_groups],
@@ -399,45 +392,20 @@ class Tuner:
         Raises:
             PlanError: the state is of another plan, base rate or number of steps, or of another version.
         """
-        self._check_state(state)
+        check_run(state, run_of(self.plan, self._lr, self._steps_per_epoch))
         self._progress = Progress.from_dict(dict(state["progress"]))
         self._open = bool(state["open"])
         self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
-        self._rgn.weights, self._rgn.sums = dict(state["rgn"]["weights"]), dict(state["rgn"]["sums"])
-        self._rgn.steps = int(state["rgn"]["steps"])
+        self._rgn = RelativeGradientNorms.from_dict(state["rgn"])
         self._generator.set_state(state["generator"].cpu())
         self._l2_sp.references = {
             name: value.to(self._parameters[name].device, copy=True)
             for name, value in state["references"].items()
         }
         self._builder.sync(self.optimizer, self._set_trainable())
-        names = [group["name"] for group in self.optimizer.param_groups]
-        if names != list(state["names"]):
-            raise PlanError(
-                f"the saved optimiser has the param groups {', '.join(state['names'])}, this one "
-                f"{', '.join(names)}; the model's parameters differ. Rebuild the model as it was when saved"
-            )
+        check_param_groups(list(state["names"]), [group["name"] for group in self.optimizer.param_groups])
         self.optimizer.load_state_dict(state["optimizer"])
         self._unchecked = True
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise PlanError(
-                f"the Tuner's state has version {state.get('version')!r}; this layerwise reads version "
-                f"{STATE_VERSION}. Start the run anew, or use the layerwise that saved it"
-            )
-        mine = {"plan": self.plan.to_dict(), "lr": self._lr, "steps_per_epoch": self._steps_per_epoch}
-        differs = [name for name, value in mine.items() if state[name] != value]
-        if differs:
-            told = "; ".join(
-                "the plan is another one"
-                if name == "plan"
-                else f"{name} was {state[name]!r}, now {mine[name]!r}"
-                for name in differs
-            )
-            raise PlanError(
-                f"the Tuner's state is of another run: {told}. Make the Tuner as it was when saved"
-            )
 
     # ------------------------------------------------------------------ phases
 
@@ -545,7 +513,7 @@ class Tuner:
                 parameter.grad = None
         self._unchecked = True
         specs = group_specs(self.layers, self._parameters, multipliers, self._exempt)
-        self._group_multiplier = {spec.name: spec.multiplier for spec in specs}
+        self._rates.multipliers = {spec.name: spec.multiplier for spec in specs}
         return specs
 
     def _multipliers(self, number: int, drawn: list[str] | None) -> tuple[dict[str, float], NormRecord]:
@@ -559,27 +527,9 @@ class Tuner:
             found.setdefault(group["layer_group"], []).extend(group["params"])
         return found
 
-    # ------------------------------------------------------------------ how fast
-
     def _set_rates(self) -> None:
         """Give each param group the rate of the next step."""
-        progress = self._progress
-        # An epoch with more steps than were told goes on at the last rate, not at the foot of the schedule.
-        step = min(progress.step_in_phase, self.phase.length_steps(self._steps_per_epoch) - 1)
-        factor = phase_factor(self.plan, progress.phase, step, self._steps_per_epoch, stalls=progress.stalls)
-        for group in self.optimizer.param_groups:
-            value = self._lr * self._group_multiplier[group["name"]] * factor
-            start, length = progress.joined.get(group["layer_group"], (0, 0))
-            value *= join_factor(progress.step - start, length)
-            if self.phase.adapt_rates == "auto_rgn":
-                value *= self._rgn.weights.get(group["layer_group"], 1.0)
-            set_rate(group, value)
-
-    def _named_rates(self) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
-        """Return the parameters that learn and the rate of each, by name."""
-        rate = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
-        learning = {name: p for name, p in self._parameters.items() if id(p) in rate}
-        return learning, {name: rate[id(p)] for name, p in learning.items()}
+        self._rates.give(self.optimizer, self._progress, self._rgn.weights)
 
     # ------------------------------------------------------------------ messages
 

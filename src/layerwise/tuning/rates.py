@@ -1,0 +1,63 @@
+"""`Rates`: the learning rate of each param group at each step of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from layerwise.plans.plan import Plan
+from layerwise.plans.schedules import join_factor
+from layerwise.plans.timeline import phase_factor
+from layerwise.tuning.optimizers import set_rate
+from layerwise.tuning.progress import Progress
+
+
+class Rates:
+    """Gives the param groups of an optimiser the rate of the next step.
+
+    It is the base rate times the group's multiplier, the schedule's factor, a ramp for a group that has just
+    joined, and what `layerwise.tuning.gradient_norms` measured.
+
+    Args:
+        plan: its schedules.
+        lr: the base rate.
+        steps_per_epoch: optimiser steps in an epoch.
+
+    Attributes:
+        multipliers: of each param group of the phase, by name.
+    """
+
+    def __init__(self, plan: Plan, lr: float, steps_per_epoch: int) -> None:
+        self._plan, self._lr, self._steps_per_epoch = plan, lr, steps_per_epoch
+        self.multipliers: dict[str, float] = {}
+
+    def give(self, optimizer: Any, progress: Progress, measured: Mapping[str, float]) -> None:
+        """Set the rates in `optimizer`.
+
+        Args:
+            optimizer: its param groups have ``"name"`` and ``"layer_group"``.
+            progress: where the run stands.
+            measured: factors by layer group; used where the phase asks for them.
+        """
+        phase = self._plan.phases[progress.phase]
+        # An epoch with more steps than were told goes on at the last rate, not at the foot of the schedule.
+        step = min(progress.step_in_phase, phase.length_steps(self._steps_per_epoch) - 1)
+        factor = phase_factor(self._plan, progress.phase, step, self._steps_per_epoch, stalls=progress.stalls)
+        for group in optimizer.param_groups:
+            value = self._lr * self.multipliers[group["name"]] * factor
+            start, length = progress.joined.get(group["layer_group"], (0, 0))
+            value *= join_factor(progress.step - start, length)
+            if phase.adapt_rates == "auto_rgn":
+                value *= measured.get(group["layer_group"], 1.0)
+            set_rate(group, value)
+
+
+def rates_by_name(
+    optimizer: Any, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
+    """Return those of `parameters` that `optimizer` holds, and the rate of each, by name."""
+    rate = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    learning = {name: parameter for name, parameter in parameters.items() if id(parameter) in rate}
+    return learning, {name: rate[id(parameter)] for name, parameter in learning.items()}

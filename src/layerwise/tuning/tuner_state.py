@@ -1,0 +1,53 @@
+"""The saved state of a `Tuner`: whose it is, and whether it may be gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerwise.errors import PlanError
+from layerwise.plans.plan import Plan
+
+STATE_VERSION = 1
+
+
+def run_of(plan: Plan, lr: float, steps_per_epoch: int) -> dict[str, Any]:
+    """Return what makes a run the run it is, as plain data: the first part of a Tuner's state."""
+    return {"version": STATE_VERSION, "plan": plan.to_dict(), "lr": lr, "steps_per_epoch": steps_per_epoch}
+
+
+def check_run(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a state of another run.
+
+    Args:
+        state: what was saved.
+        mine: `run_of` the Tuner that is to take it.
+
+    Raises:
+        PlanError: the plan, base rate, number of steps or version is another one.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise PlanError(
+            f"the Tuner's state has version {state.get('version')!r}; this layerwise reads version "
+            f"{STATE_VERSION}. Start the run anew, or use the layerwise that saved it"
+        )
+    differs = [name for name, value in mine.items() if state[name] != value]
+    if differs:
+        told = "; ".join(
+            "the plan is another one" if name == "plan" else f"{name} was {state[name]!r}, now {mine[name]!r}"
+            for name in differs
+        )
+        raise PlanError(f"the Tuner's state is of another run: {told}. Make the Tuner as it was when saved")
+
+
+def check_param_groups(saved: list[str], now: list[str]) -> None:
+    """Refuse a saved optimiser whose param groups have other names than those of the Tuner that takes it.
+
+    Raises:
+        PlanError: they have.
+    """
+    if saved != now:
+        raise PlanError(
+            f"the saved optimiser has the param groups {', '.join(saved)}, this one "
+            f"{', '.join(now)}; the model's parameters differ. Rebuild the model as it was when saved"
+        )
