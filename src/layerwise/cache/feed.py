@@ -92,7 +92,7 @@ class Feed:
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
         leaves: stored tensors of the batch, by number.
-        phases: by trainable parameters and modes.
+        phases: by the state of the model (`CutBook.state`).
     """
 
     loader: DataLoader[Any]

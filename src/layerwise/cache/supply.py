@@ -121,7 +121,7 @@ class Supply:
         return self.feeds[numbers.pop()]
 
     def phases(self) -> dict[Any, Phase]:
-        """Return, by trainable parameters and modes, what was found for all shapes together."""
+        """Return, by the state of the model, what was found for all shapes together."""
         keys = dict.fromkeys(key for feed in self.feeds for key in feed.phases)
         return {key: merged([feed.phases[key] for feed in self.feeds if key in feed.phases]) for key in keys}
 
