@@ -1,11 +1,13 @@
 """Search on a tiny network: what is tried, the budget, continuation, two workers, the winner."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,25 @@ def test_trials_share_the_frozen_prefix(model, data, monkeypatch):
     searched(model, data, trials=3, refit="none")
     assert len(pools) == 3
     assert all(pool is pools[0] for pool in pools)
+
+
+def test_models_of_former_trials_are_given_back(model, data, monkeypatch):
+    # what a run leaves in reference cycles would pile up, a network a trial
+    seen, alive = [], []
+    real = module.fit
+
+    def spied(trial_model, *args, **options):
+        alive.append(sum(one() is not None for one in seen))
+        seen.append(weakref.ref(trial_model))
+        return real(trial_model, *args, **options)
+
+    monkeypatch.setattr(module, "fit", spied)
+    gc.disable()
+    try:
+        searched(model, data, trials=4, refit="none")
+    finally:
+        gc.enable()
+    assert max(alive) <= 1  # the run that was just told may be at hand
 
 
 def test_bad_trials_are_pruned_but_never_the_first_of_a_choice(model, data, monkeypatch):
