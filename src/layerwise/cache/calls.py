@@ -187,8 +187,8 @@ def told(phase: Phase | None) -> str:
     text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
     if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
         text += (
-            f"; {format_bytes(cut.returned_bytes_per_sample)} of a sample's because the model returns frozen "
-            f"values (for keys and values of a decoder, set model.config.use_cache = False)"
+            f"; {format_bytes(cut.returned_bytes_per_sample)} a sample are stored only because the model "
+            f"returns frozen values (for a decoder's keys and values, set model.config.use_cache = False)"
         )
     return text
 

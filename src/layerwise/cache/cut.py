@@ -17,7 +17,6 @@ Everything here reads a `Recording` and changes nothing.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -38,6 +37,7 @@ from layerwise.cache.doors import (
     taken,
 )
 from layerwise.cache.ghost import SHAPE_ONLY
+from layerwise.cache.source import Source, source_of
 from layerwise.errors import CacheError
 from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.recording import Call, Recording
@@ -67,23 +67,6 @@ class Site(NamedTuple):
         nth = f"#{self.call.nth}" if self.call.nth else ""
         slot = f"[{self.slot}]" if self.slot else ""
         return f"{'input of ' if self.side == 'in' else ''}{self.call.path}{nth}{slot}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the value at a site is made of: the basis of its fingerprint.
-
-    Attributes:
-        tensors: names of the parameters and buffers that it depends on.
-        structure: hash of the operations that it depends on, with their order and module calls.
-        inputs: the model's inputs that it depends on.
-        flops: of those operations, for the recorded batch.
-    """
-
-    tensors: tuple[str, ...]
-    structure: str
-    inputs: tuple[int, ...]
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -354,7 +337,7 @@ class _Search:
             frontier=tuple(map(_site, frontier)),
             constants=tuple(_site(door) for door in doors if door not in frontier),
             inputs=self.kept_inputs | needs.inputs,
-            sources={_site(door): _source(self.recording, needs.doors[door]) for door in doors},
+            sources={_site(door): source_of(self.recording, needs.doors[door]) for door in doors},
             bytes_per_sample=sum(door.nbytes for door in frontier) // batch,
             returned_bytes_per_sample=only_returned // batch,
             flops=sum(op.flops for op in ops),
@@ -371,33 +354,6 @@ def _is_collected_outside(call: Call, around: Call) -> bool:
         if collects_below(call.module):
             return False
     return True
-
-
-def _source(recording: Recording, value: Read) -> Source:
-    ancestors: set[int] = set()
-    stack = [value.writer]
-    while stack:
-        index = stack.pop()
-        if index is not None and index not in ancestors:
-            ancestors.add(index)
-            stack.extend(recording.ops[index].sources)
-    position = {index: number for number, index in enumerate(sorted(ancestors))}
-    digest = hashlib.sha256()
-    tensors: set[str] = set()
-    inputs: set[int] = set()
-    flops = 0
-    for index, number in position.items():
-        op = recording.ops[index]
-        tensors |= {*op.parameters, *op.buffers}
-        inputs |= set(op.inputs)
-        flops += op.flops
-        sources = [position[source] for source in op.sources]
-        where = op.call.path if op.call is not None else ""
-        constants = [recording.values[key].content for key in op.reads if recording.values[key].content]
-        text = f"{number} {op.name} {where} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
-        digest.update(f"{text}\n".encode())
-    digest.update(str(position.get(value.writer if value.writer is not None else -1)).encode())
-    return Source(tuple(sorted(tensors)), digest.hexdigest(), tuple(sorted(inputs)), flops)
 
 
 def _id(call: Call) -> CallId:

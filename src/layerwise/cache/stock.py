@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from layerwise.cache.cut import Cut, Site, Source
+from layerwise.cache.cut import Cut, Site
 from layerwise.cache.datawatch import DataNames
 from layerwise.cache.decision import (
     DISK_FRAC,
@@ -35,6 +35,7 @@ from layerwise.cache.fingerprint import (
 from layerwise.cache.layout import Layout
 from layerwise.cache.reading import LoaderReader
 from layerwise.cache.shelf import Shelf
+from layerwise.cache.source import Source
 from layerwise.cache.store import Column, RowSpec
 
 logger = logging.getLogger("layerwise.cache")
