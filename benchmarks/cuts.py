@@ -15,7 +15,6 @@ made of these lines.
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import json
 import logging
@@ -304,7 +303,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _attempt(found: Examined, make: Make) -> Examined:
-    gc.collect()  # the model before is in reference cycles, and would stay for long
     began_s = time.process_time()
     try:
         examine(found, make)

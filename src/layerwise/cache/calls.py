@@ -28,16 +28,12 @@ from layerwise.cache.link import Link, autocast_state, find_link
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import one_line
 from layerwise.cache.replay import refuse_ghosts, replaying
-from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 logger = logging.getLogger("layerwise.cache")
 
 _TOLD = 4  # sites that are named
-
-Refuse = Callable[[Supply, Phase | None, str], None]
-"""Notes that a loader, or one of its phases, is not cached, and why."""
 
 
 class Calls:
@@ -47,12 +43,11 @@ class Calls:
         model: the model.
         book: tells in which state (who learns, which modes) the model is.
         observer: looks at the first batch of a phase.
-        refuse: see `Refuse`.
     """
 
-    def __init__(self, model: nn.Module, book: CutBook, observer: Observer, refuse: Refuse) -> None:
-        self._model, self._book, self._observer, self._refuse = model, book, observer, refuse
-        self._hook = RootHook(self._before, self._after)
+    def __init__(self, model: nn.Module, book: CutBook, observer: Observer) -> None:
+        self._model, self._book, self._observer = model, book, observer
+        self._hook = RootHook()
         self._lives: list[Live] = []
         self._replay: contextlib.ExitStack | None = None  # open during a replayed call
         self._observed = False  # the call under way is looked at
@@ -60,7 +55,7 @@ class Calls:
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """Within: calls of the model are seen; may be nested."""
-        return self._hook.attached(self._model)
+        return self._hook.attached(self._model, self._before, self._after)
 
     @contextlib.contextmanager
     def expecting(self, live: Live) -> Iterator[None]:
@@ -98,7 +93,7 @@ class Calls:
         seems = self._book.weights_moved()  # or was written with what it held, as DDP does at its start
         moved = seems and any([self._observer.drop_stale(one) for one in live.supply.feeds])
         if moved:
-            self._refuse(live.supply, None, "the frozen weights change while an epoch runs")
+            live.supply.refuse("the frozen weights change while an epoch runs")
         changed = (
             moved
             or live.key != self._book.state()
@@ -134,7 +129,7 @@ class Calls:
             compare(output)
             logger.info("prefix cache: %s", told(live.phase))
         except (CacheError, OSError) as error:
-            self._refuse(live.supply, live.phase, str(error))
+            live.supply.refuse(str(error), live.phase)
 
     def _observe(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
@@ -156,17 +151,17 @@ class Calls:
                     self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
             except OtherShapeError as error:
                 if not live.supply.sort():
-                    self._refuse(live.supply, None, str(error))
+                    live.supply.refuse(str(error))
             except NothingToSkipError as error:
                 phase.reason = str(error)
                 logger.info("prefix cache off: %s", error)
             except (LayerwiseError, OSError) as error:
-                self._refuse(live.supply, phase, str(error))
+                live.supply.refuse(str(error), phase)
             except Exception as error:  # the model's and the dataset's own code ran: training must go on
-                self._refuse(live.supply, phase, f"looking at the first batch raised {one_line(error)}")
+                live.supply.refuse(f"looking at the first batch raised {one_line(error)}", phase)
         except CacheError as error:
             live.seen = True
-            self._refuse(live.supply, None, str(error))
+            live.supply.refuse(str(error))
         finally:
             self._observer.busy = False
 

@@ -194,23 +194,20 @@ class _Search:
     def _skippable(self, unskippable: set[Call]) -> dict[int, Call]:
         """Map each operation inside a skipped call to that call: the highest ones that may be skipped."""
         owner: dict[int, Call] = {}
-
-        def visit(call: Call) -> None:
+        to_visit = [*reversed(self.recording.root.children)]
+        while to_visit:
+            call = to_visit.pop()
             span = range(call.start, call.end)
             if (
-                call.parent is not None
-                and call not in unskippable
+                call not in unskippable
                 and not any(self.dirty[index] for index in span)
                 and any(self.depends[index] for index in span)
                 and is_rebuildable(call)
                 and not (returns_numbers(call) and any(self.recording.ops[index].syncs for index in span))
             ):
                 owner.update(dict.fromkeys(span, call))
-                return
-            for child in call.children:
-                visit(child)
-
-        visit(self.recording.root)
+            else:
+                to_visit += reversed(call.children)
         return owner
 
     def _needs(self, owner: dict[int, Call], returned: Set[Read], entered: tuple[Call, ...] = ()) -> _Needs:

@@ -59,12 +59,12 @@ class _Foreseen:
     Attributes:
         modes: of each module when it was recorded.
         settings: of the modules, as a number, when it was recorded.
-        cut: of the later phase, or why there is none.
+        cut: of the later phase, or why there is nothing to skip.
     """
 
     modes: Modes
     settings: int
-    cut: Cut | CacheError
+    cut: Cut | str
 
 
 class CutBook:
@@ -179,8 +179,8 @@ class CutBook:
         for names in self._lengths():
             try:
                 self._foreseen[names] = _Foreseen(modes, settings, find_cut(recording, names))
-            except CacheError as error:
-                self._foreseen[names] = _Foreseen(modes, settings, error)
+            except NothingToSkipError as error:
+                self._foreseen[names] = _Foreseen(modes, settings, str(error))
 
     def _told_before(self, trainable: frozenset[str]) -> Cut | None:
         """Return the cut that an earlier phase's recording told for now, if it still holds.
@@ -195,11 +195,9 @@ class CutBook:
         told = self._foreseen.get(trainable)
         if told is None or told.settings != self.settings.number():
             return None
-        if isinstance(told.cut, NothingToSkipError):
+        if isinstance(told.cut, str):
             if all(module.training >= told.modes.get(module, True) for module in self._modules):
-                raise told.cut
-            return None
-        if isinstance(told.cut, CacheError):
+                raise NothingToSkipError(told.cut)
             return None
         awake = {m for m in self._modules if m.training and not told.modes.get(m, False)}
         return None if awake and not awake.isdisjoint(self._in_or_around(told.cut)) else told.cut

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from layerwise.cache.batchshape import OtherShapeError
-from layerwise.cache.calls import Refuse
 from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.feed import Phase
 from layerwise.cache.observing import Live, Observer
@@ -29,11 +28,10 @@ class Dealer:
     Args:
         book: tells in which state (who learns, which modes) the model is.
         observer: computes what is missing.
-        refuse: notes why a loader, or one of its phases, is not cached.
     """
 
-    def __init__(self, book: CutBook, observer: Observer, refuse: Refuse) -> None:
-        self._book, self._observer, self._refuse = book, observer, refuse
+    def __init__(self, book: CutBook, observer: Observer) -> None:
+        self._book, self._observer = book, observer
 
     def epoch(self, supply: Supply) -> Iterator[Live]:
         """Yield the batches of one epoch, in the order of the loader."""
@@ -55,12 +53,12 @@ class Dealer:
         """
         key = self._book.last_state  # looked at anew when the batch comes to the model
         if self._book.settings.new > _SETTINGS and not supply.reason:
-            self._refuse(supply, None, "the attributes of the model's modules change from batch to batch")
+            supply.refuse("the attributes of the model's modules change from batch to batch")
         try:
             feed = supply.feed_of(indices)
         except CacheError as error:
             if not supply.reason:
-                self._refuse(supply, None, str(error))
+                supply.refuse(str(error))
             feed = supply.feeds[0]
             live = Live(supply, feed, torch.empty(0, dtype=torch.int64), indices, key)
         else:
@@ -88,12 +86,12 @@ class Dealer:
             live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
         except OtherShapeError as error:
             if not live.supply.sort():
-                self._refuse(live.supply, None, str(error))
+                live.supply.refuse(str(error))
             return False
         except OtherStateError:
             return False
         except (CacheError, OSError) as error:
-            self._refuse(live.supply, phase, str(error))
+            live.supply.refuse(str(error), phase)
             return False
         live.replayed = True
         return True
@@ -115,7 +113,7 @@ class Dealer:
         elif live.observing or live.phase is not None:
             supply.unseen += 1
             if supply.unseen >= _PATIENCE and not supply.reason:
-                self._refuse(supply, None, "the loop does not pass the loader's batches to this model")
+                supply.refuse("the loop does not pass the loader's batches to this model")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

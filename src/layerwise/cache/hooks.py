@@ -31,21 +31,21 @@ class _OnlyHere:
 
 
 class RootHook:
-    """Calls `before` and `after` around every call of a model, for the time of a ``with`` block.
+    """Has two functions called around every call of a model, for the time of a ``with`` block."""
 
-    Args:
-        before: gets the arguments; returns them changed (with every tensor replaced, for example), or
-            None to leave them.
-        after: gets the output, or None if the call raised.
-    """
-
-    def __init__(self, before: Before, after: After) -> None:
-        self._before, self._after = before, after
+    def __init__(self) -> None:
         self._depth = 0
 
     @contextlib.contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        """Attach to `model`; blocks may be nested."""
+    def attached(self, model: nn.Module, before: Before, after: After) -> Iterator[None]:
+        """Attach to `model`; blocks may be nested, and those inside change nothing.
+
+        Args:
+            model: whose calls.
+            before: gets the arguments; returns them changed (with every tensor replaced, for example), or
+                None to leave them.
+            after: gets the output, or None if the call raised.
+        """
         self._depth += 1
         if self._depth > 1:
             try:
@@ -53,11 +53,11 @@ class RootHook:
             finally:
                 self._depth -= 1
             return
-        before = _OnlyHere(model, lambda args, kwargs: self._before(args, kwargs))
-        after = _OnlyHere(model, lambda args, kwargs, output: self._after(output))
+        on_call = _OnlyHere(model, before)
+        on_output = _OnlyHere(model, lambda args, kwargs, output: after(output))
         handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(on_call, with_kwargs=True),
+            model.register_forward_hook(on_output, with_kwargs=True, always_call=True),
         ]
         try:
             yield

@@ -15,7 +15,7 @@ from layerwise.errors import CacheError
 from layerwise.layers.isolation import unwrap
 
 
-def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int) -> Supply:
+def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked: bool) -> Supply:
     """Return the supply of a loader; its `reason` says why nothing of it is cached, if so it is.
 
     Loads a few samples, twice, to find random augmentation. Where they differ in shape, loads all samples
@@ -25,20 +25,16 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int) -> Sup
         loader: whatever the user gave.
         model: as the user gave it, wrappers included.
         views: draws of each sample that are stored.
+        asked: the user asked for a cache, and is warned where there is none.
     """
-    supply = Supply(loader, views=views)
-    supply.reason = _unusable(model)
-    if supply.reason:
-        return supply
+    supply = Supply(loader, views=views, asked=asked)
     try:
+        _refuse_unusable(model)
         reader = LoaderReader(loader)
     except CacheError as error:
-        supply.reason = str(error)
+        supply.refuse(str(error))
         return supply
     supply.read(reader)
-    if reader.size < 2:
-        supply.reason = "the dataset has fewer than two samples"
-        return supply
     try:
         watch = DataWatch(loader.dataset)
         random, samples = reader.randomness()
@@ -46,26 +42,25 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int) -> Sup
             watch.loaded(samples)
             supply.watch = watch
         if random and views == 1:
-            supply.reason = f"{random}. Pass views=V to store V draws of each sample"
+            supply.refuse(f"{random}. Pass views=V to store V draws of each sample")
         elif supply.looks_ragged():
             supply.sort()
     except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
-        supply.reason = f"a sample could not be loaded in this process: {one_line(error)}"
+        supply.refuse(f"a sample could not be loaded in this process: {one_line(error)}")
     return supply
 
 
-def _unusable(model: nn.Module) -> str:
-    """Return why no pass of this model can be cached; ``""`` if it may be."""
+def _refuse_unusable(model: nn.Module) -> None:
+    """Raise CacheError if no pass of this model can be cached."""
     inner = unwrap(model)
     compiled = any(type(m).__name__ == "OptimizedModule" for m in (model, getattr(model, "module", model)))
     if compiled or getattr(inner, "_compiled_call_impl", None) is not None:
-        return "the model is compiled; pass the plain model"
+        raise CacheError("the model is compiled; pass the plain model")
     if process_count() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in inner.modules()):
-        return (
+        raise CacheError(
             "the model's SyncBatchNorm layers talk to the other processes in each forward pass, and the "
             "cache runs passes of its own, in which the others take no part"
         )
-    return ""
 
 
 def one_line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,8 +25,6 @@ from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import untouched, unwrap
-
-logger = logging.getLogger("layerwise.cache")
 
 _CHANGES = 2  # times that a dataset may change before it is no use to store anything of it
 
@@ -117,8 +114,8 @@ class PrefixCache:
         self._observer = Observer(
             self.model, self._book, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs
         )
-        self._dealer = Dealer(self._book, self._observer, self._refuse)
-        self._calls = Calls(self.model, self._book, self._observer, self._refuse)
+        self._dealer = Dealer(self._book, self._observer)
+        self._calls = Calls(self.model, self._book, self._observer)
 
     # -- what users call ----------------------------------------------------------------------
 
@@ -146,7 +143,7 @@ class PrefixCache:
         if changed:
             self.stock.forget(feeds)
         if changed and supply.changes > _CHANGES:
-            self._refuse(supply, None, f"the dataset changes from epoch to epoch ({changed})")
+            supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         for feed in supply.feeds:
             self._observer.drop_stale(feed)
         try:
@@ -264,21 +261,10 @@ class PrefixCache:
             if self.storage == "off":
                 supply = Supply(loader, reason="switched off")
             else:
-                supply = open_supply(loader, self._given, views=self.views)
-                if supply.reason:
-                    self._refuse(supply, None, supply.reason)
+                asked = self.storage in ("memory", "disk")
+                supply = open_supply(loader, self._given, views=self.views, asked=asked)
             self._supplies[id(loader)] = supply
         return supply
-
-    def _refuse(self, supply: Supply, phase: Phase | None, reason: str) -> None:
-        """Note that a phase of a loader, or the whole loader, is not cached."""
-        if phase is not None:
-            phase.reason = reason
-        else:
-            supply.reason = reason
-        logger.info("prefix cache off: %s", reason)
-        if self.storage in ("memory", "disk"):  # it was asked for in so many words
-            warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
 
     # -- a recording pass of its own ----------------------------------------------------------
 

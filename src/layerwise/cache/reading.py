@@ -208,6 +208,8 @@ def _unreadable(loader: Any) -> str:
         return f"the dataset {type(loader.dataset).__name__} has no length"
     if loader.batch_sampler is None:
         return "the loader does not batch (batch_size=None)"
+    if len(loader.dataset) < 2:
+        return "the dataset has fewer than two samples"
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +16,10 @@ from layerwise.cache.batchshape import Kind
 from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.feed import Feed, Phase, merged
 from layerwise.cache.reading import LoaderReader
-from layerwise.errors import CacheError
+from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.structures import tensors_in
+
+logger = logging.getLogger("layerwise.cache")
 
 _LOOKED_AT = 12  # samples whose shapes are compared before the first epoch
 _MIXED = (
@@ -39,6 +43,7 @@ class Supply:
         reason: why nothing of this loader is cached; ``""`` if it may be.
         views: draws of each sample that are stored.
         feeds: one for each shape.
+        asked: the user asked for a cache, and is warned where there is none.
         kinds: for each sample, the number of its feed; None where all have one shape.
         epochs: epochs that began.
         unseen: batches in a row that were handed out and never reached the model.
@@ -50,12 +55,23 @@ class Supply:
     reader: LoaderReader | None = None
     reason: str = ""
     views: int = 1
+    asked: bool = False
     feeds: list[Feed] = field(default_factory=list)
     kinds: list[int] | None = None
     epochs: int = 0
     unseen: int = 0
     watch: DataWatch | None = None
     changes: int = 0
+
+    def refuse(self, reason: str, phase: Phase | None = None) -> None:
+        """Note why this loader is not cached, or one of its phases."""
+        if phase is not None:
+            phase.reason = reason
+        else:
+            self.reason = reason
+        logger.info("prefix cache off: %s", reason)
+        if self.asked:
+            warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
 
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""

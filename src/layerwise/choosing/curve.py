@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +151,6 @@ def transfer_curve(
                 key = f"{series}/{k}/{seed}"
                 if key in done:
                     continue
-                gc.collect()  # the model of the run before is in reference cycles, and would stay for long
                 result = fit(
                     copy.deepcopy(model),
                     train,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +82,6 @@ class Experiment:
             **self.options,
             **more,
         }
-        gc.collect()  # the model of the run before is in reference cycles, and would stay for long
         return fit(copy.deepcopy(self.model), self.train, self.val, plan=plan, lr=lr, seed=seed, **given)
 
     def value(self, entry: Mapping[str, Any]) -> float:

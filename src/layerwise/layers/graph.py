@@ -13,6 +13,7 @@ Plain data, read by the layer map and by the frozen-prefix cache. The words:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,16 +103,19 @@ class Op:
         return f"<Op {self.index} {self.name} in {where!r} from {list(self.sources)}>"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Call:
     """One call of one module, compared and hashed by identity.
+
+    It does not keep its parent: a cycle would hold the model until Python's garbage collection. The
+    recording keeps all calls.
 
     Attributes:
         path: of the module, the first one of a module that is registered under several names; ``""``
             is the recorded model itself.
         module: the live module.
         nth: how many calls of this module came before in the same forward pass.
-        parent: the call that it was made in; None for the root.
+        made_in: refers to `parent`.
         children: the calls made directly in it, in order.
         start, end: its operations are ``recording.ops[start:end]``.
         arguments: ``(args, kwargs)`` as the module received them, with their (fake) tensors; containers
@@ -129,7 +133,7 @@ class Call:
     path: str
     module: nn.Module
     nth: int
-    parent: Call | None
+    made_in: weakref.ref[Call] | None
     start: int
     end: int = -1
     children: list[Call] = field(default_factory=list)
@@ -142,6 +146,11 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.path!r} #{self.nth} ops {self.start}..{self.end}>"
+
+    @property
+    def parent(self) -> Call | None:
+        """The call that it was made in; None for the root."""
+        return self.made_in() if self.made_in is not None else None
 
     def walk(self) -> Iterator[Call]:
         """Yield this call and all calls inside it, in order of execution."""

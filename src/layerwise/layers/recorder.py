@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -330,7 +331,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             nth = self._times_called.get(module, 0)
             self._times_called[module] = nth + 1
             parent = self._stack[-1] if self._stack else None
-            call = Call(paths[module], module, nth, parent, len(self.ops))
+            made_in = weakref.ref(parent) if parent is not None else None
+            call = Call(paths[module], module, nth, made_in, len(self.ops))
             if parent is not None:
                 parent.children.append(call)
             call.arguments = map_tensors((args, kwargs), lambda tensor: tensor)  # lists may grow later

@@ -81,18 +81,18 @@ def record(
     arguments = (tuple(args), dict(kwargs or {}))
     if not fake:
         return _attempt(model, arguments, fake=False, grad=grad, mode=mode)
+    on_meta = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.device.type == "meta")
     try:
         return _attempt(model, arguments, fake=True, grad=grad, mode=mode)
     except Exception as error:  # anything: it is the model's own code that runs
-        first = error
-    on_meta = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.device.type == "meta")
-    if on_meta > _MAX_FILLED_BYTES:
-        raise RecordingError(
-            f"the forward pass of {type(model).__name__} could not be recorded on tensors without data "
-            f"({_one_line(first)}), and the model is on meta and too large ({on_meta / 2**30:.1f} GiB) to be "
-            f"filled with random weights and run for real. Check the example input, or make the model on "
-            f"a real device."
-        ) from first
+        why = _one_line(error)
+        if on_meta > _MAX_FILLED_BYTES:
+            raise RecordingError(
+                f"the forward pass of {type(model).__name__} could not be recorded on tensors without data "
+                f"({why}), and the model is on meta and too large ({on_meta / 2**30:.1f} GiB) to be filled "
+                f"with random weights and run for real. Check the example input, or make the model on a "
+                f"real device."
+            ) from error
     try:
         recording = _attempt(model, _two_real_samples(arguments), fake=False, grad=grad, mode=mode)
     except Exception as error:
@@ -104,7 +104,7 @@ def record(
     filled = ", with random weights for those on meta" if on_meta else ""
     recording.notes += (
         f"recorded on {min(2, recording.batch_size)} real samples{filled}: fake tensors do not suffice "
-        f"({_one_line(first)})",
+        f"({why})",
     )
     return recording
 

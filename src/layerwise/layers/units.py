@@ -26,6 +26,7 @@ import bisect
 import collections
 import dataclasses
 import re
+import weakref
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -66,18 +67,17 @@ def find_units(recording: Recording, order: Order) -> list[Unit]:
     units: dict[nn.Module, Unit] = {}
     opened: set[nn.Module] = set()
 
-    def visit(call: Call) -> None:
+    to_visit = [recording.root]
+    while to_visit:
+        call = to_visit.pop()
         module = call.module
         if module in units:
             units[module].calls.append(call)
         elif module in opened or tree.opens(call):
             opened.add(module)
-            for child in tree.children(call):
-                visit(child)
+            to_visit += reversed(tree.children(call))
         else:
             units[module] = Unit(call.path, tree.kind(module), [call], call.start, tree.weights(call))
-
-    visit(recording.root)
     found = sorted([*units.values(), *_bare_units(recording, order, units.values())], key=lambda u: u.start)
     assign_parameters(recording, order, found)
     return [unit for unit in found if unit.parameters]
@@ -288,7 +288,9 @@ class _Tree:
             else:
                 module = self._modules[path]
                 regrouped.append(
-                    dataclasses.replace(child, path=path, module=module, parent=call, children=[child])
+                    dataclasses.replace(
+                        child, path=path, module=module, made_in=weakref.ref(call), children=[child]
+                    )
                 )
         return regrouped
 
@@ -326,15 +328,13 @@ class _Tree:
 
     def _kinds_inside_themselves(self) -> set[Hashable]:
         nested: set[Hashable] = set()
-
-        def visit(call: Call, above: tuple[Hashable, ...]) -> None:
+        to_visit: list[tuple[Call, tuple[Hashable, ...]]] = [(self._recording.root, ())]
+        while to_visit:
+            call, above = to_visit.pop()
             kind = self.kind(call.module)
             if kind in above and not _is_sequence(call.module):
                 nested.add(kind)
-            for child in self.children(call):
-                visit(child, (*above, kind))
-
-        visit(self._recording.root, ())
+            to_visit += [(child, (*above, kind)) for child in self.children(call)]
         return nested
 
     def _calls_with_stacks(self) -> set[Call]:
