@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests.helpers import TinyCNN
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
 from layerwise.layers.recording import record
-from tests.helpers import TinyCNN
 
 
 class Undecided(TinyCNN):
