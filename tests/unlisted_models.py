@@ -474,6 +474,23 @@ class Checkpointed(Net):
         return self.head(x.mean((2, 3)))
 
 
+class CheckpointedTogether(Checkpointed):
+    """One checkpoint is around frozen and learning parts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(lambda x: self.middle(self.body(x)), x, use_reentrant=False)
+        return self.head(x.mean((2, 3)))
+
+
+class CheckpointedLate(Checkpointed):
+    """The cut lies in a checkpoint, the stored value before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        x = checkpoint(lambda x: self.middle(x) + 1, x, use_reentrant=False)
+        return self.head(x.mean((2, 3)))
+
+
 class Experts(nn.Module):
     """Sends each sample to one of three experts, by a Python loop over masks."""
 
@@ -648,6 +665,10 @@ CASES = {
     "transformer encoder": Case(Attention, ("head",), "cut at input of head ", words),
     "multi-head attention": Case(BareAttention, ("head",), "cut at input of head ", words),
     "checkpointed": Case(Checkpointed, ("middle", "head"), "cut at body ", image),
+    "checkpointed together": Case(
+        CheckpointedTogether, ("middle", "head"), "off: gradient checkpointing runs frozen and", image
+    ),
+    "checkpointed late": Case(CheckpointedLate, ("middle", "head"), "cut at body ", image),
     "experts": Case(
         Mixture, ("head",), "cut at first, body.gate .*'nonzero' in body hands Python a value", vector
     ),

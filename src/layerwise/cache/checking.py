@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -17,8 +19,11 @@ from layerwise.errors import CacheError
 from layerwise.layers.snapshot import plain_tensors
 from layerwise.layers.structures import tensors_in
 
+logger = logging.getLogger("layerwise.cache")
+
 _NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
 _TINY = 1e-30  # below it numbers have few bits left
+_CHECKPOINT = "torch.utils.checkpoint"
 _TELLING = 256  # numbers of each value to compare: two routines round only some of them differently
 
 
@@ -187,6 +192,36 @@ def is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
     scale = float(one.abs().max()) if one.numel() else 0.0
     near = max(_NEAR, 8 * torch.finfo(one.dtype).eps)
     return float((one - other).abs().max()) <= near * scale + _TINY if one.numel() else True
+
+
+def is_checkpointed() -> bool:
+    """Return whether the caller runs inside a function that `torch.utils.checkpoint` will run again."""
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
+
+
+def check_backward(output: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Try the backward pass of a replay in which a checkpoint was around something that was skipped.
+
+    What a checkpoint runs again in the backward pass runs outside of the replay, so that nothing is skipped
+    then. That is no harm, unless learning layers in the same checkpoint need it.
+
+    Raises:
+        CacheError: they do.
+    """
+    outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        torch.autograd.grad(outputs, learning, [torch.zeros_like(t) for t in outputs], allow_unused=True)
+    except CacheError as error:
+        raise CacheError(
+            "gradient checkpointing runs frozen and learning layers together again in the backward pass, and "
+            "there nothing can be skipped. Checkpoint them apart."
+        ) from error
+    except RuntimeError as error:  # a reentrant one cannot be tried; its gradients start at its own inputs
+        logger.debug("prefix cache: the backward pass was not tried: %s", error)
 
 
 def difference(expected: list[torch.Tensor], output: Any) -> str:

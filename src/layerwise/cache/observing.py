@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.batchshape import BatchShape
-from layerwise.cache.checking import ContentGuard, difference
+from layerwise.cache.checking import ContentGuard, check_backward, difference, is_checkpointed
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.decision import kept
@@ -204,14 +204,20 @@ class Observer:
             lambda t: ghost(tuple(t.shape), t.dtype, t.device) if next(numbers) in phase.ghosts else t,
         )
         fresh = {site: values[site].clone() for site in (*phase.cut.frontier, *phase.cut.constants)}
+        checkpointed: list[bool] = []
         with (
             kept_random_state(),
             untouched(self.model),
             ContentGuard(self.model),
-            replaying(phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device),
         ):
             try:
-                output = self.model(*args, **kwargs)
+                with replaying(
+                    phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device,
+                    answered=lambda: checkpointed.append(is_checkpointed()),
+                ):  # fmt: skip
+                    output = self.model(*args, **kwargs)
+                if any(checkpointed):
+                    check_backward(output, self.model.parameters())
             except CacheError:
                 raise
             except Exception as error:  # code between modules reads a ghost in a way of its own (numpy)

@@ -197,6 +197,7 @@ def replaying(
     *,
     batch: int,
     device: torch.device,
+    answered: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """Within: one forward pass of the model skips the frozen prefix and takes `values` at the sites.
 
@@ -206,6 +207,7 @@ def replaying(
         skeletons: of every skipped call, with their layouts filled in.
         batch: number of samples.
         device: of the ghosts.
+        answered: called whenever a call was skipped.
     """
     entries: dict[CallId, list[Site]] = {}
     for site in cut.frontier:
@@ -214,6 +216,8 @@ def replaying(
 
     def answer(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if call in cut.skipped:
+            if answered is not None:
+                answered()
             for module, count in cut.inside[call].items():
                 counts[module] += count  # calls that did not happen
             output = emit(call, args, kwargs)
