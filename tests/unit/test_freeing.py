@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
 from layerwise.layers.recording import record
+from layerwise.tuning.modes import unpin
 
 
 class Undecided(TinyCNN):
@@ -83,5 +84,6 @@ def test_a_network_is_freed_at_once(
     model = kind()
     seen = [weakref.ref(module) for module in model.modules()]
     use(model)
+    unpin(model.modules())  # a pin is a part of its module, which it keeps as a method does
     del model
     assert not any(ref() is not None for ref in seen)

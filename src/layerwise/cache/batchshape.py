@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from layerwise.cache.layout import memory_order
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -26,11 +27,13 @@ class BatchShape:
         template: its structure, with meta tensors.
         blank: its structure, with None in place of tensors.
         rows: for each tensor, its shape without the first dimension, and type.
+        orders: for each tensor, its dimensions in the order in which they lie in memory.
     """
 
     template: Any
     blank: Any
     rows: Kind
+    orders: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, batch: Any, size: int) -> BatchShape:
@@ -50,7 +53,8 @@ class BatchShape:
         if len(tensors_in(template)) != len(leaves):
             raise CacheError(f"tensors inside a {type(batch).__name__} cannot be replaced.")
         blank = map_tensors(batch, lambda tensor: None)
-        return cls(template, blank, tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves))
+        rows = tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
+        return cls(template, blank, rows, tuple(map(memory_order, leaves)))
 
     def check(self, batch: Any, size: int) -> list[torch.Tensor]:
         """Return the tensors of another batch of the same shape.

@@ -17,14 +17,14 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from layerwise.cache.batchshape import OtherShapeError
-from layerwise.cache.checking import no_autocast_cache
+from layerwise.cache.checking import no_autocast_cache, normal_tensors
 from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.decision import format_bytes
 from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
-from layerwise.cache.link import Link, autocast_state, find_link
+from layerwise.cache.link import Link, autocast_state, backend_state, find_link
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import one_line
 from layerwise.cache.replay import refuse_ghosts, replaying
@@ -70,16 +70,21 @@ class Calls:
         """Recognise a batch that was handed out, and act on it."""
         if self._observer.busy:
             return None
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            for live in self._lives:
+                if not live.supply.reason:
+                    live.supply.refuse("a transform of torch.func calls the model")
         for live in reversed(self._lives):
-            if live.observing:
+            if live.shape is not None:
                 if not live.seen and not live.supply.reason:
                     self._observe(live, args, kwargs)
                 if live.seen:
                     return None
                 continue
             link = live.feed.link
-            known = live.phase is not None and link is not None
-            if known and link is not None and link.recognises(args, kwargs, live.leaves, live.tag):
+            if live.phase is None or link is None:
+                continue
+            if link.recognises(args, kwargs, live.leaves, live.tag, live.versions):
                 live.seen = True
                 return self._begin_replay(live, link, args, kwargs)
         if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
@@ -91,19 +96,20 @@ class Calls:
         if not live.replayed or phase is None or phase.cut is None:
             return None  # it was handed out real
         seems = self._book.weights_moved()  # or was written with what it held, as DDP does at its start
-        moved = seems and any([self._observer.drop_stale(one) for one in live.supply.feeds])
-        if moved:
+        if seems and any([self._observer.drop_stale(one) for one in live.supply.feeds]):
             live.supply.refuse("the frozen weights change while an epoch runs")
         changed = (
-            moved
+            bool(live.supply.reason)
             or live.key != self._book.state()
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
+            or backend_state() != link.backends
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
             leaves = tensors_in(feed.reader.load_now(live.indices))
-            return _with_real(link, args, kwargs, leaves)
+            return link.build(leaves, (args, kwargs))
         values = feed.values(phase.cut, live.rows, link.device)
+        live.supply.replays += 1
         self._replay = contextlib.ExitStack()
         self._replay.enter_context(
             replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
@@ -126,7 +132,8 @@ class Calls:
             return
         live, compare = comparison
         try:
-            compare(output)
+            with normal_tensors():
+                compare(output)
             logger.info("prefix cache: %s", told(live.phase))
         except (CacheError, OSError) as error:
             live.supply.refuse(str(error), live.phase)
@@ -147,7 +154,11 @@ class Calls:
             self._book.settings.before_forward()
             self._observed = True
             try:
-                with no_autocast_cache(), saved_tensors_hooks(_as_it_is, _as_it_is):
+                with (
+                    normal_tensors(),
+                    no_autocast_cache(),
+                    saved_tensors_hooks(_as_it_is, _as_it_is),
+                ):
                     self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
             except OtherShapeError as error:
                 if not live.supply.sort():
@@ -186,14 +197,3 @@ def told(phase: Phase | None) -> str:
             f"returns frozen values (for a decoder's keys and values, set model.config.use_cache = False)"
         )
     return text
-
-
-def _with_real(link: Link, args: Any, kwargs: Any, leaves: list[torch.Tensor]) -> Any:
-    """Return the arguments of a call with the real samples in place of ghosts."""
-    numbers = iter(zip(link.leaves, link.dtypes))
-
-    def leaf(_: torch.Tensor) -> torch.Tensor:
-        number, dtype = next(numbers)
-        return leaves[number].to(link.device, dtype)
-
-    return map_tensors((args, kwargs), leaf)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -45,6 +47,7 @@ class ContentGuard(contextlib.AbstractContextManager["ContentGuard"]):
     def __enter__(self) -> ContentGuard:
         """Save the tensors."""
         tensors = [*self._model.buffers(), *plain_tensors(self._model)]
+        tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_quantized]
         self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
         return self
 
@@ -52,11 +55,21 @@ class ContentGuard(contextlib.AbstractContextManager["ContentGuard"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put back those that were written to."""
-        with torch.no_grad():
-            for tensor, content in self._saved:
-                if not torch.equal(tensor, content):  # batch-norm's kernel does not bump `_version`
-                    tensor.copy_(content)
+        for tensor, content in self._saved:
+            if not torch.equal(tensor, content):  # batch-norm's kernel does not bump `_version`
+                tensor.data.copy_(content)  # nor may this: an earlier pass may still need its backward
         self._saved = []
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Within: what is made is no inference tensor, which could not be used in training later."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 @contextlib.contextmanager
@@ -187,6 +200,8 @@ def _few_numbers(
 
 def is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors are the same but for rounding."""
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
     if not one.is_floating_point():
         return torch.equal(one, other)
     scale = float(one.abs().max()) if one.numel() else 0.0
@@ -222,6 +237,51 @@ def check_backward(output: Any, parameters: Iterable[nn.Parameter]) -> None:
         ) from error
     except RuntimeError as error:  # a reentrant one cannot be tried; its gradients start at its own inputs
         logger.debug("prefix cache: the backward pass was not tried: %s", error)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How gradients flow back from a model's output.
+
+    Attributes:
+        learning: ids of the parameters that they reach.
+        operations: how often each kind of backward operation is passed.
+    """
+
+    learning: frozenset[int]
+    operations: Counter[str]
+
+    @classmethod
+    def of(cls, output: Any) -> Flow:
+        """Walk the backward graph of an output."""
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        learning = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
+        nodes = dict.fromkeys(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
+        waiting = list(nodes)
+        while waiting:
+            behind = dict.fromkeys(node for node, _ in waiting.pop().next_functions if node is not None)
+            found = [node for node in behind if node not in nodes]
+            nodes |= dict.fromkeys(found)
+            waiting += found
+        variables = (getattr(node, "variable", None) for node in nodes)
+        learning |= {id(variable) for variable in variables if isinstance(variable, nn.Parameter)}
+        return cls(frozenset(learning), Counter(node.name() for node in nodes))
+
+    def difference(self, output: Any) -> str:
+        """Return what is not the same in another output of the model; ``""`` if nothing is.
+
+        Under autocast, operations are not compared: weights that are used twice may be cast once or twice.
+        """
+        other = Flow.of(output)
+        if self.learning != other.learning:
+            return (
+                f"gradients reach {len(self.learning)} parameters, and {len(other.learning)} in the plain one"
+            )
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return ""
+        gone, extra = other.operations - self.operations, self.operations - other.operations
+        names = ", ".join(dict.fromkeys([*gone, *extra]))
+        return f"gradients take another way ({names})" if names else ""
 
 
 def difference(expected: list[torch.Tensor], output: Any) -> str:

@@ -78,6 +78,8 @@ def _kinds(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
     if not one.is_floating_point():
         return torch.equal(one, other)
     finite = one.isfinite()

@@ -17,6 +17,7 @@ Everything here reads a `Recording` and changes nothing.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -41,6 +42,7 @@ from layerwise.cache.source import Source, source_of
 from layerwise.errors import CacheError
 from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.recording import Call, Recording
+from layerwise.layers.structures import tensors_in
 
 _CANDIDATES = 64  # calls tried as cut-at-the-input, smallest first
 
@@ -224,10 +226,12 @@ class _Search:
             if value.kind == "input"
         }
         doors: dict[Door, Read] = {}
+        written: set[int] = set()  # values that are written to in place by what runs
         arguments = {call: taken(call) for call in entered}
         for op in reversed(self.recording.ops):
             if op.index in owner or not (self.dirty[op.index] or op.index in running or op.syncs):
                 continue
+            written.update(op.mutates)
             if op.name in SHAPE_ONLY:
                 continue
             inputs |= set(op.inputs)
@@ -241,15 +245,22 @@ class _Search:
                 slots = (slot for slot, held in enumerate(arguments[door]) if held == read)
                 doors |= {Door(door, "in", slot): read for slot in slots}
         explained: set[Read] = set()
+        unskippable: set[Call] = set()
         for call in dict.fromkeys(owner.values()):
-            through = handed_through(call)
+            through = self._handed_through(call)
             for slot, read in enumerate(given(call)):
                 if read in wanted:
                     explained.add(read)
                     if slot not in through:
                         doors[Door(call, "out", slot)] = read
+                        if not self._is_clean(read):  # a view of a weight, or of what learning layers made
+                            unskippable.add(call)
         by_side_door = (read.writer for read in wanted - explained if read.writer is not None)
-        unskippable = {owner[writer] for writer in by_side_door if writer in owner}
+        unskippable |= {owner[writer] for writer in by_side_door if writer in owner}
+        handed_out = Counter(read.key for door, read in doors.items() if door.side == "out")
+        unskippable |= {  # what is stored for two doors is one tensor no more: a write through one is lost
+            door.call for door, read in doors.items() if read.key in written and handed_out[read.key] > 1
+        }
         for call in self.collected:
             skipped = owner.get(call.start)
             if skipped in (None, call) or wanted.isdisjoint(given(call)):
@@ -258,8 +269,20 @@ class _Search:
                 unskippable.add(skipped)
         return _Needs(doors, inputs, unskippable)
 
+    def _handed_through(self, call: Call) -> dict[int, int]:
+        """Return the output slots that are arguments -> the argument's slot; what is detached is another."""
+        arguments, outputs, reads = tensors_in(call.arguments), tensors_in(call.output), given(call)
+        return {
+            slot: number
+            for slot, number in handed_through(call).items()
+            if outputs[slot] is arguments[number] or self._is_clean(reads[slot])
+        }
+
+    def _is_clean(self, read: Read) -> bool:
+        return read.writer is not None and not self.dirty[read.writer]
+
     def _is_storable(self, read: Read) -> bool:
-        return self._depends(read) and read.writer is not None and not self.dirty[read.writer]
+        return self._depends(read) and self._is_clean(read)
 
     def _depends(self, read: Read) -> bool:
         return read.writer is not None and self.depends[read.writer]
@@ -330,7 +353,7 @@ class _Search:
             skipped={_id(call): call.module for call in skipped},
             entered={_id(call): call.module for call in entered},
             inside={_id(call): calls_inside(call, counted) for call in skipped},
-            passes={_id(call): through for call in skipped if (through := handed_through(call))},
+            passes={_id(call): through for call in skipped if (through := self._handed_through(call))},
             frontier=tuple(map(_site, frontier)),
             constants=tuple(_site(door) for door in doors if door not in frontier),
             inputs=self.kept_inputs | needs.inputs,

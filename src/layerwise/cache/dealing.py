@@ -1,18 +1,20 @@
-"""`Dealer`: makes the batches of an epoch: replayed where they can be, else real."""
+"""`Dealer`: makes the batches of an `Epoch`: replayed where they can be, else real."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from layerwise.cache.batchshape import OtherShapeError
+from layerwise.cache.batchshape import BatchShape, OtherShapeError
+from layerwise.cache.checking import normal_tensors
 from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.feed import Phase
+from layerwise.cache.link import versions_of
 from layerwise.cache.observing import Live, Observer
-from layerwise.cache.reading import LoaderReader
+from layerwise.cache.reading import DRAWS, LoaderReader, Order
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
@@ -20,6 +22,30 @@ from layerwise.layers.structures import tensors_in
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
 _PATIENCE = 3  # batches that may pass without reaching the model before the cache gives up
+
+
+class Epoch(Iterator[Any]):
+    """One epoch's batches. It begins when a loader's would: when it is iterated over, not when it is made.
+
+    Args:
+        begin: draws what an epoch draws at its beginning, and returns its batches.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self._begin = begin
+        self._batches: Iterator[Any] | None = None
+
+    def __iter__(self) -> Epoch:
+        self._begun()
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._begun())
+
+    def _begun(self) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = self._begin()
+        return self._batches
 
 
 class Dealer:
@@ -33,12 +59,18 @@ class Dealer:
     def __init__(self, book: CutBook, observer: Observer) -> None:
         self._book, self._observer = book, observer
 
-    def epoch(self, supply: Supply) -> Iterator[Live]:
-        """Yield the batches of one epoch, in the order of the loader."""
+    def epoch(self, supply: Supply, order: Order) -> Iterator[Live]:
+        """Yield the batches of one epoch, in the order given."""
         view = supply.epochs % supply.views
         supply.epochs += 1
-        for indices, batch in supply.schedule(self._is_known(supply), lambda: self._must_load(supply, view)):
-            live = self.deal(supply, indices, batch, view=view)
+        supply.handed_out = supply.replays = 0
+        known = self._is_known(supply)
+        for indices, batch in supply.schedule(order, known, lambda: self._must_load(supply, view)):
+            with normal_tensors():
+                live = self.deal(supply, indices, batch, view=view)
+            if live.feed.reader.has_drawn and supply.views == 1 and not supply.reason:
+                supply.refuse_random(DRAWS)  # the first samples did not
+            supply.handed_out += 1
             yield live
             self._note_unseen(live)
 
@@ -72,10 +104,14 @@ class Dealer:
             return self.deal(supply, indices, batch, view=view)
         live.batch = batch if batch is not None else feed.reader.load_now(indices)
         live.leaves = tensors_in(live.batch)
-        live.versions = [leaf._version for leaf in live.leaves]
+        live.versions = versions_of(live.leaves)
         settled = phase is not None and (phase.verified or phase.reason)
         size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
-        live.observing = not (supply.reason or settled) and len(indices) >= min(size, feed.size)
+        if not (supply.reason or settled) and len(indices) >= min(size, feed.size):
+            try:
+                live.shape = BatchShape.of(live.batch, len(indices))
+            except CacheError as error:
+                supply.refuse(str(error))
         return live
 
     def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
@@ -93,7 +129,7 @@ class Dealer:
         except (CacheError, OSError) as error:
             live.supply.refuse(str(error), phase)
             return False
-        live.replayed = True
+        live.versions, live.replayed = versions_of(live.leaves), True
         return True
 
     def _is_known(self, supply: Supply) -> bool:
@@ -110,7 +146,7 @@ class Dealer:
         supply = live.supply
         if live.seen:
             supply.unseen = 0
-        elif live.observing or live.phase is not None:
+        elif live.shape is not None or live.replayed:
             supply.unseen += 1
             if supply.unseen >= _PATIENCE and not supply.reason:
                 supply.refuse("the loop does not pass the loader's batches to this model")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Mapping, Set
+from enum import Enum
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -77,7 +80,10 @@ def handed_through(call: Call) -> dict[int, int]:
 
 
 def is_rebuildable(call: Call) -> bool:
-    """Whether the call's output can be built anew around other tensors: none is hidden in an object."""
+    """Whether the call's output can be built anew around other tensors: none is hidden in an object.
+
+    Nor may it hold another object that could be changed: each replay would hand out the same one.
+    """
     seen = 0
 
     def without_data(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +95,7 @@ def is_rebuildable(call: Call) -> bool:
         map_tensors(call.output, without_data)
     except (RuntimeError, TypeError, ValueError):  # a type that checks its tensors, such as PackedSequence
         return False
-    return seen == len(call.output_keys) > 0
+    return seen == len(call.output_keys) > 0 and not _can_change(call.output)
 
 
 def returns_numbers(call: Call) -> bool:
@@ -104,6 +110,19 @@ def calls_inside(call: Call, modules: Set[nn.Module]) -> dict[nn.Module, int]:
         if inner is not call and inner.module in modules:
             counts[inner.module] = counts.get(inner.module, 0) + 1
     return counts
+
+
+def _can_change(output: Any) -> bool:
+    """Whether there is an object in an output that is handed out as it is, and has a state."""
+    if isinstance(output, torch.Tensor | Enum) or callable(output):
+        return False
+    if isinstance(output, tuple | list):
+        return any(map(_can_change, output))
+    if isinstance(output, Mapping):
+        return any(map(_can_change, output.values()))
+    if dataclasses.is_dataclass(output):
+        return any(_can_change(getattr(output, field.name)) for field in dataclasses.fields(output))
+    return hasattr(output, "__dict__") or isinstance(output, set | deque | bytearray)
 
 
 def _has_numbers(output: Any) -> bool:

@@ -17,7 +17,7 @@ from layerwise.cache.cut import CallId, Cut, Site
 from layerwise.cache.decision import Decision, format_bytes
 from layerwise.cache.ghost import ghost
 from layerwise.cache.layout import Layout
-from layerwise.cache.link import Link
+from layerwise.cache.link import Link, in_order
 from layerwise.cache.reading import LoaderReader
 from layerwise.cache.replay import Skeleton
 from layerwise.cache.store import Column
@@ -155,6 +155,11 @@ class Feed:
         """Names which samples these are; ``""`` for all of the data set."""
         return "" if self.members is None else hashlib.sha256(repr(self.members).encode()).hexdigest()
 
+    def forget(self) -> None:
+        """Forget all that is stored."""
+        for kept in (self.sites, self.leaves, self.constants, self.phases):
+            kept.clear()
+
     def unverify(self) -> None:
         """Have the phases looked at again whose values are not all kept any more."""
         for phase in self.phases.values():
@@ -248,7 +253,7 @@ class Feed:
 
     def values(self, cut: Cut, rows: torch.Tensor, device: torch.device) -> dict[Site, torch.Tensor]:
         """Return what the sites of `cut` hold for a batch of `rows`."""
-        found = {site: self.constants[site] for site in cut.constants}
+        found = {site: self.constants[site].clone() for site in cut.constants}  # the model may write there
         for site in cut.frontier:
             stored = self.sites[site]
             found[site] = stored.layout.from_rows(stored.column.get(rows).to(device))
@@ -274,14 +279,14 @@ class Feed:
         assert self.shape is not None
         real = tensors_in(batch) if batch is not None else None
         leaves: list[torch.Tensor] = []
-        for number, (shape, dtype) in enumerate(self.shape.rows):
+        for number, ((shape, dtype), order) in enumerate(zip(self.shape.rows, self.shape.orders)):
             if number in ghosts:
                 value = None if self.views > 1 else functools.partial(_item, load, number)  # drawn anew
-                leaves.append(ghost((len(rows), *shape), dtype, tag=(tag, number), load=value))
+                leaves.append(ghost((len(rows), *shape), dtype, order=order, tag=(tag, number), load=value))
             elif real is not None:
                 leaves.append(real[number])
             else:
-                leaf = self.leaves[number].get(rows)
+                leaf = in_order(self.leaves[number].get(rows), order)
                 used = self.link is not None and number in self.link.leaves
                 leaves.append(leaf.to(self.link.device) if used and self.link is not None else leaf)
         source = iter(leaves)

@@ -7,13 +7,13 @@ costs a few milliseconds and is compared at each epoch, to notice that somebody 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from layerwise.cache.contents import Contents
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 32  # samples hashed to see what transforms make of them
@@ -35,9 +35,10 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's type, shape and content."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    data = tensor.detach().cpu().contiguous().reshape(-1)
-    if data.numel():
-        digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
+    for part in _dense(tensor):
+        data = part.cpu().contiguous().reshape(-1)
+        if data.numel():
+            digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
     return digest.hexdigest()
 
 
@@ -79,11 +80,29 @@ def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
 
 def checksum(tensor: torch.Tensor) -> int:
     """Return a number made of sums over every 1,021st word: one sum alone would not notice an exchange."""
-    flat = _words(tensor).reshape(-1)
-    whole = len(flat) - len(flat) % _STRIDE
-    sums = flat[:whole].view(-1, _STRIDE).sum(dim=0, dtype=torch.int64)
-    parts = torch.cat([sums, flat[whole:].to(torch.int64)])
-    return hash(parts.cpu().numpy().tobytes())
+    sums = []
+    for part in _dense(tensor):
+        flat = _words(part).reshape(-1)
+        whole = len(flat) - len(flat) % _STRIDE
+        sums.append(flat[:whole].view(-1, _STRIDE).sum(dim=0, dtype=torch.int64))
+        sums.append(flat[whole:].to(torch.int64))
+    return hash(torch.cat(sums).cpu().numpy().tobytes())
+
+
+def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return dense tensors of real numbers that hold what a tensor holds; its own memory where it can be."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        return [tensor.int_repr()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), *_dense(tensor._values())]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), *_dense(tensor.values())]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), *_dense(tensor.values())]
+    if tensor.is_complex():
+        return [torch.view_as_real(tensor.resolve_conj())]
+    return [tensor.resolve_neg()]
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,71 +116,57 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 def data_digest(dataset: Any, load: Any, size: int) -> str:
     """Return a hash that names the content of a dataset and what its transforms make of it.
 
-    Hashes what can be listed without loading all samples: tensors of a ``TensorDataset``, the indices of a
-    ``Subset``, the ``_fingerprint`` of a Hugging Face dataset, path, size and time of the files of an image
-    folder; and some loaded samples, spread evenly, which show a changed transform. All samples of a dataset
-    whose content cannot be listed are loaded. A change inside a file that keeps its size and time is not
-    seen.
+    Hashes all that the dataset's attributes hold, files by path, size and time, and the code of its classes
+    and functions; what loading samples changes is left out. Then some loaded samples, spread evenly. All
+    samples are loaded where it cannot be told that the attributes hold the content: it can of a
+    ``TensorDataset``, a Hugging Face dataset with its ``_fingerprint``, and of names of files. A change
+    inside a file that keeps its size and time is not seen.
 
     Args:
         dataset: map-style.
         load: function from a list of indices to their collated batch.
         size: number of samples.
     """
-    digest = hashlib.sha256(f"{size}\n".encode())
-    part, listed = dataset, False
-    for _ in range(_DATASET_DEPTH):
-        digest.update(f"{type(part).__module__}.{type(part).__qualname__}\n".encode())
-        listed |= _describe_into(digest, part)
-        inner = next((getattr(part, name) for name in ("dataset", "data") if hasattr(part, name)), None)
-        if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor | Mapping | list):
-            break
-        part = inner
-    count = min(_PROBES, size) if listed else size
-    for number in range(count):
-        index = round(number * (size - 1) / max(count - 1, 1))
-        for tensor in tensors_in(load([index])):
-            digest.update(tensor_digest(tensor).encode())
+    digest, count = hashlib.sha256(f"{size}\n".encode()), min(_PROBES, size)
+    probes = [round(number * (size - 1) / max(count - 1, 1)) for number in range(count)]
+    load(probes[:1])  # what the first loading makes (a file that is opened) is not what each one changes
+    before = Contents(dataset, "here", {"epoch"})
+    _load_into(digest, load, probes)
+    left_out = {"epoch"}.union(*Contents(dataset, "here", {"epoch"}).differing(before))
+    if type(dataset).__module__.startswith("layerwise."):
+        left_out.add("seed")  # of `SeededSamples`: where it acts, loaded samples show it
+    held, parts = Contents(dataset, "anywhere", left_out), _parts(dataset)
+    digest.update(repr([sorted(held.texts.items()), sorted(held.data.items())]).encode())
+    files, length = max(held.files.values(), default=0), min(len(part) for part in parts)
+    if files < length and not any(map(_is_told, parts)):
+        _load_into(digest, load, sorted(set(range(size)) - set(probes)))
     return digest.hexdigest()
 
 
-def _describe_into(digest: Any, dataset: Any) -> bool:
-    """Hash what a dataset tells of itself; return whether that changes with the content of any sample."""
-    listed = False
-    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
-    if isinstance(fingerprint, str):
-        digest.update(fingerprint.encode())
-        listed = True
-    for tensor in getattr(dataset, "tensors", ()) or ():
-        if isinstance(tensor, torch.Tensor):
+def _load_into(digest: Any, load: Any, indices: Iterable[int]) -> None:
+    for index in indices:
+        for tensor in tensors_in(load([index])):
             digest.update(tensor_digest(tensor).encode())
-            listed = True
-    indices = getattr(dataset, "indices", None)
-    if isinstance(indices, list | tuple | range):
-        digest.update(repr(list(indices)).encode())
-    for name in ("samples", "paths"):
-        files = [
-            sample[0] if isinstance(sample, tuple | list) and sample else sample
-            for sample in getattr(dataset, name, ()) or ()
-        ]
-        files = [file for file in files if isinstance(file, str | os.PathLike) and os.path.exists(file)]
-        for file in files:
-            status = os.stat(file)
-            digest.update(f"{os.fspath(file)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        listed |= 0 < len(files) == len(dataset)
-    for name in ("targets", "labels"):
-        if isinstance(labels := getattr(dataset, name, None), list | tuple):
-            digest.update(repr(labels).encode())
-    for name in ("transform", "transforms", "target_transform", "preprocessing", "augment"):
-        if hasattr(dataset, name):
-            digest.update(_stable_repr(getattr(dataset, name)).encode())
-    return listed
 
 
-def _stable_repr(thing: Any) -> str:
-    """Return a repr without memory addresses; those differ from one process to the next."""
-    text = repr(thing)
-    return type(thing).__qualname__ if " at 0x" in text else text
+def _parts(dataset: Any) -> list[Any]:
+    """Return a dataset, the one inside it, and so on."""
+    parts = [dataset]
+    while len(parts) < _DATASET_DEPTH:
+        inner = next(
+            (getattr(parts[-1], name) for name in ("dataset", "data") if hasattr(parts[-1], name)), None
+        )
+        if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor | Mapping | list):
+            break
+        parts.append(inner)
+    return parts
+
+
+def _is_told(dataset: Any) -> bool:
+    """Return whether what a dataset holds changes with the content of any sample."""
+    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    tensors = getattr(dataset, "tensors", None) or ()
+    return isinstance(fingerprint, str) or any(isinstance(tensor, torch.Tensor) for tensor in tensors)
 
 
 def column_key(*parts: str) -> str:

@@ -7,8 +7,9 @@ operation raises `CacheError`: when Python asks for it, when it meets a tensor t
 when it is written into a real tensor.
 
 The batch's own tensors are ghosts as well, and the loop may do with them what it likes: an operation outside
-of a replay loads the samples and gets the real values. Only a ghost that is still what was handed out, copied
-or moved at most, lets the model be replayed.
+of a replay loads the samples and gets the real values. What shares memory with the batch in a plain loop (a
+view, a numpy array) shares it here: from then on, that memory is what the ghost stands for. Only a ghost that
+is still what was handed out, copied or moved at most, lets the model be replayed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from layerwise.cache.reading import same_bits
 from layerwise.errors import CacheError
 
 SHAPE_ONLY = frozenset(
@@ -28,38 +31,119 @@ SHAPE_ONLY = frozenset(
 )
 """Operations that read a tensor's shape and not its value: on a ghost they give real data."""
 
-_SAME_VALUE = frozenset({"_to_copy", "clone", "detach", "alias", "lift_fresh"})
-_KEEPS_TAG = _SAME_VALUE | {"_pin_memory"}
+_COPIES = frozenset({"_to_copy", "clone", "_pin_memory"})
+_VIEWS = frozenset({"detach", "alias", "lift_fresh", "view", "_reshape_alias", "expand", "slice"})
+"""Operations that may return the same elements of the same memory."""
+
+_PAST_THE_DISPATCHER = (
+    "numpy", "tolist", "data_ptr", "untyped_storage", "apply_", "map_", "map2_", "__dlpack__", "__reduce_ex__"
+)  # fmt: skip
+"""Methods that read a tensor's memory without an operation. Others, such as `__array__`, use these."""
+
+
+class _Content:
+    """What a ghost and its aliases have in common: what they stand for.
+
+    Attributes:
+        tag: see `Ghost`.
+        load: see `Ghost`.
+        memory: the loaded tensor, once the loop has got hold of memory that it may write to.
+        whole: of a view that was made during a replay: what it is a part of.
+        was_written: an operation of a replay wrote into it, so nobody knows what it stands for.
+    """
+
+    was_written = False
+    _loaded: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        tag: Any = None,
+        load: Callable[[], torch.Tensor] | None = None,
+        memory: torch.Tensor | None = None,
+        whole: _Content | None = None,
+    ) -> None:
+        self.tag, self.load, self.memory, self.whole = tag, load, memory, whole
+
+    @property
+    def is_readable(self) -> bool:
+        return not self.was_written and (self.load is not None or self.memory is not None)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is not what was loaded; bits are compared, since numpy's writes leave no version."""
+        if self.was_written or self.memory is None:
+            return self.was_written
+        return self._loaded is None or not same_bits(self.memory, self._loaded)
+
+    @_disable_dynamo  # a compiled function that reads a ghost would trace the loading
+    def loaded(self) -> torch.Tensor:
+        """Return what was loaded, whatever was written since; to be read only."""
+        if self._loaded is None:
+            assert self.load is not None
+            with torch.inference_mode(False):
+                self._loaded = self.load()
+        return self._loaded
+
+    def writable(self) -> torch.Tensor:
+        """Return the memory that the loop may write to."""
+        if self.memory is None:
+            with torch.inference_mode(False):
+                self.memory = self.loaded().clone()
+        return self.memory
+
+    def spoil(self) -> None:
+        """Note that it, and what it is a view of, was written to without data."""
+        content: _Content | None = self
+        while content is not None:
+            content.was_written, content.tag, content = True, None, content.whole
 
 
 class Ghost(torch.Tensor):
     """A strided tensor with shape, strides, type and device, and without data.
 
-    Attributes:
-        tag: what the ghost stands for, kept by copies, moves and one cast to a narrower type, and lost by
-            every other operation, and when it is written to; None where nobody asked.
-        load: returns the tensor that it stands for, which nobody writes to; None where it cannot be had.
-        was_written: an operation wrote into it.
+    Its tag says what it stands for: kept by copies, moves, aliases and one cast to a narrower type, and lost
+    by every other operation; None where nobody asked. `load` returns the tensor that it stands for, which
+    nobody writes to; None where it cannot be had.
     """
 
-    was_written = False
-    tag: Any
-    load: Callable[[], torch.Tensor] | None = None
     _meta: torch.Tensor
-    _real: torch.Tensor | None = None  # what the loop has written to it
+    _content: _Content
     _narrowed = False  # a cast took bits away: a cast back does not bring them back
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, meta: torch.Tensor, device: torch.device, tag: Any = None) -> Ghost:
+    def __new__(cls, meta: torch.Tensor, device: torch.device, content: _Content | None = None) -> Ghost:
         """Make the tensor; `__init__` keeps what it stands for."""
-        return torch.Tensor._make_wrapper_subclass(
+        made = torch.Tensor._make_wrapper_subclass(
             cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=device
         )
+        _refuse_address(_storage(made)._cdata, _NO_DATA)
+        return made
 
-    def __init__(self, meta: torch.Tensor, device: torch.device, tag: Any = None) -> None:
+    def __init__(self, meta: torch.Tensor, device: torch.device, content: _Content | None = None) -> None:
         self._meta = meta
-        self.tag = tag
+        self._content = _Content() if content is None else content
+
+    @property
+    def tag(self) -> Any:
+        """What it stands for; None if it was written to."""
+        content = self._content
+        return content.tag if content.memory is None or not content.is_changed else None
+
+    @property
+    def was_written(self) -> bool:
+        """Whether an operation wrote into it without data."""
+        return self._content.was_written
+
+    @property
+    def loaded(self) -> torch.Tensor | None:
+        """What was loaded, whatever was written since; None if it was not needed so far."""
+        return self._content._loaded
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the value can be had just now."""
+        return _replays == 0 and self._content.is_readable
 
     def value(self) -> torch.Tensor:
         """Return the tensor that it stands for, what was written to it included; to be read only.
@@ -67,47 +151,77 @@ class Ghost(torch.Tensor):
         Raises:
             CacheError: it cannot be loaded.
         """
-        if self._real is not None:
-            return self._real
-        if self.load is None:
+        content = self._content
+        if not content.is_readable:
             raise CacheError(_needed("read", (self,)))
-        return self.load()
+        return content.loaded() if content.memory is None else content.memory
+
+    def memory(self) -> torch.Tensor:
+        """Return the same; what is written to it is written to the ghost.
+
+        Raises:
+            CacheError: it cannot be loaded.
+        """
+        if not self._content.is_readable:
+            raise CacheError(_needed("read", (self,)))
+        return self._content.writable()
+
+    @property
+    def data(self) -> torch.Tensor:
+        """An alias without gradients."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, new: torch.Tensor) -> None:
+        if isinstance(new, Ghost):
+            self._content, self._narrowed = new._content, new._narrowed
+        else:
+            self._content = _Content(memory=new.detach())
+        self._look_like(new)
+
+    def _look_like(self, tensor: torch.Tensor) -> None:
+        """Take the shape, strides, type and device of `tensor`."""
+        if _place(tensor)[:2] != _place(self)[:2] or tensor.dtype != self.dtype:
+            self._meta = _meta(tensor)
+            with torch._C._DisableTorchDispatch():
+                torch.Tensor.data.__set__(self, Ghost(self._meta, self.device))  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:  # type: ignore[override]  # a tensor's takes options
         return f"Ghost(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ghost:
-        return Ghost(self._meta, self.device, self.tag)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CacheError(_needed("pickle", (self,)))
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        memo[id(self)] = made = self.detach().clone().requires_grad_(self.requires_grad)
+        return made
 
     @classmethod
+    @_disable_dynamo
     def __torch_dispatch__(  # type: ignore[override]  # torch leaves the defaults out
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = str(func.__name__).split(".")[0]
         device = torch.device("cpu")
-        tag = None
         ghosts = []
         trains = False
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Ghost):
                 device = leaf.device
-                tag = tag or leaf.tag
                 ghosts.append(leaf)
             elif isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 trains = True
         if name in SHAPE_ONLY:
             return _factory(func, args, kwargs)
-        loadable = _replays == 0 and all(one.load is not None for one in ghosts)
-        if loadable and name not in _KEEPS_TAG:
+        readable = _replays == 0 and all([one.is_readable for one in ghosts])
+        if name in _VIEWS:
+            view = _view(func, args, kwargs)
+            if not readable or view._content is ghosts[0]._content:
+                return view
+        if readable and not (name in _COPIES and not ghosts[0]._content.is_changed):
             return _run_for_real(func, args, kwargs, ghosts)
         if trains:
             raise CacheError(_needed(name, tree_leaves((args, kwargs)), "it meets a tensor that trains"))
-        mutable = func._schema.is_mutable
-        if mutable and not isinstance(_written(func, args, kwargs), Ghost):
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        if not all(isinstance(one, Ghost) for one in written):
             raise CacheError(
                 _needed(name, tree_leaves((args, kwargs)), "it is written into a tensor with data")
             )
@@ -120,47 +234,87 @@ class Ghost(torch.Tensor):
             output = func(*meta_args, **meta_kwargs)
         except Exception as error:  # meta tensors raise various types where data is needed
             raise CacheError(_needed(name, tree_leaves((args, kwargs)), str(error))) from error
-        if mutable:
-            written = _written(func, args, kwargs)
-            written.tag, written.was_written = None, True  # it is not what it was
-            return args[0]
+        if written:
+            for one in written:
+                one._content.spoil()  # it is not what it was
+                one._look_like(one._meta)
+            return written[0] if func._schema.returns else None
         if not isinstance(output, torch.Tensor | tuple | list):
             raise CacheError(_needed(name, tree_leaves((args, kwargs))))
-        keep = tag if name in _KEEPS_TAG else None
-        if keep is None or not isinstance(output, torch.Tensor):
-            return tree_map_only(torch.Tensor, lambda meta: Ghost(meta, target), output)
-        return _copied(func, *given, ghosts[0], Ghost(output, target, keep))
+        if name in _COPIES and isinstance(output, torch.Tensor):
+            return _copied(func, *given, ghosts[0], output, target)
+        whole = ghosts[0]._content if func.is_view else None
+        return tree_map_only(torch.Tensor, lambda meta: Ghost(meta, target, _Content(whole=whole)), output)
 
 
-def _copied(func: Any, args: Any, kwargs: Any, source: Ghost, made: Ghost) -> Ghost:
-    """Give a copy of a ghost what it needs to know: whether it may be cast back, and how it is loaded."""
+def _past_the_dispatcher(name: str) -> Callable[..., Any]:
+    """Return a method of `Ghost` that does with the ghost's memory what torch's method of that name does."""
+    method = getattr(torch.Tensor, name)
+
+    def forward(self: Ghost, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_readable:
+            raise CacheError(_needed(name, (self,)))
+        memory = self.memory()
+        if self.requires_grad:
+            memory = memory.detach().requires_grad_()
+        found = method(memory, *args, **kwargs)
+        return self if found is memory else found
+
+    forward.__name__ = name
+    return forward
+
+
+for _name in _PAST_THE_DISPATCHER:
+    setattr(Ghost, _name, _past_the_dispatcher(_name))
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Ghost:
+    """Return a view of a ghost: an alias of it, if it is one of all elements in the same order."""
+    source = args[0]
+    meta = func(source._meta, *args[1:], **kwargs)
+    if _place(meta) != _place(source._meta):
+        return Ghost(meta, source.device, _Content(whole=source._content))
+    made = Ghost(meta, source.device, source._content)
+    made._narrowed = source._narrowed
+    return made
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
+def _copied(
+    func: Any, args: Any, kwargs: Any, source: Ghost, meta: torch.Tensor, device: torch.device
+) -> Ghost:
+    """Return a copy of a ghost, which knows whether it may be cast back, and how it is loaded."""
+    made = Ghost(meta, device)
     if made.dtype == source.dtype:
         made._narrowed = source._narrowed
     else:
-        if source._narrowed:
-            made.tag = None
         made._narrowed = torch.promote_types(source.dtype, made.dtype) != made.dtype
-    if source.load is not None:
-        pristine, written = source.load, source._real
-
-        def load() -> torch.Tensor:
-            real = pristine() if written is None else written
-            copy: torch.Tensor = func(*tree_map_only(Ghost, lambda _: real, args), **kwargs)
-            return copy
-
-        made.load = load
+    content = source._content
+    if content.is_changed:
+        return made
+    if not source._narrowed or made.dtype == source.dtype:
+        made._content.tag = content.tag
+    if content.load is not None:
+        made._content.load = lambda: func(*tree_map_only(Ghost, lambda _: content.loaded(), args), **kwargs)
     return made
 
 
 def _run_for_real(func: Any, args: Any, kwargs: Any, ghosts: list[Ghost]) -> Any:
     """Run an operation of the loop's own on loaded tensors in the place of ghosts."""
-    writes = func._schema.is_mutable
-    shares = any(result.alias_info is not None for result in func._schema.returns)
-    for one in ghosts if writes or shares else ():  # what shares memory may be written to later
-        one.tag = None
-        one._real = one.value().clone() if one._real is None else one._real
-    output = func(*tree_map_only(Ghost, Ghost.value, args), **tree_map_only(Ghost, Ghost.value, kwargs))
-    return args[0] if writes and isinstance(args[0], Ghost) else output
+    written = _written(func, args, kwargs) if func._schema.is_mutable else []
+    shares = bool(written) or func.is_view  # what shares memory may be written to later
+    if torch.Tag.inplace_view in func.tags:  # aliases keep their shape
+        args[0]._content = _Content(memory=args[0].memory().detach())
+    take = Ghost.memory if shares else Ghost.value
+    output = func(*tree_map_only(Ghost, take, args), **tree_map_only(Ghost, take, kwargs))
+    for one in written:
+        if isinstance(one, Ghost):
+            one._look_like(one.memory())
+    is_itself = isinstance(output, torch.Tensor) and written and isinstance(written[0], Ghost)
+    return written[0] if is_itself else output
 
 
 class _Loaded(torch.autograd.Function):
@@ -183,7 +337,7 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(tensor, Ghost):
         return tensor
-    found: torch.Tensor = _Loaded.apply(tensor) if tensor.requires_grad else tensor.value()
+    found: torch.Tensor = _Loaded.apply(tensor) if tensor.requires_grad else tensor.memory()
     return found
 
 
@@ -198,6 +352,9 @@ def only_shapes() -> Iterator[None]:
         _replays -= 1
 
 
+_storage = torch.Tensor.untyped_storage
+_refuse_address = torch._C._set_storage_data_ptr_access_error_msg  # else C code that asks for it crashes
+_NO_DATA = "a tensor whose samples the prefix cache did not load has no address: pass x.clone() in its place"
 _replays = 0  # forward passes under way that are replayed
 
 
@@ -233,9 +390,7 @@ def ghost(
     else:
         meta = torch.empty([shape[d] for d in order], dtype=dtype, device="meta")
         meta = meta.permute([order.index(d) for d in range(len(shape))])
-    made = Ghost(meta, torch.device(device), tag)
-    made.load = load
-    return made
+    return Ghost(meta, torch.device(device), _Content(tag, load))
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -274,10 +429,9 @@ def _written_argument(func: Any) -> tuple[int, str]:
     return 0, "self"
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     position, name = _written_argument(func)
-    target = args[position] if position < len(args) else kwargs.get(name)
-    return target[0] if isinstance(target, tuple | list) and target else target
+    return tree_leaves(args[position] if position < len(args) else kwargs.get(name))
 
 
 def _needed(name: str, leaves: Any, why: str = "") -> str:

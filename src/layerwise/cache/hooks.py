@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[Any], None]
@@ -31,14 +32,15 @@ class _OnlyHere:
 
 
 class RootHook:
-    """Has two functions called around every call of a model, for the time of a ``with`` block."""
+    """Has two functions called around every call of a model, while at least one ``with`` block is open."""
 
     def __init__(self) -> None:
-        self._depth = 0
+        self._open = 0
+        self._handles: list[RemovableHandle] = []
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, before: Before, after: After) -> Iterator[None]:
-        """Attach to `model`; blocks may be nested, and those inside change nothing.
+        """Attach to `model`; of several blocks that are open, in whatever order they end, the first counts.
 
         Args:
             model: whose calls.
@@ -46,22 +48,19 @@ class RootHook:
                 None to leave them.
             after: gets the output, or None if the call raised.
         """
-        self._depth += 1
-        if self._depth > 1:
-            try:
-                yield
-            finally:
-                self._depth -= 1
-            return
-        on_call = _OnlyHere(model, before)
-        on_output = _OnlyHere(model, lambda args, kwargs, output: after(output))
-        handles = [
-            model.register_forward_pre_hook(on_call, with_kwargs=True),
-            model.register_forward_hook(on_output, with_kwargs=True, always_call=True),
-        ]
+        self._open += 1
+        if self._open == 1:
+            on_call = _OnlyHere(model, before)
+            on_output = _OnlyHere(model, lambda args, kwargs, output: after(output))
+            self._handles = [
+                model.register_forward_pre_hook(on_call, with_kwargs=True),
+                model.register_forward_hook(on_output, with_kwargs=True, always_call=True),
+            ]
         try:
             yield
         finally:
-            self._depth -= 1
-            for handle in handles:
-                handle.remove()
+            self._open -= 1
+            if not self._open:
+                for handle in self._handles:
+                    handle.remove()
+                self._handles = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from layerwise.cache.ghost import Ghost
+from layerwise.cache.layout import memory_order
 from layerwise.cache.reading import same_bits
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -30,31 +31,50 @@ class Link:
     Attributes:
         leaves: for each tensor argument, which tensor of the batch it is.
         dtypes: of the arguments: a loop may cast what the loader gives.
+        orders: of their dimensions in memory: kernels, and so last bits, are chosen by it.
+        strides: of the arguments of the first call: who has the same has the same order.
         arguments: ``(args, kwargs)`` with None in place of tensors: the constants.
         template: ``(args, kwargs)`` with meta tensors.
         autocast: state of autocast around the call.
+        grad: gradients were on.
+        backends: see `backend_state`.
         device: of the arguments.
     """
 
     leaves: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
+    orders: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
     arguments: Any
     template: Any
     autocast: Autocast
+    grad: bool
+    backends: tuple[Any, ...]
     device: torch.device
 
-    def build(self, leaves: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return ``(args, kwargs)`` for the batch with the given tensors."""
-        pairs = iter(zip(self.leaves, self.dtypes))
+    def build(
+        self, leaves: Sequence[torch.Tensor], like: Any = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return ``(args, kwargs)`` for the batch with the given tensors.
+
+        Args:
+            leaves: tensors of the batch.
+            like: ``(args, kwargs)`` with other constants; None for those of the first call.
+        """
+        recipes = iter(zip(self.leaves, self.dtypes, self.orders))
 
         def leaf(_: torch.Tensor) -> torch.Tensor:
-            number, dtype = next(pairs)
-            return leaves[number].to(self.device, dtype)
+            number, dtype, order = next(recipes)
+            return in_order(leaves[number].to(self.device, dtype), order)
 
-        built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(self.template, leaf)
+        built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
+            self.template if like is None else like, leaf
+        )
         return built
 
-    def recognises(self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor], tag: object) -> bool:
+    def recognises(
+        self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor], tag: object, versions: Sequence[int]
+    ) -> bool:
         """Return whether the arguments are those of the batch that was handed out as `leaves`.
 
         Args:
@@ -62,14 +82,26 @@ class Link:
             kwargs: of the call.
             leaves: of the batch.
             tag: of the ghosts among them.
+            versions: of the leaves when they were handed out (`versions_of`).
         """
         tensors = tensors_in((args, kwargs))
         if len(tensors) != len(self.leaves):
             return False
-        return all(
-            _is_handed_out(tensor, leaves[number], (tag, number))
-            for tensor, number in zip(tensors, self.leaves)
+        for tensor, number, dtype, order, strides in zip(
+            tensors, self.leaves, self.dtypes, self.orders, self.strides
+        ):
+            if tensor.dtype != dtype or not (tensor.stride() == strides or _lies_in(tensor, order)):
+                return False
+            if not _is_handed_out(tensor, leaves[number], (tag, number), versions[number]):
+                return False
+        return True
+
+    def is_like(self, other: Link) -> bool:
+        """Return whether the model gets the same arguments, made of the batch in the same way."""
+        one, another = (
+            (link.leaves, link.dtypes, link.orders, link.device, link.arguments) for link in (self, other)
         )
+        return bool(one == another)
 
     def same_constants(self, args: Any, kwargs: Any) -> bool:
         """Return whether all arguments that are not tensors are those of the first call."""
@@ -109,9 +141,13 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     return Link(
         leaves=tuple(number for number in found if number is not None),
         dtypes=tuple(tensor.dtype for tensor in tensors),
+        orders=tuple(memory_order(tensor) for tensor in tensors),
+        strides=tuple(tensor.stride() for tensor in tensors),
         arguments=arguments,
         template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
         autocast=autocast_state(tensors[0].device),
+        grad=torch.is_grad_enabled(),
+        backends=backend_state(),
         device=tensors[0].device,
     )
 
@@ -132,19 +168,67 @@ def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | Non
     for number, leaf in enumerate(leaves):
         if tensor.shape == leaf.shape and not isinstance(tensor, Ghost):
             moved = leaf.detach().to(tensor.device, tensor.dtype)
-            if moved.data_ptr() == tensor.data_ptr() or same_bits(moved, tensor.detach()):
+            if same_bits(moved, tensor.detach()):
                 return number
     return None
 
 
-def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, tag: object) -> bool:
+def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, tag: object, version: int) -> bool:
     if tensor.requires_grad:  # its gradient is wanted, or what it was made of learns
         return False
-    if isinstance(leaf, Ghost) or isinstance(tensor, Ghost):
-        return isinstance(tensor, Ghost) and tensor.tag == tag
-    if tensor is leaf:
-        return True
-    return tensor.shape == leaf.shape and same_bits(leaf.to(tensor.device, tensor.dtype), tensor)
+    if isinstance(tensor, Ghost):
+        return bool(tensor.tag == tag)
+    if isinstance(leaf, Ghost):
+        if leaf.loaded is None:
+            return False
+        leaf = leaf.loaded
+    elif _version(leaf) != version:
+        return False
+    return tensor is leaf or same_bits(leaf.to(tensor.device, tensor.dtype), tensor)
+
+
+def versions_of(leaves: Sequence[torch.Tensor]) -> list[int]:
+    """Return how often each tensor was written to; 0 where torch does not count (inference tensors)."""
+    return [_version(leaf) for leaf in leaves]
+
+
+def _version(leaf: torch.Tensor) -> int:
+    return 0 if leaf.is_inference() else leaf._version
+
+
+def _lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Whether the dimensions lie in memory in this order; where one of size 1 lies, nobody can tell."""
+    strides, shape = tensor.stride(), tensor.shape
+    if len(strides) != len(order):
+        return False
+    lying = [strides[dim] for dim in order if shape[dim] != 1]
+    return lying == sorted(lying, reverse=True)
+
+
+def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Return the same values with the dimensions in this order in memory."""
+    if _lies_in(tensor, order):
+        return tensor
+    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+
+
+def backend_state() -> tuple[Any, ...]:
+    """Return the settings by which torch chooses kernels, and so last bits."""
+    attention, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        attention.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
+        attention.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
+        attention.math_sdp_enabled(),  # type: ignore[no-untyped-call]
+        torch._C._get_mkldnn_enabled(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
 
 
 def autocast_state(device: torch.device) -> Autocast:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.batchshape import BatchShape
-from layerwise.cache.checking import ContentGuard, check_backward, difference, is_checkpointed
+from layerwise.cache.checking import ContentGuard, Flow, check_backward, difference, is_checkpointed
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.decision import kept
@@ -25,7 +25,8 @@ from layerwise.cache.evenness import ElementwiseLog
 from layerwise.cache.feed import Feed, Phase, padded
 from layerwise.cache.fingerprint import joint_state, named_tensors, quick_state
 from layerwise.cache.ghost import ghost
-from layerwise.cache.link import Link
+from layerwise.cache.layout import memory_order
+from layerwise.cache.link import Link, backend_state, versions_of
 from layerwise.cache.proving import prove
 from layerwise.cache.reading import drawn_outside_torch, kept_random_state, reseed
 from layerwise.cache.replay import Captured, capture, refuse_ghosts, replaying
@@ -47,7 +48,7 @@ class Live:
         self.batch: Any = None
         self.leaves: list[torch.Tensor] = []
         self.versions: list[int] = []  # of the leaves when they were handed out
-        self.observing = False  # real, and to be looked at when it reaches the model
+        self.shape: BatchShape | None = None  # of a real one that is looked at when it reaches the model
         self.replayed = False  # with ghosts
         self.seen = False  # it reached the model
         self.phase: Phase | None = None
@@ -94,20 +95,21 @@ class Observer:
             CacheError: this phase cannot be cached. So may the returned function, and OSError.
         """
         feed, count = live.feed, len(live.indices)
-        if [leaf._version for leaf in live.leaves] != live.versions:
+        if versions_of(live.leaves) != live.versions:
             raise CacheError(
                 "the loop writes into the batch before the model gets it, and may write something else next "
                 "time. Do that in the dataset's transform."
             )
-        if feed.link is None or feed.shape is None:
-            shape = BatchShape.of(live.batch, count)
-            shape.require(feed.kind or shape.rows)
-            feed.shape, feed.link, feed.full = shape, link, count
-        elif (feed.link.leaves, feed.link.arguments) != (link.leaves, link.arguments):
-            raise CacheError("the model is called in another way than for the first batch.")
-        else:
-            feed.shape.check(live.batch, count)
+        assert live.shape is not None
         self.drop_stale(feed)
+        if feed.shape is None:
+            live.shape.require(feed.kind or live.shape.rows)
+            feed.shape, feed.full = live.shape, count
+        live.shape.require(feed.shape.rows)
+        if feed.link is None or not feed.sites:
+            feed.link = link
+        elif not feed.link.is_like(link):
+            raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
         cut = self.book.find(args, kwargs)
         later = [other for _, other in self.book.later()]
@@ -157,12 +159,12 @@ class Observer:
             if missing:
                 raise CacheError(f"{missing[0]} was not reached when the model ran again.")
         started = time.perf_counter()
-        expected = self._replayed(live, link, phase, values, args, kwargs)
+        expected, flow = self._replayed(live, link, phase, values, args, kwargs)
         suffix_s = time.perf_counter() - started
         leaves = list(live.leaves)
 
         def compare(output: Any) -> None:
-            problem = difference(expected, output)
+            problem = difference(expected, output) or flow.difference(output)
             if problem:
                 raise CacheError(f"a replayed batch is not the plain one: {problem}.")
             self._store(feed, phase, values, leaves, live.rows, prefix_s, suffix_s)
@@ -195,13 +197,17 @@ class Observer:
         values: Mapping[Site, torch.Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> list[torch.Tensor]:
+    ) -> tuple[list[torch.Tensor], Flow]:
         """Return what the model gives for this batch when it is replayed; undo all side effects."""
         assert phase.cut is not None
         numbers = iter(link.leaves)
         args, kwargs = map_tensors(
             (args, kwargs),
-            lambda t: ghost(tuple(t.shape), t.dtype, t.device) if next(numbers) in phase.ghosts else t,
+            lambda t: (
+                ghost(tuple(t.shape), t.dtype, t.device, order=memory_order(t))
+                if next(numbers) in phase.ghosts
+                else t
+            ),
         )
         fresh = {site: values[site].clone() for site in (*phase.cut.frontier, *phase.cut.constants)}
         checkpointed: list[bool] = []
@@ -224,7 +230,7 @@ class Observer:
                 why = " ".join(str(error).split())[:200]
                 raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
         refuse_ghosts(output)
-        return [tensor.detach() for tensor in tensors_in(output)]
+        return [tensor.detach() for tensor in tensors_in(output)], Flow.of(output)
 
     def _store(
         self,
@@ -286,6 +292,12 @@ class Observer:
         if absent.any():
             if self.book.state() != live.key:
                 raise OtherStateError("values of a former state would be computed")
+            assert feed.link is not None
+            if backend_state() != feed.link.backends:
+                raise CacheError(
+                    "the model is called under other settings of torch (sdpa_kernel, torch.backends, "
+                    "threads) than those under which batches are made. Put them around the whole loop."
+                )
             where = absent.nonzero().flatten().tolist()
             if batch is None:
                 part = feed.reader.load_now([live.indices[i] for i in where])
@@ -332,12 +344,18 @@ class Observer:
         seed: int | None = None,
         log: ElementwiseLog | None = None,
     ) -> Captured:
-        """Run the model up to the last site, leaving no trace in it and in the random numbers."""
+        """Run the model up to the last site, leaving no trace in it, its arguments and the random numbers.
+
+        Gradients are on where the loop has them on: some kernels give other last bits without. Frozen layers
+        keep nothing for them.
+        """
+        args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor)  # the model may change containers
         impure = any(cut.impure for cut in cuts) or skeletons
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "busy", self.busy)
             self.busy = True
             stack.enter_context(untouched(self.model))
+            stack.enter_context(torch.set_grad_enabled(link.grad))
             if impure:
                 stack.enter_context(ContentGuard(self.model))
             for kind, enabled, dtype in link.autocast:

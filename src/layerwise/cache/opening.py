@@ -42,7 +42,7 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
             watch.loaded(samples)
             supply.watch = watch
         if random and views == 1:
-            supply.refuse(f"{random}. Pass views=V to store V draws of each sample")
+            supply.refuse_random(random)
         elif supply.looks_ragged():
             supply.sort()
     except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
@@ -54,8 +54,11 @@ def _refuse_unusable(model: nn.Module) -> None:
     """Raise CacheError if no pass of this model can be cached."""
     inner = unwrap(model)
     compiled = any(type(m).__name__ == "OptimizedModule" for m in (model, getattr(model, "module", model)))
-    if compiled or getattr(inner, "_compiled_call_impl", None) is not None:
-        raise CacheError("the model is compiled; pass the plain model")
+    if compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in inner.modules()):
+        raise CacheError(
+            "the model is compiled, as a whole or in part, and what is compiled cannot be skipped. Leave "
+            "torch.compile out while the prefix is frozen"
+        )
     if process_count() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in inner.modules()):
         raise CacheError(
             "the model's SyncBatchNorm layers talk to the other processes in each forward pass, and the "

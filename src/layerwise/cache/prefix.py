@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,13 +15,13 @@ from torch.utils.data import DataLoader
 from layerwise.cache.calls import Calls, told
 from layerwise.cache.checking import ContentGuard
 from layerwise.cache.cutbook import CutBook, PhaseSource
-from layerwise.cache.dealing import Dealer
+from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.decision import Decision, Storage
 from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.observing import Observer
 from layerwise.cache.opening import open_supply
-from layerwise.cache.reading import kept_random_state
+from layerwise.cache.reading import Order, kept_random_state
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError, LayerwiseWarning
@@ -120,7 +121,7 @@ class PrefixCache:
     # -- what users call ----------------------------------------------------------------------
 
     def batches(self, loader: DataLoader[Any] | None = None) -> Iterator[Any]:
-        """Yield one epoch's batches, in the loader's order.
+        """Return one epoch's batches, in the loader's order.
 
         A batch has the structure that the loader gives. Inputs that the model no longer reads are
         `Ghost` tensors: they have a shape and no values. Labels and all else are real.
@@ -132,12 +133,13 @@ class PrefixCache:
         Raises:
             CacheError: there is no loader; or, while the loop runs, the value of a ghost was needed.
         """
-        supply = self._supply(loader)
+        return Epoch(functools.partial(self._begin, self._supply(loader)))
+
+    def _begin(self, supply: Supply) -> Iterator[Any]:
+        """Begin an epoch, random draws included."""
         self._book.refresh()
         if supply.is_off(self._book.state()):
-            supply.epochs += 1
-            yield from supply.loader
-            return
+            return supply.plain()
         feeds = supply.feeds
         changed = supply.forget_changed()
         if changed:
@@ -146,14 +148,14 @@ class PrefixCache:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         for feed in supply.feeds:
             self._observer.drop_stale(feed)
-        try:
-            with self._calls.watched():
-                for live in self._dealer.epoch(supply):
-                    with self._calls.expecting(live):
-                        yield live.batch
-        finally:
-            if supply.watch is not None:
-                supply.watch.epoch_ended()
+        assert supply.reader is not None
+        return self._deal(supply, supply.reader.order())
+
+    def _deal(self, supply: Supply, order: Order) -> Iterator[Any]:
+        with self._calls.watched():
+            for live in self._dealer.epoch(supply, order):
+                with self._calls.expecting(live):
+                    yield live.batch
         self.stock.shelf.publish_complete()
 
     def fill(
@@ -216,9 +218,15 @@ class PrefixCache:
                 lines.append(f"prefix cache{name}: off: {supply.reason}")
             phases = supply.phases()
             lines += [f"prefix cache{name}: {told(phase)}" for phase in phases.values()]
-            stored, samples = supply.stored(next(reversed(phases), None)), supply.samples
+            key = next(reversed(phases), None)
+            stored, samples = supply.stored(key), supply.samples
             if 0 < stored < samples:
                 lines.append(f"prefix cache{name}: {stored:,} of {samples:,} samples stored so far")
+            if supply.is_idle(key):
+                lines.append(
+                    f"prefix cache{name}: no batch of this epoch was replayed: the model is called in "
+                    f"another state (train or eval, what learns, autocast) than when the batch was made"
+                )
         return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
     @property
@@ -237,7 +245,8 @@ class PrefixCache:
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""
         for supply in self._supplies.values():
-            supply.feeds.clear()
+            for feed in supply.feeds:
+                feed.forget()
             supply.reason = "the cache was closed"
         self.stock.close()
 
@@ -288,7 +297,6 @@ class PrefixCache:
                 live = self._dealer.deal(supply, list(samples[:size]), None, view=0)
                 with (
                     self._calls.expecting(live),
-                    torch.no_grad(),
                     untouched(self.model),
                     ContentGuard(self.model),
                 ):

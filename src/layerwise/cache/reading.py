@@ -22,6 +22,8 @@ from layerwise.errors import CacheError
 from layerwise.layers.snapshot import Snapshot
 from layerwise.layers.structures import tensors_in
 
+DRAWS = "loading a sample draws random numbers (a random augmentation)"
+_DATASET_DEPTH = 5  # Subset of a Subset ...
 _PROBES = 4  # samples drawn twice to find random augmentation
 
 
@@ -35,6 +37,7 @@ class LoaderReader:
         loader: as given.
         size: number of samples in the dataset.
         batch_size: of a full batch; None where the batch sampler does not say.
+        has_drawn: loading a batch in this process drew random numbers.
 
     Raises:
         CacheError: samples cannot be told apart by an index; says why.
@@ -47,6 +50,7 @@ class LoaderReader:
             raise CacheError(reason)
         self.size = len(loader.dataset)  # type: ignore[arg-type]
         self.batch_size: int | None = getattr(loader.batch_sampler, "batch_size", None)
+        self.has_drawn = False
         self._seeded = False
 
     @property
@@ -56,58 +60,39 @@ class LoaderReader:
         samplers = [given, getattr(given, "sampler", None)]
         return any(isinstance(s, SequentialSampler) or getattr(s, "shuffle", None) is False for s in samplers)
 
-    def epoch(self, *, ahead: bool = True) -> Iterator[list[int]]:
-        """Yield the indices of one epoch's batches, as the loader's own iterator would draw them.
+    def order(self) -> Order:
+        """Return the batches of indices of one epoch, as the loader's own iterator would draw them."""
+        seeded = self.loader.persistent_workers and (self._seeded or self.loader._iterator is not None)
+        self._seeded = True
+        return Order(self.loader, seeded=seeded)
 
-        Args:
-            ahead: ask the sampler as early as the loader's workers would, who fetch ahead. False where
-                workers do iterate over this.
+    def plain(self) -> Iterator[Any]:
+        """Return the loader's own iterator; it draws no seed for workers that would live by now."""
+        loader = self.loader
+        if not (loader.persistent_workers and self._seeded and loader._iterator is None):
+            return iter(loader)
+        kept, loader.generator = loader.generator, torch.Generator()
+        try:
+            return iter(loader)
+        finally:
+            loader.generator = kept
 
-        Raises:
-            CacheError: the batch sampler gives something else than indices into the dataset.
-        """
-        batches = iter(self.loader.batch_sampler)  # type: ignore[arg-type]
-        persistent = self.loader.persistent_workers and self.loader.num_workers > 0
-        if not (persistent and self._seeded):
-            torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
-            self._seeded = True
-        queue: deque[list[int]] = deque()
-        depth = self.loader.num_workers * (self.loader.prefetch_factor or 0) if ahead else 0
-        exhausted = False
-        while True:
-            while not exhausted and len(queue) < max(depth, 1):
-                try:
-                    queue.append(self._indices(next(batches)))
-                except StopIteration:
-                    exhausted = True
-            if not queue:
-                return
-            indices = queue.popleft()
-            if depth and not exhausted:  # a worker that hands a batch over is given the next task
-                try:
-                    queue.append(self._indices(next(batches)))
-                except StopIteration:
-                    exhausted = True
-            yield indices
-
-    def _indices(self, batch: Any) -> list[int]:
-        indices = list(batch)
-        if all(type(index) is int and 0 <= index < self.size for index in indices):
-            return indices
-        with contextlib.suppress(TypeError, ValueError):
-            numbers = [int(index) for index in indices]
-            if numbers == indices and all(0 <= number < self.size for number in numbers):
-                return numbers
-        raise CacheError(
-            f"the batch sampler {type(self.loader.batch_sampler).__name__} gives {indices[:3]!r}..., and not "
-            f"indices from 0 to {self.size - 1}: samples cannot be recognised from one epoch to the next."
-        )
+    def check(self, indices: Sequence[Any]) -> None:
+        """Raise CacheError if the batch sampler gave something else than indices into the dataset."""
+        if not all(type(index) is int and 0 <= index < self.size for index in indices):
+            raise CacheError(
+                f"the batch sampler {type(self.loader.batch_sampler).__name__} gives {list(indices)[:3]!r}"
+                f"..., and not indices from 0 to {self.size - 1}: samples cannot be recognised from one "
+                f"epoch to the next."
+            )
 
     def load(self, batches: Iterator[list[int]]) -> Iterator[Any]:
         """Yield the collated batches of the given indices, by the loader's own workers.
 
         Draws nothing from the global random numbers in this process, unless the dataset does.
         """
+        if not self.loader.num_workers and not self.loader.pin_memory:
+            return map(self.load_now, batches)
         inner: DataLoader[Any] = DataLoader(
             self.loader.dataset,
             batch_sampler=_Fed(batches),
@@ -124,22 +109,27 @@ class LoaderReader:
 
     def load_now(self, indices: Sequence[int]) -> Any:
         """Return one collated batch, loaded in this process."""
-        dataset = self.loader.dataset
+        dataset, before = self.loader.dataset, _random_states()
         if hasattr(dataset, "__getitems__"):
             samples = dataset.__getitems__(list(indices))
         else:
             samples = [dataset[index] for index in indices]
-        return self.loader.collate_fn(samples)
+        batch = self.loader.collate_fn(samples)
+        self.has_drawn |= _random_states() != before
+        return batch
 
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[Snapshot]:
         """Within: random numbers that are drawn, the dataset's own generators' included, are undone after."""
-        kept = Snapshot([self.loader.dataset, self.loader.collate_fn], generators_only=True)
+        dataset, collate = self.loader.dataset, self.loader.collate_fn
+        kept = Snapshot([dataset, collate, *loading_code(dataset)], generators_only=True)
+        has_drawn = self.has_drawn
         try:
             with kept_random_state():
                 yield kept
         finally:
             kept.restore()
+            self.has_drawn = has_drawn
 
     def probes(self, count: int = _PROBES) -> list[int]:
         """Return the indices of a few samples, spread evenly."""
@@ -161,7 +151,7 @@ class LoaderReader:
             before = _random_states(), own.states()
             first = self.load_probes()
             if (_random_states(), own.states()) != before:
-                return "loading a sample draws random numbers (a random augmentation)", first
+                return DRAWS, first
             reseed(1)
             with _next_epoch(self.loader.dataset):
                 second = self.load_probes()
@@ -171,6 +161,66 @@ class LoaderReader:
         ):
             return "the same sample is different each time it is loaded (a random augmentation)", first
         return "", first
+
+
+def loading_code(dataset: Any) -> list[Any]:
+    """Return the methods that load a sample, of a dataset and of those in it: they may draw by globals."""
+    found: list[Any] = []
+    for _ in range(_DATASET_DEPTH):
+        kinds = (getattr(type(dataset), name, None) for name in ("__getitem__", "__getitems__"))
+        found += [method for method in kinds if method is not None]
+        inner = getattr(dataset, "dataset", getattr(dataset, "data", None))
+        if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor):
+            break
+        dataset = inner
+    return found
+
+
+class Order:
+    """The indices of one epoch's batches, drawn when the loader's own iterator would draw them.
+
+    Workers fetch ahead, so the sampler is asked for several batches at the start.
+
+    Args:
+        loader: whose batch sampler.
+        seeded: the iterator would not draw a seed for its workers: they live on from an epoch before.
+    """
+
+    def __init__(self, loader: DataLoader[Any], *, seeded: bool) -> None:
+        self._batches = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        if not seeded:
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        self._queue: deque[list[int]] = deque()
+        self._ahead = loader.num_workers * (loader.prefetch_factor or 0)
+        for _ in range(self._ahead):
+            self._draw()
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> list[int]:
+        if not self._queue:
+            self._draw()
+        if not self._queue:
+            raise StopIteration
+        indices = self._queue.popleft()
+        if self._ahead:  # a worker that hands a batch over is given the next task
+            self._draw()
+        return indices
+
+    def hand_over(self) -> Order:
+        """Leave fetching ahead to workers that iterate over this from now on."""
+        self._ahead = 0
+        return self
+
+    def _draw(self) -> None:
+        for batch in self._batches:
+            indices = list(batch)
+            with contextlib.suppress(TypeError, ValueError):  # a sampler may give tensors or numpy's integers
+                numbers = [int(index) for index in indices]
+                indices = numbers if numbers == indices else indices
+            self._queue.append(indices)
+            return
 
 
 @contextlib.contextmanager
@@ -237,11 +287,11 @@ def drawn_outside_torch() -> tuple[Any, ...]:
     """Return the states of Python's and numpy's global generators, to be compared."""
     numpy = sys.modules.get("numpy")
     legacy = numpy.random.get_state(legacy=True) if numpy is not None else None
-    return random.getstate(), (legacy[1].tolist(), legacy[2]) if legacy is not None else None
+    return random.getstate(), (legacy[1].tobytes(), legacy[2]) if legacy is not None else None
 
 
 def _random_states() -> tuple[Any, ...]:
-    return *drawn_outside_torch(), torch.get_rng_state().tolist()
+    return *drawn_outside_torch(), torch.get_rng_state().numpy().tobytes()
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def capture(
     batch: int,
     skeletons: bool = True,
 ) -> Captured:
-    """Run the model without gradients until the values at all sites of all `cuts` are there.
+    """Run the model until the values at all sites of all `cuts` are there.
 
     Args:
         model: the model, in the modes in which it trains.
@@ -149,7 +149,7 @@ def capture(
             take(call, "out", tensors_in(output))
         return output
 
-    with torch.no_grad(), _intercepted(modules, watch), contextlib.suppress(_Stop):
+    with _intercepted(modules, watch), contextlib.suppress(_Stop):
         model(*args, **kwargs)
     return found
 

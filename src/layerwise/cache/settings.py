@@ -1,34 +1,51 @@
 """`Settings`: notice that a model computes something else now, though no parameter and no mode changed.
 
 A temperature that follows a schedule, an adapter's scale, another activation, a hook that was added, a domain
-that is chosen before each batch: attributes and buffers of modules decide what a forward pass does. They are
-compared at every batch, those of torch's own layers and what a class declares constant at every epoch. Where
-nothing changed that costs next to nothing: lists of objects are compared, all of them the same ones.
+that is chosen before each batch: attributes and buffers of modules decide what a forward pass does, and so
+do attributes of their classes, and what is in containers and objects that they hold. They are compared at
+every batch, those of torch's own layers, what a class declares constant and the numbers of large arrays and
+tensors at every epoch. Where nothing changed that costs next to nothing: lists of objects are compared, all
+of them the same ones.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from operator import getitem
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.cache.fingerprint import checksum
+from layerwise.layers.holding import (
+    CONTAINERS,
+    DEPTH,
+    LARGE,
+    LEAVES,
+    OF_EVERY_MODULE,
+    SCALARS,
+    class_attributes,
+    classes_of,
+    held,
+    home,
+    is_fleeting,
+    is_object,
+    slots_of,
+    told,
+)
+from layerwise.layers.look import Look
+from layerwise.layers.memory import GLOBAL_HOOKS
 
-_SENTINELS = 2  # tensors whose content is compared
-_TINY = 16  # numbers: a tensor of so many is compared by content, as a number is
-_DEPTH = 2  # containers in containers
-_LARGE = 1000  # items: longer containers are data
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_APART = frozenset(vars(nn.Module()))  # looked at apart, or of no effect on a forward pass
+_SENTINELS = 8  # tensors whose content is compared
+_PROBED = 1024  # numbers of each of them
+_TINY = 16  # numbers: a tensor or an array of so many is compared by content, as a number is
 
-_Key = tuple[int, str]  # number of a module, name of an attribute
+_Key = tuple[int, str]  # number of a module, or -1 - that of a class; name of an attribute
+_Owner = Mapping[str, Any]
 
 
 class Settings:
@@ -48,10 +65,12 @@ class Settings:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._numbers: dict[Any, int] = {}
+        self._kept: list[Any] = []  # what is known by its identity must not give it to another object
         self._moving: set[_Key] = set()  # changed by the forward pass itself
         self.last = self.new = 0
         self._modules: list[nn.Module] = []
-        self._at_batches, self._at_epochs = _Look(), _Look()
+        self._classes: list[type] = []
+        self._at_batches, self._at_epochs = Look(), Look()
         self._handle = -1  # number of the latest hook of all modules
         self.refresh()
 
@@ -61,7 +80,7 @@ class Settings:
         if self.new <= 1:  # one an epoch is a schedule
             self.new = 0
         if modules != self._modules or not (self._is_same() and self._at_epochs.is_same()):
-            self._modules = modules
+            self._modules, self._classes = modules, classes_of(modules)
             self._save()
 
     def number(self) -> int:
@@ -85,26 +104,30 @@ class Settings:
         return self._at_batches.is_same() and self._has_same_hooks()
 
     def _has_same_hooks(self) -> bool:
-        if not self._hook_count and RemovableHandle.next_id == self._handle:
-            return True  # none was there, and nobody made one
+        if list(chain.from_iterable(self._hooked)) != self._hooks:
+            return False
+        if RemovableHandle.next_id == self._handle:
+            return True  # nobody made one
         self._handle = RemovableHandle.next_id
-        return sum(map(len, self._hooks)) == self._hook_count
+        return sum(map(len, self._hookable)) == len(self._hooks)
 
     def _save(self, number: int | None = None) -> None:
         """Take the attributes as they are now; they get `number`, if they were not met before."""
-        self._at_batches, self._at_epochs = _Look(), _Look()
-        self._hooks = [h for m in self._modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hook_count, self._handle = sum(map(len, self._hooks)), RemovableHandle.next_id
-        for index, module in enumerate(self._modules):
-            of_torch = _is_of_torch(module)
-            (self._at_epochs if of_torch else self._at_batches).at_length(vars(module))
-            constants = frozenset(getattr(module, "__constants__", ()))
-            for owner, name, key in _items(index, module):
-                if key not in self._moving:
-                    look = self._at_epochs if of_torch or name in constants else self._at_batches
-                    look.at_item(owner, name)
-                    self._at_batches.into(owner[name])
+        self._at_batches, self._at_epochs = Look(), Look()
+        tables = [h for m in self._modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hookable = [*tables, *GLOBAL_HOOKS]
+        self._hooked = [hooks for hooks in self._hookable if hooks]
+        self._hooks, self._handle = list(chain.from_iterable(self._hooked)), RemovableHandle.next_id
+        seen: dict[int, int] = {}
+        for module in self._modules:
+            (self._at_epochs if _is_of_torch(module) else self._at_batches).at_length(vars(module))
             self._at_batches.at_tables(module)
+        for kind in self._classes:
+            self._at_batches.at_length(vars(kind))
+        for owner, name, key in self._items():
+            if key not in self._moving:
+                (self._at_epochs if self._is_constant(key) else self._at_batches).at_item(owner, name)
+                self._look_into(owner[name], seen)
         state = self._attributes()
         for key in self._moving & state.keys():
             del state[key]
@@ -112,115 +135,120 @@ class Settings:
         if known not in self._numbers:
             self._numbers[known] = len(self._numbers) if number is None else number
             self.new += number is None
+            self._kept += [
+                owner[name] for owner, name, _ in self._items() if _is_known_by_identity(owner[name])
+            ]
         self.last = self._numbers[known]
+
+    def _is_constant(self, key: _Key) -> bool:
+        """Whether nobody changes an attribute from batch to batch."""
+        index, name = key
+        if index < 0:
+            return False
+        module = self._modules[index]
+        return _is_of_torch(module) or name in getattr(module, "__constants__", ())
+
+    def _look_into(self, value: Any, seen: dict[int, int], depth: int = 0) -> None:
+        """Have what an attribute holds compared; `seen` says how deep down a thing was already met."""
+        if type(value) in LEAVES or seen.get(id(value), DEPTH + 1) <= depth:
+            return
+        seen[id(value)] = depth
+        if isinstance(value, torch.Tensor):
+            if not value.requires_grad:  # what reads such a one is never skipped
+                self._at_batches.at_version(value)
+                if _is_tiny(value):
+                    self._at_batches.at_content(value)
+                elif _is_readable(value):
+                    self._at_epochs.at_told(checksum, value)
+        elif isinstance(value, np.ndarray):
+            (self._at_batches if value.size <= _TINY else self._at_epochs).at_told(told, value)
+        elif not is_fleeting(value):
+            self._at_batches.at_content_of(value)
+            for item in held(value):
+                self._look_into(item, seen, depth + 1)
+
+    def _items(self) -> Iterator[tuple[_Owner, str, _Key]]:
+        """Yield each attribute and buffer: what holds it, its name there, its key."""
+        for index, module in enumerate(self._modules):
+            yield from _items(index, module)
+        for index, kind in enumerate(self._classes):
+            for name in class_attributes(kind):
+                yield vars(kind), name, (-1 - index, name)
 
     def _attributes(self) -> dict[_Key, Any]:
         """Return what each attribute is, by value or identity, so that it can be compared and hashed."""
-        found: dict[_Key, Any] = {}
+        memo: dict[tuple[int, int], str] = {}
+        found: dict[_Key, Any] = {
+            key: _known(owner[name], memo) for owner, name, key in self._items() if not _is_ours(owner[name])
+        }
         for index, module in enumerate(self._modules):
-            for owner, name, key in _items(index, module):
-                if not _is_ours(owner[name]):
-                    found[key] = _known(owner[name])
             found[index, "_modules"] = tuple(map(id, module._modules.values()))
             found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
-            if index:
-                hooks = (*module._forward_hooks, -1, *module._forward_pre_hooks)
-                found[index, "_forward_hooks"] = hooks
+            hooks = (module._forward_hooks, module._forward_pre_hooks) if index else GLOBAL_HOOKS
+            found[index, "_forward_hooks"] = (*hooks[0], -1, *hooks[1])
         return found
-
-
-class _Look:
-    """Objects to be compared with what they are now, in lists, which is the fastest way."""
-
-    def __init__(self) -> None:
-        self._owners: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._values: list[Any] = []
-        self._dicts: list[dict[str, Any]] = []
-        self._lengths: list[int] = []
-        self._tables: list[dict[str, Any]] = []
-        self._entries: list[Any] = []
-        self._containers: list[tuple[Any, Any]] = []
-        self._versions: list[tuple[torch.Tensor, int]] = []
-        self._contents: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._seen: set[int] = set()
-
-    def at_item(self, owner: dict[str, Any], name: str) -> None:
-        """Look whether an item of a dictionary is the same object."""
-        self._owners.append(owner)
-        self._names.append(name)
-        self._values.append(owner[name])
-
-    def at_length(self, attributes: dict[str, Any]) -> None:
-        """Look whether a dictionary has more or fewer items."""
-        self._dicts.append(attributes)
-        self._lengths.append(len(attributes))
-
-    def at_tables(self, module: nn.Module) -> None:
-        """Look whether a module's children and parameters are the same objects."""
-        for table in (module._modules, module._parameters):
-            if table:
-                self._tables.append(table)
-                self._entries += table.values()
-
-    def into(self, value: Any) -> None:
-        """Look at what an attribute holds."""
-        if id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, torch.Tensor):
-            if value.requires_grad or value.is_inference():  # the latter have no version
-                return
-            self._versions.append((value, value._version))
-            if _is_tiny(value):
-                self._contents.append((value, value.clone()))
-        elif isinstance(value, dict | list | set | deque) and 0 < len(value) <= _LARGE:
-            self._containers.append((value, value.copy()))
-        elif _is_object(value):
-            self._containers.append((vars(value), dict(vars(value))))
-
-    def is_same(self) -> bool:
-        """Return whether nothing of all that has changed."""
-        try:
-            return (
-                list(map(getitem, self._owners, self._names)) == self._values
-                and list(map(len, self._dicts)) == self._lengths
-                and list(chain.from_iterable(map(dict.values, self._tables))) == self._entries
-                and all([now == before for now, before in self._containers])
-                and all([tensor._version == version for tensor, version in self._versions])
-                and all([torch.equal(now, before) for now, before in self._contents])
-            )
-        except (KeyError, RuntimeError, ValueError, TypeError):  # two tensors cannot be compared: they differ
-            return False
 
 
 class Stillness:
     """Tells cheaply that frozen weights move while an epoch runs, as a momentum encoder's do.
 
-    Autograd's version counters show most ways of writing; the content of a few small tensors shows the others
-    (``p.data.mul_``, ``p.data = ...``), as what moves the weights moves all of them.
+    Autograd's version counters show most ways of writing, and the place in memory shows ``p.data = ...``. The
+    content of a few small tensors, one in each part of the model, shows ``p.data.mul_``, as what moves the
+    weights of a part moves all of them. Of batch-norms in eval mode the count of batches is watched: it tells
+    that a pass in train mode has adapted their statistics.
 
     Args:
         parameters: of the model.
+        model: whose parts and batch-norms are looked at; without one, the smallest tensors of all.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module | None = None) -> None:
         self._frozen = [p for p in parameters if not p.requires_grad]
-        self._versions = [p._version for p in self._frozen]
-        small = sorted((p for p in self._frozen if p.numel()), key=torch.Tensor.numel)[:_SENTINELS]
-        self._contents = [(p, p.detach().clone()) for p in small]
+        self._versioned = [p for p in self._frozen if not p.is_inference()]  # those have no version
+        self._versions = [p._version for p in self._versioned]
+        self._plain = [p for p in self._frozen if type(p) is nn.Parameter and p.device.type != "meta"]
+        self._places = [p.data_ptr() for p in self._plain]
+        self._contents = [(p, _probe(p).clone()) for p in _sentinels(self._frozen, model)]
+        norms = (m for m in model.modules() if isinstance(m, _NormBase)) if model is not None else ()
+        self._counts = [
+            (norm, count, count._version)
+            for norm in norms
+            if not norm.training and (count := norm.num_batches_tracked) is not None
+            if not count.is_inference()
+        ]
 
     def holds(self) -> bool:
         """Return whether no weight that was frozen has changed since."""
-        return [p._version for p in self._frozen] == self._versions and all(
-            [torch.equal(p, content) for p, content in self._contents]
+        return (
+            [p._version for p in self._versioned] == self._versions
+            and [p.data_ptr() for p in self._plain] == self._places
+            and all([norm.training or count._version == version for norm, count, version in self._counts])
+            and all([torch.equal(_probe(p), content) for p, content in self._contents])
         )
 
 
-def _items(index: int, module: nn.Module) -> Iterator[tuple[dict[str, Any], str, _Key]]:
+def _sentinels(frozen: list[nn.Parameter], model: nn.Module | None) -> list[nn.Parameter]:
+    """Return a few small tensors among the frozen ones: the smallest of each child of the model first."""
+    small = sorted((p for p in frozen if p.numel() and p.device.type != "meta"), key=torch.Tensor.numel)
+    order = {id(p): number for number, p in enumerate(small)}
+    parts = [model] if model is not None else []
+    while len(parts) == 1 and any(True for _ in parts[0].children()):
+        parts = list(parts[0].children())
+    own = (min((order[id(p)] for p in part.parameters() if id(p) in order), default=None) for part in parts)
+    chosen = sorted({number for number in own if number is not None})
+    return [small[number] for number in dict.fromkeys((*chosen, 0, 1)) if number < len(small)][:_SENTINELS]
+
+
+def _probe(tensor: torch.Tensor) -> torch.Tensor:
+    """Return some of a tensor's numbers, spread evenly."""
+    tensor = tensor.detach()
+    return tensor if tensor.numel() <= _PROBED else tensor.flatten()[:: tensor.numel() // _PROBED]
+
+
+def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:
     """Yield each attribute and buffer of a module: the dictionary that holds it, its name there, its key."""
     for name in vars(module):
-        if name not in _APART:
+        if name not in OF_EVERY_MODULE:
             yield vars(module), name, (index, name)
     if not isinstance(module, _NormBase):
         for name, buffer in module._buffers.items():
@@ -228,25 +256,51 @@ def _items(index: int, module: nn.Module) -> Iterator[tuple[dict[str, Any], str,
                 yield module._buffers, name, (index, f"_buffers.{name}")
 
 
-def _known(value: Any, depth: int = 0) -> str:
-    if isinstance(value, _SCALARS):
+def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
+    """Return what a value is: numbers and texts, in containers and objects too; of all else, which one."""
+    if isinstance(value, SCALARS):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        if value.requires_grad or value.layout != torch.strided:  # what reads the former is never skipped
+        if value.requires_grad or not _is_readable(value):  # what reads the former is never skipped
             return f"tensor {id(value)}"
         return f"{value.dtype} {tuple(value.shape)} {checksum(value)}"
-    if depth < _DEPTH and isinstance(value, dict) and len(value) <= _LARGE:
-        return str([f"{name!r}: {_known(item, depth + 1)}" for name, item in value.items()])
-    if depth < _DEPTH and isinstance(value, list | tuple | set | deque) and len(value) <= _LARGE:
-        return f"{type(value).__name__} {[_known(item, depth + 1) for item in value]}"
-    if depth == 0 and _is_object(value):
-        return f"{id(value)} {_known(vars(value), 1)}"
-    return f"{type(value).__name__} {id(value)}"
+    if isinstance(value, np.ndarray):
+        return f"array {hash(told(value))}"
+    if is_fleeting(value):
+        return type(value).__name__  # what uses it is never skipped
+    key = id(value), depth
+    if key not in memo:
+        memo[key] = _inside(value, memo, depth)
+    return memo[key]
+
+
+def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
+    name = type(value).__name__
+    if depth > DEPTH or (isinstance(value, CONTAINERS) and len(value) > LARGE):
+        return f"{name} {id(value)}"
+    items: Mapping[Any, Any]
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, CONTAINERS):
+        return f"{name} {[_known(item, memo, depth + 1) for item in value]}"
+    elif is_object(value):
+        name, items = f"{name} {id(value)}", getattr(value, "__dict__", {}) | slots_of(value)
+    else:
+        return f"{name} {id(value)}"
+    return f"{name} {[f'{key!r}: {_known(item, memo, depth + 1)}' for key, item in items.items()]}"
+
+
+def _is_known_by_identity(value: Any) -> bool:
+    return is_object(value) or (callable(value) and not isinstance(value, nn.Module | type))
 
 
 def _is_tiny(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a number or a few, at hand: reading one from a device would wait for the device."""
     return tensor.numel() <= _TINY and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
 
 
 def _is_of_torch(module: nn.Module) -> bool:
@@ -256,14 +310,4 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 def _is_ours(value: Any) -> bool:
     """Whether layerwise put it there: what pins a frozen module's mode, which `CutBook.state` looks at."""
-    return callable(value) and str(getattr(value, "__module__", type(value).__module__)).startswith(
-        "layerwise."
-    )
-
-
-def _is_object(value: Any) -> bool:
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, nn.Module | torch.Tensor | type)
-        and not callable(value)
-    )
+    return callable(value) and home(value).startswith("layerwise.")

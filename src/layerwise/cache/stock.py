@@ -132,7 +132,8 @@ class Stock:
             source.structure if source is not None else "",
             self._data_digest(feed) + feed.digest,
             f"{spec} views {feed.views}",
-            f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.arguments}",
+            f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.orders} "
+            f"{feed.link.arguments}",
             _bits_of(feed),
         )
 

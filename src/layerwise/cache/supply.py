@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from layerwise.cache.batchshape import Kind
 from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.feed import Feed, Phase, merged
-from layerwise.cache.reading import LoaderReader
+from layerwise.cache.reading import LoaderReader, Order
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.structures import tensors_in
 
@@ -46,8 +46,10 @@ class Supply:
         asked: the user asked for a cache, and is warned where there is none.
         kinds: for each sample, the number of its feed; None where all have one shape.
         epochs: epochs that began.
+        handed_out: batches of the epoch under way, or of the last one.
+        replays: calls of the model among them that were replayed.
         unseen: batches in a row that were handed out and never reached the model.
-        watch: notices that the dataset was changed between epochs.
+        watch: notices that the dataset was changed.
         changes: how often it was.
     """
 
@@ -59,6 +61,8 @@ class Supply:
     feeds: list[Feed] = field(default_factory=list)
     kinds: list[int] | None = None
     epochs: int = 0
+    handed_out: int = 0
+    replays: int = 0
     unseen: int = 0
     watch: DataWatch | None = None
     changes: int = 0
@@ -73,23 +77,35 @@ class Supply:
         if self.asked:
             warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
 
+    def refuse_random(self, reason: str) -> None:
+        """Note that samples are not the same each time they are loaded."""
+        self.refuse(f"{reason}. Pass views=V to store V draws of each sample")
+
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""
         self.reader = reader
         self.feeds = [Feed(self.loader, reader, views=self.views)]
 
     def forget_changed(self) -> str:
-        """Forget all values if the dataset was changed since the last epoch; return what was, or ``""``."""
+        """Forget all values if the dataset was changed since last asked; return what was, or ``""``."""
         assert self.reader is not None
-        if self.watch is None:
-            return ""
-        with self.reader.unaffected():
-            what = self.watch.changed(self.reader.load_probes)
+        what, size = "", len(self.loader.dataset)  # type: ignore[arg-type]
+        if size != self.reader.size:
+            what = f"it had {self.reader.size:,} samples, and has {size:,}"
+            self.reader.size = size
+        if self.watch is not None:
+            with self.reader.unaffected():
+                what = self.watch.changed(self.reader.load_probes) or what
         if what:
             self.changes += 1
             self.kinds = None
             self.read(self.reader)
         return what
+
+    def plain(self) -> Iterator[Any]:
+        """Return an iterator over the loader's own batches."""
+        self.epochs += 1
+        return iter(self.loader) if self.reader is None else self.reader.plain()
 
     def sort(self) -> bool:
         """Load every sample by itself, and sort them by shape; what was stored before is forgotten.
@@ -127,8 +143,10 @@ class Supply:
         """Return the feed of a batch.
 
         Raises:
-            CacheError: its samples have several shapes.
+            CacheError: its samples have several shapes, or no indices.
         """
+        assert self.reader is not None
+        self.reader.check(indices)
         if self.kinds is None:
             return self.feeds[0]
         numbers = {self.kinds[index] for index in indices}
@@ -156,6 +174,11 @@ class Supply:
                 count += feed.rows - int(absent.sum())
         return count
 
+    def is_idle(self, key: Any) -> bool:
+        """Whether nothing was replayed in this epoch, although values of the phase `key` are stored."""
+        several = self.epochs > 1 and self.handed_out > 2
+        return several and not self.replays and not self.is_off(key) and self.stored(key) > 0
+
     def is_off(self, key: Any) -> bool:
         """Whether nothing of this loader is cached in the phase `key`."""
         return bool(self.reason) or all(key in feed.phases and feed.phases[key].reason for feed in self.feeds)
@@ -173,32 +196,27 @@ class Supply:
         return count / max(sum(feed.size for feed in self.feeds), 1)
 
     def schedule(
-        self, known: bool, must_load: Callable[[], bool]
+        self, order: Order, known: bool, must_load: Callable[[], bool]
     ) -> Generator[tuple[list[int], Any], None, None]:
         """Yield (indices, batch) for one epoch; the batch is None where the caller has to load it.
 
         Args:
+            order: of the epoch.
             known: `must_load` can be asked at once; otherwise after the first batch.
             must_load: whether most batches have to be loaded; the loader's own workers then do it.
         """
         assert self.reader is not None
-        if known and not must_load():
-            for indices in self.reader.epoch():
+        for indices in () if known else order:
+            yield indices, None
+            break
+        if not must_load():
+            for indices in order:
                 yield indices, None
             return
-        source = self.reader.epoch(ahead=False)
-        if not known:
-            for indices in source:
-                yield indices, None
-                break
-            if not must_load():
-                for indices in source:
-                    yield indices, None
-                return
         seen: deque[list[int]] = deque()
 
         def noted() -> Iterator[list[int]]:
-            for indices in source:
+            for indices in order.hand_over():
                 seen.append(indices)
                 yield indices
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def transfer_curve(
                 key = f"{series}/{k}/{seed}"
                 if key in done:
                     continue
+                gc.collect()  # pins of frozen modules are reference cycles: the model before would stay
                 result = fit(
                     copy.deepcopy(model),
                     train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,7 @@ class Experiment:
             **self.options,
             **more,
         }
+        gc.collect()  # pins of frozen modules are reference cycles: the model before would stay for long
         return fit(copy.deepcopy(self.model), self.train, self.val, plan=plan, lr=lr, seed=seed, **given)
 
     def value(self, entry: Mapping[str, Any]) -> float:

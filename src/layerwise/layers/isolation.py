@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from layerwise.errors import ModelError
+from layerwise.layers.memory import global_hooks
 from layerwise.layers.snapshot import Snapshot
 
 _WRAPPED_AS = {
@@ -63,17 +65,21 @@ def check_ready(model: nn.Module) -> None:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put everything back at the end that a forward pass could have changed in `model`.
 
-    Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others) and
-    what they hold (`layerwise.layers.snapshot`), parameters whose ``data`` was replaced, and the random
+    Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others), those
+    of its class, and what they hold (`layerwise.layers.snapshot`), what forward hooks write to, parameters
+    whose ``data`` was replaced, the weights that `torch.nn.utils.parametrize.cached` keeps, and the random
     state of Python, numpy, torch and its CUDA devices. Does not cover writes into a tensor's memory: the
     recorder undoes those.
     """
-    kept = Snapshot(module for module in model.modules() if not _scripted(module))
+    modules = (module for module in model.modules() if not _scripted(module))
+    kept = Snapshot([*modules, *global_hooks()])
     contents = [(parameter, parameter.detach()) for parameter in model.parameters()]
     randomness = _random_state(model)
+    parametrized, parametrize._cache = parametrize._cache, {}
     try:
         yield
     finally:
+        parametrize._cache = parametrized
         kept.restore()
         for parameter, content in contents:
             if was_replaced(parameter, content):

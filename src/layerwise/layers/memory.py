@@ -7,17 +7,35 @@ here it is about attributes that get another value.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
-_OURS = frozenset({"_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters"})
+from layerwise.layers.holding import (
+    CONTAINERS,
+    DEPTH,
+    LARGE,
+    LEAVES,
+    OF_EVERY_MODULE,
+    class_attributes,
+    classes_of,
+    is_fleeting,
+    is_object,
+    slots_of,
+    told,
+)
+
+_UNREAD = OF_EVERY_MODULE - {"_buffers", "training"}  # of no effect on a forward pass, or recorded
 _LIBRARIES = ("torch.", "layerwise.")  # their hooks do what the recording sees, or are the recording's own
 
 _COLLECTS = "transformers.utils.output_capturing"  # hooks that keep outputs for `output_hidden_states=True`
+
+GLOBAL_HOOKS = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
+_VALUES = (int, float, complex, str, bytes, np.generic)
 
 Test = Callable[[torch.Tensor], bool]
 
@@ -26,56 +44,69 @@ class Attributes:
     """The attributes of a model's modules, as they are before a forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._looked_into: dict[int, Any] = {}  # objects that many modules share, such as a configuration
-        self._before = [
-            (module, {name: self._content(v) for name, v in vars(module).items() if name not in _OURS})
-            for module in model.modules()
-            if not isinstance(module, torch.jit.ScriptModule)
-        ]
+        self._modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        self._before = self._contents()
 
     def changed(self, was_read: Test, of_batch: Test) -> dict[nn.Module, str]:
         """Return the modules that remember something of the pass -> the attribute.
 
-        These are numbers and texts that changed, containers that grew by such or by values of the batch,
-        values of the batch that are kept, buffers that were replaced by other tensors, and other tensors that
-        were read and then replaced. Containers and plain objects are looked into, one level deep. What was
-        None before and is made of weights alone is taken for something that is made once and kept.
+        These are numbers and texts that changed, arrays, iterators and random generators likewise, containers
+        that grew by values of the batch, values of the batch that are kept, buffers that were replaced by
+        other tensors, and other tensors that were read and then replaced. Containers and objects are looked
+        into, and so are the attributes of a module's class. What was None before and is made of weights alone
+        is taken for something that is made once and kept.
 
         Args:
             was_read: whether an operation of the pass read a tensor.
             of_batch: whether a tensor was computed from the pass's input.
         """
-        self._looked_into.clear()
         found = {}
-        for module, before in self._before:
-            now = vars(module)
-            for name in now.keys() - _OURS:
-                old, new = before.get(name), self._content(now[name])
+        for module, before, now in zip(self._modules, self._before, self._contents()):
+            for name, new in now.items():
+                old = before.get(name)
                 if name == "_buffers" and isinstance(old, dict):
-                    replaced = [
-                        n for n, buffer in old.items() if buffer is not None and new.get(n) is not buffer
-                    ]
+                    replaced = [n for n, one in old.items() if one is not None and new.get(n) is not one]
                     if replaced:
                         found[module] = replaced[0]
                 elif _differs(old, new, was_read, of_batch):
                     found[module] = name
         return found
 
-    def _content(self, value: Any) -> Any:
-        """Return what is compared of an attribute: itself, or a copy of what a container or object holds."""
-        if isinstance(value, dict):
-            return dict(value)
-        if isinstance(value, list | tuple | set | deque):
-            return list(value)
-        if (
-            not hasattr(value, "__dict__")
-            or isinstance(value, nn.Module | torch.Tensor | type)
-            or callable(value)
-        ):
-            return value
-        if id(value) not in self._looked_into:
-            self._looked_into[id(value)] = dict(vars(value))
-        return self._looked_into[id(value)]
+    def _contents(self) -> list[dict[str, Any]]:
+        """Return of each module what its attributes hold, its class's included."""
+        known: dict[tuple[int, int], Any] = {}  # objects that many modules share, such as a configuration
+        of_class = {kind: class_attributes(kind) for kind in classes_of(self._modules)}
+        found = []
+        for module in self._modules:
+            items = {
+                n: v for kind in reversed(type(module).__mro__) for n, v in of_class.get(kind, {}).items()
+            }
+            items |= vars(module)
+            found.append({name: _content(v, known) for name, v in items.items() if name not in _UNREAD})
+        return found
+
+
+def _content(value: Any, known: dict[tuple[int, int], Any], depth: int = 0) -> Any:
+    """Return what is compared of an attribute: itself, its state, or a copy of what it holds."""
+    if type(value) in LEAVES or isinstance(value, nn.Module | torch.Tensor):
+        return value
+    key = id(value), depth
+    if depth > DEPTH or key in known:
+        return known.get(key, value)
+    below = DEPTH if isinstance(value, CONTAINERS) and len(value) > LARGE else depth
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, CONTAINERS):
+        known[key] = [_content(item, known, below + 1) for item in value]
+        return known[key]
+    elif is_fleeting(value) or isinstance(value, np.ndarray):
+        return told(value)
+    elif is_object(value):
+        items = getattr(value, "__dict__", {}) | slots_of(value)
+    else:
+        return value
+    known[key] = {name: _content(item, known, below + 1) for name, item in items.items()}
+    return known[key]
 
 
 def _differs(old: Any, new: Any, was_read: Test, of_batch: Test) -> bool:
@@ -94,25 +125,33 @@ def _differs(old: Any, new: Any, was_read: Test, of_batch: Test) -> bool:
             or any(_is_news(item, of_batch) for item in new[len(items) :])
             or any(_differs(one, other, was_read, of_batch) for one, other in zip(items, new))
         )
-    return isinstance(old, int | float | complex | str) and type(old) is type(new) and old != new
+    return isinstance(old, _VALUES) and type(old) is type(new) and old != new
 
 
 def _is_news(item: Any, of_batch: Test) -> bool:
     """Whether something new in a container tells of the pass: a value of the batch."""
+    if isinstance(item, dict | list):
+        return any(_is_news(one, of_batch) for one in (item.values() if isinstance(item, dict) else item))
     return of_batch(item) if isinstance(item, torch.Tensor) else False
+
+
+def global_hooks() -> list[Any]:
+    """Return the hooks that are called with every module of the process."""
+    return [hook for hooks in GLOBAL_HOOKS for hook in hooks.values()]
 
 
 def watched(model: nn.Module) -> dict[nn.Module, str]:
     """Return the modules inside a model that carry a hook of the user's -> the hook's name.
 
-    The hook must see the real call: it may keep what it sees, or change it.
+    The hook must see the real call: it may keep what it sees, or change it. One that is called with every
+    module of the process may watch any of them.
     """
     found = {}
     for module in model.modules():
         if module is model or isinstance(module, torch.jit.ScriptModule):
             continue
         hooks: Iterable[Any] = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        for hook in hooks:
+        for hook in (*hooks, *global_hooks()):
             home, name = _origin(hook)
             if home != _COLLECTS and not f"{home}.".startswith(_LIBRARIES):
                 found[module] = name

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerwise.layers.flops import flops
@@ -28,6 +29,7 @@ from layerwise.layers.operators import (
 from layerwise.layers.structures import map_tensors, tensors_in
 
 _SMALL = 2**16  # elements: up to here masks, indices and flags keep their real values
+_PYTHON_READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
 _SMALL_PRODUCT = 2**24  # elements: bound on what broadcasting small tensors against each other makes
 
 
@@ -314,8 +316,38 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         """Put back what a real pass wrote into tensors that existed before it."""
         with torch.no_grad():
             for tensor, content in self._saved.values():
-                tensor.copy_(content)
+                tensor.data.copy_(content)  # an earlier pass of the loop may still need its backward
         self._saved.clear()
+
+    def python_reads(self) -> TorchFunctionMode:
+        """Watch what hands Python data without an ATen operation: ``tolist()``, ``numpy()``."""
+        return _PythonReads(self._note_python_read)
+
+    def _note_python_read(self, name: str, tensor: torch.Tensor) -> None:
+        """Book a read by Python as an operation that makes nothing."""
+        key = self.key(tensor)
+        value = self.values[key]
+        sources = () if value.writer is None else (value.writer,)
+        self._of_batch.append(value.kind == "input" or any(self._of_batch[op] for op in sources))
+        self.ops.append(
+            Op(
+                index=len(self.ops),
+                name=name,
+                call=self._stack[-1] if self._stack else None,
+                reads=(key,),
+                read_ops=(value.writer,),
+                writes=(),
+                mutates=(),
+                parameters=(value.name,) if value.kind == "parameter" else (),
+                buffers=(value.name,) if value.kind == "buffer" else (),
+                inputs=(value.input,) if value.kind == "input" else (),
+                sources=sources,
+                effect=None,
+                syncs=True,
+                flops=0,
+                output_bytes=0,
+            )
+        )
 
     # -- module calls -------------------------------------------------------------------------
 
@@ -360,6 +392,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _PythonReads(TorchFunctionMode):
+    """Tells of each function that hands a tensor's data to Python behind the dispatcher's back."""
+
+    def __init__(self, note: Callable[[str, torch.Tensor], None]) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _PYTHON_READS:
+            self._note(func.__name__, args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: torch.Tensor) -> Any:

@@ -138,6 +138,7 @@ def _attempt(
             stack.callback(recorder.undo_writes)
             stack.enter_context(torch.set_grad_enabled(grad))
             stack.enter_context(recorder.hooks())
+            stack.enter_context(recorder.python_reads())
             stack.enter_context(recorder)
             output = model(*args, **kwargs)
         return Recording(

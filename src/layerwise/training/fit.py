@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -317,10 +317,10 @@ def fit(
             model.train()
             phase, rates = tuner.phase.name, tuner.rates()
             setup.enter_phase(model, tuner, train, share, watched)
-            stream = batches.epoch(epoch, within["batch"], random_state=epoch_random)
+            stream: Iterator[Any] = batches.epoch(epoch, within["batch"], random_state=epoch_random)
             if prefix is not None:
                 batches.begin(epoch, within["batch"])
-                stream = cast("Generator[Any, None, None]", prefix.batches())
+                stream = prefix.batches()
             for index, batch in enumerate(stream, within["batch"]):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
                     runner, wrapped_phase = setup.joined(accelerator, model), tuner.phase_index
@@ -355,7 +355,7 @@ def fit(
                     save(inside=True)
                     interrupt.raise_if_requested(go_on)
 
-            stream.close()  # a plan by steps may end inside an epoch; then the cache lets go of the model
+            del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
             if prefix is not None and (told := setup.cache_note(prefix)) not in ("", described):
                 described = told
                 reporter.say(told)

@@ -12,9 +12,9 @@ goes round the pin (`layerwise.audit` reports it).
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,46 +23,32 @@ from torch import nn
 from layerwise.errors import LayerwiseWarning
 
 
+@dataclass(slots=True, eq=False)
 class _Pin:
     """Stands in for ``module.train``: notes what was asked for, and keeps the module in eval.
 
     It is an object and not a closure, so that deepcopy and pickle carry it over to the copied module. It
-    does not keep the module alive: a cycle would hold the weights until Python's garbage collection.
-
-    Attributes:
-        wanted: the mode that the module would have by now.
-        hidden: somebody else's instance attribute ``train`` that this one covers, or None.
+    keeps the module, as a bound method does: ``copy.deepcopy(model).train()`` drops the copy before the call.
     """
 
-    __slots__ = ("_module", "hidden", "wanted")
-
-    def __init__(self, module: nn.Module, wanted: bool, hidden: Any) -> None:
-        self._module = weakref.ref(module)
-        self.wanted, self.hidden = wanted, hidden
+    module: nn.Module
+    wanted: bool  # the mode that the module would have by now
+    hidden: Any  # somebody else's instance attribute ``train`` that this one covers, or None
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
             raise ValueError(f"training mode must be a bool, got {mode!r}")
-        module = self._module()
-        if module is None:
-            raise ReferenceError("the module whose train() this was is gone: keep the module itself")
         self.wanted = mode
-        module.training = False
-        for child in module.children():  # a child that is not pinned follows
+        self.module.training = False
+        for child in self.module.children():  # a child that is not pinned follows
             child.train(mode)
-        return module
-
-    def __reduce__(self) -> Any:
-        return _Pin, (self._module(), self.wanted, self.hidden)
-
-    def belongs_to(self, module: nn.Module) -> bool:
-        """Whether it pins `module`. A shallow copy, which shares the attribute, is not pinned."""
-        return self._module() is module
+        return self.module
 
 
 def _pin_of(module: nn.Module) -> _Pin | None:
     found = module.__dict__.get("train")
-    return found if isinstance(found, _Pin) and found.belongs_to(module) else None
+    # A shallow copy shares the attribute of its original; that is not a pin of the copy.
+    return found if isinstance(found, _Pin) and found.module is module else None
 
 
 def pinned(module: nn.Module) -> bool:

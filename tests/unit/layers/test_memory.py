@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from layerwise.layers.recording import record
+
+
+class Slotted:
+    """Has no dictionary."""
+
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
 
 
 class Remembering(nn.Module):
@@ -23,6 +35,14 @@ class Remembering(nn.Module):
         self.register_buffer("average", torch.zeros(3))
         self.calls, self.state, self.queue, self.table, self.seen = 0, torch.ones(3), [], None, torch.ones(3)
         self.numbers, self.ring, self.space = {"step": 0}, deque(maxlen=2), SimpleNamespace(n=0)
+        self.nested, self.inner = {"a": [SimpleNamespace(n=0)]}, (SimpleNamespace(inner={"n": 0}),)
+        self.iterator, self.number, self.yields = iter(range(9)), itertools.count(), (n for n in range(9))
+        self.array, self.slotted, self.long = np.zeros(2), Slotted(), deque([torch.ones(1)] * 2000, 2000)
+        self.own, self.numpy_own, self.torch_own = (
+            random.Random(1),
+            np.random.default_rng(1),
+            torch.Generator(),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.linear(x) * self.state
@@ -46,6 +66,17 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: m.queue.append(x.mean(0)), "queue"),
         (lambda m, x: m.ring.append(x), "ring"),
         (lambda m, x: setattr(m.space, "n", m.space.n + 1), "space"),
+        (lambda m, x: setattr(m.nested["a"][0], "n", 1), "nested"),
+        (lambda m, x: m.inner[0].inner.update(n=1), "inner"),
+        (lambda m, x: setattr(m.slotted, "n", 1), "slotted"),
+        (lambda m, x: next(m.iterator), "iterator"),
+        (lambda m, x: next(m.number), "number"),
+        (lambda m, x: next(m.yields), "yields"),
+        (lambda m, x: m.array.__iadd__(1), "array"),
+        (lambda m, x: m.long.append(x), "long"),
+        (lambda m, x: m.own.random(), "own"),
+        (lambda m, x: m.numpy_own.random(), "numpy_own"),
+        (lambda m, x: torch.rand(1, generator=m.torch_own), "torch_own"),
     ],
 )
 def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
@@ -66,6 +97,30 @@ def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
 )
 def test_what_stays_the_same_is_no_memory(act) -> None:
     assert record(nn.Sequential(Remembering(act)), (torch.zeros(4, 3),)).remembering == {}
+
+
+def test_a_class_that_counts_calls_is_named() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counting.calls += 1
+            return super().forward(x)
+
+    net = nn.Sequential(Counting(3, 3), nn.Linear(3, 2))
+    assert record(net, (torch.zeros(4, 3),)).remembering == {net[0]: "calls"}
+    assert Counting.calls == 0
+
+
+def test_hooks_of_all_modules_must_see_each_of_them() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        watched = record(net, (torch.zeros(4, 3),)).watched
+    finally:
+        handle.remove()
+    assert set(watched) == {net[0], net[1]}
+    assert record(net, (torch.zeros(4, 3),)).watched == {}
 
 
 def test_shapes_that_the_data_decide_are_handed_to_python() -> None:

@@ -1,0 +1,356 @@
+"""Loops of unusual forms: cached, each ends as it does with the loader alone, random numbers included."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
+
+import layerwise
+from cache_loops import Counted, freeze_prefix, images
+
+EPOCHS = 3
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.tail = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.2))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tail(self.body(x)).mean((2, 3)))
+
+
+@dataclass
+class Run:
+    """One run: what a loop needs, and what it noted."""
+
+    cached: bool
+    data: Counted = field(default_factory=images)
+    losses: list[float] = field(default_factory=list)
+    loader_options: dict[str, Any] = field(default_factory=dict)
+    cache: layerwise.PrefixCache | None = None
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        self.model = Net()
+        freeze_prefix(self.model, "tail", "head")
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        if not self.cached:
+            return iter(loader)
+        if self.cache is None:
+            self.cache = layerwise.PrefixCache(self.model, storage="memory")
+        return iter(self.cache.batches(loader))
+
+    def loader(self, data: Any = None, **options: Any) -> DataLoader[Any]:
+        options = {"batch_size": 4, "shuffle": True} | self.loader_options | options
+        return DataLoader(self.data if data is None else data, **options)
+
+    def step(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """One update by the sum of the losses of several batches."""
+        loss = torch.stack([nn.functional.cross_entropy(self.model(x), y) for x, y in pairs]).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())
+
+
+def validated_in_inference_mode(run: Run) -> None:
+    loader, held_out = run.loader(), run.loader(images(10), shuffle=False)
+    for _ in range(EPOCHS):
+        run.model.train()
+        for batch in run.batches(loader):
+            run.step(batch)
+        run.model.eval()
+        with torch.inference_mode():
+            for x, _ in run.batches(held_out):
+                run.losses.append(run.model(x).sum().item())
+
+
+def two_loaders_zipped(run: Run) -> None:
+    one, other = run.loader(), run.loader(images(22))
+    for _ in range(EPOCHS):
+        for pair in zip(run.batches(one), run.batches(other)):
+            run.step(*pair)
+
+
+def draws_after_iter(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        batches = run.batches(loader)
+        scale = float(torch.rand(()))
+        for x, y in batches:
+            run.step((x, y))
+            run.losses.append(scale)
+
+
+def second_loader_goes_round(run: Run) -> None:
+    loader, others = run.loader(), run.loader(images(10), shuffle=False)
+    endless = (batch for _ in iter(int, 1) for batch in run.batches(others))
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            run.step(batch, next(endless))
+
+
+def other_samples_before_the_batch(run: Run) -> None:
+    unlabelled = images(4).inputs
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.step((unlabelled, torch.zeros(4, dtype=torch.int64)), (x, y))
+
+
+def labels_taken_out_of_the_batch(run: Run) -> None:
+    loader = run.loader(collate_fn=by_name)
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            y = batch.pop("labels")
+            batch["weight"] = torch.ones(len(y))
+            run.step((batch["x"], y))
+
+
+def by_name(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {"labels": torch.stack([y for _, y in samples]), "x": torch.stack([x for x, _ in samples])}
+
+
+def grows(run: Run) -> None:
+    everything = images(40)
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        run.data.inputs = everything.inputs[: 22 + 6 * epoch]
+        run.data.labels = everything.labels[: 22 + 6 * epoch]
+        for batch in run.batches(loader):
+            run.step(batch)
+
+
+def shrinks_once(run: Run) -> None:
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        if epoch == 1:
+            run.data.inputs, run.data.labels = run.data.inputs[:14], run.data.labels[:14]
+        for batch in run.batches(loader):
+            run.step(batch)
+
+
+def closed_inside_an_epoch(run: Run) -> None:
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for number, batch in enumerate(run.batches(loader)):
+            if run.cache is not None and (epoch, number) == (1, 2):
+                run.cache.close()
+            run.step(batch)
+
+
+def cast_between_epochs(run: Run) -> None:
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        dtype = torch.float64 if epoch else torch.float32
+        run.model.to(dtype)
+        for x, y in run.batches(loader):
+            run.step((x.to(dtype), y))
+
+
+def function_transform(run: Run) -> None:
+    run.model.eval()
+    loader = run.loader()
+    learning = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(run.model, parameters, (x,)), y)
+
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            gradients = grad(loss)({name: p.detach() for name, p in learning.items()}, x, y)
+            for name, parameter in learning.items():
+                parameter.grad = gradients[name]
+            run.optimizer.step()
+
+
+def simple(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            run.step(batch)
+
+
+def negative_indices(run: Run) -> None:
+    run.loader_options = {"shuffle": False, "sampler": list(range(-1, -23, -1))}
+    simple(run)
+
+
+def compiled_in_part(run: Run) -> None:
+    run.model.body.compile(backend="eager")
+    simple(run)
+
+
+class RarelyFlipped(Counted):
+    """Augments three samples, by numpy's global generator."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return (-x if index in (3, 9, 12) and np.random.rand() < 0.5 else x), y
+
+
+def few_samples_augmented(run: Run) -> None:
+    run.data = RarelyFlipped(run.data.inputs, run.data.labels)
+    simple(run)
+
+
+class Corrupt(Counted):
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 7:
+            raise ValueError("corrupt")
+        return super().__getitem__(index)
+
+
+def corrupt_sample_passed_over(run: Run) -> None:
+    run.data = Corrupt(run.data.inputs, run.data.labels)
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        batches = run.batches(loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except ValueError:
+                continue
+            run.step(batch)
+
+
+def workers_live_on(run: Run) -> None:
+    loader = run.loader(num_workers=1, persistent_workers=True)
+    next(iter(loader))  # as for a layer map
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            run.step(batch)
+
+
+def workers_live_on_and_the_loop_changes_the_batch(run: Run) -> None:
+    loader = run.loader(num_workers=1, persistent_workers=True)
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.step((x * 2, y))
+
+
+def other_kernels_around_the_call(run: Run) -> None:
+    run.model.body[0] = nn.Conv2d(3, 8, 5, padding=2).requires_grad_(False)
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for batch in run.batches(loader):
+            with torch.backends.mkldnn.flags(enabled=epoch != 1):
+                run.step(batch)
+
+
+def parametrizations_kept(run: Run) -> None:
+    parametrize.register_parametrization(run.model.tail[0], "weight", Doubled())
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            with parametrize.cached():
+                run.step(batch)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def inputs_logged_first(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.losses.append(x[0].mean().item() + float(x.numpy().max()))
+            run.step((x, y))
+
+
+def features_collected_by_hooks(run: Run) -> None:
+    features: list[Tensor] = []
+    for layer in (run.model.body, run.model.tail):
+        layer.register_forward_hook(lambda module, arguments, output: features.append(output))
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            features.clear()
+            run.step(batch)
+            run.losses += [feature.sum().item() for feature in features]
+
+
+def labels_corrected_on_the_way(run: Run) -> None:
+    loader = run.loader(shuffle=False)
+    for epoch in range(EPOCHS):
+        for number, batch in enumerate(run.batches(loader)):
+            run.step(batch)
+            if epoch == 0 and number == 2:
+                run.data.labels[:6] = 0
+
+
+def in_two_modes(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.model.eval()
+            with torch.no_grad():
+                run.losses.append(run.model(x).sum().item())
+            run.model.train()
+            run.step((x, y))
+
+
+CACHED = "cut at body"
+LOOPS: dict[Callable[[Run], None], str] = {
+    validated_in_inference_mode: CACHED,
+    two_loaders_zipped: CACHED,
+    draws_after_iter: CACHED,
+    second_loader_goes_round: CACHED,
+    other_samples_before_the_batch: CACHED,
+    labels_taken_out_of_the_batch: CACHED,
+    grows: "cut at|changes from epoch to epoch",
+    shrinks_once: CACHED,
+    closed_inside_an_epoch: "closed",
+    cast_between_epochs: CACHED,
+    function_transform: "off: a transform of torch.func",
+    negative_indices: r"off: .* gives \[-1, -2, -3\]",
+    compiled_in_part: "off: the model is compiled",
+    few_samples_augmented: "off: .* draws random numbers",
+    corrupt_sample_passed_over: "off: a sample could not be loaded",
+    workers_live_on: CACHED,
+    other_kernels_around_the_call: "cut at body|other settings of torch",
+    parametrizations_kept: CACHED,
+    inputs_logged_first: CACHED,
+    features_collected_by_hooks: "hook",
+    labels_corrected_on_the_way: CACHED,
+    in_two_modes: "no batch of this epoch was replayed",
+    workers_live_on_and_the_loop_changes_the_batch: "off: ",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.filterwarnings("ignore:The prefix cache is off", "ignore:TF32")
+def test_ends_as_with_the_loader_alone(loop: Callable[[Run], None]) -> None:
+    runs = []
+    for cached in (False, True):
+        run = Run(cached)
+        loop(run)
+        runs.append((run, torch.get_rng_state(), np.random.random()))
+    (plain, state, number), (cached_run, other_state, other_number) = runs
+    assert plain.losses == cached_run.losses
+    others = cached_run.model.state_dict()
+    assert all(torch.equal(value, others[name]) for name, value in plain.model.state_dict().items())
+    assert torch.equal(state, other_state)
+    assert number == other_number
+    assert cached_run.cache is not None
+    assert re.search(LOOPS[loop], cached_run.cache.describe()), cached_run.cache.describe()
