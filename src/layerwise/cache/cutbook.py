@@ -103,7 +103,7 @@ class CutBook:
         ]
         self._parameters = list(self._model.parameters())
         self.settings.refresh()
-        self._still = Stillness(self._parameters, self._model)
+        self._still = Stillness(self._model)
 
     def state(self) -> int:
         """Return what a cut depends on as a number: who learns, the modules' modes, and their settings."""
@@ -122,7 +122,7 @@ class CutBook:
         """Return whether frozen weights seem to have changed since `refresh`, or since this last said so."""
         if self._still.holds():
             return False
-        self._still = Stillness(self._parameters, self._model)
+        self._still = Stillness(self._model)
         return True
 
     def known(self) -> Cut | None:

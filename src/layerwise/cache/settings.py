@@ -10,7 +10,7 @@ of them the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -198,21 +198,20 @@ class Stillness:
     that a pass in train mode has adapted their statistics.
 
     Args:
-        parameters: of the model.
-        model: whose parts and batch-norms are looked at; without one, the smallest tensors of all.
+        model: whose weights.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], model: nn.Module | None = None) -> None:
-        self._frozen = [p for p in parameters if not p.requires_grad]
+    def __init__(self, model: nn.Module) -> None:
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._versioned = [p for p in self._frozen if not p.is_inference()]  # those have no version
         self._versions = [p._version for p in self._versioned]
         self._plain = [p for p in self._frozen if type(p) is nn.Parameter and p.device.type != "meta"]
         self._places = [p.data_ptr() for p in self._plain]
         self._contents = [(p, _probe(p).clone()) for p in _sentinels(self._frozen, model)]
-        norms = (m for m in model.modules() if isinstance(m, _NormBase)) if model is not None else ()
         self._counts = [
             (norm, count, count._version)
-            for norm in norms
+            for norm in model.modules()
+            if isinstance(norm, _NormBase)
             if not norm.training and (count := norm.num_batches_tracked) is not None
             if not count.is_inference()
         ]
@@ -227,11 +226,11 @@ class Stillness:
         )
 
 
-def _sentinels(frozen: list[nn.Parameter], model: nn.Module | None) -> list[nn.Parameter]:
+def _sentinels(frozen: list[nn.Parameter], model: nn.Module) -> list[nn.Parameter]:
     """Return a few small tensors among the frozen ones: the smallest of each child of the model first."""
     small = sorted((p for p in frozen if p.numel() and p.device.type != "meta"), key=torch.Tensor.numel)
     order = {id(p): number for number, p in enumerate(small)}
-    parts = [model] if model is not None else []
+    parts = [model]
     while len(parts) == 1 and any(True for _ in parts[0].children()):
         parts = list(parts[0].children())
     own = (min((order[id(p)] for p in part.parameters() if id(p) in order), default=None) for part in parts)

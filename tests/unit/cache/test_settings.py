@@ -170,7 +170,7 @@ def test_tensors_without_a_version() -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
         model[0].centre, model[0].table = torch.ones(1), [torch.ones(100)]
     model.requires_grad_(False)
-    settings, still = Settings(model), Stillness(list(model.parameters()), model)
+    settings, still = Settings(model), Stillness(model)
     before = settings.number()
     assert still.holds()
     with torch.inference_mode():
@@ -212,7 +212,7 @@ MOVES = {
 def test_frozen_weights_that_move_are_seen(name, wrapped) -> None:
     model = encoders()
     whole = nn.Sequential(nn.Sequential(model)) if wrapped else model
-    still = Stillness(list(model.parameters()), whole)
+    still = Stillness(whole)
     with torch.no_grad():
         model["queries"].weight.mul_(2)
     assert still.holds()
@@ -223,6 +223,6 @@ def test_frozen_weights_that_move_are_seen(name, wrapped) -> None:
 
 def test_statistics_of_batch_norms_that_train_may_move() -> None:
     model = encoders().train()
-    still = Stillness(list(model.parameters()), model)
+    still = Stillness(model)
     model["norm"](torch.randn(4, 8))
     assert still.holds()
