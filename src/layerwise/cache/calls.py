@@ -26,7 +26,7 @@ from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
 from layerwise.cache.link import Link, autocast_state, backend_state, find_link
 from layerwise.cache.observing import Live, Observer
-from layerwise.cache.opening import one_line
+from layerwise.cache.opening import COMPILED, one_line
 from layerwise.cache.replay import refuse_ghosts, replaying
 from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -68,6 +68,10 @@ class Calls:
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Recognise a batch that was handed out, and act on it."""
+        if torch.compiler.is_dynamo_compiling():  # which follows this code, too, and no call into logging
+            for live in self._lives:
+                live.supply.reason = COMPILED
+            return None
         if self._observer.busy:
             return None
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -118,7 +122,7 @@ class Calls:
 
     def _after(self, output: Any) -> None:
         """See every output of the model, and the end of a call that raised (`output` is then None)."""
-        if self._observer.busy:
+        if self._observer.busy or torch.compiler.is_dynamo_compiling():
             return
         replay, self._replay = self._replay, None
         if replay is not None:

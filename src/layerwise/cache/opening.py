@@ -14,6 +14,11 @@ from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
 from layerwise.layers.isolation import unwrap
 
+COMPILED = (
+    "the model is compiled, as a whole or in part, and what is compiled cannot be skipped. Leave "
+    "torch.compile out while the prefix is frozen"
+)
+
 
 def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked: bool) -> Supply:
     """Return the supply of a loader; its `reason` says why nothing of it is cached, if so it is.
@@ -55,10 +60,7 @@ def _refuse_unusable(model: nn.Module) -> None:
     inner = unwrap(model)
     compiled = any(type(m).__name__ == "OptimizedModule" for m in (model, getattr(model, "module", model)))
     if compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in inner.modules()):
-        raise CacheError(
-            "the model is compiled, as a whole or in part, and what is compiled cannot be skipped. Leave "
-            "torch.compile out while the prefix is frozen"
-        )
+        raise CacheError(COMPILED)
     if process_count() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in inner.modules()):
         raise CacheError(
             "the model's SyncBatchNorm layers talk to the other processes in each forward pass, and the "

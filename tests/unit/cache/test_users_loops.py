@@ -197,6 +197,16 @@ def compiled_in_part(run: Run) -> None:
     simple(run)
 
 
+def called_in_compiled_form(run: Run) -> None:
+    model, compiled = run.model, torch.compile(run.model, backend="eager")
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            run.model = compiled
+            run.step(batch)
+            run.model = model
+
+
 class RarelyFlipped(Counted):
     """Augments three samples, by numpy's global generator."""
 
@@ -324,6 +334,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     cast_between_epochs: CACHED,
     function_transform: "off: a transform of torch.func",
     negative_indices: r"off: .* gives \[-1, -2, -3\]",
+    called_in_compiled_form: "off: the model is compiled",
     compiled_in_part: "off: the model is compiled",
     few_samples_augmented: "off: .* draws random numbers",
     corrupt_sample_passed_over: "off: a sample could not be loaded",
