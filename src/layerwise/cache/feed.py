@@ -16,7 +16,7 @@ from layerwise.cache.batchshape import BatchShape, Kind
 from layerwise.cache.cut import CallId, Cut, Site
 from layerwise.cache.decision import Decision, format_bytes
 from layerwise.cache.ghost import ghost
-from layerwise.cache.layout import Layout
+from layerwise.cache.layout import Layout, copied
 from layerwise.cache.link import Link, in_order
 from layerwise.cache.reading import LoaderReader
 from layerwise.cache.replay import Skeleton
@@ -253,7 +253,7 @@ class Feed:
 
     def values(self, cut: Cut, rows: torch.Tensor, device: torch.device) -> dict[Site, torch.Tensor]:
         """Return what the sites of `cut` hold for a batch of `rows`."""
-        found = {site: self.constants[site].clone() for site in cut.constants}  # the model may write there
+        found = {site: copied(self.constants[site]) for site in cut.constants}  # may be written to
         for site in cut.frontier:
             stored = self.sites[site]
             found[site] = stored.layout.from_rows(stored.column.get(rows).to(device))

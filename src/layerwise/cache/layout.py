@@ -23,11 +23,13 @@ class Layout:
         per_sample: entries of that dimension for one sample: 1, or the number of windows for a tensor of
             ``batch * windows`` rows.
         order: dimensions from the outermost in memory to the innermost.
+        strides: of a tensor with gaps in memory, such as a slice of a longer sequence; None without gaps.
     """
 
     dim: int
     per_sample: int
     order: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as (batch, per_sample, ...): the other dimensions in memory order; a view."""
@@ -40,9 +42,11 @@ class Layout:
         physical = rows.flatten(0, 1)
         if self.order[0] != self.dim:
             physical = physical.movedim(0, self.order.index(self.dim)).contiguous()
-        if self._is_usual:
+        if not self._is_usual:
+            physical = physical.permute([self.order.index(dim) for dim in range(len(self.order))])
+        if self.strides is None:
             return physical
-        return physical.permute([self.order.index(dim) for dim in range(len(self.order))])
+        return physical.new_empty_strided(physical.shape, self.strides).copy_(physical)
 
     @functools.cached_property
     def _is_usual(self) -> bool:
@@ -61,6 +65,27 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """
     strides = tensor.stride()
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
+
+
+def has_gaps(tensor: torch.Tensor) -> bool:
+    """Return whether numbers of other tensors lie between those of a tensor, none of which is repeated."""
+    innermost = [dim for dim in memory_order(tensor)[::-1] if tensor.shape[dim] > 1]
+    reach, gaps = 1, False
+    for dim in innermost:
+        stride = tensor.stride(dim)
+        if stride < reach:
+            return False
+        gaps |= stride > reach
+        reach = stride * tensor.shape[dim]
+    return gaps and tensor.numel() > 0
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a detached copy that lies in memory as the tensor does, gaps included: kernels look at that."""
+    tensor = tensor.detach()
+    if not has_gaps(tensor):
+        return tensor.clone()
+    return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def find_layout(
@@ -88,7 +113,9 @@ def find_layout(
         dim = differ[0]
         per_sample = one.shape[dim] // batch
         if one.shape[dim] == per_sample * batch and other.shape[dim] == per_sample * other_batch:
-            return Layout(dim, per_sample, memory_order(one))
+            order = memory_order(one)
+            keeps = has_gaps(one) and order[0] == dim  # else strides depend on the batch size
+            return Layout(dim, per_sample, order, one.stride() if keeps else None)
     raise CacheError(
         f"{where} has the shape {tuple(one.shape)} for {batch} samples and {tuple(other.shape)} for "
         f"{other_batch}: it cannot be taken apart into samples."

@@ -25,7 +25,7 @@ from layerwise.cache.evenness import ElementwiseLog
 from layerwise.cache.feed import Feed, Phase, padded
 from layerwise.cache.fingerprint import joint_state, named_tensors, quick_state
 from layerwise.cache.ghost import ghost
-from layerwise.cache.layout import memory_order
+from layerwise.cache.layout import copied, memory_order
 from layerwise.cache.link import Link, backend_state, versions_of
 from layerwise.cache.proving import prove
 from layerwise.cache.reading import drawn_outside_torch, kept_random_state, reseed
@@ -209,7 +209,7 @@ class Observer:
                 else t
             ),
         )
-        fresh = {site: values[site].clone() for site in (*phase.cut.frontier, *phase.cut.constants)}
+        fresh = {site: copied(values[site]) for site in (*phase.cut.frontier, *phase.cut.constants)}
         checkpointed: list[bool] = []
         with (
             kept_random_state(),

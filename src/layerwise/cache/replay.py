@@ -19,7 +19,7 @@ from torch import nn
 
 from layerwise.cache.cut import CallId, Cut, Site
 from layerwise.cache.ghost import Ghost, ghost, only_shapes
-from layerwise.cache.layout import Layout, find_layout, memory_order
+from layerwise.cache.layout import Layout, copied, find_layout, memory_order
 from layerwise.errors import CacheError
 from layerwise.layers.memory import collectors
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -133,7 +133,7 @@ def capture(
     def take(call: CallId, side: str, tensors: list[torch.Tensor]) -> None:
         for site in wanted.get(call, ()):
             if site.side == side and site.slot < len(tensors):
-                found.values[site] = tensors[site.slot].detach().clone()
+                found.values[site] = copied(tensors[site.slot])
                 waiting.discard(site)
         if not waiting:
             raise _Stop

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerwise.cache.layout import Layout, find_layout, memory_order
+from layerwise.cache.layout import Layout, copied, find_layout, has_gaps, memory_order
 from layerwise.errors import CacheError
 
 
@@ -52,3 +52,29 @@ def test_what_is_not_made_of_samples_is_refused(make) -> None:
 def test_memory_order_of_a_view() -> None:
     assert memory_order(torch.randn(2, 3, 4).transpose(1, 2)) == (0, 2, 1)
     assert Layout(0, 1, (0, 2, 1)).to_rows(torch.randn(2, 3, 4)).shape == (2, 1, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.randn(6, 7, 8)[:, 1:],
+        torch.randn(6, 4, 5, 9)[..., 2:7],
+        torch.randn(6, 4, 5, 9).permute(0, 2, 3, 1)[:, :, 1:],
+    ],
+)
+def test_gaps_in_memory_survive(value) -> None:
+    # a linear layer takes another kernel for a slice of a longer sequence, and rounds in another way
+    layout = find_layout(value, 6, value[:2], 2, where="x")
+    assert layout is not None
+    for part in (value, value[[3, 1]]):
+        again = layout.from_rows(layout.to_rows(part).clone())
+        assert again.stride() == value.stride()
+        assert torch.equal(again, part)
+    assert copied(value).stride() == value.stride()
+    assert copied(value).data_ptr() != value.data_ptr()
+
+
+@pytest.mark.parametrize("value", [torch.randn(3, 4).t(), torch.randn(3, 1).expand(3, 5), torch.randn(0, 4)])
+def test_no_gaps(value) -> None:
+    assert not has_gaps(value)
+    assert torch.equal(copied(value), value)
