@@ -33,6 +33,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from layerwise.layers.holding import slots_of
+
 _DEPTH = 10  # objects and containers in others: a Subset of a data set with a Compose of transforms
 _WORDS = 2**18  # numbers that are compared of an attribute; of more, a quarter as many, spread evenly
 _LEAST_WORDS = 64  # of each item of a container; the items share what an attribute has
@@ -272,10 +274,7 @@ def _attributes(thing: Any) -> dict[str, Any]:
         names = ("fget", "fset", "fdel", "__func__")
         found = {name: getattr(thing, name) for name in names if hasattr(thing, name)}
     else:
-        for kind in type(thing).__mro__:
-            slots = vars(kind).items() if "__slots__" in vars(kind) else ()
-            members = [name for name, member in slots if isinstance(member, MemberDescriptorType)]
-            found |= {name: getattr(thing, name) for name in members if hasattr(thing, name)}
+        found = slots_of(thing)
     return found | dict(getattr(thing, "__dict__", None) or {})
 
 

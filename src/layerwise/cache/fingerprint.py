@@ -135,7 +135,7 @@ def data_digest(dataset: Any, load: Any, size: int) -> str:
     left_out = {"epoch"}.union(*Contents(dataset, "here", {"epoch"}).differing(before))
     if type(dataset).__module__.startswith("layerwise."):
         left_out.add("seed")  # of `SeededSamples`: where it acts, loaded samples show it
-    held, parts = Contents(dataset, "anywhere", left_out), _parts(dataset)
+    held, parts = Contents(dataset, "anywhere", left_out), datasets_in(dataset)
     digest.update(repr([sorted(held.texts.items()), sorted(held.data.items())]).encode())
     files, length = max(held.files.values(), default=0), min(len(part) for part in parts)
     if files < length and not any(map(_is_told, parts)):
@@ -149,7 +149,7 @@ def _load_into(digest: Any, load: Any, indices: Iterable[int]) -> None:
             digest.update(tensor_digest(tensor).encode())
 
 
-def _parts(dataset: Any) -> list[Any]:
+def datasets_in(dataset: Any) -> list[Any]:
     """Return a dataset, the one inside it, and so on."""
     parts = [dataset]
     while len(parts) < _DATASET_DEPTH:

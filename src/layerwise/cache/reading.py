@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from layerwise.cache.fingerprint import datasets_in
 from layerwise.errors import CacheError
 from layerwise.layers.snapshot import Snapshot
 from layerwise.layers.structures import tensors_in
 
 DRAWS = "loading a sample draws random numbers (a random augmentation)"
-_DATASET_DEPTH = 5  # Subset of a Subset ...
 _PROBES = 4  # samples drawn twice to find random augmentation
 
 
@@ -165,15 +165,13 @@ class LoaderReader:
 
 def loading_code(dataset: Any) -> list[Any]:
     """Return the methods that load a sample, of a dataset and of those in it: they may draw by globals."""
-    found: list[Any] = []
-    for _ in range(_DATASET_DEPTH):
-        kinds = (getattr(type(dataset), name, None) for name in ("__getitem__", "__getitems__"))
-        found += [method for method in kinds if method is not None]
-        inner = getattr(dataset, "dataset", getattr(dataset, "data", None))
-        if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor):
-            break
-        dataset = inner
-    return found
+    names = ("__getitem__", "__getitems__")
+    return [
+        getattr(type(part), name)
+        for part in datasets_in(dataset)
+        for name in names
+        if hasattr(type(part), name)
+    ]
 
 
 class Order:

@@ -220,6 +220,23 @@ def few_samples_augmented(run: Run) -> None:
     simple(run)
 
 
+DICE = np.random.default_rng(0)
+
+
+class FlippedByGlobalDice(Counted):
+    """Draws from a generator of its Python module."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return (-x if DICE.random() < 0.5 else x), y
+
+
+def global_generator(run: Run) -> None:
+    DICE.bit_generator.state = np.random.default_rng(0).bit_generator.state
+    run.data = FlippedByGlobalDice(run.data.inputs, run.data.labels)
+    simple(run)
+
+
 class Corrupt(Counted):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if index == 7:
@@ -336,6 +353,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     negative_indices: r"off: .* gives \[-1, -2, -3\]",
     called_in_compiled_form: "off: the model is compiled",
     compiled_in_part: "off: the model is compiled",
+    global_generator: "off: .* draws random numbers",
     few_samples_augmented: "off: .* draws random numbers",
     corrupt_sample_passed_over: "off: a sample could not be loaded",
     workers_live_on: CACHED,
