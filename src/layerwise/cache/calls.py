@@ -49,7 +49,7 @@ class Calls:
         self._model, self._book, self._observer = model, book, observer
         self._hook = RootHook()
         self._lives: list[Live] = []
-        self._replay: contextlib.ExitStack | None = None  # open during a replayed call
+        self._replay: contextlib.AbstractContextManager[None] | None = None  # open during a replayed call
         self._observed = False  # the call under way is looked at
         self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
 
@@ -107,17 +107,16 @@ class Calls:
             or live.key != self._book.state()
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
-            or backend_state() != link.backends
+            or backend_state(link.device) != link.backends
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
             leaves = tensors_in(feed.reader.load_now(live.indices))
             return link.build(leaves, (args, kwargs))
         values = feed.values(phase.cut, live.rows, link.device)
         live.supply.replays += 1
-        self._replay = contextlib.ExitStack()
-        self._replay.enter_context(
-            replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
-        )
+        replay = replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
+        replay.__enter__()
+        self._replay = replay
         return None
 
     def _after(self, output: Any) -> None:
@@ -126,7 +125,7 @@ class Calls:
             return
         replay, self._replay = self._replay, None
         if replay is not None:
-            replay.close()
+            replay.__exit__(None, None, None)
             refuse_ghosts(output)
         if self._observed:
             self._observed = False

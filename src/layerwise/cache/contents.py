@@ -180,8 +180,11 @@ class Contents:
     def _add_tensor(self, tensor: torch.Tensor, found: Any, words: int) -> None:
         size, values = tensor.numel(), tensor.detach()
         found.update(str(tensor.dtype).encode())
-        if size > words:  # what is written between the numbers that are read counts too
-            found.update(f"{id(tensor)} {0 if tensor.is_inference() else tensor._version}".encode())
+        if size > words:
+            found.update(str(id(tensor)).encode())
+            if not tensor.is_inference():  # its version tells most of what is written between
+                found.update(f" {tensor._version}".encode())
+                words //= 4
         try:
             if size > words and not tensor.is_cpu:  # a device's tensor is not copied whole
                 places = torch.arange(0, size, _step(size, words), device=tensor.device)

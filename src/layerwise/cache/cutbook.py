@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.cut import Cut, NothingToSkipError, find_cut
-from layerwise.cache.settings import Settings, Stillness
+from layerwise.cache.settings import Settings, Stillness, parameters_in
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 
@@ -91,19 +91,23 @@ class CutBook:
         self._seen: Any = None  # what `last_state` stands for
         self._found: dict[tuple[frozenset[str], int], list[tuple[Modes, Cut]]] = {}
         self._foreseen: dict[frozenset[str], _Foreseen] = {}
-        self.settings = Settings(model)
+        self.settings = Settings(model.modules())
+        self._still: Stillness
+        self._still_state = -1  # that in which `_still` was made
         self.refresh()
 
     def refresh(self) -> None:
         """Look again which modules and parameters the model has; once an epoch, as it takes a while."""
+        self._all = list(self._model.modules())
         self._modules = [
             module
-            for module in self._model.modules()
+            for module in self._all
             if type(module) not in _MODELESS or module._forward_hooks or module._forward_pre_hooks
         ]
-        self._parameters = list(self._model.parameters())
-        self.settings.refresh()
-        self._still = Stillness(self._model)
+        self._parameters = parameters_in(self._all)
+        self.settings.refresh(self._all)
+        if self.state() != self._still_state or not self._still.holds():
+            self._still, self._still_state = Stillness(self._all), self.last_state
 
     def state(self) -> int:
         """Return what a cut depends on as a number: who learns, the modules' modes, and their settings."""
@@ -122,7 +126,7 @@ class CutBook:
         """Return whether frozen weights seem to have changed since `refresh`, or since this last said so."""
         if self._still.holds():
             return False
-        self._still = Stillness(self._model)
+        self._still, self._still_state = Stillness(self._all), -1
         return True
 
     def known(self) -> Cut | None:

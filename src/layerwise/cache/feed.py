@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from layerwise.cache.batchshape import BatchShape, Kind
 from layerwise.cache.cut import CallId, Cut, Site
 from layerwise.cache.decision import Decision, format_bytes
-from layerwise.cache.ghost import ghost
+from layerwise.cache.ghost import Ghost, ghost
 from layerwise.cache.layout import Layout, copied
 from layerwise.cache.link import Link, in_order
 from layerwise.cache.reading import LoaderReader
@@ -24,6 +24,7 @@ from layerwise.cache.store import Column
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
+_GHOSTS = 16  # made at once
 _LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
 
 
@@ -114,6 +115,7 @@ class Feed:
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
     leaves: dict[int, Column] = field(default_factory=dict)
     phases: dict[Any, Phase] = field(default_factory=dict)
+    _spare: dict[tuple[int, int], list[Ghost]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -256,7 +258,7 @@ class Feed:
         found = {site: copied(self.constants[site]) for site in cut.constants}  # may be written to
         for site in cut.frontier:
             stored = self.sites[site]
-            found[site] = stored.layout.from_rows(stored.column.get(rows).to(device))
+            found[site] = stored.layout.from_rows(stored.column.get(rows, device))
         return found
 
     def handed_out(
@@ -279,19 +281,35 @@ class Feed:
         assert self.shape is not None
         real = tensors_in(batch) if batch is not None else None
         leaves: list[torch.Tensor] = []
-        for number, ((shape, dtype), order) in enumerate(zip(self.shape.rows, self.shape.orders)):
+        for number, order in enumerate(self.shape.orders):
             if number in ghosts:
-                value = None if self.views > 1 else functools.partial(_item, load, number)  # drawn anew
-                leaves.append(ghost((len(rows), *shape), dtype, order=order, tag=(tag, number), load=value))
+                made = self._ghost(number, len(rows))
+                made.stands_for(
+                    (tag, number), None if self.views > 1 else functools.partial(_item, load, number)
+                )
+                leaves.append(made)
             elif real is not None:
                 leaves.append(real[number])
             else:
-                leaf = in_order(self.leaves[number].get(rows), order)
                 used = self.link is not None and number in self.link.leaves
-                leaves.append(leaf.to(self.link.device) if used and self.link is not None else leaf)
+                device = self.link.device if used and self.link is not None else torch.device("cpu")
+                leaves.append(in_order(self.leaves[number].get(rows, device), order))
         source = iter(leaves)
         template = batch if batch is not None else self.shape.template
         return map_tensors(template, lambda _: next(source)), leaves
+
+    def _ghost(self, number: int, count: int) -> Ghost:
+        """Return a new ghost in place of a tensor of the batch.
+
+        Several are made at once: between two training steps the processor has forgotten how, and the first
+        one takes ten times as long as those after it.
+        """
+        assert self.shape is not None
+        spare = self._spare.setdefault((number, count), [])
+        if not spare:
+            (shape, dtype), order = self.shape.rows[number], self.shape.orders[number]
+            spare += [ghost((count, *shape), dtype, order=order) for _ in range(_GHOSTS)]
+        return spare.pop()
 
     def ghosts_of(self, cut: Cut, keep_inputs: bool) -> frozenset[int]:
         """Return the leaves of the batch that reach the model and that nothing after the cut reads."""

@@ -17,7 +17,7 @@ from layerwise.cache.contents import Contents
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 32  # samples hashed to see what transforms make of them
-_SMALL = 2**18  # numbers: what a tensor may have to be copied
+_SMALL = 2**15  # numbers: larger tensors are not copied
 _STRIDE = 1021  # a prime: rows of a matrix are not of such a length
 _DATASET_DEPTH = 5  # Subset of a Subset ...
 
@@ -71,10 +71,11 @@ def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     with torch.no_grad():
         for tensor in tensors:
             if tensor.numel() <= _SMALL:
-                together.setdefault((tensor.dtype, tensor.device), []).append(tensor.reshape(-1))
+                flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
+                together.setdefault((tensor.dtype, tensor.device), []).append(flat)
             else:
                 sums.append(checksum(tensor))
-        sums += [checksum(torch.cat(flat)) for flat in together.values()]
+        sums += [checksum(torch.cat(alike)) for alike in together.values()]
     return [tensor.shape for tensor in tensors], sums
 
 

@@ -49,7 +49,7 @@ class Link:
     template: Any
     autocast: Autocast
     grad: bool
-    backends: tuple[Any, ...]
+    backends: list[Any]
     device: torch.device
 
     def build(
@@ -147,7 +147,7 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
         template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
         autocast=autocast_state(tensors[0].device),
         grad=torch.is_grad_enabled(),
-        backends=backend_state(),
+        backends=backend_state(tensors[0].device),
         device=tensors[0].device,
     )
 
@@ -212,30 +212,30 @@ def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
 
 
-def backend_state() -> tuple[Any, ...]:
-    """Return the settings by which torch chooses kernels, and so last bits."""
-    attention, cudnn = torch.backends.cuda, torch.backends.cudnn
-    return (
-        attention.flash_sdp_enabled(),  # type: ignore[no-untyped-call]
-        attention.mem_efficient_sdp_enabled(),  # type: ignore[no-untyped-call]
-        attention.math_sdp_enabled(),  # type: ignore[no-untyped-call]
-        torch._C._get_mkldnn_enabled(),
-        cudnn.enabled,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        cudnn.allow_tf32,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.get_num_threads(),
-        torch.get_default_dtype(),
-    )
+def backend_state(device: torch.device) -> list[Any]:
+    """Return the settings by which torch chooses kernels on `device`, and so last bits."""
+    return [get() for get in (_CHOOSING if device.type == "cpu" else (*_CHOOSING, *_CHOOSING_CUDNN))]
+
+
+_CHOOSING = (
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_float32_matmul_precision,
+    torch.get_num_threads,
+    torch.get_default_dtype,
+)
+_CHOOSING_CUDNN = (
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_cudnn_allow_tf32,
+)
 
 
 def autocast_state(device: torch.device) -> Autocast:
     """Return the state of autocast on the CPU and on `device`."""
-    kinds = dict.fromkeys(("cpu", device.type))
-    return tuple(
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in kinds
-        if kind != "meta"
-    )
+    kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
+    return tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])

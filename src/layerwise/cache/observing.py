@@ -293,7 +293,7 @@ class Observer:
             if self.book.state() != live.key:
                 raise OtherStateError("values of a former state would be computed")
             assert feed.link is not None
-            if backend_state() != feed.link.backends:
+            if backend_state(feed.link.device) != feed.link.backends:
                 raise CacheError(
                     "the model is called under other settings of torch (sdpa_kernel, torch.backends, "
                     "threads) than those under which batches are made. Put them around the whole loop."

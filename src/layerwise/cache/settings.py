@@ -10,7 +10,7 @@ of them the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -54,7 +54,7 @@ class Settings:
     Statistics of batch-norms are left out: a forward pass writes them, and `CutBook` knows the modes.
 
     Args:
-        model: whose modules.
+        modules: of the model, itself first.
 
     Attributes:
         last: the number when it was last looked at.
@@ -62,8 +62,7 @@ class Settings:
             at most one: a schedule.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._numbers: dict[Any, int] = {}
         self._kept: list[Any] = []  # what is known by its identity must not give it to another object
         self._moving: set[_Key] = set()  # changed by the forward pass itself
@@ -72,11 +71,15 @@ class Settings:
         self._classes: list[type] = []
         self._at_batches, self._at_epochs = Look(), Look()
         self._handle = -1  # number of the latest hook of all modules
-        self.refresh()
+        self.refresh(modules)
 
-    def refresh(self) -> None:
-        """Look again which modules there are, torch's own included; once an epoch, as it takes a while."""
-        modules = [m for m in self._model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    def refresh(self, modules: Iterable[nn.Module]) -> None:
+        """Look again which modules there are, torch's own included; once an epoch, as it takes a while.
+
+        Args:
+            modules: of the model, itself first.
+        """
+        modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         if self.new <= 1:  # one an epoch is a schedule
             self.new = 0
         if modules != self._modules or not (self._is_same() and self._at_epochs.is_same()):
@@ -125,7 +128,7 @@ class Settings:
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
         for owner, name, key in self._items():
-            if key not in self._moving:
+            if key not in self._moving and not _is_ours(owner[name]):
                 (self._at_epochs if self._is_constant(key) else self._at_batches).at_item(owner, name)
                 self._look_into(owner[name], seen)
         state = self._attributes()
@@ -198,32 +201,31 @@ class Stillness:
     that a pass in train mode has adapted their statistics.
 
     Args:
-        model: whose weights.
+        modules: of the model, itself first.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._frozen = [p for p in model.parameters() if not p.requires_grad]
-        self._versioned = [p for p in self._frozen if not p.is_inference()]  # those have no version
-        self._versions = [p._version for p in self._versioned]
-        self._plain = [p for p in self._frozen if type(p) is nn.Parameter and p.device.type != "meta"]
-        self._places = [p.data_ptr() for p in self._plain]
-        self._contents = [(p, _probe(p).clone()) for p in _sentinels(self._frozen, model)]
-        self._counts = [
-            (norm, count, count._version)
-            for norm in model.modules()
-            if isinstance(norm, _NormBase)
-            if not norm.training and (count := norm.num_batches_tracked) is not None
-            if not count.is_inference()
-        ]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        frozen = [p for p in parameters_in(modules) if not p.requires_grad]
+        counts = [m.num_batches_tracked for m in modules if isinstance(m, _NormBase) and not m.training]
+        written = [*frozen, *(count for count in counts if count is not None)]
+        self._versioned = [tensor for tensor in written if not tensor.is_inference()]  # those have none
+        self._versions = [tensor._version for tensor in self._versioned]
+        self._placed = [p for p in frozen if type(p) is nn.Parameter and p.device.type != "meta"]
+        self._places = [p.data_ptr() for p in self._placed]
+        self._contents = [(probe, probe.clone()) for probe in map(_probe, _sentinels(frozen, modules[0]))]
 
     def holds(self) -> bool:
         """Return whether no weight that was frozen has changed since."""
         return (
-            [p._version for p in self._versioned] == self._versions
-            and [p.data_ptr() for p in self._plain] == self._places
-            and all([norm.training or count._version == version for norm, count, version in self._counts])
-            and all([torch.equal(_probe(p), content) for p, content in self._contents])
+            [tensor._version for tensor in self._versioned] == self._versions
+            and [p.data_ptr() for p in self._placed] == self._places
+            and all([torch.equal(now, before) for now, before in self._contents])
         )
+
+
+def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of modules, each once."""
+    return list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
 
 
 def _sentinels(frozen: list[nn.Parameter], model: nn.Module) -> list[nn.Parameter]:

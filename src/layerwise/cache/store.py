@@ -18,6 +18,7 @@ import torch
 from layerwise.errors import CacheError
 
 Where = Literal["memory", "disk"]
+_CPU = torch.device("cpu")
 _FP16_MAX = 65504.0
 
 
@@ -124,9 +125,12 @@ class Column:
         self.filled[rows] = False
         self._whole = None
 
-    def get(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return a new tensor (n, *shape) with the values of `rows` (int64, all filled)."""
-        return self._data.index_select(0, rows).to(self.spec.dtype)
+    def get(self, rows: torch.Tensor, device: torch.device = _CPU) -> torch.Tensor:
+        """Return a new tensor (n, *shape) on `device` with the values of `rows` (int64, all filled)."""
+        values = self._data.index_select(0, rows)
+        if device.type != "cpu" or self.spec.stored != self.spec.dtype:
+            values = values.to(device).to(self.spec.dtype)
+        return values
 
     def flush(self) -> None:
         """Write what is still in the page cache to the disk; a memory column has nothing to do."""

@@ -98,7 +98,7 @@ def layer(monkeypatch) -> nn.Module:
 @pytest.mark.parametrize("name", AT_BATCHES)
 def test_changes_are_seen_at_the_next_batch(name, layer) -> None:
     model = nn.Sequential(layer)
-    settings = Settings(model)
+    settings = Settings(model.modules())
     before = settings.number()
     assert settings.number() == before
     AT_BATCHES[name](layer)
@@ -109,7 +109,7 @@ def test_changes_are_seen_at_the_next_batch(name, layer) -> None:
 
 def test_a_tensor_that_took_anothers_place_is_watched(layer) -> None:
     # it is equal to the one before, so nothing is another at first
-    settings = Settings(nn.Sequential(layer))
+    settings = Settings(nn.Sequential(layer).modules())
     before = settings.number()
     layer.tensor = layer.tensors["list"][0] = torch.ones(1)
     assert settings.number() == before
@@ -119,15 +119,16 @@ def test_a_tensor_that_took_anothers_place_is_watched(layer) -> None:
 
 @pytest.mark.parametrize("name", AT_EPOCHS)
 def test_changes_of_data_are_seen_at_the_next_epoch(name, layer) -> None:
-    settings = Settings(nn.Sequential(layer))
+    model = nn.Sequential(layer)
+    settings = Settings(model.modules())
     before = settings.number()
     AT_EPOCHS[name](layer)
-    settings.refresh()
+    settings.refresh(model.modules())
     assert settings.number() != before
 
 
 def test_the_same_settings_have_the_same_number(layer) -> None:
-    settings = Settings(nn.Sequential(layer))
+    settings = Settings(nn.Sequential(layer).modules())
     before = settings.number()
     layer.nested["a"]["b"][0], Layer.scale, layer.slotted.scale = 2.0, 2.0, 2.0
     assert settings.number() != before
@@ -137,7 +138,7 @@ def test_the_same_settings_have_the_same_number(layer) -> None:
 
 def test_using_an_iterator_is_no_other_setting(layer) -> None:
     # a pass that uses it is never skipped
-    settings = Settings(nn.Sequential(layer))
+    settings = Settings(nn.Sequential(layer).modules())
     before = settings.number()
     next(layer.count)
     layer.count = itertools.count()  # as `untouched` puts another in its place
@@ -147,7 +148,7 @@ def test_using_an_iterator_is_no_other_setting(layer) -> None:
 def test_objects_that_hold_each_other_are_looked_at_once(layer) -> None:
     layer.space.back = layer.space.inner.back = layer.space
     layer.rows.append(layer.rows)
-    settings = Settings(nn.Sequential(layer))
+    settings = Settings(nn.Sequential(layer).modules())
     before = settings.number()
     layer.space.inner.scale = 2.0
     assert settings.number() != before
@@ -155,7 +156,7 @@ def test_objects_that_hold_each_other_are_looked_at_once(layer) -> None:
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 def test_hooks_of_all_modules_are_settings(kind) -> None:
-    settings = Settings(nn.Sequential(nn.Linear(2, 2)))
+    settings = Settings(nn.Sequential(nn.Linear(2, 2)).modules())
     before = settings.number()
     handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *a: None)
     try:
@@ -170,7 +171,7 @@ def test_tensors_without_a_version() -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
         model[0].centre, model[0].table = torch.ones(1), [torch.ones(100)]
     model.requires_grad_(False)
-    settings, still = Settings(model), Stillness(model)
+    settings, still = Settings(model.modules()), Stillness([*model.modules()])
     before = settings.number()
     assert still.holds()
     with torch.inference_mode():
@@ -212,7 +213,7 @@ MOVES = {
 def test_frozen_weights_that_move_are_seen(name, wrapped) -> None:
     model = encoders()
     whole = nn.Sequential(nn.Sequential(model)) if wrapped else model
-    still = Stillness(whole)
+    still = Stillness([*whole.modules()])
     with torch.no_grad():
         model["queries"].weight.mul_(2)
     assert still.holds()
@@ -223,6 +224,6 @@ def test_frozen_weights_that_move_are_seen(name, wrapped) -> None:
 
 def test_statistics_of_batch_norms_that_train_may_move() -> None:
     model = encoders().train()
-    still = Stillness(model)
+    still = Stillness([*model.modules()])
     model["norm"](torch.randn(4, 8))
     assert still.holds()
