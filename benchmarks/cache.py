@@ -111,7 +111,7 @@ def cases(names: Iterable[str] = (), *, head_only: bool = False) -> list[Case]:
     def resnet() -> Case:
         model = timm.create_model("resnet50", num_classes=10, drop_rate=0.1)
         return Case(
-            "ResNet-50, layer4 + fc", model, _starts("layer4", "fc"), Images(32), 8,
+            "ResNet-50, layer4 + fc", model, _starts("layer4", "fc"), Images(96), 8,
             lambda m: m.layer4, lambda m, v: m.forward_head(m.layer4(v["value"])), (1.03, 0.42),
         )  # fmt: skip
 
@@ -119,7 +119,7 @@ def cases(names: Iterable[str] = (), *, head_only: bool = False) -> list[Case]:
         model = timm.create_model("vit_small_patch16_224", num_classes=10)
         return Case(
             "ViT-S, last 3 blocks", model, _starts("blocks.9", "blocks.10", "blocks.11", "norm", "head"),
-            Images(32), 8, lambda m: m.blocks[9],
+            Images(96), 8, lambda m: m.blocks[9],
             lambda m, v: m.forward_head(m.norm(m.blocks[9:](v["value"]))), (1.03, 0.52),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from layerwise.cache.batchshape import OtherShapeError
-from layerwise.cache.checking import no_autocast_cache, normal_tensors
+from layerwise.cache.checking import normal_tensors
 from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.decision import format_bytes
@@ -48,23 +48,42 @@ class Calls:
     def __init__(self, model: nn.Module, book: CutBook, observer: Observer) -> None:
         self._model, self._book, self._observer = model, book, observer
         self._hook = RootHook()
-        self._lives: list[Live] = []
+        self._at_hand: list[Collection[Live]] = []
+        self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
         self._replay: contextlib.AbstractContextManager[None] | None = None  # open during a replayed call
         self._observed = False  # the call under way is looked at
         self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
 
-    def watched(self) -> contextlib.AbstractContextManager[None]:
-        """Within: calls of the model are seen; may be nested."""
-        return self._hook.attached(self._model, self._before, self._after)
-
     @contextlib.contextmanager
-    def expecting(self, live: Live) -> Iterator[None]:
-        """Within: `live` is in the loop's hands, and may come to the model."""
-        self._lives.append(live)
+    def expecting(self, lives: Collection[Live]) -> Iterator[None]:
+        """Within: calls of the model are seen, and what is in `lives` may come to it: the loop has got it."""
+        self._at_hand.append(lives)
         try:
-            yield
+            with self._hook.attached(self._model, self._before, self._after):
+                yield
         finally:
-            self._lives.remove(live)
+            self._at_hand = [one for one in self._at_hand if one is not lives]
+
+    def leave(self, lives: Collection[Live], end: contextlib.ExitStack) -> None:
+        """Have `end` closed, which expects `lives`, when all of them have come to the model.
+
+        A loop that asks for batches ahead has some left when the epoch has no more of them.
+        """
+        self._leaving.append((lives, end))
+        self.end_leavers()
+
+    def end_leavers(self, *, seen_or_not: bool = False) -> None:
+        """Close what `leave` was given, of epochs whose batches have all come, or of all."""
+        leaving, self._leaving = self._leaving, []
+        for lives, end in leaving:
+            if seen_or_not or all(live.seen for live in lives):
+                end.close()
+            else:
+                self._leaving.append((lives, end))
+
+    @property
+    def _lives(self) -> list[Live]:
+        return [live for lives in self._at_hand for live in lives]
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Recognise a batch that was handed out, and act on it."""
@@ -78,7 +97,7 @@ class Calls:
             for live in self._lives:
                 if not live.supply.reason:
                     live.supply.refuse("a transform of torch.func calls the model")
-        for live in reversed(self._lives):
+        for live in self._lives[::-1]:
             if live.shape is not None:
                 if not live.seen and not live.supply.reason:
                     self._observe(live, args, kwargs)
@@ -130,6 +149,8 @@ class Calls:
         if self._observed:
             self._observed = False
             self._book.settings.after_forward()
+        if self._leaving:
+            self.end_leavers()
         comparison, self._comparison = self._comparison, None
         if comparison is None or output is None:
             return
@@ -157,11 +178,7 @@ class Calls:
             self._book.settings.before_forward()
             self._observed = True
             try:
-                with (
-                    normal_tensors(),
-                    no_autocast_cache(),
-                    saved_tensors_hooks(_as_it_is, _as_it_is),
-                ):
+                with normal_tensors(), saved_tensors_hooks(_as_it_is, _as_it_is):
                     self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
             except OtherShapeError as error:
                 if not live.supply.sort():

@@ -72,20 +72,6 @@ def normal_tensors() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def no_autocast_cache() -> Iterator[None]:
-    """Within: autocast does not remember the weights that it casts.
-
-    It would hand the fake ones of a recording, or those cast without gradients, to the real forward after.
-    """
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 def find_layouts(
     sites: Iterable[Site],
     full: Mapping[Site, torch.Tensor],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,8 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
-_PATIENCE = 3  # batches that may pass without reaching the model before the cache gives up
+_AHEAD = 16  # batches that a loop may ask for before it passes the first of them to the model
+_PATIENCE = 3  # batches after these that may not reach the model before the cache gives up
 
 
 class Epoch(Iterator[Any]):
@@ -72,7 +74,6 @@ class Dealer:
                 supply.refuse_random(DRAWS)  # the first samples did not
             supply.handed_out += 1
             yield live
-            self._note_unseen(live)
 
     def deal(self, supply: Supply, indices: list[int], batch: Any, *, view: int) -> Live:
         """Return one batch.
@@ -141,15 +142,24 @@ class Dealer:
         """Whether the loader's workers had better load every batch of this epoch."""
         return supply.missing_frac(self._book.state(), view) > _MISSING_FRAC
 
-    def _note_unseen(self, live: Live) -> None:
-        """Give up where several batches in a row never came to the model."""
-        supply = live.supply
-        if live.seen:
-            supply.unseen = 0
-        elif live.shape is not None or live.replayed:
-            supply.unseen += 1
-            if supply.unseen >= _PATIENCE and not supply.reason:
-                supply.refuse("the loop does not pass the loader's batches to this model")
+    def drop_used(self, at_hand: deque[Live], *, ahead: int = _AHEAD) -> None:
+        """Drop the batches with which the loop is done; give up where several never came to the model.
+
+        Loops that ask for batches ahead (a prefetcher, Accelerate) have some at hand that are still to come.
+
+        Args:
+            at_hand: what was handed out, in order.
+            ahead: how many of them may still come.
+        """
+        while at_hand and (at_hand[0].seen or len(at_hand) > ahead):
+            live = at_hand.popleft()
+            supply = live.supply
+            if live.seen:
+                supply.unseen = 0
+            elif live.shape is not None or live.replayed:
+                supply.unseen += 1
+                if supply.unseen >= _PATIENCE and not supply.reason:
+                    supply.refuse("the loop does not pass the loader's batches to this model")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

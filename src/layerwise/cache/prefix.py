@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.decision import Decision, Storage
 from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
-from layerwise.cache.observing import Observer
+from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import open_supply
+from layerwise.cache.prepared import inner, is_prepared, iterated
 from layerwise.cache.reading import Order, kept_random_state
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
@@ -49,8 +52,8 @@ class PrefixCache:
 
     Args:
         model: in training, on its device. Wrappers (DDP) are looked through.
-        loader: of the training set; a map-style dataset in a ``DataLoader``. Not needed when every
-            `batches` call names its own.
+        loader: of the training set; a map-style dataset in a ``DataLoader``, also one that Accelerate has
+            prepared. Not needed when every `batches` call names its own.
         storage: ``"memory"``, ``"disk"``, ``"off"``, or ``"auto"``, which caches where that saves at least
             5 % of the time, in memory if it fits.
         budget_bytes: most bytes to keep. Default: a quarter of the free memory; half of the free disk.
@@ -133,10 +136,13 @@ class PrefixCache:
         Raises:
             CacheError: there is no loader; or, while the loop runs, the value of a ghost was needed.
         """
-        return Epoch(functools.partial(self._begin, self._supply(loader)))
+        loader = self._loader(loader)
+        epoch = Epoch(functools.partial(self._begin, self._supply(loader)))
+        return iterated(loader, epoch) if is_prepared(loader) else epoch
 
     def _begin(self, supply: Supply) -> Iterator[Any]:
         """Begin an epoch, random draws included."""
+        self._calls.end_leavers(seen_or_not=True)
         self._book.refresh()
         if supply.is_off(self._book.state()):
             return supply.plain()
@@ -152,10 +158,15 @@ class PrefixCache:
         return self._deal(supply, supply.reader.order())
 
     def _deal(self, supply: Supply, order: Order) -> Iterator[Any]:
-        with self._calls.watched():
+        at_hand: deque[Live] = deque()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._calls.expecting(at_hand))
             for live in self._dealer.epoch(supply, order):
-                with self._calls.expecting(live):
-                    yield live.batch
+                at_hand.append(live)
+                yield live.batch
+                self._dealer.drop_used(at_hand)
+            stack.callback(self._dealer.drop_used, at_hand, ahead=0)
+            self._calls.leave(at_hand, stack.pop_all())
         self.stock.shelf.publish_complete()
 
     def fill(
@@ -194,8 +205,8 @@ class PrefixCache:
             raise CacheError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         if fold and self._exact:
             raise CacheError("folded batch-norms change last bits: pass exact=False to PrefixCache as well.")
-        supply = self._supply(loader)
-        with self._calls.watched(), kept_random_state():
+        supply = self._supply(self._loader(loader))
+        with kept_random_state():
             found = self._looked_at(supply, call or self._call)
             done = [
                 fill_rest(self._observer, supply, feed, phase, batch_size=batch_size, fold=fold)
@@ -232,7 +243,7 @@ class PrefixCache:
     @property
     def decision(self) -> Decision | None:
         """What was chosen last for the class's own loader; None before its first batch."""
-        supply = self._supplies.get(id(self.loader))
+        supply = self._supplies.get(id(inner(self.loader)))
         if supply is None:
             return None
         if supply.reason:
@@ -248,6 +259,7 @@ class PrefixCache:
             for feed in supply.feeds:
                 feed.forget()
             supply.reason = "the cache was closed"
+        self._calls.end_leavers(seen_or_not=True)
         self.stock.close()
 
     def __enter__(self) -> PrefixCache:
@@ -260,19 +272,23 @@ class PrefixCache:
 
     # -- loaders and batches ------------------------------------------------------------------
 
-    def _supply(self, loader: DataLoader[Any] | None) -> Supply:
-        """Return what is known of a loader; of one that was not seen before, whether it can be cached."""
+    def _loader(self, loader: DataLoader[Any] | None) -> DataLoader[Any]:
         loader = loader if loader is not None else self.loader
         if loader is None:
             raise CacheError("there is no loader to read: pass one to PrefixCache, or here.")
-        supply = self._supplies.get(id(loader))
+        return loader
+
+    def _supply(self, loader: DataLoader[Any]) -> Supply:
+        """Return what is known of a loader; of one that was not seen before, whether it can be cached."""
+        read = inner(loader)
+        supply = self._supplies.get(id(read))
         if supply is None:
             if self.storage == "off":
-                supply = Supply(loader, reason="switched off")
+                supply = Supply(read, reason="switched off")
             else:
                 asked = self.storage in ("memory", "disk")
-                supply = open_supply(loader, self._given, views=self.views, asked=asked)
-            self._supplies[id(loader)] = supply
+                supply = open_supply(read, self._given, views=self.views, asked=asked)
+            self._supplies[id(read)] = supply
         return supply
 
     # -- a recording pass of its own ----------------------------------------------------------
@@ -296,7 +312,7 @@ class PrefixCache:
                 size = min(feed.reader.batch_size or feed.full or 1, feed.size)
                 live = self._dealer.deal(supply, list(samples[:size]), None, view=0)
                 with (
-                    self._calls.expecting(live),
+                    self._calls.expecting([live]),
                     untouched(self.model),
                     ContentGuard(self.model),
                 ):

@@ -22,6 +22,8 @@ def save_with_optimizer(tuner: Tuner) -> None:
         tuner: its optimiser gets two hooks; calling twice adds nothing.
     """
     optimizer = tuner.optimizer
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # Accelerate's wrapper has no hooks
     if getattr(optimizer, "_layerwise_tuner", None) is tuner:
         return
     optimizer._layerwise_tuner = tuner  # type: ignore[attr-defined]

@@ -67,9 +67,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others), those
     of its class, and what they hold (`layerwise.layers.snapshot`), what forward hooks write to, parameters
-    whose ``data`` was replaced, the weights that `torch.nn.utils.parametrize.cached` keeps, and the random
-    state of Python, numpy, torch and its CUDA devices. Does not cover writes into a tensor's memory: the
-    recorder undoes those.
+    whose ``data`` was replaced, the weights that `torch.nn.utils.parametrize.cached` and autocast keep, and
+    the random state of Python, numpy, torch and its CUDA devices. Does not cover writes into a tensor's
+    memory: the recorder undoes those.
     """
     modules = (module for module in model.modules() if not _scripted(module))
     kept = Snapshot([*modules, *global_hooks()])
@@ -77,7 +77,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     randomness = _random_state(model)
     parametrized, parametrize._cache = parametrize._cache, {}
     try:
-        yield
+        with _no_autocast_cache():
+            yield
     finally:
         parametrize._cache = parametrized
         kept.restore()
@@ -85,6 +86,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
             if was_replaced(parameter, content):
                 parameter.data = content
         _restore_random_state(randomness)
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Within: autocast does not remember the weights that it casts, even if the model itself enters it.
+
+    It would hand the fake ones of a recording, or those cast without gradients, to the next real forward.
+    """
+    before, switch = torch.is_autocast_cache_enabled(), torch.set_autocast_cache_enabled
+    switch(False)
+    torch.set_autocast_cache_enabled = lambda enabled: None  # what entering autocast calls
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled = switch
+        switch(before)
 
 
 def was_replaced(parameter: torch.Tensor, content: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import textwrap
@@ -55,6 +56,46 @@ DDP = """
     torch.distributed.destroy_process_group()
 """
 
+PREPARED = """
+    import os, sys
+    sys.path.insert(0, {tests!r})
+    os.environ |= dict(
+        RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=sys.argv[2], ACCELERATE_USE_CPU="true",
+    )
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+    from torch.utils.data import DataLoader
+    import layerwise
+    from cache_loops import freeze_prefix, images
+    from helpers import TinyCNN
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert accelerator.num_processes == 2
+    ended = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        model = TinyCNN()
+        freeze_prefix(model, "layer2", "fc")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loader = DataLoader(images(), batch_size=4, shuffle=True)
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        cache = layerwise.PrefixCache(prepared, loader, storage="memory")
+        for epoch in range(4):
+            for x, y in cache.batches() if cached else loader:
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(nn.functional.cross_entropy(prepared(x), y))
+                    optimizer.step()
+                    optimizer.zero_grad()
+        ended.append({{k: v.clone() for k, v in model.state_dict().items()}})
+    assert all(torch.equal(ended[0][k], ended[1][k]) for k in ended[0])
+    assert "cut at layer1" in cache.describe(), cache.describe()
+    (supply,) = cache._supplies.values()
+    assert supply.replays > 0
+    accelerator.end_training()
+"""
+
 SHARED = """
     import sys
     sys.path.insert(0, {tests!r})
@@ -85,6 +126,13 @@ def test_ddp_caches_each_share(tmp_path) -> None:
     for loads, filled, _ in ends:
         assert filled > 11  # more than one epoch's share
         assert loads[-1] < loads[0]
+
+
+def test_two_processes_of_accelerate_cache_each_share() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run(PREPARED, ["0", port], ["1", port])
 
 
 def test_two_processes_share_a_folder(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -337,6 +338,30 @@ def in_two_modes(run: Run) -> None:
             run.step((x, y))
 
 
+def _ahead(batches: Iterator[Any], count: int) -> Iterator[Any]:
+    """A prefetcher: asks for so many batches before it hands one over."""
+    waiting: deque[Any] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def batches_asked_for_ahead(run: Run) -> None:
+    loader, held_out = run.loader(), run.loader(images(12), shuffle=False)
+    for _ in range(EPOCHS):
+        before = run.data.loads
+        for batch in _ahead(run.batches(loader), count=2):
+            run.step(batch)
+        run.model.eval()
+        for x, _ in _ahead(run.batches(held_out), count=5):  # more than there are
+            run.losses.append(run.model(x).sum().item())
+        run.model.train()
+    assert run.data.loads - before == (0 if run.cached else 22)
+    assert not run.cached or not run.model._forward_pre_hooks
+
+
 CACHED = "cut at body"
 LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
@@ -362,6 +387,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     inputs_logged_first: CACHED,
     features_collected_by_hooks: "hook",
     labels_corrected_on_the_way: CACHED,
+    batches_asked_for_ahead: CACHED,
     in_two_modes: "no batch of this epoch was replayed",
     workers_live_on_and_the_loop_changes_the_batch: "off: ",
 }

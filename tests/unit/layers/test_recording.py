@@ -377,6 +377,25 @@ def test_the_model_is_restored_after_an_error() -> None:
     assert not model.linear._forward_hooks
 
 
+class EntersAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(x)
+
+
+def test_autocast_does_not_remember_weights_of_a_recording() -> None:
+    # the outer autocast would hand the fake weight that the inner one cast to the next real forward
+    model = EntersAutocast()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        record(model, (torch.zeros(2, 4),), grad=True)
+        assert type(model(torch.ones(2, 4))) is torch.Tensor
+        assert torch.is_autocast_cache_enabled()
+
+
 def test_modes_are_kept_or_set_to_eval() -> None:
     # "keep" records dropout as it is, "eval" as in evaluation, and both put the modes back
     model = Tokens()
