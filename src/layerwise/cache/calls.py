@@ -76,7 +76,7 @@ class Calls:
         """Close what `leave` was given, of epochs whose batches have all come, or of all."""
         leaving, self._leaving = self._leaving, []
         for lives, end in leaving:
-            if seen_or_not or all(live.seen for live in lives):
+            if seen_or_not or not any(live.is_awaited for live in lives):
                 end.close()
             else:
                 self._leaving.append((lives, end))

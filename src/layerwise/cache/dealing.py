@@ -22,7 +22,7 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
-_AHEAD = 16  # batches that a loop may ask for before it passes the first of them to the model
+_AHEAD = 8  # batches that a loop may ask for before it passes the first of them to the model
 _PATIENCE = 3  # batches after these that may not reach the model before the cache gives up
 
 
@@ -151,15 +151,15 @@ class Dealer:
             at_hand: what was handed out, in order.
             ahead: how many of them may still come.
         """
-        while at_hand and (at_hand[0].seen or len(at_hand) > ahead):
-            live = at_hand.popleft()
-            supply = live.supply
+        for live in [live for live in at_hand if not live.is_awaited]:
+            at_hand.remove(live)
             if live.seen:
-                supply.unseen = 0
-            elif live.shape is not None or live.replayed:
-                supply.unseen += 1
-                if supply.unseen >= _PATIENCE and not supply.reason:
-                    supply.refuse("the loop does not pass the loader's batches to this model")
+                live.supply.unseen = 0
+        while len(at_hand) > ahead:
+            supply = at_hand.popleft().supply
+            supply.unseen += 1
+            if supply.unseen >= _PATIENCE and not supply.reason:
+                supply.refuse("the loop does not pass the loader's batches to this model")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

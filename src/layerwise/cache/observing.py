@@ -53,6 +53,11 @@ class Live:
         self.seen = False  # it reached the model
         self.phase: Phase | None = None
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something is to be done when it comes to the model, as it has not yet."""
+        return not (self.seen or self.supply.reason) and (self.shape is not None or self.replayed)
+
 
 class Observer:
     """Computes the values of samples, and proves that a cut is exact before it is used.

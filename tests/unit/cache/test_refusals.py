@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import layerwise
-from cache_loops import Counted, both, images, off
+from cache_loops import Counted, both, freeze_prefix, images, off
 from helpers import TinyCNN
 from layerwise.errors import CacheError, LayerwiseWarning
 
@@ -261,6 +262,18 @@ def test_a_loop_that_does_not_use_this_model() -> None:
         for x, _ in cache.batches():
             other(x)
     assert "does not pass the loader's batches" in cache.describe()
+
+
+@pytest.mark.parametrize("learning", [("stem", "fc"), LAST], ids=["nothing to skip", "cached"])
+def test_batches_are_let_go_once_used(learning) -> None:
+    model = TinyCNN()
+    freeze_prefix(model, *learning)
+    cache = layerwise.PrefixCache(model, DataLoader(images(), batch_size=2))
+    handed_out: list[weakref.ref[torch.Tensor]] = []
+    for x, y in cache.batches():
+        nn.functional.cross_entropy(model(x), y).backward()
+        handed_out.append(weakref.ref(x))
+        assert sum(one() is not None for one in handed_out) <= 2
 
 
 def test_inputs_computed_in_the_loop() -> None:
