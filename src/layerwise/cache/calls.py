@@ -24,7 +24,7 @@ from layerwise.cache.decision import format_bytes
 from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
-from layerwise.cache.link import Link, autocast_state, backend_state, find_link
+from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import COMPILED, one_line
 from layerwise.cache.replay import refuse_ghosts, replaying
@@ -97,10 +97,13 @@ class Calls:
             for live in self._lives:
                 if not live.supply.reason:
                     live.supply.refuse("a transform of torch.func calls the model")
-        for live in self._lives[::-1]:
+        lives = self._lives[::-1]
+        new = [one for one in lives if one.shape is not None and not (one.seen or one.supply.reason)]
+        if new:
+            live = max(new, key=lambda one: known_arguments(one.leaves, args, kwargs)) if new[1:] else new[0]
+            self._observe(live, args, kwargs)
+        for live in lives:
             if live.shape is not None:
-                if not live.seen and not live.supply.reason:
-                    self._observe(live, args, kwargs)
                 if live.seen:
                     return None
                 continue

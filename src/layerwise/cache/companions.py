@@ -31,7 +31,7 @@ def check_companions(
     layouts: Mapping[Site, Layout],
     values: Mapping[Site, torch.Tensor],
     leaves: Sequence[torch.Tensor],
-    inputs: Sequence[int],
+    inputs: Sequence[int | None],
     run: Callable[[list[torch.Tensor], int], Mapping[Site, torch.Tensor]],
 ) -> None:
     """Compute samples beside strange ones, and compare; last bits do not count.

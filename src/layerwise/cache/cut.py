@@ -114,19 +114,26 @@ class Cut:
         return {module: call.path for call, module in (self.skipped | self.entered).items()}
 
 
-def find_cut(recording: Recording, trainable: frozenset[str], *, at_inputs: bool = True) -> Cut:
+def find_cut(
+    recording: Recording,
+    trainable: frozenset[str],
+    *,
+    changing: frozenset[int] = frozenset(),
+    at_inputs: bool = True,
+) -> Cut:
     """Return where the pass can be cut when the parameters `trainable` learn.
 
     Args:
         recording: of the model in the modes (train, eval, pinned) in which it will train.
         trainable: names of the parameters that learn; any name of a shared parameter counts.
+        changing: see `find_dirty`.
         at_inputs: also cut at the arguments of calls, where that stores less. The code between modules
             then runs on ghosts; False where it needs values.
 
     Raises:
         NothingToSkipError: nothing can be skipped; says which operation is in the way.
     """
-    return _Search(recording, trainable).find(at_inputs)
+    return _Search(recording, trainable, changing).find(at_inputs)
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,9 @@ class _Needs:
 class _Search:
     """State of one search: built once for a recording and a set of trainable parameters."""
 
-    def __init__(self, recording: Recording, trainable: frozenset[str]) -> None:
+    def __init__(self, recording: Recording, trainable: frozenset[str], changing: frozenset[int]) -> None:
         self.recording = recording
-        self.dirt = find_dirty(recording, trainable)
+        self.dirt = find_dirty(recording, trainable, changing)
         self.dirty, self.depends = self.dirt.flags, recording.input_dependent
         self.reads, returned = reads_of(recording)
         self.returned = frozenset(returned)

@@ -17,6 +17,9 @@ from layerwise.layers.recording import Recording, record
 Modes = Mapping[nn.Module, bool]
 """Module -> whether it is in train mode; without those that do the same in either mode."""
 
+Inputs = frozenset[int]
+"""Numbers of the model's inputs."""
+
 _MODELESS = frozenset(
     {
         *(nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Unflatten),
@@ -89,8 +92,8 @@ class CutBook:
         self.last_state = 0
         self._states: dict[Any, int] = {}
         self._seen: Any = None  # what `last_state` stands for
-        self._found: dict[tuple[frozenset[str], int], list[tuple[Modes, Cut]]] = {}
-        self._foreseen: dict[frozenset[str], _Foreseen] = {}
+        self._found: dict[tuple[frozenset[str], Inputs, int], list[tuple[Modes, Cut]]] = {}
+        self._foreseen: dict[tuple[frozenset[str], Inputs], _Foreseen] = {}
         self.settings = Settings(model.modules())
         self._still: Stillness
         self._still_state = -1  # that in which `_still` was made
@@ -129,18 +132,20 @@ class CutBook:
         self._still, self._still_state = Stillness(self._all), -1
         return True
 
-    def known(self) -> Cut | None:
+    def known(self, changing: Inputs) -> Cut | None:
         """Return a cut that holds in the present state, if one was found before.
 
         A cut that was found in train mode also holds in eval mode: with fewer modules training, fewer
         operations are random. The reverse is not true.
         """
-        for recorded, cut in self._found.get((self._trainable(), self.settings.number()), ()):
+        for recorded, cut in self._found.get((self._trainable(), changing, self.settings.number()), ()):
             if not any(module.training and not recorded.get(module, False) for module in self._modules):
                 return cut
         return None
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, at_inputs: bool = True) -> Cut:
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], changing: Inputs, *, at_inputs: bool = True
+    ) -> Cut:
         """Return the cut for the present state, recording one forward pass if it has to be looked for.
 
         The same recording tells the cuts of the tuner's later phases.
@@ -148,6 +153,7 @@ class CutBook:
         Args:
             args: of the model's forward.
             kwargs: of the model's forward.
+            changing: which of their tensors are not the data's.
             at_inputs: see `find_cut`; False replaces the cut that was found before.
 
         Raises:
@@ -155,7 +161,7 @@ class CutBook:
             RecordingError: the forward pass cannot be recorded.
             CacheError: it writes to a parameter.
         """
-        cut = self.known()
+        cut = self.known(changing)
         if cut is not None and at_inputs:
             return cut
         if self._tuner is not None and getattr(self._phase, "sample_groups", None):
@@ -163,7 +169,7 @@ class CutBook:
                 "the phase draws anew every few steps which groups learn, so no prefix stays frozen for long."
             )
         trainable = self._trainable()
-        cut = self._told_before(trainable) if at_inputs else None
+        cut = self._told_before(trainable, changing) if at_inputs else None
         if cut is None:
             recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
             if recording.rewritten:
@@ -171,22 +177,28 @@ class CutBook:
                     f"the forward pass itself changes the parameter {min(recording.rewritten)!r}, and passes "
                     f"of the cache's own would change it as well."
                 )
+            values = recording.values
+            if any(values[key].input in changing for op in recording.ops for key in op.mutates):
+                raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
             if at_inputs:
-                self._foresee(recording)
-            cut = find_cut(recording, trainable, at_inputs=at_inputs)
-        self._found.setdefault((trainable, self.settings.number()), []).insert(0, (self._modes(), cut))
+                self._foresee(recording, changing)
+            cut = find_cut(recording, trainable, changing=changing, at_inputs=at_inputs)
+        self._found.setdefault((trainable, changing, self.settings.number()), []).insert(
+            0, (self._modes(), cut)
+        )
         return cut
 
-    def _foresee(self, recording: Recording) -> None:
+    def _foresee(self, recording: Recording, changing: Inputs) -> None:
         """Find the cuts of the later phases, which spares them a recording of their own."""
         modes, settings = self._modes(), self.settings.number()
         for names in self._lengths():
             try:
-                self._foreseen[names] = _Foreseen(modes, settings, find_cut(recording, names))
+                found: Cut | str = find_cut(recording, names, changing=changing)
             except NothingToSkipError as error:
-                self._foreseen[names] = _Foreseen(modes, settings, str(error))
+                found = str(error)
+            self._foreseen[names, changing] = _Foreseen(modes, settings, found)
 
-    def _told_before(self, trainable: frozenset[str]) -> Cut | None:
+    def _told_before(self, trainable: frozenset[str], changing: Inputs) -> Cut | None:
         """Return the cut that an earlier phase's recording told for now, if it still holds.
 
         A phase that unfreezes a group puts it into train mode. That makes nothing random or dependent on
@@ -196,7 +208,7 @@ class CutBook:
         Raises:
             NothingToSkipError: there was nothing to skip then, and no fewer modules train now.
         """
-        told = self._foreseen.get(trainable)
+        told = self._foreseen.get((trainable, changing))
         if told is None or told.settings != self.settings.number():
             return None
         if isinstance(told.cut, str):
@@ -218,9 +230,9 @@ class CutBook:
             found.update(self._model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
         return {module for module in found if type(module).forward is not nn.Sequential.forward}
 
-    def later(self) -> list[tuple[int, Cut]]:
+    def later(self, changing: Inputs) -> list[tuple[int, Cut]]:
         """Return the foreseen cuts of later phases and runs, with the epochs that each lasts."""
-        told = ((epochs, self._foreseen.get(names)) for names, epochs in self._lengths().items())
+        told = ((epochs, self._foreseen.get((names, changing))) for names, epochs in self._lengths().items())
         return [(epochs, one.cut) for epochs, one in told if one is not None and isinstance(one.cut, Cut)]
 
     def _lengths(self) -> dict[frozenset[str], int]:

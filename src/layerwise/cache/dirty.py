@@ -6,7 +6,7 @@ An operation is *dirty* if it
 - draws random numbers,
 - depends on the other samples of the batch,
 - changes a tensor that outlives the pass,
-- reads a tensor that learns without being a parameter of the model,
+- reads a tensor that learns without being a parameter of the model, or an argument that the loop computes,
 - belongs to a module that remembers something from call to call, or carries a hook of the user's
   (`layerwise.layers.memory`),
 - hands Python a number or a shape that the network computed, or runs after such an operation: Python may
@@ -36,19 +36,22 @@ class Dirt:
     first: str
 
 
-def find_dirty(recording: Recording, trainable: frozenset[str]) -> Dirt:
+def find_dirty(
+    recording: Recording, trainable: frozenset[str], changing: frozenset[int] = frozenset()
+) -> Dirt:
     """Return which operations are dirty when the parameters `trainable` learn.
 
     Args:
         recording: of the model in the modes in which it will train.
         trainable: names of the parameters that learn; any name of a shared parameter counts.
+        changing: numbers of the model's inputs that are not the data's: others each time.
     """
     learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
     computed = _computed_by_the_network(recording)
     flags: list[bool] = []
     first = decided = ""
     for op in recording.ops:
-        why = _own_reason(recording, op, learning) or decided
+        why = _own_reason(recording, op, learning, changing) or decided
         if op.syncs and (why or computed[op.index] or any(flags[source] for source in op.sources)):
             why = why or "hands Python a value of the batch, which may decide what runs"
             decided = decided or "runs after Python got a value of the batch, which may decide what runs"
@@ -59,7 +62,7 @@ def find_dirty(recording: Recording, trainable: frozenset[str]) -> Dirt:
     return Dirt(flags, first or "nothing learns")
 
 
-def _own_reason(recording: Recording, op: Op, learning: set[str]) -> str:
+def _own_reason(recording: Recording, op: Op, learning: set[str], changing: frozenset[int]) -> str:
     """Return why an operation is dirty whatever feeds it; ``""`` if it is not."""
     learns = next((name for name in op.parameters if name in learning), None)
     if learns is not None:
@@ -72,6 +75,8 @@ def _own_reason(recording: Recording, op: Op, learning: set[str]) -> str:
     if lasting is not None:
         value = recording.values[lasting]
         return f"changes a {value.kind}{' ' + repr(value.name) if value.name else ''} in place"
+    if not changing.isdisjoint(op.inputs):
+        return "reads an argument of the model that is not one of the batch's tensors: the loop computes it"
     if any(recording.values[key].learns for key in op.reads):
         return "reads a tensor that learns and is no parameter of the model"
     return _reason_of_module(recording, op.call)

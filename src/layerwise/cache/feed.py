@@ -321,7 +321,7 @@ class Feed:
         return frozenset(
             number
             for number in self.link.leaves
-            if number not in read and self.shape.rows[number][1].is_floating_point
+            if number is not None and number not in read and self.shape.rows[number][1].is_floating_point
         )
 
     def stored_leaves(self, ghosts: frozenset[int]) -> dict[int, int]:

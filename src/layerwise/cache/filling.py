@@ -131,7 +131,8 @@ def _fill(
 
 def _cuts(observer: Observer, feed: Feed, cut: Cut) -> list[Cut]:
     """Return the cuts whose values are stored: the present one, and later ones for which there is room."""
-    later = [other for _, other in observer.book.later()]
+    assert feed.link is not None
+    later = [other for _, other in observer.book.later(feed.link.changing)]
     return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
 

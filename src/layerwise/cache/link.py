@@ -7,7 +7,7 @@ first call is watched, and each tensor argument is recognised among the tensors 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -29,7 +29,8 @@ class Link:
     """One way to call the model.
 
     Attributes:
-        leaves: for each tensor argument, which tensor of the batch it is.
+        leaves: for each tensor argument, which tensor of the batch it is; None if the loop made it.
+        own: what the loop made, as it was in the first call; None in the place of the batch's tensors.
         dtypes: of the arguments: a loop may cast what the loader gives.
         orders: of their dimensions in memory: kernels, and so last bits, are chosen by it.
         strides: of the arguments of the first call: who has the same has the same order.
@@ -41,7 +42,8 @@ class Link:
         device: of the arguments.
     """
 
-    leaves: tuple[int, ...]
+    leaves: tuple[int | None, ...]
+    own: tuple[torch.Tensor | None, ...] = field(repr=False, compare=False)
     dtypes: tuple[torch.dtype, ...]
     orders: tuple[tuple[int, ...], ...]
     strides: tuple[tuple[int, ...], ...]
@@ -52,6 +54,11 @@ class Link:
     backends: list[Any]
     device: torch.device
 
+    @property
+    def changing(self) -> frozenset[int]:
+        """Numbers of the arguments that the loop made."""
+        return frozenset(number for number, leaf in enumerate(self.leaves) if leaf is None)
+
     def build(
         self, leaves: Sequence[torch.Tensor], like: Any = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,13 +66,18 @@ class Link:
 
         Args:
             leaves: tensors of the batch.
-            like: ``(args, kwargs)`` with other constants; None for those of the first call.
+            like: ``(args, kwargs)`` with other constants, and with what the loop made; None for those of
+                the first call.
         """
-        recipes = iter(zip(self.leaves, self.dtypes, self.orders))
+        recipes = iter(zip(self.leaves, self.own, self.dtypes, self.orders))
+        first = next(place for place, number in enumerate(self.leaves) if number is not None)
+        before, now = len(tensors_in(self.template)[first]), len(leaves[self.leaves[first] or 0])
 
-        def leaf(_: torch.Tensor) -> torch.Tensor:
-            number, dtype, order = next(recipes)
-            return in_order(leaves[number].to(self.device, dtype), order)
+        def leaf(given: torch.Tensor) -> torch.Tensor:
+            number, own, dtype, order = next(recipes)
+            if number is not None:
+                return in_order(leaves[number].to(self.device, dtype), order)
+            return given if like is not None or own is None else _of_size(own, before, now)
 
         built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
             self.template if like is None else like, leaf
@@ -87,9 +99,13 @@ class Link:
         tensors = tensors_in((args, kwargs))
         if len(tensors) != len(self.leaves):
             return False
-        for tensor, number, dtype, order, strides in zip(
-            tensors, self.leaves, self.dtypes, self.orders, self.strides
+        for tensor, number, own, dtype, order, strides in zip(
+            tensors, self.leaves, self.own, self.dtypes, self.orders, self.strides
         ):
+            if number is None:
+                if own is None or not _is_like(tensor, own):
+                    return False
+                continue
             if tensor.dtype != dtype or not (tensor.stride() == strides or _lies_in(tensor, order)):
                 return False
             if not _is_handed_out(tensor, leaves[number], (tag, number), versions[number]):
@@ -115,22 +131,27 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     """Return how the arguments come from the batch's tensors; None if the call is not about this batch.
 
     A tensor argument is a leaf of the batch if it is the same object or has the same values (after a
-    move to another device, a cast, or a change of memory format).
+    move to another device, a cast, or a change of memory format). Others are the loop's own: a number of
+    labels, a mixing weight.
 
     Raises:
-        CacheError: one argument is in the batch and another is not: it may be anything.
+        CacheError: an argument learns, or is one that cannot be compared with that of the next call.
     """
     tensors = tensors_in((args, kwargs))
     found = [_position(tensor, leaves) for tensor in tensors]
-    if not any(number is not None for number in found):
+    device = next((tensor.device for tensor, number in zip(tensors, found) if number is not None), None)
+    if device is None:
         return None
     if any(tensor.requires_grad for tensor in tensors):
         raise CacheError("an argument of the model requires gradients, so nothing before it can be skipped.")
-    unknown = next((tensor for tensor, number in zip(tensors, found) if number is None), None)
-    if unknown is not None:
+    own = [tensor for tensor, number in zip(tensors, found) if number is None]
+    shared = next(
+        (t for t in own if any(_share_memory(t, leaf) for leaf in (*leaves, *tensors) if leaf is not t)), None
+    )
+    if shared is not None:
         raise CacheError(
-            f"the model's argument of shape {tuple(unknown.shape)} is not one of the batch's tensors: the "
-            f"loop computes it, and it may differ next time. Let the dataset return it."
+            f"the model's argument of shape {tuple(shared.shape)} is a part of another tensor of the batch "
+            f"or the call, so who writes to one writes to both. Let the dataset return it, or pass a copy."
         )
     arguments = map_tensors((args, kwargs), lambda tensor: None)
     if not _is_plain(arguments):
@@ -139,17 +160,49 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
             "texts and tensors."
         )
     return Link(
-        leaves=tuple(number for number in found if number is not None),
+        leaves=tuple(found),
+        own=tuple(t.detach().clone() if number is None else None for t, number in zip(tensors, found)),
         dtypes=tuple(tensor.dtype for tensor in tensors),
         orders=tuple(memory_order(tensor) for tensor in tensors),
         strides=tuple(tensor.stride() for tensor in tensors),
         arguments=arguments,
         template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
-        autocast=autocast_state(tensors[0].device),
+        autocast=autocast_state(device),
         grad=torch.is_grad_enabled(),
-        backends=backend_state(tensors[0].device),
-        device=tensors[0].device,
+        backends=backend_state(device),
+        device=device,
     )
+
+
+def known_arguments(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> int:
+    """Return how many arguments of a call are tensors of a batch."""
+    return sum(_position(tensor, leaves) is not None for tensor in tensors_in((args, kwargs)))
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if isinstance(one, Ghost) or isinstance(other, Ghost) or one.device.type == "meta":
+        return False
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # no memory of its own
+        return False
+
+
+def _is_like(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether an argument that the loop made may stand for the first one: a model may look at its shape."""
+    return (
+        not isinstance(tensor, Ghost)
+        and not tensor.requires_grad
+        and (tensor.dtype, tensor.device, tensor.dim()) == (own.dtype, own.device, own.dim())
+        and tensor.shape[1:] == own.shape[1:]
+    )
+
+
+def _of_size(own: torch.Tensor, before: int, now: int) -> torch.Tensor:
+    """Return what the loop made for a batch of `before` samples for one of `now`."""
+    if now == before or not own.dim() or len(own) != before:
+        return own.clone()
+    return own[torch.arange(now, device=own.device) % before]
 
 
 def _is_plain(value: Any) -> bool:

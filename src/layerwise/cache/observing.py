@@ -116,8 +116,8 @@ class Observer:
         elif not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
-        cut = self.book.find(args, kwargs)
-        later = [other for _, other in self.book.later()]
+        cut = self.book.find(args, kwargs, link.changing)
+        later = [other for _, other in self.book.later(link.changing)]
         feed.forget_other([cut, *later])
         self.stock.release_unused(feed, [cut, *later])
         try:
@@ -131,7 +131,9 @@ class Observer:
             except CacheError:
                 if not cut.entered:
                     raise
-        cut = self.book.find(args, kwargs, at_inputs=False)  # code between modules may need values
+        cut = self.book.find(
+            args, kwargs, link.changing, at_inputs=False
+        )  # code between modules may need values
         return self._prepared(live, link, phase, [cut], args, kwargs)
 
     def _prepared(
@@ -248,7 +250,8 @@ class Observer:
         suffix_s: float,
     ) -> None:
         assert phase.cut is not None
-        later = self.book.later()
+        assert feed.link is not None
+        later = self.book.later(feed.link.changing)
         if self._is_stored(feed, phase.cut, rows):
             phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)
         else:
@@ -313,7 +316,7 @@ class Observer:
             if not feed.reload and feed.shape.has_other_values(part):
                 feed.reload = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
-            later = [cut for _, cut in self.book.later()]
+            later = [cut for _, cut in self.book.later(feed.link.changing)]
             cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
             found = self._captured(feed, cuts, leaves, len(where))
             self._put(feed, found.values, leaves, live.rows[absent])

@@ -23,7 +23,7 @@ from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import open_supply
-from layerwise.cache.prepared import inner, is_prepared, iterated
+from layerwise.cache.prepared import Instead, inner, is_prepared, iterated
 from layerwise.cache.reading import Order, kept_random_state
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
@@ -139,6 +139,20 @@ class PrefixCache:
         loader = self._loader(loader)
         epoch = Epoch(functools.partial(self._begin, self._supply(loader)))
         return iterated(loader, epoch) if is_prepared(loader) else epoch
+
+    def as_loader(self, loader: DataLoader[Any] | None = None) -> Any:
+        """Return what stands for a loader where a framework owns the loop (Lightning, transformers' Trainer).
+
+        Each iteration over it is an epoch of `batches`. Its length, data set and all else are the loader's.
+
+        Args:
+            loader: see `batches`.
+
+        Raises:
+            CacheError: there is no loader.
+        """
+        loader = self._loader(loader)
+        return Instead(loader, functools.partial(self.batches, loader))
 
     def _begin(self, supply: Supply) -> Iterator[Any]:
         """Begin an epoch, random draws included."""

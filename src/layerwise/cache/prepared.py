@@ -1,14 +1,14 @@
-"""Loaders prepared by Accelerate: they iterate in Accelerate's own way, over the cache's batches.
+"""Loaders of frameworks: those that Accelerate has prepared, and one to be given to a loop that is not ours.
 
 ``accelerator.prepare(loader)`` gives a loader that moves batches to the device and keeps account of where an
 epoch ends, for gradient accumulation. It reads from a loader inside it. That one is cached; while an epoch
-begins, the cache's batches stand in its place.
+begins, the cache's batches stand in its place, and all the rest is done by Accelerate's own code.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ def inner(loader: Any) -> DataLoader[Any]:
 def iterated(loader: Any, batches: Iterable[Any]) -> Iterator[Any]:
     """Yield what a prepared loader would make of an epoch, if `batches` were what it reads."""
     base, outer = loader.base_dataloader, iter(loader)
-    loader.base_dataloader = _Instead(base, batches)
+    loader.base_dataloader = Instead(base, lambda: iter(batches))
     try:
         first = list(itertools.islice(outer, 1))  # begins the epoch: iterates over what it reads
     finally:
@@ -38,14 +38,24 @@ def iterated(loader: Any, batches: Iterable[Any]) -> Iterator[Any]:
     yield from outer
 
 
-class _Instead:
-    """A loader with other batches."""
+class Instead:
+    """A loader with other batches; in all else it is the loader.
 
-    def __init__(self, loader: DataLoader[Any], batches: Iterable[Any]) -> None:
-        self._loader, self._batches = loader, batches
+    Args:
+        loader: in whose place it stands.
+        begin: returns the batches of one epoch.
+    """
+
+    def __init__(self, loader: DataLoader[Any], begin: Callable[[], Iterator[Any]]) -> None:
+        self._loader, self._begin = loader, begin
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
+        return self._begin()
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self._loader, name)

@@ -85,7 +85,7 @@ def tuner_of(net, data, plan=None, steps_per_epoch=3, **options):
 
 def fit(
     tuner, net, data, folder, *, epochs=3, checkpoint=None, validate=False, monitor=None, more=(),
-    every_n_train_steps=None, **options,
+    every_n_train_steps=None, cache=None, **options,
 ):  # fmt: skip
     module = Module(net, tuner)
     keep = pl.callbacks.ModelCheckpoint(
@@ -105,7 +105,7 @@ def fit(
         callbacks=[lightning.TunerCallback(tuner, monitor=monitor), keep, *more],
         **options,
     )
-    loader = DataLoader(data, 8)
+    loader = DataLoader(data, 8) if cache is None else cache.as_loader(DataLoader(data, 8))
     trainer.fit(module, loader, loader if validate else None, ckpt_path=checkpoint)
     return trainer
 
@@ -225,6 +225,23 @@ def test_a_phase_ends_when_the_monitored_metric_stalls(data, tmp_path):
     fit(tuner, net, data, tmp_path, epochs=6, validate=True, monitor="score")
     assert tuner.done
     assert tuner.epoch < plan.total_epochs(3)  # the score only falls
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_lightning_trains_from_a_cache(data, tmp_path, accumulated):
+    ends = []
+    for cached in (False, True):
+        net = start()
+        plan = layerwise.top_k(layerwise.layer_map(net, torch.randn(2, 3)), k=1, epochs=3)
+        tuner = tuner_of(net, data, plan, steps_per_epoch=3 // accumulated)
+        cache = layerwise.PrefixCache(net, tuner=tuner, storage="memory")
+        options = {"cache": cache} if cached else {}
+        fit(tuner, net, data, tmp_path / str(cached), accumulate_grad_batches=accumulated, **options)
+        ends.append(net.state_dict())
+    assert_same(*ends)
+    assert "cut at" in cache.describe()
+    (supply,) = cache._supplies.values()
+    assert supply.replays == 3
 
 
 def test_accumulated_batches_count_as_one_step(data, tmp_path):

@@ -161,3 +161,48 @@ def test_wrong_set_ups_are_refused(data, tmp_path):
         train(
             model, tuner_of(model), data, tmp_path, metric="oops", eval_strategy="epoch", save_strategy="no"
         )
+
+
+class Counted(list):
+    """Samples that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_the_trainer_trains_from_a_cache(accumulated, data, tmp_path) -> None:
+    # it fetches the batches of a whole update ahead, and gives the model a number that it counts itself
+    ends = []
+    for cached in (False, True):
+        model, samples = start(), Counted(data)
+        layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
+        plan = layerwise.top_k(layers, k=2, epochs=4)
+        tuner = tuner_of(model, plan, steps_per_epoch=3 // accumulated)
+        cache = layerwise.PrefixCache(model, tuner=tuner, storage="memory")
+        callback = integration.TunerCallback(tuner)
+
+        class Trainer(transformers.Trainer):
+            def get_train_dataloader(self, cached=cached, cache=cache):
+                loader = super().get_train_dataloader()
+                return cache.as_loader(loader) if cached else loader
+
+        trainer = Trainer(
+            model,
+            transformers.TrainingArguments(
+                str(tmp_path / str(cached)), num_train_epochs=4, per_device_train_batch_size=8, use_cpu=True,
+                gradient_accumulation_steps=accumulated, report_to=[], disable_tqdm=True, max_grad_norm=0.0,
+            ),
+            train_dataset=samples,
+            callbacks=[callback],
+            optimizers=callback.optimizers,
+        )  # fmt: skip
+        trainer.train()
+        ends.append((model.state_dict(), samples.reads))
+    (plain, reads), (weights, cached_reads) = ends
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    assert "cut at resnet" in cache.describe()
+    assert cached_reads < reads == 96

@@ -1,0 +1,126 @@
+"""Arguments of the model that the loop makes: they go to it as they are, and nothing of them is stored."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import layerwise
+from cache_loops import both, freeze_prefix, images, off
+from helpers import TinyCNN
+
+LAST = ("layer2", "fc")
+
+
+class Steered(TinyCNN):
+    """What `place` says is done with a second argument."""
+
+    def __init__(self, place: str = "late") -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, images: Tensor, steer: Tensor) -> Tensor:
+        if self.place == "branch first" and bool(steer.mean() > 0.5):
+            images = images.flip(-1)
+        if self.place == "first":
+            images = images * steer.reshape(-1, 1, 1, 1)
+        features = self.layer1(self.stem(images))
+        if self.place == "late":
+            features = features * steer.reshape(-1, 1, 1, 1)
+        if self.place == "branch" and bool(steer.mean() > 0):
+            features = features + 1
+        if self.place == "written":
+            steer.mul_(0)
+        return self.fc(self.layer2(features).mean((2, 3))) + (0 if self.place == "unused" else steer.mean())
+
+
+def step(model: nn.Module, batch: Any, size: int | None = None) -> Tensor:
+    x, y = batch
+    steer = torch.rand(()) if size == 0 else torch.rand(len(x) if size is None else size)
+    return nn.functional.cross_entropy(model(x, steer), y)
+
+
+@pytest.mark.parametrize("place", ["late", "unused", "branch"])
+def test_one_number_for_each_sample(place) -> None:
+    # drawn anew in each step, for batches of several sizes; a branch by it runs as the loop decides
+    outcome = both(lambda: Steered(place), images, *LAST, step=step, validate=True)
+    assert "cut at layer1" in outcome.text
+    assert outcome.loads[-1] == 0
+
+
+def test_one_number_for_the_batch() -> None:
+    outcome = both(Steered, images, *LAST, step=lambda m, b: step(m, b, size=0))
+    assert "cut at layer1" in outcome.text
+
+
+def test_a_number_given_by_name_that_is_counted_from_the_labels() -> None:
+    # as Hugging Face's Trainer gives `num_items_in_batch`
+    def counted(model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(model(images=x, steer=(y > 0).sum().float()), y)
+
+    assert "cut at layer1" in both(Steered, images, *LAST, step=counted).text
+
+
+@pytest.mark.parametrize("place", ["first", "branch first"])
+def test_what_the_frozen_part_computes_depends_on_it(place) -> None:
+    text = off(lambda: Steered(place), images, *LAST, step=step, warns=False)
+    assert "reads an argument of the model that is not one of the batch's tensors" in text
+
+
+def test_the_model_writes_to_it() -> None:
+    assert "writes to an argument" in off(lambda: Steered("written"), images, *LAST, step=step)
+
+
+def test_a_view_of_the_batch_is_not_an_argument_of_its_own() -> None:
+    def viewed(model, batch):
+        return nn.functional.cross_entropy(model(batch[0], batch[0][:, 0, 0, 0]), batch[1])
+
+    assert "is a part of another tensor" in off(Steered, images, *LAST, step=viewed)
+
+
+def test_another_shape_goes_through_the_plain_model() -> None:
+    shapes = itertools.cycle([(4, 2), (4, 2), (4, 3)])
+
+    class Summed(Steered):
+        def forward(self, images, steer):
+            if steer.shape[1] == 3:  # the shape decides what the frozen part gets
+                images = images.flip(-1)
+            return super().forward(images, steer.sum(1))
+
+    def varied(model, batch):
+        steer = torch.rand(next(shapes))
+        return nn.functional.cross_entropy(model(batch[0], steer), batch[1])
+
+    outcome = both(Summed, lambda: images(24), *LAST, step=varied)
+    assert "cut at layer1" in outcome.text
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.head((self.body(self.table(ids)) * mask[..., None]).mean(1))
+
+
+def test_of_several_batches_at_hand_the_one_is_taken_that_all_arguments_are_of() -> None:
+    # all masks are equal, so an argument of one batch has the values of each other batch's
+    ids = torch.randint(0, 30, (24, 5))
+    data = TensorDataset(ids, torch.ones_like(ids), ids.sum(1) % 2)
+    model = Masked()
+    freeze_prefix(model, "head")
+    cache = layerwise.PrefixCache(model, DataLoader(data, batch_size=4), storage="memory")
+    for _ in range(3):
+        for x, mask, y in list(cache.batches()):
+            nn.functional.cross_entropy(model(x, mask), y).backward()
+    assert "cut at" in cache.describe()
+    (supply,) = cache._supplies.values()
+    assert supply.replays == 6
