@@ -70,19 +70,30 @@ class Link:
                 the first call.
         """
         recipes = iter(zip(self.leaves, self.own, self.dtypes, self.orders))
-        first = next(place for place, number in enumerate(self.leaves) if number is not None)
-        before, now = len(tensors_in(self.template)[first]), len(leaves[self.leaves[first] or 0])
+        now = self._count(leaves)
 
         def leaf(given: torch.Tensor) -> torch.Tensor:
             number, own, dtype, order = next(recipes)
             if number is not None:
                 return in_order(leaves[number].to(self.device, dtype), order)
-            return given if like is not None or own is None else _of_size(own, before, now)
+            return given if like is not None or own is None else _rows(own, self._row_count(own, now))
 
         built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
             self.template if like is None else like, leaf
         )
         return built
+
+    def _count(self, leaves: Sequence[torch.Tensor]) -> int:
+        """Return the number of samples in a batch."""
+        return next(len(leaves[number]) for number in self.leaves if number is not None)
+
+    def _row_count(self, own: torch.Tensor, count: int) -> int | None:
+        """Return how long what the loop made is for a batch of `count` samples; None for a single number."""
+        if not own.dim():
+            return None
+        first = next(place for place, number in enumerate(self.leaves) if number is not None)
+        is_by_sample = len(own) == len(tensors_in(self.template)[first])
+        return count if is_by_sample else len(own)
 
     def recognises(
         self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor], tag: object, versions: Sequence[int]
@@ -103,7 +114,8 @@ class Link:
             tensors, self.leaves, self.own, self.dtypes, self.orders, self.strides
         ):
             if number is None:
-                if own is None or not _is_like(tensor, own):
+                length = None if own is None else self._row_count(own, self._count(leaves))
+                if own is None or not _is_like(tensor, own, length):
                     return False
                 continue
             if tensor.dtype != dtype or not (tensor.stride() == strides or _lies_in(tensor, order)):
@@ -188,21 +200,22 @@ def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
 
 
-def _is_like(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+def _is_like(tensor: torch.Tensor, own: torch.Tensor, length: int | None) -> bool:
     """Whether an argument that the loop made may stand for the first one: a model may look at its shape."""
     return (
         not isinstance(tensor, Ghost)
         and not tensor.requires_grad
         and (tensor.dtype, tensor.device, tensor.dim()) == (own.dtype, own.device, own.dim())
         and tensor.shape[1:] == own.shape[1:]
+        and (length is None or len(tensor) == length)
     )
 
 
-def _of_size(own: torch.Tensor, before: int, now: int) -> torch.Tensor:
-    """Return what the loop made for a batch of `before` samples for one of `now`."""
-    if now == before or not own.dim() or len(own) != before:
+def _rows(own: torch.Tensor, length: int | None) -> torch.Tensor:
+    """Return a copy, with rows left out or repeated to have so many."""
+    if length is None or length == len(own):
         return own.clone()
-    return own[torch.arange(now, device=own.device) % before]
+    return own[torch.arange(length, device=own.device) % len(own)]
 
 
 def _is_plain(value: Any) -> bool:
