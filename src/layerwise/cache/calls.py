@@ -119,14 +119,15 @@ class Calls:
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase = live.feed, live.phase
-        if not live.replayed or phase is None or phase.cut is None:
+        if phase is None or phase.cut is None or not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
         seems = self._book.weights_moved()  # or was written with what it held, as DDP does at its start
         if seems and any([self._observer.drop_stale(one) for one in live.supply.feeds]):
             live.supply.refuse("the frozen weights change while an epoch runs")
+        state = live.supply.called_in = self._book.state()
         changed = (
             bool(live.supply.reason)
-            or live.key != self._book.state()
+            or live.key != state
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
             or backend_state(link.device) != link.backends
@@ -140,6 +141,19 @@ class Calls:
         replay.__enter__()
         self._replay = replay
         return None
+
+    def _is_completed(self, live: Live, phase: Phase) -> bool:
+        """Compute what is missing of a batch that was handed out in another state; say if that went."""
+        usable = phase.verified and not (phase.reason or live.supply.reason)
+        if not usable or not live.feed.fits(len(live.indices)) or self._book.state() != live.key:
+            return False
+        try:
+            with normal_tensors(), saved_tensors_hooks(_as_it_is, _as_it_is):
+                self._observer.complete(live.feed, phase, live, live.batch)
+        except (CacheError, OSError) as error:
+            live.supply.refuse(str(error), phase)
+            return False
+        return True
 
     def _after(self, output: Any) -> None:
         """See every output of the model, and the end of a call that raised (`output` is then None)."""
@@ -174,7 +188,7 @@ class Calls:
             if link is None:
                 return
             live.seen = True
-            live.key = self._book.state()  # the loop may have changed modes since it got the batch
+            live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
             phase = live.phase = feed.phases.setdefault(live.key, Phase())
             if phase.verified or phase.reason:
                 return

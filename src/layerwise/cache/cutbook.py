@@ -125,6 +125,12 @@ class CutBook:
             self.last_state = self._states.setdefault(known, len(self._states))
         return self.last_state
 
+    def differ_in_modes(self, one: int, other: int) -> bool:
+        """Return whether two states differ in the modules' modes and in nothing else."""
+        known = list(self._states)
+        (learns, modes, settings), (others, other_modes, other_settings) = known[one], known[other]
+        return (learns, settings) == (others, other_settings) and modes != other_modes
+
     def weights_moved(self) -> bool:
         """Return whether frozen weights seem to have changed since `refresh`, or since this last said so."""
         if self._still.holds():

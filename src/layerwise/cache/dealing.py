@@ -75,6 +75,17 @@ class Dealer:
             supply.handed_out += 1
             yield live
 
+    def expected_state(self, supply: Supply) -> int:
+        """Return the state in which a batch will probably come to the model; it is looked at anew then.
+
+        That of now, unless no batch of this loader ever came in it: some loops change the modes between
+        asking for a batch and calling the model, above all after a validation.
+        """
+        now, last = self._book.last_state, supply.called_in
+        if last is None or any(now in feed.phases for feed in supply.feeds):
+            return now
+        return last if self._book.differ_in_modes(now, last) else now
+
     def deal(self, supply: Supply, indices: list[int], batch: Any, *, view: int) -> Live:
         """Return one batch.
 
@@ -84,7 +95,7 @@ class Dealer:
             batch: the loaded batch; None if it was not loaded.
             view: which draw of the samples.
         """
-        key = self._book.last_state  # looked at anew when the batch comes to the model
+        key = self.expected_state(supply)
         if self._book.settings.new > _SETTINGS and not supply.reason:
             supply.refuse("the attributes of the model's modules change from batch to batch")
         try:
@@ -101,7 +112,7 @@ class Dealer:
         if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
             return live
         sorted_anew = not (supply.reason or any(feed is one for one in supply.feeds))
-        if sorted_anew or self._book.last_state != key:
+        if sorted_anew or self.expected_state(supply) != key:
             return self.deal(supply, indices, batch, view=view)
         live.batch = batch if batch is not None else feed.reader.load_now(indices)
         live.leaves = tensors_in(live.batch)
@@ -135,12 +146,12 @@ class Dealer:
 
     def _is_known(self, supply: Supply) -> bool:
         """Whether this epoch can start without looking at a batch first."""
-        key = self._book.state()
+        key = self.expected_state(supply)
         return any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
 
     def _must_load(self, supply: Supply, view: int) -> bool:
         """Whether the loader's workers had better load every batch of this epoch."""
-        return supply.missing_frac(self._book.state(), view) > _MISSING_FRAC
+        return supply.missing_frac(self.expected_state(supply), view) > _MISSING_FRAC
 
     def drop_used(self, at_hand: deque[Live], *, ahead: int = _AHEAD) -> None:
         """Drop the batches with which the loop is done; give up where several never came to the model.

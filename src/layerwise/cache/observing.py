@@ -56,7 +56,8 @@ class Live:
     @property
     def is_awaited(self) -> bool:
         """Whether something is to be done when it comes to the model, as it has not yet."""
-        return not (self.seen or self.supply.reason) and (self.shape is not None or self.replayed)
+        to_complete = self.phase is not None and self.phase.verified and not self.phase.reason
+        return not (self.seen or self.supply.reason) and (self.shape is not None or to_complete)
 
 
 class Observer:

@@ -158,7 +158,7 @@ class PrefixCache:
         """Begin an epoch, random draws included."""
         self._calls.end_leavers(seen_or_not=True)
         self._book.refresh()
-        if supply.is_off(self._book.state()):
+        if supply.is_off(self._dealer.expected_state(supply)):
             return supply.plain()
         feeds = supply.feeds
         changed = supply.forget_changed()

@@ -48,6 +48,7 @@ class Supply:
         epochs: epochs that began.
         handed_out: batches of the epoch under way, or of the last one.
         replays: calls of the model among them that were replayed.
+        called_in: state of the model when it was last called with a batch of this loader.
         unseen: batches in a row that were handed out and never reached the model.
         watch: notices that the dataset was changed.
         changes: how often it was.
@@ -63,6 +64,7 @@ class Supply:
     epochs: int = 0
     handed_out: int = 0
     replays: int = 0
+    called_in: int | None = None
     unseen: int = 0
     watch: DataWatch | None = None
     changes: int = 0

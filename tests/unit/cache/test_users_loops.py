@@ -338,6 +338,14 @@ def in_two_modes(run: Run) -> None:
             run.step((x, y))
 
 
+def under_autocast_later(run: Run) -> None:
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for batch in run.batches(loader):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=epoch > 0):
+                run.step(batch)
+
+
 def _ahead(batches: Iterator[Any], count: int) -> Iterator[Any]:
     """A prefetcher: asks for so many batches before it hands one over."""
     waiting: deque[Any] = deque()
@@ -360,6 +368,20 @@ def batches_asked_for_ahead(run: Run) -> None:
         run.model.train()
     assert run.data.loads - before == (0 if run.cached else 22)
     assert not run.cached or not run.model._forward_pre_hooks
+
+
+def train_mode_set_in_the_step(run: Run) -> None:
+    """As transformers' Trainer does: an epoch begins in the eval mode of the validation before it."""
+    loader, held_out = run.loader(), run.loader(images(12), shuffle=False)
+    for _ in range(EPOCHS):
+        before = run.data.loads
+        for batch in _ahead(run.batches(loader), count=2):
+            run.model.train()
+            run.step(batch)
+        run.model.eval()
+        for x, _ in run.batches(held_out):
+            run.losses.append(run.model(x).sum().item())
+    assert run.data.loads - before == (0 if run.cached else 22)
 
 
 CACHED = "cut at body"
@@ -388,7 +410,9 @@ LOOPS: dict[Callable[[Run], None], str] = {
     features_collected_by_hooks: "hook",
     labels_corrected_on_the_way: CACHED,
     batches_asked_for_ahead: CACHED,
-    in_two_modes: "no batch of this epoch was replayed",
+    train_mode_set_in_the_step: CACHED,
+    in_two_modes: CACHED,
+    under_autocast_later: "no batch of this epoch was replayed",
     workers_live_on_and_the_loop_changes_the_batch: "off: ",
 }
 
