@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import resource
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -177,12 +178,17 @@ def _peak(name: str, batches: int, cached: bool) -> tuple[int, int]:
 
 
 def memory(name: str, rounds: int, batches: int) -> dict[str, Any]:
-    """Compare the peaks of a plain and a cached run of two epochs, each in a process of its own."""
-    plain, _ = in_new_process(_peak, name, batches, False, environment={})
-    cached, stored = in_new_process(_peak, name, batches, True, environment={})
+    """Compare the median peaks of plain and cached runs of two epochs, each in a process of its own."""
+    plain, cached = (
+        [in_new_process(_peak, name, batches, with_cache, environment={}) for _ in range(rounds)]
+        for with_cache in (False, True)
+    )
     return {
-        "plain_bytes": plain, "cached_bytes": cached, "stored_bytes": stored, "budget_bytes": BUDGET_BYTES,
-    }  # fmt: skip
+        "plain_bytes": statistics.median_low(peak for peak, _ in plain),
+        "cached_bytes": statistics.median_low(peak for peak, _ in cached),
+        "stored_bytes": cached[0][1],
+        "budget_bytes": BUDGET_BYTES,
+    }
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:

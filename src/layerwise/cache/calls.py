@@ -98,21 +98,19 @@ class Calls:
                 if not live.supply.reason:
                     live.supply.refuse("a transform of torch.func calls the model")
         lives = self._lives[::-1]
-        new = [one for one in lives if one.shape is not None and not (one.seen or one.supply.reason)]
-        if new:
-            live = max(new, key=lambda one: known_arguments(one.leaves, args, kwargs)) if new[1:] else new[0]
-            self._observe(live, args, kwargs)
         for live in lives:
-            if live.shape is not None:
-                if live.seen:
-                    return None
-                continue
             link = live.feed.link
-            if live.phase is None or link is None:
+            if live.shape is not None or live.phase is None or link is None:
                 continue
             if link.recognises(args, kwargs, live.leaves, live.tag, live.versions):
                 live.seen = True
                 return self._begin_replay(live, link, args, kwargs)
+        new = [one for one in lives if one.shape is not None and not (one.seen or one.supply.reason)]
+        if new:
+            live = max(new, key=lambda one: known_arguments(one.leaves, args, kwargs)) if new[1:] else new[0]
+            self._observe(live, args, kwargs)
+            if live.seen:
+                return None
         if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
             return map_tensors((args, kwargs), real)  # the loop made something of its own of the batch
         return None

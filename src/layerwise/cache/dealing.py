@@ -170,7 +170,7 @@ class Dealer:
             supply = at_hand.popleft().supply
             supply.unseen += 1
             if supply.unseen >= _PATIENCE and not supply.reason:
-                supply.refuse("the loop does not pass the loader's batches to this model")
+                supply.refuse("the loop does not pass the loader's batches to this model as they are")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

@@ -157,6 +157,9 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     if any(tensor.requires_grad for tensor in tensors):
         raise CacheError("an argument of the model requires gradients, so nothing before it can be skipped.")
     own = [tensor for tensor, number in zip(tensors, found) if number is None]
+    absent = [(leaf.shape, leaf.dtype) for number, leaf in enumerate(leaves) if number not in found]
+    if any(tensor.dim() > 1 and (tensor.shape, tensor.dtype) in absent for tensor in own):
+        return None  # other samples, with a mask like this batch's
     shared = next(
         (t for t in own if any(_share_memory(t, leaf) for leaf in (*leaves, *tensors) if leaf is not t)), None
     )

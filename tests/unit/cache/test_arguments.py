@@ -124,3 +124,18 @@ def test_of_several_batches_at_hand_the_one_is_taken_that_all_arguments_are_of()
     assert "cut at" in cache.describe()
     (supply,) = cache._supplies.values()
     assert supply.replays == 6
+
+
+def test_other_samples_with_the_batchs_mask_are_not_the_batch() -> None:
+    ids = torch.randint(0, 30, (24, 5))
+    data = TensorDataset(ids, torch.ones_like(ids), ids.sum(1) % 2)
+    model = Masked()
+    freeze_prefix(model, "head")
+    cache = layerwise.PrefixCache(model, DataLoader(data, batch_size=4), storage="memory")
+    for _ in range(3):
+        for x, mask, y in cache.batches():
+            model(x.flip(0) % 7, torch.ones_like(mask)).sum().backward()
+            nn.functional.cross_entropy(model(x, mask), y).backward()
+    (supply,) = cache._supplies.values()
+    assert "cut at" in cache.describe()
+    assert supply.replays == 6
