@@ -111,6 +111,9 @@ class Calls:
             self._observe(live, args, kwargs)
             if live.seen:
                 return None
+        tensors = {id(tensor) for tensor in tensors_in((args, kwargs))}
+        for live in lives:  # in another way than the first time, it came
+            live.seen |= live.shape is None and not tensors.isdisjoint(map(id, live.leaves))
         if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
             return map_tensors((args, kwargs), real)  # the loop made something of its own of the batch
         return None
@@ -119,9 +122,11 @@ class Calls:
         feed, phase = live.feed, live.phase
         if phase is None or phase.cut is None or not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
-        seems = self._book.weights_moved()  # or was written with what it held, as DDP does at its start
-        if seems and any([self._observer.drop_stale(one) for one in live.supply.feeds]):
-            live.supply.refuse("the frozen weights change while an epoch runs")
+        moves = self._book.look_at_weights()
+        if moves != live.supply.moves:  # or they were written with what they held, as DDP does at its start
+            live.supply.moves = moves
+            if any([self._observer.drop_stale(one) for one in live.supply.feeds]):
+                live.supply.refuse("the frozen weights change while an epoch runs")
         state = live.supply.called_in = self._book.state()
         changed = (
             bool(live.supply.reason)
@@ -129,6 +134,7 @@ class Calls:
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
             or backend_state(link.device) != link.backends
+            or not feed.has_all(phase.cut, phase.ghosts, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
             leaves = tensors_in(feed.reader.load_now(live.indices))

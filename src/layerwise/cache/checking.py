@@ -225,13 +225,17 @@ def check_backward(output: Any, parameters: Iterable[nn.Parameter]) -> None:
         logger.debug("prefix cache: the backward pass was not tried: %s", error)
 
 
+_CAST = "ToCopyBackward0"
+
+
 @dataclass(frozen=True)
 class Flow:
     """How gradients flow back from a model's output.
 
     Attributes:
         learning: ids of the parameters that they reach.
-        operations: how often each kind of backward operation is passed.
+        operations: how often each kind of backward operation is passed, casts left out: autocast may cast a
+            weight that is used twice once or twice.
     """
 
     learning: frozenset[int]
@@ -251,20 +255,15 @@ class Flow:
             waiting += found
         variables = (getattr(node, "variable", None) for node in nodes)
         learning |= {id(variable) for variable in variables if isinstance(variable, nn.Parameter)}
-        return cls(frozenset(learning), Counter(node.name() for node in nodes))
+        return cls(frozenset(learning), Counter(name for node in nodes if (name := node.name()) != _CAST))
 
     def difference(self, output: Any) -> str:
-        """Return what is not the same in another output of the model; ``""`` if nothing is.
-
-        Under autocast, operations are not compared: weights that are used twice may be cast once or twice.
-        """
+        """Return what is not the same in another output of the model; ``""`` if nothing is."""
         other = Flow.of(output)
         if self.learning != other.learning:
             return (
                 f"gradients reach {len(self.learning)} parameters, and {len(other.learning)} in the plain one"
             )
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            return ""
         gone, extra = other.operations - self.operations, self.operations - other.operations
         names = ", ".join(dict.fromkeys([*gone, *extra]))
         return f"gradients take another way ({names})" if names else ""

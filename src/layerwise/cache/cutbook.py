@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +17,8 @@ from layerwise.layers.recording import Recording, record
 Modes = Mapping[nn.Module, bool]
 """Module -> whether it is in train mode; without those that do the same in either mode."""
 
-Inputs = frozenset[int]
-"""Numbers of the model's inputs."""
+Form = Hashable
+"""How the model is called: the structure of its arguments, and those that are no tensors (`Link.form`)."""
 
 _MODELESS = frozenset(
     {
@@ -81,6 +81,7 @@ class CutBook:
     Attributes:
         settings: of the model's modules.
         last_state: what `state` returned last.
+        moves: how often frozen weights seemed to have changed, as far as `look_at_weights` saw.
     """
 
     def __init__(
@@ -92,15 +93,17 @@ class CutBook:
         self.last_state = 0
         self._states: dict[Any, int] = {}
         self._seen: Any = None  # what `last_state` stands for
-        self._found: dict[tuple[frozenset[str], Inputs, int], list[tuple[Modes, Cut]]] = {}
-        self._foreseen: dict[tuple[frozenset[str], Inputs], _Foreseen] = {}
+        self._found: dict[tuple[frozenset[str], Form, int], list[tuple[Modes, Cut]]] = {}
+        self._foreseen: dict[tuple[frozenset[str], Form], _Foreseen] = {}
         self.settings = Settings(model.modules())
-        self._still: Stillness
-        self._still_state = -1  # that in which `_still` was made
+        self._all = list(model.modules())
+        self._still, self._still_state = Stillness(self._all), -1  # the state in which it was made
+        self.moves = 0
         self.refresh()
 
     def refresh(self) -> None:
         """Look again which modules and parameters the model has; once an epoch, as it takes a while."""
+        self.look_at_weights()
         self._all = list(self._model.modules())
         self._modules = [
             module
@@ -109,7 +112,7 @@ class CutBook:
         ]
         self._parameters = parameters_in(self._all)
         self.settings.refresh(self._all)
-        if self.state() != self._still_state or not self._still.holds():
+        if self.state() != self._still_state:
             self._still, self._still_state = Stillness(self._all), self.last_state
 
     def state(self) -> int:
@@ -131,26 +134,32 @@ class CutBook:
         (learns, modes, settings), (others, other_modes, other_settings) = known[one], known[other]
         return (learns, settings) == (others, other_settings) and modes != other_modes
 
-    def weights_moved(self) -> bool:
-        """Return whether frozen weights seem to have changed since `refresh`, or since this last said so."""
-        if self._still.holds():
-            return False
-        self._still, self._still_state = Stillness(self._all), -1
-        return True
+    def look_at_weights(self) -> int:
+        """Return `moves`, after a look at the weights that were frozen when `refresh` was last called."""
+        if not self._still.holds():
+            self._still, self._still_state = Stillness(self._all), self.state()
+            self.moves += 1
+        return self.moves
 
-    def known(self, changing: Inputs) -> Cut | None:
+    def known(self, form: Form) -> Cut | None:
         """Return a cut that holds in the present state, if one was found before.
 
         A cut that was found in train mode also holds in eval mode: with fewer modules training, fewer
         operations are random. The reverse is not true.
         """
-        for recorded, cut in self._found.get((self._trainable(), changing, self.settings.number()), ()):
+        for recorded, cut in self._found.get((self._trainable(), form, self.settings.number()), ()):
             if not any(module.training and not recorded.get(module, False) for module in self._modules):
                 return cut
         return None
 
     def find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], changing: Inputs, *, at_inputs: bool = True
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        form: Form,
+        *,
+        changing: frozenset[int] = frozenset(),
+        at_inputs: bool = True,
     ) -> Cut:
         """Return the cut for the present state, recording one forward pass if it has to be looked for.
 
@@ -159,7 +168,8 @@ class CutBook:
         Args:
             args: of the model's forward.
             kwargs: of the model's forward.
-            changing: which of their tensors are not the data's.
+            form: of the call.
+            changing: which of the arguments' tensors are not the data's.
             at_inputs: see `find_cut`; False replaces the cut that was found before.
 
         Raises:
@@ -167,7 +177,7 @@ class CutBook:
             RecordingError: the forward pass cannot be recorded.
             CacheError: it writes to a parameter.
         """
-        cut = self.known(changing)
+        cut = self.known(form)
         if cut is not None and at_inputs:
             return cut
         if self._tuner is not None and getattr(self._phase, "sample_groups", None):
@@ -175,7 +185,7 @@ class CutBook:
                 "the phase draws anew every few steps which groups learn, so no prefix stays frozen for long."
             )
         trainable = self._trainable()
-        cut = self._told_before(trainable, changing) if at_inputs else None
+        cut = self._told_before(trainable, form) if at_inputs else None
         if cut is None:
             recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
             if recording.rewritten:
@@ -187,14 +197,12 @@ class CutBook:
             if any(values[key].input in changing for op in recording.ops for key in op.mutates):
                 raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
             if at_inputs:
-                self._foresee(recording, changing)
+                self._foresee(recording, form, changing)
             cut = find_cut(recording, trainable, changing=changing, at_inputs=at_inputs)
-        self._found.setdefault((trainable, changing, self.settings.number()), []).insert(
-            0, (self._modes(), cut)
-        )
+        self._found.setdefault((trainable, form, self.settings.number()), []).insert(0, (self._modes(), cut))
         return cut
 
-    def _foresee(self, recording: Recording, changing: Inputs) -> None:
+    def _foresee(self, recording: Recording, form: Form, changing: frozenset[int]) -> None:
         """Find the cuts of the later phases, which spares them a recording of their own."""
         modes, settings = self._modes(), self.settings.number()
         for names in self._lengths():
@@ -202,9 +210,9 @@ class CutBook:
                 found: Cut | str = find_cut(recording, names, changing=changing)
             except NothingToSkipError as error:
                 found = str(error)
-            self._foreseen[names, changing] = _Foreseen(modes, settings, found)
+            self._foreseen[names, form] = _Foreseen(modes, settings, found)
 
-    def _told_before(self, trainable: frozenset[str], changing: Inputs) -> Cut | None:
+    def _told_before(self, trainable: frozenset[str], form: Form) -> Cut | None:
         """Return the cut that an earlier phase's recording told for now, if it still holds.
 
         A phase that unfreezes a group puts it into train mode. That makes nothing random or dependent on
@@ -214,7 +222,7 @@ class CutBook:
         Raises:
             NothingToSkipError: there was nothing to skip then, and no fewer modules train now.
         """
-        told = self._foreseen.get((trainable, changing))
+        told = self._foreseen.get((trainable, form))
         if told is None or told.settings != self.settings.number():
             return None
         if isinstance(told.cut, str):
@@ -236,9 +244,9 @@ class CutBook:
             found.update(self._model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
         return {module for module in found if type(module).forward is not nn.Sequential.forward}
 
-    def later(self, changing: Inputs) -> list[tuple[int, Cut]]:
+    def later(self, form: Form) -> list[tuple[int, Cut]]:
         """Return the foreseen cuts of later phases and runs, with the epochs that each lasts."""
-        told = ((epochs, self._foreseen.get((names, changing))) for names, epochs in self._lengths().items())
+        told = ((epochs, self._foreseen.get((names, form))) for names, epochs in self._lengths().items())
         return [(epochs, one.cut) for epochs, one in told if one is not None and isinstance(one.cut, Cut)]
 
     def _lengths(self) -> dict[frozenset[str], int]:

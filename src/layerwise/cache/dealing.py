@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
-_AHEAD = 8  # batches that a loop may ask for before it passes the first of them to the model
-_PATIENCE = 3  # batches after these that may not reach the model before the cache gives up
+_AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
+_REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
+_PATIENCE = 3  # batches at the end of an epoch that may not have come to the model
 
 
 class Epoch(Iterator[Any]):
@@ -66,6 +68,7 @@ class Dealer:
         view = supply.epochs % supply.views
         supply.epochs += 1
         supply.handed_out = supply.replays = 0
+        supply.came = supply.asks_ahead = False
         known = self._is_known(supply)
         for indices, batch in supply.schedule(order, known, lambda: self._must_load(supply, view)):
             with normal_tensors():
@@ -153,24 +156,30 @@ class Dealer:
         """Whether the loader's workers had better load every batch of this epoch."""
         return supply.missing_frac(self.expected_state(supply), view) > _MISSING_FRAC
 
-    def drop_used(self, at_hand: deque[Live], *, ahead: int = _AHEAD) -> None:
+    def drop_used(self, supply: Supply, at_hand: deque[Live], *, over: bool = False) -> None:
         """Drop the batches with which the loop is done; give up where several never came to the model.
 
         Loops that ask for batches ahead (a prefetcher, Accelerate) have some at hand that are still to come.
 
         Args:
-            at_hand: what was handed out, in order.
-            ahead: how many of them may still come.
+            supply: whose batches.
+            at_hand: what was handed out and not dropped, in order.
+            over: none of them comes any more.
         """
-        for live in [live for live in at_hand if not live.is_awaited]:
-            at_hand.remove(live)
-            if live.seen:
-                live.supply.unseen = 0
-        while len(at_hand) > ahead:
-            supply = at_hand.popleft().supply
-            supply.unseen += 1
-            if supply.unseen >= _PATIENCE and not supply.reason:
-                supply.refuse("the loop does not pass the loader's batches to this model as they are")
+        came = [number for number, live in enumerate(at_hand) if live.seen]
+        if came:
+            supply.came, supply.unseen = True, 0
+            supply.asks_ahead |= not at_hand[-1].seen
+            for live in islice(at_hand, came[-1]):
+                live.is_passed_over = True  # the loop went on with a later one
+        awaited = [live for live in at_hand if live.is_awaited]
+        real = [live for live in awaited if not live.replayed]
+        dropped = {*awaited} if over else {*awaited[:-_AHEAD], *real[:-_REAL_AHEAD]}
+        supply.unseen += sum(not live.is_passed_over for live in dropped)
+        at_hand.clear()
+        at_hand.extend(live for live in awaited if live not in dropped)
+        if over and supply.unseen >= _PATIENCE and not supply.reason:
+            supply.refuse("the loop does not pass the loader's batches to this model as they are")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

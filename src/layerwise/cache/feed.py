@@ -253,6 +253,12 @@ class Feed:
             absent |= column.missing(rows)
         return absent
 
+    def has_all(self, cut: Cut, ghosts: frozenset[int], rows: torch.Tensor) -> bool:
+        """Return whether nothing is missing of `rows` (int64)."""
+        if any(site not in self.constants for site in cut.constants):
+            return False
+        return self.is_whole(cut, ghosts) or not self.missing(cut, ghosts, rows).any()
+
     def values(self, cut: Cut, rows: torch.Tensor, device: torch.device) -> dict[Site, torch.Tensor]:
         """Return what the sites of `cut` hold for a batch of `rows`."""
         found = {site: copied(self.constants[site]) for site in cut.constants}  # may be written to

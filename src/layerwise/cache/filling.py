@@ -132,7 +132,7 @@ def _fill(
 def _cuts(observer: Observer, feed: Feed, cut: Cut) -> list[Cut]:
     """Return the cuts whose values are stored: the present one, and later ones for which there is room."""
     assert feed.link is not None
-    later = [other for _, other in observer.book.later(feed.link.changing)]
+    later = [other for _, other in observer.book.later(feed.link.form)]
     return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
 

@@ -6,9 +6,10 @@ first call is watched, and each tensor argument is recognised among the tensors 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+_TENSOR = "a tensor"
+_NAMED = (FunctionType, BuiltinFunctionType, type)
+"""What is told by who it is."""
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
@@ -34,7 +38,7 @@ class Link:
         dtypes: of the arguments: a loop may cast what the loader gives.
         orders: of their dimensions in memory: kernels, and so last bits, are chosen by it.
         strides: of the arguments of the first call: who has the same has the same order.
-        arguments: ``(args, kwargs)`` with None in place of tensors: the constants.
+        arguments: structure of ``(args, kwargs)``, with the constants (`_outline`).
         template: ``(args, kwargs)`` with meta tensors.
         autocast: state of autocast around the call.
         grad: gradients were on.
@@ -47,12 +51,17 @@ class Link:
     dtypes: tuple[torch.dtype, ...]
     orders: tuple[tuple[int, ...], ...]
     strides: tuple[tuple[int, ...], ...]
-    arguments: Any
+    arguments: Hashable
     template: Any
     autocast: Autocast
     grad: bool
     backends: list[Any]
     device: torch.device
+
+    @property
+    def form(self) -> Hashable:
+        """Whatever tells this way to call the model from others, whichever loader's batches it is for."""
+        return self.arguments, self.changing
 
     @property
     def changing(self) -> frozenset[int]:
@@ -82,6 +91,17 @@ class Link:
             self.template if like is None else like, leaf
         )
         return built
+
+    def apart(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call in containers of their own, and copies of what the loop made.
+
+        For a pass of the cache's: the model may write to either.
+        """
+        numbers = iter(self.leaves)
+        found: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
+            (args, kwargs), lambda tensor: tensor.clone() if next(numbers) is None else tensor
+        )
+        return found
 
     def _count(self, leaves: Sequence[torch.Tensor]) -> int:
         """Return the number of samples in a batch."""
@@ -113,6 +133,8 @@ class Link:
         for tensor, number, own, dtype, order, strides in zip(
             tensors, self.leaves, self.own, self.dtypes, self.orders, self.strides
         ):
+            if not _is_dense(tensor):
+                return False
             if number is None:
                 length = None if own is None else self._row_count(own, self._count(leaves))
                 if own is None or not _is_like(tensor, own, length):
@@ -132,11 +154,8 @@ class Link:
         return bool(one == another)
 
     def same_constants(self, args: Any, kwargs: Any) -> bool:
-        """Return whether all arguments that are not tensors are those of the first call."""
-        try:
-            return bool(map_tensors((args, kwargs), lambda tensor: None) == self.arguments)
-        except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
-            return False
+        """Return whether the structure, and all that is not a tensor, is as in the first call."""
+        return _outline((args, kwargs)) == self.arguments
 
 
 def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | None:
@@ -154,6 +173,8 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     device = next((tensor.device for tensor, number in zip(tensors, found) if number is not None), None)
     if device is None:
         return None
+    if not all(map(_is_dense, tensors)):
+        raise CacheError("an argument of the model is a sparse or nested tensor. Let the model make it.")
     if any(tensor.requires_grad for tensor in tensors):
         raise CacheError("an argument of the model requires gradients, so nothing before it can be skipped.")
     own = [tensor for tensor, number in zip(tensors, found) if number is None]
@@ -168,8 +189,8 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
             f"the model's argument of shape {tuple(shared.shape)} is a part of another tensor of the batch "
             f"or the call, so who writes to one writes to both. Let the dataset return it, or pass a copy."
         )
-    arguments = map_tensors((args, kwargs), lambda tensor: None)
-    if not _is_plain(arguments):
+    arguments = _outline((args, kwargs))
+    if arguments is None:
         raise CacheError(
             "an argument of the model is an object whose content may change from call to call. Pass numbers, "
             "texts and tensors."
@@ -192,6 +213,10 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
 def known_arguments(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> int:
     """Return how many arguments of a call are tensors of a batch."""
     return sum(_position(tensor, leaves) is not None for tensor in tensors_in((args, kwargs)))
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -221,20 +246,27 @@ def _rows(own: torch.Tensor, length: int | None) -> torch.Tensor:
     return own[torch.arange(length, device=own.device) % len(own)]
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an argument is what it is: no object whose content may change behind the same name."""
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    return isinstance(value, _PLAIN) or callable(value)
+def _outline(value: Any) -> Hashable:
+    """Return something to compare a structure of arguments by: all but what tensors hold, order included.
+
+    None where that cannot be told: an object may change behind the same name.
+    """
+    if isinstance(value, torch.Tensor):
+        return _TENSOR
+    if isinstance(value, tuple | list | Mapping):
+        parts = [_outline(part) for part in (value.values() if isinstance(value, Mapping) else value)]
+        names = tuple(map(repr, value)) if isinstance(value, Mapping) else ()
+        return None if None in parts else (type(value), names, tuple(parts))
+    if isinstance(value, _NAMED):
+        return value
+    return (type(value), repr(value)) if isinstance(value, _PLAIN) else None  # True is not 1, nor 0.0 -0.0
 
 
 def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
     for number, leaf in enumerate(leaves):
         if tensor is leaf:
             return number
-    for number, leaf in enumerate(leaves):
+    for number, leaf in enumerate(leaves if _is_dense(tensor) else ()):
         if tensor.shape == leaf.shape and not isinstance(tensor, Ghost):
             moved = leaf.detach().to(tensor.device, tensor.dtype)
             if same_bits(moved, tensor.detach()):

@@ -51,6 +51,7 @@ class Live:
         self.shape: BatchShape | None = None  # of a real one that is looked at when it reaches the model
         self.replayed = False  # with ghosts
         self.seen = False  # it reached the model
+        self.is_passed_over = False  # a later one reached the model before it
         self.phase: Phase | None = None
 
     @property
@@ -117,8 +118,8 @@ class Observer:
         elif not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
-        cut = self.book.find(args, kwargs, link.changing)
-        later = [other for _, other in self.book.later(link.changing)]
+        cut = self.book.find(*link.apart(args, kwargs), link.form, changing=link.changing)
+        later = [other for _, other in self.book.later(link.form)]
         feed.forget_other([cut, *later])
         self.stock.release_unused(feed, [cut, *later])
         try:
@@ -210,7 +211,7 @@ class Observer:
         assert phase.cut is not None
         numbers = iter(link.leaves)
         args, kwargs = map_tensors(
-            (args, kwargs),
+            link.apart(args, kwargs),
             lambda t: (
                 ghost(tuple(t.shape), t.dtype, t.device, order=memory_order(t))
                 if next(numbers) in phase.ghosts
@@ -252,7 +253,7 @@ class Observer:
     ) -> None:
         assert phase.cut is not None
         assert feed.link is not None
-        later = self.book.later(feed.link.changing)
+        later = self.book.later(feed.link.form)
         if self._is_stored(feed, phase.cut, rows):
             phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)
         else:
@@ -317,7 +318,7 @@ class Observer:
             if not feed.reload and feed.shape.has_other_values(part):
                 feed.reload = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
-            later = [cut for _, cut in self.book.later(feed.link.changing)]
+            later = [cut for _, cut in self.book.later(feed.link.form)]
             cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
             found = self._captured(feed, cuts, leaves, len(where))
             self._put(feed, found.values, leaves, live.rows[absent])
@@ -358,7 +359,7 @@ class Observer:
         Gradients are on where the loop has them on: some kernels give other last bits without. Frozen layers
         keep nothing for them.
         """
-        args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor)  # the model may change containers
+        args, kwargs = link.apart(args, kwargs)
         impure = any(cut.impure for cut in cuts) or skeletons
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "busy", self.busy)

@@ -23,7 +23,7 @@ from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import open_supply
-from layerwise.cache.prepared import Instead, inner, is_prepared, iterated
+from layerwise.cache.prepared import inner, is_prepared, iterated, stand_in
 from layerwise.cache.reading import Order, kept_random_state
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.supply import Supply
@@ -152,7 +152,7 @@ class PrefixCache:
             CacheError: there is no loader.
         """
         loader = self._loader(loader)
-        return Instead(loader, functools.partial(self.batches, loader))
+        return stand_in(loader, functools.partial(self.batches, inner(loader)))
 
     def _begin(self, supply: Supply) -> Iterator[Any]:
         """Begin an epoch, random draws included."""
@@ -166,6 +166,7 @@ class PrefixCache:
             self.stock.forget(feeds)
         if changed and supply.changes > _CHANGES:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
+        supply.moves = self._book.moves
         for feed in supply.feeds:
             self._observer.drop_stale(feed)
         assert supply.reader is not None
@@ -178,9 +179,10 @@ class PrefixCache:
             for live in self._dealer.epoch(supply, order):
                 at_hand.append(live)
                 yield live.batch
-                self._dealer.drop_used(at_hand)
-            stack.callback(self._dealer.drop_used, at_hand, ahead=0)
-            self._calls.leave(at_hand, stack.pop_all())
+                self._dealer.drop_used(supply, at_hand)
+            stack.callback(self._dealer.drop_used, supply, at_hand, over=True)
+            if supply.asks_ahead or not supply.came:
+                self._calls.leave(at_hand, stack.pop_all())
         self.stock.shelf.publish_complete()
 
     def fill(
@@ -249,8 +251,9 @@ class PrefixCache:
                 lines.append(f"prefix cache{name}: {stored:,} of {samples:,} samples stored so far")
             if supply.is_idle(key):
                 lines.append(
-                    f"prefix cache{name}: no batch of this epoch was replayed: the model is called in "
-                    f"another state (train or eval, what learns, autocast) than when the batch was made"
+                    f"prefix cache{name}: no batch of this epoch was replayed: the model is called with "
+                    f"other arguments, or in another state (train or eval, what learns, autocast), than when "
+                    f"it was looked at"
                 )
         return "\n".join(lines) or "prefix cache: waiting for the first batch"
 

@@ -29,16 +29,31 @@ def inner(loader: Any) -> DataLoader[Any]:
 def iterated(loader: Any, batches: Iterable[Any]) -> Iterator[Any]:
     """Yield what a prepared loader would make of an epoch, if `batches` were what it reads."""
     base, outer = loader.base_dataloader, iter(loader)
-    loader.base_dataloader = Instead(base, lambda: iter(batches))
+    loader.base_dataloader = _Instead(base, lambda: iter(batches))
     try:
         first = list(itertools.islice(outer, 1))  # begins the epoch: iterates over what it reads
     finally:
         loader.base_dataloader = base
-    yield from first
+    while first:
+        yield first.pop()  # not kept while the loop goes on
     yield from outer
 
 
-class Instead:
+def stand_in(loader: Any, begin: Callable[[], Iterator[Any]]) -> Any:
+    """Return what iterates over other batches, and is the loader in all else.
+
+    Args:
+        loader: any; of a prepared one, another prepared one is returned, as frameworks look at its class.
+        begin: returns the batches of one epoch, of the loader from which a prepared one reads.
+    """
+    if not is_prepared(loader):
+        return _Instead(loader, begin)
+    made = object.__new__(type(loader))
+    vars(made).update(vars(loader), base_dataloader=_Instead(loader.base_dataloader, begin))
+    return made
+
+
+class _Instead:
     """A loader with other batches; in all else it is the loader.
 
     Args:

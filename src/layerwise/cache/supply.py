@@ -48,7 +48,10 @@ class Supply:
         epochs: epochs that began.
         handed_out: batches of the epoch under way, or of the last one.
         replays: calls of the model among them that were replayed.
+        moves: `CutBook.moves` when what is stored was last compared with the weights.
         called_in: state of the model when it was last called with a batch of this loader.
+        came: a batch of the epoch under way, or of the last one, came to the model.
+        asks_ahead: the loop asked for a batch before it passed on the one before.
         unseen: batches in a row that were handed out and never reached the model.
         watch: notices that the dataset was changed.
         changes: how often it was.
@@ -64,7 +67,10 @@ class Supply:
     epochs: int = 0
     handed_out: int = 0
     replays: int = 0
+    moves: int = 0
     called_in: int | None = None
+    came: bool = False
+    asks_ahead: bool = False
     unseen: int = 0
     watch: DataWatch | None = None
     changes: int = 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import warnings
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
-from cache_loops import both, freeze_prefix, images, off
+from cache_loops import Outcome, assert_same, both, freeze_prefix, images, off, train
 from helpers import TinyCNN
+from layerwise.errors import LayerwiseWarning
 
 LAST = ("layer2", "fc")
 
@@ -139,3 +143,115 @@ def test_other_samples_with_the_batchs_mask_are_not_the_batch() -> None:
     (supply,) = cache._supplies.values()
     assert "cut at" in cache.describe()
     assert supply.replays == 6
+
+
+class TwoPlaces(TinyCNN):
+    """A second argument acts before or behind the frozen layers, by its name; `scale` does so too."""
+
+    def forward(
+        self, images: Tensor, early: Tensor | None = None, late: Tensor | None = None, scale: float = 1
+    ) -> Tensor:
+        if early is not None:
+            images = images + early
+        if scale is True:
+            images = images.flip(-1)
+        features = self.layer1(self.stem(images.abs() * math.copysign(1, scale)))
+        return self.fc((self.layer2(features) + (0 if late is None else late)).mean((2, 3)))
+
+
+WAYS: dict[str, Any] = {
+    "None where a tensor was": [
+        lambda m, x: m(x, None, torch.rand(())),
+        lambda m, x: m(x, torch.rand(()), None),
+    ],
+    "by other names": [lambda m, x: m(x, late=torch.rand(())), lambda m, x: m(x, early=torch.rand(()))],
+    "equal, and not the same": [lambda m, x: m(x, scale=1), lambda m, x: m(x, scale=True)],
+    "another zero": [lambda m, x: m(x, scale=0.0), lambda m, x: m(x, scale=-0.0)],
+    "left out": [lambda m, x: m(x, None, torch.rand(())), lambda m, x: m(x)],
+}
+
+
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+def test_calls_in_another_way_than_the_first_are_plain(ways) -> None:
+    def run(cached: bool) -> Outcome:
+        turns = itertools.cycle([ways[0], ways[0], ways[1]])
+        return train(
+            TwoPlaces, images(20), *LAST, cached=cached,
+            step=lambda m, b: nn.functional.cross_entropy(next(turns)(m, b[0]), b[1]),
+        )  # fmt: skip
+
+    plain, cached = run(False), run(True)
+    assert_same(plain, cached)
+    assert "cut at layer1" in cached.text
+    (supply,) = cached.cache._supplies.values()
+    assert 0 < supply.replays < 5
+
+
+def test_two_loaders_may_call_the_model_in_two_ways() -> None:
+    # what one call's recording tells does not hold for the other: there, the argument acts before the cut
+    def stepped(model, batch):
+        name = "late" if model.training else "early"
+        return nn.functional.cross_entropy(model(batch[0], **{name: torch.rand(())}), batch[1])
+
+    outcome = both(TwoPlaces, images, *LAST, step=stepped, validate=True)
+    train_told, eval_told = outcome.text.split("(loader 2)")
+    assert "cut at layer1" in train_told
+    assert "off" in eval_told
+
+
+class Named(TinyCNN):
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return super().forward(one) + 2 * super().forward(other)
+
+
+def test_names_in_another_order_are_another_way() -> None:
+    pairs = Pairs(*images().inputs.split(11), torch.randint(0, 4, (11,)))
+    turns = [itertools.cycle([True, True, False]) for _ in range(2)]
+
+    def stepped(model, batch, turn=None):
+        one, other, y = batch
+        names = {"one": one, "other": other} if next(turn) else {"other": one, "one": other}
+        return nn.functional.cross_entropy(model(**names), y)
+
+    runs = [
+        train(Named, pairs, *LAST, cached=cached, step=functools.partial(stepped, turn=turn))
+        for cached, turn in zip((False, True), turns)
+    ]
+    assert_same(*runs)
+
+
+class Pairs(TensorDataset):
+    """Two images and a label."""
+
+
+def test_what_the_model_writes_past_torch_is_not_written_twice() -> None:
+    class Counting(Steered):
+        def forward(self, images, steer):
+            steer.numpy()[...] += 1
+            return super().forward(images, steer)
+
+    kept = [torch.zeros(()), torch.zeros(())]
+
+    def run(cached: bool) -> Outcome:
+        step = lambda m, b: nn.functional.cross_entropy(m(b[0], kept[cached]), b[1])  # noqa: E731
+        return train(Counting, images(), *LAST, cached=cached, step=step)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerwiseWarning)
+        assert_same(run(False), run(True))
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.eye(4).to_sparse_csr(), lambda: torch.nested.nested_tensor([torch.ones(2)])]
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_arguments_that_are_not_dense_are_refused(make) -> None:
+    class Weighted(TinyCNN):
+        def forward(self, images, weights):
+            return super().forward(images) * len(weights.values() if weights.is_sparse_csr else [1])
+
+    text = off(
+        Weighted, images, *LAST, step=lambda m, b: nn.functional.cross_entropy(m(b[0], make()), b[1])
+    )  # fmt: skip
+    assert "sparse or nested" in text

@@ -110,6 +110,18 @@ def test_autocast_is_part_of_the_cut() -> None:
     assert {s.column.spec.dtype for s in feed.sites.values()} == {torch.bfloat16}
 
 
+class EntersAutocast(TinyCNN):
+    def forward(self, images):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = self.layer1(self.stem(images))
+            return super().forward(images) + self.fc(self.layer2(features).mean((2, 3)))
+
+
+def test_a_forward_that_enters_autocast_and_uses_a_weight_twice() -> None:
+    # autocast remembers the weight in the loop, and not in passes of the cache's own: that is no difference
+    assert "cut at layer1" in both(EntersAutocast, images, "layer2", "fc").text
+
+
 def test_autocast_switched_off_in_the_middle_of_a_loop() -> None:
     # values computed under autocast must not be used in a call without it: the real samples are loaded
     counter = iter(range(10_000))

@@ -370,6 +370,38 @@ def batches_asked_for_ahead(run: Run) -> None:
     assert not run.cached or not run.model._forward_pre_hooks
 
 
+def fetched_far_ahead(run: Run) -> None:
+    loader = run.loader(batch_size=1)
+    for epoch in range(EPOCHS):
+        before = run.data.loads
+        batches = list(run.batches(loader)) if epoch < 2 else _ahead(run.batches(loader), count=12)
+        for batch in batches:
+            run.step(batch)
+    assert run.data.loads - before == (0 if run.cached else 22)
+
+
+def last_batch_not_used(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for number, batch in enumerate(run.batches(loader)):
+            if number not in (1, 5):
+                run.step(batch)
+        assert not run.model._forward_pre_hooks
+
+
+def frozen_weights_change_before_a_validation(run: Run) -> None:
+    loader, held_out = run.loader(), run.loader(images(12), shuffle=False)
+    for epoch in range(EPOCHS):
+        for number, batch in enumerate(run.batches(loader)):
+            if (epoch, number) == (1, 2):
+                with torch.no_grad():
+                    run.model.body[0].weight.mul_(1.5)
+                run.model.eval()
+                run.losses += [run.model(x).sum().item() for x, _ in run.batches(held_out)]
+                run.model.train()
+            run.step(batch)
+
+
 def train_mode_set_in_the_step(run: Run) -> None:
     """As transformers' Trainer does: an epoch begins in the eval mode of the validation before it."""
     loader, held_out = run.loader(), run.loader(images(12), shuffle=False)
@@ -410,6 +442,9 @@ LOOPS: dict[Callable[[Run], None], str] = {
     features_collected_by_hooks: "hook",
     labels_corrected_on_the_way: CACHED,
     batches_asked_for_ahead: CACHED,
+    fetched_far_ahead: CACHED,
+    last_batch_not_used: CACHED,
+    frozen_weights_change_before_a_validation: "off: the frozen weights change while an epoch runs",
     train_mode_set_in_the_step: CACHED,
     in_two_modes: CACHED,
     under_autocast_later: "no batch of this epoch was replayed",

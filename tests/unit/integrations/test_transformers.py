@@ -173,36 +173,55 @@ class Counted(list):
         return super().__getitem__(index)
 
 
+def train_with(cache_of, samples, folder, *, epochs=4, resume=None, **options):
+    """Train the last two groups; `cache_of` returns a cache for model and tuner, or None."""
+    model = start()
+    layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
+    steps = 3 // options.get("gradient_accumulation_steps", 1)
+    tuner = tuner_of(model, layerwise.top_k(layers, k=2, epochs=epochs), steps_per_epoch=steps)
+    cache, callback = cache_of(model, tuner), integration.TunerCallback(tuner)
+
+    class Trainer(transformers.Trainer):
+        def get_train_dataloader(self):
+            loader = super().get_train_dataloader()
+            return loader if cache is None else cache.as_loader(loader)
+
+    trainer = Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(folder), num_train_epochs=epochs, per_device_train_batch_size=8, use_cpu=True, report_to=[],
+            disable_tqdm=True, max_grad_norm=0.0, **options,
+        ),
+        train_dataset=samples,
+        callbacks=[callback],
+        optimizers=callback.optimizers,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return model.state_dict(), cache
+
+
+def no_cache(model, tuner):
+    return None
+
+
+def a_cache(model, tuner):
+    return layerwise.PrefixCache(model, tuner=tuner, storage="memory")
+
+
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_trainer_trains_from_a_cache(accumulated, data, tmp_path) -> None:
     # it fetches the batches of a whole update ahead, and gives the model a number that it counts itself
-    ends = []
-    for cached in (False, True):
-        model, samples = start(), Counted(data)
-        layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
-        plan = layerwise.top_k(layers, k=2, epochs=4)
-        tuner = tuner_of(model, plan, steps_per_epoch=3 // accumulated)
-        cache = layerwise.PrefixCache(model, tuner=tuner, storage="memory")
-        callback = integration.TunerCallback(tuner)
-
-        class Trainer(transformers.Trainer):
-            def get_train_dataloader(self, cached=cached, cache=cache):
-                loader = super().get_train_dataloader()
-                return cache.as_loader(loader) if cached else loader
-
-        trainer = Trainer(
-            model,
-            transformers.TrainingArguments(
-                str(tmp_path / str(cached)), num_train_epochs=4, per_device_train_batch_size=8, use_cpu=True,
-                gradient_accumulation_steps=accumulated, report_to=[], disable_tqdm=True, max_grad_norm=0.0,
-            ),
-            train_dataset=samples,
-            callbacks=[callback],
-            optimizers=callback.optimizers,
-        )  # fmt: skip
-        trainer.train()
-        ends.append((model.state_dict(), samples.reads))
-    (plain, reads), (weights, cached_reads) = ends
+    samples, others = Counted(data), Counted(data)
+    options = {"gradient_accumulation_steps": accumulated}
+    plain, _ = train_with(no_cache, samples, tmp_path / "plain", **options)
+    weights, cache = train_with(a_cache, others, tmp_path / "cached", **options)
     assert all(torch.equal(value, weights[name]) for name, value in plain.items())
     assert "cut at resnet" in cache.describe()
-    assert cached_reads < reads == 96
+    assert others.reads < samples.reads == 96
+
+
+def test_the_trainer_resumes_in_mid_epoch_with_a_cache(data, tmp_path) -> None:
+    plain, _ = train_with(no_cache, data, tmp_path, save_strategy="steps", save_steps=4)
+    weights, cache = train_with(a_cache, data, tmp_path / "2", resume=str(tmp_path / "checkpoint-4"))
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    assert "cut at resnet" in cache.describe()
