@@ -154,6 +154,8 @@ class Calls:
         try:
             with normal_tensors(), saved_tensors_hooks(_as_it_is, _as_it_is):
                 self._observer.complete(live.feed, phase, live, live.batch)
+        except OtherShapeError:  # the next batch that is made will tell
+            return False
         except (CacheError, OSError) as error:
             live.supply.refuse(str(error), phase)
             return False

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -115,33 +116,30 @@ class Masked(nn.Module):
         return self.head((self.body(self.table(ids)) * mask[..., None]).mean(1))
 
 
-def test_of_several_batches_at_hand_the_one_is_taken_that_all_arguments_are_of() -> None:
-    # all masks are equal, so an argument of one batch has the values of each other batch's
+def one_by_one(model: Masked, cache: layerwise.PrefixCache) -> Iterator[Any]:
+    """Between its steps, a loop passes other samples with an equal mask."""
+    for x, mask, y in cache.batches():
+        model(x.flip(0) % 7, torch.ones_like(mask))
+        yield x, mask, y
+
+
+def all_at_hand(model: Masked, cache: layerwise.PrefixCache) -> Iterator[Any]:
+    return iter(list(cache.batches()))
+
+
+@pytest.mark.parametrize("batches", [one_by_one, all_at_hand])
+def test_a_batch_is_known_by_all_its_arguments(batches) -> None:
+    # all masks are equal, so one argument of a batch has the values of that of any other
     ids = torch.randint(0, 30, (24, 5))
     data = TensorDataset(ids, torch.ones_like(ids), ids.sum(1) % 2)
     model = Masked()
     freeze_prefix(model, "head")
     cache = layerwise.PrefixCache(model, DataLoader(data, batch_size=4), storage="memory")
     for _ in range(3):
-        for x, mask, y in list(cache.batches()):
+        for x, mask, y in batches(model, cache):
             nn.functional.cross_entropy(model(x, mask), y).backward()
     assert "cut at" in cache.describe()
     (supply,) = cache._supplies.values()
-    assert supply.replays == 6
-
-
-def test_other_samples_with_the_batchs_mask_are_not_the_batch() -> None:
-    ids = torch.randint(0, 30, (24, 5))
-    data = TensorDataset(ids, torch.ones_like(ids), ids.sum(1) % 2)
-    model = Masked()
-    freeze_prefix(model, "head")
-    cache = layerwise.PrefixCache(model, DataLoader(data, batch_size=4), storage="memory")
-    for _ in range(3):
-        for x, mask, y in cache.batches():
-            model(x.flip(0) % 7, torch.ones_like(mask)).sum().backward()
-            nn.functional.cross_entropy(model(x, mask), y).backward()
-    (supply,) = cache._supplies.values()
-    assert "cut at" in cache.describe()
     assert supply.replays == 6
 
 
@@ -205,7 +203,7 @@ class Named(TinyCNN):
 
 
 def test_names_in_another_order_are_another_way() -> None:
-    pairs = Pairs(*images().inputs.split(11), torch.randint(0, 4, (11,)))
+    pairs = TensorDataset(*images().inputs.split(11), torch.randint(0, 4, (11,)))
     turns = [itertools.cycle([True, True, False]) for _ in range(2)]
 
     def stepped(model, batch, turn=None):
@@ -220,10 +218,6 @@ def test_names_in_another_order_are_another_way() -> None:
     assert_same(*runs)
 
 
-class Pairs(TensorDataset):
-    """Two images and a label."""
-
-
 def test_what_the_model_writes_past_torch_is_not_written_twice() -> None:
     class Counting(Steered):
         def forward(self, images, steer):
@@ -233,8 +227,10 @@ def test_what_the_model_writes_past_torch_is_not_written_twice() -> None:
     kept = [torch.zeros(()), torch.zeros(())]
 
     def run(cached: bool) -> Outcome:
-        step = lambda m, b: nn.functional.cross_entropy(m(b[0], kept[cached]), b[1])  # noqa: E731
-        return train(Counting, images(), *LAST, cached=cached, step=step)
+        return train(
+            Counting, images(), *LAST, cached=cached,
+            step=lambda m, b: nn.functional.cross_entropy(m(b[0], kept[cached]), b[1]),
+        )  # fmt: skip
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LayerwiseWarning)

@@ -402,6 +402,21 @@ def frozen_weights_change_before_a_validation(run: Run) -> None:
             run.step(batch)
 
 
+def frozen_weights_change_and_an_epoch_begins(run: Run) -> None:
+    """A batch at hand was made from values that are forgotten by the time it comes."""
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        batches = run.batches(loader)
+        first = next(batches)
+        if epoch == 1:
+            with torch.no_grad():
+                run.model.body[0].weight.mul_(1.5)
+            run.step(next(iter(run.batches(loader))))
+        run.step(first)
+        for batch in batches:
+            run.step(batch)
+
+
 def train_mode_set_in_the_step(run: Run) -> None:
     """As transformers' Trainer does: an epoch begins in the eval mode of the validation before it."""
     loader, held_out = run.loader(), run.loader(images(12), shuffle=False)
@@ -445,6 +460,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     fetched_far_ahead: CACHED,
     last_batch_not_used: CACHED,
     frozen_weights_change_before_a_validation: "off: the frozen weights change while an epoch runs",
+    frozen_weights_change_and_an_epoch_begins: "cut at body|off: the frozen weights",
     train_mode_set_in_the_step: CACHED,
     in_two_modes: CACHED,
     under_autocast_later: "no batch of this epoch was replayed",
