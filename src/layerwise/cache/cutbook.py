@@ -156,8 +156,8 @@ class CutBook:
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        form: Form,
         *,
+        form: Form,
         changing: frozenset[int] = frozenset(),
         at_inputs: bool = True,
     ) -> Cut:

@@ -8,6 +8,7 @@ compared with the plain one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -118,24 +119,20 @@ class Observer:
         elif not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
-        cut = self.book.find(*link.apart(args, kwargs), link.form, changing=link.changing)
+        find = functools.partial(self.book.find, form=link.form, changing=link.changing)
+        cut = find(*link.apart(args, kwargs))
         later = [other for _, other in self.book.later(link.form)]
         feed.forget_other([cut, *later])
         self.stock.release_unused(feed, [cut, *later])
+        with contextlib.suppress(CacheError):
+            if later:  # where one of their values cannot be stored, those of now may be
+                return self._prepared(live, link, phase, [cut, *later], args, kwargs)
         try:
-            return self._prepared(live, link, phase, [cut, *later], args, kwargs)
+            return self._prepared(live, link, phase, [cut], args, kwargs)
         except CacheError:
-            if not later and not cut.entered:
+            if not cut.entered:
                 raise
-        if later:  # it may be a later phase's value that cannot be stored
-            try:
-                return self._prepared(live, link, phase, [cut], args, kwargs)
-            except CacheError:
-                if not cut.entered:
-                    raise
-        cut = self.book.find(
-            args, kwargs, link.changing, at_inputs=False
-        )  # code between modules may need values
+        cut = find(*link.apart(args, kwargs), at_inputs=False)  # code between modules may need values
         return self._prepared(live, link, phase, [cut], args, kwargs)
 
     def _prepared(

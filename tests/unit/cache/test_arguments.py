@@ -72,6 +72,26 @@ def test_a_number_given_by_name_that_is_counted_from_the_labels() -> None:
     assert "cut at layer1" in both(Steered, images, *LAST, step=counted).text
 
 
+class Centred(nn.Module):
+    """Code between the modules mixes samples, so that what the head reads cannot be stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.mix = nn.Linear(12, 8), nn.Linear(12, 2), nn.Bilinear(2, 1, 4)
+        self.head = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor, steer: Tensor) -> Tensor:
+        wide = self.wide(x)
+        distances = (wide - wide.mean(0)).pow(2).sum(1, keepdim=True)
+        return self.head(distances) * self.mix(self.narrow(x), steer.expand(len(x), 1))
+
+
+def test_the_loop_makes_it_and_a_smaller_cut_does_not_hold() -> None:
+    data = TensorDataset(torch.randn(22, 12), torch.arange(22) % 4)
+    outcome = both(Centred, lambda: data, "head", step=lambda m, b: step(m, b, size=0))
+    assert "cut at wide, narrow" in outcome.text
+
+
 @pytest.mark.parametrize("place", ["first", "branch first"])
 def test_what_the_frozen_part_computes_depends_on_it(place) -> None:
     text = off(lambda: Steered(place), images, *LAST, step=step, warns=False)
