@@ -13,7 +13,7 @@ Where to read on:
   reaches the model), `hooks`.
 - Proof, on the first batch of a phase: `observing`, `proving`, `checking`, `companions` (samples beside
   strange ones), `evenness` (last bits), `layout` (how a value is made of samples).
-- Store: `stock` (budget, sharing), `decision` (does it pay?), `store` (one column), `shelf` (files),
-  `fingerprint` (names).
+- Store: `stock` (budget, sharing), `decision` (does it pay?), `room` (memory, disk), `store` (one column),
+  `shelf` (files), `fingerprint` (names).
 - A recording pass of its own: `filling`, `folding` (batch-norms).
 """

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.checking import normal_tensors
 from layerwise.cache.cut import NothingToSkipError
 from layerwise.cache.cutbook import CutBook
-from layerwise.cache.decision import format_bytes
 from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
@@ -28,6 +28,7 @@ from layerwise.cache.link import Link, autocast_state, backend_state, find_link,
 from layerwise.cache.observing import Live, Observer
 from layerwise.cache.opening import COMPILED, one_line
 from layerwise.cache.replay import refuse_ghosts, replaying
+from layerwise.cache.room import format_bytes, give_back_memory
 from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -152,7 +153,7 @@ class Calls:
         if not usable or not live.feed.fits(len(live.indices)) or self._book.state() != live.key:
             return False
         try:
-            with normal_tensors(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
                 self._observer.complete(live.feed, phase, live, live.batch)
         except OtherShapeError:  # the next batch that is made will tell
             return False
@@ -201,7 +202,7 @@ class Calls:
             self._book.settings.before_forward()
             self._observed = True
             try:
-                with normal_tensors(), saved_tensors_hooks(_as_it_is, _as_it_is):
+                with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
                     self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
             except OtherShapeError as error:
                 if not live.supply.sort():
@@ -213,6 +214,7 @@ class Calls:
                 live.supply.refuse(str(error), phase)
             except Exception as error:  # the model's and the dataset's own code ran: training must go on
                 live.supply.refuse(f"looking at the first batch raised {one_line(error)}", phase)
+            give_back_memory()
         except CacheError as error:
             live.seen = True
             live.supply.refuse(str(error))
@@ -220,8 +222,16 @@ class Calls:
             self._observer.busy = False
 
 
+def _without_history(tensor: torch.Tensor) -> torch.Tensor:
+    """Save a tensor for backward, in place of hooks of the loop's own, such as a checkpoint's.
+
+    An operation that saves its own output as it is would keep itself alive for ever.
+    """
+    with _disable_current_modes():  # no recording sees it
+        return tensor.detach()
+
+
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    """Save a tensor for backward as it is: in place of hooks of the loop's own, such as a checkpoint's."""
     return tensor
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from layerwise.cache.cut import Cut
+from layerwise.cache.room import format_bytes
 
 Storage = Literal["auto", "memory", "disk", "off"]
 
-MEMORY_FRAC = 0.25  # of the memory that is free now
-DISK_FRAC = 0.5  # of the free space of the cache folder's disk
 _MEMORY_BYTES_PER_S = 2e9  # gathering rows from memory or the page cache, cautiously
 _DISK_BYTES_PER_S = 2e8  # an ordinary SSD when the page cache does not hold the file
 _LEAST_GAIN = 1.05
@@ -141,39 +136,3 @@ def process_count() -> int:
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready else 1
-
-
-def free_memory_bytes() -> int:
-    """Return how much memory this process may still take.
-
-    That is what control groups leave, divided among the processes that were started together on this
-    machine (``torchrun`` and ``accelerate launch`` say how many).
-    """
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file():
-        text = limit.read_text().strip()
-        if text.isdigit():
-            free = min(free, max(int(text) - int(used.read_text()), 0))
-    together = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return free // max(int(together), 1) if together.isdigit() else free
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Return the free space of the disk on which `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def format_bytes(count: float) -> str:
-    """Return a size for people.
-
-    >>> format_bytes(1536), format_bytes(3 * 2**30)
-    ('1.5 KB', '3.0 GB')
-    """
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

@@ -27,21 +27,47 @@ _COUNTED = 50  # integers are drawn below it
 _TELLING = 4  # of those that differ, how many are used
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """Shape, strides and type of a tensor.
+
+    No meta tensor: what C++ allocates between large activations, and keeps, leaves holes in the heap.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Outline:
+        """Return that of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def tensor(self) -> torch.Tensor:
+        """Return a meta tensor of this outline."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True)
 class Elementwise:
     """One run of an operation that works number by number.
 
     Attributes:
         function: the operation.
-        arguments: ``(args, kwargs)`` with meta tensors.
-        output: meta tensor.
+        arguments: ``(args, kwargs)`` with an `Outline` for each tensor.
+        output: its result.
         device: on which it ran.
     """
 
     function: Any
     arguments: Any
-    output: torch.Tensor
+    output: Outline
     device: torch.device
+
+    @property
+    def outlines(self) -> list[Outline]:
+        """Of the tensors that it gets."""
+        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Outline)]
 
 
 class ElementwiseLog(TorchDispatchMode):
@@ -64,8 +90,8 @@ class ElementwiseLog(TorchDispatchMode):
         if torch.Tag.pointwise in func.tags and isinstance(output, torch.Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             if tensors and (output.is_floating_point() or output.is_complex()):
-                arguments = tree_map_only(torch.Tensor, _without_data, (args, kwargs))
-                self.runs.append(Elementwise(func, arguments, _without_data(output), output.device))
+                arguments = tree_map_only(torch.Tensor, Outline.of, (args, kwargs))
+                self.runs.append(Elementwise(func, arguments, Outline.of(output), output.device))
         return output
 
 
@@ -101,7 +127,9 @@ def uneven_places(
         for numbers in telling[kind]:
             rows, part_rows = _filled(one, numbers), _filled(other, numbers)
             try:
-                layout = find_layout(one.output, batch, other.output, part_batch, where=name)
+                layout = find_layout(
+                    one.output.tensor(), batch, other.output.tensor(), part_batch, where=name
+                )
             except CacheError:
                 layout = None
             if layout is not None:
@@ -126,14 +154,14 @@ def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
 
 def _telling_numbers(run: Elementwise) -> list[list[Any]]:
     """Return inputs (one number a tensor) that the two routines of an operation answer differently."""
-    tensors = [leaf for leaf in tree_leaves(run.arguments) if isinstance(leaf, torch.Tensor)]
-    if not any(tensor.dim() for tensor in tensors):
+    tensors = run.outlines
+    if not any(tensor.shape for tensor in tensors):
         return []  # one number alone has no places
     generator = torch.Generator().manual_seed(0)
     drawn = [_drawn(tensor.dtype, generator).to(run.device) for tensor in tensors]
 
     def at(i: int, count: int) -> torch.Tensor:  # cloned, as the operation may work in place
-        picked = [number[i : i + count] if t.dim() else number[0] for number, t in zip(drawn, tensors)]
+        picked = [number[i : i + count] if t.shape else number[0] for number, t in zip(drawn, tensors)]
         return _run(run, [number.clone() for number in picked])
 
     many = at(0, _TRIED)
@@ -143,7 +171,7 @@ def _telling_numbers(run: Elementwise) -> list[list[Any]]:
         if not torch.equal(many[i : i + 1], one):
             if bool(one.isnan().any()):
                 continue  # outside of what the operation is defined for
-            found.append([number[i if t.dim() else 0].item() for number, t in zip(drawn, tensors)])
+            found.append([number[i if t.shape else 0].item() for number, t in zip(drawn, tensors)])
         if len(found) == _TELLING:
             break
     return found
@@ -151,31 +179,26 @@ def _telling_numbers(run: Elementwise) -> list[list[Any]]:
 
 def _filled(run: Elementwise, numbers: Sequence[Any]) -> torch.Tensor:
     """Return what the operation gives for tensors of the real shapes, each filled with one number."""
-    tensors = [leaf for leaf in tree_leaves(run.arguments) if isinstance(leaf, torch.Tensor)]
     inputs = []
-    for tensor, number in zip(tensors, numbers, strict=True):
-        size = 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride()))
-        storage = torch.full((size if tensor.numel() else 0,), number, dtype=tensor.dtype, device=run.device)
-        inputs.append(storage.as_strided(tensor.shape, tensor.stride()))
+    for outline, number in zip(run.outlines, numbers, strict=True):
+        size = 1 + sum((count - 1) * stride for count, stride in zip(outline.shape, outline.strides))
+        size = size if torch.Size(outline.shape).numel() else 0
+        storage = torch.full((size,), number, dtype=outline.dtype, device=run.device)
+        inputs.append(storage.as_strided(outline.shape, outline.strides))
     return _run(run, inputs)
 
 
 def _run(run: Elementwise, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     source = iter(inputs)
-    args, kwargs = tree_map_only(torch.Tensor, lambda _: next(source), run.arguments)
+    args, kwargs = tree_map_only(Outline, lambda _: next(source), run.arguments)
     output: torch.Tensor = run.function(*args, **kwargs)
     return output
 
 
-def _without_data(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
 def _shapes(run: Elementwise) -> str:
-    tensors = [leaf for leaf in tree_leaves(run.arguments) if isinstance(leaf, torch.Tensor)]
-    return f"{[(tuple(t.shape), t.stride(), t.dtype) for t in tensors]} {_scalars(run)}"
+    return f"{run.outlines} {_scalars(run)}"
 
 
 def _scalars(run: Elementwise) -> str:
     """Return the types of the tensors and all other arguments, as text."""
-    return str(tree_map_only(torch.Tensor, lambda tensor: tensor.dtype, run.arguments))
+    return str(tree_map_only(Outline, lambda outline: outline.dtype, run.arguments))

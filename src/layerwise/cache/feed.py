@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 
 from layerwise.cache.batchshape import BatchShape, Kind
 from layerwise.cache.cut import CallId, Cut, Site
-from layerwise.cache.decision import Decision, format_bytes
+from layerwise.cache.decision import Decision
 from layerwise.cache.ghost import Ghost, ghost
 from layerwise.cache.layout import Layout, copied
 from layerwise.cache.link import Link, in_order
 from layerwise.cache.reading import LoaderReader
 from layerwise.cache.replay import Skeleton
+from layerwise.cache.room import format_bytes
 from layerwise.cache.store import Column
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in

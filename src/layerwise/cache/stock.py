@@ -13,17 +13,7 @@ from torch import nn
 
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.datawatch import DataNames
-from layerwise.cache.decision import (
-    DISK_FRAC,
-    MEMORY_FRAC,
-    Decision,
-    Storage,
-    decide,
-    format_bytes,
-    free_disk_bytes,
-    free_memory_bytes,
-    process_count,
-)
+from layerwise.cache.decision import Decision, Storage, decide, process_count
 from layerwise.cache.feed import Feed, SiteColumn
 from layerwise.cache.fingerprint import (
     column_key,
@@ -34,11 +24,15 @@ from layerwise.cache.fingerprint import (
 )
 from layerwise.cache.layout import Layout
 from layerwise.cache.reading import LoaderReader
+from layerwise.cache.room import format_bytes, free_disk_bytes, free_memory_bytes
 from layerwise.cache.shelf import Shelf
 from layerwise.cache.source import Source
 from layerwise.cache.store import Column, RowSpec
 
 logger = logging.getLogger("layerwise.cache")
+
+_MEMORY_FRAC = 0.25  # of the memory that is free now
+_DISK_FRAC = 0.5  # of the free space of the cache folder's disk
 
 
 @dataclasses.dataclass
@@ -84,7 +78,7 @@ class Stock:
         self._dtype = dtype
         self._pool = pool
         self.shelf = Shelf(folder)
-        self._memory_bytes = int(free_memory_bytes() * MEMORY_FRAC) if budget_bytes is None else budget_bytes
+        self._memory_bytes = int(free_memory_bytes() * _MEMORY_FRAC) if budget_bytes is None else budget_bytes
         self._disk_bytes = budget_bytes
         self._held: dict[int, Column] = {}
         self._data: dict[LoaderReader, str] = {}
@@ -95,7 +89,7 @@ class Stock:
         held = sum(column.nbytes for column in columns.values() if column.where == where)
         if where == "memory":
             return max(self._memory_bytes - held, 0)
-        free = int(free_disk_bytes(self.shelf.root) * DISK_FRAC)
+        free = int(free_disk_bytes(self.shelf.root) * _DISK_FRAC)
         return free if self._disk_bytes is None else min(free, max(self._disk_bytes - held, 0))
 
     def spec(self, layout: Layout, value: torch.Tensor) -> RowSpec:

@@ -19,7 +19,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder that was given as PrefixCac
 @friendly
 def list_columns(folder: Folder, as_json: JsonFlag = False) -> None:
     """List the cached values in FOLDER: what they are, for how many samples, how large, how old."""
-    from layerwise.cache.decision import format_bytes
+    from layerwise.cache.room import format_bytes
     from layerwise.cache.shelf import entries
     from layerwise.errors import CacheError
 
@@ -53,7 +53,7 @@ def remove_columns(
     as_json: JsonFlag = False,
 ) -> None:
     """Remove cached values from FOLDER: those whose keys begin with KEYS, or all of them."""
-    from layerwise.cache.decision import format_bytes
+    from layerwise.cache.room import format_bytes
     from layerwise.cache.shelf import remove
     from layerwise.errors import CacheError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from layerwise.cache.decision import decide, free_disk_bytes, free_memory_bytes
+from layerwise.cache.decision import decide
+from layerwise.cache.room import free_disk_bytes, free_memory_bytes
 
 USUAL = {
     "bytes_per_sample": 1_000,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from layerwise.cache.evenness import ElementwiseLog, uneven_places
 
@@ -19,6 +20,13 @@ def routines_differ(function) -> bool:
     """Whether this processor has two routines for a function that differ in some last bit."""
     x = torch.randn(4096, generator=torch.Generator().manual_seed(1))
     return not torch.equal(function(x), torch.cat([function(x[i : i + 1]) for i in range(4096)]))
+
+
+def test_a_log_keeps_no_tensor() -> None:
+    # small ones between large activations would leave the heap full of holes
+    (run,) = logged(torch.add, torch.randn(5, 9), torch.randn(9))
+    assert [outline.shape for outline in (*run.outlines, run.output)] == [(5, 9), (9,), (5, 9)]
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((run.arguments, run.output)))
 
 
 @pytest.mark.parametrize("name", ["silu", "silu_", "sigmoid"])

@@ -1,0 +1,56 @@
+"""How much room there is in memory and on disk, and how to give some back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+
+def free_memory_bytes() -> int:
+    """Return how much memory this process may still take.
+
+    That is what control groups leave, divided among the processes that were started together on this
+    machine (``torchrun`` and ``accelerate launch`` say how many).
+    """
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text.isdigit():
+            free = min(free, max(int(text) - int(used.read_text()), 0))
+    together = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return free // max(int(together), 1) if together.isdigit() else free
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the free space of the disk on which `folder` is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def format_bytes(count: float) -> str:
+    """Return a size for people.
+
+    >>> format_bytes(1536), format_bytes(3 * 2**30)
+    ('1.5 KB', '3.0 GB')
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def give_back_memory() -> None:
+    """Have the C library return to the system what was freed, where it can be asked to (glibc).
+
+    Passes over large activations leave pieces between what is kept, too small for the next activation.
+    """
+    with contextlib.suppress(AttributeError, TypeError):  # other systems
+        ctypes.CDLL(None).malloc_trim(0)
