@@ -104,7 +104,7 @@ def examine(found: Examined, make: Make) -> None:
         replays: list[bool] = []
         first = epoch(cache.batches())
         second = epoch(_watched(cache, replays))
-        (supply,) = cache._supplies.values()
+        (supply,) = cache._supplies
         phases, reason = list(supply.phases().values()), supply.reason
         found.why = cache.describe()
     unequal = [what for what, *others in zip(plain, first, second, strict=True) if {what} != set(others)]

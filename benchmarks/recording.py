@@ -64,7 +64,7 @@ def _forward(case: Case, loader: DataLoader[Any]) -> None:
 
 def _emptied(cache: layerwise.PrefixCache) -> None:
     """Forget all stored values, but not how they are computed."""
-    for supply in cache._supplies.values():
+    for supply in cache._supplies:
         for feed in supply.feeds:
             for column in (*(site.column for site in feed.sites.values()), *feed.leaves.values()):
                 column.forget(torch.arange(len(column.filled)))
@@ -133,7 +133,7 @@ def all_phases(name: str, rounds: int, batches: int) -> dict[str, Any]:
 
     contenders = {"forward": lambda: _timed(lambda: _forward(case, loader)), "all phases": fill}
     timed = by_runs(contenders, rounds=rounds + 1)[1:]
-    values = sum(len(feed.sites) for supply in cache._supplies.values() for feed in supply.feeds)
+    values = sum(len(feed.sites) for supply in cache._supplies for feed in supply.feeds)
     return {"all phases": Ratio.of(timed, "all phases", "forward").to_list(), "values": values}
 
 
@@ -170,7 +170,7 @@ def _peak(name: str, batches: int, cached: bool) -> tuple[int, int]:
         for _ in steps():
             pass
     stored = 0
-    for supply in cache._supplies.values() if cache is not None else ():
+    for supply in cache._supplies if cache is not None else ():
         for feed in supply.feeds:
             stored += sum(site.column.nbytes for site in feed.sites.values())
             stored += sum(column.nbytes for column in feed.leaves.values())

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from layerwise.cache.batchshape import BatchShape, Kind
 from layerwise.cache.cut import CallId, Cut, Site
@@ -72,8 +71,7 @@ class Feed:
     """The samples of a loader that have one shape, and what is stored of them.
 
     Attributes:
-        loader: as given.
-        reader: gives its indices and samples.
+        reader: gives the loader's indices and samples.
         views: draws of each sample that are stored.
         kind: what the samples look like; None if the first batch is to tell.
         members: their indices in the data set; None for all.
@@ -97,7 +95,6 @@ class Feed:
         phases: by the state of the model (`CutBook.state`).
     """
 
-    loader: DataLoader[Any]
     reader: LoaderReader
     views: int = 1
     kind: Kind | None = None

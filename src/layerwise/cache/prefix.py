@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class PrefixCache:
         self.stock = Stock(self.model, storage, budget_bytes, checked_folder(folder), dtype, pool)
         self._given = model  # wrappers included
         self._exact = exact
-        self._supplies: dict[int, Supply] = {}
+        self._supplies: list[Supply] = []
         self._book = CutBook(self.model, tuner, pool.upcoming if pool is not None else {})
         self._observer = Observer(
             self.model, self._book, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs
@@ -137,7 +138,7 @@ class PrefixCache:
             CacheError: there is no loader; or, while the loop runs, the value of a ghost was needed.
         """
         loader = self._loader(loader)
-        epoch = Epoch(functools.partial(self._begin, self._supply(loader)))
+        epoch = Epoch(functools.partial(self._begin, inner(loader)))
         return iterated(loader, epoch) if is_prepared(loader) else epoch
 
     def as_loader(self, loader: DataLoader[Any] | None = None) -> Any:
@@ -154,8 +155,9 @@ class PrefixCache:
         loader = self._loader(loader)
         return stand_in(loader, functools.partial(self.batches, inner(loader)))
 
-    def _begin(self, supply: Supply) -> Iterator[Any]:
+    def _begin(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Begin an epoch, random draws included."""
+        supply = self._supply(loader)
         self._calls.end_leavers(seen_or_not=True)
         self._book.refresh()
         if supply.is_off(self._dealer.expected_state(supply)):
@@ -170,7 +172,7 @@ class PrefixCache:
         for feed in supply.feeds:
             self._observer.drop_stale(feed)
         assert supply.reader is not None
-        return self._deal(supply, supply.reader.order())
+        return supply.begun(self._deal(supply, supply.reader.order()))
 
     def _deal(self, supply: Supply, order: Order) -> Iterator[Any]:
         at_hand: deque[Live] = deque()
@@ -221,7 +223,7 @@ class PrefixCache:
             raise CacheError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         if fold and self._exact:
             raise CacheError("folded batch-norms change last bits: pass exact=False to PrefixCache as well.")
-        supply = self._supply(self._loader(loader))
+        supply = self._supply(inner(self._loader(loader)))
         with kept_random_state():
             found = self._looked_at(supply, call or self._call)
             done = [
@@ -239,7 +241,7 @@ class PrefixCache:
         if not self._supplies:
             return "prefix cache: nothing seen yet"
         lines = []
-        for number, supply in enumerate(self._supplies.values()):
+        for number, supply in enumerate(self._supplies):
             name = "" if len(self._supplies) == 1 else f" (loader {number + 1})"
             if supply.reason:
                 lines.append(f"prefix cache{name}: off: {supply.reason}")
@@ -260,7 +262,7 @@ class PrefixCache:
     @property
     def decision(self) -> Decision | None:
         """What was chosen last for the class's own loader; None before its first batch."""
-        supply = self._supplies.get(id(inner(self.loader)))
+        supply = self._known_supply(inner(self.loader))
         if supply is None:
             return None
         if supply.reason:
@@ -272,7 +274,7 @@ class PrefixCache:
 
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""
-        for supply in self._supplies.values():
+        for supply in self._supplies:
             for feed in supply.feeds:
                 feed.forget()
             supply.reason = "the cache was closed"
@@ -297,16 +299,23 @@ class PrefixCache:
 
     def _supply(self, loader: DataLoader[Any]) -> Supply:
         """Return what is known of a loader; of one that was not seen before, whether it can be cached."""
-        read = inner(loader)
-        supply = self._supplies.get(id(read))
+        supply = self._known_supply(loader)
         if supply is None:
             if self.storage == "off":
-                supply = Supply(read, reason="switched off")
+                supply = Supply(loader, reason="switched off")
             else:
                 asked = self.storage in ("memory", "disk")
-                supply = open_supply(read, self._given, views=self.views, asked=asked)
-            self._supplies[id(read)] = supply
+                supply = open_supply(loader, self._given, views=self.views, asked=asked)
+            self._supplies.append(supply)
+        elif supply.loader is not loader:
+            supply.take(loader)
         return supply
+
+    def _known_supply(self, loader: DataLoader[Any]) -> Supply | None:
+        """Return the supply of a loader, or of one like it: some loops make a new one for each evaluation."""
+        mine = (supply for supply in self._supplies if supply.loader is loader)
+        alike = (supply for supply in self._supplies if supply.may_take(loader))
+        return next(chain(mine, alike), None)
 
     # -- a recording pass of its own ----------------------------------------------------------
 

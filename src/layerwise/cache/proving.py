@@ -131,6 +131,6 @@ def _positions(feed: Feed, count: int) -> list[int]:
     """
     backwards = list(range(count))[::-1]
     tail = feed.size % count
-    if tail and not getattr(feed.loader.batch_sampler, "drop_last", False):
+    if tail and not getattr(feed.reader.loader.batch_sampler, "drop_last", False):
         return backwards[:tail]
     return backwards[:2] if count > 2 else [*backwards, backwards[0]]

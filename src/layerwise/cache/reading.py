@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
@@ -34,9 +35,8 @@ class LoaderReader:
         loader: with a map-style dataset whose samples have the indices 0 to ``len(dataset) - 1``.
 
     Attributes:
-        loader: as given.
+        loader: as given, or another one of the same samples.
         size: number of samples in the dataset.
-        batch_size: of a full batch; None where the batch sampler does not say.
         has_drawn: loading a batch in this process drew random numbers.
 
     Raises:
@@ -49,27 +49,30 @@ class LoaderReader:
         if reason:
             raise CacheError(reason)
         self.size = len(loader.dataset)  # type: ignore[arg-type]
-        self.batch_size: int | None = getattr(loader.batch_sampler, "batch_size", None)
         self.has_drawn = False
-        self._seeded = False
+        self._seeded: WeakSet[DataLoader[Any]] = WeakSet()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Of a full batch; None where the batch sampler does not say."""
+        return getattr(self.loader.batch_sampler, "batch_size", None)
 
     @property
     def keeps_order(self) -> bool:
         """Whether the loader is known to make the same batches in every epoch."""
-        given: Any = self.loader.batch_sampler
-        samplers = [given, getattr(given, "sampler", None)]
-        return any(isinstance(s, SequentialSampler) or getattr(s, "shuffle", None) is False for s in samplers)
+        return _keeps_order(self.loader)
 
     def order(self) -> Order:
         """Return the batches of indices of one epoch, as the loader's own iterator would draw them."""
-        seeded = self.loader.persistent_workers and (self._seeded or self.loader._iterator is not None)
-        self._seeded = True
-        return Order(self.loader, seeded=seeded)
+        loader = self.loader
+        seeded = loader.persistent_workers and (loader in self._seeded or loader._iterator is not None)
+        self._seeded.add(loader)
+        return Order(loader, seeded=seeded)
 
     def plain(self) -> Iterator[Any]:
         """Return the loader's own iterator; it draws no seed for workers that would live by now."""
         loader = self.loader
-        if not (loader.persistent_workers and self._seeded and loader._iterator is None):
+        if not (loader.persistent_workers and loader in self._seeded and loader._iterator is None):
             return iter(loader)
         kept, loader.generator = loader.generator, torch.Generator()
         try:
@@ -243,6 +246,35 @@ class _Fed:
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.batches
+
+
+def reads_alike(one: Any, other: Any) -> bool:
+    """Return whether two loaders make the same batches of the same samples, but for their order."""
+    if not type(one) is type(other) is DataLoader:
+        return False
+    return bool(
+        _is_same_data(one.dataset, other.dataset)
+        and (one.collate_fn, one.worker_init_fn) == (other.collate_fn, other.worker_init_fn)
+        and _batching(one) == _batching(other)
+    )
+
+
+def _is_same_data(one: Any, other: Any) -> bool:
+    """Whether two data sets are one, or tables of Hugging Face's that were made alike."""
+    made = type(one) is type(other) and type(one).__module__.partition(".")[0] == "datasets"
+    return one is other or (made and one._fingerprint == other._fingerprint)
+
+
+def _batching(loader: DataLoader[Any]) -> tuple[Any, ...]:
+    sampler: Any = loader.batch_sampler
+    size, drop_last = (getattr(sampler, name, None) for name in ("batch_size", "drop_last"))
+    return type(sampler), size, drop_last, _keeps_order(loader)
+
+
+def _keeps_order(loader: DataLoader[Any]) -> bool:
+    given: Any = loader.batch_sampler
+    samplers = [given, getattr(given, "sampler", None)]
+    return any(isinstance(s, SequentialSampler) or getattr(s, "shuffle", None) is False for s in samplers)
 
 
 def _unreadable(loader: Any) -> str:

@@ -105,7 +105,7 @@ class Stock:
 
     def _data_digest(self, feed: Feed) -> str:
         if feed.reader not in self._data:
-            dataset, load, size = feed.loader.dataset, feed.reader.load_now, feed.reader.size
+            dataset, load, size = feed.reader.loader.dataset, feed.reader.load_now, feed.reader.size
             names = DataNames() if self._pool is None else self._pool.names
             with feed.reader.unaffected():
                 self._data[feed.reader] = names.name_of(

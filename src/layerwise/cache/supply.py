@@ -7,7 +7,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 from layerwise.cache.batchshape import Kind
 from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.feed import Feed, Phase, merged
-from layerwise.cache.reading import LoaderReader, Order
+from layerwise.cache.reading import LoaderReader, Order, reads_alike
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.structures import tensors_in
 
@@ -38,7 +40,7 @@ class Supply:
     is then cached like a data set of its own: it is looked at, proved and stored by itself.
 
     Attributes:
-        loader: as given.
+        loader: as given; of several alike, the latest.
         reader: gives its indices and samples; None if it cannot be read by index.
         reason: why nothing of this loader is cached; ``""`` if it may be.
         views: draws of each sample that are stored.
@@ -74,6 +76,7 @@ class Supply:
     unseen: int = 0
     watch: DataWatch | None = None
     changes: int = 0
+    _begun: WeakSet[GeneratorType[Any, None, None]] = field(default_factory=WeakSet, repr=False)
 
     def refuse(self, reason: str, phase: Phase | None = None) -> None:
         """Note why this loader is not cached, or one of its phases."""
@@ -92,7 +95,24 @@ class Supply:
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""
         self.reader = reader
-        self.feeds = [Feed(self.loader, reader, views=self.views)]
+        self.feeds = [Feed(reader, views=self.views)]
+
+    def may_take(self, loader: Any) -> bool:
+        """Return whether another loader gives the same samples, and no epoch of this one is under way."""
+        under_way = any(epoch.gi_frame is not None for epoch in self._begun)
+        return self.views == 1 and not under_way and reads_alike(self.loader, loader)
+
+    def take(self, loader: DataLoader[Any]) -> None:
+        """Go on with another loader of the same samples."""
+        self.loader = loader
+        if self.reader is not None:
+            self.reader.loader = loader
+
+    def begun(self, epoch: Iterator[Any]) -> Iterator[Any]:
+        """Note that an epoch has begun, which a generator makes; return it."""
+        assert isinstance(epoch, GeneratorType)
+        self._begun.add(epoch)
+        return epoch
 
     def forget_changed(self) -> str:
         """Forget all values if the dataset was changed since last asked; return what was, or ``""``."""
@@ -135,7 +155,7 @@ class Supply:
         for index, number in enumerate(self.kinds):
             members[number].append(index)
         self.feeds = [
-            Feed(self.loader, self.reader, views=self.views, kind=shape, members=members[number])
+            Feed(self.reader, views=self.views, kind=shape, members=members[number])
             for shape, number in numbers.items()
         ]
         return True

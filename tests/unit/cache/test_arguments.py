@@ -162,7 +162,7 @@ def test_a_batch_is_known_by_all_its_arguments(batches) -> None:
         for x, mask, y in batches(model, cache):
             nn.functional.cross_entropy(model(x, mask), y).backward()
     assert "cut at" in cache.describe()
-    (supply,) = cache._supplies.values()
+    (supply,) = cache._supplies
     assert supply.replays == 6
 
 
@@ -204,7 +204,7 @@ def test_calls_in_another_way_than_the_first_are_plain(ways) -> None:
     plain, cached = run(False), run(True)
     assert_same(plain, cached)
     assert "cut at layer1" in cached.text
-    (supply,) = cached.cache._supplies.values()
+    (supply,) = cached.cache._supplies
     assert 0 < supply.replays < 5
 
 

@@ -38,7 +38,7 @@ def cached(model: nn.Module, data=None, batch: int = 4, **options) -> layerwise.
 
 def stored(cache: layerwise.PrefixCache) -> torch.Tensor:
     """Return the values of the one site of the one loader, in the order of the dataset."""
-    ((feed,),) = (supply.feeds for supply in cache._supplies.values())
+    ((feed,),) = (supply.feeds for supply in cache._supplies)
     ((site),) = feed.sites.values()
     assert bool(site.column.filled.all())
     return site.column.get(torch.arange(len(site.column.filled)))

@@ -106,7 +106,7 @@ def test_autocast_is_part_of_the_cut() -> None:
 
     cached = both(TinyCNN, images, *LAST, step=step)
     assert "cut at layer1" in cached.text
-    ((feed,),) = (s.feeds for s in cached.cache._supplies.values())
+    ((feed,),) = (s.feeds for s in cached.cache._supplies)
     assert {s.column.spec.dtype for s in feed.sites.values()} == {torch.bfloat16}
 
 
@@ -387,7 +387,7 @@ def test_views_of_a_random_augmentation() -> None:
     assert "cut at layer1" in cached.text
     assert cached.loads[2:] == [0, 0]
     assert cached.loads[1] >= 22
-    ((feed,),) = (s.feeds for s in cached.cache._supplies.values())
+    ((feed,),) = (s.feeds for s in cached.cache._supplies)
     (stored,) = feed.sites.values()
     rows = stored.column.get(torch.arange(44))
     assert bool(stored.column.filled.all())
@@ -411,7 +411,7 @@ def test_a_later_run_finds_the_files(tmp_path) -> None:
     again = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
     assert_same(first, again)
     assert again.loads[0] < 22 + 22 * 2  # the fingerprint and one batch, and no epoch of loading
-    ((feed,),) = (s.feeds for s in again.cache._supplies.values())
+    ((feed,),) = (s.feeds for s in again.cache._supplies)
     assert all(bool(stored.column.filled.all()) for stored in feed.sites.values())
 
 
@@ -447,7 +447,7 @@ def test_a_pool_serves_the_trials_of_a_search() -> None:
     first = train(TinyCNN, images(), *LAST, cached=True, pool=pool)
     again = train(TinyCNN, images(), *LAST, cached=True, pool=pool)
     assert_same(first, again)
-    ((feed,),) = (s.feeds for s in again.cache._supplies.values())
+    ((feed,),) = (s.feeds for s in again.cache._supplies)
     assert {id(s.column) for s in feed.sites.values()} <= {id(c) for c in pool.columns.values()}
 
 

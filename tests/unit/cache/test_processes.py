@@ -50,7 +50,7 @@ DDP = """
         ended.append({{k: v.clone() for k, v in model.state_dict().items()}})
     assert all(torch.equal(ended[0][k], ended[1][k]) for k in ended[0])
     assert "cut at layer1" in cache.describe()
-    ((feed,),) = (s.feeds for s in cache._supplies.values())
+    ((feed,),) = (s.feeds for s in cache._supplies)
     (stored,) = feed.sites.values()
     torch.save((loads, int(stored.column.filled.sum()), ended[1]), sys.argv[3])
     torch.distributed.destroy_process_group()
@@ -91,7 +91,7 @@ PREPARED = """
         ended.append({{k: v.clone() for k, v in model.state_dict().items()}})
     assert all(torch.equal(ended[0][k], ended[1][k]) for k in ended[0])
     assert "cut at layer1" in cache.describe(), cache.describe()
-    (supply,) = cache._supplies.values()
+    (supply,) = cache._supplies
     assert supply.replays > 0
     accelerator.end_training()
 """

@@ -104,7 +104,7 @@ def both(model, data, order, *learning, **options):
 
 def stored_bytes(cache) -> int:
     """Bytes of all stored values at the sites; those of the batch's own tensors are left out."""
-    (supply,) = cache._supplies.values()
+    (supply,) = cache._supplies
     return sum(site.column.nbytes for feed in supply.feeds for site in feed.sites.values())
 
 

@@ -89,6 +89,34 @@ def two_loaders_zipped(run: Run) -> None:
             run.step(*pair)
 
 
+def two_loaders_of_one_data_set_zipped(run: Run) -> None:
+    one, other = run.loader(), run.loader()
+    for _ in range(EPOCHS):
+        for pair in zip(run.batches(one), run.batches(other)):
+            run.step(*pair)
+
+
+def two_loaders_of_one_data_set_by_turns(run: Run) -> None:
+    one, other = (run.loader(num_workers=1, persistent_workers=True) for _ in range(2))
+    for _ in range(EPOCHS):
+        epochs = run.batches(one), run.batches(other)
+        for batches in epochs:
+            for batch in batches:
+                run.step(batch)
+
+
+def a_new_loader_for_each_epoch(run: Run) -> None:
+    held_out = images(10)
+    for _ in range(EPOCHS):
+        run.model.train()
+        for batch in run.batches(run.loader()):
+            run.step(batch)
+        run.model.eval()
+        with torch.no_grad():
+            for x, _ in run.batches(run.loader(held_out, shuffle=False)):
+                run.losses.append(run.model(x).sum().item())
+
+
 def draws_after_iter(run: Run) -> None:
     loader = run.loader()
     for _ in range(EPOCHS):
@@ -435,6 +463,9 @@ CACHED = "cut at body"
 LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
     two_loaders_zipped: CACHED,
+    two_loaders_of_one_data_set_zipped: CACHED,
+    two_loaders_of_one_data_set_by_turns: CACHED,
+    a_new_loader_for_each_epoch: r"\A.*loader 1.*\n.*loader 2[^\n]*\Z",
     draws_after_iter: CACHED,
     second_loader_goes_round: CACHED,
     other_samples_before_the_batch: CACHED,

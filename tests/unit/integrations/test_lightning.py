@@ -240,7 +240,7 @@ def test_lightning_trains_from_a_cache(data, tmp_path, accumulated):
         ends.append(net.state_dict())
     assert_same(*ends)
     assert "cut at" in cache.describe()
-    (supply,) = cache._supplies.values()
+    (supply,) = cache._supplies
     assert supply.replays == 3
 
 

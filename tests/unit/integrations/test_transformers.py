@@ -173,8 +173,12 @@ class Counted(list):
         return super().__getitem__(index)
 
 
-def train_with(cache_of, samples, folder, *, epochs=4, resume=None, **options):
-    """Train the last two groups; `cache_of` returns a cache for model and tuner, or None."""
+def train_with(cache_of, samples, folder, *, epochs=4, resume=None, held_out=None, **options):
+    """Train the last two groups; `cache_of` returns a cache for model and tuner, or None.
+
+    Returns:
+        The weights, the cache, and the losses of the evaluations.
+    """
     model = start()
     layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
     steps = 3 // options.get("gradient_accumulation_steps", 1)
@@ -186,6 +190,10 @@ def train_with(cache_of, samples, folder, *, epochs=4, resume=None, **options):
             loader = super().get_train_dataloader()
             return loader if cache is None else cache.as_loader(loader)
 
+        def get_eval_dataloader(self, eval_dataset=None):
+            loader = super().get_eval_dataloader(eval_dataset)
+            return loader if cache is None else cache.as_loader(loader)
+
     trainer = Trainer(
         model,
         transformers.TrainingArguments(
@@ -193,11 +201,13 @@ def train_with(cache_of, samples, folder, *, epochs=4, resume=None, **options):
             disable_tqdm=True, max_grad_norm=0.0, **options,
         ),
         train_dataset=samples,
+        eval_dataset=held_out,
         callbacks=[callback],
         optimizers=callback.optimizers,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
-    return model.state_dict(), cache
+    losses = [told["eval_loss"] for told in trainer.state.log_history if "eval_loss" in told]
+    return model.state_dict(), cache, losses
 
 
 def no_cache(model, tuner):
@@ -213,15 +223,30 @@ def test_the_trainer_trains_from_a_cache(accumulated, data, tmp_path) -> None:
     # it fetches the batches of a whole update ahead, and gives the model a number that it counts itself
     samples, others = Counted(data), Counted(data)
     options = {"gradient_accumulation_steps": accumulated}
-    plain, _ = train_with(no_cache, samples, tmp_path / "plain", **options)
-    weights, cache = train_with(a_cache, others, tmp_path / "cached", **options)
+    plain, *_ = train_with(no_cache, samples, tmp_path / "plain", **options)
+    weights, cache, _ = train_with(a_cache, others, tmp_path / "cached", **options)
     assert all(torch.equal(value, weights[name]) for name, value in plain.items())
     assert "cut at resnet" in cache.describe()
     assert others.reads < samples.reads == 96
 
 
 def test_the_trainer_resumes_in_mid_epoch_with_a_cache(data, tmp_path) -> None:
-    plain, _ = train_with(no_cache, data, tmp_path, save_strategy="steps", save_steps=4)
-    weights, cache = train_with(a_cache, data, tmp_path / "2", resume=str(tmp_path / "checkpoint-4"))
+    plain, *_ = train_with(no_cache, data, tmp_path, save_strategy="steps", save_steps=4)
+    weights, cache, _ = train_with(a_cache, data, tmp_path / "2", resume=str(tmp_path / "checkpoint-4"))
     assert all(torch.equal(value, weights[name]) for name, value in plain.items())
     assert "cut at resnet" in cache.describe()
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_the_trainer_makes_a_new_loader_for_each_evaluation(kind, data, tmp_path) -> None:
+    held_out, options = data[:8], {"eval_strategy": "epoch", "remove_unused_columns": False}
+    if kind == "datasets":
+        datasets = pytest.importorskip("datasets")
+        columns = {name: [sample[name] for sample in held_out] for name in held_out[0]}
+        held_out = datasets.Dataset.from_dict(columns | {"name": list("abcdefgh")}).with_format("torch")
+        del options["remove_unused_columns"]
+    plain, _, expected = train_with(no_cache, data, tmp_path / "plain", held_out=held_out, **options)
+    weights, cache, losses = train_with(a_cache, data, tmp_path / "cached", held_out=held_out, **options)
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    assert losses == expected
+    assert cache.describe().count("cut at resnet") == 2  # one for training, one for all evaluations
