@@ -114,9 +114,11 @@ class Ghost(torch.Tensor):
     @staticmethod
     def __new__(cls, meta: torch.Tensor, device: torch.device, content: _Content | None = None) -> Ghost:
         """Make the tensor; `__init__` keeps what it stands for."""
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=device
-        )
+        inference = torch.is_inference_mode_enabled()
+        with torch.inference_mode(False) if inference else _AS_IT_IS:  # a view of a normal one is normal
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=device
+            )
         _refuse_address(_storage(made)._cdata, _NO_DATA)
         return made
 
@@ -356,6 +358,7 @@ def only_shapes() -> Iterator[None]:
         _replays -= 1
 
 
+_AS_IT_IS = contextlib.nullcontext()
 _storage = torch.Tensor.untyped_storage
 _refuse_address = torch._C._set_storage_data_ptr_access_error_msg  # else C code that asks for it crashes
 _NO_DATA = "a tensor whose samples the prefix cache did not load has no address: pass x.clone() in its place"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -31,12 +33,34 @@ class _OnlyHere:
         return _OnlyHere, (None, None)
 
 
+class _Call:
+    """A model's ``_call_impl``, which tells when a call raised: torch's hooks do not hear of Ctrl-C.
+
+    It is bound to the model as a method of that name, so a copy or pickle of the model has its class's own.
+    """
+
+    __name__ = "_call_impl"
+
+    def __init__(self, model: nn.Module, after: After) -> None:
+        self._model = weakref.ref(model)
+        self.after: After | None = after  # copies keep the call, and with it only this
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
+        except BaseException:
+            if self.after is not None and module is self._model():
+                self.after(None)
+            raise
+
+
 class RootHook:
     """Has two functions called around every call of a model, while at least one ``with`` block is open."""
 
     def __init__(self) -> None:
         self._open = 0
         self._handles: list[RemovableHandle] = []
+        self._call: _Call | None = None
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, before: Before, after: After) -> Iterator[None]:
@@ -54,8 +78,10 @@ class RootHook:
             on_output = _OnlyHere(model, lambda args, kwargs, output: after(output))
             self._handles = [
                 model.register_forward_pre_hook(on_call, with_kwargs=True),
-                model.register_forward_hook(on_output, with_kwargs=True, always_call=True),
+                model.register_forward_hook(on_output, with_kwargs=True),
             ]
+            self._call = _Call(model, after)
+            vars(model)["_call_impl"] = MethodType(self._call, model)
         try:
             yield
         finally:
@@ -63,4 +89,6 @@ class RootHook:
             if not self._open:
                 for handle in self._handles:
                     handle.remove()
-                self._handles = []
+                del vars(model)["_call_impl"]
+                assert self._call is not None
+                self._handles, self._call.after = [], None

@@ -123,7 +123,11 @@ class Settings:
         self._hooks, self._handle = list(chain.from_iterable(self._hooked)), RemovableHandle.next_id
         seen: dict[int, int] = {}
         for module in self._modules:
-            (self._at_epochs if _is_of_torch(module) else self._at_batches).at_length(vars(module))
+            look = self._at_epochs if _is_of_torch(module) else self._at_batches
+            if module is self._modules[0]:  # `RootHook` hangs something on the model itself
+                look.at_told(_own_length, vars(module))
+            else:
+                look.at_length(vars(module))
             self._at_batches.at_tables(module)
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
@@ -289,6 +293,10 @@ def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
     else:
         return f"{name} {id(value)}"
     return f"{name} {[f'{key!r}: {_known(item, memo, depth + 1)}' for key, item in items.items()]}"
+
+
+def _own_length(attributes: Mapping[str, Any]) -> int:
+    return len(attributes) - ("_call_impl" in attributes)
 
 
 def _is_known_by_identity(value: Any) -> bool:

@@ -240,6 +240,45 @@ def test_the_look_at_the_first_batch_keeps_nothing_alive() -> None:
     next(batches)
 
 
+INTERRUPTIONS: list[type[BaseException]] = []
+
+
+class Interrupted(TinyCNN):
+    """Somebody presses Ctrl-C after the frozen part."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.layer1(self.stem(images))
+        if INTERRUPTIONS:
+            raise INTERRUPTIONS.pop()
+        return self.fc(self.layer2(features).mean((2, 3)))
+
+
+def test_a_replay_that_is_interrupted_leaves_nothing_behind() -> None:
+    model = Interrupted()
+    model.stem.requires_grad_(False)
+    model.layer1.requires_grad_(False)
+    cache = layerwise.PrefixCache(model.eval(), DataLoader(images(), batch_size=4), storage="memory")
+    cache.fill()
+    expected = model(inputs := torch.ones(2, 3, 8, 8))
+
+    batches = iter(cache.batches())
+    x, _ = next(batches)
+    assert isinstance(x, Ghost)
+    INTERRUPTIONS.append(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert not any("_call_impl" in vars(module) for module in list(model.modules())[1:])
+    assert torch.equal(x, images().inputs[:4])
+    assert torch.equal(copy.deepcopy(model)(inputs), expected)  # the epoch is still under way
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(inputs), expected)
+    assert torch.equal(model(next(batches)[0]), model(images().inputs[4:8]))
+    del batches
+    assert "_call_impl" not in vars(model)
+
+
 def test_trainable_set_changes() -> None:
     # gradual unfreezing by hand: the cache finds the new cut by itself
     def unfreeze(model, epoch):

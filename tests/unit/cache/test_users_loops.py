@@ -46,7 +46,11 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         np.random.seed(0)
-        self.model = Net()
+        self.take(Net())
+
+    def take(self, model: nn.Module) -> None:
+        """Train this model."""
+        self.model = model
         freeze_prefix(self.model, "tail", "head")
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
 
@@ -80,6 +84,22 @@ def validated_in_inference_mode(run: Run) -> None:
         with torch.inference_mode():
             for x, _ in run.batches(held_out):
                 run.losses.append(run.model(x).sum().item())
+
+
+class Transposed(nn.Module):
+    """Its own code makes a view between two frozen modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mix, self.head = nn.Linear(8, 8), nn.Conv1d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.body(x.mean(1)).transpose(1, 2)).relu().mean(2))
+
+
+def views_of_ghosts_in_inference_mode(run: Run) -> None:
+    run.take(Transposed())
+    validated_in_inference_mode(run)
 
 
 def two_loaders_zipped(run: Run) -> None:
@@ -462,6 +482,7 @@ def train_mode_set_in_the_step(run: Run) -> None:
 CACHED = "cut at body"
 LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
+    views_of_ghosts_in_inference_mode: "cut at",
     two_loaders_zipped: CACHED,
     two_loaders_of_one_data_set_zipped: CACHED,
     two_loaders_of_one_data_set_by_turns: CACHED,
