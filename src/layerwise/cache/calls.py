@@ -25,7 +25,7 @@ from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
 from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
-from layerwise.cache.observing import Live, Observer
+from layerwise.cache.observing import MOVING, Live, Observer
 from layerwise.cache.opening import COMPILED, one_line
 from layerwise.cache.replay import refuse_ghosts, replaying
 from layerwise.cache.room import format_bytes, give_back_memory
@@ -123,11 +123,8 @@ class Calls:
         feed, phase = live.feed, live.phase
         if phase is None or phase.cut is None or not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
-        moves = self._book.look_at_weights()
-        if moves != live.supply.moves:  # or they were written with what they held, as DDP does at its start
-            live.supply.moves = moves
-            if any([self._observer.drop_stale(one) for one in live.supply.feeds]):
-                live.supply.refuse("the frozen weights change while an epoch runs")
+        if self._observer.weights_moved(live.supply):
+            live.supply.refuse(MOVING)
         state = live.supply.called_in = self._book.state()
         changed = (
             bool(live.supply.reason)

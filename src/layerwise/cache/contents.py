@@ -60,6 +60,7 @@ class Contents:
             "anywhere" reads all, and gives an unchanged data set the same hashes in another process:
             functions and classes are told by their names and code, files by path, size and time.
         without: paths that are left out, with all below them.
+        collate: what makes batches of samples; its path is ``collate_fn``.
 
     Attributes:
         texts: by path.
@@ -68,14 +69,21 @@ class Contents:
     """
 
     def __init__(
-        self, dataset: Any, valid: Literal["here", "anywhere"], without: Set[str] = frozenset()
+        self,
+        dataset: Any,
+        valid: Literal["here", "anywhere"],
+        without: Set[str] = frozenset(),
+        *,
+        collate: Any = None,
     ) -> None:
         self._here, self._without = valid == "here", without
         self._texts: _Hashes = defaultdict(_new_hash)
         self._data: _Hashes = defaultdict(_new_hash)
         self._seen: dict[int, int] = {}
         self.files: dict[str, int] = defaultdict(int)
-        self._add(dataset, "", 0, _WORDS if self._here else sys.maxsize, None)
+        words = _WORDS if self._here else sys.maxsize
+        self._add(dataset, "", 0, words, None)
+        self._add(collate, "collate_fn", 0, words, None)
         self.texts = {path: found.hexdigest() for path, found in self._texts.items()}
         self.data = {path: found.hexdigest() for path, found in self._data.items()}
 

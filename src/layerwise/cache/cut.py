@@ -89,8 +89,6 @@ class Cut:
         returned_bytes_per_sample: how much less it would be if the model did not return frozen values.
         flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
         first_dirty: a sentence about the first dirty operation.
-        impure: the recording pass leaves traces that must be undone: dirty operations run before the last
-            site, or a module remembers something from call to call.
     """
 
     skipped: dict[CallId, nn.Module]
@@ -106,7 +104,6 @@ class Cut:
     flops: int = 0
     skipped_flops: int = 0
     first_dirty: str = ""
-    impure: bool = False
 
     @functools.cached_property
     def paths(self) -> dict[nn.Module, str]:
@@ -355,7 +352,6 @@ class _Search:
         entered = [door.call for door in frontier if door.side == "in"]
         counted = {call.module for call in (*skipped, *entered)}
         batch = max(self.recording.batch_size, 1)
-        ends = (door.call.start if door.side == "in" else door.call.end for door in frontier)
         return Cut(
             skipped={_id(call): call.module for call in skipped},
             entered={_id(call): call.module for call in entered},
@@ -370,7 +366,6 @@ class _Search:
             flops=sum(op.flops for op in ops),
             skipped_flops=sum(op.flops for op in ops if op.index in owner),
             first_dirty=self.dirt.first,
-            impure=bool(self.recording.remembering) or any(self.dirty[: max(ends, default=0)]),
         )
 
 

@@ -116,23 +116,24 @@ class CutBook:
             self._still, self._still_state = Stillness(self._all), self.last_state
 
     def state(self) -> int:
-        """Return what a cut depends on as a number: who learns, the modules' modes, and their settings."""
+        """Return what a replay depends on as a number: who learns, modes, settings, gradients on or off."""
         seen = (
             [parameter.requires_grad for parameter in self._parameters],
             [module.training for module in self._modules],
             self.settings.number(),
+            torch.is_grad_enabled(),
         )
         if seen != self._seen:
-            learns, modes, settings = self._seen = seen
-            known = tuple(learns), tuple(modes), settings
+            learns, modes, settings, grad = self._seen = seen
+            known = tuple(learns), tuple(modes), settings, grad
             self.last_state = self._states.setdefault(known, len(self._states))
         return self.last_state
 
     def differ_in_modes(self, one: int, other: int) -> bool:
-        """Return whether two states differ in the modules' modes and in nothing else."""
+        """Return whether two states differ in the modules' modes or in gradients, and in nothing else."""
         known = list(self._states)
-        (learns, modes, settings), (others, other_modes, other_settings) = known[one], known[other]
-        return (learns, settings) == (others, other_settings) and modes != other_modes
+        (learns, _, settings, _), (others, _, other_settings, _) = known[one], known[other]
+        return one != other and (learns, settings) == (others, other_settings)
 
     def look_at_weights(self) -> int:
         """Return `moves`, after a look at the weights that were frozen when `refresh` was last called."""
@@ -230,9 +231,9 @@ class CutBook:
                 raise NothingToSkipError(told.cut)
             return None
         awake = {m for m in self._modules if m.training and not told.modes.get(m, False)}
-        return None if awake and not awake.isdisjoint(self._in_or_around(told.cut)) else told.cut
+        return None if awake and not awake.isdisjoint(self.in_or_around(told.cut)) else told.cut
 
-    def _in_or_around(self, cut: Cut) -> set[nn.Module]:
+    def in_or_around(self, cut: Cut) -> set[nn.Module]:
         """Return the modules of the skipped calls, what is in them, and what they are in.
 
         A plain container hands its input from one child to the next in either mode, so it does not count.

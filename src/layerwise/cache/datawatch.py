@@ -20,10 +20,11 @@ class DataWatch:
 
     Args:
         dataset: whatever the loader reads; no sample was loaded yet.
+        collate: what makes batches of its samples.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, collate: Any = None) -> None:
+        self._dataset, self._collate = dataset, collate
         self._loading = {"epoch"}  # what does not count; `LoaderReader.randomness` has tried another epoch
         self._last = self._now()
         self._samples: list[str] = []
@@ -53,7 +54,7 @@ class DataWatch:
         return (found[0] or "its items") if found else ""
 
     def _now(self) -> Contents:
-        return Contents(self._dataset, "here", self._loading)
+        return Contents(self._dataset, "here", self._loading, collate=self._collate)
 
     def _leave_out_changes(self, before: Contents) -> None:
         """Leave out what was changed since, and compare with the rest as it is now."""

@@ -2,10 +2,10 @@
 
 An operation is *dirty* if it
 
-- reads a parameter that learns,
+- reads a parameter that learns, or a tensor that lies in the memory of one,
 - draws random numbers,
 - depends on the other samples of the batch,
-- changes a tensor that outlives the pass,
+- changes a tensor that outlives the pass, or reads one that the pass changes,
 - reads a tensor that learns without being a parameter of the model, or an argument that the loop computes,
 - belongs to a module that remembers something from call to call, or carries a hook of the user's
   (`layerwise.layers.memory`),
@@ -18,7 +18,11 @@ Whether a result requires grad is no test for this: a detached branch would go s
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from dataclasses import dataclass
+
+import torch
 
 from layerwise.layers.recording import Call, Op, Recording
 
@@ -47,11 +51,13 @@ def find_dirty(
         changing: numbers of the model's inputs that are not the data's: others each time.
     """
     learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
+    learning |= _in_memory_of(learning, recording)
     computed = _computed_by_the_network(recording)
+    changed = {key for op in recording.ops for key in op.mutates if recording.values[key].kind != "computed"}
     flags: list[bool] = []
     first = decided = ""
     for op in recording.ops:
-        why = _own_reason(recording, op, learning, changing) or decided
+        why = _own_reason(recording, op, learning, changing, changed) or decided
         if op.syncs and (why or computed[op.index] or any(flags[source] for source in op.sources)):
             why = why or "hands Python a value of the batch, which may decide what runs"
             decided = decided or "runs after Python got a value of the batch, which may decide what runs"
@@ -62,24 +68,55 @@ def find_dirty(
     return Dirt(flags, first or "nothing learns")
 
 
-def _own_reason(recording: Recording, op: Op, learning: set[str], changing: frozenset[int]) -> str:
+def _own_reason(
+    recording: Recording, op: Op, learning: set[str], changing: frozenset[int], changed: set[int]
+) -> str:
     """Return why an operation is dirty whatever feeds it; ``""`` if it is not."""
-    learns = next((name for name in op.parameters if name in learning), None)
+    learns = next((name for name in (*op.parameters, *op.buffers) if name in learning), None)
     if learns is not None:
         return f"reads {learns!r}, which learns"
     if op.effect == "random":
         return "draws random numbers"
     if op.effect == "batch" and recording.input_dependent[op.index]:
         return "normalises by the batch"
-    lasting = next((key for key in op.mutates if recording.values[key].kind != "computed"), None)
+    lasting = next((key for key in (*op.mutates, *op.reads) if key in changed), None)
     if lasting is not None:
         value = recording.values[lasting]
-        return f"changes a {value.kind}{' ' + repr(value.name) if value.name else ''} in place"
+        what = f"a {value.kind}{' ' + repr(value.name) if value.name else ''}"
+        return f"changes {what} in place" if lasting in op.mutates else f"reads {what} that the pass changes"
     if not changing.isdisjoint(op.inputs):
         return "reads an argument of the model that is not one of the batch's tensors: the loop computes it"
     if any(recording.values[key].learns for key in op.reads):
         return "reads a tensor that learns and is no parameter of the model"
     return _reason_of_module(recording, op.call)
+
+
+def _in_memory_of(learning: set[str], recording: Recording) -> set[str]:
+    """Return the parameters and buffers that share memory with one that learns: they move with it."""
+    model = recording.model
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    moving = sorted(span for name in learning if (span := _span(tensors.get(name))))
+    starts = [start for start, _ in moving]
+    ends = list(itertools.accumulate((end for _, end in moving), max))
+    found = set()
+    for name, tensor in tensors.items():
+        span = _span(tensor)
+        before = bisect.bisect_left(starts, span[1]) if span else 0  # of those, one ends behind the start?
+        if span and before and ends[before - 1] > span[0]:
+            found.add(name)
+    return found
+
+
+def _span(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    """Return the first address of a tensor and the one after its last; None if it has no memory."""
+    if tensor is None or not tensor.numel() or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return None
+    try:
+        start = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # subclasses without memory of their own
+        return None
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
+    return start, start + reach * tensor.element_size()
 
 
 def _reason_of_module(recording: Recording, call: Call | None) -> str:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from layerwise.cache.layout import find_layout
 from layerwise.errors import CacheError
 
+_PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_padded_sequence"})
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
 _TELLING = 4  # of those that differ, how many are used
@@ -75,11 +76,13 @@ class ElementwiseLog(TorchDispatchMode):
 
     Attributes:
         runs: in order.
+        packing: the first operation that lays samples of several lengths end to end; ``""`` if none does.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.runs: list[Elementwise] = []
+        self.packing = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -87,6 +90,9 @@ class ElementwiseLog(TorchDispatchMode):
         """Run the operation, and note it."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if name in _PACKING:
+            self.packing = self.packing or name
         if torch.Tag.pointwise in func.tags and isinstance(output, torch.Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             if tensors and (output.is_floating_point() or output.is_complex()):
@@ -110,8 +116,8 @@ def uneven_places(
         The first operation whose bits depend on a sample's place in a batch of `batch` samples, and the
         first that gives other bits, or depends on the place, with `part_batch` samples; ``""`` for none.
     """
-    if [run.function for run in full] != [run.function for run in part]:
-        return "", "another order of operations"
+    if [run.function for run in full] != [run.function for run in part]:  # in pieces of so many samples, say
+        return next((str(run.function) for run in full if _is_uneven(run)), ""), "another order of operations"
     telling: dict[str, list[list[Any]]] = {}
     seen: set[str] = set()
     within = between = ""
@@ -143,6 +149,12 @@ def uneven_places(
             if not torch.equal(part_rows, rows[:1].expand_as(part_rows)):
                 between = between or name
     return within, between
+
+
+def _is_uneven(run: Elementwise) -> bool:
+    """Return whether an operation rounds a number otherwise at some place."""
+    results = (_filled(run, numbers).flatten() for numbers in _telling_numbers(run))
+    return any(not torch.equal(result, result[:1].expand_as(result)) for result in results)
 
 
 def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

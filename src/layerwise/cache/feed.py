@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.cache.batchshape import BatchShape, Kind
 from layerwise.cache.cut import CallId, Cut, Site
@@ -76,7 +77,8 @@ class Feed:
         kind: what the samples look like; None if the first batch is to tell.
         members: their indices in the data set; None for all.
         shape: of the batches, once known.
-        link: how its batches reach the model, once known.
+        link: how its batches reached the model when what is stored was first computed; None before.
+        awake: modules that were in train mode then.
         full: number of samples in the batches in which values are computed.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
             Values are computed in batches of such a size, and other batches go through the plain model.
@@ -101,6 +103,7 @@ class Feed:
     members: list[int] | None = None
     shape: BatchShape | None = None
     link: Link | None = None
+    awake: frozenset[nn.Module] = frozenset()
     full: int = 0
     sizes: set[int] | None = field(default_factory=set)
     places: torch.Tensor | None = None

@@ -153,6 +153,10 @@ class Link:
         )
         return bool(one == another)
 
+    def is_called_as(self, other: Link) -> bool:
+        """Return whether autocast, gradients and kernels are the same around the call."""
+        return (self.autocast, self.grad, self.backends) == (other.autocast, other.grad, other.backends)
+
     def same_constants(self, args: Any, kwargs: Any) -> bool:
         """Return whether the structure, and all that is not a tensor, is as in the first call."""
         return _outline((args, kwargs)) == self.arguments

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.batchshape import BatchShape
-from layerwise.cache.checking import ContentGuard, Flow, check_backward, difference, is_checkpointed
+from layerwise.cache.checking import ContentGuard, Flow, check_backward, difference, is_checkpointed, is_near
 from layerwise.cache.cut import Cut, Site
 from layerwise.cache.cutbook import CutBook, OtherStateError
 from layerwise.cache.decision import kept
@@ -29,7 +29,7 @@ from layerwise.cache.ghost import ghost
 from layerwise.cache.layout import copied, memory_order
 from layerwise.cache.link import Link, backend_state, versions_of
 from layerwise.cache.proving import prove
-from layerwise.cache.reading import drawn_outside_torch, kept_random_state, reseed
+from layerwise.cache.reading import drawn_outside_torch, kept_random_state, reseed, same_bits
 from layerwise.cache.replay import Captured, capture, refuse_ghosts, replaying
 from layerwise.cache.stock import Stock
 from layerwise.cache.supply import Supply
@@ -38,6 +38,12 @@ from layerwise.layers.isolation import untouched
 from layerwise.layers.structures import map_tensors, tensors_in
 
 logger = logging.getLogger("layerwise.cache")
+
+MOVING = "the frozen weights change while an epoch runs"
+
+
+class OtherValuesError(CacheError):
+    """The frozen part gives other values now than those that an earlier phase stored."""
 
 
 class Live:
@@ -114,9 +120,7 @@ class Observer:
             live.shape.require(feed.kind or live.shape.rows)
             feed.shape, feed.full = live.shape, count
         live.shape.require(feed.shape.rows)
-        if feed.link is None or not feed.sites:
-            feed.link = link
-        elif not feed.link.is_like(link):
+        if feed.link is not None and feed.sites and not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
         find = functools.partial(self.book.find, form=link.form, changing=link.changing)
@@ -124,14 +128,16 @@ class Observer:
         later = [other for _, other in self.book.later(link.form)]
         feed.forget_other([cut, *later])
         self.stock.release_unused(feed, [cut, *later])
-        with contextlib.suppress(CacheError):
-            if later:  # where one of their values cannot be stored, those of now may be
-                return self._prepared(live, link, phase, [cut, *later], args, kwargs)
-        try:
-            return self._prepared(live, link, phase, [cut], args, kwargs)
-        except CacheError:
-            if not cut.entered:
+        problem: CacheError | None = None
+        for cuts in ([cut, *later], [cut]) if later else ([cut],):  # a later phase's value may be at fault
+            try:
+                return self._prepared(live, link, phase, cuts, args, kwargs)
+            except OtherValuesError:
                 raise
+            except CacheError as error:
+                problem = error
+        if problem is not None and not cut.entered:
+            raise problem
         cut = find(*link.apart(args, kwargs), at_inputs=False)  # code between modules may need values
         return self._prepared(live, link, phase, [cut], args, kwargs)
 
@@ -147,9 +153,13 @@ class Observer:
         """Compute the batch's values at the first of `cuts`, and at the others on the way; replay it."""
         feed, count, cut = live.feed, len(live.indices), cuts[0]
         phase.cut = cut
+        as_stored = self._is_as_stored(feed, link, cut)
+        if not feed.sites or not (as_stored or all(site in feed.sites for site in cut.frontier)):
+            self._compute_under(feed, link)
+            as_stored = True
         phase.ghosts = feed.ghosts_of(cut, self.keep_inputs)
         prefix_s = 0.0
-        if self._is_stored(feed, cut, live.rows):
+        if as_stored and self._is_stored(feed, cut, live.rows):
             values = feed.values(cut, live.rows, link.device)
         else:
             started = time.perf_counter()
@@ -157,6 +167,8 @@ class Observer:
             found = self.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
+            if feed.sites and not self._agrees_with_stored(feed, values, live.rows) and not as_stored:
+                self._compute_under(feed, link)
             prove(feed, link, cuts, found, log, live.indices, live.leaves, self.run_prefix, exact=self.exact)
             feed.forget_moved(live.rows)
             self._note_constants(feed, cuts)
@@ -176,6 +188,42 @@ class Observer:
             self._store(feed, phase, values, leaves, live.rows, prefix_s, suffix_s)
 
         return compare
+
+    def _is_as_stored(self, feed: Feed, link: Link, cut: Cut) -> bool:
+        """Return whether modes, autocast, gradients and kernels are those for which values are stored."""
+        modes = all(module.training == (module in feed.awake) for module in self.book.in_or_around(cut))
+        return modes and feed.link is not None and feed.link.is_called_as(link)
+
+    def _compute_under(self, feed: Feed, link: Link) -> None:
+        """Have the values of a feed computed as the loop calls the model now; forget the others."""
+        self.stock.release_unused(feed, ())
+        feed.link = link
+        feed.awake = frozenset(module for module in self.model.modules() if module.training)
+
+    def _agrees_with_stored(
+        self, feed: Feed, values: Mapping[Site, torch.Tensor], rows: torch.Tensor
+    ) -> bool:
+        """Return whether values of a batch are those that an earlier phase stored; False if it stored none.
+
+        Raises:
+            OtherValuesError: they are not.
+        """
+        compared = False
+        for site, value in values.items():
+            stored = feed.sites.get(site)
+            if stored is None or feed.views > 1:  # each draw is another one
+                continue
+            there = stored.column.filled[rows]
+            fresh, kept = stored.layout.to_rows(value)[there].cpu(), stored.column.get(rows[there])
+            equal = same_bits if self.exact else is_near
+            if fresh.dtype != kept.dtype or not equal(fresh, kept):
+                raise OtherValuesError(
+                    f"the value at {site} is not what was stored, though no frozen weight changed: it "
+                    f"depends on train or eval mode, on autocast, on whether gradients are on, or on a "
+                    f"setting of torch. Use a PrefixCache for each."
+                )
+            compared |= bool(there.any())
+        return compared
 
     def _note_constants(self, feed: Feed, cuts: list[Cut]) -> None:
         """Note the state of the weights behind values that do not depend on the input."""
@@ -299,6 +347,8 @@ class Observer:
         if absent.any():
             if self.book.state() != live.key:
                 raise OtherStateError("values of a former state would be computed")
+            if self.weights_moved(live.supply):
+                raise CacheError(MOVING)
             assert feed.link is not None
             if backend_state(feed.link.device) != feed.link.backends:
                 raise CacheError(
@@ -357,14 +407,12 @@ class Observer:
         keep nothing for them.
         """
         args, kwargs = link.apart(args, kwargs)
-        impure = any(cut.impure for cut in cuts) or skeletons
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "busy", self.busy)
             self.busy = True
             stack.enter_context(untouched(self.model))
             stack.enter_context(torch.set_grad_enabled(link.grad))
-            if impure:
-                stack.enter_context(ContentGuard(self.model))
+            stack.enter_context(ContentGuard(self.model))  # it may go another way, and run to its end
             for kind, enabled, dtype in link.autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
@@ -397,6 +445,14 @@ class Observer:
                     stored.column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
         for number, column in feed.leaves.items():
             column.put(rows, leaves[number].detach().cpu())
+
+    def weights_moved(self, supply: Supply) -> bool:
+        """Return whether frozen weights changed since this was last asked; what is stale is forgotten."""
+        moves = self.book.look_at_weights()
+        if moves == supply.moves:
+            return False
+        supply.moves = moves  # they may have been written with what they held, as DDP does at its start
+        return any([self.drop_stale(feed) for feed in supply.feeds])
 
     def drop_stale(self, feed: Feed) -> bool:
         """Forget stored values whose weights changed since they were computed; return whether some were."""

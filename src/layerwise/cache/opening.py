@@ -41,7 +41,7 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
         return supply
     supply.read(reader)
     try:
-        watch = DataWatch(loader.dataset)
+        watch = DataWatch(loader.dataset, loader.collate_fn)
         random, samples = reader.randomness()
         if views == 1:
             watch.loaded(samples)

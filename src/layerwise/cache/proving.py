@@ -49,6 +49,12 @@ def prove(
     Raises:
         CacheError: the values cannot be taken apart into samples, are random, or depend on other samples.
     """
+    if exact and log.packing:
+        raise CacheError(
+            f"the frozen part lays the samples of a batch end to end, without their padding ({log.packing}), "
+            f"so that last bits of one depend on the lengths of the others. Make nn.TransformerEncoder with "
+            f"enable_nested_tensor=False, do not pack sequences, or pass exact=False."
+        )
     count = len(indices)
     part_leaves, chosen = _loaded_again(feed, indices, leaves)
     part_count = len(part_leaves[0])

@@ -207,7 +207,7 @@ def replaying(
         skeletons: of every skipped call, with their layouts filled in.
         batch: number of samples.
         device: of the ghosts.
-        answered: called whenever a call was skipped.
+        answered: called whenever a call is skipped, or takes a cached argument.
     """
     entries: dict[CallId, list[Site]] = {}
     for site in cut.frontier:
@@ -215,9 +215,9 @@ def replaying(
             entries.setdefault(site.call, []).append(site)
 
     def answer(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if answered is not None and (call in cut.skipped or call in entries):
+            answered()
         if call in cut.skipped:
-            if answered is not None:
-                answered()
             for module, count in cut.inside[call].items():
                 counts[module] += count  # calls that did not happen
             output = emit(call, args, kwargs)

@@ -68,6 +68,19 @@ def test_other_operations_for_a_part() -> None:
     assert uneven_places(runs[0], 3, runs[1], 3) == ("", "another order of operations")
 
 
+def test_a_batch_that_is_computed_in_pieces() -> None:
+    # two samples of 20 numbers leave 8 over, in each piece: how many pieces there are depends on the batch
+    if not routines_differ(nn.functional.silu):
+        pytest.skip("this processor computes it by one routine")
+
+    def in_pieces(x):
+        return torch.cat([nn.functional.silu(piece) for piece in x.split(2)])
+
+    for width, found in ((20, "aten.silu.default"), (64, "")):
+        runs = [logged(in_pieces, torch.randn(count, width)) for count in (8, 2)]
+        assert uneven_places(runs[0], 8, runs[1], 2) == (found, "another order of operations")
+
+
 def test_transposed_and_expanded_tensors() -> None:
     # strides are kept: a value laid out otherwise meets other routines
     def silu(x):
