@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.checking import normal_tensors
-from layerwise.cache.cut import NothingToSkipError
+from layerwise.cache.cut import CallId, NothingToSkipError
 from layerwise.cache.cutbook import CutBook
 from layerwise.cache.feed import Phase
 from layerwise.cache.ghost import Ghost, real
@@ -27,7 +28,7 @@ from layerwise.cache.hooks import RootHook
 from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.observing import MOVING, Live, Observer
 from layerwise.cache.opening import COMPILED, one_line
-from layerwise.cache.replay import refuse_ghosts, replaying
+from layerwise.cache.replay import check_replayed, replaying
 from layerwise.cache.room import format_bytes, give_back_memory
 from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -51,7 +52,7 @@ class Calls:
         self._hook = RootHook()
         self._at_hand: list[Collection[Live]] = []
         self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
-        self._replay: contextlib.AbstractContextManager[None] | None = None  # open during a replayed call
+        self._replay: tuple[contextlib.AbstractContextManager[set[CallId]], set[CallId]] | None = None
         self._observed = False  # the call under way is looked at
         self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
 
@@ -94,7 +95,7 @@ class Calls:
             return None
         if self._observer.busy:
             return None
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if peek_interpreter_stack() is not None:
             for live in self._lives:
                 if not live.supply.reason:
                     live.supply.refuse("a transform of torch.func calls the model")
@@ -140,8 +141,7 @@ class Calls:
         values = feed.values(phase.cut, live.rows, link.device)
         live.supply.replays += 1
         replay = replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
-        replay.__enter__()
-        self._replay = replay
+        self._replay = replay, replay.__enter__()
         return None
 
     def _is_completed(self, live: Live, phase: Phase) -> bool:
@@ -165,8 +165,10 @@ class Calls:
             return
         replay, self._replay = self._replay, None
         if replay is not None:
-            replay.__exit__(None, None, None)
-            refuse_ghosts(output)
+            under_way, not_come = replay
+            under_way.__exit__(None, None, None)
+            if output is not None:
+                check_replayed(output, not_come)
         if self._observed:
             self._observed = False
             self._book.settings.after_forward()

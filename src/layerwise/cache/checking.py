@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -108,6 +108,7 @@ def size_sensitive(
     part: Mapping[Site, torch.Tensor],
     chosen: list[int],
     run: Run,
+    indices: Sequence[int],
 ) -> bool:
     """Return whether a sample's bits depend on how many samples are computed with it.
 
@@ -126,6 +127,7 @@ def size_sensitive(
         part: values of the samples `chosen`, computed on their own.
         chosen: positions in the batch.
         run: to compute more.
+        indices: of the batch's samples in the data set: one that stands in it twice tells nothing new.
 
     Raises:
         PlaceError: their last bits depend on the place in the batch.
@@ -134,7 +136,7 @@ def size_sensitive(
     unequal = _unequal(layouts, full, chosen, part)
     compared, rest = list(chosen), [position for position in range(batch) if position not in chosen]
     size = len(chosen)
-    while not unequal and len(rest) >= size and _few_numbers(layouts, full, compared):
+    while not unequal and len(rest) >= size and _few_numbers(layouts, full, _distinct(compared, indices)):
         chosen, rest = rest[:size], rest[size:]
         part = run(chosen, 1)
         unequal = _unequal(layouts, full, chosen, part)
@@ -171,6 +173,10 @@ def _unequal(
         for site, layout in layouts.items()
         if not same_bits(layout.to_rows(full[site])[positions], layout.to_rows(part[site]))
     ]
+
+
+def _distinct(positions: list[int], indices: Sequence[int]) -> list[int]:
+    return list({indices[position]: position for position in positions}.values())
 
 
 def _few_numbers(

@@ -30,7 +30,7 @@ from layerwise.cache.layout import copied, memory_order
 from layerwise.cache.link import Link, backend_state, versions_of
 from layerwise.cache.proving import prove
 from layerwise.cache.reading import drawn_outside_torch, kept_random_state, reseed, same_bits
-from layerwise.cache.replay import Captured, capture, refuse_ghosts, replaying
+from layerwise.cache.replay import Captured, capture, check_replayed, replaying
 from layerwise.cache.stock import Stock
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
@@ -274,7 +274,7 @@ class Observer:
                 with replaying(
                     phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device,
                     answered=lambda: checkpointed.append(is_checkpointed()),
-                ):  # fmt: skip
+                ) as not_come:  # fmt: skip
                     output = self.model(*args, **kwargs)
                 if any(checkpointed):
                     check_backward(output, self.model.parameters())
@@ -283,7 +283,7 @@ class Observer:
             except Exception as error:  # code between modules reads a ghost in a way of its own (numpy)
                 why = " ".join(str(error).split())[:200]
                 raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
-        refuse_ghosts(output)
+        check_replayed(output, not_come)
         return [tensor.detach() for tensor in tensors_in(output)], Flow.of(output)
 
     def _store(

@@ -80,7 +80,11 @@ def prove(
         return run_prefix(link, cuts, *built, batch=size, skeletons=False, seed=seed).values
 
     def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
-        return run_batch([leaf[positions] for leaf in leaves], seed)
+        values = run_batch([leaf[positions] for leaf in leaves], seed)
+        for site in layouts:
+            if site not in values:
+                raise CacheError(f"{site} runs for some samples of a batch and not for others.")
+        return values
 
     try:
         seen = {
@@ -88,7 +92,7 @@ def prove(
             for site, value in part.values.items()
             if site in layouts
         }
-        sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run)
+        sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run, indices)
         check_companions(layouts, seen, [leaf[: len(chosen)] for leaf in part_leaves], link.leaves, run_batch)
         within, between = uneven_places(log.runs, count, part_log.runs, part_count)
         if within:

@@ -17,6 +17,8 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from layerwise.cache.fingerprint import datasets_in
@@ -111,7 +113,10 @@ class LoaderReader:
         return iter(inner)
 
     def load_now(self, indices: Sequence[int]) -> Any:
-        """Return one collated batch, loaded in this process."""
+        """Return one collated batch, loaded in this process; also within a transform of torch.func."""
+        if peek_interpreter_stack() is not None:
+            with temporarily_clear_interpreter_stack():
+                return self.load_now(indices)
         dataset, before = self.loader.dataset, _random_states()
         if hasattr(dataset, "__getitems__"):
             samples = dataset.__getitems__(list(indices))

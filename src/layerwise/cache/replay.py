@@ -198,8 +198,10 @@ def replaying(
     batch: int,
     device: torch.device,
     answered: Callable[[], None] | None = None,
-) -> Iterator[None]:
+) -> Iterator[set[CallId]]:
     """Within: one forward pass of the model skips the frozen prefix and takes `values` at the sites.
+
+    Yields the calls that were to be skipped, or to take a value, and did not come so far.
 
     Args:
         cut: what to skip.
@@ -209,14 +211,16 @@ def replaying(
         device: of the ghosts.
         answered: called whenever a call is skipped, or takes a cached argument.
     """
+    expected = {*cut.skipped, *cut.entered}
     entries: dict[CallId, list[Site]] = {}
     for site in cut.frontier:
         if site.side == "in":
             entries.setdefault(site.call, []).append(site)
 
     def answer(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if answered is not None and (call in cut.skipped or call in entries):
+        if answered is not None and call in expected:
             answered()
+        expected.discard(call)
         if call in cut.skipped:
             for module, count in cut.inside[call].items():
                 counts[module] += count  # calls that did not happen
@@ -247,7 +251,7 @@ def replaying(
         return map_tensors(skeleton.output, leaf)
 
     with _intercepted(cut.paths, answer) as counts, only_shapes():
-        yield
+        yield expected
 
 
 def _with_slots(arguments: Any, replace: dict[int, torch.Tensor]) -> Any:
@@ -262,12 +266,22 @@ def _with_slots(arguments: Any, replace: dict[int, torch.Tensor]) -> Any:
     return map_tensors(arguments, leaf)
 
 
-def refuse_ghosts(output: Any) -> None:
-    """Raise if a model's output holds a ghost: something that was skipped was needed after all.
+def check_replayed(output: Any, not_come: set[CallId]) -> None:
+    """Raise if a replayed pass went another way than the recorded one.
+
+    Args:
+        output: of the model; must not hold a ghost: something that was skipped was needed after all.
+        not_come: calls that were to be skipped, or to take a value, and did not come.
 
     Raises:
-        CacheError: it does.
+        CacheError: so it did.
     """
+    if not_come:
+        path = min(not_come).path
+        raise CacheError(
+            f"the model took another way than on the first batch: {path!r} was not called, though no tensor "
+            f"with floating-point numbers decides that. Use storage='off'."
+        )
     found = next((tensor for tensor in tensors_in(output) if isinstance(tensor, Ghost)), None)
     if found is not None:
         raise CacheError(
