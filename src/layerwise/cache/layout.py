@@ -24,15 +24,22 @@ class Layout:
             ``batch * windows`` rows.
         order: dimensions from the outermost in memory to the innermost.
         strides: of a tensor with gaps in memory, such as a slice of a longer sequence; None without gaps.
+        repeated: dimensions along which one number stands for all, as ``expand`` makes them -> their size.
     """
 
     dim: int
     per_sample: int
     order: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+    repeated: tuple[tuple[int, int], ...] = ()
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor as (batch, per_sample, ...): the other dimensions in memory order; a view."""
+        """Return the tensor as (batch, per_sample, ...): the other dimensions in memory order; a view.
+
+        Of repeated numbers one is returned.
+        """
+        for dim, _ in self.repeated:
+            tensor = tensor.narrow(dim, 0, 1)
         physical = tensor.permute(self.order).movedim(self.order.index(self.dim), 0)
         samples = physical.shape[0] // self.per_sample
         return physical.unflatten(0, (samples, self.per_sample))  # type: ignore[no-untyped-call,no-any-return]
@@ -44,6 +51,9 @@ class Layout:
             physical = physical.movedim(0, self.order.index(self.dim)).contiguous()
         if not self._is_usual:
             physical = physical.permute([self.order.index(dim) for dim in range(len(self.order))])
+        if self.repeated:
+            sizes = dict(self.repeated)
+            return physical.expand([sizes.get(dim, size) for dim, size in enumerate(physical.shape)])
         if self.strides is None:
             return physical
         return physical.new_empty_strided(physical.shape, self.strides).copy_(physical)
@@ -80,9 +90,20 @@ def has_gaps(tensor: torch.Tensor) -> bool:
     return gaps and tensor.numel() > 0
 
 
+def repeated_dims(tensor: torch.Tensor) -> list[int]:
+    """Return the dimensions along which one number of memory stands for all."""
+    return [dim for dim, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[dim] > 1]
+
+
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a detached copy that lies in memory as the tensor does, gaps included: kernels look at that."""
+    """Return a detached copy that lies in memory as the tensor does: kernels look at gaps and repetitions."""
     tensor = tensor.detach()
+    repeated = repeated_dims(tensor)
+    if repeated:
+        once = tensor
+        for dim in repeated:
+            once = once.narrow(dim, 0, 1)
+        return once.clone().expand(tensor.shape)
     if not has_gaps(tensor):
         return tensor.clone()
     return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
@@ -114,6 +135,9 @@ def find_layout(
         per_sample = one.shape[dim] // batch
         if one.shape[dim] == per_sample * batch and other.shape[dim] == per_sample * other_batch:
             order = memory_order(one)
+            repeated = tuple((d, one.shape[d]) for d in repeated_dims(one) if d != dim)
+            if repeated and repeated_dims(other) == repeated_dims(one):
+                return Layout(dim, per_sample, order, None, repeated)
             keeps = has_gaps(one) and order[0] == dim  # else strides depend on the batch size
             return Layout(dim, per_sample, order, one.stride() if keeps else None)
     raise CacheError(

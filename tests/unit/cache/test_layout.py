@@ -24,6 +24,8 @@ def pair(make, batch=6, other=4):
         lambda b: torch.randn(b * 9, 5),  # windows of one sample side by side
         lambda b: torch.randn(b, 4, 1, 1).to(memory_format=torch.channels_last),
         lambda b: torch.randn(b),
+        lambda b: torch.randn(b, 1, 5).expand(-1, 7, -1),
+        lambda b: torch.randn(4, b, 1, 1).expand(-1, -1, 3, 2),
     ],
 )
 def test_round_trip(make) -> None:
@@ -36,6 +38,14 @@ def test_round_trip(make) -> None:
     again = layout.from_rows(layout.to_rows(value)[order])
     assert torch.equal(layout.to_rows(again)[order.argsort()], layout.to_rows(value))
     assert layout.shape(tuple(value.shape), 6) == tuple(value.shape)
+
+
+def test_of_repeated_numbers_one_is_stored() -> None:
+    # kernels sum in another order where the memory holds each of them
+    value, layout = pair(lambda b: torch.randn(b, 1, 5).expand(-1, 7, -1))
+    assert layout.to_rows(value).numel() == 6 * 5
+    assert copied(value).stride() == value.stride() == (5, 0, 1)
+    assert copied(value).untyped_storage().nbytes() == 6 * 5 * 4
 
 
 def test_a_value_that_does_not_grow_has_no_layout() -> None:
