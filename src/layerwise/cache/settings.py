@@ -44,6 +44,8 @@ _SENTINELS = 8  # tensors whose content is compared
 _PROBED = 1024  # numbers of each of them
 _TINY = 16  # numbers: a tensor or an array of so many is compared by content, as a number is
 
+_NOTHING = repr(None)
+
 _Key = tuple[int, str]  # number of a module, or -1 - that of a class; name of an attribute
 _Owner = Mapping[str, Any]
 
@@ -66,6 +68,7 @@ class Settings:
         self._numbers: dict[Any, int] = {}
         self._kept: list[Any] = []  # what is known by its identity must not give it to another object
         self._moving: set[_Key] = set()  # changed by the forward pass itself
+        self._remembering: set[nn.Module] | None = None  # not known
         self.last = self.new = 0
         self._modules: list[nn.Module] = []
         self._classes: list[type] = []
@@ -97,11 +100,30 @@ class Settings:
         self._before = self._attributes()
 
     def after_forward(self) -> None:
-        """Leave out from now on what the forward pass itself changed: `layerwise.layers.memory` judges it."""
+        """Leave out from now on what the forward pass itself changed: `layerwise.layers.memory` judges it.
+
+        A table that a module made for itself is still watched. It may be made anew, for a longer text, and
+        then what was computed with the former one is worth nothing.
+        """
         now = self._attributes()
-        self._moving |= {key for key, value in self._before.items() if now.get(key, value) != value}
-        self._moving |= now.keys() - self._before.keys()
-        self._save(self.last)
+        changed = {key for key, value in self._before.items() if now.get(key, value) != value}
+        tables = {key for key in changed | (now.keys() - self._before.keys()) if self._is_table(key)}
+        self._moving |= (changed | (now.keys() - self._before.keys())) - tables
+        made_anew = any(self._before.get(key, _NOTHING) != _NOTHING for key in tables)
+        self._save(None if made_anew else self.last)
+
+    def remembers(self, modules: Iterable[nn.Module]) -> None:
+        """Note modules that keep something of each batch (`Recording.remembering`)."""
+        self._remembering = (self._remembering or set()) | set(modules)
+
+    def _is_table(self, key: _Key) -> bool:
+        """Whether an attribute that a forward pass changed is now a tensor that is not of the batch."""
+        index, name = key
+        if index < 0 or self._remembering is None or self._modules[index] in self._remembering:
+            return False
+        value, before = vars(self._modules[index]).get(name), self._before.get(key, _NOTHING)
+        is_tensor = isinstance(value, torch.Tensor) and not value.requires_grad and _is_readable(value)
+        return is_tensor and (before == _NOTHING or before.startswith("torch."))
 
     def _is_same(self) -> bool:
         return self._at_batches.is_same() and self._has_same_hooks()

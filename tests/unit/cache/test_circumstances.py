@@ -163,6 +163,37 @@ class PooledBranching(Branching):
         return self.head(self.chosen(mask)(x).tanh().mean(1))
 
 
+class Positions(nn.Linear):
+    """Adds a table that is made anew, and with other numbers, when a longer text comes."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None or len(self.table) < x.shape[1]:
+            self.table = torch.linspace(0, 1, x.shape[1])[:, None]
+        return super().forward(x) + self.table[: x.shape[1]]
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Positions(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh().mean(1))
+
+
+class Lengths(torch.utils.data.Dataset[Any]):
+    """The second half of the samples is longer."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        return torch.randn(4 if index < 8 else 6, 6, generator=generator), index % CLASSES
+
+
 @dataclass
 class Run:
     """One run: what a loop needs, and what it noted."""
@@ -349,6 +380,9 @@ CASES = {
     ),
     "another branch beside strange samples": Case(
         Branching, trained, "cut at body", lambda: masked(3, 10, 20, count=23), IN_TURN
+    ),
+    "a table for longer texts": Case(
+        Positioned, trained, "cut at", Lengths, {"batch_size": 4, "shuffle": False}
     ),
     "a transform of torch.func": Case(Net, transformed_now_and_then, "off: a transform of torch.func"),
     "settings of collate_fn": Case(
