@@ -11,6 +11,7 @@ Where to read on:
   `settings` (was an attribute of the model changed?).
 - Replay: `replay` (calls answered from the store), `ghost` (tensors without data), `link` (how a batch
   reaches the model), `hooks`.
+- Values: `frozen` (runs the frozen part, stores what it gives), `live` (a batch that was handed out).
 - Proof, on the first batch of a phase: `observing`, `proving`, `checking`, `companions` (samples beside
   strange ones), `evenness` (last bits), `layout` (how a value is made of samples).
 - Store: `stock` (budget, sharing), `decision` (does it pay?), `room` (memory, disk), `store` (one column),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
@@ -21,12 +20,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from layerwise.cache.batchshape import OtherShapeError
 from layerwise.cache.checking import normal_tensors
 from layerwise.cache.cut import CallId, NothingToSkipError
-from layerwise.cache.cutbook import CutBook
 from layerwise.cache.feed import Phase
+from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.ghost import Ghost, real
 from layerwise.cache.hooks import RootHook
 from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
-from layerwise.cache.observing import MOVING, Live, Observer
+from layerwise.cache.live import Live
+from layerwise.cache.observing import Observer
 from layerwise.cache.opening import COMPILED, one_line
 from layerwise.cache.replay import check_replayed, replaying
 from layerwise.cache.room import format_bytes, give_back_memory
@@ -42,13 +42,13 @@ class Calls:
     """Watches one model's calls.
 
     Args:
-        model: the model.
-        book: tells in which state (who learns, which modes) the model is.
+        frozen: runs the model for the cache.
         observer: looks at the first batch of a phase.
     """
 
-    def __init__(self, model: nn.Module, book: CutBook, observer: Observer) -> None:
-        self._model, self._book, self._observer = model, book, observer
+    def __init__(self, frozen: FrozenPart, observer: Observer) -> None:
+        self._frozen, self._observer = frozen, observer
+        self._model, self._book = frozen.model, frozen.book
         self._hook = RootHook()
         self._at_hand: list[Collection[Live]] = []
         self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
@@ -93,7 +93,7 @@ class Calls:
             for live in self._lives:
                 live.supply.reason = COMPILED
             return None
-        if self._observer.busy:
+        if self._frozen.busy:
             return None
         if peek_interpreter_stack() is not None:
             for live in self._lives:
@@ -124,7 +124,7 @@ class Calls:
         feed, phase = live.feed, live.phase
         if phase is None or phase.cut is None or not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
-        if self._observer.weights_moved(live.supply):
+        if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
         state = live.supply.called_in = self._book.state()
         changed = (
@@ -151,7 +151,7 @@ class Calls:
             return False
         try:
             with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
-                self._observer.complete(live.feed, phase, live, live.batch)
+                self._frozen.complete(live.feed, phase, live, live.batch)
         except OtherShapeError:  # the next batch that is made will tell
             return False
         except (CacheError, OSError) as error:
@@ -161,7 +161,7 @@ class Calls:
 
     def _after(self, output: Any) -> None:
         """See every output of the model, and the end of a call that raised (`output` is then None)."""
-        if self._observer.busy or torch.compiler.is_dynamo_compiling():
+        if self._frozen.busy or torch.compiler.is_dynamo_compiling():
             return
         replay, self._replay = self._replay, None
         if replay is not None:
@@ -188,7 +188,7 @@ class Calls:
     def _observe(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
         feed = live.feed
-        self._observer.busy = True
+        self._frozen.busy = True
         try:
             link = find_link(live.leaves, args, kwargs)
             if link is None:
@@ -218,7 +218,7 @@ class Calls:
             live.seen = True
             live.supply.refuse(str(error))
         finally:
-            self._observer.busy = False
+            self._frozen.busy = False
 
 
 def _without_history(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch
 
 from layerwise.cache.batchshape import BatchShape, OtherShapeError
 from layerwise.cache.checking import normal_tensors
-from layerwise.cache.cutbook import CutBook, OtherStateError
+from layerwise.cache.cutbook import OtherStateError
 from layerwise.cache.feed import Phase
+from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.link import versions_of
-from layerwise.cache.observing import Live, Observer
+from layerwise.cache.live import Live
 from layerwise.cache.reading import DRAWS, LoaderReader, Order
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
@@ -56,12 +57,11 @@ class Dealer:
     """Makes batches.
 
     Args:
-        book: tells in which state (who learns, which modes) the model is.
-        observer: computes what is missing.
+        frozen: computes what is missing.
     """
 
-    def __init__(self, book: CutBook, observer: Observer) -> None:
-        self._book, self._observer = book, observer
+    def __init__(self, frozen: FrozenPart) -> None:
+        self._frozen, self._book = frozen, frozen.book
 
     def epoch(self, supply: Supply, order: Order) -> Iterator[Live]:
         """Yield the batches of one epoch, in the order given."""
@@ -132,7 +132,7 @@ class Dealer:
     def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
-            batch = self._observer.complete(live.feed, phase, live, batch)
+            batch = self._frozen.complete(live.feed, phase, live, batch)
             load = functools.cache(functools.partial(_load, live.feed.reader, live.indices))
             live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
         except OtherShapeError as error:

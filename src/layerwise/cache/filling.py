@@ -16,7 +16,8 @@ from layerwise.cache.cut import Cut, Site
 from layerwise.cache.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.folding import FOLD_TOLERANCE, Folding, find_pairs, relative_difference
-from layerwise.cache.observing import Live, Observer
+from layerwise.cache.frozen import FrozenPart
+from layerwise.cache.live import Live
 from layerwise.cache.reading import same_bits
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
@@ -57,7 +58,7 @@ def total(parts: Sequence[Filled]) -> Filled:
 
 
 def fill_rest(
-    observer: Observer,
+    frozen: FrozenPart,
     supply: Supply,
     feed: Feed,
     phase: Phase,
@@ -68,7 +69,7 @@ def fill_rest(
     """Compute and store what is missing of a feed's samples.
 
     Args:
-        observer: computes samples.
+        frozen: computes samples.
         supply: the loader.
         feed: of those of its samples that are to be computed.
         phase: under way, and verified: the values of its cut are computed, and those of later phases for
@@ -81,7 +82,7 @@ def fill_rest(
     folding: Folding | None = None
     difference = 0.0
     if fold:
-        folding, difference, note = _try_folding(observer, feed, phase.cut)
+        folding, difference, note = _try_folding(frozen, feed, phase.cut)
         notes += [note] if note else []
     done = 0
     if batch_size not in (None, feed.full) and feed.places is not None:
@@ -89,22 +90,22 @@ def fill_rest(
         batch_size = None
     if batch_size is not None and not feed.fits(batch_size):
         trial = samples[:batch_size]
-        done += _fill(observer, supply, feed, phase, trial, feed.full, 0, None)
+        done += _fill(frozen, supply, feed, phase, trial, feed.full, 0, None)
         if len(trial) < batch_size:
             batch_size = feed.full  # the data is smaller than such a batch
-        elif reason := _other_bits(observer, feed, phase.cut, trial):
+        elif reason := _other_bits(frozen, feed, phase.cut, trial):
             notes.append(f"batches of {batch_size} are not used for the recording pass: {reason}")
             batch_size = feed.full
         elif feed.sizes is not None:
             feed.sizes = feed.sizes | {batch_size}
     size = batch_size or feed.full
     for view in range(feed.views):
-        done += _fill(observer, supply, feed, phase, samples, size, view, folding)
+        done += _fill(frozen, supply, feed, phase, samples, size, view, folding)
     return Filled(done, size, 0 if folding is None else len(folding), difference, tuple(notes))
 
 
 def _fill(
-    observer: Observer,
+    frozen: FrozenPart,
     supply: Supply,
     feed: Feed,
     phase: Phase,
@@ -122,25 +123,25 @@ def _fill(
     loaded = feed.reader.load(iter([batches[number] for number in wanted]))
     for number, batch in zip(wanted, loaded):
         with folding or contextlib.nullcontext():
-            live = Live(supply, feed, rows[number], batches[number], observer.book.state())
-            observer.complete(feed, phase, live, batch)
+            live = Live(supply, feed, rows[number], batches[number], frozen.book.state())
+            frozen.complete(feed, phase, live, batch)
         if folding is not None:
             folding.check()
     return sum(absent)
 
 
-def _cuts(observer: Observer, feed: Feed, cut: Cut) -> list[Cut]:
+def _cuts(frozen: FrozenPart, feed: Feed, cut: Cut) -> list[Cut]:
     """Return the cuts whose values are stored: the present one, and later ones for which there is room."""
     assert feed.link is not None
-    later = [other for _, other in observer.book.later(feed.link.form)]
+    later = [other for _, other in frozen.book.later(feed.link.form)]
     return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
 
-def _other_bits(observer: Observer, feed: Feed, cut: Cut, samples: list[int]) -> str:
+def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, samples: list[int]) -> str:
     """Return how a batch of all `samples` differs from what is stored of them; ``""`` if no bit does."""
     assert feed.link is not None
     assert feed.shape is not None
-    cuts, rows = _cuts(observer, feed, cut), feed.rows_of(samples, 0)
+    cuts, rows = _cuts(frozen, feed, cut), feed.rows_of(samples, 0)
     leaves = feed.shape.check(feed.reader.load_now(samples), len(samples))
     runs: list[ElementwiseLog] = []
 
@@ -148,9 +149,7 @@ def _other_bits(observer: Observer, feed: Feed, cut: Cut, samples: list[int]) ->
         assert feed.link is not None
         runs.append(ElementwiseLog())
         args, kwargs = feed.link.build([leaf[:count] for leaf in leaves])
-        return observer.run_prefix(
-            feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]
-        ).values
+        return frozen.run(feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]).values
 
     values = compute(len(samples))
     for site in (site for each in cuts for site in each.frontier):
@@ -164,21 +163,21 @@ def _other_bits(observer: Observer, feed: Feed, cut: Cut, samples: list[int]) ->
     return ""
 
 
-def _try_folding(observer: Observer, feed: Feed, cut: Cut) -> tuple[Folding | None, float, str]:
+def _try_folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding | None, float, str]:
     """Return the folding, its relative difference on the first batch, and what is to be said of it."""
     assert feed.link is not None
     assert feed.shape is not None
-    cuts, link, count = _cuts(observer, feed, cut), feed.link, feed.full
+    cuts, link, count = _cuts(frozen, feed, cut), feed.link, feed.full
     args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
     with torch.no_grad():
-        pairs = find_pairs(record(observer.model, args, kwargs), cuts)
+        pairs = find_pairs(record(frozen.model, args, kwargs), cuts)
     if not pairs:
         return None, 0.0, "nothing is folded: no frozen batch-norm follows a frozen convolution directly"
-    folding = Folding(observer.model, pairs)
-    plain = observer.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=False).values
+    folding = Folding(frozen.model, pairs)
+    plain = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
     try:
         with folding:
-            folded = observer.run_prefix(link, cuts, args, kwargs, batch=count, skeletons=False).values
+            folded = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
         folding.check()
     except CacheError as error:
         return None, 0.0, f"nothing is folded: {str(error).rstrip('.')}"

@@ -22,7 +22,9 @@ from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.decision import Decision, Storage
 from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
-from layerwise.cache.observing import Live, Observer
+from layerwise.cache.frozen import FrozenPart
+from layerwise.cache.live import Live
+from layerwise.cache.observing import Observer
 from layerwise.cache.opening import open_supply
 from layerwise.cache.prepared import inner, is_prepared, iterated, stand_in
 from layerwise.cache.reading import Order, kept_random_state
@@ -116,11 +118,10 @@ class PrefixCache:
         self._exact = exact
         self._supplies: list[Supply] = []
         self._book = CutBook(self.model, tuner, pool.upcoming if pool is not None else {})
-        self._observer = Observer(
-            self.model, self._book, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs
-        )
-        self._dealer = Dealer(self._book, self._observer)
-        self._calls = Calls(self.model, self._book, self._observer)
+        self._frozen = FrozenPart(self.model, self._book)
+        observer = Observer(self._frozen, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs)
+        self._dealer = Dealer(self._frozen)
+        self._calls = Calls(self._frozen, observer)
 
     # -- what users call ----------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class PrefixCache:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         supply.moves = self._book.moves
         for feed in supply.feeds:
-            self._observer.drop_stale(feed)
+            self._frozen.drop_stale(feed)
         assert supply.reader is not None
         return supply.begun(self._deal(supply, supply.reader.order()))
 
@@ -227,7 +228,7 @@ class PrefixCache:
         with kept_random_state():
             found = self._looked_at(supply, call or self._call)
             done = [
-                fill_rest(self._observer, supply, feed, phase, batch_size=batch_size, fold=fold)
+                fill_rest(self._frozen, supply, feed, phase, batch_size=batch_size, fold=fold)
                 for feed, phase in found
             ]
         self.stock.shelf.publish_complete()
@@ -331,7 +332,7 @@ class PrefixCache:
         self._book.refresh()
         why, found = supply.reason, []
         for feed in supply.feeds if not why else ():
-            self._observer.drop_stale(feed)
+            self._frozen.drop_stale(feed)
             phase = feed.phases.get(self._book.state())
             if phase is None or not (phase.verified or phase.reason):
                 samples = feed.members or range(feed.size)

@@ -43,7 +43,7 @@ def prove(
         log: of that pass.
         indices: of the batch's samples.
         leaves: the batch's tensors.
-        run_prefix: `layerwise.cache.observing.Observer.run_prefix`.
+        run_prefix: `layerwise.cache.frozen.FrozenPart.run`.
         exact: keep values whose last bits depend on the place in the batch only for that place.
 
     Raises:

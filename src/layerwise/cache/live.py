@@ -1,0 +1,33 @@
+"""`Live`: a batch that was handed out, until the loop is done with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layerwise.cache.batchshape import BatchShape
+from layerwise.cache.feed import Feed, Phase
+from layerwise.cache.supply import Supply
+
+
+class Live:
+    """A batch that was handed out, until the loop asks for the next one."""
+
+    def __init__(self, supply: Supply, feed: Feed, rows: torch.Tensor, indices: list[int], key: Any) -> None:
+        self.supply, self.feed, self.rows, self.indices, self.key = supply, feed, rows, indices, key
+        self.tag = object()  # of its ghosts; not the batch itself, which would keep itself alive
+        self.batch: Any = None
+        self.leaves: list[torch.Tensor] = []
+        self.versions: list[int] = []  # of the leaves when they were handed out
+        self.shape: BatchShape | None = None  # of a real one that is looked at when it reaches the model
+        self.replayed = False  # with ghosts
+        self.seen = False  # it reached the model
+        self.is_passed_over = False  # a later one reached the model before it
+        self.phase: Phase | None = None
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something is to be done when it comes to the model, as it has not yet."""
+        to_complete = self.phase is not None and self.phase.verified and not self.phase.reason
+        return not (self.seen or self.supply.reason) and (self.shape is not None or to_complete)
