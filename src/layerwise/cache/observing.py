@@ -8,7 +8,6 @@ compared with the plain one.
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,8 +32,6 @@ from layerwise.cache.stock import Stock
 from layerwise.errors import CacheError
 from layerwise.layers.isolation import untouched
 from layerwise.layers.structures import map_tensors, tensors_in
-
-logger = logging.getLogger("layerwise.cache")
 
 
 class OtherValuesError(CacheError):
