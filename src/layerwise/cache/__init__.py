@@ -3,9 +3,9 @@
 Where to read on:
 
 - What users call: `prefix`. In it, `dealing` makes an epoch's batches, `calls` sees them reach the model.
-- Samples: `reading` (a loader by index), `prepared` (one of Accelerate's), `opening` (may it be cached?),
-  `supply` (its samples, sorted by shape), `feed` (what is stored of one shape), `batchshape`, `datawatch`
-  (was the data set changed?), `contents` (what a data set holds).
+- Samples: `reading` (a loader by index), `prepared` (one of Accelerate's), `alike` (one made anew), `opening`
+  (may it be cached?), `supply` (its samples, sorted by shape), `feed` (what is stored of one shape),
+  `batchshape`, `datawatch` (was the data set changed?), `contents` (what a data set holds).
 - Cut: `cut` (which calls to skip, what to keep of them), told by `dirty` (operations that change) and `doors`
   (what a call takes and gives); `source` (what a value is made of), `cutbook` (cuts, by the model's state),
   `settings` (was an attribute of the model changed?).

@@ -96,9 +96,11 @@ class Calls:
         if self._frozen.busy:
             return None
         if peek_interpreter_stack() is not None:
-            for live in self._lives:
+            for live in self._lives:  # their tensors have no memory that could be looked at
+                live.seen = True
                 if not live.supply.reason:
                     live.supply.refuse("a transform of torch.func calls the model")
+            return _with_real(args, kwargs)
         lives = self._lives[::-1]
         for live in lives:
             link = live.feed.link
@@ -116,9 +118,7 @@ class Calls:
         tensors = {id(tensor) for tensor in tensors_in((args, kwargs))}
         for live in lives:  # in another way than the first time, it came
             live.seen |= live.shape is None and not tensors.isdisjoint(map(id, live.leaves))
-        if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
-            return map_tensors((args, kwargs), real)  # the loop made something of its own of the batch
-        return None
+        return _with_real(args, kwargs)  # the loop made something of its own of the batch
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase = live.feed, live.phase
@@ -219,6 +219,13 @@ class Calls:
             live.supply.refuse(str(error))
         finally:
             self._frozen.busy = False
+
+
+def _with_real(args: Any, kwargs: Any) -> Any:
+    """Return the arguments with the samples in place of ghosts; None if there are no ghosts among them."""
+    if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
+        return map_tensors((args, kwargs), real)
+    return None
 
 
 def _without_history(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ loading itself changes (a counter, a store of decoded images) does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
+from layerwise.cache.alike import does_the_same
 from layerwise.cache.contents import Contents
 from layerwise.cache.fingerprint import tensor_digest
 from layerwise.layers.structures import tensors_in
@@ -67,22 +68,28 @@ class DataNames:
     """Remembers how datasets were named, as long as they do not change."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Any, Contents, set[str], str]] = []
+        self._known: list[tuple[Any, Any, Contents, set[str], str]] = []
 
-    def name_of(self, dataset: Any, make: Callable[[], str]) -> str:
+    def name_of(self, dataset: Any, collate: Any, make: Callable[[], str]) -> str:
         """Return a dataset's name.
 
         Args:
             dataset: compared by identity, and by what it holds; what `make` itself changes left out.
+            collate: what makes batches of its samples; likewise.
             make: reads the dataset and returns its name.
         """
-        for known, state, loading, name in self._known:
-            if known is dataset and not any(Contents(dataset, "here", loading).differing(state)):
+
+        def contents(without: Set[str] = frozenset()) -> Contents:
+            return Contents(dataset, "here", without, collate=collate)
+
+        for known, by, state, loading, name in self._known:
+            is_known = known is dataset and does_the_same(by, collate)
+            if is_known and not any(contents(loading).differing(state)):
                 return name
-        before = Contents(dataset, "here")
+        before = contents()
         name = make()
-        loading = set().union(*Contents(dataset, "here").differing(before))
-        self._known.append((dataset, Contents(dataset, "here", loading), loading, name))
+        loading = set().union(*contents().differing(before))
+        self._known.append((dataset, collate, contents(loading), loading, name))
         return name
 
 

@@ -18,7 +18,7 @@ from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.link import versions_of
 from layerwise.cache.live import Live
 from layerwise.cache.reading import DRAWS, LoaderReader, Order
-from layerwise.cache.supply import Supply
+from layerwise.cache.supply import Raised, Supply
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
@@ -45,7 +45,10 @@ class Epoch(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        return next(self._begun())
+        batch = next(self._begun())
+        if isinstance(batch, Raised):  # a generator that raised would have no more batches
+            raise batch.error
+        return batch
 
     def _begun(self) -> Iterator[Any]:
         if self._batches is None:
@@ -63,16 +66,22 @@ class Dealer:
     def __init__(self, frozen: FrozenPart) -> None:
         self._frozen, self._book = frozen, frozen.book
 
-    def epoch(self, supply: Supply, order: Order) -> Iterator[Live]:
-        """Yield the batches of one epoch, in the order given."""
+    def epoch(self, supply: Supply, order: Order) -> Iterator[Live | Raised]:
+        """Yield the batches of one epoch, in the order given, and what was raised in place of them."""
         view = supply.epochs % supply.views
         supply.epochs += 1
         supply.handed_out = supply.replays = 0
         supply.came = supply.asks_ahead = False
         known = self._is_known(supply)
         for indices, batch in supply.schedule(order, known, lambda: self._must_load(supply, view)):
-            with normal_tensors():
-                live = self.deal(supply, indices, batch, view=view)
+            try:
+                if isinstance(batch, Raised):
+                    raise batch.error
+                with normal_tensors():
+                    live = self.deal(supply, indices, batch, view=view)
+            except Exception as error:
+                yield Raised(error)
+                continue
             if live.feed.reader.has_drawn and supply.views == 1 and not supply.reason:
                 supply.refuse_random(DRAWS)  # the first samples did not
             supply.handed_out += 1

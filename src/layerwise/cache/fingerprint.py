@@ -6,8 +6,10 @@ costs a few milliseconds and is compared at each epoch, to notice that somebody 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -114,7 +116,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if width is None or tensor.dtype == torch.bool else tensor.view(width)
 
 
-def data_digest(dataset: Any, load: Any, size: int) -> str:
+def data_digest(dataset: Any, load: Any, size: int, collate: Any = None) -> str:
     """Return a hash that names the content of a dataset and what its transforms make of it.
 
     Hashes all that the dataset's attributes hold, files by path, size and time, and the code of its classes
@@ -127,6 +129,7 @@ def data_digest(dataset: Any, load: Any, size: int) -> str:
         dataset: map-style.
         load: function from a list of indices to their collated batch.
         size: number of samples.
+        collate: what makes batches of samples. Its code counts, and of what it holds the loaded samples tell.
     """
     digest, count = hashlib.sha256(f"{size}\n".encode()), min(_PROBES, size)
     probes = [round(number * (size - 1) / max(count - 1, 1)) for number in range(count)]
@@ -136,7 +139,8 @@ def data_digest(dataset: Any, load: Any, size: int) -> str:
     left_out = {"epoch"}.union(*Contents(dataset, "here", {"epoch"}).differing(before))
     if type(dataset).__module__.startswith("layerwise."):
         left_out.add("seed")  # of `SeededSamples`: where it acts, loaded samples show it
-    held, parts = Contents(dataset, "anywhere", left_out), datasets_in(dataset)
+    code = collate if isinstance(collate, FunctionType | functools.partial) else type(collate)
+    held, parts = Contents(dataset, "anywhere", left_out, collate=code), datasets_in(dataset)
     digest.update(repr([sorted(held.texts.items()), sorted(held.data.items())]).encode())
     files, length = max(held.files.values(), default=0), min(len(part) for part in parts)
     if files < length and not any(map(_is_told, parts)):

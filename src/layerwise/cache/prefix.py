@@ -29,7 +29,7 @@ from layerwise.cache.opening import open_supply
 from layerwise.cache.prepared import inner, is_prepared, iterated, stand_in
 from layerwise.cache.reading import Order, kept_random_state
 from layerwise.cache.stock import CachePool, Stock, checked_folder
-from layerwise.cache.supply import Supply
+from layerwise.cache.supply import Raised, Supply
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import untouched, unwrap
 
@@ -180,6 +180,9 @@ class PrefixCache:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._calls.expecting(at_hand))
             for live in self._dealer.epoch(supply, order):
+                if isinstance(live, Raised):
+                    yield live
+                    continue
                 at_hand.append(live)
                 yield live.batch
                 self._dealer.drop_used(supply, at_hand)

@@ -19,8 +19,9 @@ from weakref import WeakSet
 import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
+from layerwise.cache.alike import keeps_order
 from layerwise.cache.fingerprint import datasets_in
 from layerwise.errors import CacheError
 from layerwise.layers.snapshot import Snapshot
@@ -62,7 +63,7 @@ class LoaderReader:
     @property
     def keeps_order(self) -> bool:
         """Whether the loader is known to make the same batches in every epoch."""
-        return _keeps_order(self.loader)
+        return keeps_order(self.loader)
 
     def order(self) -> Order:
         """Return the batches of indices of one epoch, as the loader's own iterator would draw them."""
@@ -251,35 +252,6 @@ class _Fed:
 
     def __iter__(self) -> Iterator[list[int]]:
         return self.batches
-
-
-def reads_alike(one: Any, other: Any) -> bool:
-    """Return whether two loaders make the same batches of the same samples, but for their order."""
-    if not type(one) is type(other) is DataLoader:
-        return False
-    return bool(
-        _is_same_data(one.dataset, other.dataset)
-        and (one.collate_fn, one.worker_init_fn) == (other.collate_fn, other.worker_init_fn)
-        and _batching(one) == _batching(other)
-    )
-
-
-def _is_same_data(one: Any, other: Any) -> bool:
-    """Whether two data sets are one, or tables of Hugging Face's that were made alike."""
-    made = type(one) is type(other) and type(one).__module__.partition(".")[0] == "datasets"
-    return one is other or (made and one._fingerprint == other._fingerprint)
-
-
-def _batching(loader: DataLoader[Any]) -> tuple[Any, ...]:
-    sampler: Any = loader.batch_sampler
-    size, drop_last = (getattr(sampler, name, None) for name in ("batch_size", "drop_last"))
-    return type(sampler), size, drop_last, _keeps_order(loader)
-
-
-def _keeps_order(loader: DataLoader[Any]) -> bool:
-    given: Any = loader.batch_sampler
-    samplers = [given, getattr(given, "sampler", None)]
-    return any(isinstance(s, SequentialSampler) or getattr(s, "shuffle", None) is False for s in samplers)
 
 
 def _unreadable(loader: Any) -> str:

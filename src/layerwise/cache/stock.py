@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -80,13 +81,12 @@ class Stock:
         self.shelf = Shelf(folder)
         self._memory_bytes = int(free_memory_bytes() * _MEMORY_FRAC) if budget_bytes is None else budget_bytes
         self._disk_bytes = budget_bytes
-        self._held: dict[int, Column] = {}
+        self._held: WeakSet[Column] = WeakSet()
         self._data: dict[LoaderReader, str] = {}
 
     def _spare(self, where: Literal["memory", "disk"]) -> int:
-        shared = {} if self._pool is None else self._pool.columns
-        columns = self._held | {id(column): column for column in shared.values()}
-        held = sum(column.nbytes for column in columns.values() if column.where == where)
+        columns: set[Column] = {*self._held, *(self._pool.columns.values() if self._pool is not None else ())}
+        held = sum(column.nbytes for column in columns if column.where == where)
         if where == "memory":
             return max(self._memory_bytes - held, 0)
         free = int(free_disk_bytes(self.shelf.root) * _DISK_FRAC)
@@ -105,11 +105,12 @@ class Stock:
 
     def _data_digest(self, feed: Feed) -> str:
         if feed.reader not in self._data:
-            dataset, load, size = feed.reader.loader.dataset, feed.reader.load_now, feed.reader.size
+            loader, load, size = feed.reader.loader, feed.reader.load_now, feed.reader.size
+            dataset, collate = loader.dataset, loader.collate_fn
             names = DataNames() if self._pool is None else self._pool.names
             with feed.reader.unaffected():
                 self._data[feed.reader] = names.name_of(
-                    _inner(dataset), lambda: data_digest(dataset, load, size)
+                    _inner(dataset), collate, lambda: data_digest(dataset, load, size, collate)
                 )
         return self._data[feed.reader]
 
@@ -242,7 +243,7 @@ class Stock:
         self, key: str, rows: int, spec: RowSpec, where: Literal["memory", "disk"], what: str
     ) -> Column:
         column = self.shelf.create(key, rows, spec, what) if where == "disk" else Column(rows, spec)
-        self._held[id(column)] = column
+        self._held.add(column)
         if self._pool is not None and key:
             self._pool.columns[key] = column
         return column
@@ -281,20 +282,16 @@ class Stock:
         """Give back the memory of this feed's sites that none of `cuts` reads, unless others share them."""
         wanted = {site for cut in cuts for site in cut.frontier}
         for site in [site for site in feed.sites if site not in wanted]:
-            column = feed.sites.pop(site).column
-            self._held.pop(id(column), None)
+            del feed.sites[site]
         feed.unverify()
 
     def forget(self, feeds: Iterable[Feed]) -> None:
         """Forget the names and values of samples that are others now; what is shared keeps its old name."""
         for feed in feeds:
             self._data.pop(feed.reader, None)
-            for column in (*(stored.column for stored in feed.sites.values()), *feed.leaves.values()):
-                self._held.pop(id(column), None)
 
     def close(self) -> None:
-        """Forget all columns and remove temporary files."""
-        self._held.clear()
+        """Remove temporary files."""
         self.shelf.close()
 
 

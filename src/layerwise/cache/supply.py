@@ -14,10 +14,11 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader
 
+from layerwise.cache.alike import reads_alike
 from layerwise.cache.batchshape import Kind
 from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.feed import Feed, Phase, merged
-from layerwise.cache.reading import LoaderReader, Order, reads_alike
+from layerwise.cache.reading import LoaderReader, Order
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.structures import tensors_in
 
@@ -228,6 +229,8 @@ class Supply:
     ) -> Generator[tuple[list[int], Any], None, None]:
         """Yield (indices, batch) for one epoch; the batch is None where the caller has to load it.
 
+        It is `Raised` where loading it failed.
+
         Args:
             order: of the epoch.
             known: `must_load` can be asked at once; otherwise after the first batch.
@@ -248,8 +251,22 @@ class Supply:
                 seen.append(indices)
                 yield indices
 
-        for batch in self.reader.load(noted()):
+        loaded = self.reader.load(noted())
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except Exception as error:  # the loop may pass over it and ask for the next one
+                batch = Raised(error)
             yield seen.popleft(), batch
+
+
+@dataclass(frozen=True)
+class Raised:
+    """Stands for a batch that could not be loaded."""
+
+    error: Exception
 
 
 def _kind(single: Any) -> Kind:

@@ -242,7 +242,7 @@ def test_a_data_set_is_named_once() -> None:
         made.append(1)
         return f"name {len(made)}"
 
-    assert [names.name_of(data, make), names.name_of(data, make)] == ["name 1", "name 1"]
+    assert [names.name_of(data, None, make), names.name_of(data, None, make)] == ["name 1", "name 1"]
     data.labels[0] = 1
-    assert names.name_of(data, make) == "name 2"
-    assert names.name_of(Data(), make) == "name 3"
+    assert names.name_of(data, None, make) == "name 2"
+    assert names.name_of(Data(), None, make) == "name 3"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import layerwise
 from cache_loops import assert_same, freeze_prefix, train
@@ -543,9 +543,10 @@ def test_a_layer_map_leaves_replaced_weights_alone() -> None:
 # -- values that are shared -----------------------------------------------------------------------------
 
 
-def outputs(model: nn.Module, data: Any, **options: Any) -> list[Tensor]:
+def outputs(model: nn.Module, data: Any, *, collate: Any = None, **options: Any) -> list[Tensor]:
     """Return what the model gives for each batch of the second epoch."""
-    with layerwise.PrefixCache(model, DataLoader(data, 4), **{"storage": "memory", **options}) as cache:
+    loader: DataLoader[Any] = DataLoader(data, 4, collate_fn=collate)
+    with layerwise.PrefixCache(model, loader, **{"storage": "memory", **options}) as cache:
         for batch in cache.batches():
             model(batch[0])
         return [model(batch[0]).detach() + batch[1].unsqueeze(1) for batch in cache.batches()]
@@ -563,6 +564,23 @@ def test_one_changed_sample_is_other_data(kind, changed, tmp_path) -> None:
     (data.x if changed == "input" else data.y)[10] += 1
     plain = [model(x).detach() + y.unsqueeze(1) for x, y in DataLoader(data, 4)]
     assert all(torch.equal(one, other) for one, other in zip(plain, outputs(model, data, **options)))
+
+
+def with_fewer_labels(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = default_collate(samples)
+    return x, y.clamp(max=0)
+
+
+@pytest.mark.parametrize("kind", ["pool", "folder"])
+def test_batches_that_are_made_otherwise_are_other_data(kind, tmp_path) -> None:
+    model, data = Net(), Items()
+    freeze_prefix(model, "head")
+    model.eval()
+    options = {"pool": CachePool()} if kind == "pool" else {"folder": tmp_path, "storage": "disk"}
+    outputs(model, data, **options)
+    plain = [model(x).detach() + y.unsqueeze(1) for x, y in DataLoader(data, 4, collate_fn=with_fewer_labels)]
+    found = outputs(model, data, collate=with_fewer_labels, **options)
+    assert all(torch.equal(one, other) for one, other in zip(plain, found))
 
 
 def test_labels_that_change_have_another_name(tmp_path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.utils import parametrize
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 import layerwise
 from cache_loops import Counted, freeze_prefix, images
@@ -308,6 +308,49 @@ def corrupt_sample_passed_over(run: Run) -> None:
             run.step(batch)
 
 
+class Unreachable(Counted):
+    """A file server does not answer, once."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 9 and self.loads > 50 and not hasattr(self, "failed"):
+            self.failed = True
+            raise OSError("stale file handle")
+        return super().__getitem__(index)
+
+
+def a_batch_that_cannot_be_loaded_once(run: Run) -> None:
+    run.data = Unreachable(run.data.inputs, run.data.labels)
+    loader = run.loader(shuffle=False)
+    for _ in range(EPOCHS):
+        run.data.loads, batches = 50, run.batches(loader)
+        while True:
+            try:
+                run.step(next(batches))
+            except StopIteration:
+                break
+            except OSError:
+                run.losses.append(-1.0)
+
+
+def a_new_loader_with_a_function_of_its_own_for_each_epoch(run: Run) -> None:
+    part = list(range(20))
+    for _ in range(EPOCHS):
+        data = torch.utils.data.Subset(run.data, part)
+        for batch in run.batches(run.loader(data, collate_fn=lambda chosen: default_collate(chosen))):
+            run.step(batch)
+
+
+def frozen_weights_scaled_before_each_epoch(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        with torch.no_grad():
+            run.model.body[0].weight.mul_(0.99)
+        for batch in run.batches(loader):
+            run.step(batch)
+    if run.cache is not None:
+        assert len(run.cache.stock._held) == 2  # values and labels of the last epoch; what was stale is freed
+
+
 def workers_live_on(run: Run) -> None:
     loader = run.loader(num_workers=1, persistent_workers=True)
     next(iter(loader))  # as for a layer map
@@ -501,6 +544,9 @@ LOOPS: dict[Callable[[Run], None], str] = {
     compiled_in_part: "off: the model is compiled",
     global_generator: "off: .* draws random numbers",
     few_samples_augmented: "off: .* draws random numbers",
+    a_batch_that_cannot_be_loaded_once: CACHED,
+    a_new_loader_with_a_function_of_its_own_for_each_epoch: r"\Aprefix cache: memory, cut at body[^\n]*\Z",
+    frozen_weights_scaled_before_each_epoch: CACHED,
     corrupt_sample_passed_over: "off: a sample could not be loaded",
     workers_live_on: CACHED,
     other_kernels_around_the_call: "cut at body|other settings of torch",
