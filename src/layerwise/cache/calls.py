@@ -23,7 +23,7 @@ from layerwise.cache.cut import CallId, NothingToSkipError
 from layerwise.cache.feed import Phase
 from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.ghost import Ghost, real
-from layerwise.cache.hooks import RootHook
+from layerwise.cache.hooks import RootHook, hook_count
 from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
@@ -100,7 +100,7 @@ class Calls:
                 live.seen = True
                 if not live.supply.reason:
                     live.supply.refuse("a transform of torch.func calls the model")
-            return _with_real(args, kwargs)
+            return self._with_real(args, kwargs)
         lives = self._lives[::-1]
         for live in lives:
             link = live.feed.link
@@ -118,7 +118,23 @@ class Calls:
         tensors = {id(tensor) for tensor in tensors_in((args, kwargs))}
         for live in lives:  # in another way than the first time, it came
             live.seen |= live.shape is None and not tensors.isdisjoint(map(id, live.leaves))
-        return _with_real(args, kwargs)  # the loop made something of its own of the batch
+        return self._with_real(args, kwargs)  # the loop made something of its own of the batch
+
+    def _with_real(self, args: Any, kwargs: Any) -> Any:
+        """Return the arguments with the samples in place of ghosts; None to leave them.
+
+        Ghosts that another cache on this model handed out are its own.
+        """
+        tags = {id(live.tag) for live in self._lives}
+        others = hook_count(self._model) > 1
+
+        def is_ours(tensor: torch.Tensor) -> bool:
+            tag = tensor.tag if isinstance(tensor, Ghost) else None
+            return isinstance(tensor, Ghost) and not (others and tag is not None and id(tag[0]) not in tags)
+
+        if not any(map(is_ours, tensors_in((args, kwargs)))):
+            return None
+        return map_tensors((args, kwargs), lambda tensor: real(tensor) if is_ours(tensor) else tensor)
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase = live.feed, live.phase
@@ -187,45 +203,39 @@ class Calls:
 
     def _observe(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
-        feed = live.feed
-        self._frozen.busy = True
         try:
-            link = find_link(live.leaves, args, kwargs)
-            if link is None:
-                return
-            live.seen = True
-            live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
-            phase = live.phase = feed.phases.setdefault(live.key, Phase())
-            if phase.verified or phase.reason:
-                return
-            self._book.settings.before_forward()
-            self._observed = True
-            try:
-                with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
-                    self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
-            except OtherShapeError as error:
-                if not live.supply.sort():
-                    live.supply.refuse(str(error))
-            except NothingToSkipError as error:
-                phase.reason = str(error)
-                logger.info("prefix cache off: %s", error)
-            except (LayerwiseError, OSError) as error:
-                live.supply.refuse(str(error), phase)
-            except Exception as error:  # the model's and the dataset's own code ran: training must go on
-                live.supply.refuse(f"looking at the first batch raised {one_line(error)}", phase)
-            give_back_memory()
+            with self._frozen.running():
+                self._look(live, args, kwargs)
         except CacheError as error:
             live.seen = True
             live.supply.refuse(str(error))
-        finally:
-            self._frozen.busy = False
 
-
-def _with_real(args: Any, kwargs: Any) -> Any:
-    """Return the arguments with the samples in place of ghosts; None if there are no ghosts among them."""
-    if any(isinstance(tensor, Ghost) for tensor in tensors_in((args, kwargs))):
-        return map_tensors((args, kwargs), real)
-    return None
+    def _look(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out how the call is made of the batch, and have the observer do the rest."""
+        link = find_link(live.leaves, args, kwargs)
+        if link is None:
+            return
+        live.seen = True
+        live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
+        phase = live.phase = live.feed.phases.setdefault(live.key, Phase())
+        if phase.verified or phase.reason:
+            return
+        self._book.settings.before_forward()
+        self._observed = True
+        try:
+            with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
+                self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
+        except OtherShapeError as error:
+            if not live.supply.sort():
+                live.supply.refuse(str(error))
+        except NothingToSkipError as error:
+            phase.reason = str(error)
+            logger.info("prefix cache off: %s", error)
+        except (LayerwiseError, OSError) as error:
+            live.supply.refuse(str(error), phase)
+        except Exception as error:  # the model's and the dataset's own code ran: training must go on
+            live.supply.refuse(f"looking at the first batch raised {one_line(error)}", phase)
+        give_back_memory()
 
 
 def _without_history(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in pl
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
 _AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
 _REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
-_PATIENCE = 3  # batches at the end of an epoch that may not have come to the model
+_PATIENCE = 2  # epochs of which nothing came to the model
 
 
 class Epoch(Iterator[Any]):
@@ -166,7 +165,7 @@ class Dealer:
         return supply.missing_frac(self.expected_state(supply), view) > _MISSING_FRAC
 
     def drop_used(self, supply: Supply, at_hand: deque[Live], *, over: bool = False) -> None:
-        """Drop the batches with which the loop is done; give up where several never came to the model.
+        """Drop the batches with which the loop is done; give up where none ever comes to the model.
 
         Loops that ask for batches ahead (a prefetcher, Accelerate) have some at hand that are still to come.
 
@@ -175,19 +174,16 @@ class Dealer:
             at_hand: what was handed out and not dropped, in order.
             over: none of them comes any more.
         """
-        came = [number for number, live in enumerate(at_hand) if live.seen]
-        if came:
-            supply.came, supply.unseen = True, 0
+        if any(live.seen for live in at_hand):
+            supply.came = True
             supply.asks_ahead |= not at_hand[-1].seen
-            for live in islice(at_hand, came[-1]):
-                live.is_passed_over = True  # the loop went on with a later one
         awaited = [live for live in at_hand if live.is_awaited]
         real = [live for live in awaited if not live.replayed]
         dropped = {*awaited} if over else {*awaited[:-_AHEAD], *real[:-_REAL_AHEAD]}
-        supply.unseen += sum(not live.is_passed_over for live in dropped)
         at_hand.clear()
         at_hand.extend(live for live in awaited if live not in dropped)
-        if over and supply.unseen >= _PATIENCE and not supply.reason:
+        supply.unseen += over and not supply.came
+        if supply.unseen >= _PATIENCE and supply.called_in is None and not supply.reason:
             supply.refuse("the loop does not pass the loader's batches to this model as they are")
 
 

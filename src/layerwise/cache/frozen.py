@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ from layerwise.layers.isolation import untouched
 
 logger = logging.getLogger("layerwise.cache")
 
+_BUSY: WeakSet[nn.Module] = WeakSet()  # models that run for a cache
+
 MOVING = "the frozen weights change while an epoch runs"
 
 
@@ -36,13 +39,26 @@ class FrozenPart:
         model: the model.
         book: knows its cuts, and whether its weights move.
 
-    Attributes:
-        busy: the model runs for the cache itself just now, and not for the loop.
     """
 
     def __init__(self, model: nn.Module, book: CutBook) -> None:
         self.model, self.book = model, book
-        self.busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether the model runs for a cache just now, this one or another, and not for the loop."""
+        return self.model in _BUSY
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Within: it does."""
+        was_busy = self.busy
+        _BUSY.add(self.model)
+        try:
+            yield
+        finally:
+            if not was_busy:
+                _BUSY.discard(self.model)
 
     def run(
         self,
@@ -63,8 +79,7 @@ class FrozenPart:
         """
         args, kwargs = link.apart(args, kwargs)
         with contextlib.ExitStack() as stack:
-            stack.callback(setattr, self, "busy", self.busy)
-            self.busy = True
+            stack.enter_context(self.running())
             stack.enter_context(untouched(self.model))
             stack.enter_context(torch.set_grad_enabled(link.grad))
             stack.enter_context(ContentGuard(self.model))  # it may go another way, and run to its end

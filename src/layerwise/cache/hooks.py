@@ -37,21 +37,30 @@ class _Call:
     """A model's ``_call_impl``, which tells when a call raised: torch's hooks do not hear of Ctrl-C.
 
     It is bound to the model as a method of that name, so a copy or pickle of the model has its class's own.
+
+    Attributes:
+        listeners: what to call then, of all hooks on the model; copies of it keep this, and nothing else.
     """
 
     __name__ = "_call_impl"
 
-    def __init__(self, model: nn.Module, after: After) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self.after: After | None = after  # copies keep the call, and with it only this
+        self.listeners: list[After] = []
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
         except BaseException:
-            if self.after is not None and module is self._model():
-                self.after(None)
+            for after in self.listeners if module is self._model() else ():
+                after(None)
             raise
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Call | None:
+        """Return that of a model; None if it has none."""
+        found = getattr(vars(model).get("_call_impl"), "__func__", None)
+        return found if isinstance(found, cls) else None
 
 
 class RootHook:
@@ -60,7 +69,6 @@ class RootHook:
     def __init__(self) -> None:
         self._open = 0
         self._handles: list[RemovableHandle] = []
-        self._call: _Call | None = None
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, before: Before, after: After) -> Iterator[None]:
@@ -80,8 +88,11 @@ class RootHook:
                 model.register_forward_pre_hook(on_call, with_kwargs=True),
                 model.register_forward_hook(on_output, with_kwargs=True),
             ]
-            self._call = _Call(model, after)
-            vars(model)["_call_impl"] = MethodType(self._call, model)
+            call = _Call.of(model)
+            if call is None:
+                call = _Call(model)
+                vars(model)["_call_impl"] = MethodType(call, model)
+            call.listeners.append(after)
         try:
             yield
         finally:
@@ -89,6 +100,15 @@ class RootHook:
             if not self._open:
                 for handle in self._handles:
                     handle.remove()
-                del vars(model)["_call_impl"]
-                assert self._call is not None
-                self._handles, self._call.after = [], None
+                self._handles = []
+                call = _Call.of(model)
+                assert call is not None
+                call.listeners.remove(after)
+                if not call.listeners:
+                    del vars(model)["_call_impl"]
+
+
+def hook_count(model: nn.Module) -> int:
+    """Return how many `RootHook` are attached to a model."""
+    call = _Call.of(model)
+    return 0 if call is None else len(call.listeners)

@@ -331,6 +331,7 @@ _CHOOSING = (
     torch._C._get_float32_matmul_precision,
     torch.get_num_threads,
     torch.get_default_dtype,
+    torch.backends.mha.get_fastpath_enabled,
 )
 _CHOOSING_CUDNN = (
     torch._C._get_cudnn_enabled,

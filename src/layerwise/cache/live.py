@@ -23,7 +23,6 @@ class Live:
         self.shape: BatchShape | None = None  # of a real one that is looked at when it reaches the model
         self.replayed = False  # with ghosts
         self.seen = False  # it reached the model
-        self.is_passed_over = False  # a later one reached the model before it
         self.phase: Phase | None = None
 
     @property

@@ -55,7 +55,7 @@ class Supply:
         called_in: state of the model when it was last called with a batch of this loader.
         came: a batch of the epoch under way, or of the last one, came to the model.
         asks_ahead: the loop asked for a batch before it passed on the one before.
-        unseen: batches in a row that were handed out and never reached the model.
+        unseen: epochs of which no batch came to the model; another one may have got them.
         watch: notices that the dataset was changed.
         changes: how often it was.
     """

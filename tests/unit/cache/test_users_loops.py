@@ -109,6 +109,40 @@ def two_loaders_zipped(run: Run) -> None:
             run.step(*pair)
 
 
+def a_cache_for_each_of_two_loaders(run: Run) -> None:
+    loaders = run.loader(), run.loader(images(10), shuffle=False)
+    caches = [layerwise.PrefixCache(run.model, one, storage="memory") for one in loaders]
+    one, other = [cache.batches for cache in caches] if run.cached else [one.__iter__ for one in loaders]
+    for epoch in range(EPOCHS):
+        if epoch == 1:
+            for pair in zip(one(), other()):
+                run.step(*pair)
+            continue
+        for number, batch in enumerate(one()):
+            run.step(batch)
+            if number % 3 == 2:  # a validation every few steps
+                with torch.no_grad():
+                    run.losses += [run.model(x).sum().item() for x, _ in other()]
+    run.cache = caches[0]
+    assert not run.cached or all(cache._supplies[0].replays for cache in caches)
+
+
+def an_average_of_the_weights_is_validated_first(run: Run) -> None:
+    loader, held_out = run.loader(), run.loader(images(16), shuffle=False)
+    average = torch.optim.swa_utils.AveragedModel(run.model)
+    for _ in range(EPOCHS):
+        run.model.train()
+        for batch in run.batches(loader):
+            run.step(batch)
+            average.update_parameters(run.model)
+        run.model.eval()
+        average.eval()
+        for model in (average, run.model):
+            with torch.no_grad():
+                run.losses += [model(x).sum().item() for x, _ in run.batches(held_out)]
+    assert run.cache is None or all(supply.replays for supply in run.cache._supplies)
+
+
 def two_loaders_of_one_data_set_zipped(run: Run) -> None:
     one, other = run.loader(), run.loader()
     for _ in range(EPOCHS):
@@ -527,6 +561,8 @@ LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
     views_of_ghosts_in_inference_mode: "cut at",
     two_loaders_zipped: CACHED,
+    a_cache_for_each_of_two_loaders: CACHED,
+    an_average_of_the_weights_is_validated_first: CACHED,
     two_loaders_of_one_data_set_zipped: CACHED,
     two_loaders_of_one_data_set_by_turns: CACHED,
     a_new_loader_for_each_epoch: r"\A.*loader 1.*\n.*loader 2[^\n]*\Z",
