@@ -27,9 +27,10 @@ from layerwise.cache.hooks import RootHook, hook_count
 from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
-from layerwise.cache.opening import COMPILED, one_line
+from layerwise.cache.opening import COMPILED
 from layerwise.cache.replay import check_replayed, replaying
 from layerwise.cache.room import format_bytes, give_back_memory
+from layerwise.cache.supply import one_line
 from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -217,7 +218,7 @@ class Calls:
             return
         live.seen = True
         live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
-        phase = live.phase = live.feed.phases.setdefault(live.key, Phase())
+        phase = live.phase = live.feed.phase_of(live.key)
         if phase.verified or phase.reason:
             return
         self._book.settings.before_forward()

@@ -89,6 +89,7 @@ class Cut:
         returned_bytes_per_sample: how much less it would be if the model did not return frozen values.
         flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
         first_dirty: a sentence about the first dirty operation.
+        leading: the skipped calls that begin before the last cached value is there.
     """
 
     skipped: dict[CallId, nn.Module]
@@ -104,6 +105,7 @@ class Cut:
     flops: int = 0
     skipped_flops: int = 0
     first_dirty: str = ""
+    leading: frozenset[CallId] = frozenset()
 
     @functools.cached_property
     def paths(self) -> dict[nn.Module, str]:
@@ -352,6 +354,8 @@ class _Search:
         entered = [door.call for door in frontier if door.side == "in"]
         counted = {call.module for call in (*skipped, *entered)}
         batch = max(self.recording.batch_size, 1)
+        ends = (door.call.start if door.side == "in" else door.call.end for door in frontier)
+        end = max(ends, default=0)
         return Cut(
             skipped={_id(call): call.module for call in skipped},
             entered={_id(call): call.module for call in entered},
@@ -366,6 +370,7 @@ class _Search:
             flops=sum(op.flops for op in ops),
             skipped_flops=sum(op.flops for op in ops if op.index in owner),
             first_dirty=self.dirt.first,
+            leading=frozenset(_id(call) for call in skipped if call.start < end),
         )
 
 

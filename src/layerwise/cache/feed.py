@@ -25,6 +25,7 @@ from layerwise.cache.store import Column
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
+_PHASES = 32  # a schedule of an attribute makes one in each epoch
 _GHOSTS = 16  # made at once
 _LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
 
@@ -157,6 +158,14 @@ class Feed:
     def digest(self) -> str:
         """Names which samples these are; ``""`` for all of the data set."""
         return "" if self.members is None else hashlib.sha256(repr(self.members).encode()).hexdigest()
+
+    def phase_of(self, key: Any) -> Phase:
+        """Return the phase of a state of the model; those that were first met long ago are forgotten."""
+        phase = self.phases.setdefault(key, Phase())
+        for old in list(self.phases)[:-_PHASES]:
+            if old != key:
+                del self.phases[old]
+        return phase
 
     def forget(self) -> None:
         """Forget all that is stored."""

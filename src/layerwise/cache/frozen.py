@@ -76,6 +76,9 @@ class FrozenPart:
 
         Gradients are on where the loop has them on: some kernels give other last bits without. Frozen layers
         keep nothing for them.
+
+        Raises:
+            CacheError: it does not call the modules that it called on the first batch.
         """
         args, kwargs = link.apart(args, kwargs)
         with contextlib.ExitStack() as stack:
@@ -87,17 +90,19 @@ class FrozenPart:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 reseed(seed)
-            if log is None:
-                return capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
-            stack.enter_context(log)
-            before = drawn_outside_torch()
-            found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
-            if drawn_outside_torch() != before:
+            before = drawn_outside_torch() if log is not None else ()
+            with log if log is not None else contextlib.nullcontext():
+                found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
+            if log is not None and drawn_outside_torch() != before:
                 raise CacheError(
                     "the frozen part draws random numbers of Python's or numpy's, and what they decide "
                     "cannot be seen."
                 )
-            return found
+        if found.not_come:
+            raise CacheError(
+                f"{min(found.not_come).path} runs for some samples of a batch and not for others."
+            )
+        return found
 
     def complete(self, feed: Feed, phase: Phase, live: Live, batch: Any) -> Any:
         """Compute and store what is missing of a batch's samples.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from layerwise.cache.datawatch import DataWatch
 from layerwise.cache.decision import process_count
 from layerwise.cache.reading import LoaderReader
-from layerwise.cache.supply import Supply
+from layerwise.cache.supply import NOT_LOADED, Supply, one_line
 from layerwise.errors import CacheError
 from layerwise.layers.isolation import unwrap
 
@@ -51,7 +51,7 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
         elif supply.looks_ragged():
             supply.sort()
     except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
-        supply.refuse(f"a sample could not be loaded in this process: {one_line(error)}")
+        supply.refuse(NOT_LOADED + one_line(error))
     return supply
 
 
@@ -66,9 +66,3 @@ def _refuse_unusable(model: nn.Module) -> None:
             "the model's SyncBatchNorm layers talk to the other processes in each forward pass, and the "
             "cache runs passes of its own, in which the others take no part"
         )
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's class and the beginning of its text."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"

@@ -165,6 +165,8 @@ class PrefixCache:
             return supply.plain()
         feeds = supply.feeds
         changed = supply.forget_changed()
+        if supply.reason:
+            return supply.plain()
         if changed:
             self.stock.forget(feeds)
         if changed and supply.changes > _CHANGES:

@@ -88,10 +88,12 @@ class Captured:
     Attributes:
         values: at each site.
         skeletons: of each skipped call.
+        not_come: calls that lead to the values and did not come: the model took another way.
     """
 
     values: dict[Site, torch.Tensor]
     skeletons: dict[CallId, Skeleton]
+    not_come: set[CallId] = field(default_factory=set)
 
 
 def capture(
@@ -128,7 +130,7 @@ def capture(
         if skeletons:
             waiting |= set(cut.skipped)
     shaped = {call for cut in cuts for call in cut.skipped} if skeletons else set()
-    found = Captured({}, {})
+    found = Captured({}, {}, {call for cut in cuts for call in cut.leading})
 
     def take(call: CallId, side: str, tensors: list[torch.Tensor]) -> None:
         for site in wanted.get(call, ()):
@@ -139,6 +141,7 @@ def capture(
             raise _Stop
 
     def watch(call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found.not_come.discard(call)
         if call in wanted:
             take(call, "in", tensors_in((args, kwargs)))
         output = original(*args, **kwargs)

@@ -59,7 +59,7 @@ class Entry:
 class _Filling:
     """A column that is being filled, with its open lock file, and the name that it will have."""
 
-    column: Column
+    column: weakref.ref[Column]
     lock: IO[bytes]
     key: str
     what: str
@@ -137,7 +137,8 @@ class Shelf:
             lock.close()
             shutil.rmtree(part, ignore_errors=True)
             raise
-        self._filling[part] = _Filling(column, lock, key, what)
+        self._filling[part] = _Filling(weakref.ref(column), lock, key, what)
+        weakref.finalize(column, _remove, self._filling, part)  # its values are worth nothing any more
         return column
 
     def publish_complete(self) -> None:
@@ -145,8 +146,8 @@ class Shelf:
         if not self.lasting:
             return
         for part, filling in list(self._filling.items()):
-            column = filling.column
-            if not filling.key or not column.is_whole:
+            column = filling.column()
+            if column is None or not filling.key or not column.is_whole:
                 continue
             column.flush()
             meta = {
@@ -173,11 +174,16 @@ class Shelf:
         _remove_all(self._filling, self._temporary)
 
 
-def _remove_all(filling: dict[Path, _Filling], folders: list[Path]) -> None:
-    for part, one in filling.items():
+def _remove(filling: dict[Path, _Filling], part: Path) -> None:
+    one = filling.pop(part, None)
+    if one is not None:
         one.lock.close()
         shutil.rmtree(part, ignore_errors=True)
-    filling.clear()
+
+
+def _remove_all(filling: dict[Path, _Filling], folders: list[Path]) -> None:
+    for part in list(filling):
+        _remove(filling, part)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     folders.clear()

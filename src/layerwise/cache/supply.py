@@ -24,6 +24,8 @@ from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
 
+NOT_LOADED = "a sample could not be loaded in this process: "
+
 _LOOKED_AT = 12  # samples whose shapes are compared before the first epoch
 _MIXED = (
     "a batch holds samples that have different shapes when each is collated alone, so a sample's padding "
@@ -123,8 +125,14 @@ class Supply:
             what = f"it had {self.reader.size:,} samples, and has {size:,}"
             self.reader.size = size
         if self.watch is not None:
-            with self.reader.unaffected():
-                what = self.watch.changed(self.reader.load_probes) or what
+            try:
+                with self.reader.unaffected():
+                    what = self.watch.changed(self.reader.load_probes) or what
+            except (
+                Exception
+            ) as error:  # the dataset's own code; if it is at fault, the plain loop will say so
+                self.refuse(NOT_LOADED + one_line(error))
+                return ""
         if what:
             self.changes += 1
             self.kinds = None
@@ -267,6 +275,12 @@ class Raised:
     """Stands for a batch that could not be loaded."""
 
     error: Exception
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's class and the beginning of its text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def _kind(single: Any) -> Kind:

@@ -99,17 +99,29 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path) -> None:
         "from layerwise.cache.shelf import Shelf\n"
         "from layerwise.cache.store import RowSpec\n"
         "shelf = Shelf(Path(sys.argv[1]))\n"
-        "shelf.create('b' * 40, 3, RowSpec((2,), torch.float32, torch.float32), 'x')\n"
+        "column = shelf.create('b' * 40, 3, RowSpec((2,), torch.float32, torch.float32), 'x')\n"
         "os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(list(tmp_path.glob(".part-*"))) == 1
     alive = Shelf(tmp_path)
-    alive.create(KEY, 3, SPEC, "x")
+    kept = alive.create(KEY, 3, SPEC, "x")
     assert len(list(tmp_path.glob(".part-*"))) == 1
     another = Shelf(tmp_path)
-    another.create("c" * 40, 3, SPEC, "x")
+    other = another.create("c" * 40, 3, SPEC, "x")
     assert len(list(tmp_path.glob(".part-*"))) == 2
+    del kept, other
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_column_that_nobody_reads_any_more_is_removed(lasting, tmp_path) -> None:
+    # its values are stale: others are made in its place, once an epoch perhaps
+    shelf = Shelf(tmp_path if lasting else None)
+    column = shelf.create(KEY, 3, SPEC, "x")
+    assert len(list(shelf.root.glob(".part-*"))) == 1
+    del column
+    assert not list(shelf.root.glob(".part-*"))
+    shelf.close()
 
 
 def test_temporary_shelf_leaves_nothing() -> None:
