@@ -366,6 +366,32 @@ def a_batch_that_cannot_be_loaded_once(run: Run) -> None:
                 run.losses.append(-1.0)
 
 
+class Lost(Counted):
+    """The first sample is there in the first epoch only."""
+
+    lost = False
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.lost and index == 0:
+            raise OSError("no such file")
+        return super().__getitem__(index)
+
+
+def a_sample_is_lost_after_the_first_epoch(run: Run) -> None:
+    run.data = Lost(run.data.inputs, run.data.labels)
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        run.data.lost = epoch > 0
+        batches = run.batches(loader)
+        while True:
+            try:
+                run.step(next(batches))
+            except StopIteration:
+                break
+            except OSError:
+                run.losses.append(-1.0)
+
+
 def a_new_loader_with_a_function_of_its_own_for_each_epoch(run: Run) -> None:
     part = list(range(20))
     for _ in range(EPOCHS):
@@ -581,6 +607,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     global_generator: "off: .* draws random numbers",
     few_samples_augmented: "off: .* draws random numbers",
     a_batch_that_cannot_be_loaded_once: CACHED,
+    a_sample_is_lost_after_the_first_epoch: "off: a sample could not be loaded",
     a_new_loader_with_a_function_of_its_own_for_each_epoch: r"\Aprefix cache: memory, cut at body[^\n]*\Z",
     frozen_weights_scaled_before_each_epoch: CACHED,
     corrupt_sample_passed_over: "off: a sample could not be loaded",
