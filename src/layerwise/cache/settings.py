@@ -105,10 +105,9 @@ class Settings:
         A table that a module made for itself is still watched. It may be made anew, for a longer text, and
         then what was computed with the former one is worth nothing.
         """
-        now = self._attributes()
-        changed = {key for key, value in self._before.items() if now.get(key, value) != value}
-        tables = {key for key in changed | (now.keys() - self._before.keys()) if self._is_table(key)}
-        self._moving |= (changed | (now.keys() - self._before.keys())) - tables
+        changed = {key for key, value in self._attributes().items() if self._before.get(key) != value}
+        tables = set(filter(self._is_table, changed))
+        self._moving |= changed - tables
         made_anew = any(self._before.get(key, _NOTHING) != _NOTHING for key in tables)
         self._save(None if made_anew else self.last)
 

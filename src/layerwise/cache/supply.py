@@ -266,6 +266,8 @@ class Supply:
             except StopIteration:
                 return
             except Exception as error:  # the loop may pass over it and ask for the next one
+                if not seen:
+                    raise  # the sampler's own
                 batch = Raised(error)
             yield seen.popleft(), batch
 
