@@ -327,19 +327,22 @@ class Corrupt(Counted):
         return super().__getitem__(index)
 
 
+def stepped(run: Run, batches: Iterator[Any], passed_over: type[Exception]) -> None:
+    """Train on what can be loaded."""
+    while True:
+        try:
+            run.step(next(batches))
+        except StopIteration:
+            return
+        except passed_over:
+            run.losses.append(-1.0)
+
+
 def corrupt_sample_passed_over(run: Run) -> None:
     run.data = Corrupt(run.data.inputs, run.data.labels)
     loader = run.loader()
     for _ in range(EPOCHS):
-        batches = run.batches(loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            except ValueError:
-                continue
-            run.step(batch)
+        stepped(run, run.batches(loader), ValueError)
 
 
 class Unreachable(Counted):
@@ -356,14 +359,8 @@ def a_batch_that_cannot_be_loaded_once(run: Run) -> None:
     run.data = Unreachable(run.data.inputs, run.data.labels)
     loader = run.loader(shuffle=False)
     for _ in range(EPOCHS):
-        run.data.loads, batches = 50, run.batches(loader)
-        while True:
-            try:
-                run.step(next(batches))
-            except StopIteration:
-                break
-            except OSError:
-                run.losses.append(-1.0)
+        run.data.loads = 50
+        stepped(run, run.batches(loader), OSError)
 
 
 class Lost(Counted):
@@ -382,14 +379,7 @@ def a_sample_is_lost_after_the_first_epoch(run: Run) -> None:
     loader = run.loader()
     for epoch in range(EPOCHS):
         run.data.lost = epoch > 0
-        batches = run.batches(loader)
-        while True:
-            try:
-                run.step(next(batches))
-            except StopIteration:
-                break
-            except OSError:
-                run.losses.append(-1.0)
+        stepped(run, run.batches(loader), OSError)
 
 
 def a_new_loader_with_a_function_of_its_own_for_each_epoch(run: Run) -> None:
