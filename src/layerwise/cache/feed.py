@@ -79,7 +79,8 @@ class Feed:
         members: their indices in the data set; None for all.
         shape: of the batches, once known.
         link: how its batches reached the model when what is stored was first computed; None before.
-        awake: modules that were in train mode then.
+        holds_under: ways of calling the model, and the modules in train mode, in which a frozen part is known
+            to give what is stored.
         full: number of samples in the batches in which values are computed.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
             Values are computed in batches of such a size, and other batches go through the plain model.
@@ -104,7 +105,7 @@ class Feed:
     members: list[int] | None = None
     shape: BatchShape | None = None
     link: Link | None = None
-    awake: frozenset[nn.Module] = frozenset()
+    holds_under: list[tuple[Link, frozenset[nn.Module]]] = field(default_factory=list)
     full: int = 0
     sizes: set[int] | None = field(default_factory=set)
     places: torch.Tensor | None = None

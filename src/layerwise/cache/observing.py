@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.cache.checking import ContentGuard, Flow, check_backward, difference, is_checkpointed, is_near
 from layerwise.cache.cut import Cut, Site
@@ -131,7 +132,10 @@ class Observer:
             found = run(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
-            if feed.sites and not self._agrees_with_stored(feed, values, live.rows) and not as_stored:
+            agrees = self._agrees_with_stored(feed, values, live.rows)
+            if agrees and not as_stored:
+                feed.holds_under.append((link, self._awake()))
+            elif not as_stored:
                 self._compute_under(feed, link)
             prove(
                 feed, link, cuts, found, log, live.indices, live.leaves, self._frozen.run, exact=self._exact
@@ -156,15 +160,18 @@ class Observer:
         return compare
 
     def _is_as_stored(self, feed: Feed, link: Link, cut: Cut) -> bool:
-        """Return whether modes, autocast, gradients and kernels are those for which values are stored."""
-        modes = all(module.training == (module in feed.awake) for module in self._book.in_or_around(cut))
-        return modes and feed.link is not None and feed.link.is_called_as(link)
+        """Return whether modes, autocast, gradients and kernels are some for which what is stored holds."""
+        around = self._book.in_or_around(cut)
+        awake = {module for module in around if module.training}
+        return any(link.is_called_as(one) and awake == around & modules for one, modules in feed.holds_under)
 
     def _compute_under(self, feed: Feed, link: Link) -> None:
         """Have the values of a feed computed as the loop calls the model now; forget the others."""
         self._stock.release_unused(feed, ())
-        feed.link = link
-        feed.awake = frozenset(module for module in self._model.modules() if module.training)
+        feed.link, feed.holds_under = link, [(link, self._awake())]
+
+    def _awake(self) -> frozenset[nn.Module]:
+        return frozenset(module for module in self._model.modules() if module.training)
 
     def _agrees_with_stored(
         self, feed: Feed, values: Mapping[Site, torch.Tensor], rows: torch.Tensor
