@@ -137,9 +137,7 @@ class Observer:
                 feed.holds_under.append((link, self._awake()))
             elif not as_stored:
                 self._compute_under(feed, link)
-            prove(
-                feed, link, cuts, found, log, live.indices, live.leaves, self._frozen.run, exact=self._exact
-            )
+            prove(feed, link, cuts, found, log, live.indices, live.leaves, run, exact=self._exact)
             feed.forget_moved(live.rows)
             self._note_constants(feed, cuts)
             self._stock.adopt(feed, cuts, values, live.rows)
