@@ -117,6 +117,8 @@ class Shelf:
     def create(self, key: str, rows: int, spec: RowSpec, what: str) -> Column:
         """Return a new column in a file of its own, not yet to be seen by others.
 
+        The file goes with the column, unless it was published before.
+
         Args:
             key: under which it is to be found once it is complete; ``""`` if never.
             rows: number of samples.

@@ -17,9 +17,9 @@ RUN = CliRunner()
 
 @pytest.fixture
 def folder(tmp_path):
-    shelf = Shelf(tmp_path)
-    for key in ("a" * 40, "b" * 40):
-        column = shelf.create(key, 3, RowSpec((256,), torch.float32, torch.float32), "ResNet layer3")
+    shelf, spec = Shelf(tmp_path), RowSpec((256,), torch.float32, torch.float32)
+    columns = [shelf.create(key, 3, spec, "ResNet layer3") for key in ("a" * 40, "b" * 40)]
+    for column in columns:
         column.put(torch.arange(3), torch.zeros(3, 256))
     shelf.publish_complete()
     return tmp_path
