@@ -128,9 +128,7 @@ class Supply:
             try:
                 with self.reader.unaffected():
                     what = self.watch.changed(self.reader.load_probes) or what
-            except (
-                Exception
-            ) as error:  # the dataset's own code; if it is at fault, the plain loop will say so
+            except Exception as error:  # if the dataset is at fault, the plain loop will say so
                 self.refuse(NOT_LOADED + one_line(error))
                 return ""
         if what:

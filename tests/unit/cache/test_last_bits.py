@@ -9,6 +9,9 @@ from torch.utils.data import DataLoader, Sampler
 
 import layerwise
 from cache_loops import assert_same, freeze_prefix, images, train
+from layerwise.cache.checking import size_sensitive
+from layerwise.cache.cut import CallId, Site
+from layerwise.cache.layout import Layout
 from layerwise.errors import LayerwiseWarning
 
 
@@ -193,3 +196,17 @@ def test_values_that_are_random_are_refused_inexact_or_not() -> None:
     with pytest.warns(LayerwiseWarning, match="off"):
         text = train(Net, images(24), "head", cached=True, exact=False).text
     assert "numpy" in text or "Python" in text
+
+
+@pytest.mark.parametrize(("indices", "more"), [([0, 1, 2, 3], 0), ([0, 1, 5, 5], 1)])
+def test_a_sample_that_stands_twice_in_a_batch_tells_nothing_new(indices, more) -> None:
+    # a weighted sampler repeats some: equal bits of 400 numbers of which 200 are copies may be luck
+    site, values, runs = Site(CallId("body", 0), "out", 0), torch.rand(4, 200) + 1, []
+
+    def run(positions, seed):
+        runs.append(positions)
+        return {site: values[positions]}
+
+    layouts, part = {site: Layout(0, 1, (0, 1))}, {site: values[[3, 2]]}
+    assert not size_sensitive(layouts, {site: values}, 4, part, [3, 2], run, indices)
+    assert len(runs) == more

@@ -10,7 +10,7 @@ import torch
 
 from layerwise.cache.ghost import ghost
 from layerwise.cache.layout import memory_order
-from layerwise.cache.link import Link, find_link, versions_of
+from layerwise.cache.link import Link, backend_state, find_link, versions_of
 
 
 def images() -> torch.Tensor:
@@ -100,3 +100,13 @@ def test_arguments_with_other_constants() -> None:
     assert link is not None
     assert link.build([x])[1] == {"scale": 2}
     assert link.build([x], ((x,), {"scale": 3}))[1] == {"scale": 3}
+
+
+def test_the_fast_path_of_attention_chooses_kernels() -> None:
+    before = backend_state(torch.device("cpu"))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert backend_state(torch.device("cpu")) != before
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert backend_state(torch.device("cpu")) == before

@@ -8,10 +8,12 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import layerwise
+from layerwise.cache.feed import Feed
 from layerwise.cache.ghost import Ghost
+from layerwise.cache.reading import LoaderReader
 from layerwise.cache.shelf import entries
 from layerwise.errors import LayerwiseWarning
 from layerwise.training.data import EpochBatches
@@ -259,3 +261,14 @@ def test_a_real_encoder() -> None:
     _, cache = both(model, data, order, "layer.5", "pooler", "classifier")
     assert f"samples have {len(set(order.padded))} shapes" in cache.describe()
     assert stored_bytes(cache) == sum(order.padded) * 384 * 4
+
+
+def test_phases_that_were_met_long_ago_are_forgotten() -> None:
+    # a schedule of an attribute makes a new one in each epoch
+    feed = Feed(LoaderReader(DataLoader(TensorDataset(torch.arange(4)), 2)))
+    first = feed.phase_of(0)
+    for key in range(1, 32):
+        feed.phase_of(key)
+    assert feed.phase_of(0) is first
+    feed.phase_of(32)
+    assert list(feed.phases) == list(range(1, 33))
