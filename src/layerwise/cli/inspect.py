@@ -28,7 +28,7 @@ def inspect(
     ``--strategy`` take.
     """
     from layerwise.layers.mapping import layer_map
-    from layerwise.layers.table import layer_table, trainable_numel
+    from layerwise.layers.table import LayerTable, trainable_numel
 
     opened = _open_without_weights(model, input_size)
     own_function = ".py:" in model and input_size is None  # its input is not known to be an image
@@ -42,7 +42,7 @@ def inspect(
         ]
         print_json({"model": model, **layers.to_dict(), "groups": groups})
     else:
-        print_table(layer_table(layers, opened.model))
+        print_table(LayerTable(layers, opened.model))
 
 
 def _open_without_weights(spec: str, input_size: int | None) -> Any:

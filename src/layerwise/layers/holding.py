@@ -58,7 +58,7 @@ def is_object(thing: Any) -> bool:
     kind = type(thing)
     return (
         kind not in LEAVES
-        and (hasattr(thing, "__dict__") or "__slots__" in vars(kind))
+        and (isinstance(getattr(thing, "__dict__", None), dict) or "__slots__" in vars(kind))
         and not isinstance(thing, (nn.Module, torch.Tensor, type, ModuleType, *CONTAINERS, *SCALARS))
         and not f"{kind.__module__}.".startswith(_APART)
     )

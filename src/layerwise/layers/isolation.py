@@ -25,6 +25,8 @@ _WRAPPED_AS = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
 
+_COMPILING = ("torch._dynamo.eval_frame", "torch.nn.attention.flex_attention")
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside the wrappers of ``torch.compile``, DDP, DataParallel and FSDP.
@@ -134,13 +136,18 @@ def plain_execution(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        if "torch._dynamo.eval_frame" in sys.modules:  # only then can compiled functions exist
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
+        with uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within: compiled functions run as they are written; ``flex_attention`` compiles one by itself."""
+    can_exist = any(name in sys.modules for name in _COMPILING)  # to import them takes a second
+    with torch.compiler.set_stance("force_eager") if can_exist else contextlib.nullcontext():
+        yield
 
 
 def fill_meta_tensors(model: nn.Module) -> None:

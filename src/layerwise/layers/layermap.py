@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from layerwise.errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from layerwise.layers.difference import MapDifference
+    from layerwise.layers.table import LayerTable
 
 Granularity = Literal["stages", "blocks", "layers"]
 Role = Literal["stem", "trunk", "head"]
@@ -171,10 +170,10 @@ class LayerMap:
 
         return difference(self, other)
 
-    def __rich__(self) -> Table:
-        from layerwise.layers.table import layer_table
+    def __rich__(self) -> LayerTable:
+        from layerwise.layers.table import LayerTable
 
-        return layer_table(self)
+        return LayerTable(self)
 
     def __str__(self) -> str:
         from layerwise.layers.table import as_text

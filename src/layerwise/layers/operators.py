@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from layerwise.layers.flops import COUNTED
 from layerwise.layers.graph import Effect
@@ -50,7 +52,7 @@ def facts_of(func: Any) -> Facts:
         arguments=tuple(argument.name for argument in schema.arguments),
         written=written,
         is_view=not written and any(result.alias_info is not None for result in schema.returns),
-        is_query=func.namespace == "prim",  # .device, .layout: no data
+        is_query=func.namespace == "prim" or name == "detach_",  # .device, .layout: no data
         draws_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_attention="attention" in name,
         is_batch_norm="batch_norm" in name and "backward" not in name,
@@ -121,3 +123,18 @@ def factory_size(func: Any, args: tuple[Any, ...]) -> float:
         return math.prod(int(length) for length in args[0])
     numbers = [abs(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool)]
     return max(numbers, default=math.inf)
+
+
+def run_inside(
+    operator: HigherOrderOperator, mode: TorchDispatchMode, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run an operator that takes functions (``flex_attention``); `mode` sees the operations that it runs.
+
+    Raises:
+        NotImplementedError: it has no form that is made of operations.
+    """
+    kernel = operator.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+    if kernel is None:
+        raise NotImplementedError(f"{operator} cannot be seen operation by operation")
+    with mode:
+        return kernel(*args, **kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,7 @@ from layerwise.layers.operators import (
     factory_size,
     facts_of,
     is_shaped_by_data,
+    run_inside,
 )
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -46,6 +48,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
     Without `fake`, the operations run for real; a tensor of the model that is written to is saved first
     and `undo_writes` puts its content back.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, *, fake: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -140,6 +144,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return run_inside(func, self, args, kwargs)
         facts = facts_of(func)
         if facts.is_query:
             return func(*args, **kwargs)

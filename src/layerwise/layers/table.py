@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from layerwise.layers.isolation import unwrap
@@ -14,56 +15,69 @@ from layerwise.layers.isolation import unwrap
 if TYPE_CHECKING:
     from torch import nn
 
-    from layerwise.layers.layermap import LayerMap
+    from layerwise.layers.layermap import LayerGroup, LayerMap
 
 _MODULES_SHOWN = 3
 _WIDTH = 110
+_FIRST_TO_GO = ("modules", "share", "MFLOPs", "output KiB")
 
 
-def layer_table(layers: LayerMap, model: nn.Module | None = None) -> Table:
-    """Return a table of the groups, input first: depth, modules, parameters, share, and costs per sample.
+class LayerTable:
+    """A map's groups for Rich, input first: depth, modules, parameters, share, and costs per sample.
+
+    Where the console is too narrow for all columns, some are left out.
 
     Args:
         layers: the map.
         model: the live model, to show how many parameters of each group have ``requires_grad`` now; the
             column is left out without it.
     """
+
+    def __init__(self, layers: LayerMap, model: nn.Module | None = None) -> None:
+        self._layers, self._model = layers, model
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table with as many columns as there is room for."""
+        unbounded = options.update(width=10_000)
+        for count in range(len(_FIRST_TO_GO) + 1):
+            table = _table(self._layers, self._model, without=_FIRST_TO_GO[:count])
+            if console.measure(table, options=unbounded).maximum <= options.max_width:
+                break
+        yield table
+
+
+def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) -> Table:
     title = f"{layers.model_class.rpartition('.')[2]}, {len(layers)} {layers.granularity}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group", overflow="fold", no_wrap=True)
-    table.add_column("depth", justify="right")
-    table.add_column("modules", overflow="ellipsis", no_wrap=True, max_width=44)
-    table.add_column("parameters", justify="right")
-    if model is not None:
-        table.add_column("trainable", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("MFLOPs", justify="right")
-    table.add_column("output KiB", justify="right")
     trainable = {} if model is None else trainable_numel(layers, model)
-    for depth, group in zip(range(len(layers) - 1, -1, -1), layers):
-        role = f" ({group.role})" if group.role != "trunk" else ""
-        table.add_row(
-            group.name + role,
-            str(depth),
-            _shown(group.modules),
-            f"{group.numel:,}",
-            *([f"{trainable[group.name]:,}"] if model is not None else []),
-            f"{group.numel / max(layers.numel, 1):.1%}",
-            "" if group.flops is None else f"{group.flops / 1e6:,.1f}",
-            "" if group.activation_bytes is None else f"{group.activation_bytes / 1024:,.1f}",
-            end_section=depth == 0,
-        )
     flops = sum(group.flops or 0 for group in layers)
-    table.add_row(
-        "total",
-        "",
-        "",
-        f"{layers.numel:,}",
-        *([f"{sum(trainable.values()):,}"] if model is not None else []),
-        "",
-        f"{flops / 1e6:,.1f}",
-        "",
-    )
+    columns = {
+        "group": [*(group.name + _role(group) for group in layers), "total"],
+        "depth": [*map(str, range(len(layers) - 1, -1, -1)), ""],
+        "modules": [*(_shown(group.modules) for group in layers), ""],
+        "parameters": [*(f"{group.numel:,}" for group in layers), f"{layers.numel:,}"],
+        "trainable": [f"{count:,}" for count in (*trainable.values(), sum(trainable.values()))],
+        "share": [*(f"{group.numel / max(layers.numel, 1):.1%}" for group in layers), ""],
+        "MFLOPs": [
+            *("" if group.flops is None else f"{group.flops / 1e6:,.1f}" for group in layers),
+            f"{flops / 1e6:,.1f}",
+        ],
+        "output KiB": [
+            *("" if (size := group.activation_bytes) is None else f"{size / 1024:,.1f}" for group in layers),
+            "",
+        ],
+    }
+    left_out = {*without, *(["trainable"] if model is None else [])}
+    columns = {name: column for name, column in columns.items() if name not in left_out}
+    for name in columns:
+        if name == "group":
+            table.add_column(name, overflow="fold")
+        elif name == "modules":
+            table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=44)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for depth, row in zip(range(len(layers) - 1, -2, -1), zip(*columns.values())):
+        table.add_row(*row, end_section=depth == 0)
     lines = [*layers.notes]
     if layers.unused:
         shown = ", ".join(layers.unused[:_MODULES_SHOWN])
@@ -72,6 +86,10 @@ def layer_table(layers: LayerMap, model: nn.Module | None = None) -> Table:
     table.caption = "\n".join(f"note: {line}" for line in lines) or None
     table.caption_justify = "left"
     return table
+
+
+def _role(group: LayerGroup) -> str:
+    return f" ({group.role})" if group.role != "trunk" else ""
 
 
 def trainable_numel(layers: LayerMap, model: nn.Module) -> dict[str, int]:
@@ -86,7 +104,7 @@ def trainable_numel(layers: LayerMap, model: nn.Module) -> dict[str, int]:
 def as_text(layers: LayerMap) -> str:
     """Return the table as plain text, as ``print(layers)`` shows it."""
     buffer = io.StringIO()
-    Console(file=buffer, width=_WIDTH).print(layer_table(layers))
+    Console(file=buffer, width=_WIDTH).print(LayerTable(layers))
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 

@@ -5,7 +5,8 @@ at one by one) or kept whole, and then it is a *unit*: a residual block, an Ince
 layer, or a single convolution of the stem. What decides is what the module computes, not its name:
 
 1. A leaf is a unit.
-2. A kind of module that occurs inside itself (a tree of trees) is opened.
+2. A kind of module that occurs inside itself (a tree of trees, a level of a recursive U-net) is opened if
+   it is a sequence, wraps one module, or holds a stack (see 4) or several modules with several layers.
 3. A kind that occurs several times is a *block* if, somewhere, it keeps the shape of its input and a
    value of that shape passes by one of its weighted children on the way to the output: a residual
    connection. Blocks are units wherever they occur, also where a stage's first one has no shortcut.
@@ -17,7 +18,8 @@ layer, or a single convolution of the stem. What decides is what the module comp
    stack, or is a plain chain (no value passes by one of its children), or has two or more children with
    several weighted layers each.
 
-The *kind* of a module is its class; of a plain ``nn.Sequential`` also the classes of its children.
+The *kind* of a module is its class; of a plain ``nn.Sequential`` also the classes of its children. A list in
+a list counts as a module (``for attention, mlp in self.layers``).
 """
 
 from __future__ import annotations
@@ -247,7 +249,7 @@ class _Tree:
         stacked = call in self._stacks
         several = sum(self.weights(child) >= 2 for child in children) >= 2
         if kind in self._nested:
-            return stacked or several
+            return stacked or several or len(children) == 1 or _is_sequence(call.module)
         if kind in self._blocks:
             return False
         if self._instances[kind] > 1:
@@ -262,7 +264,8 @@ class _Tree:
     def children(self, call: Call) -> list[Call]:
         """Return the calls directly inside that have parameters and run at least one operation.
 
-        Calls inside a module that was itself not called (``layer.forward(x)``) are put together again.
+        Calls inside a module that was itself not called are put together again: of ``layer.forward(x)``, and
+        of lists in a list (``for attention, mlp in self.layers``).
         """
         if call not in self._children:
             self._children[call] = self._regrouped(
@@ -303,7 +306,10 @@ class _Tree:
         for depth in range(1, len(parts)):
             path = prefix + ".".join(parts[:depth])
             module = self._modules.get(path)
-            if module is not None and not isinstance(module, _CONTAINERS) and module not in self._called:
+            if module is None or module in self._called:
+                continue
+            in_a_list = isinstance(self._modules.get(path.rpartition(".")[0]), nn.ModuleList)
+            if in_a_list or not isinstance(module, _CONTAINERS):
                 return path
         return None
 
@@ -332,7 +338,7 @@ class _Tree:
         while to_visit:
             call, above = to_visit.pop()
             kind = self.kind(call.module)
-            if kind in above and not _is_sequence(call.module):
+            if kind in above:
                 nested.add(kind)
             to_visit += [(child, (*above, kind)) for child in self.children(call)]
         return nested

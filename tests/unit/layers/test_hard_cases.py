@@ -255,6 +255,69 @@ def test_skip_connections_over_stages() -> None:
     assert layers.group_of("up.weight") == "outer"
 
 
+def test_layers_written_as_lists_in_a_list() -> None:
+    # `for attention, mlp in self.layers` with the residual connections between: many own transformers
+    class Feed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(self.norm(x)).relu())
+
+    class Transformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleList([Feed(), Feed()]) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for mix, mlp in self.layers:
+                x = mix(x.mT.mT) + x
+                x = mlp(x) + x
+            return x
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.transformer, self.head = nn.Linear(4, 8), Transformer(), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.transformer(self.embed(x)).mean(1))
+
+    model = Whole()
+    layers = layer_map(model, torch.zeros(2, 5, 4))
+    blocks = tuple(f"transformer.layers.{number}" for number in range(3))
+    assert layers.names == ("embed", *blocks, "head")
+    assert_complete(layers, model)
+
+
+def test_a_network_inside_itself() -> None:
+    # the U-net of pix2pix: each level holds the next one in its middle
+    class Level(nn.Module):
+        def __init__(self, width: int, inner: nn.Module | None) -> None:
+            super().__init__()
+            middle = [] if inner is None else [inner]
+            self.model = nn.Sequential(
+                nn.Conv2d(width, width, 4, 2, 1), *middle,
+                nn.ConvTranspose2d(width * (1 + bool(middle)), width, 4, 2, 1),
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, self.model(x)], 1)
+
+    inner: nn.Module | None = None
+    for _ in range(3):
+        inner = Level(4, inner)
+    assert inner is not None
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), inner, nn.Conv2d(8, 2, 1))
+    layers = layer_map(model, image())
+    assert layers.names == (
+        *("0", "1.model.0", "1.model.1.model.0", "1.model.1.model.1.model.0"),
+        *("1.model.1.model.1.model.1", "1.model.1.model.2", "1.model.2", "2"),
+    )
+    assert_complete(layers, model)
+
+
 @pytest.mark.parametrize("family", ["T5", "Bart"])
 def test_encoder_decoder(family: str) -> None:
     # all encoder layers, then all decoder layers, though the decoder's input is another

@@ -16,7 +16,7 @@ from layer_nets import ConvBlock, Residual, SmallResNet, Tokens, image
 from layerwise import layer_map
 from layerwise.errors import ModelError, PlanError
 from layerwise.layers.layermap import LayerMap
-from layerwise.layers.table import layer_table, trainable_numel
+from layerwise.layers.table import LayerTable, trainable_numel
 
 
 def test_granularities_of_a_residual_network() -> None:
@@ -218,10 +218,23 @@ def test_prints_as_a_table() -> None:
     assert counts["layer1"] == 0
     assert counts["layer2"] == layers["layer2"].numel
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(layer_table(layers, model))
+    console.print(LayerTable(layers, model))
     assert "trainable" in console.export_text()
     console.print(layers)
     assert "layer2" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [46, 56, 66])
+def test_a_narrow_table_leaves_out_columns_and_cuts_no_name_or_number(width) -> None:
+    model = SmallResNet()
+    layers = layer_map(model, granularity="stages")
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(LayerTable(layers, model))
+    text = console.export_text()
+    assert "parameters" in text
+    assert "modules" not in text
+    assert "\u2026" not in text
+    assert all(name in text for name in layers.names)
 
 
 # -- cost -------------------------------------------------------------------------------------------

@@ -193,6 +193,27 @@ def test_a_branch_on_computed_values_falls_back_to_two_real_samples() -> None:
     assert len(recording.unread) == 2  # the expert not taken
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("fake", [True, False])
+def test_an_operator_that_takes_functions_is_seen_operation_by_operation(fake: bool) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.bias = nn.Linear(4, 12), nn.Parameter(torch.zeros(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).reshape(-1, 5, 3, 1, 4).permute(2, 0, 3, 1, 4)
+            return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + self.bias[i])
+
+    recording = record(Attends().requires_grad_(False), (torch.randn(2, 5, 4),), fake=fake)
+    assert recording.how == ("fake" if fake else "real")
+    assert any("softmax" in op.name for op in recording.ops)
+    assert any("bias" in op.parameters for op in recording.ops)  # which only the function reads
+    assert not any(recording.values[key].kind == "constant" for op in recording.ops for key in op.mutates)
+
+
 def test_fake_pass_computes_nothing() -> None:
     # a layer whose product would need terabytes is recorded
     recording = record(nn.Linear(4, 4), (torch.empty(2**38, 4, device="meta"),))

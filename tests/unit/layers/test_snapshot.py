@@ -45,6 +45,7 @@ class Busy(nn.Module):
         self.array, self.slotted, self.nested = np.zeros(2), Slotted(), ([{"n": [0]}],)
         self.number, self.inner = itertools.count(), [iter([1, 2, 3])]
         self.pairs = zip(itertools.cycle([1, 2]), iter(range(9)))
+        self.told = list[int]  # shows the attributes of `list`, which nobody can write
 
 
 CHANGES = {
