@@ -73,6 +73,12 @@ def by_name(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(**inputs), batch["labels"])
 
 
+def both(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of a model that returns logits and a further loss."""
+    logits, loss = model(batch[0])
+    return nn.functional.cross_entropy(logits, batch[1]) + loss
+
+
 image, vector, frames = pictures(3, 8, 8), pictures(16), pictures(5, 3, 8, 8)
 
 
@@ -136,6 +142,39 @@ class Siamese(Net):
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         left, right = self.body(left).mean((2, 3)), self.body(right).mean((2, 3))
         return self.head((left - right).abs())
+
+
+class SiameseInOne(Net):
+    """One frozen body, and a layer that learns, see two inputs as one batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(8, 8)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        features = self.body(torch.cat([left, right]))
+        left, right = self.middle(features.movedim(1, -1)).mean((1, 2)).chunk(2)
+        return self.head((left - right).abs())
+
+
+class WithLossOfTheBatch(Net):
+    """The frozen body also returns one number for the whole batch, as vector quantisers do."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.conv(x)
+            return self.last(x.round()), (x - x.round()).pow(2).mean()
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, loss = self.body(x)
+        return self.head(x.mean((2, 3))), loss
 
 
 # -- Python that decides --------------------------------------------------------------------------
@@ -613,6 +652,16 @@ CASES = {
     "called twice": Case(CalledTwice, ("middle", "head"), "cut at block#1 ", vector),
     "siamese": Case(
         Siamese, ("head",), "cut at input of head ", named(left=(3, 8, 8), right=(3, 8, 8)), by_name
+    ),
+    "siamese in one batch": Case(
+        SiameseInOne, ("middle", "head"), "cut at body ", named(left=(3, 8, 8), right=(3, 8, 8)), by_name
+    ),
+    "loss of the batch": Case(
+        WithLossOfTheBatch,
+        ("head",),
+        "cut at body.conv, input of head .*a value that mixes the samples",
+        image,
+        both,
     ),
     "branch on the batch": Case(
         lambda: Net(BranchOnTheBatch()), ("head",), "cut at body.conv .*hands Python a value", image

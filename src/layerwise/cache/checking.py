@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections import Counter
@@ -31,6 +32,14 @@ _TELLING = 256  # numbers of each value to compare: two routines round only some
 
 class PlaceError(CacheError):
     """A sample's last bits depend on its place in the batch: in another order the plain loop differs too."""
+
+
+class MixedError(CacheError):
+    """The value at a site depends on several samples of the batch."""
+
+    def __init__(self, message: str, site: Site) -> None:
+        super().__init__(message)
+        self.site = site
 
 
 Run = Callable[[list[int], int], Mapping[Site, torch.Tensor]]
@@ -78,11 +87,20 @@ def find_layouts(
     batch: int,
     part: Mapping[Site, torch.Tensor],
     part_batch: int,
+    chosen: list[int],
 ) -> dict[Site, Layout]:
     """Return how each site's value is made of samples, from two batch sizes.
 
+    Args:
+        sites: where.
+        full: values of a whole batch.
+        batch: its number of samples.
+        part: values of some samples.
+        part_batch: their number.
+        chosen: positions in the batch of the first of them.
+
     Raises:
-        CacheError: a value does not grow with the batch although it depends on the input, or is not made
+        MixedError: a value does not grow with the batch although it depends on the input, or is not made
             of samples side by side.
     """
     layouts = {}
@@ -91,14 +109,25 @@ def find_layouts(
             continue
         if site not in part:
             raise CacheError(f"{site} runs at one batch size and not at another.")
-        layout = find_layout(full[site], batch, part[site], part_batch, where=f"the value at {site}")
+        try:
+            layout = find_layout(full[site], batch, part[site], part_batch, where=f"the value at {site}")
+        except CacheError as error:
+            raise MixedError(str(error), site) from error
         if layout is None:
-            raise CacheError(
+            raise MixedError(
                 f"the value at {site} depends on the input and has the shape {tuple(full[site].shape)} for "
-                f"{batch} and for {part_batch} samples: it mixes the samples of a batch."
+                f"{batch} and for {part_batch} samples: it mixes the samples of a batch.",
+                site,
             )
+        apart = dataclasses.replace(layout, apart=True)
+        if layout.per_sample > 1 and not _fits(layout, full[site], part[site], chosen):
+            layout = apart if _fits(apart, full[site], part[site], chosen) else layout
         layouts[site] = layout
     return layouts
+
+
+def _fits(layout: Layout, full: torch.Tensor, part: torch.Tensor, chosen: list[int]) -> bool:
+    return is_near(layout.to_rows(full)[chosen], layout.to_rows(part)[: len(chosen)])
 
 
 def size_sensitive(
@@ -131,7 +160,8 @@ def size_sensitive(
 
     Raises:
         PlaceError: their last bits depend on the place in the batch.
-        CacheError: the values are random, or depend on the other samples.
+        MixedError: the values depend on the other samples.
+        CacheError: they are random.
     """
     unequal = _unequal(layouts, full, chosen, part)
     compared, rest = list(chosen), [position for position in range(batch) if position not in chosen]
@@ -155,7 +185,9 @@ def size_sensitive(
     for site in unequal:
         layout = layouts[site]
         if not is_near(layout.to_rows(full[site])[chosen], layout.to_rows(part[site])):
-            raise CacheError(f"the value at {site} of one sample depends on the other samples of its batch.")
+            raise MixedError(
+                f"the value at {site} of one sample depends on the other samples of its batch.", site
+            )
     if moved:
         raise PlaceError(f"the value at {moved[0]}")
     return True

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from layerwise.cache.checking import is_near
+from layerwise.cache.checking import MixedError, is_near
 from layerwise.cache.cut import Site
 from layerwise.cache.layout import Layout
 from layerwise.cache.reading import same_bits
@@ -44,7 +44,7 @@ def check_companions(
         run: gives the values for other samples, under a seed.
 
     Raises:
-        CacheError: a sample's values depend on its companions.
+        MixedError: a sample's values depend on its companions.
     """
     kinds = [_kinds(leaf) if number in inputs else leaf[[0, -1, 0, -1]] for number, leaf in enumerate(leaves)]
     try:
@@ -62,9 +62,10 @@ def check_companions(
         pairs = [(rows[0], known[0]), (rows[1], known[1]), (rows[2], other_rows[0])]
         pairs += [(row, known[0]) for row in other_rows[1:]]
         if not all(_are_alike(a, b) for a, b in pairs):
-            raise CacheError(
+            raise MixedError(
                 f"the value at {site} of one sample depends on the other samples of its batch: not in the "
-                f"first batch, but beside copies of itself, or samples that hold NaN or large numbers."
+                f"first batch, but beside copies of itself, or samples that hold NaN or large numbers.",
+                site,
             )
 
 

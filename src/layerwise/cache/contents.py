@@ -11,6 +11,7 @@ it will change of the others.
 from __future__ import annotations
 
 import ctypes
+import dis
 import functools
 import hashlib
 import itertools
@@ -279,6 +280,9 @@ def _attributes(thing: Any) -> dict[str, Any]:
         cells = enumerate(thing.__closure__ or ())
         found = {f"closure {number}": getattr(cell, "cell_contents", None) for number, cell in cells}
         found |= {"defaults": thing.__defaults__, "named defaults": thing.__kwdefaults__}
+        if not _is_library(thing.__module__ or ""):
+            read = _globals_read_by(thing.__code__) & thing.__globals__.keys()
+            found |= {f"global {name}": thing.__globals__[name] for name in sorted(read)}
     elif isinstance(thing, functools.partial):
         found = {"func": thing.func, "args": thing.args, "keywords": thing.keywords}
     elif isinstance(thing, property | staticmethod | classmethod):
@@ -298,6 +302,14 @@ def _told(code: CodeType) -> list[Any]:
         for value in code.co_consts
     ]  # fmt: skip
     return [code.co_code.hex(), code.co_names, constants]
+
+
+@functools.lru_cache(maxsize=256)
+def _globals_read_by(code: CodeType) -> frozenset[str]:
+    """Return the names of the globals that a function, or one that is defined in it, reads."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    within = (_globals_read_by(inner) for inner in code.co_consts if isinstance(inner, CodeType))
+    return frozenset(names).union(*within)
 
 
 @functools.lru_cache(maxsize=256)

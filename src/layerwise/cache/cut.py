@@ -118,6 +118,7 @@ def find_cut(
     trainable: frozenset[str],
     *,
     changing: frozenset[int] = frozenset(),
+    mixed: Set[Site] = frozenset(),
     at_inputs: bool = True,
 ) -> Cut:
     """Return where the pass can be cut when the parameters `trainable` learn.
@@ -126,13 +127,14 @@ def find_cut(
         recording: of the model in the modes (train, eval, pinned) in which it will train.
         trainable: names of the parameters that learn; any name of a shared parameter counts.
         changing: see `find_dirty`.
+        mixed: where values were found that mix the samples of a batch, so that what made them must run.
         at_inputs: also cut at the arguments of calls, where that stores less. The code between modules
             then runs on ghosts; False where it needs values.
 
     Raises:
         NothingToSkipError: nothing can be skipped; says which operation is in the way.
     """
-    return _Search(recording, trainable, changing).find(at_inputs)
+    return _Search(recording, trainable, changing, mixed).find(at_inputs)
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,15 @@ class _Needs:
 class _Search:
     """State of one search: built once for a recording and a set of trainable parameters."""
 
-    def __init__(self, recording: Recording, trainable: frozenset[str], changing: frozenset[int]) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        trainable: frozenset[str],
+        changing: frozenset[int],
+        mixed: Set[Site],
+    ) -> None:
         self.recording = recording
-        self.dirt = find_dirty(recording, trainable, changing)
+        self.dirt = find_dirty(recording, trainable, changing, _writers(recording, mixed))
         self.dirty, self.depends = self.dirt.flags, recording.input_dependent
         self.reads, returned = reads_of(recording)
         self.returned = frozenset(returned)
@@ -372,6 +380,17 @@ class _Search:
             first_dirty=self.dirt.first,
             leading=frozenset(_id(call) for call in skipped if call.start < end),
         )
+
+
+def _writers(recording: Recording, sites: Set[Site]) -> set[int]:
+    """Return the operations that made the values at some sites."""
+    found = set()
+    for call in recording.calls if sites else ():
+        for site in sites:
+            if site.call == _id(call):
+                reads = given(call) if site.side == "out" else taken(call)
+                found |= {read.writer for read in reads[site.slot : site.slot + 1] if read.writer is not None}
+    return found
 
 
 def _is_collected_outside(call: Call, around: Call) -> bool:

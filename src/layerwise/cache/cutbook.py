@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from layerwise.cache.cut import Cut, NothingToSkipError, find_cut
+from layerwise.cache.cut import Cut, NothingToSkipError, Site, find_cut
 from layerwise.cache.settings import Settings, Stillness, parameters_in
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
@@ -19,6 +20,8 @@ Modes = Mapping[nn.Module, bool]
 
 Form = Hashable
 """How the model is called: the structure of its arguments, and those that are no tensors (`Link.form`)."""
+
+_MIXED = 4  # values of one form that may mix samples: to find each takes a recording and some passes
 
 _MODELESS = frozenset(
     {
@@ -95,6 +98,7 @@ class CutBook:
         self._seen: Any = None  # what `last_state` stands for
         self._found: dict[tuple[frozenset[str], Form, int], list[tuple[Modes, Cut]]] = {}
         self._foreseen: dict[tuple[frozenset[str], Form], _Foreseen] = {}
+        self._mixed: defaultdict[Form, set[Site]] = defaultdict(set)
         self.settings = Settings(model.modules())
         self._all = list(model.modules())
         self._still, self._still_state = Stillness(self._all), -1  # the state in which it was made
@@ -200,16 +204,32 @@ class CutBook:
                 raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
             if at_inputs:
                 self._foresee(recording, form, changing)
-            cut = find_cut(recording, trainable, changing=changing, at_inputs=at_inputs)
+            cut = find_cut(
+                recording, trainable, changing=changing, mixed=self._mixed[form], at_inputs=at_inputs
+            )
         self._found.setdefault((trainable, form, self.settings.number()), []).insert(0, (self._modes(), cut))
         return cut
+
+    def note_mixed(self, form: Form, site: Site) -> bool:
+        """Note that the value at a site mixes samples, so that other cuts are found from now on.
+
+        Returns:
+            False if that is no use: it was known, or there are too many.
+        """
+        mixed = self._mixed[form]
+        if site in mixed or len(mixed) == _MIXED:
+            return False
+        mixed.add(site)
+        self._found = {key: cuts for key, cuts in self._found.items() if key[1] != form}
+        self._foreseen = {key: one for key, one in self._foreseen.items() if key[1] != form}
+        return True
 
     def _foresee(self, recording: Recording, form: Form, changing: frozenset[int]) -> None:
         """Find the cuts of the later phases, which spares them a recording of their own."""
         modes, settings = self._modes(), self.settings.number()
         for names in self._lengths():
             try:
-                found: Cut | str = find_cut(recording, names, changing=changing)
+                found: Cut | str = find_cut(recording, names, changing=changing, mixed=self._mixed[form])
             except NothingToSkipError as error:
                 found = str(error)
             self._foreseen[names, form] = _Foreseen(modes, settings, found)

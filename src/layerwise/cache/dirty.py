@@ -4,7 +4,7 @@ An operation is *dirty* if it
 
 - reads a parameter that learns, or a tensor that lies in the memory of one,
 - draws random numbers,
-- depends on the other samples of the batch,
+- depends on the other samples of the batch, by its kind or as its value showed,
 - changes a tensor that outlives the pass, or reads one that the pass changes,
 - reads a tensor that learns without being a parameter of the model, or an argument that the loop computes,
 - belongs to a module that remembers something from call to call, or carries a hook of the user's
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,10 @@ class Dirt:
 
 
 def find_dirty(
-    recording: Recording, trainable: frozenset[str], changing: frozenset[int] = frozenset()
+    recording: Recording,
+    trainable: frozenset[str],
+    changing: frozenset[int] = frozenset(),
+    mixing: Set[int] = frozenset(),
 ) -> Dirt:
     """Return which operations are dirty when the parameters `trainable` learn.
 
@@ -49,6 +53,7 @@ def find_dirty(
         recording: of the model in the modes in which it will train.
         trainable: names of the parameters that learn; any name of a shared parameter counts.
         changing: numbers of the model's inputs that are not the data's: others each time.
+        mixing: operations whose values were seen to mix the samples of a batch.
     """
     learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
     learning |= _in_memory_of(learning, recording)
@@ -58,6 +63,8 @@ def find_dirty(
     first = decided = ""
     for op in recording.ops:
         why = _own_reason(recording, op, learning, changing, changed) or decided
+        if not why and op.index in mixing:
+            why = "gives a value that mixes the samples of a batch"
         if op.syncs and (why or computed[op.index] or any(flags[source] for source in op.sources)):
             why = why or "hands Python a value of the batch, which may decide what runs"
             decided = decided or "runs after Python got a value of the batch, which may decide what runs"

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from layerwise.cache.layout import find_layout
 from layerwise.errors import CacheError
+from layerwise.layers.operators import run_inside
 
 _PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_padded_sequence"})
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
@@ -79,6 +81,8 @@ class ElementwiseLog(TorchDispatchMode):
         packing: the first operation that lays samples of several lengths end to end; ``""`` if none does.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.runs: list[Elementwise] = []
@@ -89,6 +93,8 @@ class ElementwiseLog(TorchDispatchMode):
     ) -> Any:
         """Run the operation, and note it."""
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return run_inside(func, self, args, kwargs)
         output = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         if name in _PACKING:

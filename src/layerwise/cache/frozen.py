@@ -23,7 +23,7 @@ from layerwise.cache.reading import drawn_outside_torch, reseed
 from layerwise.cache.replay import Captured, capture
 from layerwise.cache.supply import Supply
 from layerwise.errors import CacheError
-from layerwise.layers.isolation import untouched
+from layerwise.layers.isolation import uncompiled, untouched
 
 logger = logging.getLogger("layerwise.cache")
 
@@ -91,7 +91,10 @@ class FrozenPart:
             if seed is not None:
                 reseed(seed)
             before = drawn_outside_torch() if log is not None else ()
-            with log if log is not None else contextlib.nullcontext():
+            with contextlib.ExitStack() as watching:
+                if log is not None:  # it does not see what compiled functions do
+                    watching.enter_context(uncompiled())
+                    watching.enter_context(log)
                 found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
             if log is not None and drawn_outside_torch() != before:
                 raise CacheError(

@@ -22,6 +22,7 @@ class Layout:
         dim: the dimension that grows with the batch.
         per_sample: entries of that dimension for one sample: 1, or the number of windows for a tensor of
             ``batch * windows`` rows.
+        apart: these entries lie a whole batch apart, as ``torch.cat([view, other_view])`` lays them.
         order: dimensions from the outermost in memory to the innermost.
         strides: of a tensor with gaps in memory, such as a slice of a longer sequence; None without gaps.
         repeated: dimensions along which one number stands for all, as ``expand`` makes them -> their size.
@@ -32,6 +33,7 @@ class Layout:
     order: tuple[int, ...]
     strides: tuple[int, ...] | None = None
     repeated: tuple[tuple[int, int], ...] = ()
+    apart: bool = False
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as (batch, per_sample, ...): the other dimensions in memory order; a view.
@@ -42,11 +44,13 @@ class Layout:
             tensor = tensor.narrow(dim, 0, 1)
         physical = tensor.permute(self.order).movedim(self.order.index(self.dim), 0)
         samples = physical.shape[0] // self.per_sample
+        if self.apart:
+            return physical.unflatten(0, (self.per_sample, samples)).movedim(1, 0)  # type: ignore[no-untyped-call,no-any-return]
         return physical.unflatten(0, (samples, self.per_sample))  # type: ignore[no-untyped-call,no-any-return]
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what `to_rows` took apart; a view of `rows` where the sample dimension lies outermost."""
-        physical = rows.flatten(0, 1)
+        physical = (rows.movedim(1, 0) if self.apart else rows).flatten(0, 1)
         if self.order[0] != self.dim:
             physical = physical.movedim(0, self.order.index(self.dim)).contiguous()
         if not self._is_usual:

@@ -7,16 +7,25 @@ compared with the plain one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.cache.checking import ContentGuard, Flow, check_backward, difference, is_checkpointed, is_near
-from layerwise.cache.cut import Cut, Site
+from layerwise.cache.checking import (
+    ContentGuard,
+    Flow,
+    MixedError,
+    check_backward,
+    difference,
+    is_checkpointed,
+    is_near,
+)
+from layerwise.cache.cut import Cut, NothingToSkipError, Site
 from layerwise.cache.decision import kept
 from layerwise.cache.evenness import ElementwiseLog
 from layerwise.cache.feed import Feed, Phase
@@ -93,18 +102,29 @@ class Observer:
         later = [other for _, other in self._book.later(link.form)]
         feed.forget_other([cut, *later])
         self._stock.release_unused(feed, [cut, *later])
+
+        def tried() -> Iterator[list[Cut]]:
+            yield [cut, *later]
+            if later:  # a later phase's value may be at fault
+                yield [cut]
+            if cut.entered:  # code between modules may need values
+                yield [find(*link.apart(args, kwargs), at_inputs=False)]
+
         problem: CacheError | None = None
-        for cuts in ([cut, *later], [cut]) if later else ([cut],):  # a later phase's value may be at fault
+        for cuts in tried():
             try:
                 return self._prepared(live, link, phase, cuts, args, kwargs)
             except OtherValuesError:
                 raise
+            except MixedError as error:
+                problem = error
+                if self._book.note_mixed(link.form, error.site):
+                    with contextlib.suppress(NothingToSkipError):  # what mixes may be all there is
+                        return self.observe(live, link, phase, args, kwargs)
             except CacheError as error:
                 problem = error
-        if problem is not None and not cut.entered:
-            raise problem
-        cut = find(*link.apart(args, kwargs), at_inputs=False)  # code between modules may need values
-        return self._prepared(live, link, phase, [cut], args, kwargs)
+        assert problem is not None
+        raise problem
 
     def _prepared(
         self,

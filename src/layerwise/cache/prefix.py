@@ -252,7 +252,8 @@ class PrefixCache:
             if supply.reason:
                 lines.append(f"prefix cache{name}: off: {supply.reason}")
             phases = supply.phases()
-            lines += [f"prefix cache{name}: {told(phase)}" for phase in phases.values()]
+            when = "until then: " if supply.reason else ""
+            lines += dict.fromkeys(f"prefix cache{name}: {when}{told(phase)}" for phase in phases.values())
             key = next(reversed(phases), None)
             stored, samples = supply.stored(key), supply.samples
             if 0 < stored < samples:

@@ -47,7 +47,8 @@ def prove(
         exact: keep values whose last bits depend on the place in the batch only for that place.
 
     Raises:
-        CacheError: the values cannot be taken apart into samples, are random, or depend on other samples.
+        MixedError: a value cannot be taken apart into samples, or depends on the other samples.
+        CacheError: the values are random, or cannot be known for other reasons.
     """
     if exact and log.packing:
         raise CacheError(
@@ -70,7 +71,7 @@ def prove(
                 f"the value at {site} differs from batch to batch, although no operation that torch sees "
                 f"links it to the input (numpy?)."
             )
-    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count)
+    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
     feed.constants |= constants
     feed.skeletons |= found.skeletons
     feed.layouts |= layouts

@@ -1,4 +1,4 @@
-"""A frozen part that mixes samples for some inputs is not cached, though the first batch does not show it."""
+"""What mixes samples for some inputs is not cached, though the first batch does not show it."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def refuse_missing(module: Any, x: Tensor) -> Tensor:
     ("act", "says"),
     [
         (fill_missing, "off: .* beside copies of itself"),
-        (fill_full_experts, "off: .* depends on the other samples of its batch"),
+        (fill_full_experts, "memory, cut at body.experts, body.linear .* mixes the samples"),
         (scale_down, "off: .* beside copies of itself"),
         (plain, "memory, cut at body"),
         (fill_alone, "memory, cut at body"),

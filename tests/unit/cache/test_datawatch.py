@@ -130,6 +130,24 @@ def closing_over(held: list[float]) -> Any:
     return lambda x: x + held[0]
 
 
+def scaled(x: Any) -> Any:
+    return x * SCALE
+
+
+def scaled_by_another(x: Any) -> Any:
+    return (lambda: scaled(x))()
+
+
+class Scaled:
+    def __call__(self, x: Any) -> Any:
+        return x * SCALE
+
+
+def rescale() -> None:
+    global SCALE
+    SCALE += 1
+
+
 def records(count: int) -> list[dict[str, Any]]:
     return [{"x": torch.tensor([float(i), 0.0]), "y": i} for i in range(count)]
 
@@ -156,8 +174,11 @@ SETTINGS = {  # what `held` is, what calls it, what changes it
     "what a function closes over": (
         lambda: closing_over(HELD), lambda d: d.held, lambda d: HELD.__setitem__(0, HELD[0] + 1)
     ),
+    "global of a function": (lambda: scaled, lambda d: d.held, lambda d: rescale()),
+    "global of a function of a function": (lambda: scaled_by_another, lambda d: d.held, lambda d: rescale()),
+    "global of a class": (Scaled, lambda d: d.held, lambda d: rescale()),
 }  # fmt: skip
-HELD = [1.0]
+HELD, SCALE = [1.0], 1.0
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -38,6 +40,17 @@ def test_round_trip(make) -> None:
     again = layout.from_rows(layout.to_rows(value)[order])
     assert torch.equal(layout.to_rows(again)[order.argsort()], layout.to_rows(value))
     assert layout.shape(tuple(value.shape), 6) == tuple(value.shape)
+
+
+def test_samples_that_lie_a_whole_batch_apart() -> None:
+    value, layout = pair(lambda b: torch.randn(2 * b, 5, 3, 3).to(memory_format=torch.channels_last))
+    assert layout is not None
+    layout = dataclasses.replace(layout, apart=True)
+    one, other = value.chunk(2)
+    assert torch.equal(layout.to_rows(value).permute(0, 1, 4, 2, 3), torch.stack([one, other], dim=1))
+    back = layout.from_rows(layout.to_rows(value).contiguous())
+    assert torch.equal(back, value)
+    assert back.stride() == value.stride()
 
 
 def test_of_repeated_numbers_one_is_stored() -> None:

@@ -96,7 +96,20 @@ def test_samples_that_read_each_other() -> None:
             super().__init__()
             self.stem.append(Centred())
 
-    assert "depends on the other samples" in off(Net, images, *LAST)
+    cached = both(Net, images, *LAST)  # what is before it is cached all the same
+    assert "cut at stem.2 (the operation 'sub' in stem.3 gives a value that mixes the samples" in cached.text
+
+
+def test_where_all_that_is_frozen_mixes_samples_the_value_that_showed_it_is_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer2, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.layer2(x - x.mean(0)).mean((2, 3)))
+
+    assert "value at layer2 of one sample depends on the other samples" in off(Net, images, "fc")
 
 
 def test_a_value_that_leaves_by_a_side_door() -> None:
