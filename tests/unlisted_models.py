@@ -177,6 +177,35 @@ class WithLossOfTheBatch(Net):
         return self.head(x.mean((2, 3))), loss
 
 
+class KeepsFeatures(Net):
+    """Keeps what the frozen body gave, which the loss reads, and a map of it inside the body."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.map = nn.Conv2d(3, 8, 3), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            self.map = x.mean(1, keepdim=True).relu()
+            return x * self.map
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(self.Attending(), nn.Conv2d(8, 8, 3)))
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        self.kept["features"] = [x.mean((2, 3))]
+        return self.head(x.relu().mean((2, 3)))
+
+
+def kept_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss with what the model kept."""
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return loss + model.head(model.kept["features"][0]).pow(2).mean() * model.body[0].map.mean()
+
+
 # -- Python that decides --------------------------------------------------------------------------
 
 
@@ -663,6 +692,7 @@ CASES = {
         image,
         both,
     ),
+    "features kept": Case(KeepsFeatures, ("head",), "cut at body.0.conv, body.1 ", image, kept_loss),
     "branch on the batch": Case(
         lambda: Net(BranchOnTheBatch()), ("head",), "cut at body.conv .*hands Python a value", image
     ),

@@ -264,6 +264,6 @@ def told(phase: Phase | None) -> str:
     if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
         text += (
             f"; {format_bytes(cut.returned_bytes_per_sample)} a sample are stored only because the model "
-            f"returns frozen values (for a decoder's keys and values, set model.config.use_cache = False)"
+            f"returns or keeps frozen values (of a decoder's keys and values: model.config.use_cache = False)"
         )
     return text

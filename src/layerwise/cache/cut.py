@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Container, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -86,7 +86,7 @@ class Cut:
         inputs: the model's inputs that are still read.
         sources: of each site.
         bytes_per_sample: size of `frontier`, as recorded.
-        returned_bytes_per_sample: how much less it would be if the model did not return frozen values.
+        returned_bytes_per_sample: how much less it would be if the model returned and kept no frozen values.
         flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
         first_dirty: a sentence about the first dirty operation.
         leading: the skipped calls that begin before the last cached value is there.
@@ -167,7 +167,9 @@ class _Search:
         self.dirt = find_dirty(recording, trainable, changing, _writers(recording, mixed))
         self.dirty, self.depends = self.dirt.flags, recording.input_dependent
         self.reads, returned = reads_of(recording)
-        self.returned = frozenset(returned)
+        kept = (Read(key, recording.values[key].writer) for key in recording.kept_keys)
+        self.returned = frozenset([*returned, *kept])
+        self.keeping = _calls_with(recording, recording.keeping)
         self.collected = [
             call for call in recording.calls if call.end > call.start and collectors(call.module)
         ]
@@ -216,6 +218,7 @@ class _Search:
             span = range(call.start, call.end)
             if (
                 call not in unskippable
+                and call not in self.keeping
                 and not any(self.dirty[index] for index in span)
                 and any(self.depends[index] for index in span)
                 and is_rebuildable(call)
@@ -380,6 +383,17 @@ class _Search:
             first_dirty=self.dirt.first,
             leading=frozenset(_id(call) for call in skipped if call.start < end),
         )
+
+
+def _calls_with(recording: Recording, modules: Container[nn.Module]) -> set[Call]:
+    """Return the calls of some modules, and those that they are in."""
+    found: set[Call] = set()
+    for call in recording.calls:
+        around: Call | None = call if call.module in modules else None
+        while around is not None and around not in found:
+            found.add(around)
+            around = around.parent
+    return found
 
 
 def _writers(recording: Recording, sites: Set[Site]) -> set[int]:

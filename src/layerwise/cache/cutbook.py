@@ -193,7 +193,7 @@ class CutBook:
         cut = self._told_before(trainable, form) if at_inputs else None
         if cut is None:
             recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
-            self.settings.remembers(recording.remembering)
+            self.settings.remembers(recording.remembering, recording.keeping)
             if recording.rewritten:
                 raise CacheError(
                     f"the forward pass itself changes the parameter {min(recording.rewritten)!r}, and passes "

@@ -69,6 +69,7 @@ class Settings:
         self._kept: list[Any] = []  # what is known by its identity must not give it to another object
         self._moving: set[_Key] = set()  # changed by the forward pass itself
         self._remembering: set[nn.Module] | None = None  # not known
+        self._keeping: set[tuple[nn.Module, str]] = set()
         self.last = self.new = 0
         self._modules: list[nn.Module] = []
         self._classes: list[type] = []
@@ -111,14 +112,22 @@ class Settings:
         made_anew = any(self._before.get(key, _NOTHING) != _NOTHING for key in tables)
         self._save(None if made_anew else self.last)
 
-    def remembers(self, modules: Iterable[nn.Module]) -> None:
-        """Note modules that keep something of each batch (`Recording.remembering`)."""
+    def remembers(self, modules: Iterable[nn.Module], keeping: Mapping[nn.Module, Iterable[str]]) -> None:
+        """Note modules that keep something of each batch.
+
+        Args:
+            modules: `Recording.remembering`.
+            keeping: `Recording.keeping`.
+        """
         self._remembering = (self._remembering or set()) | set(modules)
+        self._keeping |= {(module, name) for module, names in keeping.items() for name in names}
 
     def _is_table(self, key: _Key) -> bool:
         """Whether an attribute that a forward pass changed is now a tensor that is not of the batch."""
         index, name = key
         if index < 0 or self._remembering is None or self._modules[index] in self._remembering:
+            return False
+        if (self._modules[index], name) in self._keeping:
             return False
         value, before = vars(self._modules[index]).get(name), self._before.get(key, _NOTHING)
         is_tensor = isinstance(value, torch.Tensor) and not value.requires_grad and _is_readable(value)

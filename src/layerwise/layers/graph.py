@@ -178,6 +178,8 @@ class Recording:
         batch_size: number of samples: length of the first input tensor, or of the first list of tensors.
         remembering: modules that carry something over from one forward pass to the next -> the name of the
             attribute (`layerwise.layers.memory`).
+        keeping: modules that keep a value of the batch and do nothing else with it -> the attributes.
+        kept_keys: these values.
         watched: modules that carry a hook of the user's -> the hook's name.
         rewritten: parameters that the forward pass itself writes to, or gives other data.
         notes: for people: why a recording fell back to real samples.
@@ -194,6 +196,8 @@ class Recording:
     names: dict[str, tuple[str, ...]]
     batch_size: int
     remembering: dict[nn.Module, str] = field(default_factory=dict)
+    keeping: dict[nn.Module, tuple[str, ...]] = field(default_factory=dict)
+    kept_keys: tuple[int, ...] = ()
     watched: dict[nn.Module, str] = field(default_factory=dict)
     rewritten: Set[str] = frozenset()
     notes: tuple[str, ...] = ()

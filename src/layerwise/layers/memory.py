@@ -1,13 +1,14 @@
 """Find modules that carry something over from one forward pass to the next: counters, queues, averages.
 
-What such a module computes depends on how often it was called before, and a value that it keeps may be read
-by whoever trains it, so it cannot be computed once. Writes into a tensor's memory are seen by the recorder;
-here it is about attributes that get another value.
+What such a module computes depends on how often it was called before, so it cannot be computed once. Others
+only keep a value of the last batch (``self.features = x``), for whoever trains the model. Writes into a
+tensor's memory are seen by the recorder; here it is about attributes that get another value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,18 @@ _VALUES = (int, float, complex, str, bytes, np.generic)
 Test = Callable[[torch.Tensor], bool]
 
 
+class Change(IntEnum):
+    """What became of an attribute."""
+
+    NONE = 0
+    KEPT = 1
+    """It holds a value of the batch in the place of another that was not read."""
+    GROWN = 2
+    """So it does, where nothing was."""
+    MOVED = 3
+    """It may tell the next forward pass of this one."""
+
+
 class Attributes:
     """The attributes of a model's modules, as they are before a forward pass."""
 
@@ -47,8 +60,8 @@ class Attributes:
         self._modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
         self._before = self._contents()
 
-    def changed(self, was_read: Test, of_batch: Test) -> dict[nn.Module, str]:
-        """Return the modules that remember something of the pass -> the attribute.
+    def changes(self, was_read: Test, of_batch: Test) -> dict[nn.Module, dict[str, Change]]:
+        """Return the modules that hold something else now -> what became of their attributes.
 
         These are numbers and texts that changed, arrays, iterators and random generators likewise, containers
         that grew by values of the batch, values of the batch that are kept, buffers that were replaced by
@@ -60,16 +73,18 @@ class Attributes:
             was_read: whether an operation of the pass read a tensor.
             of_batch: whether a tensor was computed from the pass's input.
         """
-        found = {}
+        found: dict[nn.Module, dict[str, Change]] = {}
         for module, before, now in zip(self._modules, self._before, self._contents()):
+            changes: dict[str, Change] = {}
             for name, new in now.items():
                 old = before.get(name)
                 if name == "_buffers" and isinstance(old, dict):
-                    replaced = [n for n, one in old.items() if one is not None and new.get(n) is not one]
-                    if replaced:
-                        found[module] = replaced[0]
-                elif _differs(old, new, was_read, of_batch):
-                    found[module] = name
+                    replaced = (n for n, one in old.items() if one is not None and new.get(n) is not one)
+                    changes |= dict.fromkeys(replaced, Change.MOVED)
+                else:
+                    changes[name] = _change(old, new, was_read, of_batch)
+            if any(changes.values()):
+                found[module] = {name: change for name, change in changes.items() if change}
         return found
 
     def _contents(self) -> list[dict[str, Any]]:
@@ -109,30 +124,49 @@ def _content(value: Any, known: dict[tuple[int, int], Any], depth: int = 0) -> A
     return known[key]
 
 
-def _differs(old: Any, new: Any, was_read: Test, of_batch: Test) -> bool:
+def _change(old: Any, new: Any, was_read: Test, of_batch: Test) -> Change:
     if isinstance(new, torch.Tensor):
-        return old is not new and (of_batch(new) or (isinstance(old, torch.Tensor) and was_read(old)))
+        if old is new:
+            return Change.NONE
+        if isinstance(old, torch.Tensor) and was_read(old):
+            return Change.MOVED
+        return Change.KEPT if of_batch(new) else Change.NONE
     if isinstance(new, dict):
         names = old if isinstance(old, dict) else {}
-        return any(
-            _differs(names[name], item, was_read, of_batch) if name in names else _is_news(item, of_batch)
-            for name, item in new.items()
+        return max(
+            (
+                _change(names[name], item, was_read, of_batch) if name in names else _growth(item, of_batch)
+                for name, item in new.items()
+            ),
+            default=Change.NONE,
         )
     if isinstance(new, list):
         items = old if isinstance(old, list) else []
-        return (
-            len(items) > len(new)
-            or any(_is_news(item, of_batch) for item in new[len(items) :])
-            or any(_differs(one, other, was_read, of_batch) for one, other in zip(items, new))
-        )
-    return isinstance(old, _VALUES) and type(old) is type(new) and old != new
+        if len(items) > len(new):
+            return Change.MOVED
+        changes = [_change(one, other, was_read, of_batch) for one, other in zip(items, new)]
+        return max(changes + [_growth(item, of_batch) for item in new[len(items) :]], default=Change.NONE)
+    moved = isinstance(old, _VALUES) and type(old) is type(new) and old != new
+    return Change.MOVED if moved else Change.NONE
 
 
-def _is_news(item: Any, of_batch: Test) -> bool:
-    """Whether something new in a container tells of the pass: a value of the batch."""
-    if isinstance(item, dict | list):
-        return any(_is_news(one, of_batch) for one in (item.values() if isinstance(item, dict) else item))
-    return of_batch(item) if isinstance(item, torch.Tensor) else False
+def _growth(item: Any, of_batch: Test) -> Change:
+    """Return whether something new in a container tells of the pass: a value of the batch."""
+    return Change.GROWN if any(map(of_batch, _tensors_in(item))) else Change.NONE
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict | list):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _tensors_in(item)
+
+
+def kept_tensors(module: nn.Module, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that some attributes of a module hold."""
+    for name in names:
+        yield from _tensors_in(_content(getattr(module, name, None), {}))
 
 
 def global_hooks() -> list[Any]:

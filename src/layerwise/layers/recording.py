@@ -20,7 +20,7 @@ from layerwise.layers.isolation import (
     unwrap,
     was_replaced,
 )
-from layerwise.layers.memory import Attributes, watched
+from layerwise.layers.memory import Attributes, Change, kept_tensors, watched
 from layerwise.layers.recorder import Recorder
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -125,22 +125,19 @@ def _attempt(
             for module in model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):
                     module.training = False
-        recorder = Recorder(model, fake=fake)
+        hooked = watched(model)
         inputs = [
             torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             for tensor in tensors_in(arguments)
         ]
-        args, kwargs = map_tensors(arguments, recorder.add_input)
-        attributes, hooked = Attributes(model), watched(model)
         contents = {name: (p, p.detach()) for name, p in model.named_parameters()}
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_without_log("torch._subclasses.fake_tensor"))  # we report the failure
-            stack.callback(recorder.undo_writes)
-            stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(recorder.hooks())
-            stack.enter_context(recorder.python_reads())
-            stack.enter_context(recorder)
-            output = model(*args, **kwargs)
+        recorder, output, changes = _pass(model, arguments, fake=fake, grad=grad)
+        keeping = {
+            module: tuple(names) for module, names in changes.items() if Change.MOVED not in names.values()
+        }
+        kept = [t for module, names in keeping.items() for t in kept_tensors(module, names)]
+        if keeping and not _only_keeps(model, arguments, recorder, set(keeping), fake=fake, grad=grad):
+            keeping, kept = {}, []
         return Recording(
             model=model,
             how="fake" if fake else "real",
@@ -152,11 +149,60 @@ def _attempt(
             output_keys=tuple(recorder.key(tensor) for tensor in tensors_in(output)),
             names=recorder.names,
             batch_size=_batch_size(arguments),
-            remembering=attributes.changed(recorder.has_seen, recorder.is_of_batch),
+            remembering={
+                module: max(names, key=names.__getitem__)
+                for module, names in changes.items()
+                if module not in keeping
+            },
+            keeping=keeping,
+            kept_keys=tuple(recorder.key(tensor) for tensor in kept if recorder.is_of_batch(tensor)),
             watched=hooked,
             rewritten=recorder.rewritten()
             | {name for name, (parameter, content) in contents.items() if was_replaced(parameter, content)},
         )
+
+
+def _pass(
+    model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], *, fake: bool, grad: bool
+) -> tuple[Recorder, Any, dict[nn.Module, dict[str, Change]]]:
+    """Return a recorder that has seen one forward pass, its output, and what became of attributes."""
+    recorder = Recorder(model, fake=fake)
+    args, kwargs = map_tensors(arguments, recorder.add_input)
+    attributes = Attributes(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_log("torch._subclasses.fake_tensor"))  # we report the failure
+        stack.callback(recorder.undo_writes)
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(recorder.hooks())
+        stack.enter_context(recorder.python_reads())
+        stack.enter_context(recorder)
+        output = model(*args, **kwargs)
+    return recorder, output, attributes.changes(recorder.has_seen, recorder.is_of_batch)
+
+
+def _only_keeps(
+    model: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    first: Recorder,
+    keeping: set[nn.Module],
+    *,
+    fake: bool,
+    grad: bool,
+) -> bool:
+    """Return whether a second pass does what the first did, and reads nothing that `keeping` modules keep."""
+    try:
+        second, _, changes = _pass(model, arguments, fake=fake, grad=grad)
+    except Exception:  # it mixes what it kept of one pass with the other, or does not survive being run twice
+        return False
+    again = {change for module in keeping for change in changes.get(module, {}).values()}
+    return again <= {Change.KEPT} and _told(first.ops) == _told(second.ops)
+
+
+def _told(ops: list[Op]) -> list[Any]:
+    return [
+        (op.name, op.call.path if op.call else "", op.sources, op.parameters, op.inputs, op.constants)
+        for op in ops
+    ]
 
 
 @contextlib.contextmanager

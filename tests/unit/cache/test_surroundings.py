@@ -172,7 +172,7 @@ def hooked_features() -> nn.Module:
 
 STATE = {
     "features that the loss reads": Case(
-        body(keep_features), "off: .*'features'",
+        body(keep_features), "cut at body.linear ",
         lambda m, b: loss(m, b) + m.head(m.body.features).pow(2).mean(),
     ),
     "features that a hook collects": Case(

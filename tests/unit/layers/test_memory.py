@@ -61,8 +61,6 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: m.numbers.update(step=1), "numbers"),
         (replace_buffer, "average"),
         (lambda m, x: setattr(m, "state", x.mean(0)), "state"),
-        (lambda m, x: setattr(m, "table", x), "table"),  # whoever trains it may read it
-        (lambda m, x: setattr(m, "seen", x.relu()), "seen"),
         (lambda m, x: m.queue.append(x.mean(0)), "queue"),
         (lambda m, x: m.ring.append(x), "ring"),
         (lambda m, x: setattr(m.space, "n", m.space.n + 1), "space"),
@@ -73,7 +71,6 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: next(m.number), "number"),
         (lambda m, x: next(m.yields), "yields"),
         (lambda m, x: m.array.__iadd__(1), "array"),
-        (lambda m, x: m.long.append(x), "long"),
         (lambda m, x: m.own.random(), "own"),
         (lambda m, x: m.numpy_own.random(), "numpy_own"),
         (lambda m, x: torch.rand(1, generator=m.torch_own), "torch_own"),
@@ -97,6 +94,52 @@ def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
 )
 def test_what_stays_the_same_is_no_memory(act) -> None:
     assert record(nn.Sequential(Remembering(act)), (torch.zeros(4, 3),)).remembering == {}
+
+
+@pytest.mark.parametrize(
+    ("act", "attribute", "kept"),
+    [
+        (lambda m, x: setattr(m, "table", x), "table", 1),  # whoever trains it may read it
+        (lambda m, x: setattr(m, "seen", x.relu()), "seen", 1),
+        (lambda m, x: setattr(m, "table", {"one": [x, x + 1]}), "table", 2),
+        (lambda m, x: m.numbers.update(features=x), "numbers", 1),
+        (lambda m, x: m.long.append(x), "long", 1),  # nothing reads the items before
+    ],
+)
+@pytest.mark.parametrize("fake", [True, False])
+def test_what_only_keeps_values_of_the_batch_is_told_apart(fake, act, attribute, kept) -> None:
+    net = nn.Sequential(Remembering(act), nn.Linear(3, 2))
+    recording = record(net, (torch.zeros(4, 3),), fake=fake)
+    assert recording.remembering == {}
+    assert recording.keeping == {net[0]: (attribute,)}
+    assert len(recording.kept_keys) == kept
+    assert all(recording.values[key].kind == "computed" for key in recording.kept_keys)
+    assert net[0].table is None
+    assert net[0].numbers == {"step": 0}
+
+
+class Previous(nn.Module):
+    """Adds what it kept of the call before, which the first call of all does not show."""
+
+    def __init__(self, use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.kept, self.use = nn.Linear(3, 3), None, use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        if self.kept is not None:
+            x = self.use(x, self.kept)
+        self.kept = x.detach()
+        return x
+
+
+@pytest.mark.parametrize("use", [lambda x, kept: x + kept.mean(), lambda x, kept: x.relu()])
+@pytest.mark.parametrize("fake", [True, False])
+def test_what_is_kept_for_the_next_call_is_memory(fake, use) -> None:
+    net = nn.Sequential(Previous(use), nn.Linear(3, 2))
+    recording = record(net, (torch.zeros(4, 3),), fake=fake)
+    assert recording.remembering == {net[0]: "kept"}
+    assert recording.keeping == {}
 
 
 def test_a_class_that_counts_calls_is_named() -> None:
