@@ -1,6 +1,6 @@
 """The frozen-prefix cache on hundreds of models: is a cut found, and is it bit for bit exact?
 
-    python -m benchmarks cuts [transformers|torchvision|timm ...] [--large 50] [--again refused failed]
+    python -m benchmarks cuts [transformers|torchvision|timm|others ...] [--large 50] [--again refused failed]
     python -m benchmarks cuts --table
 
 Each model gets random weights, and its first groups are frozen: 60 % of them, and all but the head. Two
@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 import layerwise
 from benchmarks.oracles import timm_family, timm_names
+from benchmarks.other_models import other_models
 from benchmarks.transformers_models import SMALL, Small
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
@@ -39,6 +40,7 @@ BATCHES = 2  # that are trained on
 PIXELS = (64, 96, 128, 192, 224, 256, 299)
 FRACTIONS = (0.6, 1.0)
 LISTS = ("torchvision", "timm", "transformers")
+OTHERS = "others"  # of packages that are no part of the project's own (`benchmarks.other_models`)
 RESULTS = Path(__file__).parent / "results" / "cuts.jsonl"
 
 Make = Callable[[int], tuple[nn.Module, list[Any]]]
@@ -49,7 +51,7 @@ class Examined:
     """What came of one model.
 
     Attributes:
-        part: the list that the model is from, one of `LISTS`.
+        part: the list that the model is from, one of `LISTS`, or `OTHERS`.
         name: of the model.
         frozen_frac: part of the groups that is frozen; 1 is all but the head.
         state: ``"exact"``, ``"refused"``, ``"wrong"``, or ``"failed"`` where the plain loop itself fails.
@@ -221,6 +223,8 @@ def models_of(part: str, *, every: bool, large: int) -> dict[str, Make]:
     """Return the models of one list, the smallest first, by name: a function that makes each."""
     if part == "transformers":
         return {small.name: lambda batch, s=small: (s.build(), text_samples(s, batch)) for small in SMALL}  # type: ignore[misc]
+    if part == OTHERS:
+        return other_models(large * 1_000_000, lambda model, batch: smallest_images(model, batch, 224))
     sizes = torchvision_sizes() if part == "torchvision" else timm_sizes(every)
     make = torchvision_model if part == "torchvision" else timm_model
     names = sorted((name for name in sizes if sizes[name] <= large * 1_000_000), key=sizes.__getitem__)
@@ -264,7 +268,8 @@ def table(results: Iterable[Examined]) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cuts")
-    parser.add_argument("lists", nargs="*", default=list(LISTS), help=f"of {', '.join(LISTS)}")
+    known = (*LISTS, OTHERS)
+    parser.add_argument("lists", nargs="*", default=list(LISTS), help=f"of {', '.join(known)}")
     parser.add_argument("--only", nargs="*", help="names of models")
     parser.add_argument("--all-timm", action="store_true", help="not only a small model of each family")
     parser.add_argument("--batch", type=int, default=8, help="samples in a batch; even")
@@ -277,9 +282,9 @@ def main(arguments: list[str]) -> None:
         "--table", action="store_true", help="print the table of the results, and run nothing"
     )
     options = parser.parse_args(arguments)
-    unknown = set(options.lists) - set(LISTS)
+    unknown = set(options.lists) - set(known)
     if unknown:
-        parser.error(f"unknown list {unknown.pop()!r}; there are {', '.join(LISTS)}")
+        parser.error(f"unknown list {unknown.pop()!r}; there are {', '.join(known)}")
     results = read_results(options.out)
     if options.table:
         print(table(results.values()))
