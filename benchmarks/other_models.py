@@ -127,7 +127,7 @@ _VIT_WRAPPERS = {  # of other models, of nested tensors, of parallel towers; and
     "accept_video_wrapper", "cct", "cct_3d", "dino", "distill", "efficient", "es_vit", "extractor",
     "learnable_memory_vit", "lejepa", "levjepa", "levjepa_nd", "local_vit", "mae", "mobile_vit", "mp3", "mpp",
     "na_vit", "na_vit_nested_tensor", "na_vit_nested_tensor_3d", "recorder", "simmim", "twins_svt", "vaat",
-    "vat", "vat_siglip",
+    "vat", "vat_siglip", "vit_nd_masking",
 }  # fmt: skip
 
 
