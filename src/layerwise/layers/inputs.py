@@ -41,7 +41,18 @@ def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[Argu
             f"example_input is a {type(example_input).__name__}; expected a tensor, a tuple of positional "
             f"arguments, or a dict of keyword arguments. Leave it out to have one derived."
         )
-    arguments, source = _derived(model)
+    return _with_note(*_derived(model))
+
+
+def image_arguments(model: nn.Module) -> tuple[Arguments, tuple[str, ...]]:
+    """Return an image to call `model` with, and a note: where another example that was derived did not do.
+
+    A vision transformer may begin with a linear layer on patches, which tells no size of an image.
+    """
+    return _with_note(*_image(model, 3))
+
+
+def _with_note(arguments: Arguments, source: str) -> tuple[Arguments, tuple[str, ...]]:
     described = ", ".join(_describe(name, value) for name, value in _named(arguments))
     return arguments, (f"example input made up from {source}: {described}",)
 
@@ -65,7 +76,10 @@ def _derived(model: nn.Module) -> tuple[Arguments, str]:
         return ((_floats(model, 2, first.in_channels, 1024),), {}), "the first convolution"
     if isinstance(first, nn.Conv3d):
         return ((_floats(model, 2, first.in_channels, 16, 112, 112),), {}), "the first convolution"
-    channels = first.in_channels if isinstance(first, nn.Conv2d) else 3
+    return _image(model, first.in_channels if isinstance(first, nn.Conv2d) else 3)
+
+
+def _image(model: nn.Module, channels: int) -> tuple[Arguments, str]:
     size = getattr(model, "image_size", 224)
     side = size if isinstance(size, int) else 224
     if any("Inception3" in kind.__name__ for kind in type(model).__mro__):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
 
-from layerwise.errors import ModelError, did_you_mean
+from layerwise.errors import ModelError, RecordingError, did_you_mean
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.grouping import Group, group_blocks, group_layers, group_stages
 from layerwise.layers.grouping import blocks_of as find_blocks
-from layerwise.layers.inputs import example_arguments
+from layerwise.layers.inputs import example_arguments, image_arguments
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
 from layerwise.layers.order import Order, order_of
@@ -56,9 +57,22 @@ def layer_map(model: nn.Module, example_input: Any = None, granularity: Granular
     model = unwrap(model)
     if next(model.parameters(), None) is None:
         raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to group.")
-    (args, kwargs), notes = example_arguments(model, example_input)
-    recording = record(model, args, kwargs, mode="eval")
+    recording, notes = _recorded(model, example_input)
     return map_recording(recording, granularity, notes=notes)
+
+
+def _recorded(model: nn.Module, example_input: Any) -> tuple[Recording, tuple[str, ...]]:
+    """Record a pass in evaluation mode; where a derived example does not do, an image is tried."""
+    arguments, notes = example_arguments(model, example_input)
+    try:
+        return record(model, *arguments, mode="eval"), notes
+    except RecordingError:
+        if example_input is not None:
+            raise
+        with contextlib.suppress(RecordingError):
+            arguments, notes = image_arguments(model)
+            return record(model, *arguments, mode="eval"), notes
+        raise
 
 
 def map_recording(recording: Recording, granularity: Granularity, *, notes: tuple[str, ...] = ()) -> LayerMap:

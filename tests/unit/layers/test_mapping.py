@@ -14,7 +14,7 @@ from torch import nn
 
 from layer_nets import ConvBlock, Residual, SmallResNet, Tokens, image
 from layerwise import layer_map
-from layerwise.errors import ModelError, PlanError
+from layerwise.errors import ModelError, PlanError, RecordingError
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.table import LayerTable, trainable_numel
 
@@ -131,6 +131,29 @@ def test_example_inputs_are_derived_and_named() -> None:
         assert source in note
         assert shape in note
     assert not layer_map(nn.Linear(7, 3), torch.zeros(2, 7)).notes
+
+
+class OnPatches(nn.Module):
+    """Begins with a linear layer on patches of an image, as vision transformers may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(3 * 32 * 32, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        patches = x.reshape(batch, channels, height // 32, 32, width // 32, 32).permute(0, 2, 4, 1, 3, 5)
+        return self.head(self.embed(patches.reshape(batch, -1, 3 * 32 * 32)).mean(1))
+
+
+def test_where_the_derived_input_does_not_do_an_image_is_tried() -> None:
+    layers = layer_map(OnPatches())
+    assert layers.names == ("embed", "head")
+    assert "example input made up from the usual image size: 2x3x224x224" in layers.notes
+    with pytest.raises(RecordingError, match=r"not enough values to unpack"):
+        layer_map(OnPatches(), torch.zeros(2, 3072))
+    with pytest.raises(RecordingError, match=r"\(2, 4\) float32"):  # the first one is reported
+        layer_map(nn.Sequential(nn.Linear(4, 8), nn.Conv1d(3, 3, 1)))
 
 
 def test_transformers_inputs_are_derived_from_the_configuration() -> None:
