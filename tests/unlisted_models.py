@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -198,6 +199,26 @@ class KeepsFeatures(Net):
         x = self.body(x)
         self.kept["features"] = [x.mean((2, 3))]
         return self.head(x.relu().mean((2, 3)))
+
+
+class KeepsOutput(Net):
+    """A frozen layer keeps just what it returns: were it skipped, that would be the last batch's."""
+
+    class Keeping(nn.Conv2d):
+        kept: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Conv2d(3, 8, 3), self.Keeping(8, 8, 3)))
+
+
+def kept_output_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss with what the frozen layer kept."""
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return loss + model.head(model.body[1].kept.mean((2, 3))).pow(2).mean()
 
 
 def kept_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -515,6 +536,28 @@ class Attention(nn.Module):
         return self.head(self.body(self.embed(x), src_key_padding_mask=x < 4).mean(1))
 
 
+class FlexibleAttention(nn.Module):
+    """A frozen attention by an operator that takes a function, which reads a table of the model."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.table = nn.Linear(16, 48), nn.Parameter(torch.linspace(0, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.qkv(x).unflatten(-1, (3, 1, 16)).permute(2, 0, 3, 1, 4)
+            mixed = flex_attention(query, key, value, score_mod=lambda s, b, h, i, j: s + self.table[j])
+            assert isinstance(mixed, Tensor)
+            return mixed[:, 0]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(30, 16), self.Mixing(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(x)).mean(1))
+
+
 class BareAttention(nn.Module):
     """A frozen `nn.MultiheadAttention`, which returns its weights as well."""
 
@@ -692,6 +735,7 @@ CASES = {
         image,
         both,
     ),
+    "output kept": Case(KeepsOutput, ("head",), "cut at body.0 ", image, kept_output_loss),
     "features kept": Case(KeepsFeatures, ("head",), "cut at body.0.conv, body.1 ", image, kept_loss),
     "branch on the batch": Case(
         lambda: Net(BranchOnTheBatch()), ("head",), "cut at body.conv .*hands Python a value", image
@@ -742,6 +786,7 @@ CASES = {
     "frozen lstm": Case(FrozenRecurrent, ("head",), r"cut at rnn\[1\] ", words),
     "packed": Case(Packed, ("head",), "off: no part .*in rnn hands Python a value", words),
     "transformer encoder": Case(Attention, ("head",), "cut at input of head ", words),
+    "flexible attention": Case(FlexibleAttention, ("head",), "cut at input of head ", words),
     "multi-head attention": Case(BareAttention, ("head",), "cut at input of head ", words),
     "checkpointed": Case(Checkpointed, ("middle", "head"), "cut at body ", image),
     "checkpointed together": Case(

@@ -100,6 +100,25 @@ def test_samples_that_read_each_other() -> None:
     assert "cut at stem.2 (the operation 'sub' in stem.3 gives a value that mixes the samples" in cached.text
 
 
+def test_a_chain_of_modules_that_read_other_samples_is_given_up() -> None:
+    # each that is found takes a recording and some passes
+    class Centred(nn.Conv2d):
+        def forward(self, x):
+            x = super().forward(x)
+            return x - x.mean(0, keepdim=True)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(Centred(3, 3, 1) for _ in range(6)))
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(self.body(x).mean((2, 3)))
+
+    assert "value at body.2 of one sample depends on the other samples" in off(Net, images, "fc")
+
+
 def test_where_all_that_is_frozen_mixes_samples_the_value_that_showed_it_is_named() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -328,3 +347,23 @@ def test_options_are_checked_together() -> None:
         layerwise.PrefixCache(TinyCNN(), None, storage="ram", budget_bytes=-1, views=0, dtype=torch.int8)
     for part in ("got 'ram'", "got -1", "got 0", "torch.int8"):
         assert part in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_a_setting_that_changes_at_each_batch_is_given_up_and_what_was_before_is_told_as_past() -> None:
+    class Tempered(TinyCNN):
+        temperature = 1.0
+
+        def forward(self, x):
+            return super().forward(x) / self.temperature
+
+    def cooler(model, batch):
+        model.temperature *= 0.9
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    text = both(Tempered, images, *LAST, step=cooler, epochs=4).text
+    first, *others = text.splitlines()
+    assert "off: the attributes of the model's modules change from batch to batch" in first
+    assert others
+    assert all("until then: memory, cut at layer1" in line for line in others)
+    assert len(set(others)) == len(others)

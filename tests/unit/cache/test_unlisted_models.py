@@ -13,7 +13,7 @@ from unlisted_models import CASES, Net
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+@pytest.mark.filterwarnings("ignore:The prefix cache is off", "ignore:flex_attention called without")
 def test_exact_or_refused_with_a_reason(name) -> None:
     # two shuffled epochs with a smaller last batch: same losses, weights, buffers and random state
     case = CASES[name]
