@@ -45,10 +45,10 @@ from layerwise.choosing.search import search
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
+from layerwise.layers.randomness import seed_everything
 from layerwise.plans.parsing import parse_strategy
 from layerwise.plans.plan import Plan, Schedule
 from layerwise.training.fit import fit
-from layerwise.training.randomness import seed_everything
 
 RESULTS = Path(__file__).parent / "results" / "advice"
 SIZE, BATCH = 64, 16

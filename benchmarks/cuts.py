@@ -33,8 +33,8 @@ import layerwise
 from benchmarks.oracles import timm_family, timm_names
 from benchmarks.other_models import other_models
 from benchmarks.transformers_models import SMALL, Small
-from layerwise.cache.reading import reseed
 from layerwise.errors import CacheError
+from layerwise.layers.randomness import seed_everything
 from layerwise.layers.structures import tensors_in
 
 BATCHES = 2  # that are trained on
@@ -90,7 +90,7 @@ def examine(found: Examined, make: Make) -> None:
         """Return digests of all outputs, gradients and buffers of one pass over the data."""
         for buffer, content in buffers:
             buffer.copy_(content)
-        reseed(0)
+        seed_everything(0)
         seen: list[str] = []
         for batch in batches:
             output = model(**batch) if isinstance(batch, dict) else model(batch)

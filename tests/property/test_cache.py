@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cache_loops import Counted, assert_same, train
-from layerwise.cache.cut import NothingToSkipError, find_cut
-from layerwise.cache.replay import capture, compare_skeletons, replaying
+from layerwise.cache.cutting.cut import NothingToSkipError
+from layerwise.cache.cutting.search import find_cut
+from layerwise.cache.replay.passes import capture, compare_skeletons, replaying
 from layerwise.layers.recording import record
 
 WIDTH = 4

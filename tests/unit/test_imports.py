@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import layerwise
@@ -22,6 +23,10 @@ ORDER = [
     "integrations",
     "cli",
 ]
+# Of a folder with folders inside: its modules that these use, the folders, and all its other modules.
+INSIDE = {
+    "cache": ["comparing", "traceless", "changes", "cutting", "replay", "store", "samples", "proof"],
+}
 # What `import layerwise` and a plain `layerwise.fit` may need; anything else is an extra.
 OPTIONAL = {
     "altair",
@@ -60,13 +65,20 @@ def upward(path: Path, source: str) -> list[str]:
     """Return the imports of a file in `path` (relative to the package) that point the wrong way."""
     if path.name == "__init__.py" and len(path.parts) == 1:
         return []
-    here = ORDER.index(path.parts[0].removesuffix(".py"))
-    wrong = []
-    for name, _ in imports_of(ast.parse(source)):
-        parts = name.split(".")
-        if parts[0] == "layerwise" and parts[1] in ORDER and ORDER.index(parts[1]) > here:
-            wrong.append(f"{path} imports {name}")
-    return wrong
+    names = [name.split(".") for name, _ in imports_of(ast.parse(source))]
+    parts = [part.removesuffix(".py") for part in path.parts]
+    return [
+        f"{path} imports {'.'.join(name)}"
+        for name in names
+        if name[0] == "layerwise" and name[1] in ORDER and place(name[1:]) > place(parts)
+    ]
+
+
+def place(parts: Sequence[str]) -> tuple[int, int]:
+    """Return where a module stands in the order, given by folder and name."""
+    inside = INSIDE.get(parts[0], [])
+    own = inside.index(parts[1]) if len(parts) > 1 and parts[1] in inside else len(inside)
+    return ORDER.index(parts[0]), own
 
 
 def test_no_file_imports_from_a_later_folder():
@@ -80,6 +92,9 @@ def test_the_check_finds_an_upward_import():
     # The comparison itself must be able to fail.
     assert upward(Path("plans/plan.py"), "from layerwise.tuning.tuner import Tuner")
     assert upward(Path("plans/plan.py"), "def f():\n    import layerwise.cli.main")
+    assert upward(Path("cache/replay/ghost.py"), "from layerwise.cache.samples.reading import Order")
+    assert upward(Path("cache/cutting/cut.py"), "from layerwise.cache.frozen import FrozenPart")
+    assert not upward(Path("cache/frozen.py"), "from layerwise.cache.cutting.cut import Cut")
     assert not upward(Path("tuning/tuner.py"), "from layerwise.plans.plan import Plan")
 
 

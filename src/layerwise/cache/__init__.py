@@ -1,20 +1,24 @@
 """The frozen prefix, computed once: cut, replay, store.
 
-Where to read on:
+The mechanism, in the order in which to read it:
 
-- What users call: `prefix`. In it, `dealing` makes an epoch's batches, `calls` sees them reach the model.
-- Samples: `reading` (a loader by index), `prepared` (one of Accelerate's), `alike` (one made anew), `opening`
-  (may it be cached?), `supply` (its samples, sorted by shape), `feed` (what is stored of one shape),
-  `batchshape`, `datawatch` (was the data set changed?), `contents` (what a data set holds).
-- Cut: `cut` (which calls to skip, what to keep of them), told by `dirty` (operations that change) and `doors`
-  (what a call takes and gives); `source` (what a value is made of), `cutbook` (cuts, by the model's state),
-  `settings` (was an attribute of the model changed?).
-- Replay: `replay` (calls answered from the store), `ghost` (tensors without data), `link` (how a batch
-  reaches the model), `hooks`.
-- Values: `frozen` (runs the frozen part, stores what it gives), `live` (a batch that was handed out).
-- Proof, on the first batch of a phase: `observing`, `proving`, `checking`, `companions` (samples beside
-  strange ones), `evenness` (last bits), `layout` (how a value is made of samples).
-- Store: `stock` (budget, sharing), `decision` (does it pay?), `room` (memory, disk), `store` (one column),
-  `shelf` (files), `fingerprint` (names).
-- A recording pass of its own: `filling`, `folding` (batch-norms).
+- `cutting`: what a forward pass makes anew in each epoch (`dirty`), which calls can be skipped and what is to
+  be kept of them (`search`, told by `doors`), and the cuts of a model as it is now (`book`);
+- `replay`: the model's own forward with these calls answered (`passes`), tensors without data (`ghost`), how
+  a batch comes to the model (`link`) and lies in memory (`layout`);
+- `proof`: that samples do not touch each other (`mixing`, `companions`), to the last bit (`evenness`), and
+  that a replayed batch is the plain one (`outputs`).
+
+What it works on:
+
+- `changes`: whether a data set, a module or a weight is what it was;
+- `samples`: a loader read by index (`reading`), its samples sorted by shape (`supply`), what is stored of
+  those of one shape (`feed`);
+- `store`: memory and files (`column`, `shelf`), and whether caching pays (`decision`).
+
+How it comes together: users call `prefix`; `dealing` makes an epoch's batches, `calls` sees them reach the
+model, `observing` looks at the first one of a phase, `frozen` runs the frozen part, `stock` keeps what it
+gives. `filling` and `folding` are a recording pass of its own.
+
+Each folder imports only from those that `tests/unit/test_imports.py` lists before it.
 """

@@ -17,20 +17,20 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
-from layerwise.cache.batchshape import OtherShapeError
-from layerwise.cache.checking import normal_tensors
-from layerwise.cache.cut import CallId, NothingToSkipError
-from layerwise.cache.feed import Phase
+from layerwise.cache.cutting.cut import CallId, NothingToSkipError
 from layerwise.cache.frozen import MOVING, FrozenPart
-from layerwise.cache.ghost import Ghost, real
-from layerwise.cache.hooks import RootHook, hook_count
-from layerwise.cache.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
-from layerwise.cache.opening import COMPILED
-from layerwise.cache.replay import check_replayed, replaying
-from layerwise.cache.room import format_bytes, give_back_memory
-from layerwise.cache.supply import one_line
+from layerwise.cache.replay.ghost import Ghost, real
+from layerwise.cache.replay.hooks import RootHook, hook_count
+from layerwise.cache.replay.link import Link, autocast_state, backend_state, find_link, known_arguments
+from layerwise.cache.replay.passes import check_replayed, replaying
+from layerwise.cache.samples.batchshape import OtherShapeError
+from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.opening import COMPILED
+from layerwise.cache.samples.supply import one_line
+from layerwise.cache.store.room import format_bytes, give_back_memory
+from layerwise.cache.traceless import normal_tensors
 from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 

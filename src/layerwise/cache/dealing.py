@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from layerwise.cache.batchshape import BatchShape, OtherShapeError
-from layerwise.cache.checking import normal_tensors
-from layerwise.cache.cutbook import OtherStateError
-from layerwise.cache.feed import Phase
+from layerwise.cache.cutting.book import OtherStateError
 from layerwise.cache.frozen import FrozenPart
-from layerwise.cache.link import versions_of
 from layerwise.cache.live import Live
-from layerwise.cache.reading import DRAWS, LoaderReader, Order
-from layerwise.cache.supply import Raised, Supply
+from layerwise.cache.replay.link import versions_of
+from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
+from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.reading import DRAWS, LoaderReader, Order
+from layerwise.cache.samples.supply import Raised, Supply
+from layerwise.cache.traceless import normal_tensors
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 

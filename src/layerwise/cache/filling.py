@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
-from layerwise.cache.cut import Cut, Site
-from layerwise.cache.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.feed import Feed, Phase
+from layerwise.cache.comparing import same_bits
+from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.folding import FOLD_TOLERANCE, Folding, find_pairs, relative_difference
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
-from layerwise.cache.reading import same_bits
-from layerwise.cache.supply import Supply
+from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.supply import Supply
 from layerwise.errors import CacheError
 from layerwise.layers.recording import record
 from layerwise.layers.structures import tensors_in

@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
-from layerwise.cache.cut import Cut, Site
-from layerwise.cache.fingerprint import named_tensors
+from layerwise.cache.changes.fingerprint import named_tensors
+from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.errors import CacheError
 from layerwise.layers.graph import Op, Recording
 

@@ -11,19 +11,19 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from layerwise.cache.checking import ContentGuard
-from layerwise.cache.cut import Cut, Site
-from layerwise.cache.cutbook import CutBook, OtherStateError
-from layerwise.cache.evenness import ElementwiseLog
-from layerwise.cache.feed import Feed, Phase, padded
-from layerwise.cache.fingerprint import joint_state, named_tensors, quick_state
-from layerwise.cache.link import Link, backend_state
+from layerwise.cache.changes.fingerprint import joint_state, named_tensors, quick_state
+from layerwise.cache.cutting.book import CutBook, OtherStateError
+from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.live import Live
-from layerwise.cache.reading import drawn_outside_torch, reseed
-from layerwise.cache.replay import Captured, capture
-from layerwise.cache.supply import Supply
+from layerwise.cache.proof.evenness import ElementwiseLog
+from layerwise.cache.replay.link import Link, backend_state
+from layerwise.cache.replay.passes import Captured, capture
+from layerwise.cache.samples.feed import Feed, Phase, padded
+from layerwise.cache.samples.supply import Supply
+from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
-from layerwise.layers.isolation import uncompiled, untouched
+from layerwise.layers.isolation import uncompiled
+from layerwise.layers.randomness import drawn_outside_torch, seed_everything
 
 logger = logging.getLogger("layerwise.cache")
 
@@ -83,13 +83,12 @@ class FrozenPart:
         args, kwargs = link.apart(args, kwargs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.running())
-            stack.enter_context(untouched(self.model))
+            stack.enter_context(traceless(self.model))  # it may go another way, and run to its end
             stack.enter_context(torch.set_grad_enabled(link.grad))
-            stack.enter_context(ContentGuard(self.model))  # it may go another way, and run to its end
             for kind, enabled, dtype in link.autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
-                reseed(seed)
+                seed_everything(seed)
             before = drawn_outside_torch() if log is not None else ()
             with contextlib.ExitStack() as watching:
                 if log is not None:  # it does not see what compiled functions do

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from layerwise.cache.batchshape import BatchShape
-from layerwise.cache.feed import Feed, Phase
-from layerwise.cache.supply import Supply
+from layerwise.cache.samples.batchshape import BatchShape
+from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.supply import Supply
 
 
 class Live:

@@ -16,31 +16,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.cache.checking import (
-    ContentGuard,
-    Flow,
-    MixedError,
-    check_backward,
-    difference,
-    is_checkpointed,
-    is_near,
-)
-from layerwise.cache.cut import Cut, NothingToSkipError, Site
-from layerwise.cache.decision import kept
-from layerwise.cache.evenness import ElementwiseLog
-from layerwise.cache.feed import Feed, Phase
-from layerwise.cache.fingerprint import named_tensors, quick_state
+from layerwise.cache.changes.fingerprint import named_tensors, quick_state
+from layerwise.cache.comparing import is_near, same_bits
+from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site
 from layerwise.cache.frozen import FrozenPart
-from layerwise.cache.ghost import ghost
-from layerwise.cache.layout import copied, memory_order
-from layerwise.cache.link import Link, versions_of
 from layerwise.cache.live import Live
-from layerwise.cache.proving import prove
-from layerwise.cache.reading import kept_random_state, same_bits
-from layerwise.cache.replay import check_replayed, replaying
+from layerwise.cache.proof.evenness import ElementwiseLog
+from layerwise.cache.proof.mixing import MixedError
+from layerwise.cache.proof.outputs import Flow, check_backward, difference, is_checkpointed
+from layerwise.cache.proof.proving import prove
+from layerwise.cache.replay.ghost import ghost
+from layerwise.cache.replay.layout import copied, memory_order
+from layerwise.cache.replay.link import Link, versions_of
+from layerwise.cache.replay.passes import check_replayed, replaying
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.stock import Stock
+from layerwise.cache.store.decision import kept
+from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
-from layerwise.layers.isolation import untouched
 from layerwise.layers.structures import map_tensors, tensors_in
 
 
@@ -55,7 +48,7 @@ class Observer:
         frozen: runs the model.
         stock: keeps values.
         keep_inputs: batches hold the real inputs.
-        exact: see `layerwise.cache.proving.prove`.
+        exact: see `layerwise.cache.proof.proving.prove`.
         epochs: that the loop will run; None if unknown.
     """
 
@@ -256,11 +249,7 @@ class Observer:
         )
         fresh = {site: copied(values[site]) for site in (*phase.cut.frontier, *phase.cut.constants)}
         checkpointed: list[bool] = []
-        with (
-            kept_random_state(),
-            untouched(self._model),
-            ContentGuard(self._model),
-        ):
+        with traceless(self._model):
             try:
                 with replaying(
                     phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device,

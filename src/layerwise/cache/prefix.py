@@ -16,22 +16,23 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.calls import Calls, told
-from layerwise.cache.checking import ContentGuard
-from layerwise.cache.cutbook import CutBook, PhaseSource
+from layerwise.cache.cutting.book import CutBook, PhaseSource
 from layerwise.cache.dealing import Dealer, Epoch
-from layerwise.cache.decision import Decision, Storage
-from layerwise.cache.feed import Feed, Phase
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
-from layerwise.cache.opening import open_supply
-from layerwise.cache.prepared import inner, is_prepared, iterated, stand_in
-from layerwise.cache.reading import Order, kept_random_state
+from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.opening import open_supply
+from layerwise.cache.samples.prepared import inner, is_prepared, iterated, stand_in
+from layerwise.cache.samples.reading import Order
+from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.stock import CachePool, Stock, checked_folder
-from layerwise.cache.supply import Raised, Supply
+from layerwise.cache.store.decision import Decision, Storage
+from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError, LayerwiseWarning
-from layerwise.layers.isolation import untouched, unwrap
+from layerwise.layers.isolation import unwrap
+from layerwise.layers.randomness import kept_random_state
 
 _CHANGES = 2  # times that a dataset may change before it is no use to store anything of it
 
@@ -344,11 +345,7 @@ class PrefixCache:
                 samples = feed.members or range(feed.size)
                 size = min(feed.reader.batch_size or feed.full or 1, feed.size)
                 live = self._dealer.deal(supply, list(samples[:size]), None, view=0)
-                with (
-                    self._calls.expecting([live]),
-                    untouched(self.model),
-                    ContentGuard(self.model),
-                ):
+                with self._calls.expecting([live]), traceless(self.model):
                     call(live.batch)
                 phase = feed.phases.get(self._book.state())
             if supply.reason or phase is None or phase.reason:

@@ -12,23 +12,23 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from layerwise.cache.cut import Cut, Site
-from layerwise.cache.datawatch import DataNames
-from layerwise.cache.decision import Decision, Storage, decide, process_count
-from layerwise.cache.feed import Feed, SiteColumn
-from layerwise.cache.fingerprint import (
+from layerwise.cache.changes.datawatch import DataNames
+from layerwise.cache.changes.fingerprint import (
     column_key,
     data_digest,
     named_tensors,
     quick_state,
     weights_digest,
 )
-from layerwise.cache.layout import Layout
-from layerwise.cache.reading import LoaderReader
-from layerwise.cache.room import format_bytes, free_disk_bytes, free_memory_bytes
-from layerwise.cache.shelf import Shelf
-from layerwise.cache.source import Source
-from layerwise.cache.store import Column, RowSpec
+from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.source import Source
+from layerwise.cache.replay.layout import Layout
+from layerwise.cache.samples.feed import Feed, SiteColumn
+from layerwise.cache.samples.reading import LoaderReader
+from layerwise.cache.store.column import Column, RowSpec
+from layerwise.cache.store.decision import Decision, Storage, decide, process_count
+from layerwise.cache.store.room import format_bytes, free_disk_bytes, free_memory_bytes
+from layerwise.cache.store.shelf import Shelf
 
 logger = logging.getLogger("layerwise.cache")
 

@@ -91,8 +91,8 @@ def open_inputs(
         LayerwiseError: model, weights or data cannot be opened.
     """
     from layerwise.layers.mapping import layer_map
+    from layerwise.layers.randomness import seed_everything
     from layerwise.sources.models import open_model
-    from layerwise.training.randomness import seed_everything
 
     if data.startswith(NAMED):
         given: dict[str, Any] = {"weights": weights, "input_size": input_size, "granularity": granularity}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from layerwise.errors import DataError
-from layerwise.training.randomness import get_random_state, set_random_state
+from layerwise.layers.randomness import kept_random_state
 
 PROBES = 32
 """Samples that a fingerprint of data looks at."""
@@ -93,16 +93,13 @@ def fingerprint(data: Any) -> str | None:
         dataset = plain()
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
         return None
-    before = get_random_state()
     digest = hashlib.sha256(str(len(dataset)).encode())
-    try:
+    with kept_random_state():
         places = np.linspace(0, len(dataset) - 1, min(PROBES, len(dataset))).round().astype(int).tolist()
         if _content(dataset[places[0]]) != _content(dataset[places[0]]):
             return None
         for place in places:
             digest.update(_content(dataset[place]))
-    finally:
-        set_random_state(before)
     return digest.hexdigest()[:16]
 
 

@@ -19,8 +19,8 @@ Folder = Annotated[Path, typer.Argument(help="Folder that was given as PrefixCac
 @friendly
 def list_columns(folder: Folder, as_json: JsonFlag = False) -> None:
     """List the cached values in FOLDER: what they are, for how many samples, how large, how old."""
-    from layerwise.cache.room import format_bytes
-    from layerwise.cache.shelf import entries
+    from layerwise.cache.store.room import format_bytes
+    from layerwise.cache.store.shelf import entries
     from layerwise.errors import CacheError
 
     if not folder.is_dir():
@@ -53,8 +53,8 @@ def remove_columns(
     as_json: JsonFlag = False,
 ) -> None:
     """Remove cached values from FOLDER: those whose keys begin with KEYS, or all of them."""
-    from layerwise.cache.room import format_bytes
-    from layerwise.cache.shelf import remove
+    from layerwise.cache.store.room import format_bytes
+    from layerwise.cache.store.shelf import remove
     from layerwise.errors import CacheError
 
     if not folder.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from layerwise.errors import ModelError
 from layerwise.layers.memory import global_hooks
+from layerwise.layers.randomness import kept_random_state
 from layerwise.layers.snapshot import Snapshot
 
 _WRAPPED_AS = {
@@ -76,10 +76,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = (module for module in model.modules() if not _scripted(module))
     kept = Snapshot([*modules, *global_hooks()])
     contents = [(parameter, parameter.detach()) for parameter in model.parameters()]
-    randomness = _random_state(model)
     parametrized, parametrize._cache = parametrize._cache, {}
     try:
-        with _no_autocast_cache():
+        with _no_autocast_cache(), kept_random_state():
             yield
     finally:
         parametrize._cache = parametrized
@@ -87,7 +86,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for parameter, content in contents:
             if was_replaced(parameter, content):
                 parameter.data = content
-        _restore_random_state(randomness)
 
 
 @contextlib.contextmanager
@@ -187,24 +185,3 @@ def _of_distributed(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # functools.partial
     function = getattr(function, "__func__", function)
     return str(getattr(function, "__module__", "")).startswith("torch.distributed")
-
-
-def _random_state(model: nn.Module) -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    return (
-        random.getstate(),
-        numpy.random.get_state() if numpy is not None else None,
-        torch.get_rng_state(),
-        [(device, torch.cuda.get_rng_state(device)) for device in devices],
-    )
-
-
-def _restore_random_state(state: tuple[Any, ...]) -> None:
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    if numpy is not None:
-        sys.modules["numpy"].random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    for device, value in cuda:
-        torch.cuda.set_rng_state(value, device)

@@ -19,6 +19,11 @@ from layerwise.layers.graph import Effect
 
 TRAINING_ARGUMENTS = ("training", "train", "use_input_stats")
 
+SHAPE_ONLY = frozenset(
+    {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+)
+"""Operations that read a tensor's shape and not its value."""
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:

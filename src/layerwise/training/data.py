@@ -20,8 +20,9 @@ from torch.utils.data import (
 )
 
 from layerwise.errors import DataError
+from layerwise.layers.randomness import kept_random_state
 from layerwise.training.lengths import order_by_length, padded_lengths
-from layerwise.training.randomness import epoch_seed, get_random_state, sample_randomness, set_random_state
+from layerwise.training.randomness import epoch_seed, sample_randomness, set_random_state
 
 Data = Any
 """A map-style data set, or a `torch.utils.data.DataLoader`."""
@@ -171,13 +172,12 @@ class Batches:
         if self.exact or not start:
             yield from self.loader
             return
-        present = get_random_state()
-        if random_state is not None:
-            set_random_state(random_state)
-        batches = iter(self.loader)
-        for _ in range(start):
-            next(batches, None)
-        set_random_state(present)
+        with kept_random_state():
+            if random_state is not None:
+                set_random_state(random_state)
+            batches = iter(self.loader)
+            for _ in range(start):
+                next(batches, None)
         yield from batches
 
 

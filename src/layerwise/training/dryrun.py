@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.randomness import kept_random_state
 from layerwise.plans.explain import Explanation
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
@@ -23,7 +24,6 @@ from layerwise.training.evaluate import first_output
 from layerwise.training.memory import peak_memory
 from layerwise.training.options import find_optimizer
 from layerwise.training.progress import format_seconds
-from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.tasks import split_batch
 from layerwise.tuning.tuner import Tuner
 
@@ -107,6 +107,7 @@ class DryRun:
         return Group(self.explanation, table, Text(note, style="dim"))
 
 
+@kept_random_state()
 def dry_run(
     model: nn.Module,
     train: Any,
@@ -158,7 +159,6 @@ def dry_run(
     """
     from accelerate.utils import send_to_device
 
-    before = get_random_state()
     accelerator = setup.open_accelerator(precision, device, None, None)
     batches = open_batches(train, train=True, batch_size=batch_size, seed=seed)
     held_out = None if val is None else open_batches(val, train=False, batch_size=batch_size)
@@ -229,7 +229,6 @@ def dry_run(
             )
         )
         del tried, tuner
-    set_random_state(before)
     epochs = [phase.length_steps(steps_per_epoch) / steps_per_epoch for phase in plan.phases]
     return DryRun(
         explanation=plan.explain(layers, lr=lr, steps_per_epoch=steps_per_epoch),

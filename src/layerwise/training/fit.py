@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerwise.cache.stock import CachePool
 from layerwise.errors import RunError
 from layerwise.files import remove_leftovers, write_json
+from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.checkpoint import load_latest, save_checkpoint
@@ -30,7 +31,7 @@ from layerwise.training.options import (
     find_optimizer,
 )
 from layerwise.training.progress import Reporter
-from layerwise.training.randomness import get_random_state, seed_everything, set_random_state
+from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.result import Result
 from layerwise.training.run import (
     create_run,
@@ -41,6 +42,7 @@ from layerwise.training.run import (
     save_weights,
     weights_file,
 )
+from layerwise.training.standing import Best, Standing
 from layerwise.training.tasks import Scores, Task, split_batch
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import watch
@@ -240,18 +242,7 @@ def fit(
         create_run(written, plan=plan, about=record)
 
     # What changes during the run, and how it is saved and put back.
-    history = History(None)
-    timings: list[dict[str, Any]] = []
-    best: dict[str, Any] = {"epoch": -1, "value": None, "metrics": {}, "tables": {}}
-    kept: dict[str, Tensor] | None = None  # the best weights of a run without a folder
-    within: dict[str, Any] = {
-        "epoch": -1,
-        "batch": 0,
-        "loss_sum": 0.0,
-        "samples": 0,
-    }  # how far the epoch at hand is
-    epoch_random: dict[str, Any] | None = None
-    stopped_early = False
+    history, now = History(None), Standing()
     go_on = "" if folder is None else f"go on with it: layerwise fit --resume {folder}"
     described = ""  # what was said of the cache last
     notes: list[str] = []
@@ -266,12 +257,8 @@ def fit(
             "model": model.state_dict(),
             "tuner": tuner.state_dict(),
             "random": randoms,
-            "epoch_random": epoch_random if inside and not batches.exact else None,
-            "within": dict(within) if inside else None,
             "history": history.entries,
-            "timings": timings,
-            "best": best,
-            "stopped_early": stopped_early,
+            **now.to_state(inside=inside, with_random=not batches.exact),
         }
         save_checkpoint(folder / "checkpoints", tuner.step_count, state, keep=keep_checkpoints)
 
@@ -279,9 +266,7 @@ def fit(
         state = previous.state
         model.load_state_dict(state["model"])
         tuner.load_state_dict(state["tuner"])
-        within = state["within"] or within
-        epoch_random, best, timings = state["epoch_random"], state["best"], state["timings"]
-        stopped_early = state["stopped_early"]
+        now = Standing.from_state(state)
         history = History(cast(Path, folder) / "history.jsonl", state["history"])
         set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
         notes += [f"resumed from {previous.path} (step {previous.step})", *previous.skipped]
@@ -309,19 +294,18 @@ def fit(
     ):
         runner: nn.Module = model
         wrapped_phase = -1
-        for epoch in () if stopped_early else tuner.epochs():
+        for epoch in () if now.stopped_early else tuner.epochs():
             began_s = time.perf_counter()
-            if within["epoch"] != epoch:  # else a checkpoint inside this epoch was loaded
-                within = {"epoch": epoch, "batch": 0, "loss_sum": 0.0, "samples": 0}
-                epoch_random = get_random_state()
+            now.begin(epoch, get_random_state())
             model.train()
             phase, rates = tuner.phase.name, tuner.rates()
             setup.enter_phase(model, tuner, train, share, watched)
-            stream: Iterator[Any] = batches.epoch(epoch, within["batch"], random_state=epoch_random)
+            start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
+            stream: Iterator[Any] = batches.epoch(epoch, start, random_state=now.began_random)
             if prefix is not None:
-                batches.begin(epoch, within["batch"])
+                batches.begin(epoch, start)
                 stream = prefix.batches()
-            for index, batch in enumerate(stream, within["batch"]):
+            for index, batch in enumerate(stream, start):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
                     runner, wrapped_phase = setup.joined(accelerator, model), tuner.phase_index
                 batch = send_to_device(batch, accelerator.device)
@@ -331,9 +315,7 @@ def fit(
                 value = finite_loss(loss, batch, step=tuner.step_count, epoch=epoch, index=index, out=folder)
                 window = min(accumulate, count - index // accumulate * accumulate)
                 accelerator.backward(loss / window)
-                within["loss_sum"] += value * task.size(batch)
-                within["samples"] += task.size(batch)
-                within["batch"] = index + 1
+                now.within.add(value, task.size(batch))
                 if (index + 1) % accumulate and index + 1 < count:
                     continue
 
@@ -372,7 +354,7 @@ def fit(
                 )
             monitored = scores.values.get(task.monitor)
             tuner.end_epoch(monitored, mode=task.mode)
-            loss_sum, samples = setup.sum_over_processes(accelerator, within["loss_sum"], within["samples"])
+            loss_sum, samples = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
             entry = {
                 "epoch": epoch,
                 "phase": phase,
@@ -384,32 +366,27 @@ def fit(
             }
             history.append(entry)
             accelerator.log({k: v for k, v in entry.items() if isinstance(v, float)}, step=tuner.step_count)
-            if monitored is None or keep == "last" or setup.is_better(monitored, best["value"], task.mode):
-                best = {
-                    "epoch": epoch,
-                    "value": monitored,
-                    "metrics": scores.values,
-                    "tables": scores.tables,
-                }
+            if monitored is None or keep == "last" or setup.is_better(monitored, now.best.value, task.mode):
+                now.best = Best.of(epoch, task.monitor, scores)
                 if folder is None and keep == "best" and held_out is not None:
-                    kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
+                    now.kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
                 elif folder is not None and accelerator.is_main_process:
                     save_weights(model, weights_file(folder))
             if early_stopping is not None and monitored is not None:
                 monitors = [line[task.monitor] for line in history.entries]
-                stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
-            timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
+                now.stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
+            now.timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
             save(inside=False)
             reporter.epoch(
                 entry,
                 monitor=task.monitor,
                 steps_left=total_steps - tuner.step_count,
-                seconds=timings[-1]["seconds"],
+                seconds=now.timings[-1]["seconds"],
             )
             interrupt.raise_if_requested(go_on)
             if on_epoch is not None:
                 on_epoch(entry)
-            if stopped_early:
+            if now.stopped_early:
                 reporter.say(f"stopped early: {task.monitor} did not improve for {early_stopping} epochs")
                 break
 
@@ -417,8 +394,8 @@ def fit(
     if folder is not None:
         accelerator.wait_for_everyone()
         load_weights(model, weights_file(folder))
-    elif kept is not None:
-        model.load_state_dict(kept)
+    elif now.kept is not None:
+        model.load_state_dict(now.kept)
     model.eval()
     tested = None
     if test is not None:
@@ -436,21 +413,21 @@ def fit(
         model=model,
         task=task,
         history=history.entries,
-        best_epoch=best["epoch"],
-        metrics=best["metrics"],
-        tables=best["tables"],
+        best_epoch=now.best.epoch,
+        metrics=now.best.metrics,
+        tables=now.best.tables,
         test=None if tested is None else tested.values,
         test_tables={} if tested is None else tested.tables,
-        stopped="early" if stopped_early else "finished",
+        stopped="early" if now.stopped_early else "finished",
         trained_parameters=sum(p.numel() for n, p in model.named_parameters() if n in learns),
         total_parameters=sum(p.numel() for p in model.parameters()),
         steps=tuner.step_count,
-        seconds=sum(t["seconds"] for t in timings),
+        seconds=sum(t["seconds"] for t in now.timings),
         out=folder,
         notes=tuple(notes),
     )
     if folder is not None and accelerator.is_main_process:
-        write_json(folder / "timings.json", timings)
+        write_json(folder / "timings.json", now.timings)
         finish_run(folder, result.to_dict())
     for tracker in accelerator.trackers:  # end_training would end the process group too; others may need it
         tracker.finish()

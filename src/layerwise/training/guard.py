@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.cache.ghost import Ghost
+from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import RunError, TrainingError
 from layerwise.training.checkpoint import list_checkpoints
 

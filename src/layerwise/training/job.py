@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.errors import DataError, ModelError, PlanError, RunError
+from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training.fit import fit
-from layerwise.training.randomness import seed_everything
 from layerwise.training.result import Result
 from layerwise.training.run import read_run
 

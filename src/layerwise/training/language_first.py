@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from layerwise.errors import ModelError
+from layerwise.layers.randomness import seed_everything
 from layerwise.sources.texttable import TextPart, TextTable
 from layerwise.training.fit import fit
-from layerwise.training.randomness import seed_everything
 from layerwise.training.token_tasks import LanguageModelling
 from layerwise.training.transformers_folder import move_body
 

@@ -1,4 +1,4 @@
-"""Random state: one seed for all generators, and their state as plain data for a checkpoint."""
+"""The random state as plain data for a checkpoint, and the seeds of epochs and samples."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of torch (all devices), numpy and Python with `seed`."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+from layerwise.layers.randomness import kept_random_state
 
 
 def get_random_state() -> dict[str, Any]:
@@ -64,18 +59,9 @@ def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[None]:
     With it a random augmentation draws the same whatever worker process loads the sample, in which
     order, and whether the run was interrupted before. The model's own randomness is not disturbed.
     """
-    before_torch, before_python, before_numpy = (
-        torch.get_rng_state(),
-        random.getstate(),
-        np.random.get_state(),
-    )
     mixed = hash((seed, epoch, index)) % 2**32  # a tuple of ints hashes the same in every process
-    torch.default_generator.manual_seed(mixed)
-    random.seed(mixed)
-    np.random.seed(mixed)
-    try:
+    with kept_random_state():
+        torch.default_generator.manual_seed(mixed)
+        random.seed(mixed)
+        np.random.seed(mixed)
         yield
-    finally:
-        torch.set_rng_state(before_torch)
-        random.setstate(before_python)
-        np.random.set_state(before_numpy)

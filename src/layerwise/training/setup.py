@@ -17,10 +17,10 @@ from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
 from layerwise.files import write_json
+from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
 from layerwise.training.evaluate import first_output
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
-from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.tasks import Batch, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of
 from layerwise.tuning.audit import Audit, audit
@@ -91,13 +91,10 @@ def open_accelerator(
 def first_batch(batches: Batches) -> Batch:
     """Return a batch of the first one or two samples; no generator's state is changed."""
     loader, data = batches.loader, batches.loader.dataset
-    before = get_random_state()
-    try:
+    with kept_random_state():
         if isinstance(data, IterableDataset):
             return next(iter(loader))
         return loader.collate_fn([data[i] for i in range(min(2, len(data)))])  # type: ignore[arg-type]
-    finally:
-        set_random_state(before)
 
 
 def batch_count(batches: Batches) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from layerwise.errors import DataError, ModelError
+from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
 from layerwise.training.progress import Reporter
-from layerwise.training.randomness import seed_everything
 from layerwise.training.result import Result
 from layerwise.training.run import read_run
 from layerwise.training.tasks import Task

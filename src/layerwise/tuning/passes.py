@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError
+from layerwise.layers.randomness import RandomState, random_state, restore_random_state
 from layerwise.tuning.moments import distributed
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -110,18 +109,12 @@ class Passes:
         if empty:
             raise DataError("the loader gives no batch; calibration needs some target data.")
 
-    def _read(self) -> tuple[Any, ...]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        loaders = [generator.get_state() for generator in self._generators]
-        return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), loaders
+    def _read(self) -> tuple[RandomState, list[torch.Tensor]]:
+        return random_state(), [generator.get_state() for generator in self._generators]
 
     def _write(self) -> None:
-        cpu, cuda, numpy_state, python_state, loaders = self._state
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        drawn, loaders = self._state
+        restore_random_state(drawn)
         for generator, state in zip(self._generators, loaders, strict=True):
             generator.set_state(state)
 

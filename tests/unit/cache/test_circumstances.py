@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
-from layerwise.cache.cut import find_cut
-from layerwise.cache.replay import capture, check_replayed, compare_skeletons, replaying
+from layerwise.cache.cutting.search import find_cut
+from layerwise.cache.replay.passes import capture, check_replayed, compare_skeletons, replaying
 from layerwise.errors import CacheError
 from layerwise.layers.recording import record
 from layerwise.tuning.modes import pin_eval

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import layerwise
 from cache_loops import freeze_prefix, images
 from helpers import TinyCNN
-from layerwise.cache.cut import find_cut
+from layerwise.cache.cutting.search import find_cut
 from layerwise.cache.folding import Folding, find_pairs
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.recording import record

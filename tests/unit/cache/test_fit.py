@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import layerwise
 from cache_loops import images
 from helpers import TinyCNN
-from layerwise.cache.ghost import Ghost
+from layerwise.cache.replay.ghost import Ghost
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Sampler
 
 import layerwise
 from cache_loops import assert_same, freeze_prefix, images, train
-from layerwise.cache.checking import size_sensitive
-from layerwise.cache.cut import CallId, Site
-from layerwise.cache.layout import Layout
+from layerwise.cache.cutting.cut import CallId, Site
+from layerwise.cache.proof.mixing import size_sensitive
+from layerwise.cache.replay.layout import Layout
 from layerwise.errors import LayerwiseWarning
 
 

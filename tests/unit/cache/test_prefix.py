@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import layerwise
 from cache_loops import Counted, assert_same, both, images, off, train
 from helpers import TinyCNN
-from layerwise.cache.ghost import Ghost
+from layerwise.cache.replay.ghost import Ghost
 
 LAST = ("layer2", "fc")
 

@@ -334,7 +334,7 @@ def test_full_disk_falls_back_with_a_warning(monkeypatch) -> None:
     def full(descriptor, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("layerwise.cache.store.reserve_file", full)
+    monkeypatch.setattr("layerwise.cache.store.column.reserve_file", full)
     assert "No space left" in off(TinyCNN, images, *LAST, storage="disk")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from layerwise.cache.shelf import Shelf
-from layerwise.cache.store import RowSpec
+from layerwise.cache.store.column import RowSpec
+from layerwise.cache.store.shelf import Shelf
 from layerwise.cli.main import app
 
 RUN = CliRunner()

@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 import layerwise
 from image_folders import make_images
 from layerwise.cli.main import app
+from layerwise.layers.randomness import seed_everything
 from layerwise.sources.images import open_images
 from layerwise.sources.models import open_model
 from layerwise.training.history import read_history
-from layerwise.training.randomness import seed_everything
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")

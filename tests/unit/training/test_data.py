@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from layerwise.errors import DataError
+from layerwise.layers.randomness import seed_everything
 from layerwise.training.data import (
     EpochBatches,
     balanced_class_weights,
@@ -16,7 +17,7 @@ from layerwise.training.data import (
     open_batches,
     sampling_weights,
 )
-from layerwise.training.randomness import epoch_seed, get_random_state, seed_everything, set_random_state
+from layerwise.training.randomness import epoch_seed, get_random_state, set_random_state
 
 
 class Noisy(Dataset):

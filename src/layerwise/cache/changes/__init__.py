@@ -1,0 +1,1 @@
+"""Whether something is what it was: data sets, settings of modules, weights."""

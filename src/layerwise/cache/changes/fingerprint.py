@@ -1,0 +1,179 @@
+"""What a cached value depends on, as a hash: weights, operations, data, precision.
+
+Two strengths. `weights_digest` and `data_digest` name a cache that outlives the process. `quick_state`
+costs a few milliseconds and is compared at each epoch, to notice that somebody changed the frozen prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.changes.contents import Contents
+from layerwise.layers.structures import tensors_in
+
+_PROBES = 32  # samples hashed to see what transforms make of them
+_SMALL = 2**15  # numbers: larger tensors are not copied
+_STRIDE = 1021  # a prime: rows of a matrix are not of such a length
+_DATASET_DEPTH = 5  # Subset of a Subset ...
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the model's parameters and buffers by each of their names."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's type, shape and content."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for part in _dense(tensor):
+        data = part.cpu().contiguous().reshape(-1)
+        if data.numel():
+            digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
+    return digest.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
+    """Return one hash of the named tensors' contents."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name} {tensor_digest(tensors[name])}\n".encode())
+    return digest.hexdigest()
+
+
+def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tuple[tuple[Any, ...], ...]:
+    """Return something small that differs when one of the named tensors was changed.
+
+    Holds a checksum of the bits of each tensor, so a change that goes past autograd's version counter
+    (``p.data.copy_``) is seen as well.
+    """
+    return tuple(
+        (name, tuple(tensors[name].shape), checksum(tensors[name].detach())) for name in sorted(set(names))
+    )
+
+
+def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """Return something small that differs when one of the tensors was changed, faster than `quick_state`.
+
+    Does not tell which one: small tensors are laid side by side and summed as one.
+    """
+    together: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    sums = []
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.numel() <= _SMALL:
+                flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
+                together.setdefault((tensor.dtype, tensor.device), []).append(flat)
+            else:
+                sums.append(checksum(tensor))
+        sums += [checksum(torch.cat(alike)) for alike in together.values()]
+    return [tensor.shape for tensor in tensors], sums
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Return a number made of sums over every 1,021st word: one sum alone would not notice an exchange."""
+    sums = []
+    for part in _dense(tensor):
+        flat = _words(part).reshape(-1)
+        whole = len(flat) - len(flat) % _STRIDE
+        sums.append(flat[:whole].view(-1, _STRIDE).sum(dim=0, dtype=torch.int64))
+        sums.append(flat[whole:].to(torch.int64))
+    return hash(torch.cat(sums).cpu().numpy().tobytes())
+
+
+def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return dense tensors of real numbers that hold what a tensor holds; its own memory where it can be."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        return [tensor.int_repr()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), *_dense(tensor._values())]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), *_dense(tensor.values())]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), *_dense(tensor.values())]
+    if tensor.is_complex():
+        return [torch.view_as_real(tensor.resolve_conj())]
+    return [tensor.resolve_neg()]
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a tensor as integers, as wide as they can be: those are summed fastest."""
+    if tensor.is_contiguous() and tensor.numel() * tensor.element_size() % 8 == 0 and tensor.numel():
+        return tensor.reshape(-1).view(torch.int64)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+    return tensor if width is None or tensor.dtype == torch.bool else tensor.view(width)
+
+
+def data_digest(dataset: Any, load: Any, size: int, collate: Any = None) -> str:
+    """Return a hash that names the content of a dataset and what its transforms make of it.
+
+    Hashes all that the dataset's attributes hold, files by path, size and time, and the code of its classes
+    and functions; what loading samples changes is left out. Then some loaded samples, spread evenly. All
+    samples are loaded where it cannot be told that the attributes hold the content: it can of a
+    ``TensorDataset``, a Hugging Face dataset with its ``_fingerprint``, and of names of files. A change
+    inside a file that keeps its size and time is not seen.
+
+    Args:
+        dataset: map-style.
+        load: function from a list of indices to their collated batch.
+        size: number of samples.
+        collate: what makes batches of samples. Its code counts, and of what it holds the loaded samples tell.
+    """
+    digest, count = hashlib.sha256(f"{size}\n".encode()), min(_PROBES, size)
+    probes = [round(number * (size - 1) / max(count - 1, 1)) for number in range(count)]
+    load(probes[:1])  # what the first loading makes (a file that is opened) is not what each one changes
+    before = Contents(dataset, "here", {"epoch"})
+    _load_into(digest, load, probes)
+    left_out = {"epoch"}.union(*Contents(dataset, "here", {"epoch"}).differing(before))
+    if type(dataset).__module__.startswith("layerwise."):
+        left_out.add("seed")  # of `SeededSamples`: where it acts, loaded samples show it
+    code = collate if isinstance(collate, FunctionType | functools.partial) else type(collate)
+    held, parts = Contents(dataset, "anywhere", left_out, collate=code), datasets_in(dataset)
+    digest.update(repr([sorted(held.texts.items()), sorted(held.data.items())]).encode())
+    files, length = max(held.files.values(), default=0), min(len(part) for part in parts)
+    if files < length and not any(map(_is_told, parts)):
+        _load_into(digest, load, sorted(set(range(size)) - set(probes)))
+    return digest.hexdigest()
+
+
+def _load_into(digest: Any, load: Any, indices: Iterable[int]) -> None:
+    for index in indices:
+        for tensor in tensors_in(load([index])):
+            digest.update(tensor_digest(tensor).encode())
+
+
+def datasets_in(dataset: Any) -> list[Any]:
+    """Return a dataset, the one inside it, and so on."""
+    parts = [dataset]
+    while len(parts) < _DATASET_DEPTH:
+        inner = next(
+            (getattr(parts[-1], name) for name in ("dataset", "data") if hasattr(parts[-1], name)), None
+        )
+        if not hasattr(inner, "__getitem__") or isinstance(inner, torch.Tensor | Mapping | list):
+            break
+        parts.append(inner)
+    return parts
+
+
+def _is_told(dataset: Any) -> bool:
+    """Return whether what a dataset holds changes with the content of any sample."""
+    fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    tensors = getattr(dataset, "tensors", None) or ()
+    return isinstance(fingerprint, str) or any(isinstance(tensor, torch.Tensor) for tensor in tensors)
+
+
+def column_key(*parts: str) -> str:
+    """Return the name of a cached value that depends on all of `parts`."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]

@@ -1,0 +1,352 @@
+"""`Settings`: notice that a model computes something else now, though no parameter and no mode changed.
+
+A temperature that follows a schedule, an adapter's scale, another activation, a hook that was added, a domain
+that is chosen before each batch: attributes and buffers of modules decide what a forward pass does, and so
+do attributes of their classes, and what is in containers and objects that they hold. They are compared at
+every batch, those of torch's own layers, what a class declares constant and the numbers of large arrays and
+tensors at every epoch. Where nothing changed that costs next to nothing: lists of objects are compared, all
+of them the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
+
+from layerwise.cache.changes.fingerprint import checksum
+from layerwise.layers.holding import (
+    CONTAINERS,
+    DEPTH,
+    LARGE,
+    LEAVES,
+    OF_EVERY_MODULE,
+    SCALARS,
+    class_attributes,
+    classes_of,
+    held,
+    home,
+    is_fleeting,
+    is_object,
+    slots_of,
+    told,
+)
+from layerwise.layers.look import Look
+from layerwise.layers.memory import GLOBAL_HOOKS
+
+_SENTINELS = 8  # tensors whose content is compared
+_PROBED = 1024  # numbers of each of them
+_TINY = 16  # numbers: a tensor or an array of so many is compared by content, as a number is
+
+_NOTHING = repr(None)
+
+_Key = tuple[int, str]  # number of a module, or -1 - that of a class; name of an attribute
+_Owner = Mapping[str, Any]
+
+
+class Settings:
+    """The attributes of a model's modules, buffers, children and hooks included, as a small number.
+
+    Statistics of batch-norms are left out: a forward pass writes them, and `CutBook` knows the modes.
+
+    Args:
+        modules: of the model, itself first.
+
+    Attributes:
+        last: the number when it was last looked at.
+        new: how many combinations of attributes were met for the first time, but for epochs that had
+            at most one: a schedule.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._kept: list[Any] = []  # what is known by its identity must not give it to another object
+        self._moving: set[_Key] = set()  # changed by the forward pass itself
+        self._remembering: set[nn.Module] | None = None  # not known
+        self._keeping: set[tuple[nn.Module, str]] = set()
+        self.last = self.new = 0
+        self._modules: list[nn.Module] = []
+        self._classes: list[type] = []
+        self._at_batches, self._at_epochs = Look(), Look()
+        self._handle = -1  # number of the latest hook of all modules
+        self.refresh(modules)
+
+    def refresh(self, modules: Iterable[nn.Module]) -> None:
+        """Look again which modules there are, torch's own included; once an epoch, as it takes a while.
+
+        Args:
+            modules: of the model, itself first.
+        """
+        modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        if self.new <= 1:  # one an epoch is a schedule
+            self.new = 0
+        if modules != self._modules or not (self._is_same() and self._at_epochs.is_same()):
+            self._modules, self._classes = modules, classes_of(modules)
+            self._save()
+
+    def number(self) -> int:
+        """Return a number: another one for other attributes, and the same again when they are back."""
+        if not self._is_same():
+            self._save()
+        return self.last
+
+    def before_forward(self) -> None:
+        """Remember the attributes as they are before a forward pass of the loop."""
+        self._before = self._attributes()
+
+    def after_forward(self) -> None:
+        """Leave out from now on what the forward pass itself changed: `layerwise.layers.memory` judges it.
+
+        A table that a module made for itself is still watched. It may be made anew, for a longer text, and
+        then what was computed with the former one is worth nothing.
+        """
+        changed = {key for key, value in self._attributes().items() if self._before.get(key) != value}
+        tables = set(filter(self._is_table, changed))
+        self._moving |= changed - tables
+        made_anew = any(self._before.get(key, _NOTHING) != _NOTHING for key in tables)
+        self._save(None if made_anew else self.last)
+
+    def remembers(self, modules: Iterable[nn.Module], keeping: Mapping[nn.Module, Iterable[str]]) -> None:
+        """Note modules that keep something of each batch.
+
+        Args:
+            modules: `Recording.remembering`.
+            keeping: `Recording.keeping`.
+        """
+        self._remembering = (self._remembering or set()) | set(modules)
+        self._keeping |= {(module, name) for module, names in keeping.items() for name in names}
+
+    def _is_table(self, key: _Key) -> bool:
+        """Whether an attribute that a forward pass changed is now a tensor that is not of the batch."""
+        index, name = key
+        if index < 0 or self._remembering is None or self._modules[index] in self._remembering:
+            return False
+        if (self._modules[index], name) in self._keeping:
+            return False
+        value, before = vars(self._modules[index]).get(name), self._before.get(key, _NOTHING)
+        is_tensor = isinstance(value, torch.Tensor) and not value.requires_grad and _is_readable(value)
+        return is_tensor and (before == _NOTHING or before.startswith("torch."))
+
+    def _is_same(self) -> bool:
+        return self._at_batches.is_same() and self._has_same_hooks()
+
+    def _has_same_hooks(self) -> bool:
+        if list(chain.from_iterable(self._hooked)) != self._hooks:
+            return False
+        if RemovableHandle.next_id == self._handle:
+            return True  # nobody made one
+        self._handle = RemovableHandle.next_id
+        return sum(map(len, self._hookable)) == len(self._hooks)
+
+    def _save(self, number: int | None = None) -> None:
+        """Take the attributes as they are now; they get `number`, if they were not met before."""
+        self._at_batches, self._at_epochs = Look(), Look()
+        tables = [h for m in self._modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hookable = [*tables, *GLOBAL_HOOKS]
+        self._hooked = [hooks for hooks in self._hookable if hooks]
+        self._hooks, self._handle = list(chain.from_iterable(self._hooked)), RemovableHandle.next_id
+        seen: dict[int, int] = {}
+        for module in self._modules:
+            look = self._at_epochs if _is_of_torch(module) else self._at_batches
+            if module is self._modules[0]:  # `RootHook` hangs something on the model itself
+                look.at_told(_own_length, vars(module))
+            else:
+                look.at_length(vars(module))
+            self._at_batches.at_tables(module)
+        for kind in self._classes:
+            self._at_batches.at_length(vars(kind))
+        for owner, name, key in self._items():
+            if key not in self._moving and not _is_ours(owner[name]):
+                (self._at_epochs if self._is_constant(key) else self._at_batches).at_item(owner, name)
+                self._look_into(owner[name], seen)
+        state = self._attributes()
+        for key in self._moving & state.keys():
+            del state[key]
+        known = tuple(sorted(state.items()))
+        if known not in self._numbers:
+            self._numbers[known] = len(self._numbers) if number is None else number
+            self.new += number is None
+            self._kept += [
+                owner[name] for owner, name, _ in self._items() if _is_known_by_identity(owner[name])
+            ]
+        self.last = self._numbers[known]
+
+    def _is_constant(self, key: _Key) -> bool:
+        """Whether nobody changes an attribute from batch to batch."""
+        index, name = key
+        if index < 0:
+            return False
+        module = self._modules[index]
+        return _is_of_torch(module) or name in getattr(module, "__constants__", ())
+
+    def _look_into(self, value: Any, seen: dict[int, int], depth: int = 0) -> None:
+        """Have what an attribute holds compared; `seen` says how deep down a thing was already met."""
+        if type(value) in LEAVES or seen.get(id(value), DEPTH + 1) <= depth:
+            return
+        seen[id(value)] = depth
+        if isinstance(value, torch.Tensor):
+            if not value.requires_grad:  # what reads such a one is never skipped
+                self._at_batches.at_version(value)
+                if _is_tiny(value):
+                    self._at_batches.at_content(value)
+                elif _is_readable(value):
+                    self._at_epochs.at_told(checksum, value)
+        elif isinstance(value, np.ndarray):
+            (self._at_batches if value.size <= _TINY else self._at_epochs).at_told(told, value)
+        elif not is_fleeting(value):
+            self._at_batches.at_content_of(value)
+            for item in held(value):
+                self._look_into(item, seen, depth + 1)
+
+    def _items(self) -> Iterator[tuple[_Owner, str, _Key]]:
+        """Yield each attribute and buffer: what holds it, its name there, its key."""
+        for index, module in enumerate(self._modules):
+            yield from _items(index, module)
+        for index, kind in enumerate(self._classes):
+            for name in class_attributes(kind):
+                yield vars(kind), name, (-1 - index, name)
+
+    def _attributes(self) -> dict[_Key, Any]:
+        """Return what each attribute is, by value or identity, so that it can be compared and hashed."""
+        memo: dict[tuple[int, int], str] = {}
+        found: dict[_Key, Any] = {
+            key: _known(owner[name], memo) for owner, name, key in self._items() if not _is_ours(owner[name])
+        }
+        for index, module in enumerate(self._modules):
+            found[index, "_modules"] = tuple(map(id, module._modules.values()))
+            found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
+            hooks = (module._forward_hooks, module._forward_pre_hooks) if index else GLOBAL_HOOKS
+            found[index, "_forward_hooks"] = (*hooks[0], -1, *hooks[1])
+        return found
+
+
+class Stillness:
+    """Tells cheaply that frozen weights move while an epoch runs, as a momentum encoder's do.
+
+    Autograd's version counters show most ways of writing, and the place in memory shows ``p.data = ...``. The
+    content of a few small tensors, one in each part of the model, shows ``p.data.mul_``, as what moves the
+    weights of a part moves all of them. Of batch-norms in eval mode the count of batches is watched: it tells
+    that a pass in train mode has adapted their statistics.
+
+    Args:
+        modules: of the model, itself first.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        frozen = [p for p in parameters_in(modules) if not p.requires_grad]
+        counts = [m.num_batches_tracked for m in modules if isinstance(m, _NormBase) and not m.training]
+        written = [*frozen, *(count for count in counts if count is not None)]
+        self._versioned = [tensor for tensor in written if not tensor.is_inference()]  # those have none
+        self._versions = [tensor._version for tensor in self._versioned]
+        self._placed = [p for p in frozen if type(p) is nn.Parameter and p.device.type != "meta"]
+        self._places = [p.data_ptr() for p in self._placed]
+        self._contents = [(probe, probe.clone()) for probe in map(_probe, _sentinels(frozen, modules[0]))]
+
+    def holds(self) -> bool:
+        """Return whether no weight that was frozen has changed since."""
+        return (
+            [tensor._version for tensor in self._versioned] == self._versions
+            and [p.data_ptr() for p in self._placed] == self._places
+            and all([torch.equal(now, before) for now, before in self._contents])
+        )
+
+
+def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of modules, each once."""
+    return list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+
+
+def _sentinels(frozen: list[nn.Parameter], model: nn.Module) -> list[nn.Parameter]:
+    """Return a few small tensors among the frozen ones: the smallest of each child of the model first."""
+    small = sorted((p for p in frozen if p.numel() and p.device.type != "meta"), key=torch.Tensor.numel)
+    order = {id(p): number for number, p in enumerate(small)}
+    parts = [model]
+    while len(parts) == 1 and any(True for _ in parts[0].children()):
+        parts = list(parts[0].children())
+    own = (min((order[id(p)] for p in part.parameters() if id(p) in order), default=None) for part in parts)
+    chosen = sorted({number for number in own if number is not None})
+    return [small[number] for number in dict.fromkeys((*chosen, 0, 1)) if number < len(small)][:_SENTINELS]
+
+
+def _probe(tensor: torch.Tensor) -> torch.Tensor:
+    """Return some of a tensor's numbers, spread evenly."""
+    tensor = tensor.detach()
+    return tensor if tensor.numel() <= _PROBED else tensor.flatten()[:: tensor.numel() // _PROBED]
+
+
+def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:
+    """Yield each attribute and buffer of a module: the dictionary that holds it, its name there, its key."""
+    for name in vars(module):
+        if name not in OF_EVERY_MODULE:
+            yield vars(module), name, (index, name)
+    if not isinstance(module, _NormBase):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield module._buffers, name, (index, f"_buffers.{name}")
+
+
+def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
+    """Return what a value is: numbers and texts, in containers and objects too; of all else, which one."""
+    if isinstance(value, SCALARS):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad or not _is_readable(value):  # what reads the former is never skipped
+            return f"tensor {id(value)}"
+        return f"{value.dtype} {tuple(value.shape)} {checksum(value)}"
+    if isinstance(value, np.ndarray):
+        return f"array {hash(told(value))}"
+    if is_fleeting(value):
+        return type(value).__name__  # what uses it is never skipped
+    key = id(value), depth
+    if key not in memo:
+        memo[key] = _inside(value, memo, depth)
+    return memo[key]
+
+
+def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
+    name = type(value).__name__
+    if depth > DEPTH or (isinstance(value, CONTAINERS) and len(value) > LARGE):
+        return f"{name} {id(value)}"
+    items: Mapping[Any, Any]
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, CONTAINERS):
+        return f"{name} {[_known(item, memo, depth + 1) for item in value]}"
+    elif is_object(value):
+        name, items = f"{name} {id(value)}", getattr(value, "__dict__", {}) | slots_of(value)
+    else:
+        return f"{name} {id(value)}"
+    return f"{name} {[f'{key!r}: {_known(item, memo, depth + 1)}' for key, item in items.items()]}"
+
+
+def _own_length(attributes: Mapping[str, Any]) -> int:
+    return len(attributes) - ("_call_impl" in attributes)
+
+
+def _is_known_by_identity(value: Any) -> bool:
+    return is_object(value) or (callable(value) and not isinstance(value, nn.Module | type))
+
+
+def _is_tiny(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a number or a few, at hand: reading one from a device would wait for the device."""
+    return tensor.numel() <= _TINY and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether a layer is one of torch's: nobody changes a stride from batch to batch."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether layerwise put it there: what pins a frozen module's mode, which `CutBook.state` looks at."""
+    return callable(value) and home(value).startswith("layerwise.")

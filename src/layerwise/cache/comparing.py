@@ -1,0 +1,31 @@
+"""Whether two tensors are the same, to the bit or but for rounding."""
+
+from __future__ import annotations
+
+import torch
+
+_NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
+_TINY = 1e-30  # below it numbers have few bits left
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape are equal, NaN at the same places included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if torch.equal(one, other):
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return False
+    nan = one.isnan()
+    return torch.equal(nan, other.isnan()) and torch.equal(one[~nan], other[~nan])
+
+
+def is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors are the same but for rounding."""
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    scale = float(one.abs().max()) if one.numel() else 0.0
+    near = max(_NEAR, 8 * torch.finfo(one.dtype).eps)
+    return float((one - other).abs().max()) <= near * scale + _TINY if one.numel() else True

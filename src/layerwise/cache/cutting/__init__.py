@@ -1,0 +1,1 @@
+"""Where a forward pass can be cut."""

@@ -1,0 +1,78 @@
+"""`Cut`: which module calls a replay skips, and where the values that it needs enter."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from layerwise.cache.cutting.source import Source
+from layerwise.errors import CacheError
+
+
+class NothingToSkipError(CacheError):
+    """No part of the forward pass stays the same: no fault, there is just nothing to cache."""
+
+
+class CallId(NamedTuple):
+    """One module call, by name: module path, and how many calls of that module came before."""
+
+    path: str
+    nth: int
+
+
+class Site(NamedTuple):
+    """Where a cached value enters: the `slot`-th tensor among the outputs or arguments of a call."""
+
+    call: CallId
+    side: Literal["out", "in"]
+    slot: int
+
+    def __str__(self) -> str:
+        nth = f"#{self.call.nth}" if self.call.nth else ""
+        slot = f"[{self.slot}]" if self.slot else ""
+        return f"{'input of ' if self.side == 'in' else ''}{self.call.path}{nth}{slot}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How to replay a forward pass without its frozen prefix.
+
+    Attributes:
+        skipped: the calls whose modules do not run -> the module.
+        entered: the calls that run and take a cached argument -> the module.
+        inside: for each skipped call, how many calls of modules that are skipped or entered elsewhere
+            happen within it (they must be counted although they do not happen).
+        passes: for a skipped call, output slot -> argument slot that it hands through untouched.
+        frontier: sites of the cached values that depend on the input, in order of execution.
+        constants: sites of needed values that do not depend on the input: the same for all batches.
+        inputs: the model's inputs that are still read.
+        sources: of each site.
+        bytes_per_sample: size of `frontier`, as recorded.
+        returned_bytes_per_sample: how much less it would be if the model returned and kept no frozen values.
+        flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
+        first_dirty: a sentence about the first dirty operation.
+        leading: the skipped calls that begin before the last cached value is there.
+    """
+
+    skipped: dict[CallId, nn.Module]
+    entered: dict[CallId, nn.Module]
+    inside: dict[CallId, dict[nn.Module, int]]
+    passes: dict[CallId, dict[int, int]]
+    frontier: tuple[Site, ...]
+    constants: tuple[Site, ...]
+    inputs: frozenset[int]
+    sources: dict[Site, Source] = field(repr=False)
+    bytes_per_sample: int = 0
+    returned_bytes_per_sample: int = 0
+    flops: int = 0
+    skipped_flops: int = 0
+    first_dirty: str = ""
+    leading: frozenset[CallId] = frozenset()
+
+    @functools.cached_property
+    def paths(self) -> dict[nn.Module, str]:
+        """The modules whose calls are skipped, or take a cached argument -> their paths."""
+        return {module: call.path for call, module in (self.skipped | self.entered).items()}

@@ -1,0 +1,222 @@
+"""Find operations whose last bits depend on where in a batch a sample stands.
+
+A processor computes a function such as ``silu`` or ``gelu`` for 16 or 32 numbers at a time, and for what is
+left over at the end by another routine, whose result may differ in the last bit. Which sample meets the
+left-over routine depends on its place and on the size of the batch. Few numbers of few samples differ then,
+so comparing the values of one batch does not find it; asking each operation does.
+
+How: a number for which the two routines differ is looked for. If there is one, the operation is run on
+tensors of the real shape filled with it. Where all samples get the same bits, no place is special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from layerwise.cache.replay.layout import find_layout
+from layerwise.errors import CacheError
+from layerwise.layers.operators import run_inside
+
+_PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_padded_sequence"})
+_TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
+_COUNTED = 50  # integers are drawn below it
+_TELLING = 4  # of those that differ, how many are used
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """Shape, strides and type of a tensor.
+
+    No meta tensor: what C++ allocates between large activations, and keeps, leaves holes in the heap.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Outline:
+        """Return that of a tensor."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def tensor(self) -> torch.Tensor:
+        """Return a meta tensor of this outline."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True, slots=True)
+class Elementwise:
+    """One run of an operation that works number by number.
+
+    Attributes:
+        function: the operation.
+        arguments: ``(args, kwargs)`` with an `Outline` for each tensor.
+        output: its result.
+        device: on which it ran.
+    """
+
+    function: Any
+    arguments: Any
+    output: Outline
+    device: torch.device
+
+    @property
+    def outlines(self) -> list[Outline]:
+        """Of the tensors that it gets."""
+        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Outline)]
+
+
+class ElementwiseLog(TorchDispatchMode):
+    """Within: notes each operation that makes floating-point or complex numbers one by one.
+
+    Attributes:
+        runs: in order.
+        packing: the first operation that lays samples of several lengths end to end; ``""`` if none does.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.runs: list[Elementwise] = []
+        self.packing = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, and note it."""
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return run_inside(func, self, args, kwargs)
+        output = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if name in _PACKING:
+            self.packing = self.packing or name
+        if torch.Tag.pointwise in func.tags and isinstance(output, torch.Tensor):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            if tensors and (output.is_floating_point() or output.is_complex()):
+                arguments = tree_map_only(torch.Tensor, Outline.of, (args, kwargs))
+                self.runs.append(Elementwise(func, arguments, Outline.of(output), output.device))
+        return output
+
+
+def uneven_places(
+    full: Sequence[Elementwise], batch: int, part: Sequence[Elementwise], part_batch: int
+) -> tuple[str, str]:
+    """Return the operations that treat some places of a batch differently.
+
+    Args:
+        full: what ran for a whole batch.
+        batch: its number of samples.
+        part: what ran for some samples.
+        part_batch: their number.
+
+    Returns:
+        The first operation whose bits depend on a sample's place in a batch of `batch` samples, and the
+        first that gives other bits, or depends on the place, with `part_batch` samples; ``""`` for none.
+    """
+    if [run.function for run in full] != [run.function for run in part]:  # in pieces of so many samples, say
+        return next((str(run.function) for run in full if _is_uneven(run)), ""), "another order of operations"
+    telling: dict[str, list[list[Any]]] = {}
+    seen: set[str] = set()
+    within = between = ""
+    for one, other in zip(full, part):
+        name = str(one.function)
+        key = f"{name} {_shapes(one)} {_shapes(other)}"
+        if key in seen:
+            continue
+        seen.add(key)
+        kind = f"{name} {_scalars(one)}"
+        if kind not in telling:
+            telling[kind] = _telling_numbers(one)
+        for numbers in telling[kind]:
+            rows, part_rows = _filled(one, numbers), _filled(other, numbers)
+            try:
+                layout = find_layout(
+                    one.output.tensor(), batch, other.output.tensor(), part_batch, where=name
+                )
+            except CacheError:
+                layout = None
+            if layout is not None:
+                rows, part_rows = layout.to_rows(rows), layout.to_rows(part_rows)
+            elif rows.shape != part_rows.shape:  # not made of samples: no number may differ from another
+                rows, part_rows = rows.flatten(), part_rows.flatten()
+            else:
+                continue  # does not depend on the batch
+            if not torch.equal(rows, rows[:1].expand_as(rows)):
+                within = within or name
+            if not torch.equal(part_rows, rows[:1].expand_as(part_rows)):
+                between = between or name
+    return within, between
+
+
+def _is_uneven(run: Elementwise) -> bool:
+    """Return whether an operation rounds a number otherwise at some place."""
+    results = (_filled(run, numbers).flatten() for numbers in _telling_numbers(run))
+    return any(not torch.equal(result, result[:1].expand_as(result)) for result in results)
+
+
+def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        wide = torch.complex64 if dtype.is_complex else torch.float32
+        return torch.randn(_TRIED, generator=generator, dtype=wide).to(dtype)
+    return torch.randint(0, _COUNTED, (_TRIED,), generator=generator).to(dtype)
+
+
+def _telling_numbers(run: Elementwise) -> list[list[Any]]:
+    """Return inputs (one number a tensor) that the two routines of an operation answer differently."""
+    tensors = run.outlines
+    if not any(tensor.shape for tensor in tensors):
+        return []  # one number alone has no places
+    generator = torch.Generator().manual_seed(0)
+    drawn = [_drawn(tensor.dtype, generator).to(run.device) for tensor in tensors]
+
+    def at(i: int, count: int) -> torch.Tensor:  # cloned, as the operation may work in place
+        picked = [number[i : i + count] if t.shape else number[0] for number, t in zip(drawn, tensors)]
+        return _run(run, [number.clone() for number in picked])
+
+    many = at(0, _TRIED)
+    found = []
+    for i in range(_TRIED):
+        one = at(i, 1)
+        if not torch.equal(many[i : i + 1], one):
+            if bool(one.isnan().any()):
+                continue  # outside of what the operation is defined for
+            found.append([number[i if t.shape else 0].item() for number, t in zip(drawn, tensors)])
+        if len(found) == _TELLING:
+            break
+    return found
+
+
+def _filled(run: Elementwise, numbers: Sequence[Any]) -> torch.Tensor:
+    """Return what the operation gives for tensors of the real shapes, each filled with one number."""
+    inputs = []
+    for outline, number in zip(run.outlines, numbers, strict=True):
+        size = 1 + sum((count - 1) * stride for count, stride in zip(outline.shape, outline.strides))
+        size = size if torch.Size(outline.shape).numel() else 0
+        storage = torch.full((size,), number, dtype=outline.dtype, device=run.device)
+        inputs.append(storage.as_strided(outline.shape, outline.strides))
+    return _run(run, inputs)
+
+
+def _run(run: Elementwise, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    source = iter(inputs)
+    args, kwargs = tree_map_only(Outline, lambda _: next(source), run.arguments)
+    output: torch.Tensor = run.function(*args, **kwargs)
+    return output
+
+
+def _shapes(run: Elementwise) -> str:
+    return f"{run.outlines} {_scalars(run)}"
+
+
+def _scalars(run: Elementwise) -> str:
+    """Return the types of the tensors and all other arguments, as text."""
+    return str(tree_map_only(Outline, lambda outline: outline.dtype, run.arguments))

@@ -1,0 +1,111 @@
+"""Compare what a replay gives with what the plain model does: outputs, and how gradients flow."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.comparing import same_bits
+from layerwise.errors import CacheError
+from layerwise.layers.structures import tensors_in
+
+logger = logging.getLogger("layerwise.cache")
+
+_CHECKPOINT = "torch.utils.checkpoint"
+
+
+def is_checkpointed() -> bool:
+    """Return whether the caller runs inside a function that `torch.utils.checkpoint` will run again."""
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+        frame = frame.f_back
+    return frame is not None
+
+
+def check_backward(output: Any, parameters: Iterable[nn.Parameter]) -> None:
+    """Try the backward pass of a replay in which a checkpoint was around something that was skipped.
+
+    What a checkpoint runs again in the backward pass runs outside of the replay, so that nothing is skipped
+    then. That is no harm, unless learning layers in the same checkpoint need it.
+
+    Raises:
+        CacheError: they do.
+    """
+    outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        torch.autograd.grad(outputs, learning, [torch.zeros_like(t) for t in outputs], allow_unused=True)
+    except CacheError as error:
+        raise CacheError(
+            "gradient checkpointing runs frozen and learning layers together again in the backward pass, and "
+            "there nothing can be skipped. Checkpoint them apart."
+        ) from error
+    except RuntimeError as error:  # a reentrant one cannot be tried; its gradients start at its own inputs
+        logger.debug("prefix cache: the backward pass was not tried: %s", error)
+
+
+_CAST = "ToCopyBackward0"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How gradients flow back from a model's output.
+
+    Attributes:
+        learning: ids of the parameters that they reach.
+        operations: how often each kind of backward operation is passed, casts left out: autocast may cast a
+            weight that is used twice once or twice.
+    """
+
+    learning: frozenset[int]
+    operations: Counter[str]
+
+    @classmethod
+    def of(cls, output: Any) -> Flow:
+        """Walk the backward graph of an output."""
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        learning = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
+        nodes = dict.fromkeys(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
+        waiting = list(nodes)
+        while waiting:
+            behind = dict.fromkeys(node for node, _ in waiting.pop().next_functions if node is not None)
+            found = [node for node in behind if node not in nodes]
+            nodes |= dict.fromkeys(found)
+            waiting += found
+        variables = (getattr(node, "variable", None) for node in nodes)
+        learning |= {id(variable) for variable in variables if isinstance(variable, nn.Parameter)}
+        return cls(frozenset(learning), Counter(name for node in nodes if (name := node.name()) != _CAST))
+
+    def difference(self, output: Any) -> str:
+        """Return what is not the same in another output of the model; ``""`` if nothing is."""
+        other = Flow.of(output)
+        if self.learning != other.learning:
+            return (
+                f"gradients reach {len(self.learning)} parameters, and {len(other.learning)} in the plain one"
+            )
+        gone, extra = other.operations - self.operations, self.operations - other.operations
+        names = ", ".join(dict.fromkeys([*gone, *extra]))
+        return f"gradients take another way ({names})" if names else ""
+
+
+def difference(expected: list[torch.Tensor], output: Any) -> str:
+    """Return what is not bit for bit equal in two outputs of a model; ``""`` if nothing is."""
+    found = tensors_in(output)
+    if len(found) != len(expected):
+        return f"{len(expected)} tensors in its output, and {len(found)} in the plain one"
+    for number, (one, other) in enumerate(zip(expected, found)):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return (
+                f"output {number} is {tuple(one.shape)} {one.dtype}, not {tuple(other.shape)} {other.dtype}"
+            )
+        if not same_bits(one, other.detach()):
+            gap = float((one.double() - other.detach().double()).abs().max())
+            return f"output {number} differs by up to {gap:.3g}"
+    return ""

@@ -1,0 +1,147 @@
+"""`prove`: find out on one batch how values are made of samples, and that no sample needs the others.
+
+Some of the batch's samples are loaded and computed again, in other places of a batch of another size and
+under other seeds. What comes of it must be the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from layerwise.cache.comparing import same_bits
+from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.proof.companions import check_companions
+from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.proof.mixing import PlaceError, find_layouts, sites_of, size_sensitive
+from layerwise.cache.replay.link import Link
+from layerwise.cache.replay.passes import Captured, compare_skeletons
+from layerwise.cache.samples.feed import Feed
+from layerwise.errors import CacheError
+
+
+def prove(
+    feed: Feed,
+    link: Link,
+    cuts: list[Cut],
+    found: Captured,
+    log: ElementwiseLog,
+    indices: Sequence[int],
+    leaves: Sequence[torch.Tensor],
+    run_prefix: Callable[..., Captured],
+    *,
+    exact: bool,
+) -> None:
+    """Note in `feed` the layouts, skeletons and constants of some cuts, and where their bits hold.
+
+    Args:
+        feed: whose samples.
+        link: how the model is called.
+        cuts: of this phase, and of later ones.
+        found: what the prefix gave for the whole batch.
+        log: of that pass.
+        indices: of the batch's samples.
+        leaves: the batch's tensors.
+        run_prefix: `layerwise.cache.frozen.FrozenPart.run`.
+        exact: keep values whose last bits depend on the place in the batch only for that place.
+
+    Raises:
+        MixedError: a value cannot be taken apart into samples, or depends on the other samples.
+        CacheError: the values are random, or cannot be known for other reasons.
+    """
+    if exact and log.packing:
+        raise CacheError(
+            f"the frozen part lays the samples of a batch end to end, without their padding ({log.packing}), "
+            f"so that last bits of one depend on the lengths of the others. Make nn.TransformerEncoder with "
+            f"enable_nested_tensor=False, do not pack sequences, or pass exact=False."
+        )
+    count = len(indices)
+    part_leaves, chosen = _loaded_again(feed, indices, leaves)
+    part_count = len(part_leaves[0])
+    part_log = ElementwiseLog()
+    part = run_prefix(
+        link, cuts, *link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
+    )
+    compare_skeletons(found.skeletons, part.skeletons)
+    constants = {site: found.values[site] for cut in cuts for site in cut.constants if site in found.values}
+    for site, value in constants.items():
+        if not same_bits(value, part.values[site]):
+            raise CacheError(
+                f"the value at {site} differs from batch to batch, although no operation that torch sees "
+                f"links it to the input (numpy?)."
+            )
+    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
+    feed.constants |= constants
+    feed.skeletons |= found.skeletons
+    feed.layouts |= layouts
+
+    def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:
+        built, size = link.build(again), len(again[0])
+        return run_prefix(link, cuts, *built, batch=size, skeletons=False, seed=seed).values
+
+    def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
+        values = run_batch([leaf[positions] for leaf in leaves], seed)
+        for site in layouts:
+            if site not in values:
+                raise CacheError(f"{site} runs for some samples of a batch and not for others.")
+        return values
+
+    try:
+        seen = {
+            site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
+            for site, value in part.values.items()
+            if site in layouts
+        }
+        sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run, indices)
+        check_companions(layouts, seen, [leaf[: len(chosen)] for leaf in part_leaves], link.leaves, run_batch)
+        within, between = uneven_places(log.runs, count, part_log.runs, part_count)
+        if within:
+            raise PlaceError(within)
+    except PlaceError as error:
+        if exact:
+            feed.keep_places(str(error), count)
+    else:
+        if exact and feed.sizes is not None:
+            proved = {count} if sensitive or between else {count, part_count}
+            feed.sizes = feed.sizes & proved if feed.sizes else proved
+    if not exact:
+        feed.sizes = None
+
+
+def _loaded_again(
+    feed: Feed, indices: Sequence[int], leaves: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Return some of the batch's samples, loaded once more, and which positions of the batch they are.
+
+    Raises:
+        CacheError: they are not the same this time.
+    """
+    assert feed.shape is not None
+    if len(indices) == 1:
+        batch = feed.reader.load_now([indices[0], feed.neighbour(indices[0])])
+        return feed.shape.check(batch, 2), [0]
+    chosen = _positions(feed, len(indices))
+    if feed.views > 1:  # each loading draws anew
+        return [leaf[chosen] for leaf in leaves], chosen
+    with feed.reader.unaffected():
+        batch = feed.reader.load_now([indices[position] for position in chosen])
+    again = feed.shape.check(batch, len(chosen))
+    if feed.shape.has_other_values(batch):
+        feed.reload = True  # per-sample values that are not tensors (names, strings)
+    if not all(same_bits(leaf[chosen], part) for leaf, part in zip(leaves, again)):
+        raise CacheError("a sample of a batch depends on the other samples that are collated with it.")
+    return again, chosen
+
+
+def _positions(feed: Feed, count: int) -> list[int]:
+    """Return the positions to compute on their own: as many as the last, smaller batch has, else two.
+
+    They are the last ones of the batch, backwards, so that they stand in other places. A batch of one is
+    avoided where the data do not make one: a batch-norm that learns cannot train on it.
+    """
+    backwards = list(range(count))[::-1]
+    tail = feed.size % count
+    if tail and not getattr(feed.reader.loader.batch_sampler, "drop_last", False):
+        return backwards[:tail]
+    return backwards[:2] if count > 2 else [*backwards, backwards[0]]

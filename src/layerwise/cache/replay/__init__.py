@@ -1,0 +1,1 @@
+"""Replay: the model's own forward, its frozen calls answered from what is stored."""

@@ -1,0 +1,70 @@
+"""`Content`: what a ghost stands for, and what the loop has made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo
+
+from layerwise.cache.comparing import same_bits
+
+
+class Content:
+    """What a ghost and its aliases have in common: what they stand for.
+
+    Attributes:
+        tag: see `Ghost`.
+        load: see `Ghost`.
+        loaded: what `load` returned; None before it was needed.
+        memory: the loaded tensor, once the loop has got hold of memory that it may write to.
+        whole: of a view that was made during a replay: what it is a part of.
+        was_written: an operation of a replay wrote into it, so nobody knows what it stands for.
+    """
+
+    was_written = False
+    loaded: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        tag: Any = None,
+        load: Callable[[], torch.Tensor] | None = None,
+        memory: torch.Tensor | None = None,
+        whole: Content | None = None,
+    ) -> None:
+        self.tag, self.load, self.memory, self.whole = tag, load, memory, whole
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the value can be had."""
+        return not self.was_written and (self.load is not None or self.memory is not None)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is not what was loaded; bits are compared, since numpy's writes leave no version."""
+        if self.was_written or self.memory is None:
+            return self.was_written
+        return self.loaded is None or not same_bits(self.memory, self.loaded)
+
+    @_disable_dynamo  # a compiled function that reads a ghost would trace the loading
+    def original(self) -> torch.Tensor:
+        """Return what was loaded, whatever was written since; to be read only."""
+        if self.loaded is None:
+            assert self.load is not None
+            with torch.inference_mode(False):
+                self.loaded = self.load()
+        return self.loaded
+
+    def writable(self) -> torch.Tensor:
+        """Return the memory that the loop may write to."""
+        if self.memory is None:
+            with torch.inference_mode(False):
+                self.memory = self.original().clone()
+        return self.memory
+
+    def spoil(self) -> None:
+        """Note that it, and what it is a view of, was written to without data."""
+        content: Content | None = self
+        while content is not None:
+            content.was_written, content.tag, content = True, None, content.whole

@@ -1,0 +1,347 @@
+"""`Link`: how a training loop's batch becomes the arguments of the model's forward.
+
+The loop is the user's own: ``model(x)``, ``model(**batch)``, ``model(batch["image"].to(device))``. So the
+first call is watched, and each tensor argument is recognised among the tensors of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+
+from layerwise.cache.comparing import same_bits
+from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.replay.layout import memory_order
+from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors, tensors_in
+
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+_TENSOR = "a tensor"
+_NAMED = (FunctionType, BuiltinFunctionType, type)
+"""What is told by who it is."""
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One way to call the model.
+
+    Attributes:
+        leaves: for each tensor argument, which tensor of the batch it is; None if the loop made it.
+        own: what the loop made, as it was in the first call; None in the place of the batch's tensors.
+        dtypes: of the arguments: a loop may cast what the loader gives.
+        orders: of their dimensions in memory: kernels, and so last bits, are chosen by it.
+        strides: of the arguments of the first call: who has the same has the same order.
+        arguments: structure of ``(args, kwargs)``, with the constants (`_outline`).
+        template: ``(args, kwargs)`` with meta tensors.
+        autocast: state of autocast around the call.
+        grad: gradients were on.
+        backends: see `backend_state`.
+        device: of the arguments.
+    """
+
+    leaves: tuple[int | None, ...]
+    own: tuple[torch.Tensor | None, ...] = field(repr=False, compare=False)
+    dtypes: tuple[torch.dtype, ...]
+    orders: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    arguments: Hashable
+    template: Any
+    autocast: Autocast
+    grad: bool
+    backends: list[Any]
+    device: torch.device
+
+    @property
+    def form(self) -> Hashable:
+        """Whatever tells this way to call the model from others, whichever loader's batches it is for."""
+        return self.arguments, self.changing
+
+    @property
+    def changing(self) -> frozenset[int]:
+        """Numbers of the arguments that the loop made."""
+        return frozenset(number for number, leaf in enumerate(self.leaves) if leaf is None)
+
+    def build(
+        self, leaves: Sequence[torch.Tensor], like: Any = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return ``(args, kwargs)`` for the batch with the given tensors.
+
+        Args:
+            leaves: tensors of the batch.
+            like: ``(args, kwargs)`` with other constants, and with what the loop made; None for those of
+                the first call.
+        """
+        recipes = iter(zip(self.leaves, self.own, self.dtypes, self.orders))
+        now = self._count(leaves)
+
+        def leaf(given: torch.Tensor) -> torch.Tensor:
+            number, own, dtype, order = next(recipes)
+            if number is not None:
+                return in_order(leaves[number].to(self.device, dtype), order)
+            return given if like is not None or own is None else _rows(own, self._row_count(own, now))
+
+        built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
+            self.template if like is None else like, leaf
+        )
+        return built
+
+    def apart(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call in containers of their own, and copies of what the loop made.
+
+        For a pass of the cache's: the model may write to either.
+        """
+        numbers = iter(self.leaves)
+        found: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
+            (args, kwargs), lambda tensor: tensor.clone() if next(numbers) is None else tensor
+        )
+        return found
+
+    def _count(self, leaves: Sequence[torch.Tensor]) -> int:
+        """Return the number of samples in a batch."""
+        return next(len(leaves[number]) for number in self.leaves if number is not None)
+
+    def _row_count(self, own: torch.Tensor, count: int) -> int | None:
+        """Return how long what the loop made is for a batch of `count` samples; None for a single number."""
+        if not own.dim():
+            return None
+        first = next(place for place, number in enumerate(self.leaves) if number is not None)
+        is_by_sample = len(own) == len(tensors_in(self.template)[first])
+        return count if is_by_sample else len(own)
+
+    def recognises(
+        self, args: Any, kwargs: Any, leaves: Sequence[torch.Tensor], tag: object, versions: Sequence[int]
+    ) -> bool:
+        """Return whether the arguments are those of the batch that was handed out as `leaves`.
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            leaves: of the batch.
+            tag: of the ghosts among them.
+            versions: of the leaves when they were handed out (`versions_of`).
+        """
+        tensors = tensors_in((args, kwargs))
+        if len(tensors) != len(self.leaves):
+            return False
+        for tensor, number, own, dtype, order, strides in zip(
+            tensors, self.leaves, self.own, self.dtypes, self.orders, self.strides
+        ):
+            if not _is_dense(tensor):
+                return False
+            if number is None:
+                length = None if own is None else self._row_count(own, self._count(leaves))
+                if own is None or not _is_like(tensor, own, length):
+                    return False
+                continue
+            if tensor.dtype != dtype or not (tensor.stride() == strides or _lies_in(tensor, order)):
+                return False
+            if not _is_handed_out(tensor, leaves[number], (tag, number), versions[number]):
+                return False
+        return True
+
+    def is_like(self, other: Link) -> bool:
+        """Return whether the model gets the same arguments, made of the batch in the same way."""
+        one, another = (
+            (link.leaves, link.dtypes, link.orders, link.device, link.arguments) for link in (self, other)
+        )
+        return bool(one == another)
+
+    def is_called_as(self, other: Link) -> bool:
+        """Return whether autocast, gradients and kernels are the same around the call."""
+        return (self.autocast, self.grad, self.backends) == (other.autocast, other.grad, other.backends)
+
+    def same_constants(self, args: Any, kwargs: Any) -> bool:
+        """Return whether the structure, and all that is not a tensor, is as in the first call."""
+        return _outline((args, kwargs)) == self.arguments
+
+
+def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | None:
+    """Return how the arguments come from the batch's tensors; None if the call is not about this batch.
+
+    A tensor argument is a leaf of the batch if it is the same object or has the same values (after a
+    move to another device, a cast, or a change of memory format). Others are the loop's own: a number of
+    labels, a mixing weight.
+
+    Raises:
+        CacheError: an argument learns, or is one that cannot be compared with that of the next call.
+    """
+    tensors = tensors_in((args, kwargs))
+    found = [_position(tensor, leaves) for tensor in tensors]
+    device = next((tensor.device for tensor, number in zip(tensors, found) if number is not None), None)
+    if device is None:
+        return None
+    if not all(map(_is_dense, tensors)):
+        raise CacheError("an argument of the model is a sparse or nested tensor. Let the model make it.")
+    if any(tensor.requires_grad for tensor in tensors):
+        raise CacheError("an argument of the model requires gradients, so nothing before it can be skipped.")
+    own = [tensor for tensor, number in zip(tensors, found) if number is None]
+    absent = [(leaf.shape, leaf.dtype) for number, leaf in enumerate(leaves) if number not in found]
+    if any(tensor.dim() > 1 and (tensor.shape, tensor.dtype) in absent for tensor in own):
+        return None  # other samples, with a mask like this batch's
+    shared = next(
+        (t for t in own if any(_share_memory(t, leaf) for leaf in (*leaves, *tensors) if leaf is not t)), None
+    )
+    if shared is not None:
+        raise CacheError(
+            f"the model's argument of shape {tuple(shared.shape)} is a part of another tensor of the batch "
+            f"or the call, so who writes to one writes to both. Let the dataset return it, or pass a copy."
+        )
+    arguments = _outline((args, kwargs))
+    if arguments is None:
+        raise CacheError(
+            "an argument of the model is an object whose content may change from call to call. Pass numbers, "
+            "texts and tensors."
+        )
+    return Link(
+        leaves=tuple(found),
+        own=tuple(t.detach().clone() if number is None else None for t, number in zip(tensors, found)),
+        dtypes=tuple(tensor.dtype for tensor in tensors),
+        orders=tuple(memory_order(tensor) for tensor in tensors),
+        strides=tuple(tensor.stride() for tensor in tensors),
+        arguments=arguments,
+        template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
+        autocast=autocast_state(device),
+        grad=torch.is_grad_enabled(),
+        backends=backend_state(device),
+        device=device,
+    )
+
+
+def known_arguments(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> int:
+    """Return how many arguments of a call are tensors of a batch."""
+    return sum(_position(tensor, leaves) is not None for tensor in tensors_in((args, kwargs)))
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if isinstance(one, Ghost) or isinstance(other, Ghost) or one.device.type == "meta":
+        return False
+    try:
+        return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # no memory of its own
+        return False
+
+
+def _is_like(tensor: torch.Tensor, own: torch.Tensor, length: int | None) -> bool:
+    """Whether an argument that the loop made may stand for the first one: a model may look at its shape."""
+    return (
+        not isinstance(tensor, Ghost)
+        and not tensor.requires_grad
+        and (tensor.dtype, tensor.device, tensor.dim()) == (own.dtype, own.device, own.dim())
+        and tensor.shape[1:] == own.shape[1:]
+        and (length is None or len(tensor) == length)
+    )
+
+
+def _rows(own: torch.Tensor, length: int | None) -> torch.Tensor:
+    """Return a copy, with rows left out or repeated to have so many."""
+    if length is None or length == len(own):
+        return own.clone()
+    return own[torch.arange(length, device=own.device) % len(own)]
+
+
+def _outline(value: Any) -> Hashable:
+    """Return something to compare a structure of arguments by: all but what tensors hold, order included.
+
+    None where that cannot be told: an object may change behind the same name.
+    """
+    if isinstance(value, torch.Tensor):
+        return _TENSOR
+    if isinstance(value, tuple | list | Mapping):
+        parts = [_outline(part) for part in (value.values() if isinstance(value, Mapping) else value)]
+        names = tuple(map(repr, value)) if isinstance(value, Mapping) else ()
+        return None if None in parts else (type(value), names, tuple(parts))
+    if isinstance(value, _NAMED):
+        return value
+    return (type(value), repr(value)) if isinstance(value, _PLAIN) else None  # True is not 1, nor 0.0 -0.0
+
+
+def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
+    for number, leaf in enumerate(leaves):
+        if tensor is leaf:
+            return number
+    for number, leaf in enumerate(leaves if _is_dense(tensor) else ()):
+        if tensor.shape == leaf.shape and not isinstance(tensor, Ghost):
+            moved = leaf.detach().to(tensor.device, tensor.dtype)
+            if same_bits(moved, tensor.detach()):
+                return number
+    return None
+
+
+def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, tag: object, version: int) -> bool:
+    if tensor.requires_grad:  # its gradient is wanted, or what it was made of learns
+        return False
+    if isinstance(tensor, Ghost):
+        return bool(tensor.tag == tag)
+    if isinstance(leaf, Ghost):
+        if leaf.loaded is None:
+            return False
+        leaf = leaf.loaded
+    elif _version(leaf) != version:
+        return False
+    return tensor is leaf or same_bits(leaf.to(tensor.device, tensor.dtype), tensor)
+
+
+def versions_of(leaves: Sequence[torch.Tensor]) -> list[int]:
+    """Return how often each tensor was written to; 0 where torch does not count (inference tensors)."""
+    return [_version(leaf) for leaf in leaves]
+
+
+def _version(leaf: torch.Tensor) -> int:
+    return 0 if leaf.is_inference() else leaf._version
+
+
+def _lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Whether the dimensions lie in memory in this order; where one of size 1 lies, nobody can tell."""
+    strides, shape = tensor.stride(), tensor.shape
+    if len(strides) != len(order):
+        return False
+    lying = [strides[dim] for dim in order if shape[dim] != 1]
+    return lying == sorted(lying, reverse=True)
+
+
+def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Return the same values with the dimensions in this order in memory."""
+    if _lies_in(tensor, order):
+        return tensor
+    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+
+
+def backend_state(device: torch.device) -> list[Any]:
+    """Return the settings by which torch chooses kernels on `device`, and so last bits."""
+    return [get() for get in (_CHOOSING if device.type == "cpu" else (*_CHOOSING, *_CHOOSING_CUDNN))]
+
+
+_CHOOSING = (
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_float32_matmul_precision,
+    torch.get_num_threads,
+    torch.get_default_dtype,
+    torch.backends.mha.get_fastpath_enabled,
+)
+_CHOOSING_CUDNN = (
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_cudnn_allow_tf32,
+)
+
+
+def autocast_state(device: torch.device) -> Autocast:
+    """Return the state of autocast on the CPU and on `device`."""
+    kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
+    return tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])

@@ -1,0 +1,88 @@
+"""`BatchShape`: how a loader's batches look, so that others can be compared with the first one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise.cache.replay.layout import memory_order
+from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors, tensors_in
+
+Kind = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+"""For each tensor of a batch, its shape without the first dimension, and its type."""
+
+
+class OtherShapeError(CacheError):
+    """A batch has other shapes than its samples had before."""
+
+
+@dataclass
+class BatchShape:
+    """How the loader's batches look: learned from the first one.
+
+    Attributes:
+        template: its structure, with meta tensors.
+        blank: its structure, with None in place of tensors.
+        rows: for each tensor, its shape without the first dimension, and type.
+        orders: for each tensor, its dimensions in the order in which they lie in memory.
+    """
+
+    template: Any
+    blank: Any
+    rows: Kind
+    orders: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, batch: Any, size: int) -> BatchShape:
+        """Learn from a batch of `size` samples.
+
+        Raises:
+            CacheError: a tensor's first dimension does not count samples.
+        """
+        leaves = tensors_in(batch)
+        if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != size for leaf in leaves):
+            shapes = [tuple(leaf.shape) for leaf in leaves]
+            raise CacheError(
+                f"the tensors of a batch of {size} samples have the shapes {shapes}: the first dimension "
+                f"must count samples."
+            )
+        template = map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        if len(tensors_in(template)) != len(leaves):
+            raise CacheError(f"tensors inside a {type(batch).__name__} cannot be replaced.")
+        blank = map_tensors(batch, lambda tensor: None)
+        rows = tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
+        return cls(template, blank, rows, tuple(map(memory_order, leaves)))
+
+    def check(self, batch: Any, size: int) -> list[torch.Tensor]:
+        """Return the tensors of another batch of the same shape.
+
+        Raises:
+            OtherShapeError: its samples have other shapes.
+        """
+        other = BatchShape.of(batch, size)
+        other.require(self.rows)
+        return tensors_in(batch)
+
+    def has_other_values(self, batch: Any) -> bool:
+        """Return whether what is no tensor in another batch is not what it was in the first one."""
+        try:
+            return bool(map_tensors(batch, lambda tensor: None) != self.blank)
+        except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
+            return True
+
+    def require(self, rows: Kind) -> None:
+        """Compare with the shapes that the samples had before.
+
+        Raises:
+            OtherShapeError: they are others.
+        """
+        if self.rows != rows:
+            raise OtherShapeError(
+                f"samples differ in shape from batch to batch ({rows[0][0]}, then {self.rows[0][0]}): "
+                f"padding to the longest of a batch changes the last bits of what the prefix computes. Pad "
+                f"each sample to a length of its own, and make batches of one length: "
+                f"layerwise.training.data.EpochBatches(lengths=...)."
+            )

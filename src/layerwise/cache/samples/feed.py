@@ -1,0 +1,392 @@
+"""`Feed`: what the cache knows of samples of one shape: their stored values, and how to hand them out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.replay.ghost import Ghost, ghost
+from layerwise.cache.replay.layout import Layout, copied
+from layerwise.cache.replay.link import Link, in_order
+from layerwise.cache.replay.passes import Skeleton
+from layerwise.cache.samples.batchshape import BatchShape, Kind
+from layerwise.cache.samples.reading import LoaderReader
+from layerwise.cache.store.column import Column
+from layerwise.cache.store.decision import Decision
+from layerwise.cache.store.room import format_bytes
+from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors, tensors_in
+
+_PHASES = 32  # a schedule of an attribute makes one in each epoch
+_GHOSTS = 16  # made at once
+_LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
+
+
+@dataclass
+class SiteColumn:
+    """The stored values of one site.
+
+    Attributes:
+        column: one row a sample.
+        layout: how rows make a batch.
+        structure: hash of the operations behind the value.
+        weights: `quick_state` of the weights behind it when it was filled.
+        key: name under which it can be shared; ``""`` if it is not.
+    """
+
+    column: Column
+    layout: Layout
+    structure: str
+    weights: tuple[Any, ...]
+    key: str = ""
+
+
+@dataclass
+class Phase:
+    """One combination of trainable parameters and train/eval modes, for one loader.
+
+    Attributes:
+        cut: where the pass is cut; None before the first batch was seen, or if it cannot be.
+        reason: why it is not cached; ``""`` if it is.
+        verified: a replayed batch was bit for bit the plain one.
+        ghosts: leaves of the batch that are not loaded.
+        decision: what was chosen.
+    """
+
+    cut: Cut | None = None
+    reason: str = ""
+    verified: bool = False
+    ghosts: frozenset[int] = frozenset()
+    decision: Decision | None = None
+
+
+@dataclass(eq=False)
+class Feed:
+    """The samples of a loader that have one shape, and what is stored of them.
+
+    Attributes:
+        reader: gives the loader's indices and samples.
+        views: draws of each sample that are stored.
+        kind: what the samples look like; None if the first batch is to tell.
+        members: their indices in the data set; None for all.
+        shape: of the batches, once known.
+        link: how its batches reached the model when what is stored was first computed; None before.
+        holds_under: ways of calling the model, and the modules in train mode, in which a frozen part is known
+            to give what is stored.
+        full: number of samples in the batches in which values are computed.
+        sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
+            Values are computed in batches of such a size, and other batches go through the plain model.
+            None where last bits do not matter, or `places` tells.
+        places: where in a batch, and in one of how many samples, the values of each row were computed;
+            int64[rows, 2]. Values count only for that place: there the last bits depend on it. None
+            where they do not.
+        reload: batches hold something that is not stored: samples are loaded again each epoch.
+        skeletons: of the skipped calls of all phases.
+        constants: values that do not depend on the input.
+        constant_weights: `quick_state` of the weights behind them.
+        looked: what weights were expected, and how they were, when none was found changed.
+        layouts: how the values at each checked site are made of samples.
+        sites: stored values.
+        leaves: stored tensors of the batch, by number.
+        phases: by the state of the model (`CutBook.state`).
+    """
+
+    reader: LoaderReader
+    views: int = 1
+    kind: Kind | None = None
+    members: list[int] | None = None
+    shape: BatchShape | None = None
+    link: Link | None = None
+    holds_under: list[tuple[Link, frozenset[nn.Module]]] = field(default_factory=list)
+    full: int = 0
+    sizes: set[int] | None = field(default_factory=set)
+    places: torch.Tensor | None = None
+    reload: bool = False
+    skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
+    constants: dict[Site, torch.Tensor] = field(default_factory=dict)
+    constant_weights: dict[Site, tuple[Any, ...]] = field(default_factory=dict)
+    looked: Any = None
+    layouts: dict[Site, Layout] = field(default_factory=dict)
+    sites: dict[Site, SiteColumn] = field(default_factory=dict)
+    leaves: dict[int, Column] = field(default_factory=dict)
+    phases: dict[Any, Phase] = field(default_factory=dict)
+    _spare: dict[tuple[int, int], list[Ghost]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.reader.size if self.members is None else len(self.members)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that a column has: one for each draw of each sample."""
+        return self.size * self.views
+
+    @functools.cached_property
+    def _positions(self) -> dict[int, int]:
+        return {index: number for number, index in enumerate(self.members or ())}
+
+    def rows_of(self, indices: Sequence[int], view: int) -> torch.Tensor:
+        """Return the rows of samples, given by their indices in the data set, in draw `view`; int64."""
+        if self.members is not None:
+            indices = [self._positions[index] for index in indices]
+        first = view * self.size
+        return torch.tensor([first + index for index in indices] if first else indices, dtype=torch.int64)
+
+    def neighbour(self, index: int) -> int:
+        """Return the index of another sample of this shape.
+
+        Raises:
+            CacheError: there is none.
+        """
+        if self.size == 1:
+            raise CacheError(
+                "only one sample has this shape, so a part of it cannot be compared with others."
+            )
+        if self.members is None:
+            return (index + 1) % self.size
+        return self.members[(self._positions[index] + 1) % self.size]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names which samples these are; ``""`` for all of the data set."""
+        return "" if self.members is None else hashlib.sha256(repr(self.members).encode()).hexdigest()
+
+    def phase_of(self, key: Any) -> Phase:
+        """Return the phase of a state of the model; those that were first met long ago are forgotten."""
+        phase = self.phases.setdefault(key, Phase())
+        for old in list(self.phases)[:-_PHASES]:
+            if old != key:
+                del self.phases[old]
+        return phase
+
+    def forget(self) -> None:
+        """Forget all that is stored."""
+        for kept in (self.sites, self.leaves, self.constants, self.phases):
+            kept.clear()
+
+    def unverify(self) -> None:
+        """Have the phases looked at again whose values are not all kept any more."""
+        for phase in self.phases.values():
+            cut = phase.cut
+            if cut is not None and not (
+                all(self.holds(cut, site) for site in cut.frontier)
+                and all(site in self.constants for site in cut.constants)
+            ):
+                phase.verified = False
+
+    def holds(self, cut: Cut, site: Site) -> bool:
+        """Return whether what is stored at a site was made by the operations that `cut` saw."""
+        return site in self.sites and self.sites[site].structure == cut.sources[site].structure
+
+    def forget_other(self, cuts: Sequence[Cut]) -> None:
+        """Forget what other operations made at the sites of `cuts`: modules compute something else now."""
+        for cut in cuts:
+            for site in cut.frontier:
+                if site in self.sites and not self.holds(cut, site):
+                    del self.sites[site]
+                    self.layouts.pop(site, None)
+        self.unverify()
+
+    def keep_places(self, what: str, count: int) -> None:
+        """Keep each value only for the place in the batch at which it was computed.
+
+        Args:
+            what: has last bits that depend on it.
+            count: samples in the batch in which that was seen.
+
+        Raises:
+            CacheError: samples come at other places in each epoch.
+        """
+        if not self.reader.keeps_order:
+            raise CacheError(
+                f"the last bits of {what} depend on a sample's place in a batch of {count}, and the loader "
+                f"shuffles: a cached run would not be exactly the plain one. Take a multiple of 32 as batch "
+                f"size, keep the order (shuffle=False), or pass exact=False."
+            )
+        self.sizes = None
+        if self.places is None:
+            self.places = torch.full((self.rows, 2), -1)
+
+    def forget_moved(self, rows: torch.Tensor) -> None:
+        """Forget what is stored for `rows`, one batch, if one of them stood elsewhere when it was computed.
+
+        Raises:
+            CacheError: a sample stands in the batch twice, so it has no one place.
+        """
+        if self.places is None:
+            return
+        here = torch.stack([torch.arange(len(rows)), torch.full((len(rows),), len(rows))], dim=1)
+        if not torch.equal(self.places[rows], here):
+            for stored in self.sites.values():
+                stored.column.forget(rows)
+            self.places[rows] = here
+            if not torch.equal(self.places[rows], here):
+                raise CacheError("a batch holds a sample twice, and its last bits depend on the place.")
+
+    def fits(self, size: int) -> bool:
+        """Whether a batch of `size` samples may be replayed."""
+        return self.sizes is None or size in self.sizes
+
+    def columns_of(self, cut: Cut, ghosts: frozenset[int]) -> list[Column] | None:
+        """Return all columns that replaying `cut` reads, or None if one of them does not exist."""
+        assert self.shape is not None
+        if any(site not in self.sites for site in cut.frontier):
+            return None
+        columns = [self.sites[site].column for site in cut.frontier]
+        if not self.reload:
+            wanted = [number for number in range(len(self.shape.rows)) if number not in ghosts]
+            if any(number not in self.leaves for number in wanted):
+                return None
+            columns += [self.leaves[number] for number in wanted]
+        return columns
+
+    def is_whole(self, cut: Cut, ghosts: frozenset[int]) -> bool:
+        """Return whether nothing is missing of any row."""
+        columns = self.columns_of(cut, ghosts)
+        return columns is not None and all([column.is_whole for column in columns])
+
+    def missing(self, cut: Cut, ghosts: frozenset[int], rows: torch.Tensor) -> torch.Tensor:
+        """Return which of `rows` (int64) are not complete; bool."""
+        columns = self.columns_of(cut, ghosts)
+        if columns is None:
+            return torch.ones(len(rows), dtype=torch.bool)
+        absent = torch.zeros(len(rows), dtype=torch.bool)
+        for column in columns:
+            absent |= column.missing(rows)
+        return absent
+
+    def has_all(self, cut: Cut, ghosts: frozenset[int], rows: torch.Tensor) -> bool:
+        """Return whether nothing is missing of `rows` (int64)."""
+        if any(site not in self.constants for site in cut.constants):
+            return False
+        return self.is_whole(cut, ghosts) or not self.missing(cut, ghosts, rows).any()
+
+    def values(self, cut: Cut, rows: torch.Tensor, device: torch.device) -> dict[Site, torch.Tensor]:
+        """Return what the sites of `cut` hold for a batch of `rows`."""
+        found = {site: copied(self.constants[site]) for site in cut.constants}  # may be written to
+        for site in cut.frontier:
+            stored = self.sites[site]
+            found[site] = stored.layout.from_rows(stored.column.get(rows, device))
+        return found
+
+    def handed_out(
+        self,
+        ghosts: frozenset[int],
+        rows: torch.Tensor,
+        batch: Any,
+        tag: object,
+        load: Callable[[], Sequence[torch.Tensor]],
+    ) -> tuple[Any, list[torch.Tensor]]:
+        """Return a batch for the loop, with ghosts for what is not loaded, and its tensors.
+
+        Args:
+            ghosts: leaves that become ghosts.
+            rows: which samples.
+            batch: the loaded one where samples are loaded again; else None.
+            tag: marks the ghosts of this batch.
+            load: returns the batch's tensors, for a loop that reads what is a ghost.
+        """
+        assert self.shape is not None
+        real = tensors_in(batch) if batch is not None else None
+        leaves: list[torch.Tensor] = []
+        for number, order in enumerate(self.shape.orders):
+            if number in ghosts:
+                made = self._ghost(number, len(rows))
+                made.stands_for(
+                    (tag, number), None if self.views > 1 else functools.partial(_item, load, number)
+                )
+                leaves.append(made)
+            elif real is not None:
+                leaves.append(real[number])
+            else:
+                used = self.link is not None and number in self.link.leaves
+                device = self.link.device if used and self.link is not None else torch.device("cpu")
+                leaves.append(in_order(self.leaves[number].get(rows, device), order))
+        source = iter(leaves)
+        template = batch if batch is not None else self.shape.template
+        return map_tensors(template, lambda _: next(source)), leaves
+
+    def _ghost(self, number: int, count: int) -> Ghost:
+        """Return a new ghost in place of a tensor of the batch.
+
+        Several are made at once: between two training steps the processor has forgotten how, and the first
+        one takes ten times as long as those after it.
+        """
+        assert self.shape is not None
+        spare = self._spare.setdefault((number, count), [])
+        if not spare:
+            (shape, dtype), order = self.shape.rows[number], self.shape.orders[number]
+            spare += [ghost((count, *shape), dtype, order=order) for _ in range(_GHOSTS)]
+        return spare.pop()
+
+    def ghosts_of(self, cut: Cut, keep_inputs: bool) -> frozenset[int]:
+        """Return the leaves of the batch that reach the model and that nothing after the cut reads."""
+        assert self.link is not None
+        assert self.shape is not None
+        if keep_inputs:
+            return frozenset()
+        read = {self.link.leaves[number] for number in cut.inputs if number < len(self.link.leaves)}
+        return frozenset(
+            number
+            for number in self.link.leaves
+            if number is not None and number not in read and self.shape.rows[number][1].is_floating_point
+        )
+
+    def stored_leaves(self, ghosts: frozenset[int]) -> dict[int, int]:
+        """Return the leaves to store -> their bytes a sample; none if samples are loaded again."""
+        assert self.shape is not None
+        if self.reload:
+            return {}
+        sizes = {
+            number: torch.Size(shape).numel() * dtype.itemsize
+            for number, (shape, dtype) in enumerate(self.shape.rows)
+            if number not in ghosts
+        }
+        used = set(self.link.leaves) if self.link is not None else set()
+        if any(size > _LARGE_BYTES and number in used for number, size in sizes.items()):
+            self.reload = True
+            return {}
+        return sizes
+
+
+def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:
+    return load()[number]
+
+
+def merged(phases: Sequence[Phase]) -> Phase:
+    """Return the phases of several shapes as one, for people: what was chosen for all samples together."""
+    chosen = [phase for phase in phases if phase.decision is not None and not phase.reason]
+    if len(phases) == 1 or not chosen:
+        return phases[0]
+    first = max(chosen, key=lambda phase: phase.decision.total_bytes if phase.decision else 0)
+    assert first.decision is not None
+    samples = sum(phase.decision.samples for phase in chosen if phase.decision is not None)
+    total = sum(phase.decision.total_bytes for phase in chosen if phase.decision is not None)
+    reason = f"{first.decision.reason}; samples have {len(phases)} shapes"
+    if total:
+        reason += f", {format_bytes(total)} in all"
+    if len(chosen) < len(phases):
+        reason += f"; {len(phases) - len(chosen)} of them not cached: "
+        reason += next(phase.reason for phase in phases if phase.reason)
+    decision = dataclasses.replace(
+        first.decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples
+    )
+    return dataclasses.replace(first, decision=decision)
+
+
+def padded(rows: Sequence[int], size: int) -> list[int]:
+    """Return `rows` repeated until there are `size` of them.
+
+    >>> padded([3, 4], 5)
+    [3, 4, 3, 4, 3]
+    """
+    return [rows[number % len(rows)] for number in range(max(size, len(rows)))]

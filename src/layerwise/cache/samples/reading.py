@@ -1,0 +1,270 @@
+"""Read a `torch.utils.data.DataLoader` sample by sample, in the order and with the random draws of its own.
+
+A cached epoch must visit the samples in the very order in which the plain loop would, and leave the
+random number generators where the plain loop would leave them, or dropout in the trained part would differ.
+So the loader's own batch sampler is iterated, at the same times, and the seed that its iterator draws for
+its workers is drawn too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils.data import DataLoader, IterableDataset
+
+from layerwise.cache.changes.alike import keeps_order
+from layerwise.cache.changes.fingerprint import datasets_in
+from layerwise.cache.comparing import same_bits
+from layerwise.errors import CacheError
+from layerwise.layers.randomness import drawn, kept_random_state, seed_everything
+from layerwise.layers.snapshot import Snapshot
+from layerwise.layers.structures import tensors_in
+
+DRAWS = "loading a sample draws random numbers (a random augmentation)"
+_PROBES = 4  # samples drawn twice to find random augmentation
+
+
+class LoaderReader:
+    """Gives a loader's batches of indices, and loads any of its samples.
+
+    Args:
+        loader: with a map-style dataset whose samples have the indices 0 to ``len(dataset) - 1``.
+
+    Attributes:
+        loader: as given, or another one of the same samples.
+        size: number of samples in the dataset.
+        has_drawn: loading a batch in this process drew random numbers.
+
+    Raises:
+        CacheError: samples cannot be told apart by an index; says why.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        reason = _unreadable(loader)
+        if reason:
+            raise CacheError(reason)
+        self.size = len(loader.dataset)  # type: ignore[arg-type]
+        self.has_drawn = False
+        self._seeded: WeakSet[DataLoader[Any]] = WeakSet()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Of a full batch; None where the batch sampler does not say."""
+        return getattr(self.loader.batch_sampler, "batch_size", None)
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the loader is known to make the same batches in every epoch."""
+        return keeps_order(self.loader)
+
+    def order(self) -> Order:
+        """Return the batches of indices of one epoch, as the loader's own iterator would draw them."""
+        loader = self.loader
+        seeded = loader.persistent_workers and (loader in self._seeded or loader._iterator is not None)
+        self._seeded.add(loader)
+        return Order(loader, seeded=seeded)
+
+    def plain(self) -> Iterator[Any]:
+        """Return the loader's own iterator; it draws no seed for workers that would live by now."""
+        loader = self.loader
+        if not (loader.persistent_workers and loader in self._seeded and loader._iterator is None):
+            return iter(loader)
+        kept, loader.generator = loader.generator, torch.Generator()
+        try:
+            return iter(loader)
+        finally:
+            loader.generator = kept
+
+    def check(self, indices: Sequence[Any]) -> None:
+        """Raise CacheError if the batch sampler gave something else than indices into the dataset."""
+        if not all(type(index) is int and 0 <= index < self.size for index in indices):
+            raise CacheError(
+                f"the batch sampler {type(self.loader.batch_sampler).__name__} gives {list(indices)[:3]!r}"
+                f"..., and not indices from 0 to {self.size - 1}: samples cannot be recognised from one "
+                f"epoch to the next."
+            )
+
+    def load(self, batches: Iterator[list[int]]) -> Iterator[Any]:
+        """Yield the collated batches of the given indices, by the loader's own workers.
+
+        Draws nothing from the global random numbers in this process, unless the dataset does.
+        """
+        if not self.loader.num_workers and not self.loader.pin_memory:
+            return map(self.load_now, batches)
+        inner: DataLoader[Any] = DataLoader(
+            self.loader.dataset,
+            batch_sampler=_Fed(batches),
+            num_workers=self.loader.num_workers,
+            collate_fn=self.loader.collate_fn,
+            pin_memory=self.loader.pin_memory,
+            timeout=self.loader.timeout,
+            worker_init_fn=self.loader.worker_init_fn,
+            multiprocessing_context=self.loader.multiprocessing_context,
+            generator=torch.Generator(),
+            prefetch_factor=self.loader.prefetch_factor,
+        )
+        return iter(inner)
+
+    def load_now(self, indices: Sequence[int]) -> Any:
+        """Return one collated batch, loaded in this process; also within a transform of torch.func."""
+        if peek_interpreter_stack() is not None:
+            with temporarily_clear_interpreter_stack():
+                return self.load_now(indices)
+        dataset, before = self.loader.dataset, drawn()
+        if hasattr(dataset, "__getitems__"):
+            samples = dataset.__getitems__(list(indices))
+        else:
+            samples = [dataset[index] for index in indices]
+        batch = self.loader.collate_fn(samples)
+        self.has_drawn |= drawn() != before
+        return batch
+
+    @contextlib.contextmanager
+    def unaffected(self) -> Iterator[Snapshot]:
+        """Within: random numbers that are drawn, the dataset's own generators' included, are undone after."""
+        dataset, collate = self.loader.dataset, self.loader.collate_fn
+        kept = Snapshot([dataset, collate, *loading_code(dataset)], generators_only=True)
+        has_drawn = self.has_drawn
+        try:
+            with kept_random_state():
+                yield kept
+        finally:
+            kept.restore()
+            self.has_drawn = has_drawn
+
+    def probes(self, count: int = _PROBES) -> list[int]:
+        """Return the indices of a few samples, spread evenly."""
+        count = min(count, self.size)
+        return sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
+
+    def load_probes(self) -> list[Any]:
+        """Return a few samples, each collated alone, as they may differ in shape; loaded in this process."""
+        return [self.load_now([index]) for index in self.probes()]
+
+    def randomness(self) -> tuple[str, list[Any]]:
+        """Draw a few samples twice under different seeds; return what differs, or ``""``, and the samples.
+
+        A dataset that draws random numbers without using them counts as random too: skipping it would
+        shift every later draw. All random states are put back.
+        """
+        with self.unaffected() as own:
+            seed_everything(0)
+            before = drawn(), own.states()
+            first = self.load_probes()
+            if (drawn(), own.states()) != before:
+                return DRAWS, first
+            seed_everything(1)
+            with _next_epoch(self.loader.dataset):
+                second = self.load_probes()
+        one, other = tensors_in(first), tensors_in(second)
+        if len(one) != len(other) or not all(
+            a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other)
+        ):
+            return "the same sample is different each time it is loaded (a random augmentation)", first
+        return "", first
+
+
+def loading_code(dataset: Any) -> list[Any]:
+    """Return the methods that load a sample, of a dataset and of those in it: they may draw by globals."""
+    names = ("__getitem__", "__getitems__")
+    return [
+        getattr(type(part), name)
+        for part in datasets_in(dataset)
+        for name in names
+        if hasattr(type(part), name)
+    ]
+
+
+class Order:
+    """The indices of one epoch's batches, drawn when the loader's own iterator would draw them.
+
+    Workers fetch ahead, so the sampler is asked for several batches at the start.
+
+    Args:
+        loader: whose batch sampler.
+        seeded: the iterator would not draw a seed for its workers: they live on from an epoch before.
+    """
+
+    def __init__(self, loader: DataLoader[Any], *, seeded: bool) -> None:
+        self._batches = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        if not seeded:
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        self._queue: deque[list[int]] = deque()
+        self._ahead = loader.num_workers * (loader.prefetch_factor or 0)
+        for _ in range(self._ahead):
+            self._draw()
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> list[int]:
+        if not self._queue:
+            self._draw()
+        if not self._queue:
+            raise StopIteration
+        indices = self._queue.popleft()
+        if self._ahead:  # a worker that hands a batch over is given the next task
+            self._draw()
+        return indices
+
+    def hand_over(self) -> Order:
+        """Leave fetching ahead to workers that iterate over this from now on."""
+        self._ahead = 0
+        return self
+
+    def _draw(self) -> None:
+        for batch in self._batches:
+            indices = list(batch)
+            with contextlib.suppress(TypeError, ValueError):  # a sampler may give tensors or numpy's integers
+                numbers = [int(index) for index in indices]
+                indices = numbers if numbers == indices else indices
+            self._queue.append(indices)
+            return
+
+
+@contextlib.contextmanager
+def _next_epoch(dataset: Any) -> Iterator[None]:
+    """Within: a dataset whose augmentation is a function of its `epoch` is in another one."""
+    epoch = getattr(dataset, "epoch", None)
+    if type(epoch) is not int:
+        yield
+        return
+    dataset.epoch = epoch + 1
+    try:
+        yield
+    finally:
+        dataset.epoch = epoch
+
+
+class _Fed:
+    """A batch sampler that hands through what it is fed, one epoch long."""
+
+    def __init__(self, batches: Iterator[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches
+
+
+def _unreadable(loader: Any) -> str:
+    if not isinstance(loader, DataLoader):
+        return f"the loader is a {type(loader).__name__}, not a torch.utils.data.DataLoader"
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return f"the loader class {type(loader).__name__} iterates in its own way"
+    if isinstance(loader.dataset, IterableDataset):
+        return "the dataset is an IterableDataset: its samples have no index to be recognised by"
+    if not hasattr(loader.dataset, "__len__"):
+        return f"the dataset {type(loader.dataset).__name__} has no length"
+    if loader.batch_sampler is None:
+        return "the loader does not batch (batch_size=None)"
+    if len(loader.dataset) < 2:
+        return "the dataset has fewer than two samples"
+    return ""

@@ -1,0 +1,288 @@
+"""`Supply`: one loader whose samples the cache keeps, sorted by their shapes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import GeneratorType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.utils.data import DataLoader
+
+from layerwise.cache.changes.alike import reads_alike
+from layerwise.cache.changes.datawatch import DataWatch
+from layerwise.cache.samples.batchshape import Kind
+from layerwise.cache.samples.feed import Feed, Phase, merged
+from layerwise.cache.samples.reading import LoaderReader, Order
+from layerwise.errors import CacheError, LayerwiseWarning
+from layerwise.layers.structures import tensors_in
+
+logger = logging.getLogger("layerwise.cache")
+
+NOT_LOADED = "a sample could not be loaded in this process: "
+
+_LOOKED_AT = 12  # samples whose shapes are compared before the first epoch
+_MIXED = (
+    "a batch holds samples that have different shapes when each is collated alone, so a sample's padding "
+    "depends on the others of its batch, and with it the last bits of what the prefix computes. Pad each "
+    "sample to a length of its own, and make batches of one length: "
+    "layerwise.training.data.EpochBatches(lengths=...)."
+)
+
+
+@dataclass
+class Supply:
+    """One loader, and a `Feed` for each shape that its samples have.
+
+    A sample must have the same shape in every epoch, and a batch must hold samples of one shape. Each shape
+    is then cached like a data set of its own: it is looked at, proved and stored by itself.
+
+    Attributes:
+        loader: as given; of several alike, the latest.
+        reader: gives its indices and samples; None if it cannot be read by index.
+        reason: why nothing of this loader is cached; ``""`` if it may be.
+        views: draws of each sample that are stored.
+        feeds: one for each shape.
+        asked: the user asked for a cache, and is warned where there is none.
+        kinds: for each sample, the number of its feed; None where all have one shape.
+        epochs: epochs that began.
+        handed_out: batches of the epoch under way, or of the last one.
+        replays: calls of the model among them that were replayed.
+        moves: `CutBook.moves` when what is stored was last compared with the weights.
+        called_in: state of the model when it was last called with a batch of this loader.
+        came: a batch of the epoch under way, or of the last one, came to the model.
+        asks_ahead: the loop asked for a batch before it passed on the one before.
+        unseen: epochs of which no batch came to the model; another one may have got them.
+        watch: notices that the dataset was changed.
+        changes: how often it was.
+    """
+
+    loader: DataLoader[Any]
+    reader: LoaderReader | None = None
+    reason: str = ""
+    views: int = 1
+    asked: bool = False
+    feeds: list[Feed] = field(default_factory=list)
+    kinds: list[int] | None = None
+    epochs: int = 0
+    handed_out: int = 0
+    replays: int = 0
+    moves: int = 0
+    called_in: int | None = None
+    came: bool = False
+    asks_ahead: bool = False
+    unseen: int = 0
+    watch: DataWatch | None = None
+    changes: int = 0
+    _begun: WeakSet[GeneratorType[Any, None, None]] = field(default_factory=WeakSet, repr=False)
+
+    def refuse(self, reason: str, phase: Phase | None = None) -> None:
+        """Note why this loader is not cached, or one of its phases."""
+        if phase is not None:
+            phase.reason = reason
+        else:
+            self.reason = reason
+        logger.info("prefix cache off: %s", reason)
+        if self.asked:
+            warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
+
+    def refuse_random(self, reason: str) -> None:
+        """Note that samples are not the same each time they are loaded."""
+        self.refuse(f"{reason}. Pass views=V to store V draws of each sample")
+
+    def read(self, reader: LoaderReader) -> None:
+        """Take samples from `reader`, which so far are thought to have one shape."""
+        self.reader = reader
+        self.feeds = [Feed(reader, views=self.views)]
+
+    def may_take(self, loader: Any) -> bool:
+        """Return whether another loader gives the same samples, and no epoch of this one is under way."""
+        under_way = any(epoch.gi_frame is not None for epoch in self._begun)
+        return self.views == 1 and not under_way and reads_alike(self.loader, loader)
+
+    def take(self, loader: DataLoader[Any]) -> None:
+        """Go on with another loader of the same samples."""
+        self.loader = loader
+        if self.reader is not None:
+            self.reader.loader = loader
+
+    def begun(self, epoch: Iterator[Any]) -> Iterator[Any]:
+        """Note that an epoch has begun, which a generator makes; return it."""
+        assert isinstance(epoch, GeneratorType)
+        self._begun.add(epoch)
+        return epoch
+
+    def forget_changed(self) -> str:
+        """Forget all values if the dataset was changed since last asked; return what was, or ``""``."""
+        assert self.reader is not None
+        what, size = "", len(self.loader.dataset)  # type: ignore[arg-type]
+        if size != self.reader.size:
+            what = f"it had {self.reader.size:,} samples, and has {size:,}"
+            self.reader.size = size
+        if self.watch is not None:
+            try:
+                with self.reader.unaffected():
+                    what = self.watch.changed(self.reader.load_probes) or what
+            except Exception as error:  # if the dataset is at fault, the plain loop will say so
+                self.refuse(NOT_LOADED + one_line(error))
+                return ""
+        if what:
+            self.changes += 1
+            self.kinds = None
+            self.read(self.reader)
+        return what
+
+    def plain(self) -> Iterator[Any]:
+        """Return an iterator over the loader's own batches."""
+        self.epochs += 1
+        return iter(self.loader) if self.reader is None else self.reader.plain()
+
+    def sort(self) -> bool:
+        """Load every sample by itself, and sort them by shape; what was stored before is forgotten.
+
+        Returns:
+            Whether that helps: False if all have one shape, or were sorted before, or are random.
+        """
+        assert self.reader is not None
+        if self.kinds is not None or self.views > 1:
+            return False
+        with self.reader.unaffected():
+            singles = self.reader.load(iter([[index] for index in range(self.reader.size)]))
+            shapes = [_kind(single) for single in singles]
+        numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
+        if len(numbers) == 1:
+            return False
+        self.kinds = [numbers[shape] for shape in shapes]
+        members: list[list[int]] = [[] for _ in numbers]
+        for index, number in enumerate(self.kinds):
+            members[number].append(index)
+        self.feeds = [
+            Feed(self.reader, views=self.views, kind=shape, members=members[number])
+            for shape, number in numbers.items()
+        ]
+        return True
+
+    def looks_ragged(self) -> bool:
+        """Return whether a few samples, each collated alone, have different shapes."""
+        assert self.reader is not None
+        with self.reader.unaffected():
+            singles = (self.reader.load_now([index]) for index in self.reader.probes(_LOOKED_AT))
+            return len({_kind(single) for single in singles}) > 1
+
+    def feed_of(self, indices: Sequence[int]) -> Feed:
+        """Return the feed of a batch.
+
+        Raises:
+            CacheError: its samples have several shapes, or no indices.
+        """
+        assert self.reader is not None
+        self.reader.check(indices)
+        if self.kinds is None:
+            return self.feeds[0]
+        numbers = {self.kinds[index] for index in indices}
+        if len(numbers) > 1:
+            raise CacheError(_MIXED)
+        return self.feeds[numbers.pop()]
+
+    def phases(self) -> dict[Any, Phase]:
+        """Return, by the state of the model, what was found for all shapes together."""
+        keys = dict.fromkeys(key for feed in self.feeds for key in feed.phases)
+        return {key: merged([feed.phases[key] for feed in self.feeds if key in feed.phases]) for key in keys}
+
+    @property
+    def samples(self) -> int:
+        """Number of samples, times views."""
+        return sum(feed.rows for feed in self.feeds)
+
+    def stored(self, key: Any) -> int:
+        """Return how many of `samples` are stored for the phase `key`."""
+        count = 0
+        for feed in self.feeds:
+            phase = feed.phases.get(key)
+            if phase is not None and phase.cut is not None and phase.verified:
+                absent = feed.missing(phase.cut, phase.ghosts, torch.arange(feed.rows))
+                count += feed.rows - int(absent.sum())
+        return count
+
+    def is_idle(self, key: Any) -> bool:
+        """Whether nothing was replayed in this epoch, although values of the phase `key` are stored."""
+        several = self.epochs > 1 and self.handed_out > 2
+        return several and not self.replays and not self.is_off(key) and self.stored(key) > 0
+
+    def is_off(self, key: Any) -> bool:
+        """Whether nothing of this loader is cached in the phase `key`."""
+        return bool(self.reason) or all(key in feed.phases and feed.phases[key].reason for feed in self.feeds)
+
+    def missing_frac(self, key: Any, view: int) -> float:
+        """Return the share of the samples that have to be loaded in an epoch of the phase `key`."""
+        count = 0.0
+        for feed in self.feeds:
+            phase = feed.phases.get(key)
+            if phase is None or phase.cut is None or not phase.verified or feed.reload:
+                count += feed.size
+            else:
+                rows = torch.arange(feed.size) + view * feed.size
+                count += float(feed.missing(phase.cut, phase.ghosts, rows).sum())
+        return count / max(sum(feed.size for feed in self.feeds), 1)
+
+    def schedule(
+        self, order: Order, known: bool, must_load: Callable[[], bool]
+    ) -> Generator[tuple[list[int], Any], None, None]:
+        """Yield (indices, batch) for one epoch; the batch is None where the caller has to load it.
+
+        It is `Raised` where loading it failed.
+
+        Args:
+            order: of the epoch.
+            known: `must_load` can be asked at once; otherwise after the first batch.
+            must_load: whether most batches have to be loaded; the loader's own workers then do it.
+        """
+        assert self.reader is not None
+        for indices in () if known else order:
+            yield indices, None
+            break
+        if not must_load():
+            for indices in order:
+                yield indices, None
+            return
+        seen: deque[list[int]] = deque()
+
+        def noted() -> Iterator[list[int]]:
+            for indices in order.hand_over():
+                seen.append(indices)
+                yield indices
+
+        loaded = self.reader.load(noted())
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except Exception as error:  # the loop may pass over it and ask for the next one
+                if not seen:
+                    raise  # the sampler's own
+                batch = Raised(error)
+            yield seen.popleft(), batch
+
+
+@dataclass(frozen=True)
+class Raised:
+    """Stands for a batch that could not be loaded."""
+
+    error: Exception
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's class and the beginning of its text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _kind(single: Any) -> Kind:
+    """Return the shapes, first dimension left out, and types of the tensors of a batch."""
+    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tensors_in(single))

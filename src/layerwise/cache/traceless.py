@@ -1,0 +1,41 @@
+"""Passes of the cache's own, of which nothing is left in the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from layerwise.layers.isolation import untouched
+from layerwise.layers.snapshot import plain_tensors
+
+
+@contextlib.contextmanager
+def traceless(model: nn.Module) -> Iterator[None]:
+    """Within: a forward pass leaves the model, and the random numbers, as they were.
+
+    More than `untouched`: what it writes into buffers, and into tensors that are attributes, is undone.
+    """
+    with untouched(model):
+        tensors = [*model.buffers(), *plain_tensors(model)]
+        tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_quantized]
+        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        try:
+            yield
+        finally:
+            for tensor, content in saved:
+                if not torch.equal(tensor, content):  # batch-norm's kernel does not bump `_version`
+                    tensor.data.copy_(content)  # nor may this: an earlier pass may still need its backward
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Within: what is made is no inference tensor, which could not be used in training later."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield

@@ -1,0 +1,113 @@
+"""`Standing`: where a run stands, apart from what model, tuner and history know; saved in each checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.training.tasks import Scores
+
+
+@dataclass
+class EpochAtHand:
+    """How far the running epoch is.
+
+    Attributes:
+        epoch: its number, from 0; -1 before the first.
+        batch: batches of it that were trained on.
+        loss_sum: their losses, each times its samples.
+        samples: in them.
+    """
+
+    epoch: int = -1
+    batch: int = 0
+    loss_sum: float = 0.0
+    samples: int = 0
+
+    def add(self, loss: float, samples: int) -> None:
+        """Count one more batch."""
+        self.batch += 1
+        self.loss_sum += loss * samples
+        self.samples += samples
+
+
+@dataclass
+class Best:
+    """The epoch whose weights are kept.
+
+    Attributes:
+        epoch: its number; -1 if there is none yet.
+        value: of the task's monitor; None if nothing is measured.
+        metrics: by name.
+        tables: by name.
+    """
+
+    epoch: int = -1
+    value: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, epoch: int, monitor: str, scores: Scores) -> Best:
+        """Return that of an epoch that was validated."""
+        return cls(epoch, scores.values.get(monitor), scores.values, scores.tables)
+
+
+@dataclass
+class Standing:
+    """Where a run stands.
+
+    Attributes:
+        within: the running epoch.
+        began_random: state of the global generators when it began.
+        best: the epoch whose weights are kept.
+        kept: its weights, of a run without a folder.
+        timings: seconds of each epoch.
+        stopped_early: the run is over before its plan is.
+    """
+
+    within: EpochAtHand = field(default_factory=EpochAtHand)
+    began_random: dict[str, Any] | None = None
+    best: Best = field(default_factory=Best)
+    kept: dict[str, Tensor] | None = None
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    stopped_early: bool = False
+
+    def begin(self, epoch: int, random: dict[str, Any]) -> None:
+        """Begin an epoch, unless a checkpoint of within it was loaded.
+
+        Args:
+            epoch: its number.
+            random: state of the global generators.
+        """
+        if self.within.epoch != epoch:
+            self.within, self.began_random = EpochAtHand(epoch), random
+
+    def to_state(self, *, inside: bool, with_random: bool) -> dict[str, Any]:
+        """Return it as plain data.
+
+        Args:
+            inside: the running epoch is not over.
+            with_random: the order of its samples depends on the generators.
+        """
+        return {
+            "within": dataclasses.asdict(self.within) if inside else None,
+            "epoch_random": self.began_random if inside and with_random else None,
+            "best": dataclasses.asdict(self.best),
+            "timings": self.timings,
+            "stopped_early": self.stopped_early,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Standing:
+        """Return what `to_state` was made of; further keys are left alone."""
+        return cls(
+            within=EpochAtHand(**state["within"] or {}),
+            began_random=state["epoch_random"],
+            best=Best(**state["best"]),
+            timings=state["timings"],
+            stopped_early=state["stopped_early"],
+        )

@@ -1,0 +1,269 @@
+"""What somebody changes in a data set is seen, what loading changes is not."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from layerwise.cache.changes.contents import Contents
+from layerwise.cache.changes.datawatch import DataNames, DataWatch
+
+
+class Data:
+    """A data set with attributes of every kind."""
+
+    def __init__(self) -> None:
+        self.x, self.array = torch.arange(6.0), np.arange(6)
+        self.labels, self.files = [0, 1] * 3, [("a.png", 0), ("b.png", 1)]
+        self.strength, self.unused, self.loads, self.store = 1.0, 0, 0, {}
+
+    def load(self) -> list[torch.Tensor]:
+        self.loads += 1
+        self.store[self.loads] = torch.ones(1)
+        return [self.x[:2] * self.strength]
+
+
+CHANGES = {
+    "x": lambda d: d.x.__setitem__(5, 9.0),
+    "array": lambda d: d.array.__setitem__(5, 9),
+    "labels": lambda d: d.labels.__setitem__(3, 0),
+    "files": lambda d: d.files.__setitem__(1, ("c.png", 1)),
+    "strength": lambda d: setattr(d, "strength", 2.0),
+}
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change(name, within) -> None:
+    # of data anywhere; of a number that samples depend on; between two epochs, or amid the loads of one
+    data = Data()
+    watch = DataWatch(data)
+    watch.loaded(data.load())
+    data.load()
+    loads = data.loads
+    assert watch.changed(data.load) == ""
+    assert data.loads == loads  # nothing is loaded to say so
+    CHANGES[name](data)
+    if within:
+        data.load()
+    assert watch.changed(data.load) == name
+    data.load()
+    assert watch.changed(data.load) == ""
+
+
+def test_what_does_not_matter() -> None:
+    # a number that no sample depends on; counters and stores of loading
+    data = Data()
+    watch = DataWatch(data)
+    watch.loaded(data.load())
+    data.load()
+    assert watch.changed(data.load) == ""
+    data.unused = 7
+    assert watch.changed(data.load) == ""
+
+
+def test_an_image_that_is_kept_in_its_record() -> None:
+    # what loading a few samples changes of their records, it changes of the others later
+    records = [SimpleNamespace(number=i, image=None) for i in range(30)]
+
+    def load(*numbers: int) -> list[torch.Tensor]:
+        for number in numbers:
+            records[number].image = torch.full((2,), float(number))
+        return [records[number].image for number in numbers]
+
+    watch = DataWatch(SimpleNamespace(records=records))
+    watch.loaded(load(0, 9))
+    load(*range(30))
+    assert watch.changed(lambda: load(0, 9)) == ""
+    records[20].number = -1  # no setting that few samples would show: one of many records
+    assert watch.changed(lambda: load(0, 9)) == "records[].number"
+
+
+# -- what a data set may hold -----------------------------------------------------------------------
+
+
+class Same:
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+class Negated:
+    def __call__(self, x: Any) -> Any:
+        return -x
+
+
+class Shift(nn.Module):
+    """A transform that is a module, with a number and a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = 1.0
+        self.register_buffer("bias", torch.zeros(1))
+
+    def forward(self, x: Any) -> Any:
+        return x + self.by + self.bias
+
+
+@dataclass(slots=True)
+class Slots:
+    y: int
+
+
+class ByClass:
+    """A transform with a setting of its class."""
+
+    by = 1.0
+
+    def __call__(self, x: Any) -> Any:
+        return x + self.by
+
+
+def closing_over(held: list[float]) -> Any:
+    return lambda x: x + held[0]
+
+
+def scaled(x: Any) -> Any:
+    return x * SCALE
+
+
+def scaled_by_another(x: Any) -> Any:
+    return (lambda: scaled(x))()
+
+
+class Scaled:
+    def __call__(self, x: Any) -> Any:
+        return x * SCALE
+
+
+def rescale() -> None:
+    global SCALE
+    SCALE += 1
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    return [{"x": torch.tensor([float(i), 0.0]), "y": i} for i in range(count)]
+
+
+def exchange(held: list[Any]) -> None:
+    held[0], held[1] = held[1], held[0]
+
+
+def of_last(held: list[dict[str, Any]], name: str, value: Any) -> None:
+    held[-1][name] = value
+
+
+SETTINGS = {  # what `held` is, what calls it, what changes it
+    "object without attributes": (Same, lambda d: d.held, lambda d: setattr(d, "held", Negated())),
+    "order in a list": (lambda: [Same(), Negated()], lambda d: d.held[0], lambda d: exchange(d.held)),
+    "partial": (
+        lambda: functools.partial(torch.mul, other=1.0), lambda d: d.held,
+        lambda d: setattr(d, "held", functools.partial(torch.mul, other=2.0)),
+    ),
+    "number of a module": (Shift, lambda d: d.held, lambda d: setattr(d.held, "by", 2.0)),
+    "tensor of a module": (Shift, lambda d: d.held, lambda d: d.held.bias.data.fill_(1)),
+    "module in a list": (lambda: [Shift()], lambda d: d.held[0], lambda d: setattr(d.held[0], "by", 2.0)),
+    "number of a class": (ByClass, lambda d: d.held, lambda d: setattr(ByClass, "by", ByClass.by + 1)),
+    "what a function closes over": (
+        lambda: closing_over(HELD), lambda d: d.held, lambda d: HELD.__setitem__(0, HELD[0] + 1)
+    ),
+    "global of a function": (lambda: scaled, lambda d: d.held, lambda d: rescale()),
+    "global of a function of a function": (lambda: scaled_by_another, lambda d: d.held, lambda d: rescale()),
+    "global of a class": (Scaled, lambda d: d.held, lambda d: rescale()),
+}  # fmt: skip
+HELD, SCALE = [1.0], 1.0
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting(name) -> None:
+    make, call, change = SETTINGS[name]
+    data = SimpleNamespace(held=make())
+    watch = DataWatch(data)
+    load = lambda: [call(data)(torch.ones(2))]  # noqa: E731
+    watch.loaded(load())
+    assert watch.changed(load) == ""
+    change(data)
+    assert watch.changed(load).startswith("held")
+    assert watch.changed(load) == ""
+
+
+def table() -> Any:
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame({"x": np.arange(30.0), "label": np.arange(30), "file": ["a.png"] * 30})
+
+
+CONTENT = {  # what `held` is, what changes a part of it that no sample of the test shows
+    "through data": (lambda: torch.zeros(9), lambda h: h.data[5:].fill_(1)),
+    "through numpy": (lambda: torch.zeros(9), lambda h: h.numpy().fill(1)),
+    "bfloat16": (lambda: torch.zeros(9, dtype=torch.bfloat16), lambda h: h.data.fill_(1)),
+    "large tensor through data": (lambda: torch.zeros(2**19), lambda h: h.data[: 2**18].fill_(1)),
+    "large tensor": (lambda: torch.zeros(2**19), lambda h: h[77].fill_(1)),
+    "column of a large tensor": (lambda: torch.zeros(2**19, 4), lambda h: h.data[:, 3].fill_(1)),
+    "large turned array": (lambda: np.zeros((4, 2**19)).T, lambda h: h.__setitem__((slice(None), 3), 1)),
+    "array of objects": (lambda: np.array(["a", None, 1], dtype=object), lambda h: h.__setitem__(2, 2)),
+    "records": (lambda: records(1200), lambda h: of_last(h, "y", 7)),
+    "tensors of records": (lambda: records(1200), lambda h: h[-1]["x"].data.fill_(7)),
+    "slots": (lambda: [Slots(i) for i in range(22)], lambda h: setattr(h[5], "y", 0)),
+    "cell of a table": (table, lambda h: h.__setitem__("label", 0)),
+    "text of a table": (table, lambda h: h.__setitem__("file", "b.png")),
+    "column of a table": (lambda: table()["label"], lambda h: h.__setitem__(9, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_content_that_no_sample_shows(name) -> None:
+    make, change = CONTENT[name]
+    held = make()
+    watch = DataWatch(SimpleNamespace(held=held))
+    watch.loaded([])
+    assert watch.changed(list) == ""
+    change(held)
+    assert watch.changed(list).startswith("held")
+
+
+def test_a_list_is_a_data_set() -> None:
+    data = [(float(i), i) for i in range(30)]
+    watch = DataWatch(data)
+    watch.loaded([])
+    data[9] = (1.0, 9)
+    assert watch.changed(list) == "its items"
+
+
+def test_of_a_file_only_some_numbers_are_read(tmp_path, monkeypatch) -> None:
+    mapped = np.memmap(tmp_path / "x", mode="w+", shape=(2**12, 2**8), dtype=np.uint8)
+    read = []
+    monkeypatch.setattr(np, "ascontiguousarray", lambda array: read.append(array.size) or np.asarray(array))
+    for part in (mapped, mapped[1:], np.asarray(mapped)):
+        Contents(SimpleNamespace(x=part), "here")
+    assert len(read) == 3
+    assert max(read) <= 1024
+
+
+@pytest.mark.parametrize("of", ["dictionaries", "objects"])
+def test_records_are_compared_fast(of) -> None:
+    # ten times what it takes on one core: a machine may be busy
+    held = records(10_000) if of == "dictionaries" else [SimpleNamespace(**r) for r in records(10_000)]
+    start = time.process_time()
+    Contents(SimpleNamespace(held=held), "here")
+    assert time.process_time() - start < 1.5
+
+
+def test_a_data_set_is_named_once() -> None:
+    data, names, made = Data(), DataNames(), []
+
+    def make() -> str:
+        data.load()
+        made.append(1)
+        return f"name {len(made)}"
+
+    assert [names.name_of(data, None, make), names.name_of(data, None, make)] == ["name 1", "name 1"]
+    data.labels[0] = 1
+    assert names.name_of(data, None, make) == "name 2"
+    assert names.name_of(Data(), None, make) == "name 3"

@@ -1,0 +1,229 @@
+"""What the loop changes and the outputs depend on is noticed: attributes, hooks, frozen weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from layerwise.cache.changes.settings import Settings, Stillness
+
+
+class Slotted:
+    """Has no dictionary."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Base(nn.Module):
+    """Its attributes are inherited."""
+
+    limit = 1.0
+
+
+class Layer(Base):
+    """Has settings of every kind."""
+
+    scale, table = 1.0, {"scale": 1.0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.nested, self.rows, self.pair = {"a": {"b": [1.0]}}, [[1.0]], ([1.0], 2)
+        self.space, self.slotted = SimpleNamespace(inner=SimpleNamespace(scale=1.0)), Slotted()
+        self.array, self.large_array = np.ones(2), np.ones(100)
+        self.tensor, self.large = torch.ones(1), torch.ones(100)
+        self.tensors = {
+            "list": [torch.ones(1)],
+            "pair": (torch.ones(100),),
+            "object": SimpleNamespace(t=self.tensor),
+        }
+        self.count, self.ring = itertools.count(), deque([0], maxlen=2)
+
+
+def anew(layer: Any) -> None:
+    layer.tensor = torch.ones(1)  # equal to the one before, which then is written to
+    layer.tensor.data.fill_(3)
+
+
+AT_BATCHES = {
+    "dict in dict": lambda m: m.nested["a"].update(c=1),
+    "list in dict in dict": lambda m: m.nested["a"]["b"].append(2),
+    "list in list": lambda m: m.rows[0].__setitem__(0, 2.0),
+    "list in tuple": lambda m: m.pair[0].append(1),
+    "object in object": lambda m: setattr(m.space.inner, "scale", 2.0),
+    "slots": lambda m: setattr(m.slotted, "scale", 2.0),
+    "small array": lambda m: m.array.__imul__(2),
+    "small tensor": lambda m: m.tensor.data.mul_(2),
+    "small tensor in a list": lambda m: m.tensors["list"][0].data.mul_(2),
+    "tensor in a tuple": lambda m: m.tensors["pair"][0].mul_(2),
+    "tensor anew": anew,
+    "class": lambda m: setattr(Layer, "scale", 2.0),
+    "dict of the class": lambda m: Layer.table.update(scale=2.0),
+    "base class": lambda m: setattr(Base, "limit", 2.0),
+    "class hides its base": lambda m: setattr(Layer, "limit", 2.0),
+    "hook": lambda m: m.linear.register_forward_hook(lambda *a: None),
+    "other hook": lambda m: (m.hook.remove(), m.linear.register_forward_hook(lambda *a: None)),
+}
+AT_EPOCHS = {
+    "large array": lambda m: m.large_array.__imul__(2),
+    "large tensor through data": lambda m: m.large.data.mul_(2),
+    "large tensor through numpy": lambda m: m.large.numpy().__imul__(2),
+    "large tensor in a tuple": lambda m: m.tensors["pair"][0].data.mul_(2),
+}
+
+
+@pytest.fixture
+def layer(monkeypatch) -> nn.Module:
+    """Return a layer; its classes are put back afterwards."""
+    monkeypatch.setattr(Layer, "scale", 1.0)
+    monkeypatch.setattr(Layer, "table", {"scale": 1.0})
+    monkeypatch.setattr(Base, "limit", 1.0)
+    monkeypatch.setattr(Layer, "limit", 1.0, raising=False)
+    monkeypatch.delattr(Layer, "limit")
+    made = Layer()
+    made.hook = made.linear.register_forward_hook(lambda *a: None)
+    return made
+
+
+@pytest.mark.parametrize("name", AT_BATCHES)
+def test_changes_are_seen_at_the_next_batch(name, layer) -> None:
+    model = nn.Sequential(layer)
+    settings = Settings(model.modules())
+    before = settings.number()
+    assert settings.number() == before
+    AT_BATCHES[name](layer)
+    now = settings.number()
+    assert now != before
+    assert settings.number() == now
+
+
+def test_a_tensor_that_took_anothers_place_is_watched(layer) -> None:
+    # it is equal to the one before, so nothing is another at first
+    settings = Settings(nn.Sequential(layer).modules())
+    before = settings.number()
+    layer.tensor = layer.tensors["list"][0] = torch.ones(1)
+    assert settings.number() == before
+    layer.tensor.data.fill_(3)
+    assert settings.number() != before
+
+
+@pytest.mark.parametrize("name", AT_EPOCHS)
+def test_changes_of_data_are_seen_at_the_next_epoch(name, layer) -> None:
+    model = nn.Sequential(layer)
+    settings = Settings(model.modules())
+    before = settings.number()
+    AT_EPOCHS[name](layer)
+    settings.refresh(model.modules())
+    assert settings.number() != before
+
+
+def test_the_same_settings_have_the_same_number(layer) -> None:
+    settings = Settings(nn.Sequential(layer).modules())
+    before = settings.number()
+    layer.nested["a"]["b"][0], Layer.scale, layer.slotted.scale = 2.0, 2.0, 2.0
+    assert settings.number() != before
+    layer.nested["a"]["b"][0], Layer.scale, layer.slotted.scale = 1.0, 1.0, 1.0
+    assert settings.number() == before
+
+
+def test_using_an_iterator_is_no_other_setting(layer) -> None:
+    # a pass that uses it is never skipped
+    settings = Settings(nn.Sequential(layer).modules())
+    before = settings.number()
+    next(layer.count)
+    layer.count = itertools.count()  # as `untouched` puts another in its place
+    assert settings.number() == before
+
+
+def test_objects_that_hold_each_other_are_looked_at_once(layer) -> None:
+    layer.space.back = layer.space.inner.back = layer.space
+    layer.rows.append(layer.rows)
+    settings = Settings(nn.Sequential(layer).modules())
+    before = settings.number()
+    layer.space.inner.scale = 2.0
+    assert settings.number() != before
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_of_all_modules_are_settings(kind) -> None:
+    settings = Settings(nn.Sequential(nn.Linear(2, 2)).modules())
+    before = settings.number()
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *a: None)
+    try:
+        assert settings.number() != before
+    finally:
+        handle.remove()
+    assert settings.number() == before
+
+
+def test_tensors_without_a_version() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+        model[0].centre, model[0].table = torch.ones(1), [torch.ones(100)]
+    model.requires_grad_(False)
+    settings, still = Settings(model.modules()), Stillness([*model.modules()])
+    before = settings.number()
+    assert still.holds()
+    with torch.inference_mode():
+        model[0].centre.fill_(2)
+        model[0].bias.fill_(2)
+    assert settings.number() != before
+    assert not still.holds()
+
+
+# -- frozen weights -------------------------------------------------------------------------------
+
+
+def encoders() -> nn.Module:
+    model = nn.ModuleDict({
+        "body": nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
+        "memory": nn.Linear(8, 400, bias=False),
+        "norm": nn.BatchNorm1d(8).eval(),
+        "queries": nn.Linear(8, 400, bias=False),
+    })  # fmt: skip
+    model.requires_grad_(False)["queries"].requires_grad_(True)
+    return model
+
+
+def adapt(model: Any) -> None:
+    model["norm"].train()(torch.randn(4, 8))
+    model["norm"].eval()
+
+
+MOVES = {
+    "in place": lambda m: m["body"][0].weight.mul_(0.9),
+    "data replaced": lambda m: setattr(m["body"][0].weight, "data", m["body"][0].weight.data * 0.9),
+    "data of a part in place": lambda m: m["memory"].weight.data.mul_(0.9),
+    "statistics": adapt,
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_frozen_weights_that_move_are_seen(name, wrapped) -> None:
+    model = encoders()
+    whole = nn.Sequential(nn.Sequential(model)) if wrapped else model
+    still = Stillness([*whole.modules()])
+    with torch.no_grad():
+        model["queries"].weight.mul_(2)
+    assert still.holds()
+    with torch.no_grad():
+        MOVES[name](model)
+    assert not still.holds()
+
+
+def test_statistics_of_batch_norms_that_train_may_move() -> None:
+    model = encoders().train()
+    still = Stillness([*model.modules()])
+    model["norm"](torch.randn(4, 8))
+    assert still.holds()

@@ -1,0 +1,160 @@
+"""Cuts of later phases come from one recording, unless the modes have changed where it matters."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import layerwise
+from cache_loops import images
+from layerwise.cache.cutting import book as books
+from layerwise.choosing.space import names_by_depth
+
+
+class Late(nn.Module):
+    """A block that drops before its first weight: still while it is frozen, awake when it learns."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.drop = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
+        self.conv = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(self.drop(x))
+
+
+class Plain(Late):
+    """Its first operation reads a weight."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.drop = nn.Identity()
+
+
+class Net(nn.Module):
+    """A stem, three blocks in a sequence, and a head."""
+
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.Sequential(block(4), block(4), block(4))
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+def run(block: type[nn.Module], *, cached: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Unfreeze gradually; return the weights and what the cache says of each phase."""
+    torch.manual_seed(0)
+    model = Net(block)
+    data = images(count=16)
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    layers = layerwise.layer_map(model, data.inputs[:2])
+    plan = layerwise.gradual_unfreezing(layers, epochs=6)
+    tuner = layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+    )
+    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory")
+    for _ in tuner.epochs():
+        model.train()
+        for x, y in cache.batches() if cached else loader:
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+    return {k: v.clone() for k, v in model.state_dict().items()}, cache.describe().splitlines()
+
+
+@pytest.mark.parametrize(("block", "most"), [(Plain, 1), (Late, 4)])
+def test_later_phases_need_no_recording_of_their_own(monkeypatch, block, most) -> None:
+    # one recording serves all phases; a dropout that wakes inside what would be skipped asks for another
+    recordings = []
+
+    def counted(*args, **kwargs):
+        recordings.append(args)
+        return record(*args, **kwargs)
+
+    record = books.record
+    plain, _ = run(block, cached=False)
+    monkeypatch.setattr(books, "record", counted)
+    cached, told = run(block, cached=True)
+    assert (len(recordings) > 1) == (most > 1)
+    assert len(recordings) <= most
+    assert sum("cut at" in line for line in told) >= 3
+    assert "off: no part of the forward pass" in told[-1]
+    assert all(torch.equal(value, cached[name]) for name, value in plain.items())
+
+
+def depth(k: int, *, pool: layerwise.CachePool | None, data) -> tuple[dict[str, Tensor], int]:
+    """Train the last `k` groups for two epochs; return the weights and how many samples were loaded."""
+    torch.manual_seed(0)
+    model = Net(Plain)
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    layers = layerwise.layer_map(model, data.inputs[:2])
+    plan = layerwise.top_k(layers, k=k, epochs=2)
+    tuner = layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+    )
+    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory", pool=pool)
+    before = data.loads
+    for _ in tuner.epochs():
+        model.train()
+        for x, y in cache.batches() if pool is not None else loader:
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+    return {k: v.clone() for k, v in model.state_dict().items()}, data.loads - before
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1)])
+def test_a_pool_fills_what_upcoming_runs_need_in_the_first_pass(order) -> None:
+    # from the head on, later depths load only what is looked at; in any order the weights are the plain ones
+    data = images(count=64)
+    layers = layerwise.layer_map(Net(Plain), data.inputs[:2])
+    pool = layerwise.CachePool(upcoming=names_by_depth(layers, (1, 2, 3), epochs=2))
+    loads = []
+    for k in order:
+        plain, _ = depth(k, pool=None, data=data)
+        cached, count = depth(k, pool=pool, data=data)
+        assert all(torch.equal(value, cached[name]) for name, value in plain.items())
+        loads.append(count)
+    assert loads[0] >= 64
+    spared = [count < 64 for count in loads[1:]]  # the data's digest and one batch, and no pass
+    assert spared == ([True, True] if order == (1, 2, 3) else [False, False])
+
+
+def test_layers_whose_mode_is_not_looked_at_have_none() -> None:
+    for layer in books._MODELESS:
+        for base in layer.__mro__[: layer.__mro__.index(nn.Module)]:
+            assert "self.training" not in inspect.getsource(base), layer
+
+
+def test_the_mode_of_a_layer_counts_where_a_hook_may_read_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    handle = model[0].register_forward_pre_hook(
+        lambda module, args: (args[0] * (2 if module.training else 1),)
+    )
+    book = books.CutBook(model, None, {})
+    before = book.state()
+    model[0].eval()
+    assert book.state() != before
+    model[0].train()
+    assert book.state() == before
+    handle.remove()
+    book.refresh()
+    plain = book.state()
+    model.eval()
+    assert book.state() == plain  # no hook, no dropout, no batch-norm
+
+
+def test_a_state_comes_back_with_the_content_of_a_buffer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model.register_buffer("table", torch.arange(100.0))
+    book = books.CutBook(model, None, {})
+    before = book.state()
+    model.table.add_(1)
+    assert book.state() != before
+    model.table.sub_(1)
+    assert book.state() == before

@@ -1,0 +1,51 @@
+"""What may differ in the next epoch is dirty, and so is what Python may have decided by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from layerwise.cache.cutting.dirty import find_dirty
+from layerwise.layers.recording import record
+
+
+class Deciding(nn.Module):
+    """Asks for a number of `ask`'s choice between two layers."""
+
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.ask = ask
+        self.embed, self.first, self.second = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.embed(ids))
+        return self.second(x) if self.ask(self, ids, x) else self.second(x.relu())
+
+
+def dirty_calls(ask, *learning: str) -> list[str]:
+    model = Deciding(ask)
+    recording = record(model, (torch.ones(4, 5, dtype=torch.long),))
+    flags = find_dirty(recording, frozenset(learning)).flags
+    return [call.path for call in recording.calls[1:] if any(flags[call.start : call.end])]
+
+
+def test_a_branch_by_computed_values_makes_all_after_it_dirty() -> None:
+    assert dirty_calls(lambda model, ids, x: bool(x.mean() > 0)) == ["second"]
+
+
+def test_a_branch_by_a_weight_that_learns_makes_all_after_it_dirty() -> None:
+    ask = lambda model, ids, x: bool(model.second.weight.sum() > 0)  # noqa: E731
+    assert dirty_calls(ask, "second.weight") == ["second"]
+    assert dirty_calls(ask) == []
+
+
+def test_a_branch_by_integer_inputs_is_trusted() -> None:
+    # "is there any padding?", which most language models ask
+    assert dirty_calls(lambda model, ids, x: bool((ids == 0).any())) == []
+
+
+def test_the_first_reason_is_told() -> None:
+    recording = record(Deciding(lambda model, ids, x: True), (torch.ones(4, 5, dtype=torch.long),))
+    assert find_dirty(recording, frozenset()).first == "nothing learns"
+    dirt = find_dirty(recording, frozenset({"second.weight"}))
+    assert dirt.first == "the operation 'addmm' in second reads 'second.weight', which learns"

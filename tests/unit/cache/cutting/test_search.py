@@ -1,0 +1,243 @@
+"""Where a forward pass is cut: nothing stale, nothing missing, and no more bytes than needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.cache.cutting.cut import Cut, NothingToSkipError
+from layerwise.cache.cutting.search import find_cut
+from layerwise.layers.recording import record
+
+
+def cut(model: nn.Module, x, *learning: str, **options) -> Cut:
+    names = frozenset(n for n, _ in model.named_parameters(remove_duplicate=False) if n.startswith(learning))
+    return find_cut(record(model, (x,)), names, **options)
+
+
+def sites(found: Cut) -> list[str]:
+    return [str(site) for site in found.frontier]
+
+
+class Tokens(nn.Module):
+    """A small transformer-like net: tokens, two blocks, a norm, the first token to a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.position = nn.Parameter(torch.randn(1, 10, 8))
+        self.blocks = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.blocks(self.embed(x) + self.position)
+        return self.head(self.norm(x)[:, 0])
+
+
+X = torch.zeros(4, 10, 6)
+
+
+def test_pooling_before_the_head_is_stored_pooled() -> None:
+    # one token of ten: 32 bytes instead of 320
+    model = Tokens().eval()
+    found = cut(model, X, "head")
+    assert sites(found) == ["input of head"]
+    assert found.bytes_per_sample == 32
+    assert sites(cut(model, X, "head", at_inputs=False)) == ["norm"]
+
+
+def test_cut_at_the_output_where_nothing_is_gained_by_the_input() -> None:
+    assert sites(cut(Tokens().eval(), X, "blocks.1", "norm", "head")) == ["blocks.0"]
+
+
+def test_a_trained_parameter_in_the_glue_is_dirty() -> None:
+    # position belongs to no submodule: the add that reads it runs, and what feeds it is cached
+    found = cut(Tokens().eval(), X, "position")
+    assert sites(found) == ["embed"]
+
+
+def test_what_is_read_is_named_for_the_fingerprint() -> None:
+    found = cut(Tokens().eval(), X, "blocks.1", "norm", "head")
+    (source,) = found.sources.values()
+    assert source.tensors == ("blocks.0.bias", "blocks.0.weight", "embed.bias", "embed.weight", "position")
+    assert source.inputs == (0,)
+    assert 0 < found.skipped_flops < found.flops
+
+
+def test_other_operations_have_another_structure() -> None:
+    # the same weights in another order of layers must not share a cache
+    class Swapped(Tokens):
+        def forward(self, x):
+            x = self.embed(x) + self.position
+            return self.head(self.norm(self.blocks[1](self.blocks[0](x.relu())))[:, 0])
+
+    one, other = Tokens().eval(), Swapped().eval()
+    first = cut(one, X, "norm", "head").sources
+    second = cut(other, X, "norm", "head").sources
+    assert {s.tensors for s in first.values()} == {s.tensors for s in second.values()}
+    assert {s.structure for s in first.values()} != {s.structure for s in second.values()}
+
+
+def test_tied_weights_train_under_each_name() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+            self.outer = nn.Linear(6, 6)
+            self.outer.weight = self.inner.weight
+
+        def forward(self, x):
+            return self.outer(self.inner(x))
+
+    with pytest.raises(NothingToSkipError, match=r"reads 'inner\.weight', which learns"):
+        cut(Tied(), X, "outer")
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.Dropout(0.5), "draws random numbers"),
+        (nn.BatchNorm1d(10), "changes a buffer"),
+        (nn.BatchNorm1d(10, track_running_stats=False), "normalises by the batch"),
+    ],
+)
+def test_random_and_batch_dependent_modules_are_dirty(module, why) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), module, nn.Linear(6, 2)).train()
+    found = cut(model, X, "2")
+    assert sites(found) == ["0"]
+    assert why in found.first_dirty
+
+
+def test_weight_standardisation_of_a_frozen_layer_is_clean() -> None:
+    # a batch-norm over weights is not batch-dependent: the input does not reach it
+    class Standardised(nn.Conv1d):
+        def forward(self, x):
+            weight = nn.functional.batch_norm(self.weight.view(1, 4, 10), None, None, training=True)
+            return nn.functional.conv1d(x, weight.view_as(self.weight), self.bias)
+
+    model = nn.Sequential(Standardised(10, 4, 1), nn.Flatten(), nn.Linear(24, 2)).train()
+    assert sites(cut(model, X, "2")) == ["0"]
+
+
+def test_a_module_that_changes_lasting_state_is_not_skipped() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Linear(6, 6)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.conv(x)
+
+    model = nn.Sequential(Counting(), nn.Linear(6, 2))
+    found = cut(model, X, "1")
+    assert sites(found) == ["0.conv"]
+
+
+def test_everything_learns() -> None:
+    with pytest.raises(NothingToSkipError, match="Freeze the groups before it"):
+        cut(Tokens(), X, "")
+
+
+def test_frozen_output_next_to_a_trained_one() -> None:
+    # a frozen by-product of the output is part of the frontier
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(6, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.body(x)
+            return {"logits": self.head(x.mean(1)), "features": x}
+
+    assert sites(cut(Two(), X, "head")) == ["body"]
+
+
+def test_what_is_stored_for_the_output_alone_is_told() -> None:
+    # a decoder's keys and values: 10 tokens of 8 numbers, beside the one token that the head reads
+    class WithKeys(Tokens):
+        def forward(self, x):
+            keys = self.blocks(self.embed(x) + self.position)
+            return self.head(self.norm(keys)[:, 0]), keys
+
+    found = cut(WithKeys().eval(), X, "head")
+    assert sites(found) == ["blocks", "input of head"]
+    assert (found.bytes_per_sample, found.returned_bytes_per_sample) == (352, 320)
+    assert cut(Tokens().eval(), X, "head").returned_bytes_per_sample == 0
+
+
+def test_the_input_itself_is_read_after_the_cut() -> None:
+    # then it is loaded: input 0 stays real
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(6, 6)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x) + x)
+
+    assert cut(Tokens().eval(), X, "head").inputs == frozenset()
+    found = cut(Residual(), X, "head", at_inputs=False)
+    assert found.inputs == {0}
+
+
+def test_a_passed_through_value_is_not_stored_twice() -> None:
+    class Carry(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x, skip):
+            return self.layer(x), skip
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.second, self.third = Carry(), Carry()
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x):
+            skip = self.first(x)
+            x, skip = self.second(skip, skip)
+            x, skip = self.third(x, skip)
+            return self.head(x.relu() * skip)
+
+    assert sites(cut(Net(), X, "head", at_inputs=False)) == ["first", "third"]
+
+
+def test_recorder_options_do_not_change_the_model() -> None:
+    model = Tokens().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cut(model, X, "head")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_a_list_that_grows_after_the_call() -> None:
+    # DenseNet hands its list of features to each layer and appends to it afterwards
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, 6)
+
+        def forward(self, features):
+            return self.linear(torch.cat(features, -1))
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(6), Layer(12), Layer(18)])
+
+        def forward(self, x):
+            features = [x]
+            for layer in self.layers:
+                features.append(layer(features))
+            return features[-1]
+
+    assert sites(cut(Dense(), X, "layers.2")) == ["layers.0", "layers.1"]

@@ -1,0 +1,90 @@
+"""Operations whose last bits depend on a sample's place in its batch are found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
+
+
+def logged(function, *inputs):
+    with torch.no_grad(), ElementwiseLog() as log:
+        function(*inputs)
+    return log.runs
+
+
+def routines_differ(function) -> bool:
+    """Whether this processor has two routines for a function that differ in some last bit."""
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(1))
+    return not torch.equal(function(x), torch.cat([function(x[i : i + 1]) for i in range(4096)]))
+
+
+def test_a_log_keeps_no_tensor() -> None:
+    # small ones between large activations would leave the heap full of holes
+    (run,) = logged(torch.add, torch.randn(5, 9), torch.randn(9))
+    assert [outline.shape for outline in (*run.outlines, run.output)] == [(5, 9), (9,), (5, 9)]
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((run.arguments, run.output)))
+
+
+@pytest.mark.parametrize("name", ["silu", "silu_", "sigmoid"])
+def test_left_over_numbers(name) -> None:
+    # 9 numbers a sample leave some over; 128 do not
+    if not routines_differ(getattr(torch.ops.aten, name.rstrip("_")).default):
+        pytest.skip("this processor computes it by one routine")
+    function = getattr(torch.ops.aten, name).default
+    uneven = uneven_places(logged(function, torch.randn(5, 9)), 5, logged(function, torch.randn(2, 9)), 2)
+    assert all(name in found for found in uneven)
+    even = uneven_places(logged(function, torch.randn(5, 128)), 5, logged(function, torch.randn(2, 128)), 2)
+    assert even == ("", "")
+
+
+def test_a_part_that_meets_another_routine() -> None:
+    # 4 times 8 numbers are computed at once, 1 times 8 one by one: only the part differs
+    if not routines_differ(nn.functional.silu):
+        pytest.skip("this processor computes it by one routine")
+    runs = [logged(nn.functional.silu, torch.randn(count, 8)) for count in (8, 1)]
+    within, between = uneven_places(runs[0], 8, runs[1], 1)
+    assert within == ""
+    assert "silu" in between
+
+
+def test_exact_arithmetic_is_even() -> None:
+    # sums, products and comparisons are rounded correctly by every routine
+    def arithmetic(x, scale):
+        return (x * scale + 1).clamp(0, 6) / 3 - x.relu()
+
+    scale = torch.randn(7)
+    runs = [logged(arithmetic, torch.randn(count, 7), scale) for count in (5, 2)]
+    assert len(runs[0]) >= 5
+    assert uneven_places(runs[0], 5, runs[1], 2) == ("", "")
+
+
+def test_other_operations_for_a_part() -> None:
+    # a model that computes otherwise for few samples: nothing can be said of them
+    runs = [logged(function, torch.randn(3, 8)) for function in (torch.sigmoid, torch.tanh)]
+    assert uneven_places(runs[0], 3, runs[1], 3) == ("", "another order of operations")
+
+
+def test_a_batch_that_is_computed_in_pieces() -> None:
+    # two samples of 20 numbers leave 8 over, in each piece: how many pieces there are depends on the batch
+    if not routines_differ(nn.functional.silu):
+        pytest.skip("this processor computes it by one routine")
+
+    def in_pieces(x):
+        return torch.cat([nn.functional.silu(piece) for piece in x.split(2)])
+
+    for width, found in ((20, "aten.silu.default"), (64, "")):
+        runs = [logged(in_pieces, torch.randn(count, width)) for count in (8, 2)]
+        assert uneven_places(runs[0], 8, runs[1], 2) == (found, "another order of operations")
+
+
+def test_transposed_and_expanded_tensors() -> None:
+    # strides are kept: a value laid out otherwise meets other routines
+    def silu(x):
+        return nn.functional.silu(x.transpose(1, 2)) + nn.functional.silu(x[:, :1].expand(-1, 4, -1)).sum()
+
+    runs = [logged(silu, torch.randn(count, 4, 32)) for count in (4, 2)]
+    assert uneven_places(runs[0], 4, runs[1], 2) == ("", "")

@@ -1,0 +1,112 @@
+"""A batch is recognised when it reaches the model as it did the first time, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from layerwise.cache.replay.ghost import ghost
+from layerwise.cache.replay.layout import memory_order
+from layerwise.cache.replay.link import Link, backend_state, find_link, versions_of
+
+
+def images() -> torch.Tensor:
+    return torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+
+
+def link_of(*arguments: torch.Tensor, leaves: list[torch.Tensor]) -> Link:
+    link = find_link(leaves, arguments, {})
+    assert link is not None
+    return link
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("write", [lambda x: x.mul_(2), lambda x: x[:, 2].zero_()])
+def test_a_real_leaf_that_was_written_to(write: Callable[[torch.Tensor], Any]) -> None:
+    x = images()
+    link, versions = link_of(x, leaves=[x]), versions_of([x])
+    assert link.recognises((x,), {}, [x], None, versions)
+    assert link.recognises((x.clone(),), {}, [x], None, versions)
+    write(x)
+    assert not link.recognises((x,), {}, [x], None, versions)
+    assert not link.recognises((x.clone(),), {}, [x], None, versions)
+
+
+def test_inference_tensors_have_no_version() -> None:
+    with torch.inference_mode():
+        x = images()
+    assert versions_of([x, images()]) == [0, 0]
+    assert link_of(x, leaves=[x]).recognises((x,), {}, [x], None, [0])
+
+
+def test_a_ghost_that_was_written_to() -> None:
+    x = images()
+    link, leaf = link_of(x, leaves=[x]), ghost(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
+    assert link.recognises((leaf,), {}, [leaf], "batch", [0])
+    assert not link.recognises((leaf,), {}, [leaf], "another batch", [0])
+    assert leaf[0].mean() == x[0].mean()  # read only
+    assert link.recognises((leaf,), {}, [leaf], "batch", [0])
+    assert link.recognises((x.clone(),), {}, [leaf], "batch", [0])  # the loop has put it together again
+    leaf[0].numpy().fill(1)
+    assert not link.recognises((leaf,), {}, [leaf], "batch", [0])
+    assert not link.recognises((leaf + 0,), {}, [leaf], "batch", [0])
+
+
+@pytest.mark.parametrize("first", [channels_last, lambda x: x])
+def test_the_order_in_memory_is_part_of_the_call(first: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = images()
+    link = link_of(first(x), leaves=[x])
+    leaf = ghost(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
+    for own in (leaf, x):
+        for call in (channels_last, lambda x: x):
+            recognised = link.recognises((call(own),), {}, [own], "batch", versions_of([own]))
+            assert recognised == (memory_order(call(x)) == memory_order(first(x)))
+    (built,), _ = link.build([x[:1]])
+    assert built.stride() == first(x)[:1].stride()
+    assert torch.equal(built, x[:1])
+
+
+def test_dimensions_of_size_one_have_no_place() -> None:
+    # batches of one sample, images of one channel
+    x = images()[:, :1].contiguous()
+    link = link_of(channels_last(x), leaves=[x])
+    for batch in (x, x[:1], torch.empty_like(x, memory_format=torch.channels_last).copy_(x)):
+        assert link.recognises((batch,), {}, [batch], None, versions_of([batch]))
+
+
+def test_a_cast_is_part_of_the_call() -> None:
+    x = images()
+    link = link_of(x.half(), leaves=[x])
+    assert link.recognises((x.half(),), {}, [x], None, [0])
+    assert not link.recognises((x,), {}, [x], None, [0])
+
+
+def test_a_transposed_image_is_another_input() -> None:
+    # it has the address and the shape of the batch's tensor
+    x = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    assert find_link([x], (x.transpose(2, 3),), {}) is None
+    assert find_link([x], (x.view(2, 3, 4, 4),), {}) is not None
+
+
+def test_arguments_with_other_constants() -> None:
+    x = images()
+    link = find_link([x], (x,), {"scale": 2})
+    assert link is not None
+    assert link.build([x])[1] == {"scale": 2}
+    assert link.build([x], ((x,), {"scale": 3}))[1] == {"scale": 3}
+
+
+def test_the_fast_path_of_attention_chooses_kernels() -> None:
+    before = backend_state(torch.device("cpu"))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert backend_state(torch.device("cpu")) != before
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert backend_state(torch.device("cpu")) == before

@@ -1,0 +1,115 @@
+"""The reader asks samplers as DataLoader's own iterator does, and leaves the random numbers as it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
+
+from layerwise.cache.comparing import same_bits
+from layerwise.cache.samples.reading import LoaderReader
+from layerwise.errors import CacheError
+
+DATA = TensorDataset(torch.arange(23))
+
+
+class Lazy(Sampler):
+    """Draws each index from the global generator at the moment when it is asked for."""
+
+    def __iter__(self):
+        for _ in range(23):
+            yield int(torch.randint(0, 23, ()))
+
+    def __len__(self) -> int:
+        return 23
+
+
+def loaders():
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "sequential": lambda **k: DataLoader(DATA, 4, **k),
+        "shuffled": lambda **k: DataLoader(DATA, 4, shuffle=True, **k),
+        "drop_last": lambda **k: DataLoader(DATA, 4, shuffle=True, drop_last=True, **k),
+        "generator": lambda **k: DataLoader(DATA, 4, shuffle=True, generator=generator, **k),
+        "replacement": lambda **k: DataLoader(DATA, 4, sampler=RandomSampler(DATA, replacement=True), **k),
+        "batch sampler": lambda **k: DataLoader(
+            DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 5, False), **k
+        ),
+        "lazy": lambda **k: DataLoader(DATA, 4, sampler=Lazy(), **k),
+    }
+
+
+WORKERS = {"num_workers": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"), [*((name, {}) for name in loaders()), ("shuffled", WORKERS), ("lazy", WORKERS)]
+)
+def test_same_order_and_same_draws(name, workers) -> None:
+    # two epochs, with draws of the loop's own between batches
+
+    def walk(read):
+        torch.manual_seed(0)
+        loader = loaders()[name](**workers)
+        seen = []
+        epoch = read(loader)
+        for _ in range(2):
+            for batch in epoch():
+                seen.append((batch, float(torch.rand(()))))
+        return seen, torch.get_rng_state()
+
+    def by_loader(loader):
+        return lambda: (batch[0].tolist() for batch in loader)
+
+    def by_reader(loader):
+        return LoaderReader(loader).order
+
+    (plain, state), (read, same) = walk(by_loader), walk(by_reader)
+    assert plain == read
+    assert torch.equal(state, same)
+
+
+def test_loading_gives_the_collated_batches() -> None:
+    reader = LoaderReader(DataLoader(DATA, 4))
+    before = torch.get_rng_state()
+    found = [batch[0].tolist() for batch in reader.load(iter([[3, 1], [22]]))]
+    assert found == [[3, 1], [22]]
+    assert reader.load_now([5, 5])[0].tolist() == [5, 5]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("index", [23, -1, "a", 1.5])
+def test_indices_outside_the_dataset(index) -> None:
+    class Odd:
+        batch_size = 1
+
+        def __iter__(self):
+            return iter([[0], [index]])
+
+    reader = LoaderReader(DataLoader(DATA, batch_sampler=Odd()))
+    first, second = reader.order()
+    reader.check(first)
+    with pytest.raises(CacheError, match="not indices from 0 to 22"):
+        reader.check(second)
+
+
+def test_loaders_of_another_kind() -> None:
+    class Own(DataLoader):
+        def __iter__(self):
+            return iter([])
+
+    for loader, why in (
+        ([1, 2], "a list, not a torch"),
+        (Own(DATA), "iterates in its own way"),
+        (DataLoader(DATA, batch_size=None), "does not batch"),
+    ):
+        with pytest.raises(CacheError, match=why):
+            LoaderReader(loader)
+
+
+def test_same_bits() -> None:
+    nan = torch.tensor([1.0, float("nan")])
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(nan, torch.tensor([1.0, 2.0]))
+    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0 + 1e-7]))
+    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64))

@@ -1,0 +1,148 @@
+"""Files of a cache are whole or not there, found by what they depend on, and refused when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerwise.cache.store.column import Column, RowSpec
+from layerwise.cache.store.shelf import Shelf, entries, remove
+from layerwise.errors import CacheError
+
+SPEC = RowSpec((2,), torch.float32, torch.float32)
+KEY = "a" * 40
+VALUES = torch.arange(6.0).reshape(3, 2)
+
+
+def published(folder: Path, key: str = KEY) -> Column:
+    shelf = Shelf(folder)
+    column = shelf.create(key, 3, SPEC, "layer3")
+    column.put(torch.arange(3), VALUES)
+    shelf.publish_complete()
+    return column
+
+
+def test_a_complete_column_is_found_by_the_next_run(tmp_path) -> None:
+    published(tmp_path)
+    found = Shelf(tmp_path).find(KEY, 3, SPEC)
+    assert found is not None
+    assert torch.equal(found.get(torch.arange(3)), VALUES)
+    assert bool(found.filled.all())
+    assert [p.name for p in tmp_path.iterdir()] == [KEY]
+
+
+def test_an_incomplete_column_is_not_found(tmp_path) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.create(KEY, 3, SPEC, "layer3").put(torch.arange(2), VALUES[:2])
+    shelf.publish_complete()
+    assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
+    shelf.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "rows", "spec"),
+    [
+        ("truncate", 3, SPEC),
+        ("flip", 3, SPEC),
+        ("no meta", 3, SPEC),
+        ("bad meta", 3, SPEC),
+        ("old format", 3, SPEC),
+        ("none", 4, SPEC),
+        ("none", 3, RowSpec((2,), torch.float64, torch.float64)),
+    ],
+)
+def test_what_cannot_be_trusted_is_refused_and_removed(tmp_path, damage, rows, spec) -> None:
+    # cut short, altered, without or with a foreign description, of another shape
+    published(tmp_path)
+    data, meta = tmp_path / KEY / "rows.bin", tmp_path / KEY / "meta.json"
+    if damage == "truncate":
+        os.truncate(data, 8)
+    elif damage == "flip":
+        content = bytearray(data.read_bytes())
+        content[5] ^= 1
+        data.write_bytes(content)
+    elif damage == "no meta":
+        meta.unlink()
+    elif damage == "bad meta":
+        meta.write_text("[1]")
+    elif damage == "old format":
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 0}))
+    assert Shelf(tmp_path).find(KEY, rows, spec) is None
+    assert not (tmp_path / KEY).exists()
+
+
+def test_two_who_fill_the_same_column(tmp_path) -> None:
+    # the first to finish publishes, the second keeps working with its own rows, nothing is left over
+    first, second = Shelf(tmp_path), Shelf(tmp_path)
+    one, two = first.create(KEY, 3, SPEC, "x"), second.create(KEY, 3, SPEC, "x")
+    one.put(torch.arange(3), VALUES)
+    two.put(torch.arange(3), VALUES)
+    first.publish_complete()
+    second.publish_complete()
+    assert [p.name for p in tmp_path.iterdir()] == [KEY]
+    assert torch.equal(two.get(torch.arange(3)), VALUES)
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path) -> None:
+    # a process killed while it fills leaves a part; the next one to open the folder removes it, and only
+    # it: a part whose owner lives stays
+    code = (
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "from layerwise.cache.store.shelf import Shelf\n"
+        "from layerwise.cache.store.column import RowSpec\n"
+        "shelf = Shelf(Path(sys.argv[1]))\n"
+        "column = shelf.create('b' * 40, 3, RowSpec((2,), torch.float32, torch.float32), 'x')\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert len(list(tmp_path.glob(".part-*"))) == 1
+    alive = Shelf(tmp_path)
+    kept = alive.create(KEY, 3, SPEC, "x")
+    assert len(list(tmp_path.glob(".part-*"))) == 1
+    another = Shelf(tmp_path)
+    other = another.create("c" * 40, 3, SPEC, "x")
+    assert len(list(tmp_path.glob(".part-*"))) == 2
+    del kept, other
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_column_that_nobody_reads_any_more_is_removed(lasting, tmp_path) -> None:
+    # its values are stale: others are made in its place, once an epoch perhaps
+    shelf = Shelf(tmp_path if lasting else None)
+    column = shelf.create(KEY, 3, SPEC, "x")
+    assert len(list(shelf.root.glob(".part-*"))) == 1
+    del column
+    assert not list(shelf.root.glob(".part-*"))
+    shelf.close()
+
+
+def test_temporary_shelf_leaves_nothing() -> None:
+    shelf = Shelf(None)
+    shelf.create(KEY, 3, SPEC, "x")
+    folder = shelf.root
+    assert folder.is_dir()
+    shelf.close()
+    assert not folder.exists()
+
+
+def test_list_and_remove(tmp_path) -> None:
+    published(tmp_path)
+    published(tmp_path, "b" * 40)
+    (tmp_path / "notes.txt").write_text("not ours")
+    assert {(e.key, e.rows, e.nbytes, e.what) for e in entries(tmp_path)} == {
+        (KEY, 3, 24, "layer3"),
+        ("b" * 40, 3, 24, "layer3"),
+    }
+    with pytest.raises(CacheError, match=r"no cached column .* begins with 'zz'"):
+        remove(tmp_path, ["zz"])
+    assert [e.key for e in remove(tmp_path, ["aaa"])] == [KEY]
+    assert [e.key for e in remove(tmp_path)] == ["b" * 40]
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
