@@ -7,7 +7,6 @@ compared with the plain one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from torch import nn
 
 from layerwise.cache.changes.fingerprint import named_tensors, quick_state
 from layerwise.cache.comparing import is_near, same_bits
-from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site
+from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
@@ -112,8 +111,12 @@ class Observer:
             except MixedError as error:
                 problem = error
                 if self._book.note_mixed(link.form, error.site):
-                    with contextlib.suppress(NothingToSkipError):  # what mixes may be all there is
+                    try:
                         return self.observe(live, link, phase, args, kwargs)
+                    except MixedError:  # nearer to where the mixing begins
+                        raise
+                    except CacheError:  # what mixes may be all there is
+                        raise error from None
             except CacheError as error:
                 problem = error
         assert problem is not None

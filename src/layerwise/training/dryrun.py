@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,15 +20,16 @@ from layerwise.layers.randomness import kept_random_state
 from layerwise.plans.explain import Explanation
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
-from layerwise.training.data import open_batches
+from layerwise.training.data import Batches, open_batches
 from layerwise.training.evaluate import first_output
 from layerwise.training.memory import peak_memory
 from layerwise.training.options import find_optimizer
 from layerwise.training.progress import format_seconds
-from layerwise.training.tasks import split_batch
+from layerwise.training.tasks import Task, split_batch
 from layerwise.tuning.tuner import Tuner
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import nn
 
 MEASURED_STEPS = 2
@@ -191,26 +193,8 @@ def dry_run(
         )
         next(tuner.epochs())
         tried.train()
-        times = []
-        stream = batches.epoch(0)
         with peak_memory(accelerator.device) as peak:
-            for _ in range(1 + MEASURED_STEPS):
-                began_s = time.perf_counter()
-                for _ in range(accumulate):
-                    batch = next(stream, None)
-                    if batch is None:  # a tiny data set: go through it again
-                        stream = batches.epoch(0)
-                        batch = next(stream)
-                    batch = send_to_device(batch, accelerator.device)
-                    with accelerator.autocast():
-                        loss = task.loss(task.forward(tried, batch), batch)
-                    accelerator.backward(loss / accumulate)
-                tuner.step()
-                if accelerator.device.type == "cuda":
-                    torch.cuda.synchronize(accelerator.device)
-                times.append(time.perf_counter() - began_s)
-                if tuner.done:
-                    break
+            times = _timed_steps(tried, tuner, batches, task, accelerator, accumulate=accumulate)
         exact &= peak.exact
         step_s = min(times[1:] or times)
         validation_s = 0.0
@@ -238,3 +222,25 @@ def dry_run(
         exact_memory=exact,
         device=str(accelerator.device),
     )
+
+
+def _timed_steps(
+    model: nn.Module, tuner: Tuner, batches: Batches, task: Task, accelerator: Accelerator, *, accumulate: int
+) -> list[float]:
+    """Return the seconds of each of the first few optimiser steps of a phase; a tiny data set is repeated."""
+    from accelerate.utils import send_to_device
+
+    times: list[float] = []
+    stream = chain.from_iterable(batches.epoch(0) for _ in count())
+    while len(times) <= MEASURED_STEPS and not tuner.done:
+        began_s = time.perf_counter()
+        for batch in islice(stream, accumulate):
+            batch = send_to_device(batch, accelerator.device)
+            with accelerator.autocast():
+                loss = task.loss(task.forward(model, batch), batch)
+            accelerator.backward(loss / accumulate)
+        tuner.step()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
+        times.append(time.perf_counter() - began_s)
+    return times

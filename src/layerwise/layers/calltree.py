@@ -1,0 +1,275 @@
+"""`CallTree`: the tree of module calls, as a layer map sees it: what is alike, what is kept whole.
+
+The tree is opened from the root downwards. A module is *opened* (its children are looked
+at one by one) or kept whole, and then it is a *unit*: a residual block, an Inception module, an encoder
+layer, or a single convolution of the stem. What decides is what the module computes, not its name:
+
+1. A leaf is a unit.
+2. A kind of module that occurs inside itself (a tree of trees, a level of a recursive U-net) is opened if
+   it is a sequence, wraps one module, or holds a stack (see 4) or several modules with several layers.
+3. A kind that occurs several times is a *block* if, somewhere, it keeps the shape of its input and a
+   value of that shape passes by one of its weighted children on the way to the output: a residual
+   connection. Blocks are units wherever they occur, also where a stage's first one has no shortcut.
+4. Any other kind that occurs several times is opened if, somewhere, it holds a *stack*, several
+   siblings of one kind with two or more weighted layers each: a ResNet stage, a dense block, a
+   cross-stage-partial stage.
+5. A kind that occurs once is kept whole if its path differs only in numbers from a block's (the one
+   ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals). Else it is opened if it holds a
+   stack, or is a plain chain (no value passes by one of its children), or has two or more children with
+   several weighted layers each.
+
+The *kind* of a module is its class; of a plain ``nn.Sequential`` also the classes of its children. A list in
+a list counts as a module (``for attention, mlp in self.layers``).
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import re
+import weakref
+from collections.abc import Hashable, Iterator
+
+import torch
+from torch import nn
+
+from layerwise.layers.graph import Call, Recording
+from layerwise.layers.order import Order
+from layerwise.layers.structures import tensors_in
+
+_CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.Sequential  # their elements are called one by one
+
+
+class CallTree:
+    """What the tree of calls tells about each module, worked out once per recording."""
+
+    def __init__(self, recording: Recording, order: Order) -> None:
+        self._recording = recording
+        self._order = order
+        self._weighted = [order.weights(op) for op in recording.ops]
+        self._parametric: dict[nn.Module, bool] = {}
+        self._children: dict[Call, list[Call]] = {}
+        self._modules = dict(recording.model.named_modules())
+        self._called = {call.module for call in recording.calls}
+        self._kinds: dict[nn.Module, Hashable] = {}
+        self._weights: dict[Call, int] = {}
+        self._calls = list(self._walk(recording.root))
+        composite = {call.module: self.kind(call.module) for call in self._calls if self.children(call)}
+        self._instances = collections.Counter(composite.values())
+        self._nested = self._kinds_inside_themselves()
+        self._stacked: set[Call] = set()
+        self._stacks = self._calls_with_stacks()
+        self._stacked_kinds = {self.kind(call.module) for call in self._stacks}
+        self._blocks = {
+            self.kind(call.module)
+            for call in self._calls
+            if call.module in composite
+            and self._instances[composite[call.module]] > 1
+            and self._is_residual(call)
+        } - self._nested
+        self._block_paths = {
+            _numberless(call.path)
+            for call in self._calls
+            if "." in call.path and self.kind(call.module) in self._blocks and self.weights(call) >= 2
+        }
+
+    def _walk(self, call: Call) -> Iterator[Call]:
+        yield call
+        for child in self.children(call):
+            yield from self._walk(child)
+
+    def opens(self, call: Call) -> bool:
+        """Whether the module of `call` is looked into, by the rules at the top of this file."""
+        children = self.children(call)
+        if not children:
+            return False
+        if call.parent is None:
+            return True
+        kind = self.kind(call.module)
+        stacked = call in self._stacks
+        several = sum(self.weights(child) >= 2 for child in children) >= 2
+        if kind in self._nested:
+            return stacked or several or len(children) == 1 or _is_sequence(call.module)
+        if kind in self._blocks:
+            return False
+        if self._instances[kind] > 1:
+            wraps_one = _is_sequence(call.module) and len(children) == 1
+            return kind in self._stacked_kinds or wraps_one
+        if _is_sequence(call.module) or stacked:
+            return True
+        if _numberless(call.path) in self._block_paths:
+            return False
+        return not self._is_residual(call) and (several or not self._passes_by(call, any_shape=True))
+
+    def children(self, call: Call) -> list[Call]:
+        """Return the calls directly inside that have parameters and run at least one operation.
+
+        Calls inside a module that was itself not called are put together again: of ``layer.forward(x)``, and
+        of lists in a list (``for attention, mlp in self.layers``).
+        """
+        if call not in self._children:
+            self._children[call] = self._regrouped(
+                call, [c for c in call.children if c.end > c.start and self._has_parameters(c.module)]
+            )
+        return self._children[call]
+
+    def _regrouped(self, call: Call, children: list[Call]) -> list[Call]:
+        regrouped: list[Call] = []
+        for child in children:
+            path = self._skipped_module(call, child)
+            last = regrouped[-1] if regrouped else None
+            if path is None:
+                regrouped.append(child)
+            elif last is not None and last.path == path:
+                last.children.append(child)
+                last.end = child.end
+                last.output, last.output_keys, last.output_ops = (
+                    child.output,
+                    child.output_keys,
+                    child.output_ops,
+                )
+            else:
+                module = self._modules[path]
+                regrouped.append(
+                    dataclasses.replace(
+                        child, path=path, module=module, made_in=weakref.ref(call), children=[child]
+                    )
+                )
+        return regrouped
+
+    def _skipped_module(self, call: Call, child: Call) -> str | None:
+        """Return the outermost module between a call and a call inside it that was never called itself."""
+        prefix = f"{call.path}." if call.path else ""
+        if not child.path.startswith(prefix):
+            return None
+        parts = child.path[len(prefix) :].split(".")
+        for depth in range(1, len(parts)):
+            path = prefix + ".".join(parts[:depth])
+            module = self._modules.get(path)
+            if module is None or module in self._called:
+                continue
+            in_a_list = isinstance(self._modules.get(path.rpartition(".")[0]), nn.ModuleList)
+            if in_a_list or not isinstance(module, _CONTAINERS):
+                return path
+        return None
+
+    def kind(self, module: nn.Module) -> Hashable:
+        """Return what makes two modules alike."""
+        if module not in self._kinds:
+            inside = tuple(type(child) for child in module.children()) if _is_sequence(module) else ()
+            self._kinds[module] = (type(module), inside)
+        return self._kinds[module]
+
+    def weights(self, call: Call) -> int:
+        """Return the number of weighted layers in a call: distinct first weights of its products."""
+        if call not in self._weights:
+            names = {names[0] for names in self._weighted[call.start : call.end] if names}
+            self._weights[call] = len(names)
+        return self._weights[call]
+
+    def _has_parameters(self, module: nn.Module) -> bool:
+        if module not in self._parametric:
+            self._parametric[module] = next(module.parameters(), None) is not None
+        return self._parametric[module]
+
+    def _kinds_inside_themselves(self) -> set[Hashable]:
+        nested: set[Hashable] = set()
+        to_visit: list[tuple[Call, tuple[Hashable, ...]]] = [(self._recording.root, ())]
+        while to_visit:
+            call, above = to_visit.pop()
+            kind = self.kind(call.module)
+            if kind in above:
+                nested.add(kind)
+            to_visit += [(child, (*above, kind)) for child in self.children(call)]
+        return nested
+
+    def _calls_with_stacks(self) -> set[Call]:
+        """Return the calls that hold, at any depth, siblings of one kind with several layers each."""
+        found: set[Call] = set()
+        for call in reversed(self._calls):  # children come before their parent
+            families: dict[Hashable, list[Call]] = collections.defaultdict(list)
+            for child in self.children(call):
+                if self.weights(child) >= 2:
+                    family = re.sub(r"\d+$", "#", child.path)
+                    families[family, self.kind(child.module)].append(child)
+            stacks = [calls for calls in families.values() if len({child.module for child in calls}) >= 2]
+            stacks += [[child] for child in self.children(call) if child in found]
+            if stacks:
+                found.add(call)
+                self._stacked.update(max(stacks, key=lambda calls: sum(self.weights(c) for c in calls)))
+        return found
+
+    def _is_residual(self, call: Call) -> bool:
+        """Whether the call keeps the shape of its input and a value of that shape passes by a layer."""
+        received = [tuple(tensor.shape) for tensor in _main_input(call)]
+        returned = [tuple(tensor.shape) for tensor in tensors_in(call.output)]
+        return (
+            bool(received)
+            and received == returned[: len(received)]
+            and self._passes_by(call, any_shape=False)
+        )
+
+    def _passes_by(self, call: Call, *, any_shape: bool) -> bool:
+        """Whether some operation reads a value that was made before one of the call's children ran.
+
+        The children are intervals of operations, one after the other, so an edge from operation `s` to
+        operation `i` passes by those with ``s < start`` and ``end <= i``. Without `any_shape` only
+        children with weights count (only those of the largest stack, if there is one: to pass by a
+        side branch is no shortcut), and only values that have as many elements as the call's output.
+        Values from outside count if they are the call's main input (masks and memories do not).
+        """
+        recording = self._recording
+        children = self.children(call)
+        if not any_shape:
+            stack = call in self._stacks
+            children = [c for c in children if (c in self._stacked if stack else self.weights(c))]
+        starts = [child.start for child in children]
+        ends = [child.end for child in children]
+        main = set(_main_keys(call))
+        main_ops = {op for key, op in zip(call.input_keys, call.input_ops, strict=True) if key in main}
+        sizes = {tensor.numel() for tensor in tensors_in(call.output)}
+        depends = recording.input_dependent
+        for op in recording.ops[call.start : call.end]:
+            last = bisect.bisect_right(ends, op.index) - 1
+            if last < 0:
+                continue
+            for key, source in zip(op.reads, op.read_ops, strict=True):
+                outside = source is None or source < call.start
+                if outside and not (key in main and source in main_ops):
+                    continue
+                if source is not None and not depends[source]:
+                    continue
+                if not any_shape and _numel(recording.values[key].shape) not in sizes:
+                    continue
+                first = 0 if outside or source is None else bisect.bisect_right(starts, source)
+                if first <= last:
+                    return True
+        return False
+
+
+def _numberless(path: str) -> str:
+    return re.sub(r"\d+", "#", path)
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, _CONTAINERS) and (
+        type(module).forward in (nn.Sequential.forward, nn.Module.forward)
+    )
+
+
+def _main_input(call: Call) -> list[torch.Tensor]:
+    """Return the tensors of the first argument that holds any."""
+    args, kwargs = call.arguments
+    return next((found for value in (*args, *kwargs.values()) if (found := tensors_in(value))), [])
+
+
+def _main_keys(call: Call) -> tuple[int, ...]:
+    return call.input_keys[: len(_main_input(call))]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
