@@ -54,8 +54,13 @@ class Driver:
                     "transformers: TrainingArguments(ddp_find_unused_parameters=True)."
                 )
 
-    def check_length(self, epochs: float, steps_per_epoch: float, framework: str) -> None:
-        """Warn if the framework's loop has another length than the plan.
+    def check_length(self, steps: float, steps_per_epoch: int, framework: str) -> None:
+        """Warn if the framework's loop is shorter than the plan.
+
+        Args:
+            steps: optimiser steps after which it ends; may be infinite.
+            steps_per_epoch: of its epochs.
+            framework: its name.
 
         Raises:
             ModelError: its epochs have another number of optimiser steps than the Tuner was told.
@@ -63,14 +68,14 @@ class Driver:
         tuner = self.tuner
         if steps_per_epoch != tuner.steps_per_epoch:
             raise ModelError(
-                f"an epoch of {framework} has {steps_per_epoch:g} optimiser steps, but the Tuner was made "
+                f"an epoch of {framework} has {steps_per_epoch} optimiser steps, but the Tuner was made "
                 f"for steps_per_epoch={tuner.steps_per_epoch}, so its phases and schedules would be off. "
-                f"Make the Tuner with steps_per_epoch={steps_per_epoch:g}."
+                f"Make the Tuner with steps_per_epoch={steps_per_epoch}."
             )
-        if tuner.total_epochs > epochs:
+        if tuner.total_steps > steps:
             warnings.warn(
-                f"{framework} stops after {epochs:g} epochs, but the plan {tuner.plan.strategy!r} takes "
-                f"{tuner.total_epochs}: its last phases will not be reached.",
+                f"{framework} stops after {steps:g} optimiser steps, but the plan {tuner.plan.strategy!r} "
+                f"takes {tuner.total_steps}: its end will not be reached.",
                 LayerwiseWarning,
                 stacklevel=3,
             )
@@ -83,8 +88,10 @@ class Driver:
             self.tuner.begin_epoch()
 
     def before_step(self) -> None:
-        """See `Tuner.before_step`."""
-        if not self.tuner.done:
+        """See `Tuner.before_step`; once the plan is over, drop the gradients: a step changes nothing."""
+        if self.tuner.done:
+            self.tuner.optimizer.zero_grad(set_to_none=True)
+        else:
             self.tuner.before_step()
 
     def after_step(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,8 +81,11 @@ class TunerCallback(_Base):  # type: ignore[misc]
         """Compare the lengths of Lightning's loop and the plan."""
         self._steps = trainer.global_step
         batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-        epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        self._driver.check_length(epochs, -(-batches // accumulated), "Lightning's Trainer")
+        per_epoch = -(-batches // accumulated)
+        limits = [trainer.max_steps, per_epoch * (trainer.max_epochs or -1)]
+        steps = min((limit for limit in limits if limit >= 0), default=math.inf)
+        if not trainer.fast_dev_run:
+            self._driver.check_length(steps, per_epoch, "Lightning's Trainer")
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the Tuner's epoch, or stop where the plan is over."""
@@ -109,6 +113,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
         if self._log_rates:
             pl_module.log_dict(self._driver.rates())
         self._driver.after_step()
+        trainer.should_stop = trainer.should_stop or self.tuner.done
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the metric in."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,11 @@ from layerwise.tuning.tuner import Tuner
 
 if TYPE_CHECKING:
     _Base: Any = object
+    from transformers.trainer_utils import has_length
 else:
     try:
         from transformers import TrainerCallback as _Base
+        from transformers.trainer_utils import has_length
     except ImportError as error:
         raise MissingExtraError("transformers", "text", "layerwise.integrations.transformers") from error
 
@@ -84,8 +85,10 @@ class TunerCallback(_Base):  # type: ignore[misc]
                 f"Trainer steps an optimizer of its own ({type(optimizer).__name__}), not the Tuner's. Pass "
                 "optimizers=callback.optimizers to Trainer."
             )
-        per_epoch = math.ceil(state.max_steps / math.ceil(state.num_train_epochs))
-        self._driver.check_length(state.max_steps / per_epoch, per_epoch, "Trainer")
+        loader = kwargs["train_dataloader"]
+        if has_length(loader):  # of an endless stream nobody knows where an epoch ends
+            per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
+            self._driver.check_length(state.max_steps, per_epoch, "Trainer")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the Tuner's epoch; end the last one, where no evaluation came."""

@@ -33,6 +33,7 @@ from collections.abc import Hashable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.order import Order
@@ -110,7 +111,7 @@ class CallTree:
         """
         if call not in self._children:
             self._children[call] = self._regrouped(
-                call, [c for c in call.children if c.end > c.start and self._has_parameters(c.module)]
+                call, [c for c in call.children if c.end > c.start and self._is_layer(c.module)]
             )
         return self._children[call]
 
@@ -168,9 +169,11 @@ class CallTree:
             self._weights[call] = len(names)
         return self._weights[call]
 
-    def _has_parameters(self, module: nn.Module) -> bool:
+    def _is_layer(self, module: nn.Module) -> bool:
+        """Whether a module has parameters, and is none that only makes another's weight."""
         if module not in self._parametric:
-            self._parametric[module] = next(module.parameters(), None) is not None
+            is_part = isinstance(module, parametrize.ParametrizationList)
+            self._parametric[module] = not is_part and next(module.parameters(), None) is not None
         return self._parametric[module]
 
     def _kinds_inside_themselves(self) -> set[Hashable]:

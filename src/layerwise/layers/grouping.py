@@ -11,6 +11,7 @@ from typing import Literal
 
 from layerwise.layers.graph import Recording
 from layerwise.layers.order import Order
+from layerwise.layers.owners import is_leaf, module_of
 from layerwise.layers.units import Unit
 
 Role = Literal["stem", "trunk", "head"]
@@ -293,12 +294,9 @@ def group_layers(recording: Recording, order: Order, position: dict[str, int]) -
     last before they are needed, unless they are applied as a weight (``in_proj_weight`` of an attention).
     """
     model = recording.model
-    owner_of = {name: name.rpartition(".")[0] for name in position}
+    owner_of = {name: module_of(name) for name in position}
     weighted = {owner_of[name] for op in recording.ops for name in order.weights(op)[:1] if name in owner_of}
-    leaf = {
-        owner: not any(True for child in model.get_submodule(owner).children() for _ in child.parameters())
-        for owner in set(owner_of.values())
-    }
+    leaf = {owner: is_leaf(model.get_submodule(owner)) for owner in set(owner_of.values())}
     groups: dict[str, Group] = {}
     waiting: list[str] = []
     current: Group | None = None

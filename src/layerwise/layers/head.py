@@ -165,6 +165,13 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
             f"the weight of the output layer {path!r} is tied ({' = '.join(other)}); a new one would break "
             f"that. Use the model's classification variant, or untie it first."
         )
+    further = {name for name, _ in layer.named_parameters()} - {"weight", "bias"}
+    if further and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise ModelError(
+            f"the output layer {path!r} makes its weight of others ({', '.join(sorted(further))}), as "
+            f"weight_norm and spectral_norm do; a new one would lose that. Replace it yourself: "
+            f"model.{path} = weight_norm(nn.Linear(...))"
+        )
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):

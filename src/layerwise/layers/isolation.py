@@ -39,6 +39,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     >>> unwrap(nn.DataParallel(layer)) is layer
     True
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model is {model!r}, a {type(model).__name__}; expected a torch.nn.Module. Open one by name: "
+            f"layerwise.open_model('timm:resnet18')"
+        )
     while True:
         inner = getattr(model, _WRAPPED_AS.get(type(model).__name__, ""), None)
         if not isinstance(inner, nn.Module) or not type(model).__module__.startswith("torch."):

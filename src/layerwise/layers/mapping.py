@@ -110,7 +110,7 @@ def _head_note(outputs: tuple[str, ...], has_head: bool, recording: Recording) -
         tied = [
             names[0]
             for names in recording.names.values()
-            if any(_under(name, path) for name in names for path in outputs)
+            if len(names) > 1 and any(_under(name, path) for name in names for path in outputs)
         ]
         return (
             f"the output layer {', '.join(outputs)} has no weights of its own: it is tied to "

@@ -10,6 +10,7 @@ from torch import nn
 
 from layerwise.layers.graph import Call, Op, Recording
 from layerwise.layers.order import Order
+from layerwise.layers.owners import is_leaf, module_of
 from layerwise.layers.structures import tensors_in
 from layerwise.layers.units import Unit
 
@@ -108,12 +109,12 @@ def _applied_by(recording: Recording, op: Op, weights: tuple[str, ...]) -> str:
     names = [name for weight in weights for name in recording.names[weight]]
     while call is not None:
         for name in names:
-            if call.path and name.rpartition(".")[0] == call.path:
+            if call.path and module_of(name) == call.path:
                 return call.path
         call = call.parent
     largest = max(weights, key=lambda name: recording.model.get_parameter(name).ndim)
-    owner = largest.rpartition(".")[0]
-    if owner and not any(True for _ in recording.model.get_submodule(owner).children()):
+    owner = module_of(largest)
+    if owner and is_leaf(recording.model.get_submodule(owner)):
         return owner
     return largest
 
@@ -142,14 +143,16 @@ def head_parameters(
         is_block: for each of them whether it is a block.
     """
     own = set(outputs)
-    if recording.root.path in {name.rpartition(".")[0] for name in outputs} and not recording.root.children:
+    if recording.root.path in {module_of(name) for name in outputs} and not recording.root.children:
         own |= set(recording.names)  # the model is itself one layer
     belonging = {
         name
         for unit in units
         for name in unit.parameters
-        if any(alias in own or alias.rpartition(".")[0] in own for alias in recording.names[name])
+        if any(alias in own or module_of(alias) in own for alias in recording.names[name])
     }
+    borrowed = {name for name in belonging if _is_borrowed(recording, order, name, outputs)}
+    belonging -= borrowed
     last_block = max((n for n, unit in enumerate(units) if is_block[n] and unit.weights >= 2), default=-1)
     holding = [n for n, unit in enumerate(units) if not belonging.isdisjoint(unit.parameters)]
     if holding and last_block == holding[-1]:  # the output layer's own module is no block
@@ -163,12 +166,22 @@ def head_parameters(
         for output in outputs:
             container = _own_container(recording.model, output, before)
             head |= {name for name in after if container and name.startswith(container + ".")}
+    if borrowed and all(recording.model.get_parameter(name).ndim < 2 for name in head):
+        return ()  # the bias of an output layer is none without its weight
     fed = _descendants(recording, {order.position[name] for name in head if name in order.position})
     head |= set(_after_pooling(recording, after, head))
     last = max(order.position.get(name, -1) for name in head)
     head |= {name for name in after if order.position.get(name, -1) > last}
     known = [name for unit in units for name in unit.parameters if name in order.position]
     return tuple(name for name in known if name in head or order.position[name] in fed)
+
+
+def _is_borrowed(recording: Recording, order: Order, name: str, outputs: tuple[str, ...]) -> bool:
+    """Return whether an output layer's parameter is an earlier layer's, where it is used first."""
+    if len({module_of(alias) for alias in recording.names[name]}) < 2 or name not in order.position:
+        return False
+    calls = (call for call in recording.calls if call.path in outputs)
+    return not any(call.start <= order.position[name] < call.end for call in calls)
 
 
 def _own_container(model: nn.Module, output: str, earlier: set[str]) -> str:
@@ -195,7 +208,7 @@ def _after_pooling(recording: Recording, names: list[str], own: set[str]) -> lis
     collapsed: list[str] = []
     first_reads = 0
     for name in reversed(names):
-        sizes = positions.get(name.rpartition(".")[0])
+        sizes = positions.get(module_of(name))
         if sizes is None:
             if name in own:
                 collapsed.append(name)
@@ -214,7 +227,7 @@ def _features_before(recording: Recording, name: str, positions: dict[str, tuple
     """Return how many features the last layer has that sees several positions and runs before `name`."""
     features = 0
     for call in recording.calls:
-        if name and call.path == name.rpartition(".")[0]:
+        if name and call.path == module_of(name):
             return features
         sizes = positions.get(call.path)
         if sizes and sizes[0] > 1:
@@ -224,8 +237,8 @@ def _features_before(recording: Recording, name: str, positions: dict[str, tuple
 
 def _sizes(recording: Recording, call: Call) -> tuple[int, int, int] | None:
     """Return (positions per sample, values read per position, features made) of a leaf's call."""
-    weights = list(call.module.parameters(recurse=False))
-    if not weights or any(True for child in call.module.children() for _ in child.parameters()):
+    weights = list(call.module.parameters())
+    if not weights or not is_leaf(call.module):
         return None
     received = tensors_in(call.arguments)
     returned = tensors_in(call.output)

@@ -12,6 +12,7 @@ from torch import nn
 from layerwise.layers.calltree import CallTree
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.order import Order
+from layerwise.layers.owners import is_leaf, module_of
 
 
 @dataclass(eq=False)
@@ -100,17 +101,13 @@ def assign_parameters(recording: Recording, order: Order, units: list[Unit]) -> 
 
 def together(recording: Recording, order: Order) -> dict[str, int]:
     """Return the positions with those of one leaf module's own parameters made equal: the smallest."""
-    leaves = {
-        path
-        for path, module in recording.model.named_modules()
-        if path and not any(True for child in module.children() for _ in child.parameters())
-    }
+    leaves = {path for path, module in recording.model.named_modules() if path and is_leaf(module)}
     first: dict[str, int] = {}
     for name, index in order.position.items():
-        owner = name.rpartition(".")[0]
+        owner = module_of(name)
         first[owner] = min(first.get(owner, index), index)
     return {
-        name: first[owner] if (owner := name.rpartition(".")[0]) in leaves else index
+        name: first[owner] if (owner := module_of(name)) in leaves else index
         for name, index in order.position.items()
     }
 
@@ -156,7 +153,7 @@ def _bare_units(recording: Recording, order: Order, units: Iterable[Unit]) -> li
         for name in order.weights(op):
             if name in claimed or order.position.get(name) != op.index:
                 continue
-            owner = name.rpartition(".")[0]
+            owner = module_of(name)
             called = bool(owner) and any(call.path == owner for call in recording.calls)
             path = owner if owner and not called else name
             bare.setdefault(path, Unit(path, path, [], op.index, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.plans.rates import multipliers, run_problems
 from layerwise.plans.schedules import join_factor
 from layerwise.plans.timeline import joins, phase_factor
 
@@ -230,6 +232,8 @@ class Explanation:
 def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: int | None) -> Explanation:
     """Return what `plan` does to the model of `layers`; see `Plan.explain`."""
     plan.check(layers)
+    if problems := run_problems(lr=lr, steps_per_epoch=steps_per_epoch):
+        raise PlanError("; ".join(problems))
     assumed = steps_per_epoch is None
     per_epoch = ASSUMED_STEPS_PER_EPOCH if steps_per_epoch is None else steps_per_epoch
     summaries = []
@@ -238,22 +242,22 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
     start = 0
     for number, phase in enumerate(plan.phases):
         length = phase.length_steps(per_epoch)
-        top = {group.name: _highest(phase, group) * (1.0 if lr is None else lr) for group in layers}
+        given = multipliers(phase, layers)
+        highest = {group.name: max(map(given.__getitem__, group.parameters), default=0.0) for group in layers}
+        top = {name: value * (1.0 if lr is None else lr) for name, value in highest.items()}
         read = _rates_reader(plan, number, per_epoch, top)
         for step in heat_steps:
             if start <= step < start + length:
                 for name, rate in read(step - start).items():
                     heat[name].append(rate)
-        # A factor has at most one rise and one fall, so that a few hundred samples show its peak; where
-        # there are fewer steps every one of them is read.
-        samples = [read(step) for step in [*range(0, length, max(1, length // 400)), length - 1]]
+        samples = [read(step) for step in _telling_steps(plan, number, per_epoch)]
         groups = tuple(
             GroupRates(
                 name=group.name,
                 start=samples[0][group.name],
                 peak=max(sample[group.name] for sample in samples),
                 end=samples[-1][group.name],
-                parameters=_trainable(phase, group),
+                parameters=_trainable(group, given),
             )
             for group in layers
             if top[group.name] > 0
@@ -283,14 +287,9 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
     )
 
 
-def _highest(phase: Phase, group: LayerGroup) -> float:
-    """Return the highest multiplier that a parameter of `group` has in `phase`."""
-    return max((phase.overrides.get(name, phase.rate(group.name)) for name in group.parameters), default=0.0)
-
-
-def _trainable(phase: Phase, group: LayerGroup) -> int:
-    """Return the number of scalars of `group` that learn in `phase`."""
-    learning = [phase.overrides.get(name, phase.rate(group.name)) > 0 for name in group.parameters]
+def _trainable(group: LayerGroup, given: Mapping[str, float]) -> int:
+    """Return the number of scalars of `group` that learn, by the multipliers of the parameters."""
+    learning = [given[name] > 0 for name in group.parameters]
     if all(learning):
         return group.numel
     if len(group.sizes) == len(learning):
@@ -320,6 +319,22 @@ def _rates_reader(
         return {name: rate * value * warmups.get(name, 1.0) for name, rate in top.items()}
 
     return read
+
+
+def _telling_steps(plan: Plan, phase: int, steps_per_epoch: int) -> list[int]:
+    """Return the steps of a phase that show its start, its peak and its end, in order.
+
+    A factor has one rise and one fall. So its highest value lies beside the highest of a few hundred.
+    """
+    length = plan.phases[phase].length_steps(steps_per_epoch)
+    stride = max(1, length // 400)
+
+    def highest(steps: range) -> int:
+        return max(steps, key=lambda step: phase_factor(plan, phase, step, steps_per_epoch))
+
+    near = highest(range(0, length, stride))
+    peak = highest(range(max(near - stride, 0), min(near + stride + 1, length)))
+    return sorted({*range(0, length, stride), peak, length - 1})
 
 
 def _heat_steps(total: int) -> tuple[int, ...]:

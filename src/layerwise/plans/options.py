@@ -63,6 +63,21 @@ def length(options: PhaseOptions) -> dict[str, int]:
     return given or {"epochs": DEFAULT_EPOCHS}
 
 
+def length_given(options: PhaseOptions, strategy: str) -> dict[str, int]:
+    """Return the length of a plan of several phases, as given: one of epochs and steps, or none.
+
+    Raises:
+        PlanError: both are given, or it is no whole number above 0.
+    """
+    given = {name: options[name] for name in ("epochs", "steps") if options.get(name) is not None}
+    if len(given) > 1:
+        raise PlanError(f"{strategy}: epochs = {given['epochs']!r} and steps = {given['steps']!r}; keep one")
+    for name, count in given.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise PlanError(f"{strategy}: {name} is {count!r}; expected a whole number of at least 1")
+    return given
+
+
 def make_plan(layers: LayerMap, strategy: str, phases: list[Phase]) -> Plan:
     """Return the plan of `phases` over the groups of `layers`."""
     return Plan(strategy=strategy, granularity=layers.granularity, groups=layers.names, phases=tuple(phases))

@@ -34,6 +34,12 @@ STRATEGIES: dict[str, Callable[..., Plan]] = {
 }
 
 
+class _Quoted(str):
+    """A text that was in quotes: never a number."""
+
+    __slots__ = ()
+
+
 def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     """Return the plan that `text` asks for, made for `layers`.
 
@@ -41,7 +47,8 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
         text: the name of a strategy, with arguments after a colon or in parentheses: ``linear_probe``,
             ``top_k:k=2``, ``blocks(layer3:)``, ``discriminative(decay=1/2.6, frozen=1)``,
             ``blocks:[layer3, fc]``, ``discriminative:rates={layer4: 0.5, fc: 1},frozen=:layer3``. An argument
-            without a name is the strategy's first one (several make a list). A number may be a fraction.
+            without a name is the strategy's first one (several make a list). A number may be a fraction. What
+            is in quotes is a name: ``blocks:'2'`` is the group called 2, ``blocks:2`` the first two.
         layers: the layer map.
         **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
             those that `text` gives win.
@@ -67,6 +74,9 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     for key, value in given.items():
         if key not in hints:
             problems.append(f"no option {key!r} (known: {', '.join(hints)}).{did_you_mean(key, hints)}")
+            continue
+        if unclear := _count_or_name(value, hints[key], layers):
+            problems.append(unclear)
             continue
         try:
             arguments[key] = _converted(value, hints[key])
@@ -135,7 +145,7 @@ def _value(text: str, whole: str) -> Any:
         pairs = [piece.rpartition(":") for piece in _pieces(text[1:-1], whole)]
         return {_value(key, whole): _value(value, whole) for key, _, value in pairs}
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
+        return _Quoted(text[1:-1])
     return text
 
 
@@ -163,9 +173,23 @@ def _converted(value: Any, hint: Any) -> Any:
     return TypeAdapter(hint, config=None if _is_model(hint) else config).validate_python(value)
 
 
+def _count_or_name(value: Any, hint: Any, layers: LayerMap) -> str:
+    """Return what is unclear where a whole number counts groups and is the name of one; else ``""``."""
+    if not (_accepts(hint, int) and _accepts(hint, str)):
+        return ""
+    parts = value if isinstance(value, list) else [value]
+    for part in parts:
+        if part in layers.names and not isinstance(part, _Quoted) and isinstance(_number(part), int):
+            return (
+                f"{part} is a number of groups and the name of one; write '{part}' in quotes for the group, "
+                f"or a range (:NAME) for the first ones"
+            )
+    return ""
+
+
 def _number(text: Any) -> Any:
     """Return the number that `text` is (``3``, ``0.9``, ``1/2.6``), or `text`."""
-    if not isinstance(text, str):
+    if not isinstance(text, str) or isinstance(text, _Quoted):
         return text
     over, slash, under = text.partition("/")
     for kind in (int, float):

@@ -79,7 +79,8 @@ class Norms(Data):
             ``"adapt"``: statistics and affine parameters adapt everywhere, frozen groups included.
         until: first group whose norms adapt, for ``"freeze_until"``.
         samples: how many samples ``"calibrate"`` averages over; None is the whole training set.
-        momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt).
+        momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
+            freeze_until).
         rate: multiplier of the norms' affine parameters where they train in a frozen group
             (``"adapt"``), as a share of the base rate.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
@@ -99,7 +100,12 @@ class Norms(Data):
             return ["policy 'freeze_until' needs `until`, the first group whose norms adapt"]
         if policy != "freeze_until" and until is not None:
             return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
-        return []
+        used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}
+        return [
+            f"{name} is {data[name]!r}, which only {' and '.join(map(repr, by))} use (policy is {policy!r})"
+            for name, by in used.items()
+            if data.get(name) is not None and policy not in by
+        ]
 
 
 class Phase(Data):
@@ -354,4 +360,11 @@ def _trains(data: Mapping[str, Any]) -> bool:
     ]
     if not isinstance(data.get("rates"), Mapping):
         return True  # reported as such
-    return any(not isinstance(rate, int | float) or rate > 0 or math.isnan(rate) for rate in rates)
+    return any(map(_is_above_zero, rates))
+
+
+def _is_above_zero(rate: Any) -> bool:
+    try:
+        return not float(rate) <= 0
+    except (TypeError, ValueError):
+        return True  # reported as such

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from layerwise.errors import PlanError
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Phase
 
 
 def rate(eta: float, alpha: float, depth: int) -> float:
@@ -61,3 +64,37 @@ def check_decay(alpha: float) -> None:
             f"decay is {alpha!r}; expected a number above 0, usually between 0.7 (aggressive) and 0.99 "
             "(gentle). To freeze groups, use `frozen=` or a strategy that freezes"
         )
+
+
+def multipliers(phase: Phase, layers: LayerMap) -> dict[str, float]:
+    """Return each parameter's multiplier in a phase: its override (by any of its names), or its group's."""
+    own = {layers.aliases.get(name, name): value for name, value in phase.overrides.items()}
+    return {name: own.get(name, phase.rate(group.name)) for group in layers for name in group.parameters}
+
+
+def run_problems(**numbers: Any) -> list[str]:
+    """Return what is wrong with numbers of a run, by name; those that are None are left out.
+
+    >>> run_problems(lr=-1.0, steps_per_epoch=10)
+    ['lr is -1.0; expected a number above 0']
+    """
+    return [
+        f"{name} is {value!r}; expected {_EXPECTED[name]}"
+        for name, value in numbers.items()
+        if value is not None and not _is_in_range(name, value)
+    ]
+
+
+def _is_in_range(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    if name == "steps_per_epoch":
+        return isinstance(value, int) and value >= 1
+    return value >= 0 if name == "weight_decay" else value > 0
+
+
+_EXPECTED = {
+    "lr": "a number above 0",
+    "weight_decay": "a number of at least 0, or None",
+    "steps_per_epoch": "a whole number of at least 1, such as len(loader)",
+}

@@ -53,7 +53,7 @@ def lisa(
     if not any(name.rpartition(".")[0] in layers.outputs for name in layers.aliases):
         require_head(layers, "lisa")
     trunk = [group.name for group in layers if group.role == "trunk"]
-    if not 0 < groups < len(trunk):
+    if not isinstance(groups, int) or not 0 < groups < len(trunk):
         raise PlanError(
             f"lisa(groups={groups!r}) draws from the {len(trunk)} groups between stem and head; expected "
             f"1 to {len(trunk) - 1}. Map the model with a finer granularity for more"

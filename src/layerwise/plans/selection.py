@@ -35,9 +35,13 @@ def select_groups(layers: LayerMap, selection: GroupSelection) -> list[str]:
     >>> select_groups(layers, "b:c"), select_groups(layers, ["c:", "a"]), select_groups(layers, -1)
     (['b', 'c'], ['a', 'c', 'd'], ['d'])
     """
-    parts: Sequence[str | int] = [selection] if isinstance(selection, str | int) else selection
+    parts: Sequence[str | int] = selection if isinstance(selection, list | tuple) else [selection]  # type: ignore[list-item]
     if not parts:
         raise PlanError(f"no group is selected; name some of: {', '.join(layers.names)}")
+    if odd := [part for part in parts if isinstance(part, bool) or not isinstance(part, str | int)]:
+        raise PlanError(
+            f"{odd[0]!r} names no group: expected names, ranges or whole numbers ({', '.join(layers.names)})"
+        )
     chosen = {name for part in parts for name in _select(layers, part)}
     return [name for name in layers.names if name in chosen]
 
@@ -97,6 +101,10 @@ def match_names(patterns: Sequence[str], names: Iterable[str], *, what: str = "p
     """
     names = list(names)
     chosen: set[str] = set()
+    if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise PlanError(
+            f"{odd[0]!r} is no pattern; give each one as a text of its own: freeze(model, 'a', 'b')"
+        )
     problems = []
     for pattern in patterns:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,13 @@ def parse(text: str, source: str) -> Plan:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PlanError(f"{source} is not a YAML file that can be read safely: {error}") from error
-    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, Mapping):
         raise PlanError(
             f"{source} is not a plan: expected a mapping with `groups` and `phases`, "
             f"received {type(data).__name__}. Write one: layerwise plan MODEL --strategy ... -o plan.yaml"
         )
+    if unclear := _unclear_key(yaml.compose(text, Loader=yaml.SafeLoader), set()):
+        raise PlanError(f"{source}: {unclear}")
     if data.get("version", 1) != 1:
         raise PlanError(
             f"{source} has format version {data['version']!r}; this layerwise reads version 1. "
@@ -101,3 +104,24 @@ def parse(text: str, source: str) -> Plan:
         return Plan(**data)
     except PlanError as error:
         raise PlanError(f"{source}: {error}") from None
+
+
+def _unclear_key(node: yaml.Node | None, seen: set[int]) -> str:
+    """Return what is wrong with a mapping's key: given twice, or no text to YAML (8, on); else ``""``."""
+    if node is None or id(node) in seen:
+        return ""
+    seen.add(id(node))
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        line = node.start_mark.line + 1
+        for name, count in Counter(key.value for key in keys).items():
+            if count > 1:
+                return f"the key {name!r} stands {count} times in the mapping at line {line}; keep one"
+        odd = next((key.value for key in keys if not key.tag.endswith((":str", ":merge"))), None)
+        if odd is not None:
+            return f"the key {odd} at line {line} is no text to YAML; put it in quotes: '{odd}'"
+        children = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    return next((found for child in children if (found := _unclear_key(child, seen))), "")

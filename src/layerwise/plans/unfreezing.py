@@ -7,7 +7,15 @@ from typing import Any, Unpack
 
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.options import DEFAULT_EPOCHS, PhaseOptions, call, make_plan, require_head, settings
+from layerwise.plans.options import (
+    DEFAULT_EPOCHS,
+    PhaseOptions,
+    call,
+    length_given,
+    make_plan,
+    require_head,
+    settings,
+)
 from layerwise.plans.plan import Phase, Plan, Schedule
 from layerwise.plans.rates import check_decay, decayed
 
@@ -158,14 +166,15 @@ def lp_ft(
     Out-of-Distribution, section 3.4.
     """
     head = require_head(layers, "lp_ft")
-    unit, total = ("steps", options["steps"]) if options.get("steps") else ("epochs", options.get("epochs"))
+    given = length_given(options, "lp_ft")
+    unit, total = next(iter(given.items()), ("epochs", None))
     probe, other = (probe_steps, probe_epochs) if unit == "steps" else (probe_epochs, probe_steps)
     if other is not None:
         raise PlanError(
             f"lp_ft: the plan's length is in {unit}, the probe's is not; give probe_{unit}, "
             "or both in one unit"
         )
-    total = total or max(DEFAULT_EPOCHS, 2 * (probe or 0))
+    total = max(DEFAULT_EPOCHS, 2 * (probe or 0)) if total is None else total
     probe = max(1, total // 2) if probe is None else probe
     if not 0 < probe < total:
         raise PlanError(
@@ -216,7 +225,7 @@ def fine_tune(
     ``norms="adapt"`` for that).
     """
     head = require_head(layers, "fine_tune")
-    if options.get("steps") or options.get("schedule"):
+    if options.get("steps") is not None or options.get("schedule"):
         raise PlanError(
             "fine_tune is counted in epochs and brings its own schedule; leave out steps and schedule"
         )
@@ -226,7 +235,7 @@ def fine_tune(
         )
     if len(layers) < 2:
         raise PlanError(f"fine_tune needs at least two groups; this layer map has {len(layers)}")
-    total = options.get("epochs") or max(DEFAULT_EPOCHS, freeze_epochs + 1)
+    total = length_given(options, "fine_tune").get("epochs", max(DEFAULT_EPOCHS, freeze_epochs + 1))
     if not 0 < freeze_epochs < total:
         raise PlanError(
             f"fine_tune: {freeze_epochs} frozen of {total} epochs leaves {total - freeze_epochs} for "

@@ -105,8 +105,8 @@ def calibrate_batchnorm(
 
     Raises:
         ModelError: the model has no norm with running statistics, or `names` has an unknown one.
-        DataError: no data; one value per channel only; or a one-shot iterator where several passes
-            are needed.
+        DataError: no data, or NaN and infinity in it; one value per channel only; or a one-shot iterator
+            where several passes are needed.
         ValueError: `samples`, `method` or `momentum` outside its range.
 
     Source: Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
@@ -145,6 +145,7 @@ def calibrate_batchnorm(
                 reached = _one_pass(run, norms)
             else:
                 reached = _moving(run, norms, momentum)
+            _check_finite(reached)
         except BaseException:
             for module, statistics in old:
                 restore_statistics(module, statistics)
@@ -182,6 +183,16 @@ def _chosen(root: nn.Module, names: Iterable[str] | None) -> tuple[list[NormLaye
         )
     odd = [name for name in wanted if not _mean_and_variance(found[name].module)]
     return [found[name] for name in wanted if name not in odd], odd
+
+
+def _check_finite(norms: list[NormLayer]) -> None:
+    for norm in norms:
+        statistics = (norm.module._buffers[name] for name in ("running_mean", "running_var"))
+        if not all(bool(values.isfinite().all()) for values in statistics if values is not None):
+            raise DataError(
+                f"the data give the norm {norm.name!r} a mean or variance that is not finite: a sample holds "
+                "NaN or infinity, or the network overflows on it. Nothing was changed; leave that sample out."
+            )
 
 
 def _mean_and_variance(module: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 
 from layerwise.errors import LayerwiseWarning, ModelError
 from layerwise.tuning.matching import some
+from layerwise.tuning.modes import pinned
+from layerwise.tuning.norms import NormRecord
 
 
 def check_first_step(
@@ -56,6 +58,52 @@ def check_first_step(
         warnings.warn(
             f"phase {phase!r}: {len(new)} parameters should learn but have no gradient at its first step: "
             f"{some(new)}. The forward pass does not use them, or is cut from the loss",
+            LayerwiseWarning,
+            stacklevel=3,
+        )
+
+
+def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
+    """Check that the norms whose statistics the phase holds are still held.
+
+    Raises:
+        ModelError: one of them was replaced by another module since the phase began.
+    """
+    modules = dict(model.named_modules())
+    awake = [path for path in norms.fixed if path not in modules or not pinned(modules[path])]
+    if awake:
+        raise ModelError(
+            f"phase {phase!r}: the statistics of {some(awake)} should be held and are not: the modules were "
+            "replaced after the Tuner was made, or unpinned (torch.nn.SyncBatchNorm.convert_sync_batchnorm "
+            "and Lightning's sync_batchnorm=True make new ones). Convert the model first, then make the "
+            "layer map and the Tuner"
+        )
+
+
+def means_of(model: nn.Module, norms: NormRecord) -> list[torch.Tensor]:
+    """Return copies of the running means that a phase holds; none where they need not be measured first."""
+    modules = (model.get_submodule(path) for path in norms.fixed if norms.calibrate)
+    means = (module._buffers.get("running_mean") for module in modules)
+    return [mean.detach().clone() for mean in means if mean is not None]
+
+
+def check_calibrated(phase: str, model: nn.Module, norms: NormRecord, before: list[torch.Tensor]) -> None:
+    """Check that statistics were measured, if the phase wants that.
+
+    Args:
+        phase: its name.
+        model: the model.
+        norms: of the phase.
+        before: `means_of` when it began.
+
+    Warns:
+        LayerwiseWarning: they are what they were.
+    """
+    if before and all(map(torch.equal, before, means_of(model, norms))):
+        warnings.warn(
+            f"phase {phase!r} has the norm policy 'calibrate', but nobody measured the statistics: "
+            "layerwise.fit does it; in other loops call layerwise.calibrate_batchnorm(model, loader) before "
+            "the phase's first step",
             LayerwiseWarning,
             stacklevel=3,
         )

@@ -49,14 +49,20 @@ class RelativeGradientNorms:
     def measure(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> bool:
         """Take in the gradients that `groups` hold now; return whether the weights changed.
 
-        After `MEASURED_STEPS` steps of an epoch nothing is measured any more. Costs two norms a parameter.
+        After `MEASURED_STEPS` steps of an epoch nothing is measured any more; a step with an infinite or
+        undefined gradient does not count. Costs two norms a parameter.
         """
         if self.steps >= MEASURED_STEPS:
             return False
+        gradients = {
+            name: _norm([p.grad for p in parameters if p.grad is not None])
+            for name, parameters in groups.items()
+        }
+        if not all(map(math.isfinite, gradients.values())):
+            return False  # a loss scale that was too high: the step is left out
         for name, parameters in groups.items():
-            gradient = _norm([p.grad for p in parameters if p.grad is not None])
             weight = _norm(list(parameters))
-            ratio = gradient / weight if weight > 0 else math.nan
+            ratio = gradients[name] / weight if weight > 0 else math.nan
             self.sums[name] = self.sums.get(name, 0.0) + ratio
         self.steps += 1
         known = {name: total for name, total in self.sums.items() if math.isfinite(total)}

@@ -54,6 +54,8 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise PlanError(f"total_steps is {total_steps!r}; expected a whole number of at least 1")
+        if not isinstance(schedule, Schedule | str):
+            raise PlanError(f"schedule is {schedule!r}; expected a layerwise.Schedule or the name of a shape")
         self.schedule = Schedule(shape=schedule) if isinstance(schedule, str) else schedule
         self.total_steps = total_steps
         self.join_steps = join_steps

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, MutableMapping, Set
 from typing import Any
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from layerwise.errors import ModelError, PlanError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import Plan
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.rates import multipliers, run_problems
+from layerwise.tuning.modes import pinned
+from layerwise.tuning.norm_layers import find_norms
 from layerwise.tuning.wrappers import fit_names, is_peft, rebased
+
+_CONSTANT: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()
+"""Parameter -> whether it was found frozen by itself when a Tuner first saw it."""
 
 
 def layers_for(model: nn.Module, plan: Plan, layers: LayerMap | None, example_input: Any) -> LayerMap:
@@ -45,44 +51,81 @@ def parameters_of(model: nn.Module, layers: LayerMap) -> dict[str, nn.Parameter]
     return {name: every[name] for name in mapped}
 
 
-def never_trained(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    """Return what no plan can train: integers, and what PEFT froze."""
+def never_trained(
+    model: nn.Module, layers: LayerMap, parameters: Mapping[str, nn.Parameter]
+) -> frozenset[str]:
+    """Return what no plan trains: integers, what PEFT froze, and single parameters that were found frozen.
+
+    The last are constants of the model (a table of sines), or the user's wish. Where a whole group was found
+    frozen, that was a first step of the user's, and the plan decides; so it does where layerwise itself holds
+    the module. The first Tuner on a parameter settles this: later ones cannot tell who froze it.
+    """
     peft = is_peft(model)
-    return frozenset(
+    still = {id(p) for m in model.modules() if pinned(m) for p in m.parameters(recurse=False)}
+    held = {
         name
         for name, parameter in parameters.items()
         if not (parameter.is_floating_point() or parameter.is_complex())
         or (peft and not parameter.requires_grad)
-    )
+    }
+    for group in layers:
+        learns = any(parameters[name].requires_grad for name in group.parameters)
+        for name in group.parameters:
+            parameter = parameters[name]
+            found = learns and not parameter.requires_grad and id(parameter) not in still
+            if _CONSTANT.setdefault(parameter, found) and not parameter.requires_grad:
+                held.add(name)
+    return frozenset(held)
 
 
 def check_learning(plan: Plan, layers: LayerMap, held: Set[str]) -> None:
     """Raise `ModelError` where all that a phase trains are parameters that cannot be trained."""
     for phase in plan.phases:
-        chosen = [
-            name
-            for group in layers
-            for name in group.parameters
-            if phase.overrides.get(name, phase.rate(group.name)) > 0
-        ]
+        chosen = [name for name, value in multipliers(phase, layers).items() if value > 0]
         if chosen and held and held >= set(chosen):
             raise ModelError(
                 f"phase {phase.name!r} trains nothing in this model: its {len(chosen)} parameters "
-                f"({some(chosen)}) are integers, or PEFT froze them. Let PEFT train the head with "
-                "modules_to_save=[...], or use a strategy whose first groups have adapters"
+                f"({some(chosen)}) are integers, or were frozen before, by the model itself or by PEFT. Set "
+                "their requires_grad to True; let PEFT train the head with modules_to_save=[...]; or use a "
+                "strategy whose first groups have adapters"
             )
 
 
-def check_numbers(lr: float, steps_per_epoch: int) -> None:
-    """Raise `PlanError` unless both are numbers that a run can have."""
-    problems = []
-    if not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
-        problems.append(f"lr is {lr!r}; expected a number above 0")
-    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
-        problems.append(
-            f"steps_per_epoch is {steps_per_epoch!r}; expected a whole number of at least 1, such as "
-            "len(loader)"
+def phases_of_norms_alone(model: nn.Module, plan: Plan, layers: LayerMap, held: Set[str]) -> list[int]:
+    """Return the numbers of the phases whose rates let nothing but norms learn: their policy may hold all."""
+    norms = {id(parameter) for norm in find_norms(model) for parameter in norm.module.parameters()}
+    others = {n for g in layers for n in g.parameters if id(model.get_parameter(n)) not in norms} - held
+    return [
+        number
+        for number, phase in enumerate(plan.phases)
+        if not any(value > 0 for name, value in multipliers(phase, layers).items() if name in others)
+    ]
+
+
+def check_trains(phase: Phase, learning: Set[str]) -> None:
+    """Raise `PlanError` where the norm policy of a phase holds all that its rates would let learn."""
+    if not learning:
+        raise PlanError(
+            f"phase {phase.name!r} trains nothing in this model: its rates reach norms alone, and the norm "
+            f"policy {phase.norms.policy!r} (rate {phase.norms.rate:g}, tune {phase.norms.tune}) lets none "
+            "learn. Give another group a rate, or choose another policy"
         )
+
+
+def check_plan(plan: Any) -> None:
+    """Raise `PlanError` where something else was given for a plan."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"plan is {plan!r}, a {type(plan).__name__}; expected a layerwise.Plan: of a file, "
+            "layerwise.Plan.load(path); of a strategy's name, layerwise.parse_strategy(text, layers)"
+        )
+
+
+def check_numbers(lr: float, steps_per_epoch: int, weight_decay: float | None) -> None:
+    """Raise `PlanError` unless all are numbers that a run can have."""
+    needed = {"lr": lr, "steps_per_epoch": steps_per_epoch}
+    problems = [f"{name} is None; expected a number" for name, value in needed.items() if value is None]
+    problems += run_problems(**needed, weight_decay=weight_decay)
     if problems:
         raise PlanError("; ".join(problems))
 

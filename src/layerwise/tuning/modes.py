@@ -93,7 +93,7 @@ def pin_eval(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
         warnings.warn(
             f"{scripted} TorchScript modules are held in eval mode in this process, but a deepcopy or a "
             "saved file of them forgets it, and traced ones keep the mode in which they were traced. "
-            "Freeze the Python model instead, and script it afterwards.",
+            "Train the Python model, and script it after training.",
             LayerwiseWarning,
             stacklevel=2,
         )

@@ -24,6 +24,10 @@ class OptimizerBuilder:
         weight_decay: of the groups that decay; None takes the optimiser's own default for them.
         options: further keyword arguments of the factory.
 
+    Attributes:
+        weight_decay: as given.
+        name: of the class of what was built last.
+
     Raises:
         PlanError: an optimiser that cannot be used (an instance, LBFGS).
     """
@@ -45,7 +49,8 @@ class OptimizerBuilder:
         self._options = dict(options)
         if isinstance(factory, type) or "lr" in _arguments(factory):
             self._options["lr"] = lr
-        self._weight_decay = weight_decay
+        self.weight_decay = weight_decay
+        self.name = ""
         self._eager = False
 
     def build(self, specs: Sequence[GroupSpec]) -> torch.optim.Optimizer:
@@ -59,9 +64,10 @@ class OptimizerBuilder:
         )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise PlanError(_LBFGS)
-        if self._weight_decay is not None and "weight_decay" not in optimizer.param_groups[0]:
+        self.name = type(optimizer).__name__
+        if self.weight_decay is not None and "weight_decay" not in optimizer.param_groups[0]:
             raise PlanError(
-                f"weight_decay is {self._weight_decay!r}, but {type(optimizer).__name__} has no such option; "
+                f"weight_decay is {self.weight_decay!r}, but {type(optimizer).__name__} has no such option; "
                 "leave it out"
             )
         for group, spec in zip(optimizer.param_groups, specs):
@@ -117,8 +123,8 @@ class OptimizerBuilder:
             return
         if not spec.decays:
             group["weight_decay"] = 0.0
-        elif self._weight_decay is not None:
-            group["weight_decay"] = self._weight_decay
+        elif self.weight_decay is not None:
+            group["weight_decay"] = self.weight_decay
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
+from layerwise.plans.rates import multipliers
 from layerwise.tuning.wrappers import unwrapped
 
 
@@ -38,7 +39,7 @@ class GroupSpec:
 def group_specs(
     layers: LayerMap,
     parameters: Mapping[str, nn.Parameter],
-    multipliers: Mapping[str, float],
+    wanted: Mapping[str, float],
     exempt: Iterable[str] = (),
 ) -> list[GroupSpec]:
     """Return the param groups of the parameters whose multiplier is above 0, input -> output.
@@ -46,7 +47,7 @@ def group_specs(
     Args:
         layers: the layer map.
         parameters: every parameter of the map, by its name there.
-        multipliers: parameter name -> multiplier; 0 or missing is frozen.
+        wanted: parameter name -> multiplier; 0 or missing is frozen.
         exempt: names of matrices that do not decay either.
     """
     spared = set(exempt)
@@ -54,7 +55,7 @@ def group_specs(
     for group in layers:
         split: dict[tuple[float, bool], list[str]] = {}
         for name in group.parameters:
-            multiplier = multipliers.get(name, 0.0)
+            multiplier = wanted.get(name, 0.0)
             if multiplier > 0:
                 decays = parameters[name].ndim >= 2 and name not in spared
                 split.setdefault((multiplier, decays), []).append(name)
@@ -118,8 +119,8 @@ def param_groups(
     and timm.
     """
     if isinstance(plan_or_layers, LayerMap):
-        layers, multipliers = plan_or_layers, {}
-        multipliers = {name: 1.0 for group in layers for name in group.parameters}
+        layers = plan_or_layers
+        wanted = {name: 1.0 for group in layers for name in group.parameters}
     else:
         plan = plan_or_layers
         if layers is None:
@@ -129,16 +130,11 @@ def param_groups(
         plan.check(layers)
         if not 0 <= phase < len(plan.phases):
             raise PlanError(f"the plan has no phase number {phase}; it has {len(plan.phases)}, from 0")
-        row = plan.phases[phase]
-        multipliers = {
-            name: row.overrides.get(name, row.rate(group.name))
-            for group in layers
-            for name in group.parameters
-        }
+        wanted = multipliers(plan.phases[phase], layers)
     inner = unwrapped(model)
     parameters = {name: inner.get_parameter(name) for group in layers for name in group.parameters}
     groups = []
-    for spec in group_specs(layers, parameters, multipliers, no_decay_names(inner, layers)):
+    for spec in group_specs(layers, parameters, wanted, no_decay_names(inner, layers)):
         made = as_dict(spec, lr=lr * spec.multiplier)
         if not spec.decays:
             made["weight_decay"] = 0.0

@@ -8,6 +8,12 @@ import torch
 from torch import nn
 
 
+def has_finite_gradients(parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether no gradient holds infinity or NaN, as one does whose loss was scaled too far."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
+    return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
 class L2SP:
     """Pulls parameters towards the weights that they had when they were first unfrozen.
 

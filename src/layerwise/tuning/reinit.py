@@ -38,7 +38,7 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
     modules = []
     unknown: list[str] = []
     kept: list[str] = []
-    init_weights: Any = getattr(model, "_init_weights", None)
+    init_weights: Any = getattr(model, "_init_weights", None) if _is_of_transformers(model) else None
     for path, module in model.named_modules():
         own = {
             f"{path}.{name}" if path else name: parameter
@@ -78,6 +78,14 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
                 assert initialise is not None
                 initialise()
     return tuple(name for _, own in modules for name in own)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    """Return whether ``_init_weights(module)`` is what transformers means by it; timm has one, too."""
+    return any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in type(model).__mro__
+    )
 
 
 def _initialiser(module: nn.Module) -> Any:

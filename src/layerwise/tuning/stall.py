@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from layerwise.errors import PlanError
+
 Mode = Literal["max", "min"]
 
 
@@ -28,6 +30,8 @@ class Stall:
         >>> [stall.update(value, "max") for value in (0.5, 0.4, 0.6, 0.6)]
         [0, 1, 0, 1]
         """
+        if mode not in ("max", "min"):
+            raise PlanError(f"mode is {mode!r}; expected 'max' (more is better) or 'min'")
         better = not math.isnan(metric) and (
             self.best is None or (metric > self.best if mode == "max" else metric < self.best)
         )

@@ -8,6 +8,7 @@ from torch import nn
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase
+from layerwise.plans.rates import multipliers
 from layerwise.tuning.modes import pin_eval
 from layerwise.tuning.norm_layers import find_norms
 from layerwise.tuning.norms import NormRecord, apply_norms
@@ -46,10 +47,5 @@ def _planned(
     resting: set[str] = set()
     if phase.sample_groups is not None and drawn is not None:
         resting = {group.name for group in layers if group.role == "trunk"} - set(drawn)
-    return {
-        name: 0.0
-        if group.name in resting or name in held
-        else phase.overrides.get(name, phase.rate(group.name))
-        for group in layers
-        for name in group.parameters
-    }
+    still = {name for group in layers if group.name in resting for name in group.parameters} | set(held)
+    return {name: 0.0 if name in still else value for name, value in multipliers(phase, layers).items()}

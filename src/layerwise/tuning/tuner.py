@@ -28,22 +28,25 @@ from layerwise.errors import LayerwiseWarning, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining
-from layerwise.tuning.checks import check_first_step
+from layerwise.tuning.checks import check_calibrated, check_first_step, check_norms, means_of
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.matching import (
     check_ddp,
     check_learning,
     check_numbers,
+    check_plan,
+    check_trains,
     layers_for,
     never_trained,
     parameters_of,
+    phases_of_norms_alone,
 )
 from layerwise.tuning.norms import NormRecord
 from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
 from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
 from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates, rates_by_name
-from layerwise.tuning.regularisers import L2SP
+from layerwise.tuning.regularisers import L2SP, has_finite_gradients
 from layerwise.tuning.reinit import reinit
 from layerwise.tuning.stall import Mode, Stall
 from layerwise.tuning.trainability import set_modes
@@ -115,7 +118,8 @@ class Tuner:
         seed: int = 0,
         **optimizer_options: Any,
     ) -> None:
-        check_numbers(lr, steps_per_epoch)
+        check_numbers(lr, steps_per_epoch, weight_decay)
+        check_plan(plan)
         self._model = unwrapped(model)
         self.layers = layers_for(self._model, plan, layers, example_input)
         plan.check(self.layers)
@@ -124,7 +128,7 @@ class Tuner:
         self._steps_per_epoch = steps_per_epoch
         self._seed = seed
         self._parameters = parameters_of(self._model, self.layers)
-        self._held = never_trained(self._model, self._parameters)
+        self._held = never_trained(self._model, self.layers, self._parameters)
         check_learning(plan, self.layers, self._held)
         self._exempt = no_decay_names(self._model, self.layers)
         self._generator = torch.Generator().manual_seed(seed)
@@ -142,6 +146,8 @@ class Tuner:
             optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
         )
         self._progress.enter(0, plan)
+        for number in phases_of_norms_alone(self._model, plan, self.layers, self._held):
+            check_trains(plan.phases[number], self.trainable_names(number))
         self._draw()
         specs = self._set_trainable()
         check_ddp(model, plan)
@@ -291,11 +297,15 @@ class Tuner:
             self.begin_epoch()
         if self._unchecked:
             self._unchecked = False
-            check_first_step(self.phase.name, self._parameters, self.optimizer, self._warned)
+            name = self.phase.name
+            check_first_step(name, self._parameters, self.optimizer, self._warned)
+            check_norms(name, self._model, self.norms)
+            if self._progress.step_in_phase == 0:
+                check_calibrated(name, self._model, self.norms, self._means)
         phase = self.phase
         if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
             self._set_rates()
-        if phase.l2_sp:
+        if phase.l2_sp and has_finite_gradients(self._parameters.values()):  # else a scaler skips the step
             self._l2_sp.pull(*rates_by_name(self.optimizer, self._parameters), phase.l2_sp)
 
     def after_step(self) -> None:
@@ -372,7 +382,7 @@ class Tuner:
         Tensors are the live ones, as in torch's own state dicts: copy or save before the next step.
         """
         return {
-            **run_of(self.plan, self._lr, self._steps_per_epoch),
+            **self._run(),
             "progress": self._progress.to_dict(),
             "open": self._open,
             "stall": dataclasses.asdict(self._stall),
@@ -392,7 +402,7 @@ class Tuner:
         Raises:
             PlanError: the state is of another plan, base rate or number of steps, or of another version.
         """
-        check_run(state, run_of(self.plan, self._lr, self._steps_per_epoch))
+        check_run(state, self._run())
         self._progress = Progress.from_dict(dict(state["progress"]))
         self._open = bool(state["open"])
         self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
@@ -406,6 +416,16 @@ class Tuner:
         check_param_groups(list(state["names"]), [group["name"] for group in self.optimizer.param_groups])
         self.optimizer.load_state_dict(state["optimizer"])
         self._unchecked = True
+
+    def _run(self) -> dict[str, Any]:
+        return run_of(
+            self.plan,
+            lr=self._lr,
+            steps_per_epoch=self._steps_per_epoch,
+            seed=self._seed,
+            optimizer_class=self._builder.name,
+            weight_decay=self._builder.weight_decay,
+        )
 
     # ------------------------------------------------------------------ phases
 
@@ -496,7 +516,12 @@ class Tuner:
         phase = self.phase
         if phase.sample_groups is None:
             return
-        trunk = [group.name for group in self.layers if group.role == "trunk" and phase.trains(group.name)]
+        learning = self.trainable_names(self._progress.phase)
+        trunk = [
+            group.name
+            for group in self.layers
+            if group.role == "trunk" and phase.trains(group.name) and learning.intersection(group.parameters)
+        ]
         order = torch.randperm(len(trunk), generator=self._generator).tolist()
         self._progress.drawn = sorted((trunk[i] for i in order[: phase.sample_groups]), key=trunk.index)
 
@@ -512,6 +537,7 @@ class Tuner:
             if not wanted:
                 parameter.grad = None
         self._unchecked = True
+        self._means = means_of(self._model, self.norms)
         specs = group_specs(self.layers, self._parameters, multipliers, self._exempt)
         self._rates.multipliers = {spec.name: spec.multiplier for spec in specs}
         return specs

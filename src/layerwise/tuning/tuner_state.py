@@ -11,9 +11,9 @@ from layerwise.plans.plan import Plan
 STATE_VERSION = 1
 
 
-def run_of(plan: Plan, lr: float, steps_per_epoch: int) -> dict[str, Any]:
+def run_of(plan: Plan, **settings: Any) -> dict[str, Any]:
     """Return what makes a run the run it is, as plain data: the first part of a Tuner's state."""
-    return {"version": STATE_VERSION, "plan": plan.to_dict(), "lr": lr, "steps_per_epoch": steps_per_epoch}
+    return {"version": STATE_VERSION, "plan": plan.to_dict(), **settings}
 
 
 def check_run(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -24,14 +24,14 @@ def check_run(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
         mine: `run_of` the Tuner that is to take it.
 
     Raises:
-        PlanError: the plan, base rate, number of steps or version is another one.
+        PlanError: the plan, a setting or the version is another one.
     """
     if state.get("version") != STATE_VERSION:
         raise PlanError(
             f"the Tuner's state has version {state.get('version')!r}; this layerwise reads version "
             f"{STATE_VERSION}. Start the run anew, or use the layerwise that saved it"
         )
-    differs = [name for name, value in mine.items() if state[name] != value]
+    differs = [name for name, value in mine.items() if state.get(name, value) != value]
     if differs:
         told = "; ".join(
             "the plan is another one" if name == "plan" else f"{name} was {state[name]!r}, now {mine[name]!r}"

@@ -210,6 +210,9 @@ def digest(tensor: Tensor) -> bytes:
     if hasattr(tensor, "to_local"):  # a shard of this process
         tensor = tensor.to_local()
     summary = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return digest(tensor.indices()) + digest(tensor.values())
     if not tensor.is_meta:
         flat = tensor.to("cpu", copy=False).contiguous().flatten().view(torch.uint8)
         summary.update(flat.numpy().data)

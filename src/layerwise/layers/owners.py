@@ -1,0 +1,34 @@
+"""Which module a parameter belongs to; `torch.nn.utils.parametrizations` are looked through.
+
+A parametrized layer keeps its weight in modules inside it (``fc.parametrizations.weight.original0``). To
+everybody else it is a layer with a weight.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+_PARAMETRIZED = re.compile(r"(^|\.)parametrizations\..*")
+
+
+def module_of(name: str) -> str:
+    """Return the path of the module that a parameter belongs to.
+
+    >>> module_of("fc.bias"), module_of("fc.parametrizations.weight.original0"), module_of("temperature")
+    ('fc', 'fc', '')
+    """
+    return _PARAMETRIZED.sub("", name.rpartition(".")[0])
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Return whether no other module with parameters is inside."""
+    parametrized = parametrize.is_parametrized(module)
+    return not any(
+        True
+        for name, child in module.named_children()
+        if not (parametrized and name == "parametrizations")
+        for _ in child.parameters()
+    )
