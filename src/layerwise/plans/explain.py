@@ -245,7 +245,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
         given = multipliers(phase, layers)
         highest = {group.name: max(map(given.__getitem__, group.parameters), default=0.0) for group in layers}
         top = {name: value * (1.0 if lr is None else lr) for name, value in highest.items()}
-        read = _rates_reader(plan, number, per_epoch, top)
+        read = _rates_reader(plan, number, layers, per_epoch, top)
         for step in heat_steps:
             if start <= step < start + length:
                 for name, rate in read(step - start).items():
@@ -307,11 +307,11 @@ def _at_once(phase: Phase, layers: LayerMap, groups: tuple[GroupRates, ...]) -> 
 
 
 def _rates_reader(
-    plan: Plan, phase: int, steps_per_epoch: int, top: dict[str, float]
+    plan: Plan, phase: int, layers: LayerMap, steps_per_epoch: int, top: dict[str, float]
 ) -> Callable[[int], dict[str, float]]:
     """Return a function that gives each group's rate at a step of the phase, `top` being the peaks."""
     before = sum(earlier.length_steps(steps_per_epoch) for earlier in plan.phases[:phase])
-    joined = joins(plan, phase, steps_per_epoch)
+    joined = joins(plan, phase, layers, steps_per_epoch)
 
     def read(step: int) -> dict[str, float]:
         value = phase_factor(plan, phase, step, steps_per_epoch)

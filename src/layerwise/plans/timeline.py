@@ -5,19 +5,26 @@ The Tuner and `Plan.explain` both read their rates from here, so what is printed
 
 from __future__ import annotations
 
+from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
+from layerwise.plans.rates import multipliers
 from layerwise.plans.schedules import factor
 
 
-def joining(plan: Plan, phase: int) -> frozenset[str]:
+def learning(plan: Plan, phase: int, layers: LayerMap) -> frozenset[str]:
+    """Return the groups of which something learns in phase number `phase`, by rates and overrides."""
+    given = multipliers(plan.phases[phase], layers)
+    return frozenset(group.name for group in layers if any(given[name] > 0 for name in group.parameters))
+
+
+def joining(plan: Plan, phase: int, layers: LayerMap) -> frozenset[str]:
     """Return the groups that learn in phase number `phase` and did not in the phase before it.
 
     In the first phase no group joins: its warm-up is the schedule's.
     """
     if phase == 0:
         return frozenset()
-    before, now = plan.phases[phase - 1], plan.phases[phase]
-    return frozenset(name for name in plan.groups if now.trains(name) and not before.trains(name))
+    return learning(plan, phase, layers) - learning(plan, phase - 1, layers)
 
 
 def phase_factor(plan: Plan, phase: int, step: int, steps_per_epoch: int, *, stalls: int = 0) -> float:
@@ -33,7 +40,7 @@ def phase_factor(plan: Plan, phase: int, step: int, steps_per_epoch: int, *, sta
     return factor(row.schedule, step, row.length_steps(steps_per_epoch), stalls=stalls)
 
 
-def joins(plan: Plan, phase: int, steps_per_epoch: int) -> dict[str, tuple[int, int]]:
+def joins(plan: Plan, phase: int, layers: LayerMap, steps_per_epoch: int) -> dict[str, tuple[int, int]]:
     """Return for each group that learns in a phase when it joined: (step of the plan, length of its warm-up).
 
     A warm-up goes on into the next phase when its own is over before it is. Groups of the first phase are
@@ -42,8 +49,8 @@ def joins(plan: Plan, phase: int, steps_per_epoch: int) -> dict[str, tuple[int, 
     found: dict[str, tuple[int, int]] = {}
     start = 0
     for number, row in enumerate(plan.phases[: phase + 1]):
-        new = joining(plan, number)
-        found = {name: join for name, join in found.items() if row.trains(name)}
-        found |= dict.fromkeys(new, (start, row.join_steps))
+        now = learning(plan, number, layers)
+        found = {name: join for name, join in found.items() if name in now}
+        found |= dict.fromkeys(joining(plan, number, layers), (start, row.join_steps))
         start += row.length_steps(steps_per_epoch)
     return found

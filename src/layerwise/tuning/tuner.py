@@ -27,7 +27,7 @@ from torch import nn
 from layerwise.errors import LayerwiseWarning, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
-from layerwise.plans.timeline import joining
+from layerwise.plans.timeline import joining, learning
 from layerwise.tuning.checks import check_calibrated, check_first_step, check_norms, means_of
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.matching import (
@@ -470,8 +470,9 @@ class Tuner:
         number = progress.phase + 1
         progress.enter(number, self.plan)
         row = self.plan.phases[number]
-        progress.joined = {name: join for name, join in progress.joined.items() if row.trains(name)}
-        progress.joined |= dict.fromkeys(joining(self.plan, number), (progress.step, row.join_steps))
+        now, new = learning(self.plan, number, self.layers), joining(self.plan, number, self.layers)
+        progress.joined = {name: join for name, join in progress.joined.items() if name in now}
+        progress.joined |= dict.fromkeys(new, (progress.step, row.join_steps))
         self._stall = Stall()
         if row.schedule.span == "phase":
             self._plateau = Stall()

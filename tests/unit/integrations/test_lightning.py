@@ -1,6 +1,7 @@
 """Lightning carries a plan out: the same weights as the Tuner's own loop, also interrupted, also in DDP."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -140,7 +141,10 @@ def test_lightning_ends_in_the_weights_of_the_plain_loop(data, tmp_path):
 def test_the_frozen_phase_moves_nothing_frozen(data, tmp_path):
     net = start()
     tuner = tuner_of(net, data)
-    with layerwise.watch(net) as watched, pytest.warns(LayerwiseWarning, match="stops after .* optimiser steps"):
+    with (
+        layerwise.watch(net) as watched,
+        pytest.warns(LayerwiseWarning, match="stops after .* optimiser steps"),
+    ):
         fit(tuner, net, data, tmp_path, epochs=1)
     assert watched.report.moved == ("fc.weight", "fc.bias")
     assert watched.report.buffers_moved == ()
@@ -286,3 +290,17 @@ def test_wrong_set_ups_are_refused(data, tmp_path, change, message, monkeypatch)
             validate=change == "monitor",
             monitor="oops" if change == "monitor" else None,
         )
+
+
+def test_when_the_plan_is_over_nothing_moves_any_more(data, tmp_path):
+    # a plan by steps ends inside an epoch
+    net, other = start(), start()
+    plan = layerwise.linear_probe(layerwise.layer_map(net, torch.randn(2, 3)), steps=2)
+    tuner, again = tuner_of(net, data, plan), tuner_of(other, data, plan)
+    fit(tuner, net, data, tmp_path)
+    again.begin_epoch()
+    for x, y in itertools.islice(DataLoader(data, 8), 2):
+        nn.functional.cross_entropy(other(x), y).backward()
+        again.step()
+    assert tuner.done
+    assert_same(net.state_dict(), other.state_dict())

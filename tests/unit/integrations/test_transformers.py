@@ -85,7 +85,10 @@ def test_trainer_carries_the_plan_out_and_keeps_frozen_norms_still(data, tmp_pat
 def test_the_frozen_phase_moves_nothing_frozen(data, tmp_path):
     model = start()
     tuner = tuner_of(model)
-    with layerwise.watch(model) as watched, pytest.warns(LayerwiseWarning, match="stops after .* optimiser steps"):
+    with (
+        layerwise.watch(model) as watched,
+        pytest.warns(LayerwiseWarning, match="stops after .* optimiser steps"),
+    ):
         train(model, tuner, data, tmp_path, num_train_epochs=1, save_strategy="no")
     assert watched.report.moved == ("classifier.1.weight", "classifier.1.bias")
     assert watched.report.buffers_moved == ()
@@ -250,3 +253,14 @@ def test_the_trainer_makes_a_new_loader_for_each_evaluation(kind, data, tmp_path
     assert all(torch.equal(value, weights[name]) for name, value in plain.items())
     assert losses == expected
     assert cache.describe().count("cut at resnet") == 2  # one for training, one for all evaluations
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 5}, {"num_train_epochs": 1.5}])
+def test_runs_that_end_inside_an_epoch_are_no_error(data, tmp_path, options):
+    # the number of steps in an epoch is that of the loader, not of the run
+    model = start()
+    layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
+    tuner = tuner_of(model, layerwise.linear_probe(layers, steps=5))
+    train(model, tuner, data, tmp_path, **options)
+    assert tuner.done
+    assert tuner.step_count == 5

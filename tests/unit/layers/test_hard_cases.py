@@ -589,3 +589,50 @@ def test_peft_wrapped() -> None:
     assert layers.group_of(f"{layer}.1.attention.self.query.lora_B.default.weight") == f"{layer}.1"
     assert layers.head is not None
     assert "base_model.model.classifier.modules_to_save.default.weight" in layers.head.parameters
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+def test_a_parametrized_layer_is_one_layer(name: str, granularity: Any) -> None:
+    # its weight lies in modules inside it; a probe that trained the bias alone would be no probe
+    parametrized = getattr(nn.utils.parametrizations, name)
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(), parametrized(nn.Linear(8, 8)), parametrized(nn.Linear(8, 2))
+    )
+    layers = layer_map(model, torch.zeros(2, 4), granularity=granularity)
+    assert layers.names == ("0", "2", "3")
+    assert layers.outputs == ("3",)
+    assert layers.head is not None
+    assert set(layers.head.parameters) == {
+        name for name, _ in model.named_parameters() if name.startswith("3.")
+    }
+    assert len(layers.head.parameters) > 1
+
+
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+def test_a_tied_language_model_of_single_layers_has_no_head(granularity: Any) -> None:
+    # the shape of AWD-LSTM: the weight of the output layer is the embedding's, so its bias alone is no head
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Embedding(11, 8)
+            self.rnns = nn.ModuleList(nn.LSTM(8, 8, batch_first=True) for _ in range(2))
+            self.decoder = nn.Linear(8, 11)
+            self.decoder.weight = self.encoder.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.encoder(ids)
+            for rnn in self.rnns:
+                x, _ = rnn(x)
+            return self.decoder(x)
+
+    layers = layer_map(Recurrent(), torch.zeros(2, 3, dtype=torch.long), granularity=granularity)
+    assert layers.head is None
+    assert layers.names[-3:] == ("rnns.0", "rnns.1", "decoder.bias")
+    assert layers.notes[-1].endswith("it is tied to encoder.weight, so there is no head group")
+
+
+def test_what_is_no_model_is_refused() -> None:
+    # a name in place of a model would end in an AttributeError
+    with pytest.raises(ModelError, match=r"'resnet18', a str; expected a torch\.nn\.Module"):
+        layer_map("resnet18")  # type: ignore[arg-type]

@@ -184,3 +184,12 @@ def test_models_without_a_replaceable_head() -> None:
     with pytest.raises(ModelError, match="bare parameter 'projection'"):
         replace_head(Bare(), 3)
     assert layer_map(Bare()).head.name == "projection"  # type: ignore[union-attr]
+
+
+def test_a_normalised_output_layer_is_not_replaced_by_a_plain_one() -> None:
+    # its normalisation would be lost in silence
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), norm(nn.Linear(8, 5)))
+        with pytest.raises(ModelError, match="makes its weight of others"):
+            replace_head(model, 3)
+        assert model(torch.zeros(2, 4)).shape == (2, 5)

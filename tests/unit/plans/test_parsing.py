@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers import resnet_map
+from helpers import named_map, resnet_map
 from layerwise.errors import PlanError
 from layerwise.plans import recipes, strategies, unfreezing
 from layerwise.plans.parsing import STRATEGIES, parse_strategy
@@ -83,3 +83,13 @@ def test_every_strategy_can_be_named() -> None:
     for name, function in STRATEGIES.items():
         assert function.__name__ == name
         assert getattr(layerwise, name) is function
+
+
+def test_a_group_with_a_number_for_a_name_is_named_in_quotes() -> None:
+    """In an nn.Sequential a number could be a count or a name; the wrong groups would train."""
+    layers = named_map("0", "2", "4")
+    assert parse_strategy("blocks:'2'", layers).phases[0].rates == {"2": 1.0}
+    assert parse_strategy("blocks:['2', '4']", layers).phases[0].rates == {"2": 1.0, "4": 1.0}
+    with pytest.raises(PlanError, match="2 is a number of groups and the name of one"):
+        parse_strategy("blocks:2", layers)
+    assert parse_strategy("blocks:1", layers).phases[0].rates == {"0": 1.0}

@@ -324,3 +324,41 @@ def test_explain_prints_a_timeline_and_a_heat_map() -> None:
     assert set(stem.split()[1]) > {"·", "░"}
     assert "\x1b" not in text
     assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("schedule: {on: 3}", "the key on at line"),
+        ("rates: {8: 1.0}", "put it in quotes: '8'"),
+        ("rates: {fc: 1.0, fc: 0.5}", "the key 'fc' stands 2 times"),
+        ("rates: {fc: 1.0}\n  rates: {stem: 1.0}", "the key 'rates' stands 2 times"),
+        ("rates: {fc: '0'}", "trains nothing"),
+    ],
+)
+def test_keys_that_yaml_reads_otherwise_than_they_look_are_told(text: str, told: str) -> None:
+    """YAML takes `on` for true and 8 for a number, and keeps the last of two equal keys."""
+    whole = f"groups: [stem, fc]\nphases:\n- name: a\n  epochs: 1\n  {text}\n"
+    with pytest.raises(PlanError, match=re.escape(told)):
+        parse(whole, "plan.yaml")
+
+
+@pytest.mark.parametrize("field", [{"samples": 5}, {"momentum": 0.3}])
+def test_settings_that_a_norm_policy_does_not_use_are_refused(field: dict[str, Any]) -> None:
+    """They would be ignored."""
+    with pytest.raises(PlanError, match=f"{next(iter(field))} is .*, which only 'calibrate'"):
+        Norms(policy="freeze", **field)
+
+
+def test_the_peak_of_a_long_phase_is_told_exactly() -> None:
+    """Not the highest of a few hundred steps."""
+    plan = Plan(**one(epochs=1, schedule={"shape": "slanted_triangular", "cut_frac": 0.1}))
+    told = plan.explain(named_map("stem", "fc"), lr=1.0, steps_per_epoch=1250)
+    assert told.phases[0].groups[0].peak == 1.0
+
+
+@pytest.mark.parametrize("number", [{"lr": -1.0}, {"lr": float("nan")}, {"steps_per_epoch": 0}])
+def test_an_explanation_needs_numbers_that_a_run_can_have(number: dict[str, Any]) -> None:
+    """Else it would show rates that no run has."""
+    with pytest.raises(PlanError, match=f"{next(iter(number))} is"):
+        Plan(**one()).explain(named_map("stem", "fc"), **number)

@@ -243,3 +243,18 @@ def test_models_without_the_needed_parts_are_refused() -> None:
         strategies.freeze_embeddings(headless)
     with pytest.raises(PlanError, match="finer granularity"):
         strategies.surgical(layers)
+
+
+@pytest.mark.parametrize("strategy", [unfreezing.lp_ft, unfreezing.fine_tune])
+@pytest.mark.parametrize("lengths", [{"epochs": 0}, {"epochs": "4"}, {"epochs": 5, "steps": 100}])
+def test_lengths_are_not_dropped(strategy: Callable[..., Plan], lengths: dict[str, Any]) -> None:
+    """0 epochs are not the default number of epochs, and of two lengths neither wins."""
+    with pytest.raises(PlanError, match=r"epochs|steps"):
+        strategy(resnet_map(), **lengths)
+
+
+@pytest.mark.parametrize("odd", [1.5, True, [None]])
+def test_what_names_no_group_is_refused(odd: Any) -> None:
+    """Numbers are whole, and no one means True."""
+    with pytest.raises(PlanError, match="names no group"):
+        strategies.blocks(resnet_map(), odd)

@@ -309,3 +309,12 @@ def test_wrong_calls_say_what_to_do(net, loader, options, error, message):
 def test_a_model_without_running_statistics_is_refused():
     with pytest.raises(ModelError, match="nothing to calibrate"):
         calibrate_batchnorm(nn.LayerNorm(3), [torch.randn(4, 3)])
+
+
+def test_data_with_nan_change_nothing() -> None:
+    """One missing value would make every later output NaN."""
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    data = torch.tensor([[1.0, 0.0], [2.0, float("nan")]])
+    with pytest.raises(DataError, match="not finite"):
+        calibrate_batchnorm(model, [data])
+    assert torch.equal(model[0].running_mean, torch.zeros(2))

@@ -153,3 +153,9 @@ def test_integers_are_skipped_and_lazy_layers_are_told() -> None:
     assert freeze(lazy).names == ("0.weight", "0.bias")
     with pytest.raises(ModelError, match="run one forward pass"):
         count_parameters(lazy)
+
+
+def test_patterns_are_given_one_by_one() -> None:
+    """A list of them is no pattern."""
+    with pytest.raises(PlanError, match=r"\['0', '1'\] is no pattern"):
+        freeze(nn.Sequential(nn.Linear(2, 2)), ["0", "1"])  # type: ignore[arg-type]

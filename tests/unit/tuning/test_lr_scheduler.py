@@ -100,3 +100,10 @@ def test_a_length_of_nothing_is_refused() -> None:
     """total_steps has to be a whole number above 0."""
     with pytest.raises(PlanError, match="total_steps is 0"):
         LayerwiseLR(optimizer(1.0), total_steps=0)
+
+
+@pytest.mark.parametrize("schedule", [None, {"shape": "linear"}])
+def test_a_schedule_is_a_schedule_or_the_name_of_a_shape(schedule: object) -> None:
+    """Anything else would fail at the first step."""
+    with pytest.raises(PlanError, match=r"expected a layerwise\.Schedule or the name of a shape"):
+        LayerwiseLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), schedule, total_steps=3)  # type: ignore[arg-type]

@@ -107,3 +107,18 @@ def test_a_transformers_model_uses_its_own_initialisation() -> None:
     assert moved == set(layers[last].parameters)
     weight = next(p for name, p in model.named_parameters() if name in moved and p.ndim == 2)
     assert float(weight.detach().std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_only_transformers_own_initialisation_is_used() -> None:
+    """Other libraries have a method of that name that leaves norms as they are, or takes more arguments."""
+
+    class Net(nn.Sequential):
+        def _init_weights(self, module: nn.Module, name: str) -> None:
+            raise AssertionError("not called")
+
+    model = Net(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.fill_(7.0)
+    names = reinit(model, map_by_children(model), ("1", "2"), seed=0)
+    assert names == ("1.weight", "1.bias", "2.weight", "2.bias")
+    assert torch.equal(model[1].weight, torch.ones(4))

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.optimization import Adafactor as HFAdafactor
 
+import layerwise
 from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import LayerwiseWarning, ModelError, PlanError
 from layerwise.plans import recipes, strategies, unfreezing
@@ -677,3 +678,132 @@ def test_a_quiet_run_raises_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(make(gradual))
+
+
+def test_constants_of_a_model_stay_frozen() -> None:
+    """A table of sines is no weight; where a whole group was found frozen, the plan decides."""
+    model = tiny_mlp()
+    model.b1[0].bias.requires_grad = False
+    model.b2.requires_grad_(False)
+    everything = {name for name, _ in model.named_parameters()}
+    assert everything - make(strategies.full, model=model).trainable_names() == {"b1.0.bias"}
+    again = make(lambda layers: unfreezing.lp_ft(layers, epochs=2), model=model)
+    assert everything - again.trainable_names(1) == {"b1.0.bias"}
+    model.b1[0].bias.requires_grad = True
+    assert make(strategies.full, model=model).trainable_names() == everything
+
+
+def test_a_plan_after_another_trains_what_that_one_froze() -> None:
+    """What a Tuner froze, single parameters included, is no wish of the user's."""
+    model = tiny_mlp()
+    make(lambda layers: strategies.pattern(layers, freeze=["*.bias"]), model=model)
+    assert make(strategies.full, model=model).trainable_names() == {n for n, _ in model.named_parameters()}
+
+
+def test_overrides_know_a_shared_parameter_by_all_its_names() -> None:
+    """The name that the plan gives may be the second one."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[2].weight = model[0].weight
+    phase = Phase(name="a", rates={"0": 1.0, "2": 1.0, "3": 1.0}, overrides={"2.weight": 0.0}, epochs=1)
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=(phase,)), model=model)
+    assert "0.weight" not in tuner.trainable_names()
+    assert {"0.bias", "2.bias", "3.weight"} <= tuner.trainable_names()
+
+
+def test_a_phase_in_which_the_norm_policy_leaves_nothing_is_refused_at_once() -> None:
+    """Also where it is a later one, hours away."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    rows = [
+        Phase(name="head", rates={"2": 1.0}, epochs=1),
+        Phase(name="norms", rates={"1": 1.0}, norms=Norms(policy="freeze"), epochs=1),
+    ]
+    with pytest.raises(PlanError, match="phase 'norms' trains nothing in this model"):
+        make(lambda layers: Plan(groups=layers.names, phases=rows), model=model)
+
+
+def test_norms_that_were_replaced_are_found_at_the_first_step() -> None:
+    """Converted to SyncBatchNorm after the Tuner was made, their statistics would drift."""
+    model = tiny_cnn()
+    tuner = make(strategies.linear_probe, model=model)
+    next(tuner.epochs())
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.eval()
+    F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.tensor([0, 1, 2, 0])).backward()
+    with pytest.raises(ModelError, match=r"the statistics of .* should be held and are not"):
+        tuner.step()
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_statistics_that_nobody_measured_are_told(measured: bool) -> None:
+    """The policy `calibrate` needs data, which a Tuner does not have."""
+    model = tiny_cnn()
+    tuner = make(lambda layers: strategies.linear_probe(layers, norms="calibrate"), model=model)
+    images = torch.randn(4, 3, 8, 8)
+    if measured:
+        layerwise.calibrate_batchnorm(model, [images])
+    next(tuner.epochs())
+    F.cross_entropy(model(images), torch.tensor([0, 1, 2, 0])).backward()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tuner.step()
+    assert any("nobody measured the statistics" in str(one.message) for one in told) is not measured
+
+
+@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), "0.1", True])
+def test_a_weight_decay_that_is_none_is_refused(weight_decay: Any) -> None:
+    """A negative one lets weights grow; NaN makes all of them NaN."""
+    with pytest.raises(PlanError, match="weight_decay is"):
+        make(strategies.linear_probe, weight_decay=weight_decay)
+
+
+def test_a_plan_must_be_a_plan() -> None:
+    """The name of a file is not read."""
+    with pytest.raises(PlanError, match=r"plan is 'plan.yaml', a str; expected a layerwise.Plan"):
+        make("plan.yaml")
+
+
+@pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"seed": 7}, {"optimizer": torch.optim.SGD}])
+def test_a_state_is_not_gone_on_with_under_other_settings(change: dict[str, Any]) -> None:
+    """They would be ignored, or fail at the first step."""
+    saved = make(strategies.linear_probe, weight_decay=0.1).state_dict()
+    with pytest.raises(PlanError, match="state is of another run"):
+        make(strategies.linear_probe, **{"weight_decay": 0.1, **change}).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("phase", [{"l2_sp": 1.0}, {"adapt_rates": "auto_rgn"}])
+def test_a_step_that_a_loss_scaler_skips_changes_nothing(phase: dict[str, Any]) -> None:
+    """Its gradients are infinite: nothing is pulled by them, and they measure nothing."""
+    rates = {"b0": 0.5, "b1": 1.0, "b2": 1.0, "head": 1.0}
+    model = tiny_mlp()
+    row = Phase(name="a", rates=rates, epochs=1, **phase)
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=(row,)), model=model)
+    next(tuner.epochs())
+    scaler = torch.amp.GradScaler("cpu")
+    for scale in (1.0, float("inf")):
+        inputs, labels = batches(1, (6,), classes=3, seed=1)[0]
+        (scaler.scale(F.cross_entropy(model(inputs), labels)) * scale).backward()
+        before, known = snapshot(model), dict(tuner._rgn.weights)
+        tuner.step(scaler=scaler)
+        assert bool(changed(before, snapshot(model))) is (scale == 1.0)
+    assert tuner._rgn.weights == known
+
+
+@pytest.mark.parametrize("mode", ["maximum", "MAX", None])
+def test_a_mode_that_is_none_is_refused(mode: Any) -> None:
+    """It would count as min."""
+    tuner = make(lambda layers: strategies.linear_probe(layers, schedule=Schedule(shape="plateau")))
+    train(tuner, stop=STEPS)
+    with pytest.raises(PlanError, match="expected 'max'"):
+        tuner.end_epoch(0.5, mode=mode)
+
+
+def test_a_group_that_joins_by_overrides_alone_warms_up() -> None:
+    """As the plan's explanation says."""
+    rows = [
+        Phase(name="a", rates={"head": 1.0}, epochs=1),
+        Phase(name="b", rates={"head": 1.0}, overrides={"b1.0.weight": 1.0}, epochs=1, join_steps=2),
+    ]
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows))
+    train(tuner, stop=STEPS)
+    tuner.end_epoch()
+    assert 0 < tuner.rates()["b1"] < tuner.rates()["head"]

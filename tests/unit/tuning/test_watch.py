@@ -139,3 +139,12 @@ def test_every_kind_of_tensor_has_a_hash_of_its_values(tensor):
         other.view(-1)[:1].copy_(torch.zeros(1)) if other.is_contiguous() else other.add_(1)
         assert digest(tensor) != digest(other)
     assert digest(nn.UninitializedParameter()) != digest(tensor)
+
+
+def test_sparse_buffers_are_watched() -> None:
+    """Their memory cannot be read in one piece."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", torch.eye(2).to_sparse())
+    with watch(model) as watched:
+        model.table = 2 * model.table
+    assert watched.report.buffers_moved == ("table",)
