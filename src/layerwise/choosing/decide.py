@@ -60,13 +60,16 @@ class Decision:
 def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decision:
     """Return a strategy with its reasons: the matrix, overruled where the figures speak clearly.
 
-    A gradual unfreezing that has too few steps becomes one phase of the last groups. Then, in this order:
-    (1) Recalibrated batch-norm statistics are used where the probe gains from them, and dropped where it
-    loses. (2) A probe in the middle of the network that beats the one at its end by 2.5 standard errors: the
-    groups after it have to be trained, and if the images are unlike the source, or nothing is known, all of
-    them; one that beats it by 1.5 turns the last three groups into most of them. (3) A shift that sits in the
-    early groups: tune the first third and the head. (4) Frozen features that separate the classes already:
-    linear probe. Then batch size, imbalance and pretraining set norms, weights and decay.
+    In this order: (1) Recalibrated batch-norm statistics are used where the probe gains from them, and
+    dropped elsewhere; where the matrix wanted them, the last three groups learn then. (2) A gradual
+    unfreezing that has too few steps becomes one phase of the last groups. (3) A probe in the middle of the
+    network that beats the one at its end by 2.5 standard errors: the groups after it have to be trained, and
+    if the data are unlike the source, or nothing is known, all of them. One that beats it by 1.5 turns a
+    linear probe into the groups after it, and, for data unlike the source or of unknown similarity, the last
+    three groups into most of them. (4) A shift that sits in the early groups, of data that are not similar,
+    where (3) chose nothing: tune the first third and the head. (5) Below 10,000 samples, frozen features
+    that separate the classes already: linear probe. Then batch size, imbalance and pretraining set norms,
+    weights and decay.
 
     Args:
         evidence: what was measured.

@@ -100,6 +100,9 @@ class Signature:
     def load(cls, path: str | Path) -> Signature:
         """Read what `save` wrote.
 
+        Args:
+            path: of the file.
+
         Raises:
             DataError: there is no such file, it is damaged, or it is no signature of this format.
         """

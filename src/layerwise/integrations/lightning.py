@@ -35,6 +35,9 @@ class TunerCallback(_Base):  # type: ignore[misc]
     With DDP use ``strategy="ddp_find_unused_parameters_true"``; what will learn later is known to it from the
     start. Automatic optimisation with one optimiser only.
 
+    The statistics of the norm policy ``"calibrate"`` are not measured here: call
+    `layerwise.calibrate_batchnorm` at the start of the phase.
+
     Args:
         tuner: made from the module, or the part of it, that the plan is about.
         monitor: name of a logged validation metric, for plans that wait for validation to stall.

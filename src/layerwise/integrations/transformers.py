@@ -55,6 +55,9 @@ class TunerCallback(_Base):  # type: ignore[misc]
     phase that was interrupted. ``steps_per_epoch`` counts optimiser steps:
     ``ceil(len(data) / (batch size * processes * gradient_accumulation_steps))``.
 
+    The statistics of the norm policy ``"calibrate"`` are not measured here: call
+    `layerwise.calibrate_batchnorm` at the start of the phase.
+
     Args:
         tuner: made for Trainer's model.
         metric: name of an evaluation metric (``"eval_accuracy"``), for plans that wait for it to stall.

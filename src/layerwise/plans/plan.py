@@ -36,7 +36,8 @@ class Schedule(Data):
 
     Attributes:
         shape: how the factor falls (`layerwise.plans.schedules` has the formulas).
-        warmup_frac: share of the span over which the factor first rises linearly from 0.
+        warmup_frac: share of the span over which the factor first rises linearly to where the shape starts,
+            in w steps from 1 / (w + 1) of it.
         warmup_steps: the same in optimiser steps; at most one of the two is above 0.
         floor: lowest value the factor falls to after its peak, as a share of the peak.
         span: ``"phase"`` starts anew at each phase, ``"run"`` goes once over the whole plan.
@@ -172,7 +173,11 @@ class Phase(Data):
         return self.rate(group) > 0
 
     def length_steps(self, steps_per_epoch: int) -> int:
-        """Return the length of the phase in optimiser steps."""
+        """Return the length of the phase in optimiser steps.
+
+        Args:
+            steps_per_epoch: optimiser steps in an epoch, for a phase that is counted in epochs.
+        """
         return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
 
 
@@ -228,11 +233,19 @@ class Plan(Data):
         return found
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the length of the whole plan in optimiser steps, no phase ending early."""
+        """Return the length of the whole plan in optimiser steps, no phase ending early.
+
+        Args:
+            steps_per_epoch: optimiser steps in an epoch.
+        """
         return sum(phase.length_steps(steps_per_epoch) for phase in self.phases)
 
     def total_epochs(self, steps_per_epoch: int) -> int:
-        """Return the number of epochs that the plan takes, a last partial one counted as one."""
+        """Return the number of epochs that the plan takes, a last partial one counted as one.
+
+        Args:
+            steps_per_epoch: optimiser steps in an epoch.
+        """
         return math.ceil(self.total_steps(steps_per_epoch) / steps_per_epoch)
 
     def check(self, layers: LayerMap) -> None:
@@ -296,6 +309,9 @@ class Plan(Data):
 
         The file is written whole or not at all; one that is there already is replaced.
 
+        Args:
+            path: of the file.
+
         Raises:
             OSError: the file cannot be written.
         """
@@ -308,6 +324,9 @@ class Plan(Data):
         """Read a plan that `save`, ``layerwise plan`` or a person wrote.
 
         Reading never runs code (``yaml.safe_load``).
+
+        Args:
+            path: of the file.
 
         Raises:
             PlanError: the file is missing, is not YAML, has another version, or is not a valid plan.

@@ -22,6 +22,9 @@ def auto_rgn(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
         layers: the model's layer map.
         **options: see `PhaseOptions`.
 
+    Raises:
+        PlanError: there is one group alone, or an option is wrong.
+
     Source: Lee et al. 2023, section 4.2. There the norms are taken per parameter tensor on extra batches at
     the start of each epoch; here per group, on the first steps that train.
     """

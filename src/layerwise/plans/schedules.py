@@ -3,7 +3,7 @@
 With t = 0, 1, ..., T - 1 the number of the optimiser step in its span, w the steps of the warm-up and
 u = (t - w) / (T - w) the progress after it:
 
-    warm-up              f = (t + 1) / (w + 1)                    t < w; the peak is reached at t = w
+    warm-up              f = f(w) (t + 1) / (w + 1)               t < w; the shape's own start is at t = w
     constant             f = 1
     linear               f = floor + (1 - floor) (1 - u)
     cosine               f = floor + (1 - floor) (1 + cos(pi u)) / 2
@@ -13,7 +13,9 @@ u = (t - w) / (T - w) the progress after it:
     plateau              f = max(floor, factor ** number of times that validation stalled)
 
 The floor is reached at t = T, the step after the last one, so no step is wasted at rate 0: the last step
-of a linear schedule without warm-up and floor has f = 1 / T, the first one of a warm-up 1 / (w + 1).
+of a linear schedule without warm-up and floor has f = 1 / T, the first one of a warm-up f(w) / (w + 1).
+f(w) is where the shape starts: 1 / ratio for the slanted triangle and one-cycle, else 1 (until validation
+stalls).
 """
 
 from __future__ import annotations

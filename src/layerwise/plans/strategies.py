@@ -37,7 +37,15 @@ def linear_probe(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
 
 
 def full(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
-    """Return a plan that trains every group at the full rate."""
+    """Return a plan that trains every group at the full rate.
+
+    Args:
+        layers: the model's layer map.
+        **options: see `PhaseOptions`.
+
+    Raises:
+        PlanError: an option is wrong.
+    """
     return one_phase(layers, "full", dict.fromkeys(layers.names, 1.0), options)
 
 

@@ -57,7 +57,9 @@ def open_model(
             there are no `weights`. False gives a random initialisation.
         input_size: side, or height and width, in pixels, instead of the model's own.
         preprocessing: of images, instead of what the model's library names.
-        task: for ``hf:``, what the model is for; None reads it from its configuration.
+        task: for ``hf:``, what the model is for. None reads it from a configuration that names a classifier
+            of images, texts or tokens; any other model, a language model too, becomes a classifier of images
+            or texts with a new output layer.
         problem: for ``hf:`` text classification, transformers' ``problem_type``:
             ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
         mismatched: what to do with `weights` of another number of classes than asked for:

@@ -103,6 +103,9 @@ def calibrate_batchnorm(
         names: module paths of the norms to calibrate; None is all with running statistics.
         forward: ``forward(model, batch)`` for batches of another form.
 
+    Returns:
+        What was measured, and how far each layer's mean moved.
+
     Raises:
         ModelError: the model has no norm with running statistics, or `names` has an unknown one.
         DataError: no data, or NaN and infinity in it; one value per channel only; or a one-shot iterator

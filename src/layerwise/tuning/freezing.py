@@ -93,6 +93,9 @@ def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
         *patterns: full names, whole name components (``"layer1"``; ``"bn"`` never matches ``subnet``),
             globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression.
 
+    Returns:
+        The record of the change; its ``undo()`` takes it back.
+
     Raises:
         PlanError: a pattern matches no parameter; the closest names are listed.
 
@@ -116,6 +119,9 @@ def unfreeze(model: nn.Module, *patterns: str) -> FreezeRecord:
         model: changed in place.
         *patterns: as for `freeze`.
 
+    Returns:
+        The record of the change; its ``undo()`` takes it back.
+
     Raises:
         PlanError: a pattern matches no parameter.
     """
@@ -124,6 +130,9 @@ def unfreeze(model: nn.Module, *patterns: str) -> FreezeRecord:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Return how many scalars of `model` are trainable and frozen; shared parameters count once.
+
+    Args:
+        model: as its ``requires_grad`` are now; unchanged.
 
     Raises:
         ModelError: a lazy layer has no shape yet.

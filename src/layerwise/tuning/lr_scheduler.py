@@ -39,8 +39,8 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
     >>> scheduler = LayerwiseLR(optimizer, "linear", total_steps=4)
     >>> optimizer.step(); scheduler.step()
     >>> optimizer.add_param_group({"params": [late], "lr": 0.4})
-    >>> optimizer.step(); [round(group["lr"], 3) for group in optimizer.param_groups]
-    [0.6, 0.3]
+    >>> optimizer.step(); tuple(round(group["lr"], 3) for group in optimizer.param_groups)
+    (0.6, 0.3)
     """
 
     def __init__(
@@ -70,7 +70,12 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
         return [self._rate(group, value) for group in self.optimizer.param_groups]
 
     def end_epoch(self, metric: float, *, mode: Mode = "max") -> None:
-        """Take in an epoch's validation metric, for the plateau shape; other shapes pass it over."""
+        """Take in an epoch's validation metric, for the plateau shape; other shapes pass it over.
+
+        Args:
+            metric: the epoch's validation metric.
+            mode: whether more of it is better (``"max"``) or less (``"min"``).
+        """
         if self.schedule.shape != "plateau":
             return
         if self._stall.update(metric, mode) > self.schedule.patience_epochs:

@@ -89,6 +89,9 @@ def training_mode(model: nn.Module) -> Iterator[None]:
     Frozen norms are those of `frozen_norms`; inside the context not even a further ``model.train()``
     wakes them. Modes come back on exceptions too.
 
+    Args:
+        model: its modes are changed inside the context, and only there.
+
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     >>> for part in model[:2].parameters(): _ = part.requires_grad_(False)
     >>> with training_mode(model):

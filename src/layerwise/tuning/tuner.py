@@ -248,7 +248,11 @@ class Tuner:
                 self.end_epoch()
 
     def begin_epoch(self) -> None:
-        """Start an epoch; `epochs` calls it. For loops that belong to somebody else (Lightning, Trainer)."""
+        """Start an epoch; `epochs` calls it. For loops that belong to somebody else (Lightning, Trainer).
+
+        Raises:
+            PlanError: the plan is done.
+        """
         if self.done:
             raise PlanError(_over(self.plan))
         if not self._progress.begun:
