@@ -202,16 +202,22 @@ class Regression:
         return output.unsqueeze(-1) if output.ndim == 1 else output
 
     def _targets(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the standardised labels, float[N, numbers]."""
-        labels: Tensor = split_batch(batch)[2].to(output.dtype).reshape(output.shape)
-        return (labels - self._constant(output, self.mean, 0.0)) / self._constant(output, self.scale, 1.0)
+        """Return the standardised labels, float32[N, numbers].
+
+        Standardised in float64, where the labels' device has it: years in bfloat16, or seconds since 1970
+        in float32, would all be about the same number before the mean is taken off.
+        """
+        labels: Tensor = split_batch(batch)[2].reshape(output.shape)
+        exact = labels.to(torch.float32 if labels.device.type == "mps" else torch.float64)
+        standard = (exact - self._constant(exact, self.mean, 0.0)) / self._constant(exact, self.scale, 1.0)
+        return standard.to(output.device, torch.float32)
 
     def _constant(self, like: Tensor, values: tuple[float, ...], default: float) -> Tensor:
         return like.new_tensor(values or (default,) * len(self.classes))
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the mean squared error of the standardised numbers."""
-        return F.mse_loss(output, self._targets(output, batch))
+        return F.mse_loss(output.float(), self._targets(output, batch))
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Compare outputs and labels.
@@ -321,7 +327,7 @@ def task_of(data: Any) -> Task | None:
     if kind not in TEXT_TASKS:
         return None
     if kind == "regression":
-        labels = torch.tensor([data[index]["labels"] for index in range(len(data))])
+        labels = torch.tensor([data[index]["labels"] for index in range(len(data))], dtype=torch.float64)
         return Regression.fitted(labels)
     if kind in ("causal_lm", "masked_lm"):
         return LanguageModelling(kind)

@@ -109,6 +109,15 @@ def test_regression_learns_standardised_and_reports_in_the_own_unit():
     assert task.decode(torch.tensor([[2.0]])) == [{"value": 4000.0}]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_regression_keeps_numbers_far_from_zero_apart(dtype):
+    # Years in bfloat16 and seconds since 1970 in float32 are rounded only once they are standardised.
+    for labels in (torch.tensor([1987.0, 1990.0, 1993.0]), 1.7e9 + torch.tensor([0, 1, 2]).double()):
+        exact = (labels.double() - labels.double().mean()) / labels.double().std(correction=0)
+        loss = Regression.fitted(labels).loss(torch.zeros(3, 1, dtype=dtype), {"labels": labels})
+        assert float(loss) == pytest.approx(float((exact**2).mean()), rel=1e-5)
+
+
 def test_regression_metrics_equal_their_definitions():
     # Against numpy's own formulas, over two batches and two numbers a sample.
     import numpy as np
