@@ -21,7 +21,7 @@ from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import labels_of, open_batches, sampling_weights
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
-from layerwise.training.history import History
+from layerwise.training.history import History, not_finite
 from layerwise.training.options import (
     CacheMode,
     Keep,
@@ -364,6 +364,9 @@ def fit(
                 **{f"val_{name}" if name == "loss" else name: v for name, v in scores.values.items()},
                 "rates": rates,
             }
+            if note := not_finite(scores.values, f"validation of epoch {epoch + 1}"):
+                entry["note"] = note
+                reporter.say(note)
             history.append(entry)
             accelerator.log({k: v for k, v in entry.items() if isinstance(v, float)}, step=tuner.step_count)
             if monitored is None or keep == "last" or setup.is_better(monitored, now.best.value, task.mode):
@@ -406,6 +409,10 @@ def fit(
             device=accelerator.device,
             autocast=accelerator.autocast,
         )
+    notes += history.notes()
+    if tested is not None and (note := not_finite(tested.values, "test data")):
+        notes.append(note)
+        reporter.say(note)
     if watched is not None:
         notes += setup.report_watch(watched.report, inspected, written)
     notes += [described] if described else []

@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import ModelError, RunError
-from layerwise.files import remove_leftovers, sha256, write_file, write_json
+from layerwise.files import remove_leftovers, sha256, with_nulls, write_file, write_json
 from layerwise.plans.plan import Plan
 from layerwise.training.tasks import Task, task_from_dict
 
@@ -116,11 +116,9 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 
 def finish_run(out: Path, result: Mapping[str, Any]) -> None:
-    """Add the result, and the hash of the kept weights, to ``run.json``."""
-    data = read_run(out)
-    write_json(
-        out / "run.json", {**data, "weights_sha256": sha256(weights_file(out)), "result": dict(result)}
-    )
+    """Add the result, and the hash of the kept weights, to ``run.json``; numbers not finite are null."""
+    added = {"weights_sha256": sha256(weights_file(out)), "result": with_nulls(dict(result))}
+    write_json(out / "run.json", {**read_run(out), **added})
 
 
 def weights_file(path: Path) -> Path:

@@ -217,6 +217,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         run(train=Poisoned(3))
 
 
+def with_nan(data: TensorDataset) -> TensorDataset:
+    """Return the data with one missing value."""
+    x = data.tensors[0].clone()
+    x[3, 2] = math.nan
+    return TensorDataset(x, data.tensors[1])
+
+
+def test_nan_in_held_out_data_is_told_and_the_run_ends_all_the_same(tmp_path: Path) -> None:
+    # A missing value in validation or test data costs a number, not the run: null in both files, and a note.
+    result = run(val=with_nan(VAL), test=with_nan(VAL), out=tmp_path / "a", plan=one_phase(epochs=2))
+    assert math.isnan(result.metrics["loss"])
+    assert [note.split(" (")[0] for note in result.notes] == [
+        "validation of epoch 1: loss is nan",
+        "validation of epoch 2: loss is nan",
+        "test data: loss is nan",
+    ]
+    told = read_run(tmp_path / "a")["result"]
+    assert told["metrics"]["loss"] is None
+    assert told["test"]["loss"] is None
+    assert told["notes"] == list(result.notes)
+    lines = read_history(tmp_path / "a" / "history.jsonl")
+    assert [(line["val_loss"], line["note"]) for line in lines] == [(None, n) for n in result.notes[:2]]
+    assert "NaN" not in (tmp_path / "a" / "history.jsonl").read_text().replace("Look for NaN", "")
+
+
 def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path) -> None:
     # A step can make weights infinite from a finite loss; the checkpoint before it is the last good one.
     class Bursts(torch.optim.SGD):
