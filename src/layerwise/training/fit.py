@@ -207,7 +207,7 @@ def fit(
     )
     record = setup.describe(model, batches, held_out, task, options, optimizer_name, about)
 
-    previous = None
+    previous, before = None, dict[str, Any]()
     if resume:
         folder = cast(Path, folder)
         before = read_run(folder)
@@ -267,11 +267,13 @@ def fit(
         model.load_state_dict(state["model"])
         tuner.load_state_dict(state["tuner"])
         now = Standing.from_state(state)
-        history = History(cast(Path, folder) / "history.jsonl", state["history"])
+        if before.get("result") and (now.stopped_early or tuner.done):  # a finished run is only read
+            written, now.best.sha256 = None, now.best.sha256 or before.get("weights_sha256")
+        history = History(None if written is None else written / "history.jsonl", state["history"])
         set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
         notes += [f"resumed from {previous.path} (step {previous.step})", *previous.skipped]
     elif folder is not None:
-        history = History(folder / "history.jsonl" if accelerator.is_main_process else None)
+        history = History(None if written is None else written / "history.jsonl")
         save(inside=False)
 
     reporter = Reporter(
@@ -374,7 +376,7 @@ def fit(
                 if folder is None and keep == "best" and held_out is not None:
                     now.kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
                 elif folder is not None and accelerator.is_main_process:
-                    save_weights(model, weights_file(folder))
+                    now.best.sha256 = save_weights(model, weights_file(folder))
             if early_stopping is not None and monitored is not None:
                 monitors = [line[task.monitor] for line in history.entries]
                 now.stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
@@ -396,7 +398,7 @@ def fit(
     # The kept weights, the test data, and the record.
     if folder is not None:
         accelerator.wait_for_everyone()
-        load_weights(model, weights_file(folder))
+        load_weights(model, weights_file(folder), expected_sha256=now.best.sha256)
     elif now.kept is not None:
         model.load_state_dict(now.kept)
     model.eval()
@@ -433,9 +435,9 @@ def fit(
         out=folder,
         notes=tuple(notes),
     )
-    if folder is not None and accelerator.is_main_process:
-        write_json(folder / "timings.json", now.timings)
-        finish_run(folder, result.to_dict())
+    if written is not None:
+        write_json(written / "timings.json", now.timings)
+        finish_run(written, result.to_dict())
     for tracker in accelerator.trackers:  # end_training would end the process group too; others may need it
         tracker.finish()
     return result

@@ -126,8 +126,11 @@ def weights_file(path: Path) -> Path:
     return path / "model.safetensors"
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> str:
     """Write all parameters and buffers of `model` to a safetensors file, shared tensors once.
+
+    Returns:
+        The file's SHA-256.
 
     Raises:
         RunError: the file cannot be written; one that was there before is untouched.
@@ -141,6 +144,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise RunError(
             f"the weights could not be written to {path}: {error}. Make room and resume."
         ) from error
+    return sha256(path)
 
 
 def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = None) -> None:
@@ -155,7 +159,10 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
     if not path.is_file():
         raise RunError(f"{path} is missing: the run has kept no weights yet. Go on with it: --resume.")
     if expected_sha256 is not None and sha256(path) != expected_sha256:
-        raise RunError(f"{path} does not match the hash in run.json: it was altered or cut short.")
+        raise RunError(
+            f"{path} does not match the hash that the run keeps of it: it was altered or cut short. Put the "
+            "run's own file back, or start the run anew in another folder."
+        )
     try:
         load_model(model, str(path))
     except (OSError, SafetensorError, RuntimeError) as error:

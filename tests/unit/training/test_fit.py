@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
 from layerwise.plans.plan import Plan
 from layerwise.training import checkpoint
@@ -184,6 +187,66 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "run", model=Tiny())
     with pytest.raises(RunError, match=r"does not exist.*Runs in"):
         load_run(tmp_path / "ruin")
+
+
+def stop_after(epoch: int):
+    """Return an `on_epoch` that interrupts a run at the end of an epoch."""
+
+    def on_epoch(entry: dict) -> None:
+        if entry["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    return on_epoch
+
+
+def alter(path: Path) -> None:
+    """Write other weights of the same names into a safetensors file."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path, metadata=metadata)
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
+    # Resuming it gives its result again, and no file changes.
+    out = tmp_path / "a"
+    first = run(out=out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = run(out=out, resume=True)
+    assert again.metrics == first.metrics
+    assert not changed(first.model.state_dict(), again.model.state_dict())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_resuming_does_not_take_altered_weights_for_the_run_s_own(tmp_path: Path, older: bool) -> None:
+    # The file is compared with the hash in the checkpoint or, of older checkpoints, with that in run.json.
+    out = tmp_path / "a"
+    run(out=out)
+    if older:
+        last = load_latest(out / "checkpoints")
+        assert last is not None
+        del last.state["best"]["sha256"]
+        checkpoint.save_checkpoint(out / "checkpoints", last.step, last.state)
+        assert run(out=out, resume=True).steps == last.step  # it can still be read
+    told = read_run(out)
+    alter(out / "model.safetensors")
+    with pytest.raises(RunError, match=r"altered or cut short. Put the run's own file back"):
+        run(out=out, resume=True)
+    assert read_run(out) == told
+
+
+def test_weights_altered_between_two_sittings_are_refused_in_the_end(tmp_path: Path) -> None:
+    # The best epoch lies before the interruption, so its file is what the run would end with.
+    falling = Classification(("0", "1", "2"), monitor="accuracy", mode="min")
+    options: dict = {"plan": one_phase(epochs=2), "task": falling}
+    assert run(**options).best_epoch == 0
+    out = options["out"] = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt):
+        run(on_epoch=stop_after(0), **options)
+    alter(out / "model.safetensors")
+    with pytest.raises(RunError, match="altered or cut short"):
+        run(resume=True, **options)
+    assert read_run(out)["result"] is None
 
 
 class Poisoned(Dataset):
