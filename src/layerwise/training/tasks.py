@@ -237,7 +237,6 @@ class Classification:
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(k, average="micro"),
-                "balanced_accuracy": MulticlassRecall(k, average="macro"),
                 "macro_f1": MulticlassF1Score(k, average="macro"),
                 "precision": MulticlassPrecision(k, average=None),
                 "recall": MulticlassRecall(k, average=None),
@@ -262,7 +261,11 @@ class Classification:
             }
             for i, name in enumerate(self.classes)
         ]
-        values = {key: float(found[key]) for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+        values = {
+            "accuracy": float(found["accuracy"]),
+            "balanced_accuracy": balanced_accuracy(confusion),
+            "macro_f1": float(found["macro_f1"]),
+        }
         return Scores(values, {"per_class": rows, "confusion": confusion.tolist()})
 
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
@@ -282,6 +285,23 @@ class Classification:
     def to_dict(self) -> dict[str, Any]:
         """Return the task as plain data."""
         return dataclasses.asdict(self)
+
+
+def balanced_accuracy(confusion: Tensor) -> float:
+    """Return the mean recall of the classes that have samples; NaN where none has.
+
+    A class without samples has no recall, so it does not count (torchmetrics' macro recall counts it as 0
+    where it is predicted).
+
+    >>> balanced_accuracy(torch.tensor([[3, 1, 0], [0, 1, 1], [0, 0, 0]]))
+    0.625
+
+    Args:
+        confusion: int[classes, classes]; rows are true classes, columns predicted ones.
+    """
+    samples = confusion.sum(dim=1)
+    recall = confusion.diagonal()[samples > 0].double() / samples[samples > 0]
+    return float(recall.mean())
 
 
 def _classification_from_dict(data: dict[str, Any]) -> Task:

@@ -49,6 +49,21 @@ def test_metrics_agree_with_scikit_learn() -> None:
         assert row["samples"] == support[i]
 
 
+def test_a_class_without_samples_does_not_lower_balanced_accuracy() -> None:
+    # As scikit-learn: it is the mean recall of the classes that are there, though all are predicted.
+    metrics = pytest.importorskip("sklearn.metrics")
+    output, labels = predictions()
+    labels = labels.clamp(max=1)
+    task = Classification(CLASSES)
+    counted = task.metrics()
+    task.update(counted, output, (None, labels))
+    predicted = output.argmax(1)
+    assert set(predicted.tolist()) == {0, 1, 2}
+    with pytest.warns(UserWarning, match="not in y_true"):
+        expected = metrics.balanced_accuracy_score(labels, predicted)
+    assert task.scores(counted).values["balanced_accuracy"] == pytest.approx(expected)
+
+
 def test_loss_is_cross_entropy_with_the_task_s_options() -> None:
     # Weights and smoothing reach the loss; without them it is plain cross-entropy.
     output, labels = predictions()
