@@ -18,7 +18,7 @@ from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.checkpoint import load_latest, save_checkpoint
-from layerwise.training.data import labels_of, open_batches, sampling_weights
+from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
 from layerwise.training.history import History, not_finite
@@ -185,8 +185,8 @@ def fit(
     seed_everything(seed + rank)
     share = {"batch_size": batch_size, "seed": seed, "workers": workers, "rank": rank, "world": world}
     share |= {} if task == "auto" else {"collate": task.collate}
-    weights = sampling_weights(labels_of(train)) if sampler == "weighted" else None
-    batches = open_batches(train, train=True, weights=weights, drop_last=drop_last, **share)
+    weighted = sampler == "weighted"
+    batches = open_batches(train, train=True, weighted=weighted, drop_last=drop_last, **share)
     held_out = None if val is None else open_batches(val, train=False, **share)
     model.to(accelerator.device)
     first = send_to_device(setup.first_batch(batches), accelerator.device)

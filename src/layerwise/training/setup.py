@@ -18,7 +18,13 @@ from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
-from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
+from layerwise.training.data import (
+    Batches,
+    balanced_class_weights,
+    labels_of,
+    open_batches,
+    samples_in,
+)
 from layerwise.training.evaluate import first_output
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
 from layerwise.training.tasks import Batch, Task, infer_task, run_model
@@ -287,8 +293,8 @@ def describe(
         "model": {"class": type(model).__qualname__, **more.get("model", {})},
         "task": task.to_dict(),
         "data": {
-            "train_samples": len(train.data),
-            "val_samples": None if val is None else len(val.data),
+            "train_samples": samples_in(train.data),
+            "val_samples": None if val is None else samples_in(val.data),
             **more.get("data", {}),
         },
         "settings": {"optimizer": optimizer, **{name: options[name] for name in REMEMBERED}},

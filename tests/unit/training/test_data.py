@@ -162,8 +162,15 @@ def test_data_that_cannot_be_used_is_told() -> None:
         def __iter__(self):
             yield from range(3)
 
+        def __len__(self) -> int:
+            return 3
+
     with pytest.raises(DataError, match="sampler of its own"):
-        open_batches(DataLoader(Stream()), train=True, batch_size=1, weights=torch.ones(3))
+        open_batches(DataLoader(Stream()), train=True, batch_size=1, weighted=True)
+    with pytest.raises(DataError, match=r"val is an iterable data set \(Stream\).*DataLoader\(val"):
+        open_batches(Stream(), train=False, batch_size=1)
+    with pytest.raises(DataError, match="labels of an iterable data set"):
+        labels_of(Stream())
 
 
 def test_labels_are_found_where_data_sets_keep_them() -> None:
@@ -178,6 +185,11 @@ def test_labels_are_found_where_data_sets_keep_them() -> None:
         targets = list(range(10))  # noqa: RUF012
 
     assert labels_of(Folder()).tolist() == list(range(10))
+    swapped = Folder()
+    swapped.target_transform = lambda label: 9 - label  # what its samples come with
+    assert labels_of(swapped).tolist() == list(range(9, -1, -1))
+    swapped.targets = torch.arange(10)
+    assert labels_of(swapped).tolist() == list(range(9, -1, -1))
     with pytest.raises(DataError, match="one integer each"):
         labels_of(TensorDataset(torch.zeros(3), torch.zeros(3)))
 

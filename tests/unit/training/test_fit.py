@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
@@ -469,6 +469,25 @@ def test_imbalance_is_met_by_weights_or_by_sampling() -> None:
         run(class_weights=[1, 2])
     with pytest.raises(TrainingError, match="set them on the task"):
         run(class_weights="balanced", task=Classification(("a", "b", "c")))
+
+
+def test_a_loader_is_drawn_from_by_weight_too() -> None:
+    # sampler="weighted" looks through a DataLoader: the same run as on its data set.
+    rare = tiny_data(60, classes=2)
+    loader = DataLoader(rare, batch_size=8, shuffle=True)
+    results = [run(Tiny(2), train, None, sampler="weighted", plan=one_phase()) for train in (rare, loader)]
+    assert results[0].history == results[1].history
+
+
+def test_validation_may_be_a_stream(tmp_path: Path) -> None:
+    # A loader over an iterable data set without a length validates, as it tests; its size is not known.
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(VAL)
+
+    result = run(val=DataLoader(Stream(), batch_size=8), out=tmp_path / "a", plan=one_phase())
+    assert result.history[0] == run(plan=one_phase()).history[0]  # later ones: a loader draws a seed
+    assert read_run(tmp_path / "a")["data"]["val_samples"] is None
 
 
 def test_mappings_are_understood() -> None:
