@@ -21,7 +21,7 @@ from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
-from layerwise.training.history import History, not_finite
+from layerwise.training.history import History, name_of, not_finite
 from layerwise.training.options import (
     CacheMode,
     Keep,
@@ -354,7 +354,7 @@ def fit(
                     on_batch=lambda: interrupt.raise_if_requested(go_on),
                     cache=prefix,
                 )
-            monitored = scores.values.get(task.monitor)
+            monitored = setup.monitored_value(scores, task)
             tuner.end_epoch(monitored, mode=task.mode)
             loss_sum, samples = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
             entry = {
@@ -363,7 +363,7 @@ def fit(
                 "step": tuner.step_count,
                 "steps": tuner.step_count - epoch * steps_per_epoch,
                 "train_loss": loss_sum / samples,
-                **{f"val_{name}" if name == "loss" else name: v for name, v in scores.values.items()},
+                **{name_of(metric): value for metric, value in scores.values.items()},
                 "rates": rates,
             }
             if note := not_finite(scores.values, f"validation of epoch {epoch + 1}"):
@@ -378,13 +378,13 @@ def fit(
                 elif folder is not None and accelerator.is_main_process:
                     now.best.sha256 = save_weights(model, weights_file(folder))
             if early_stopping is not None and monitored is not None:
-                monitors = [line[task.monitor] for line in history.entries]
+                monitors = history.values(task.monitor)
                 now.stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
             now.timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
             save(inside=False)
             reporter.epoch(
                 entry,
-                monitor=task.monitor,
+                monitor=name_of(task.monitor),
                 steps_left=total_steps - tuner.step_count,
                 seconds=now.timings[-1]["seconds"],
             )

@@ -36,6 +36,10 @@ class History:
         self.entries.append(entry)
         self._write()
 
+    def values(self, metric: str) -> list[float]:
+        """Return a validation metric of all epochs."""
+        return [entry[name_of(metric)] for entry in self.entries]
+
     def notes(self) -> list[str]:
         """Return what was noted in the epochs: the first notes, and how many more there are."""
         found = [entry["note"] for entry in self.entries if "note" in entry]
@@ -46,6 +50,11 @@ class History:
         if self.path is not None:
             lines = (json.dumps(with_nulls(e), ensure_ascii=False, allow_nan=False) for e in self.entries)
             write_text(self.path, "".join(line + "\n" for line in lines))
+
+
+def name_of(metric: str) -> str:
+    """Return what a validation metric is called in a line: the loss stands beside that of training."""
+    return "val_loss" if metric == "loss" else metric
 
 
 def not_finite(values: Mapping[str, float], where: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
+from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError, did_you_mean
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import (
@@ -27,10 +28,11 @@ from layerwise.training.data import (
 )
 from layerwise.training.evaluate import first_output
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
-from layerwise.training.tasks import Batch, Task, infer_task, run_model
+from layerwise.training.tasks import Batch, Scores, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of
 from layerwise.tuning.audit import Audit, audit
 from layerwise.tuning.norm_layers import small_batch_warning
+from layerwise.tuning.stall import Stall
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import Watch, WatchReport
 
@@ -333,23 +335,39 @@ def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
     return [float(value) for value in summed]
 
 
+def monitored_value(scores: Scores, task: Task) -> float | None:
+    """Return the value of the task's monitor; None where nothing was measured.
+
+    Raises:
+        TrainingError: other metrics were measured than the task's monitor.
+    """
+    if scores.values and task.monitor not in scores.values:
+        raise TrainingError(
+            f"the task's monitor {task.monitor!r} is not measured, so no epoch would be the best one; "
+            f"measured are {', '.join(scores.values)}.{did_you_mean(task.monitor, scores.values)} Name one "
+            "of them as the task's monitor."
+        )
+    return scores.values.get(task.monitor)
+
+
 def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Return whether `value` improves on `than` (on nothing, always; NaN never improves)."""
+    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and a number beats it."""
     if than is None:
         return True
+    if math.isnan(than):
+        return not math.isnan(value)
     return value > than if mode == "max" else value < than
 
 
 def has_stalled(values: Sequence[float], mode: Literal["max", "min"], *, patience_epochs: int) -> bool:
-    """Return whether the last `patience_epochs` values are no better than the best before them.
+    """Return whether the last `patience_epochs` values are no better than the best before them (`Stall`).
 
     >>> has_stalled([0.5, 0.7, 0.6, 0.7], "max", patience_epochs=2)
     True
     >>> has_stalled([0.5, 0.7, 0.6], "max", patience_epochs=2)
     False
     """
-    if len(values) <= patience_epochs:
-        return False
-    pick = max if mode == "max" else min
-    before, late = values[:-patience_epochs], values[-patience_epochs:]
-    return not is_better(pick(late), pick(before), mode)
+    stall = Stall()
+    for value in values:
+        stall.update(value, mode)
+    return stall.bad_epochs >= patience_epochs

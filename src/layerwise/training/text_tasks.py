@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.errors import DataError
-from layerwise.training.tasks import Batch, Scores, Task, run_model, split_batch
+from layerwise.training.tasks import Batch, Scores, Task, run_model, settle_mode, split_batch
 from layerwise.training.token_tasks import LanguageModelling, TokenClassification, kind_of, raise_found
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class MultiLabel:
         threshold: probability from which a label counts as on, in (0, 1).
         monitor: metric that picks the best epoch. Macro F1 by default: with many labels nearly all of
             which are off, exact match and accuracy say little.
-        mode: ``"max"``.
+        mode: ``"max"``; always ``"min"`` where `monitor` is ``"loss"``.
         name: key in `layerwise.training.tasks.TASKS`.
     """
 
@@ -45,6 +45,10 @@ class MultiLabel:
     monitor: str = "macro_f1"
     mode: Literal["max", "min"] = "max"
     name: str = "multi_label"
+
+    def __post_init__(self) -> None:
+        """Take the mode that the monitor has."""
+        settle_mode(self)
 
     def collate(self, samples: list[Any]) -> Batch:
         """Return samples of equal length stacked; texts are padded by the collator of their data."""
@@ -145,8 +149,8 @@ class Regression:
         mean: of each number; empty is 0.
         scale: of each number, above 0; empty is 1.
         monitor: metric that picks the best epoch: ``"rmse"``, ``"mae"`` (both the mean over the
-            numbers), or, with mode ``"max"``, ``"r2"`` or ``"pearson"``.
-        mode: ``"min"``.
+            numbers), ``"loss"``, ``"r2"`` or ``"pearson"``.
+        mode: that of the monitor: ``"max"`` for R2 and the correlation, else ``"min"``.
         name: key in `layerwise.training.tasks.TASKS`.
     """
 
@@ -158,7 +162,7 @@ class Regression:
     name: str = "regression"
 
     def __post_init__(self) -> None:
-        """Look at mean and scale.
+        """Look at mean and scale, and take the mode that the monitor has.
 
         Raises:
             DataError: there is not one finite mean, and one finite scale above 0, for each number.
@@ -169,6 +173,7 @@ class Regression:
             if any(not math.isfinite(value) or (field == "scale" and value <= 0) for value in values):
                 expected = "finite numbers above 0" if field == "scale" else "finite numbers"
                 raise DataError(f"{field} is {values}; expected {expected}.")
+        settle_mode(self)
 
     @classmethod
     def fitted(cls, labels: Tensor, classes: tuple[str, ...] = ("value",)) -> Regression:

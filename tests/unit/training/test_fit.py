@@ -424,6 +424,21 @@ def test_it_stops_early() -> None:
     assert result.best_epoch == 0
 
 
+def test_the_loss_can_be_monitored() -> None:
+    # The kept epoch is that of the lowest validation loss, and a rising one stops early.
+    task = Classification(("0", "1", "2"), monitor="loss")
+    result = run(task=task, plan=one_phase(epochs=30), early_stopping=2, lr=0.1)
+    losses = [line["val_loss"] for line in result.history]
+    assert result.stopped == "early"
+    assert result.best_epoch == losses.index(min(losses)) == len(losses) - 3
+
+
+def test_a_monitor_that_is_not_measured_is_told() -> None:
+    # Else keep="best" would keep the last epoch, and nothing would stop early.
+    with pytest.raises(TrainingError, match=r"'acuracy' is not measured.*loss, accuracy.*mean 'accuracy'"):
+        run(task=Classification(("0", "1", "2"), monitor="acuracy"))
+
+
 def test_an_early_stop_is_remembered(tmp_path: Path) -> None:
     # Resuming a run that stopped early does not train on.
     options: dict = {
