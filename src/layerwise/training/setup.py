@@ -27,6 +27,7 @@ from layerwise.training.data import (
     samples_in,
 )
 from layerwise.training.evaluate import first_output
+from layerwise.training.fingerprint import fingerprint
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
 from layerwise.training.tasks import Batch, Scores, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of
@@ -297,12 +298,21 @@ def describe(
         "data": {
             "train_samples": samples_in(train.data),
             "val_samples": None if val is None else samples_in(val.data),
+            **(_fingerprints(train, val) if options["out"] is not None else {}),
             **more.get("data", {}),
         },
         "settings": {"optimizer": optimizer, **{name: options[name] for name in REMEMBERED}},
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
     return plain
+
+
+def _fingerprints(train: Batches, val: Batches | None) -> dict[str, str | None]:
+    """Return hashes of the data: a resumed run must have the same."""
+    return {
+        "train_fingerprint": fingerprint(train.data),
+        "val_fingerprint": None if val is None else fingerprint(val.data),
+    }
 
 
 def joined(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -351,7 +361,7 @@ def monitored_value(scores: Scores, task: Task) -> float | None:
 
 
 def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and a number beats it."""
+    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it."""
     if than is None:
         return True
     if math.isnan(than):

@@ -159,6 +159,18 @@ def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
         run(resume=True)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_run_is_not_resumed_on_other_data_of_equal_length(part: str, tmp_path: Path) -> None:
+    # The number of samples says little: some of them are compared.
+    out = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt):
+        run(out=out, on_epoch=stop_after(0))
+    other = {"train": tiny_data(seed=9), "val": tiny_data(30, seed=9)}
+    with pytest.raises(RunError, match=rf"data\.{part}_fingerprint"):
+        run(out=out, resume=True, **{part: other[part]})
+    run(out=out, resume=True)
+
+
 def test_a_run_is_loaded_to_predict(tmp_path: Path) -> None:
     # The model of a Python run has no name, so it is given; predictions are those of the trained model.
     model = Tiny()

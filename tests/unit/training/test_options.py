@@ -107,6 +107,12 @@ def test_a_resumed_run_must_be_the_same_run() -> None:
     assert "settings.lr: 0.1 -> 0.2" in str(caught.value)
     assert "task.classes: ['x', 'y'] -> ['x', 'z']" in str(caught.value)
     assert "seed" not in str(caught.value)
+    known = {**about, "data": {"train_samples": 10, "train_fingerprint": "a"}}
+    check_same_run(about, now=known, plan=plan, out="runs/x")  # an older run, or augmented data: unknown
+    check_same_run(known, now=about, plan=plan, out="runs/x")
+    other = {**about, "data": {"train_samples": 10, "train_fingerprint": "b"}}
+    with pytest.raises(RunError, match=r"data\.train_fingerprint: 'a' -> 'b'"):
+        check_same_run(known, now=other, plan=plan, out="runs/x")
     longer = plan.model_copy(update={"strategy": "another"})
     with pytest.raises(RunError, match=r"plan\.strategy"):
         check_same_run(about, now=about, plan=longer, out="runs/x")
