@@ -34,6 +34,9 @@ from layerwise.training.tasks import Task, task_from_dict
 FORMAT = 1
 """Version of the format of ``run.json``."""
 
+_PARTS = ("model", "plan", "task", "settings", "data")
+"""Mappings that each ``run.json`` has."""
+
 _PACKAGES = (
     "layerwise",
     "torch",
@@ -112,6 +115,11 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{file} cannot be read as a run: {error!r}.") from error
     if form != FORMAT:
         raise RunError(f"{file} has format {form!r}; this version of layerwise reads {FORMAT}.")
+    if missing := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
+        raise RunError(
+            f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. Put the run's own "
+            "file back, or start the run anew in another folder."
+        )
     return data
 
 

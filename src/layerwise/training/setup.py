@@ -166,6 +166,11 @@ def find_task(
             )
         return found
     given = [n for n, v in (("class_weights", class_weights), ("label_smoothing", label_smoothing)) if v]
+    if lacking := [name for name in given if not hasattr(task, name)]:
+        raise TrainingError(
+            f"the loss of {type(task).__name__} ({task.name}) knows no {' and no '.join(lacking)}. Leave "
+            f"{'them' if len(lacking) > 1 else 'it'} out, or give fit a task of your own with such a loss."
+        )
     if given:
         raise TrainingError(f"{' and '.join(given)} and a task object are both given; set them on the task.")
     task.check(output, first)

@@ -91,23 +91,27 @@ class MultiLabel:
             MultilabelStatScores,
         )
 
-        k, threshold = len(self.classes), self.threshold
+        k = len(self.classes)  # they are given what is on: torchmetrics' own threshold is exclusive
         return MetricCollection(
             {
-                "macro_f1": MultilabelF1Score(k, threshold, average="macro"),
-                "micro_f1": MultilabelF1Score(k, threshold, average="micro"),
-                "exact_match": MultilabelExactMatch(k, threshold),
-                "precision": MultilabelPrecision(k, threshold, average=None),
-                "recall": MultilabelRecall(k, threshold, average=None),
-                "f1": MultilabelF1Score(k, threshold, average=None),
-                "counts": MultilabelStatScores(k, threshold, average=None),
+                "macro_f1": MultilabelF1Score(k, average="macro"),
+                "micro_f1": MultilabelF1Score(k, average="micro"),
+                "exact_match": MultilabelExactMatch(k),
+                "precision": MultilabelPrecision(k, average=None),
+                "recall": MultilabelRecall(k, average=None),
+                "f1": MultilabelF1Score(k, average=None),
+                "counts": MultilabelStatScores(k, average=None),
             },
             compute_groups=False,  # exact match counts differently, and groups are only found on 2nd use
         )
 
     def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
         """Count one batch."""
-        metrics.update(output.sigmoid(), split_batch(batch)[2].long())
+        metrics.update(self._on(output).long(), split_batch(batch)[2].long())
+
+    def _on(self, output: Tensor) -> Tensor:
+        """Return which labels are on, bool[N, classes]; metrics and predictions are of one mind."""
+        return output.float().sigmoid() >= self.threshold
 
     def scores(self, metrics: MetricCollection) -> Scores:
         """Return the counted metrics as numbers, and one row a label."""
@@ -126,8 +130,8 @@ class MultiLabel:
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """Return for each sample the labels that are on, and the probability of every label."""
         decoded = []
-        for row in output.float().sigmoid().tolist():
-            on = [name for name, probability in zip(self.classes, row) if probability >= self.threshold]
+        for row, marks in zip(output.float().sigmoid().tolist(), self._on(output).tolist()):
+            on = [name for name, mark in zip(self.classes, marks) if mark]
             decoded.append({"labels": on, "probabilities": dict(zip(self.classes, row))})
         return decoded
 

@@ -25,6 +25,7 @@ from layerwise.training.history import read_history
 from layerwise.training.result import Result
 from layerwise.training.run import load_run, read_run
 from layerwise.training.tasks import Classification
+from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
@@ -199,6 +200,17 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "run", model=Tiny())
     with pytest.raises(RunError, match=r"does not exist.*Runs in"):
         load_run(tmp_path / "ruin")
+
+
+def test_a_record_without_its_parts_is_refused(tmp_path: Path) -> None:
+    # run.json that was altered is told as such, when it is loaded and when it is resumed.
+    run(out=tmp_path / "run", plan=one_phase(epochs=1))
+    for text in ('{"format": 1}', '{"format": 1, "plan": null, "model": {}, "settings": {}, "data": {}}'):
+        (tmp_path / "run" / "run.json").write_text(text)
+        with pytest.raises(RunError, match=r"run.json does not tell .*plan, task"):
+            load_run(tmp_path / "run", model=Tiny())
+        with pytest.raises(RunError, match=r"run.json does not tell .*plan, task"):
+            run(out=tmp_path / "run", resume=True)
 
 
 def stop_after(epoch: int):
@@ -517,6 +529,15 @@ def test_validation_may_be_a_stream(tmp_path: Path) -> None:
     assert read_run(tmp_path / "a")["data"]["val_samples"] is None
 
 
+def test_options_that_a_task_s_loss_lacks_are_told(tmp_path: Path) -> None:
+    # "Set them on the task" is true of classification alone.
+    labels = TensorDataset(torch.randn(16, 8), torch.ones(16, 3))
+    with pytest.raises(TrainingError, match=r"MultiLabel \(multi_label\) knows no class_weights. Leave it"):
+        run(train=labels, val=None, task=MultiLabel(("a", "b", "c")), class_weights=[1.0, 2.0, 1.0])
+    with pytest.raises(TrainingError, match="set them on the task"):
+        run(task=Classification(("0", "1", "2")), class_weights=[1.0, 2.0, 1.0])
+
+
 def test_mappings_are_understood() -> None:
     # Batches with "labels" go into the model by keyword; the same numbers come out.
     class Keyword(Tiny):
@@ -568,7 +589,7 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
 
 def test_a_last_batch_of_one_sample_can_be_left_out() -> None:
     # Batch-norm on vectors cannot train on one sample; with drop_last the run goes through.
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(TrainingError, match=r"step 7 holds one sample.*drop_last=True"):
         run(train=tiny_data(49), plan=one_phase())
     assert run(train=tiny_data(49), plan=one_phase(), drop_last=True).steps == 6 * 6
 

@@ -78,6 +78,17 @@ def test_multi_label_decodes_what_reaches_the_threshold():
     assert decoded[0]["probabilities"]["a"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_multi_label_metrics_and_predictions_are_of_one_mind(threshold):
+    # A probability of exactly the threshold is on, in both: float32 of 0.3 is a little above 0.3.
+    task = MultiLabel(("a", "b"), threshold=threshold)
+    output = torch.tensor([threshold, 0.1]).logit()[None]
+    assert float(output.sigmoid()[0, 0]) == float(torch.tensor(threshold))
+    on = [[float(name in row["labels"]) for name in task.classes] for row in task.decode(output)]
+    assert on == [[1.0, 0.0]]
+    assert count(task, (output, torch.tensor(on))).values["exact_match"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("output", "labels", "words"),
     [
