@@ -128,7 +128,8 @@ def fit(
         seed: of order, augmentation, dropout and re-initialised groups.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` for autocast (fp16 on a GPU only). bf16 is slow on
             a CPU without instructions for it.
-        accumulate: batches for one optimiser step; their gradients are averaged.
+        accumulate: batches for one optimiser step; their gradients are averaged, a smaller last batch
+            weighs less.
         clip_norm: largest norm of all gradients together; None does not clip.
         class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k).
         sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
@@ -315,8 +316,7 @@ def fit(
                     output = task.forward(runner, batch)
                     loss = task.loss(output, batch)
                 value = finite_loss(loss, batch, step=tuner.step_count, epoch=epoch, index=index, out=folder)
-                window = min(accumulate, count - index // accumulate * accumulate)
-                accelerator.backward(loss / window)
+                accelerator.backward(loss / batches.divisor(index, accumulate))
                 now.within.add(value, task.size(batch))
                 if (index + 1) % accumulate and index + 1 < count:
                     continue

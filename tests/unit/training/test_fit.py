@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from helpers import changed
@@ -536,6 +537,27 @@ def test_options_that_a_task_s_loss_lacks_are_told(tmp_path: Path) -> None:
         run(train=labels, val=None, task=MultiLabel(("a", "b", "c")), class_weights=[1.0, 2.0, 1.0])
     with pytest.raises(TrainingError, match="set them on the task"):
         run(task=Classification(("0", "1", "2")), class_weights=[1.0, 2.0, 1.0])
+
+
+def test_a_window_with_a_smaller_batch_is_the_gradient_of_its_samples() -> None:
+    # 16, 16, 16, 16 and 6 samples in one step: the gradient of the mean over all 70.
+    gradients: list[torch.Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            gradients.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
+            return super().step(*args, **kwargs)
+
+    model, data, head = Tiny(), tiny_data(70), tiny_plan()
+    only_head = tiny_plan(phases=[{**head.phases[0].model_dump(exclude_defaults=True), "epochs": 1}])
+    model.eval()
+    F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+    expected = [model.head.weight.grad.clone(), model.head.bias.grad.clone()]
+    model.zero_grad()
+    run(model, data, None, plan=only_head, optimizer=Recorder, batch_size=16, accumulate=5)
+    assert len(gradients) == 2
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_mappings_are_understood() -> None:
