@@ -131,7 +131,7 @@ def fit(
         accumulate: batches for one optimiser step; their gradients are averaged, a smaller last batch
             weighs less.
         clip_norm: largest norm of all gradients together; None does not clip.
-        class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k).
+        class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k); 0 leaves one out.
         sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
             `class_weights` and `sampler` for imbalanced data; both together count twice.
         label_smoothing: share of each target spread over all classes, in [0, 1).
@@ -160,12 +160,13 @@ def fit(
             (see `layerwise.PrefixCache`, `folder`). None forgets them at the end.
 
     Raises:
-        TrainingError: an option is out of range (all are listed); the loss is not finite, or memory ran
-            out (the step is named, the last checkpoint stays).
+        TrainingError: an option is out of range (all are listed); the loss is not finite, memory ran out,
+            or a batch is too small for batch-norm (the step is named, the last checkpoint stays); the
+            task's monitor is not measured.
         PlanError: the plan does not fit the model.
         DataError: data, labels, classes and output do not belong together.
         RunError: `out` already holds a run, or there is none to resume, or it was started with other
-            values, or the disk is full.
+            values or data, or its kept weights were altered, or the disk is full.
         KeyboardInterrupt: after Ctrl-C, once the step at hand is done and saved.
 
     Returns:
