@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -67,6 +68,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Make `path` hold `data` as indented JSON, or leave it as it was."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def with_nulls(data: Any) -> Any:
+    """Return plain data with None for each number that is NaN or infinite, which JSON cannot hold.
+
+    >>> with_nulls({"loss": float("nan"), "rows": [1, 2.5]})
+    {'loss': None, 'rows': [1, 2.5]}
+    """
+    if isinstance(data, dict):
+        return {key: with_nulls(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [with_nulls(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def remove_leftovers(folder: Path) -> list[str]:

@@ -62,7 +62,8 @@ def bare_loop(model: Tiny, *, accumulate: int = 1, clip_norm: float | None = Non
             window = batches[begin : begin + accumulate]
             for indices in window:
                 x, y = data[indices]
-                (F.cross_entropy(model(x), y) / len(window)).backward()
+                samples = sum(map(len, window))
+                (F.cross_entropy(model(x), y) / (samples / len(indices))).backward()
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             for group in optimizer.param_groups:

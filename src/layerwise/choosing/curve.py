@@ -16,13 +16,13 @@ from torch import nn
 
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.features import map_for
-from layerwise.choosing.samples import fingerprint
 from layerwise.choosing.space import names_by_depth, spread_depths
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 
 Series = Literal["frozen", "fine-tuned"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -12,10 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from layerwise.errors import DataError
-from layerwise.layers.randomness import kept_random_state
-
-PROBES = 32
-"""Samples that a fingerprint of data looks at."""
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -77,43 +72,6 @@ def dataset_of(data: Any) -> Any:
     while isinstance(data, DataLoader | Subset):
         data = data.dataset
     return data
-
-
-def fingerprint(data: Any) -> str | None:
-    """Return a short hash of some samples, spread evenly, so that other data are not taken for these.
-
-    It is the same on every machine, as paths and times do not count. None where the data have no length or a
-    sample is not the same when it is read again (augmentation). The random state is left as it was.
-
-    Args:
-        data: as for `layerwise.fit`; of a loader, its data set.
-    """
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    if callable(plain := getattr(dataset, "plain", None)):  # an image set without its augmentation
-        dataset = plain()
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
-        return None
-    digest = hashlib.sha256(str(len(dataset)).encode())
-    with kept_random_state():
-        places = np.linspace(0, len(dataset) - 1, min(PROBES, len(dataset))).round().astype(int).tolist()
-        if _content(dataset[places[0]]) != _content(dataset[places[0]]):
-            return None
-        for place in places:
-            digest.update(_content(dataset[place]))
-    return digest.hexdigest()[:16]
-
-
-def _content(sample: Any) -> bytes:
-    """Return a hash of a sample: tensors by their values, all else as it is written."""
-    if isinstance(sample, Tensor):
-        values = sample.detach().cpu().contiguous()
-        raw = values.reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16
-        return f"{values.dtype}{tuple(values.shape)}".encode() + hashlib.sha256(raw).digest()
-    if isinstance(sample, Mapping):
-        return b"".join(str(name).encode() + _content(value) for name, value in sample.items())
-    if isinstance(sample, (list, tuple)):
-        return b"".join(map(_content, sample))
-    return repr(sample).encode() if isinstance(sample, str | int | float) else type(sample).__name__.encode()
 
 
 def open_sample(

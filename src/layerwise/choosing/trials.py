@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from layerwise.cache.stock import CachePool
-from layerwise.choosing.samples import fingerprint
 from layerwise.choosing.search_result import Mode
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
+from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 from layerwise.training.result import Result
 

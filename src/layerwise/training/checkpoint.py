@@ -110,6 +110,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(f"checkpoint {path} has no readable manifest.json ({error}).") from error
     if version != FORMAT:
         raise RunError(f"checkpoint {path} has format {version!r}; this version of layerwise reads {FORMAT}.")
+    if not isinstance(hashes, dict) or "state.pt" not in hashes:
+        raise RunError(f"checkpoint {path} has an altered manifest.json: no hash of state.pt is in it.")
     for name, expected in hashes.items():
         file = path / name
         if not file.is_file():

@@ -100,10 +100,23 @@ class EpochBatches(Sampler[list[int]]):
         yield from batches[self.rank :: self.world][self.start :]
 
     def __len__(self) -> int:
-        batches = self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+        batches = self._count()
         if self.shuffle:
             return -(-batches // self.world)
         return len(range(self.rank, batches, self.world))
+
+    def _count(self) -> int:
+        """Return the number of batches of all processes, before the first ones are repeated."""
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    def samples_of(self, index: int) -> list[int]:
+        """Return how many samples each process has in its batch `index` of a shuffled epoch."""
+        first, count = index * self.world, self._count()
+        numbers = (
+            n if n < count else min(n % self.world - 1, count - 1)  # where batches are repeated
+            for n in range(first, first + self.world)
+        )
+        return [min(self.batch_size, self.size - n * self.batch_size) for n in numbers]
 
 
 class SeededSamples(Dataset[Any]):
@@ -145,6 +158,29 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def divisor(self, index: int, accumulate: int) -> float:
+        """Return what the mean loss of a batch is divided by, so that its window's gradients make one mean.
+
+        The mean over all samples of a window of `accumulate` batches (fewer at the end of an epoch), of all
+        processes, whose gradients are averaged: a batch of n of the window's N samples counts n / N. It is
+        the number of batches where all are equally large, and where sizes are not known in advance.
+
+        >>> batches = open_batches(range(70), train=True, batch_size=16)
+        >>> [batches.divisor(index, 5) for index in (0, 4)]
+        [4.375, 11.666666666666666]
+
+        Args:
+            index: number of the batch in its epoch.
+            accumulate: batches of an optimiser step.
+        """
+        first = index // accumulate * accumulate
+        window = range(first, min(first + accumulate, len(self)))
+        if not self.exact:
+            return len(window)
+        order = cast(EpochBatches, self.loader.batch_sampler)
+        samples = sum(sum(order.samples_of(number)) for number in window)
+        return samples / order.world / order.samples_of(index)[order.rank]
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the first batch, of the next iteration of `loader`."""
@@ -189,7 +225,7 @@ def open_batches(
     seed: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
     workers: int = 0,
-    weights: Tensor | None = None,
+    weighted: bool = False,
     drop_last: bool = False,
     rank: int = 0,
     world: int = 1,
@@ -210,13 +246,13 @@ def open_batches(
             data set that tells the ``lengths`` of its samples hold samples of about one length, and are
             padded to one that depends on nothing else if it has a method ``pad(sample, length)``.
         workers: processes that load samples of a data set; 0 loads in this one.
-        weights: float64[samples], to draw with replacement.
+        weighted: draw with replacement, all classes equally often (`sampling_weights`).
         drop_last: leave out a smaller last batch, of a data set.
         rank: number of this process.
         world: number of processes.
 
     Raises:
-        DataError: `data` is neither, is empty, or cannot be combined with `weights` or `world`.
+        DataError: `data` is neither, is empty, or cannot be combined with `weighted` or `world`.
     """
     what = "train" if train else "val"
     if isinstance(data, DataLoader):
@@ -229,7 +265,7 @@ def open_batches(
             SequentialSampler,
         )
         if isinstance(loader.dataset, IterableDataset) or not ours:
-            if weights is not None:
+            if weighted:
                 raise DataError(
                     f"{what} is a DataLoader with a sampler of its own; sampler='weighted' needs to draw "
                     "the samples itself. Give fit the data set, or leave sampler out."
@@ -245,6 +281,11 @@ def open_batches(
         batch_size, drop_last = grouping.batch_size, grouping.drop_last
         collate, workers = loader.collate_fn, loader.num_workers
     else:
+        if isinstance(data, IterableDataset):  # has __getitem__ too, which raises
+            raise DataError(
+                f"{what} is an iterable data set ({type(data).__name__}); expected a map-style data set or a "
+                f"DataLoader. Wrap it: DataLoader({what}, batch_size=...)."
+            )
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise DataError(
                 f"{what} is a {type(data).__name__}; expected a map-style data set (with __len__ and "
@@ -259,7 +300,7 @@ def open_batches(
         batch_size,
         seed=seed,
         shuffle=shuffle,
-        weights=weights,
+        weights=sampling_weights(labels_of(source)) if weighted else None,
         drop_last=drop_last,
         lengths=getattr(source, "lengths", None),
         rank=rank,
@@ -282,11 +323,17 @@ def labels_of(data: Any) -> Tensor:
 
     From ``targets`` or ``labels``, the second tensor of a `TensorDataset`, or the column ``"labels"`` or
     ``"label"`` of a table; a `Subset` looks through. Where there is none of these every sample is
-    loaded once to see its label.
+    loaded once to see its label. A ``target_transform`` is applied to ``targets`` and ``labels``, which
+    torchvision's data sets keep as they were before it.
 
     Raises:
-        DataError: labels are not one integer for each sample.
+        DataError: labels are not one integer for each sample, or the data set is iterable.
     """
+    if isinstance(data, IterableDataset):
+        raise DataError(
+            f"the labels of an iterable data set ({type(data).__name__}) are not known before it is read. "
+            "Give class_weights as one number for each class, or use a map-style data set."
+        )
     found: Any = None
     if isinstance(data, SeededSamples):
         return labels_of(data.data)
@@ -296,7 +343,7 @@ def labels_of(data: Any) -> Tensor:
         found = data.tensors[1]
     for name in ("targets", "labels"):
         if found is None and (there := getattr(data, name, None)) is not None and not callable(there):
-            found = there
+            found = _transformed(there, getattr(data, "target_transform", None))
     columns = getattr(data, "column_names", None)
     if found is None and isinstance(columns, list):
         found = next((data[name] for name in ("labels", "label") if name in columns), None)
@@ -311,10 +358,21 @@ def labels_of(data: Any) -> Tensor:
     return labels.long()
 
 
+def _transformed(labels: Any, transform: Callable[[Any], Any] | None) -> Any:
+    if transform is None:
+        return labels
+    return [transform(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
+
+
 def _label(sample: Any) -> int:
     if isinstance(sample, dict):
         return int(sample["labels"] if "labels" in sample else sample["label"])
     return int(sample[1])
+
+
+def samples_in(data: Any) -> int | None:
+    """Return the number of samples of a data set; None for an iterable one that does not tell."""
+    return len(data) if hasattr(data, "__len__") else None
 
 
 def balanced_class_weights(labels: Tensor, classes: Sequence[str]) -> tuple[float, ...]:

@@ -18,10 +18,10 @@ from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.checkpoint import load_latest, save_checkpoint
-from layerwise.training.data import labels_of, open_batches, sampling_weights
+from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
-from layerwise.training.history import History
+from layerwise.training.history import History, name_of, not_finite
 from layerwise.training.options import (
     CacheMode,
     Keep,
@@ -128,9 +128,10 @@ def fit(
         seed: of order, augmentation, dropout and re-initialised groups.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` for autocast (fp16 on a GPU only). bf16 is slow on
             a CPU without instructions for it.
-        accumulate: batches for one optimiser step; their gradients are averaged.
+        accumulate: batches for one optimiser step; their gradients are averaged, a smaller last batch
+            weighs less.
         clip_norm: largest norm of all gradients together; None does not clip.
-        class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k).
+        class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k); 0 leaves one out.
         sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
             `class_weights` and `sampler` for imbalanced data; both together count twice.
         label_smoothing: share of each target spread over all classes, in [0, 1).
@@ -159,12 +160,13 @@ def fit(
             (see `layerwise.PrefixCache`, `folder`). None forgets them at the end.
 
     Raises:
-        TrainingError: an option is out of range (all are listed); the loss is not finite, or memory ran
-            out (the step is named, the last checkpoint stays).
+        TrainingError: an option is out of range (all are listed); the loss is not finite, memory ran out,
+            or a batch is too small for batch-norm (the step is named, the last checkpoint stays); the
+            task's monitor is not measured.
         PlanError: the plan does not fit the model.
         DataError: data, labels, classes and output do not belong together.
         RunError: `out` already holds a run, or there is none to resume, or it was started with other
-            values, or the disk is full.
+            values or data, or its kept weights were altered, or the disk is full.
         KeyboardInterrupt: after Ctrl-C, once the step at hand is done and saved.
 
     Returns:
@@ -185,8 +187,8 @@ def fit(
     seed_everything(seed + rank)
     share = {"batch_size": batch_size, "seed": seed, "workers": workers, "rank": rank, "world": world}
     share |= {} if task == "auto" else {"collate": task.collate}
-    weights = sampling_weights(labels_of(train)) if sampler == "weighted" else None
-    batches = open_batches(train, train=True, weights=weights, drop_last=drop_last, **share)
+    weighted = sampler == "weighted"
+    batches = open_batches(train, train=True, weighted=weighted, drop_last=drop_last, **share)
     held_out = None if val is None else open_batches(val, train=False, **share)
     model.to(accelerator.device)
     first = send_to_device(setup.first_batch(batches), accelerator.device)
@@ -207,7 +209,7 @@ def fit(
     )
     record = setup.describe(model, batches, held_out, task, options, optimizer_name, about)
 
-    previous = None
+    previous, before = None, dict[str, Any]()
     if resume:
         folder = cast(Path, folder)
         before = read_run(folder)
@@ -267,11 +269,13 @@ def fit(
         model.load_state_dict(state["model"])
         tuner.load_state_dict(state["tuner"])
         now = Standing.from_state(state)
-        history = History(cast(Path, folder) / "history.jsonl", state["history"])
+        if before.get("result") and (now.stopped_early or tuner.done):  # a finished run is only read
+            written, now.best.sha256 = None, now.best.sha256 or before.get("weights_sha256")
+        history = History(None if written is None else written / "history.jsonl", state["history"])
         set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
         notes += [f"resumed from {previous.path} (step {previous.step})", *previous.skipped]
     elif folder is not None:
-        history = History(folder / "history.jsonl" if accelerator.is_main_process else None)
+        history = History(None if written is None else written / "history.jsonl")
         save(inside=False)
 
     reporter = Reporter(
@@ -313,8 +317,7 @@ def fit(
                     output = task.forward(runner, batch)
                     loss = task.loss(output, batch)
                 value = finite_loss(loss, batch, step=tuner.step_count, epoch=epoch, index=index, out=folder)
-                window = min(accumulate, count - index // accumulate * accumulate)
-                accelerator.backward(loss / window)
+                accelerator.backward(loss / batches.divisor(index, accumulate))
                 now.within.add(value, task.size(batch))
                 if (index + 1) % accumulate and index + 1 < count:
                     continue
@@ -352,7 +355,7 @@ def fit(
                     on_batch=lambda: interrupt.raise_if_requested(go_on),
                     cache=prefix,
                 )
-            monitored = scores.values.get(task.monitor)
+            monitored = setup.monitored_value(scores, task)
             tuner.end_epoch(monitored, mode=task.mode)
             loss_sum, samples = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
             entry = {
@@ -361,9 +364,12 @@ def fit(
                 "step": tuner.step_count,
                 "steps": tuner.step_count - epoch * steps_per_epoch,
                 "train_loss": loss_sum / samples,
-                **{f"val_{name}" if name == "loss" else name: v for name, v in scores.values.items()},
+                **{name_of(metric): value for metric, value in scores.values.items()},
                 "rates": rates,
             }
+            if note := not_finite(scores.values, f"validation of epoch {epoch + 1}"):
+                entry["note"] = note
+                reporter.say(note)
             history.append(entry)
             accelerator.log({k: v for k, v in entry.items() if isinstance(v, float)}, step=tuner.step_count)
             if monitored is None or keep == "last" or setup.is_better(monitored, now.best.value, task.mode):
@@ -371,15 +377,15 @@ def fit(
                 if folder is None and keep == "best" and held_out is not None:
                     now.kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
                 elif folder is not None and accelerator.is_main_process:
-                    save_weights(model, weights_file(folder))
+                    now.best.sha256 = save_weights(model, weights_file(folder))
             if early_stopping is not None and monitored is not None:
-                monitors = [line[task.monitor] for line in history.entries]
+                monitors = history.values(task.monitor)
                 now.stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
             now.timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
             save(inside=False)
             reporter.epoch(
                 entry,
-                monitor=task.monitor,
+                monitor=name_of(task.monitor),
                 steps_left=total_steps - tuner.step_count,
                 seconds=now.timings[-1]["seconds"],
             )
@@ -393,7 +399,7 @@ def fit(
     # The kept weights, the test data, and the record.
     if folder is not None:
         accelerator.wait_for_everyone()
-        load_weights(model, weights_file(folder))
+        load_weights(model, weights_file(folder), expected_sha256=now.best.sha256)
     elif now.kept is not None:
         model.load_state_dict(now.kept)
     model.eval()
@@ -406,6 +412,10 @@ def fit(
             device=accelerator.device,
             autocast=accelerator.autocast,
         )
+    notes += history.notes()
+    if tested is not None and (note := not_finite(tested.values, "test data")):
+        notes.append(note)
+        reporter.say(note)
     if watched is not None:
         notes += setup.report_watch(watched.report, inspected, written)
     notes += [described] if described else []
@@ -426,9 +436,9 @@ def fit(
         out=folder,
         notes=tuple(notes),
     )
-    if folder is not None and accelerator.is_main_process:
-        write_json(folder / "timings.json", now.timings)
-        finish_run(folder, result.to_dict())
+    if written is not None:
+        write_json(written / "timings.json", now.timings)
+        finish_run(written, result.to_dict())
     for tracker in accelerator.trackers:  # end_training would end the process group too; others may need it
         tracker.finish()
     return result

@@ -22,6 +22,10 @@ from layerwise.training.checkpoint import list_checkpoints
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+_ONE_SAMPLE = "Expected more than 1 value per channel when training"
+"""How torch's batch-norm begins its complaint of a batch without a variance."""
+
+
 class Interrupt:
     """Turns the first Ctrl-C into a request that the loop answers between two steps.
 
@@ -88,7 +92,9 @@ def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
 
 @contextlib.contextmanager
 def explained(where: Any, *, out: Path | None) -> Iterator[None]:
-    """Turn running out of memory, or of disk, in the body into an error of ours that names the step.
+    """Turn what torch tells tersely in the body into an error of ours that names the step.
+
+    That is: running out of memory or of disk, and a batch of one sample in batch-norm over vectors.
 
     Args:
         where: called for the number of optimiser steps made so far.
@@ -105,6 +111,14 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
             raise
         raise RunError(
             f"writing failed after step {where()}: {error}. Make room on the disk. {_last_checkpoint(out)}"
+        ) from error
+    except ValueError as error:
+        if _ONE_SAMPLE not in str(error):
+            raise
+        raise TrainingError(
+            f"the batch of step {where() + 1} holds one sample, and batch-norm over vectors cannot train on "
+            f"one ({error}). Leave out a smaller last batch with drop_last=True (--drop-last, or the "
+            f"loader's own), or take another batch_size. {_last_checkpoint(out)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -144,7 +144,7 @@ def check_same_run(about: Mapping[str, Any], *, now: Mapping[str, Any], plan: Pl
     for part in ("settings", "data", "task"):
         old, new = about.get(part) or {}, now.get(part) or {}
         for key in sorted(set(old) | set(new)):
-            if old.get(key) != new.get(key):
+            if _differ(key, old.get(key), new.get(key)):
                 found.append(f"{part}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
     for key in ("class", "spec"):
         if about["model"].get(key) != now["model"].get(key):
@@ -155,6 +155,12 @@ def check_same_run(about: Mapping[str, Any], *, now: Mapping[str, Any], plan: Pl
             f"{out} was started with other values than it is to be resumed with:{listed}\n"
             "Give the same values, or start a new run in another folder."
         )
+
+
+def _differ(key: str, before: Any, now: Any) -> bool:
+    """Return whether two values of a record differ; a fingerprint is None where it cannot be told."""
+    unknown = key.endswith("_fingerprint") and None in (before, now)
+    return bool(before != now) and not unknown
 
 
 def _short(text: str, limit: int = 300) -> str:

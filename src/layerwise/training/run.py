@@ -31,12 +31,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import ModelError, RunError
-from layerwise.files import remove_leftovers, sha256, write_file, write_json
+from layerwise.files import remove_leftovers, sha256, with_nulls, write_file, write_json
 from layerwise.plans.plan import Plan
 from layerwise.training.tasks import Task, task_from_dict
 
 FORMAT = 1
 """Version of the format of ``run.json``."""
+
+_PARTS = ("model", "plan", "task", "settings", "data")
+"""Mappings that each ``run.json`` has."""
 
 _PACKAGES = (
     "layerwise",
@@ -116,15 +119,18 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{file} cannot be read as a run: {error!r}.") from error
     if form != FORMAT:
         raise RunError(f"{file} has format {form!r}; this version of layerwise reads {FORMAT}.")
+    if missing := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
+        raise RunError(
+            f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. Put the run's own "
+            "file back, or start the run anew in another folder."
+        )
     return data
 
 
 def finish_run(out: Path, result: Mapping[str, Any]) -> None:
-    """Add the result, and the hash of the kept weights, to ``run.json``."""
-    data = read_run(out)
-    write_json(
-        out / "run.json", {**data, "weights_sha256": sha256(weights_file(out)), "result": dict(result)}
-    )
+    """Add the result, and the hash of the kept weights, to ``run.json``; numbers not finite are null."""
+    added = {"weights_sha256": sha256(weights_file(out)), "result": with_nulls(dict(result))}
+    write_json(out / "run.json", {**read_run(out), **added})
 
 
 def weights_file(path: Path) -> Path:
@@ -132,8 +138,11 @@ def weights_file(path: Path) -> Path:
     return path / "model.safetensors"
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> str:
     """Write all parameters and buffers of `model` to a safetensors file, shared tensors once.
+
+    Returns:
+        The file's SHA-256.
 
     Raises:
         RunError: the file cannot be written; one that was there before is untouched.
@@ -147,6 +156,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise RunError(
             f"the weights could not be written to {path}: {error}. Make room and resume."
         ) from error
+    return sha256(path)
 
 
 def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = None) -> None:
@@ -161,7 +171,10 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
     if not path.is_file():
         raise RunError(f"{path} is missing: the run has kept no weights yet. Go on with it: --resume.")
     if expected_sha256 is not None and sha256(path) != expected_sha256:
-        raise RunError(f"{path} does not match the hash in run.json: it was altered or cut short.")
+        raise RunError(
+            f"{path} does not match the hash that the run keeps of it: it was altered or cut short. Put the "
+            "run's own file back, or start the run anew in another folder."
+        )
     try:
         load_model(model, str(path))
     except (OSError, SafetensorError, RuntimeError) as error:

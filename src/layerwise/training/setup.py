@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,16 +16,24 @@ from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
+from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError, did_you_mean
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
-from layerwise.training.data import Batches, balanced_class_weights, labels_of, open_batches
+from layerwise.training.data import (
+    Batches,
+    balanced_class_weights,
+    labels_of,
+    open_batches,
+    samples_in,
+)
 from layerwise.training.evaluate import first_output
+from layerwise.training.fingerprint import fingerprint
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
-from layerwise.training.tasks import Batch, Task, infer_task, run_model
+from layerwise.training.tasks import Batch, Scores, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of
 from layerwise.tuning.audit import Audit, audit
 from layerwise.tuning.norm_layers import small_batch_warning
+from layerwise.tuning.stall import Stall
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import Watch, WatchReport
 
@@ -157,6 +166,11 @@ def find_task(
             )
         return found
     given = [n for n, v in (("class_weights", class_weights), ("label_smoothing", label_smoothing)) if v]
+    if lacking := [name for name in given if not hasattr(task, name)]:
+        raise TrainingError(
+            f"the loss of {type(task).__name__} ({task.name}) knows no {' and no '.join(lacking)}. Leave "
+            f"{'them' if len(lacking) > 1 else 'it'} out, or give fit a task of your own with such a loss."
+        )
     if given:
         raise TrainingError(f"{' and '.join(given)} and a task object are both given; set them on the task.")
     task.check(output, first)
@@ -287,14 +301,23 @@ def describe(
         "model": {"class": type(model).__qualname__, **more.get("model", {})},
         "task": task.to_dict(),
         "data": {
-            "train_samples": len(train.data),
-            "val_samples": None if val is None else len(val.data),
+            "train_samples": samples_in(train.data),
+            "val_samples": None if val is None else samples_in(val.data),
+            **(_fingerprints(train, val) if options["out"] is not None else {}),
             **more.get("data", {}),
         },
         "settings": {"optimizer": optimizer, **{name: options[name] for name in REMEMBERED}},
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
     return plain
+
+
+def _fingerprints(train: Batches, val: Batches | None) -> dict[str, str | None]:
+    """Return hashes of the data: a resumed run must have the same."""
+    return {
+        "train_fingerprint": fingerprint(train.data),
+        "val_fingerprint": None if val is None else fingerprint(val.data),
+    }
 
 
 def joined(accelerator: Accelerator, model: nn.Module) -> nn.Module:
@@ -327,23 +350,39 @@ def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
     return [float(value) for value in summed]
 
 
+def monitored_value(scores: Scores, task: Task) -> float | None:
+    """Return the value of the task's monitor; None where nothing was measured.
+
+    Raises:
+        TrainingError: other metrics were measured than the task's monitor.
+    """
+    if scores.values and task.monitor not in scores.values:
+        raise TrainingError(
+            f"the task's monitor {task.monitor!r} is not measured, so no epoch would be the best one; "
+            f"measured are {', '.join(scores.values)}.{did_you_mean(task.monitor, scores.values)} Name one "
+            "of them as the task's monitor."
+        )
+    return scores.values.get(task.monitor)
+
+
 def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Return whether `value` improves on `than` (on nothing, always; NaN never improves)."""
+    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it."""
     if than is None:
         return True
+    if math.isnan(than):
+        return not math.isnan(value)
     return value > than if mode == "max" else value < than
 
 
 def has_stalled(values: Sequence[float], mode: Literal["max", "min"], *, patience_epochs: int) -> bool:
-    """Return whether the last `patience_epochs` values are no better than the best before them.
+    """Return whether the last `patience_epochs` values are no better than the best before them (`Stall`).
 
     >>> has_stalled([0.5, 0.7, 0.6, 0.7], "max", patience_epochs=2)
     True
     >>> has_stalled([0.5, 0.7, 0.6], "max", patience_epochs=2)
     False
     """
-    if len(values) <= patience_epochs:
-        return False
-    pick = max if mode == "max" else min
-    before, late = values[:-patience_epochs], values[-patience_epochs:]
-    return not is_better(pick(late), pick(before), mode)
+    stall = Stall()
+    for value in values:
+        stall.update(value, mode)
+    return stall.bad_epochs >= patience_epochs

@@ -43,12 +43,15 @@ class Best:
         value: of the task's monitor; None if nothing is measured.
         metrics: by name.
         tables: by name.
+        sha256: of the file of its weights, as this process wrote it; None without one, and in checkpoints
+            of older versions.
     """
 
     epoch: int = -1
     value: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
 
     @classmethod
     def of(cls, epoch: int, monitor: str, scores: Scores) -> Best:

@@ -155,7 +155,8 @@ class Classification:
     """One class for each sample; images and sequences alike.
 
     Cross-entropy, optionally weighted by class and with smoothed labels. Validation loss uses the same
-    weights and smoothing as the training loss, so that the two can be compared.
+    weights and smoothing as the training loss, so that the two can be compared. A class of weight 0 is
+    left out: a batch of such samples alone has loss 0, as a batch of texts without scored tokens has.
 
     Attributes:
         classes: names, in the order of the model's outputs.
@@ -164,7 +165,7 @@ class Classification:
         label_smoothing: share of the target spread evenly over all classes, in [0, 1).
         monitor: metric that picks the best epoch. Balanced accuracy by default, since plain accuracy
             rewards a model that never names the rare class.
-        mode: ``"max"``.
+        mode: ``"max"``; always ``"min"`` where `monitor` is ``"loss"``.
     """
 
     classes: tuple[str, ...]
@@ -173,6 +174,10 @@ class Classification:
     label_smoothing: float = 0.0
     monitor: str = "balanced_accuracy"
     mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        """Take the mode that the monitor has."""
+        settle_mode(self)
 
     def collate(self, samples: list[Any]) -> Batch:
         """Return samples stacked, a list of mappings as one mapping."""
@@ -193,10 +198,13 @@ class Classification:
             weight = output.new_tensor(self.class_weights)
         labels = split_batch(batch)[2]
         try:
-            return F.cross_entropy(output, labels, weight=weight, label_smoothing=self.label_smoothing)
+            loss = F.cross_entropy(output, labels, weight=weight, label_smoothing=self.label_smoothing)
         except (IndexError, RuntimeError, ValueError):  # torch names neither the classes nor the batch
             self.check(output, batch)
             raise
+        if weight is not None and 0 in (self.class_weights or ()) and not weight[labels].any():
+            return output.sum() * 0.0  # torch's mean over nothing is 0 / 0
+        return loss
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Compare outputs, labels and classes.
@@ -237,7 +245,6 @@ class Classification:
         return MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(k, average="micro"),
-                "balanced_accuracy": MulticlassRecall(k, average="macro"),
                 "macro_f1": MulticlassF1Score(k, average="macro"),
                 "precision": MulticlassPrecision(k, average=None),
                 "recall": MulticlassRecall(k, average=None),
@@ -262,7 +269,11 @@ class Classification:
             }
             for i, name in enumerate(self.classes)
         ]
-        values = {key: float(found[key]) for key in ("accuracy", "balanced_accuracy", "macro_f1")}
+        values = {
+            "accuracy": float(found["accuracy"]),
+            "balanced_accuracy": balanced_accuracy(confusion),
+            "macro_f1": float(found["macro_f1"]),
+        }
         return Scores(values, {"per_class": rows, "confusion": confusion.tolist()})
 
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
@@ -282,6 +293,39 @@ class Classification:
     def to_dict(self) -> dict[str, Any]:
         """Return the task as plain data."""
         return dataclasses.asdict(self)
+
+
+_MODES: dict[str, Literal["max", "min"]] = {
+    **dict.fromkeys(("loss", "rmse", "mae"), "min"),
+    **dict.fromkeys(("r2", "pearson"), "max"),
+}
+"""Monitor -> the only mode that makes sense with it."""
+
+
+def settle_mode(task: Any) -> None:
+    """Give a task (a frozen dataclass under construction) the mode of its monitor, if there is but one.
+
+    >>> Classification(("a", "b"), monitor="loss").mode
+    'min'
+    """
+    object.__setattr__(task, "mode", _MODES.get(task.monitor, task.mode))
+
+
+def balanced_accuracy(confusion: Tensor) -> float:
+    """Return the mean recall of the classes that have samples; NaN where none has.
+
+    A class without samples has no recall, so it does not count (torchmetrics' macro recall counts it as 0
+    where it is predicted).
+
+    >>> balanced_accuracy(torch.tensor([[3, 1, 0], [0, 1, 1], [0, 0, 0]]))
+    0.625
+
+    Args:
+        confusion: int[classes, classes]; rows are true classes, columns predicted ones.
+    """
+    samples = confusion.sum(dim=1)
+    recall = confusion.diagonal()[samples > 0].double() / samples[samples > 0]
+    return float(recall.mean())
 
 
 def _classification_from_dict(data: dict[str, Any]) -> Task:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.errors import DataError
-from layerwise.training.tasks import Batch, Scores, Task, run_model, split_batch
+from layerwise.training.tasks import Batch, Scores, Task, run_model, settle_mode, split_batch
 from layerwise.training.token_tasks import LanguageModelling, TokenClassification, kind_of, raise_found
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class MultiLabel:
         threshold: probability from which a label counts as on, in (0, 1).
         monitor: metric that picks the best epoch. Macro F1 by default: with many labels nearly all of
             which are off, exact match and accuracy say little.
-        mode: ``"max"``.
+        mode: ``"max"``; always ``"min"`` where `monitor` is ``"loss"``.
         name: key in `layerwise.training.tasks.TASKS`.
     """
 
@@ -45,6 +45,10 @@ class MultiLabel:
     monitor: str = "macro_f1"
     mode: Literal["max", "min"] = "max"
     name: str = "multi_label"
+
+    def __post_init__(self) -> None:
+        """Take the mode that the monitor has."""
+        settle_mode(self)
 
     def collate(self, samples: list[Any]) -> Batch:
         """Return samples of equal length stacked; texts are padded by the collator of their data."""
@@ -87,23 +91,27 @@ class MultiLabel:
             MultilabelStatScores,
         )
 
-        k, threshold = len(self.classes), self.threshold
+        k = len(self.classes)  # they are given what is on: torchmetrics' own threshold is exclusive
         return MetricCollection(
             {
-                "macro_f1": MultilabelF1Score(k, threshold, average="macro"),
-                "micro_f1": MultilabelF1Score(k, threshold, average="micro"),
-                "exact_match": MultilabelExactMatch(k, threshold),
-                "precision": MultilabelPrecision(k, threshold, average=None),
-                "recall": MultilabelRecall(k, threshold, average=None),
-                "f1": MultilabelF1Score(k, threshold, average=None),
-                "counts": MultilabelStatScores(k, threshold, average=None),
+                "macro_f1": MultilabelF1Score(k, average="macro"),
+                "micro_f1": MultilabelF1Score(k, average="micro"),
+                "exact_match": MultilabelExactMatch(k),
+                "precision": MultilabelPrecision(k, average=None),
+                "recall": MultilabelRecall(k, average=None),
+                "f1": MultilabelF1Score(k, average=None),
+                "counts": MultilabelStatScores(k, average=None),
             },
             compute_groups=False,  # exact match counts differently, and groups are only found on 2nd use
         )
 
     def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
         """Count one batch."""
-        metrics.update(output.sigmoid(), split_batch(batch)[2].long())
+        metrics.update(self._on(output).long(), split_batch(batch)[2].long())
+
+    def _on(self, output: Tensor) -> Tensor:
+        """Return which labels are on, bool[N, classes]; metrics and predictions are of one mind."""
+        return output.float().sigmoid() >= self.threshold
 
     def scores(self, metrics: MetricCollection) -> Scores:
         """Return the counted metrics as numbers, and one row a label."""
@@ -122,8 +130,8 @@ class MultiLabel:
     def decode(self, output: Tensor) -> list[dict[str, Any]]:
         """Return for each sample the labels that are on, and the probability of every label."""
         decoded = []
-        for row in output.float().sigmoid().tolist():
-            on = [name for name, probability in zip(self.classes, row) if probability >= self.threshold]
+        for row, marks in zip(output.float().sigmoid().tolist(), self._on(output).tolist()):
+            on = [name for name, mark in zip(self.classes, marks) if mark]
             decoded.append({"labels": on, "probabilities": dict(zip(self.classes, row))})
         return decoded
 
@@ -145,8 +153,8 @@ class Regression:
         mean: of each number; empty is 0.
         scale: of each number, above 0; empty is 1.
         monitor: metric that picks the best epoch: ``"rmse"``, ``"mae"`` (both the mean over the
-            numbers), or, with mode ``"max"``, ``"r2"`` or ``"pearson"``.
-        mode: ``"min"``.
+            numbers), ``"loss"``, ``"r2"`` or ``"pearson"``.
+        mode: that of the monitor: ``"max"`` for R2 and the correlation, else ``"min"``.
         name: key in `layerwise.training.tasks.TASKS`.
     """
 
@@ -158,7 +166,7 @@ class Regression:
     name: str = "regression"
 
     def __post_init__(self) -> None:
-        """Look at mean and scale.
+        """Look at mean and scale, and take the mode that the monitor has.
 
         Raises:
             DataError: there is not one finite mean, and one finite scale above 0, for each number.
@@ -169,6 +177,7 @@ class Regression:
             if any(not math.isfinite(value) or (field == "scale" and value <= 0) for value in values):
                 expected = "finite numbers above 0" if field == "scale" else "finite numbers"
                 raise DataError(f"{field} is {values}; expected {expected}.")
+        settle_mode(self)
 
     @classmethod
     def fitted(cls, labels: Tensor, classes: tuple[str, ...] = ("value",)) -> Regression:
@@ -202,16 +211,22 @@ class Regression:
         return output.unsqueeze(-1) if output.ndim == 1 else output
 
     def _targets(self, output: Tensor, batch: Batch) -> Tensor:
-        """Return the standardised labels, float[N, numbers]."""
-        labels: Tensor = split_batch(batch)[2].to(output.dtype).reshape(output.shape)
-        return (labels - self._constant(output, self.mean, 0.0)) / self._constant(output, self.scale, 1.0)
+        """Return the standardised labels, float32[N, numbers].
+
+        Standardised in float64, where the labels' device has it: years in bfloat16, or seconds since 1970
+        in float32, would all be about the same number before the mean is taken off.
+        """
+        labels: Tensor = split_batch(batch)[2].reshape(output.shape)
+        exact = labels.to(torch.float32 if labels.device.type == "mps" else torch.float64)
+        standard = (exact - self._constant(exact, self.mean, 0.0)) / self._constant(exact, self.scale, 1.0)
+        return standard.to(output.device, torch.float32)
 
     def _constant(self, like: Tensor, values: tuple[float, ...], default: float) -> Tensor:
         return like.new_tensor(values or (default,) * len(self.classes))
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the mean squared error of the standardised numbers."""
-        return F.mse_loss(output, self._targets(output, batch))
+        return F.mse_loss(output.float(), self._targets(output, batch))
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Compare outputs and labels.
@@ -321,7 +336,7 @@ def task_of(data: Any) -> Task | None:
     if kind not in TEXT_TASKS:
         return None
     if kind == "regression":
-        labels = torch.tensor([data[index]["labels"] for index in range(len(data))])
+        labels = torch.tensor([data[index]["labels"] for index in range(len(data))], dtype=torch.float64)
         return Regression.fitted(labels)
     if kind in ("causal_lm", "masked_lm"):
         return LanguageModelling(kind)

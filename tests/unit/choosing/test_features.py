@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from layerwise.choosing.depths import score_depths, transferability
 from layerwise.choosing.features import collect_features
 from layerwise.choosing.pooling import pool, pool_all
-from layerwise.choosing.samples import fingerprint
 from layerwise.errors import DataError
 from layerwise.layers.mapping import layer_map
 
@@ -280,21 +279,3 @@ def test_model_of_values_without_positions():
     np.testing.assert_allclose(found.groups["0"], model[:2](x).detach().numpy(), rtol=1e-6)
     assert found.modality == "values"
     assert found.inputs == {}
-
-
-def test_a_fingerprint_tells_data_apart_and_draws_nothing():
-    # the same content gives the same; another value, label or order does not; a random data set has none
-    class Noisy(TensorDataset):
-        def __getitem__(self, index):
-            x, y = super().__getitem__(index)
-            return x + torch.randn(()), y
-
-    x, y = torch.arange(80.0).reshape(40, 2), torch.arange(40) % 2
-    before = torch.get_rng_state()
-    first = fingerprint(TensorDataset(x, y))
-    assert first == fingerprint(DataLoader(TensorDataset(x.clone(), y.clone())))
-    others = [TensorDataset(x + 1, y), TensorDataset(x, 1 - y), TensorDataset(x.flip(0), y), TensorDataset(x)]
-    assert len({first, *map(fingerprint, others)}) == 5
-    assert fingerprint(Noisy(x, y)) is None
-    assert fingerprint([{"ids": [1, 2], "name": "a"}]) != fingerprint([{"ids": [1, 3], "name": "a"}])
-    assert torch.equal(before, torch.get_rng_state())

@@ -51,7 +51,9 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(f"{files.TEMPORARY}*"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "alter", "remove", "manifest", "format"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "alter", "remove", "manifest", "format", "list", "null", "no hash"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     # Whatever happened to the last checkpoint, it is told, and the run goes on from the one before.
     save_checkpoint(tmp_path, 1, state(1.0))
@@ -68,7 +70,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:20])
     else:
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+        altered = {"format": {"format": 99}, "list": {"sha256": []}, "null": {"sha256": None}}
+        altered["no hash"] = {"sha256": {}}
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **altered[damage]}))
     with pytest.raises(RunError, match="step-00000002"):
         load_checkpoint(path)
     latest = load_latest(tmp_path)

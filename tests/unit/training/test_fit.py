@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
 from layerwise.plans.plan import Plan
 from layerwise.training import checkpoint
@@ -22,6 +26,7 @@ from layerwise.training.history import read_history
 from layerwise.training.result import Result
 from layerwise.training.run import load_run, read_run
 from layerwise.training.tasks import Classification
+from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
@@ -156,6 +161,18 @@ def test_a_run_is_not_resumed_as_another_one(tmp_path: Path) -> None:
         run(resume=True)
 
 
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_run_is_not_resumed_on_other_data_of_equal_length(part: str, tmp_path: Path) -> None:
+    # The number of samples says little: some of them are compared.
+    out = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt):
+        run(out=out, on_epoch=stop_after(0))
+    other = {"train": tiny_data(seed=9), "val": tiny_data(30, seed=9)}
+    with pytest.raises(RunError, match=rf"data\.{part}_fingerprint"):
+        run(out=out, resume=True, **{part: other[part]})
+    run(out=out, resume=True)
+
+
 def test_a_run_is_loaded_to_predict(tmp_path: Path) -> None:
     # The model of a Python run has no name, so it is given; predictions are those of the trained model.
     model = Tiny()
@@ -184,6 +201,77 @@ def test_altered_weights_are_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "run", model=Tiny())
     with pytest.raises(RunError, match=r"does not exist.*Runs in"):
         load_run(tmp_path / "ruin")
+
+
+def test_a_record_without_its_parts_is_refused(tmp_path: Path) -> None:
+    # run.json that was altered is told as such, when it is loaded and when it is resumed.
+    run(out=tmp_path / "run", plan=one_phase(epochs=1))
+    for text in ('{"format": 1}', '{"format": 1, "plan": null, "model": {}, "settings": {}, "data": {}}'):
+        (tmp_path / "run" / "run.json").write_text(text)
+        with pytest.raises(RunError, match=r"run.json does not tell .*plan, task"):
+            load_run(tmp_path / "run", model=Tiny())
+        with pytest.raises(RunError, match=r"run.json does not tell .*plan, task"):
+            run(out=tmp_path / "run", resume=True)
+
+
+def stop_after(epoch: int):
+    """Return an `on_epoch` that interrupts a run at the end of an epoch."""
+
+    def on_epoch(entry: dict) -> None:
+        if entry["epoch"] == epoch:
+            raise KeyboardInterrupt
+
+    return on_epoch
+
+
+def alter(path: Path) -> None:
+    """Write other weights of the same names into a safetensors file."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path, metadata=metadata)
+
+
+def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
+    # Resuming it gives its result again, and no file changes.
+    out = tmp_path / "a"
+    first = run(out=out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = run(out=out, resume=True)
+    assert again.metrics == first.metrics
+    assert not changed(first.model.state_dict(), again.model.state_dict())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_resuming_does_not_take_altered_weights_for_the_run_s_own(tmp_path: Path, older: bool) -> None:
+    # The file is compared with the hash in the checkpoint or, of older checkpoints, with that in run.json.
+    out = tmp_path / "a"
+    run(out=out)
+    if older:
+        last = load_latest(out / "checkpoints")
+        assert last is not None
+        del last.state["best"]["sha256"]
+        checkpoint.save_checkpoint(out / "checkpoints", last.step, last.state)
+        assert run(out=out, resume=True).steps == last.step  # it can still be read
+    told = read_run(out)
+    alter(out / "model.safetensors")
+    with pytest.raises(RunError, match=r"altered or cut short. Put the run's own file back"):
+        run(out=out, resume=True)
+    assert read_run(out) == told
+
+
+def test_weights_altered_between_two_sittings_are_refused_in_the_end(tmp_path: Path) -> None:
+    # The best epoch lies before the interruption, so its file is what the run would end with.
+    falling = Classification(("0", "1", "2"), monitor="accuracy", mode="min")
+    options: dict = {"plan": one_phase(epochs=2), "task": falling}
+    assert run(**options).best_epoch == 0
+    out = options["out"] = tmp_path / "a"
+    with pytest.raises(KeyboardInterrupt):
+        run(on_epoch=stop_after(0), **options)
+    alter(out / "model.safetensors")
+    with pytest.raises(RunError, match="altered or cut short"):
+        run(resume=True, **options)
+    assert read_run(out)["result"] is None
 
 
 class Poisoned(Dataset):
@@ -215,6 +303,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         run(plan=one_phase(), lr=1e30, optimizer="sgd", out=tmp_path / "b")
     with pytest.raises(TrainingError, match="No checkpoint was kept"):
         run(train=Poisoned(3))
+
+
+def with_nan(data: TensorDataset) -> TensorDataset:
+    """Return the data with one missing value."""
+    x = data.tensors[0].clone()
+    x[3, 2] = math.nan
+    return TensorDataset(x, data.tensors[1])
+
+
+def test_nan_in_held_out_data_is_told_and_the_run_ends_all_the_same(tmp_path: Path) -> None:
+    # A missing value in validation or test data costs a number, not the run: null in both files, and a note.
+    result = run(val=with_nan(VAL), test=with_nan(VAL), out=tmp_path / "a", plan=one_phase(epochs=2))
+    assert math.isnan(result.metrics["loss"])
+    assert [note.split(" (")[0] for note in result.notes] == [
+        "validation of epoch 1: loss is nan",
+        "validation of epoch 2: loss is nan",
+        "test data: loss is nan",
+    ]
+    told = read_run(tmp_path / "a")["result"]
+    assert told["metrics"]["loss"] is None
+    assert told["test"]["loss"] is None
+    assert told["notes"] == list(result.notes)
+    lines = read_history(tmp_path / "a" / "history.jsonl")
+    assert [(line["val_loss"], line["note"]) for line in lines] == [(None, n) for n in result.notes[:2]]
+    assert "NaN" not in (tmp_path / "a" / "history.jsonl").read_text().replace("Look for NaN", "")
 
 
 def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path) -> None:
@@ -336,6 +449,21 @@ def test_it_stops_early() -> None:
     assert result.best_epoch == 0
 
 
+def test_the_loss_can_be_monitored() -> None:
+    # The kept epoch is that of the lowest validation loss, and a rising one stops early.
+    task = Classification(("0", "1", "2"), monitor="loss")
+    result = run(task=task, plan=one_phase(epochs=30), early_stopping=2, lr=0.1)
+    losses = [line["val_loss"] for line in result.history]
+    assert result.stopped == "early"
+    assert result.best_epoch == losses.index(min(losses)) == len(losses) - 3
+
+
+def test_a_monitor_that_is_not_measured_is_told() -> None:
+    # Else keep="best" would keep the last epoch, and nothing would stop early.
+    with pytest.raises(TrainingError, match=r"'acuracy' is not measured.*loss, accuracy.*mean 'accuracy'"):
+        run(task=Classification(("0", "1", "2"), monitor="acuracy"))
+
+
 def test_an_early_stop_is_remembered(tmp_path: Path) -> None:
     # Resuming a run that stopped early does not train on.
     options: dict = {
@@ -381,6 +509,55 @@ def test_imbalance_is_met_by_weights_or_by_sampling() -> None:
         run(class_weights=[1, 2])
     with pytest.raises(TrainingError, match="set them on the task"):
         run(class_weights="balanced", task=Classification(("a", "b", "c")))
+
+
+def test_a_loader_is_drawn_from_by_weight_too() -> None:
+    # sampler="weighted" looks through a DataLoader: the same run as on its data set.
+    rare = tiny_data(60, classes=2)
+    loader = DataLoader(rare, batch_size=8, shuffle=True)
+    results = [run(Tiny(2), train, None, sampler="weighted", plan=one_phase()) for train in (rare, loader)]
+    assert results[0].history == results[1].history
+
+
+def test_validation_may_be_a_stream(tmp_path: Path) -> None:
+    # A loader over an iterable data set without a length validates, as it tests; its size is not known.
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(VAL)
+
+    result = run(val=DataLoader(Stream(), batch_size=8), out=tmp_path / "a", plan=one_phase())
+    assert result.history[0] == run(plan=one_phase()).history[0]  # later ones: a loader draws a seed
+    assert read_run(tmp_path / "a")["data"]["val_samples"] is None
+
+
+def test_options_that_a_task_s_loss_lacks_are_told(tmp_path: Path) -> None:
+    # "Set them on the task" is true of classification alone.
+    labels = TensorDataset(torch.randn(16, 8), torch.ones(16, 3))
+    with pytest.raises(TrainingError, match=r"MultiLabel \(multi_label\) knows no class_weights. Leave it"):
+        run(train=labels, val=None, task=MultiLabel(("a", "b", "c")), class_weights=[1.0, 2.0, 1.0])
+    with pytest.raises(TrainingError, match="set them on the task"):
+        run(task=Classification(("0", "1", "2")), class_weights=[1.0, 2.0, 1.0])
+
+
+def test_a_window_with_a_smaller_batch_is_the_gradient_of_its_samples() -> None:
+    # 16, 16, 16, 16 and 6 samples in one step: the gradient of the mean over all 70.
+    gradients: list[torch.Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            gradients.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
+            return super().step(*args, **kwargs)
+
+    model, data, head = Tiny(), tiny_data(70), tiny_plan()
+    only_head = tiny_plan(phases=[{**head.phases[0].model_dump(exclude_defaults=True), "epochs": 1}])
+    model.eval()
+    F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+    expected = [model.head.weight.grad.clone(), model.head.bias.grad.clone()]
+    model.zero_grad()
+    run(model, data, None, plan=only_head, optimizer=Recorder, batch_size=16, accumulate=5)
+    assert len(gradients) == 2
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_mappings_are_understood() -> None:
@@ -434,7 +611,7 @@ def test_what_does_not_fit_is_told_before_training(tmp_path: Path) -> None:
 
 def test_a_last_batch_of_one_sample_can_be_left_out() -> None:
     # Batch-norm on vectors cannot train on one sample; with drop_last the run goes through.
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(TrainingError, match=r"step 7 holds one sample.*drop_last=True"):
         run(train=tiny_data(49), plan=one_phase())
     assert run(train=tiny_data(49), plan=one_phase(), drop_last=True).steps == 6 * 6
 

@@ -107,6 +107,12 @@ def test_a_resumed_run_must_be_the_same_run() -> None:
     assert "settings.lr: 0.1 -> 0.2" in str(caught.value)
     assert "task.classes: ['x', 'y'] -> ['x', 'z']" in str(caught.value)
     assert "seed" not in str(caught.value)
+    known = {**about, "data": {"train_samples": 10, "train_fingerprint": "a"}}
+    check_same_run(about, now=known, plan=plan, out="runs/x")  # an older run, or augmented data: unknown
+    check_same_run(known, now=about, plan=plan, out="runs/x")
+    other = {**about, "data": {"train_samples": 10, "train_fingerprint": "b"}}
+    with pytest.raises(RunError, match=r"data\.train_fingerprint: 'a' -> 'b'"):
+        check_same_run(known, now=other, plan=plan, out="runs/x")
     longer = plan.model_copy(update={"strategy": "another"})
     with pytest.raises(RunError, match=r"plan\.strategy"):
         check_same_run(about, now=about, plan=longer, out="runs/x")
@@ -117,7 +123,11 @@ def test_better_and_stalled() -> None:
     assert is_better(1.0, None, "max")
     assert not is_better(1.0, 1.0, "max")
     assert not is_better(math.nan, 0.5, "max")
+    assert not is_better(math.nan, math.nan, "max")
+    assert is_better(0.5, math.nan, "max")
     assert is_better(0.4, 0.5, "min")
+    assert not has_stalled([math.nan, 0.5, 0.6, 0.7], "max", patience_epochs=1)
+    assert has_stalled([0.5, math.nan, math.nan], "max", patience_epochs=2)
     assert has_stalled([1.0, 0.5, 0.6, 0.5], "min", patience_epochs=2)
     assert not has_stalled([1.0, 0.5, 0.6, 0.4], "min", patience_epochs=2)
     assert not has_stalled([], "max", patience_epochs=1)

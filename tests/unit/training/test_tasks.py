@@ -15,6 +15,7 @@ from layerwise.training.tasks import (
     split_batch,
     task_from_dict,
 )
+from layerwise.training.text_tasks import MultiLabel, Regression
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -49,6 +50,21 @@ def test_metrics_agree_with_scikit_learn() -> None:
         assert row["samples"] == support[i]
 
 
+def test_a_class_without_samples_does_not_lower_balanced_accuracy() -> None:
+    # As scikit-learn: it is the mean recall of the classes that are there, though all are predicted.
+    metrics = pytest.importorskip("sklearn.metrics")
+    output, labels = predictions()
+    labels = labels.clamp(max=1)
+    task = Classification(CLASSES)
+    counted = task.metrics()
+    task.update(counted, output, (None, labels))
+    predicted = output.argmax(1)
+    assert set(predicted.tolist()) == {0, 1, 2}
+    with pytest.warns(UserWarning, match="not in y_true"):
+        expected = metrics.balanced_accuracy_score(labels, predicted)
+    assert task.scores(counted).values["balanced_accuracy"] == pytest.approx(expected)
+
+
 def test_loss_is_cross_entropy_with_the_task_s_options() -> None:
     # Weights and smoothing reach the loss; without them it is plain cross-entropy.
     output, labels = predictions()
@@ -58,6 +74,27 @@ def test_loss_is_cross_entropy_with_the_task_s_options() -> None:
     expected = F.cross_entropy(output, labels, torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1)
     assert torch.equal(task.loss(output, batch), expected)
     assert not torch.equal(expected, F.cross_entropy(output, labels))
+
+
+def test_a_batch_of_classes_without_weight_has_loss_zero_and_a_gradient() -> None:
+    # Torch's weighted mean of it is 0 / 0, which looked like training that diverged.
+    output = torch.randn(4, 3, requires_grad=True)
+    task = Classification(CLASSES, class_weights=(0.0, 1.0, 2.0), label_smoothing=0.1)
+    loss = task.loss(output, (None, torch.zeros(4, dtype=torch.long)))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(output.grad, torch.zeros(4, 3))
+    mixed = torch.tensor([0, 1, 2, 0])
+    expected = F.cross_entropy(output, mixed, torch.tensor([0.0, 1.0, 2.0]), label_smoothing=0.1)
+    assert torch.equal(task.loss(output, (None, mixed)), expected)
+
+
+def test_the_loss_is_better_when_it_is_lower() -> None:
+    # A monitor that can only be meant one way brings its mode along, in every task and from JSON.
+    for task in (Classification(CLASSES, monitor="loss"), MultiLabel(CLASSES, monitor="loss")):
+        assert task.mode == task_from_dict(task.to_dict()).mode == "min"
+    assert Regression(monitor="r2").mode == "max"
+    assert Classification(CLASSES, monitor="accuracy").mode == "max"
 
 
 def test_a_task_survives_json() -> None:

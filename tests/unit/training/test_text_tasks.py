@@ -78,6 +78,17 @@ def test_multi_label_decodes_what_reaches_the_threshold():
     assert decoded[0]["probabilities"]["a"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_multi_label_metrics_and_predictions_are_of_one_mind(threshold):
+    # A probability of exactly the threshold is on, in both: float32 of 0.3 is a little above 0.3.
+    task = MultiLabel(("a", "b"), threshold=threshold)
+    output = torch.tensor([threshold, 0.1]).logit()[None]
+    assert float(output.sigmoid()[0, 0]) == float(torch.tensor(threshold))
+    on = [[float(name in row["labels"]) for name in task.classes] for row in task.decode(output)]
+    assert on == [[1.0, 0.0]]
+    assert count(task, (output, torch.tensor(on))).values["exact_match"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("output", "labels", "words"),
     [
@@ -107,6 +118,15 @@ def test_regression_learns_standardised_and_reports_in_the_own_unit():
     assert scores.values["r2"] == pytest.approx(0.0)
     assert scores.values["pearson"] == 0.0  # not defined for equal predictions
     assert task.decode(torch.tensor([[2.0]])) == [{"value": 4000.0}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_regression_keeps_numbers_far_from_zero_apart(dtype):
+    # Years in bfloat16 and seconds since 1970 in float32 are rounded only once they are standardised.
+    for labels in (torch.tensor([1987.0, 1990.0, 1993.0]), 1.7e9 + torch.tensor([0, 1, 2]).double()):
+        exact = (labels.double() - labels.double().mean()) / labels.double().std(correction=0)
+        loss = Regression.fitted(labels).loss(torch.zeros(3, 1, dtype=dtype), {"labels": labels})
+        assert float(loss) == pytest.approx(float((exact**2).mean()), rel=1e-5)
 
 
 def test_regression_metrics_equal_their_definitions():
