@@ -269,8 +269,11 @@ def fit(
         model.load_state_dict(state["model"])
         tuner.load_state_dict(state["tuner"])
         now = Standing.from_state(state)
-        if before.get("result") and (now.stopped_early or tuner.done):  # a finished run is only read
+        over = now.stopped_early or tuner.done
+        if before.get("result") and over:  # a finished run is only read
             written, now.best.sha256 = None, now.best.sha256 or before.get("weights_sha256")
+        if not over and (lost := now.forget_lost_weights(weights_file(cast(Path, folder)))):
+            notes.append(lost)
         history = History(None if written is None else written / "history.jsonl", state["history"])
         set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
         notes += [f"resumed from {previous.path} (step {previous.step})", *previous.skipped]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from layerwise.files import sha256
 from layerwise.training.tasks import Scores
 
 
@@ -103,6 +105,27 @@ class Standing:
             "timings": self.timings,
             "stopped_early": self.stopped_early,
         }
+
+    def forget_lost_weights(self, weights: Path) -> str:
+        """Forget the best epoch if the file of its weights is another one than it should be; say so.
+
+        So it is where a run was killed after writing a new best epoch's weights, before its checkpoint. That
+        epoch comes again.
+
+        Args:
+            weights: the file.
+
+        Returns:
+            What to tell the user; ``""`` where nothing is lost.
+        """
+        known = self.best.sha256
+        if known is None or (weights.is_file() and sha256(weights) == known):
+            return ""
+        self.best = Best()
+        return (
+            f"{weights} is not what the checkpoint knows (the run was killed while it wrote, or the file was "
+            f"altered): the best epoch is chosen among those from here on"
+        )
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Standing:
