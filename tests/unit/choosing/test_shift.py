@@ -226,3 +226,21 @@ def test_damaged_and_foreign_signature_files_are_refused(model, tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(DataError, match="no layerwise signature"):
         Signature.load(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("samples", [65, 127, 200])
+def test_running_statistics_are_compared_with_every_sample(samples):
+    # the last 63 samples, ten sd away, count as much as the first: the figure is that of all moments
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(samples, 2, 4, 4)
+    x[-63:] += 10
+    mean, sd = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+    expected = float(((mean**2 + (sd - 1) ** 2) / 1.1).mean())
+    found = shift(model.eval(), x, draws=400).groups[0].norms
+    # and the interval is about that of re-drawn samples
+    drawn = [x[torch.randint(samples, (samples,))] for _ in range(400)]
+    moments = [(d.mean((0, 2, 3)), d.std((0, 2, 3), correction=0)) for d in drawn]
+    spread = torch.stack([((m**2 + (s - 1) ** 2) / 1.1).mean() for m, s in moments]).std().item()
+    assert found.value == pytest.approx(expected, rel=0.05)
+    assert 0.5 < (found.high - found.low) / (2 * 1.645 * spread) < 2
