@@ -154,7 +154,7 @@ class Taps:
         return hook
 
     def norm_inputs(self) -> dict[str, NormInputs]:
-        """Return the statistics of every norm that ran, over `CHUNKS` parts that differ by a sample at most."""
+        """Return the statistics of every norm that ran, over `CHUNKS` parts of about equal size."""
         found = {}
         for name, group in self._norms.items():
             if not self._sums[name]:
