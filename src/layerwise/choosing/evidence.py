@@ -202,8 +202,11 @@ def similarity(shift: Shift) -> tuple[Level, Confidence]:
     """Return the level of a shift's input side by the calibrated thresholds, and how sure it is.
 
     ``"similar"`` below the first threshold, ``"dissimilar"`` from the second on. The confidence is low
-    where the interval holds a threshold, medium within 20 % of one, else high.
+    where the interval holds a threshold, medium within 20 % of one, else high. A shift that is not a number
+    says nothing: ``"unknown"``.
     """
+    if not np.isfinite(shift.input_side.value):
+        return "unknown", "low"
     limits = thresholds()["norms" if shift.method == "norms" else "source"]
     side = shift.input_side
     cuts = (limits["high"], limits["low"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from layerwise.choosing.distances import as_features
 from layerwise.choosing.inputs import measure_images
 from layerwise.choosing.samples import dataset_of, open_sample, split_inputs, tensors, to_device
 from layerwise.choosing.taps import OUTPUT, Floats, NormInputs, Taps
@@ -87,7 +88,8 @@ def collect_features(
         seed: of the draw.
 
     Raises:
-        DataError: no samples, batches of an unknown kind, or labels that are no integers.
+        DataError: no samples, batches of an unknown kind, labels that are no integers, or features that
+            are not finite (as those of inputs with NaN are).
         ModelError: no layer group hands on one tensor with a row for each sample, or the map is of another
             model.
     """
@@ -210,6 +212,8 @@ def _gather(
             missing.append(group.name)
         else:
             groups[group.name] = found
+    for name, values in groups.items():
+        as_features(values, f"features of group {name!r}")  # refuses NaN: no figure of them means anything
     if not groups:
         raise ModelError(
             "no layer group of this model hands on a tensor with a row for each sample, so there are no "

@@ -1,6 +1,7 @@
 """Shift on a small trained network: where it sits, what moved, and that nothing is not called something."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from layerwise.choosing.distances import Estimate
+from layerwise.choosing.evidence import similarity
+from layerwise.choosing.group_shift import shift_of_norms
 from layerwise.choosing.shift import shift
 from layerwise.choosing.shift_result import Shift
 from layerwise.choosing.signature import Signature, signature
+from layerwise.choosing.taps import NormInputs
 from layerwise.errors import DataError, ModelError
 
 from .small import Net, images, map_of, pretrained
@@ -244,3 +249,34 @@ def test_running_statistics_are_compared_with_every_sample(samples):
     spread = torch.stack([((m**2 + (s - 1) ** 2) / 1.1).mean() for m, s in moments]).std().item()
     assert found.value == pytest.approx(expected, rel=0.05)
     assert 0.5 < (found.high - found.low) / (2 * 1.645 * spread) < 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(model, value):
+    # one pixel of one image, against running statistics as against a source
+    x, _ = images(40, seed=2)
+    x[5, 0, 3, 3] = value
+    for source in (None, images(40, seed=1)[0]):
+        with pytest.raises(DataError, match="NaN or infinite values in 1 of 40 samples"):
+            measured(model, x, source)
+
+
+def test_running_statistics_that_are_not_finite_are_refused():
+    # of a damaged checkpoint, and of inputs that only the norm shows; each is told by itself
+    found = NormInputs("a", np.ones(2), *(np.ones((2, 3), np.float32),) * 2, *(np.ones(3, np.float32),) * 2)
+    for name, message in (
+        ("running_var", "running statistics of a norm in group 'a'"),
+        ("mean", "what a norm in group 'a' receives"),
+    ):
+        bad = getattr(found, name).copy()
+        bad.flat[0] = np.nan
+        with pytest.raises(DataError, match=message):
+            shift_of_norms([dataclasses.replace(found, **{name: bad})], draws=20, level=0.9, seed=0)
+
+
+def test_a_shift_that_is_no_number_says_nothing(model):
+    # NaN is below no threshold: it must not read as similar
+    found = measured(model, images(40)[0])
+    nan = Estimate(float("nan"), float("nan"), float("nan"))
+    assert similarity(found)[0] != "unknown"
+    assert similarity(dataclasses.replace(found, input_side=nan)) == ("unknown", "low")
