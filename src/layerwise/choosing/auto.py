@@ -217,8 +217,8 @@ def pick(
 
     Clearly is by more than `clear_errors` standard errors of the difference of two accuracies on the
     validation data, ``sqrt((p (1 - p) + q (1 - q)) / n)``: the best of many choices on few samples is often
-    luck, and the advice does not rest on them. An error, a loss and a metric
-    outside [0, 1] are taken at their word.
+    luck, and the advice does not rest on them. An error, a loss and a metric outside [0, 1] are taken at
+    their word.
 
     Args:
         advice: whose strategy was among the choices of the search.

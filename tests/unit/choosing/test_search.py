@@ -641,3 +641,11 @@ def test_an_interrupted_run_of_the_winner_is_finished(model, data, tmp_path, mon
     assert [entry["epoch"] for entry in found.run.history] == [0, 1]
     assert found.run.metrics == whole.run.metrics
     assert json.loads((tmp_path / "s" / "search.json").read_text())["run"]["out"] == str(target)
+
+
+def test_labels_that_are_no_integers_need_no_layer_map():
+    # the map is made from the inputs of the training data, whatever its labels are
+    model, _ = linear()
+    task = Regression.fitted(numbers()[0].tensors[1])
+    found = search(model, *numbers(), trials=1, epochs=1, fit_options={"task": task}, refit="none")
+    assert found.metric == "rmse"
