@@ -280,3 +280,13 @@ def test_a_shift_that_is_no_number_says_nothing(model):
     nan = Estimate(float("nan"), float("nan"), float("nan"))
     assert similarity(found)[0] != "unknown"
     assert similarity(dataclasses.replace(found, input_side=nan)) == ("unknown", "low")
+
+
+def test_one_standard_deviation_off_is_as_documented():
+    # 10 % of the mean variance is added to the unit: 1 / 1.1, and for KL 0.5 / 1.1
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    found = shift(model.eval(), x + 1).groups[0]
+    assert found.norms.value == pytest.approx(1 / 1.1, rel=1e-3)
+    assert found.kl.value == pytest.approx(0.5 / 1.1, rel=1e-3)
