@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from layerwise.choosing.advice import advise
 from layerwise.errors import DataError, PlanError
+from layerwise.layers.randomness import drawn
 from layerwise.plans.plan import Plan
 from layerwise.plans.storage import parse
 
@@ -190,3 +191,15 @@ def test_what_can_be_gone_through_once_is_enough(model, kind):
     found = advise(model, data, layers=map_of(model))
     assert any(r.about == "batch-norm" for r in found.reasons)
     assert [r.text for r in found.reasons] == [r.text for r in again.reasons]
+
+
+def test_what_a_collate_function_draws_is_undone(model):
+    # in both passes, the second one for the recalibration of batch-norms included
+    def collate(samples):
+        x, y = (torch.stack(parts) for parts in zip(*samples))
+        return x + 3 * torch.randn(x.shape), y
+
+    before = drawn()
+    found = advised(model, *images(96, seed=2), collate=collate)
+    assert any(r.about == "batch-norm" for r in found.reasons)
+    assert drawn() == before

@@ -382,3 +382,14 @@ def test_a_map_is_made_whatever_the_labels_are():
     x, _ = images(12)
     for labels in (torch.rand(12), torch.rand(12, 2), torch.zeros(12, dtype=torch.long)):
         assert map_for(model, TensorDataset(x, labels), None, None).names
+
+
+def test_a_random_sample_is_the_same_whichever_others_are_drawn():
+    # as in fit: by its index and the seed, not by its place in the pass
+    model = Net().eval()
+    x, _ = images(20)
+    some, whole = (
+        collect_features(model, Noisy(x), map_of(model), max_samples=n).groups["fc"] for n in (6, None)
+    )
+    nearest = np.abs(whole[None] - some[:, None]).sum(2).min(1)
+    np.testing.assert_allclose(nearest, 0, atol=1e-5)

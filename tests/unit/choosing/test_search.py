@@ -560,13 +560,15 @@ def test_a_setting_drawn_twice_with_one_seed_is_one_seed():
     # the twice-drawn one has no error and does not stand before a better one that was drawn once
     layers = map_of(pretrained(norm=False, widths=(4, 4, 6, 6)))
     rows = [row_of(0, 0.5), row_of(1, 0.5), row_of(2, 0.9, lr=2e-3), row_of(3, 0.7, choice="last 2")]
+    rows.append(row_of(4, 0.7, choice="last 2"))
     curve = depth_curve(rows, SPACE, layers, "max", seeds=1)
     assert [(p.choice, p.mean, p.seeds, p.error) for p in curve] == [
         ("last 1", 0.9, 1, 0.0),
         ("last 2", 0.7, 1, 0.0),
     ]
     assert best_point(curve, "max", seeds=1).choice == "last 1"
-    assert curve[0].cells()[3] == "-"
+    assert [point.cells()[3] for point in curve] == ["-", "-"]
+    assert depth_curve(rows, SPACE, layers, "max", seeds=2) == curve
 
 
 def test_only_settings_with_all_seeds_are_compared():

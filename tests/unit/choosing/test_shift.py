@@ -290,3 +290,12 @@ def test_one_standard_deviation_off_is_as_documented():
     found = shift(model.eval(), x + 1).groups[0]
     assert found.norms.value == pytest.approx(1 / 1.1, rel=0.01)
     assert found.kl.value == pytest.approx(0.5 / 1.1, rel=0.01)
+
+
+def test_a_chunk_counts_by_its_samples():
+    # one sample in a chunk and 99 in the other: the mean is 0.01, not 0.5
+    mean, square = np.float32([[1], [0]]), np.float32([[2], [1]])
+    norm = NormInputs("a", np.array([1, 99]), mean, square, np.zeros(1, np.float32), np.ones(1, np.float32))
+    (value, drawn), _ = shift_of_norms([norm], draws=50, level=0.9, seed=0)
+    assert value == pytest.approx((0.01**2 + ((1.01 - 0.01**2) ** 0.5 - 1) ** 2) / 1.1, rel=1e-5)
+    assert drawn.max() > 0.5  # a draw of the small chunk alone
