@@ -217,7 +217,8 @@ def pick(
 
     Clearly is by more than `clear_errors` standard errors of the difference of two accuracies on the
     validation data, ``sqrt((p (1 - p) + q (1 - q)) / n)``: the best of many choices on few samples is often
-    luck, and the advice does not rest on them. A metric outside [0, 1] (a loss) is taken at its word.
+    luck, and the advice does not rest on them. An error, a loss and a metric outside [0, 1] are taken at
+    their word.
 
     Args:
         advice: whose strategy was among the choices of the search.
@@ -235,7 +236,7 @@ def pick(
     if advised is None:
         return advice.plan, advice.lr, "the search did not get to the advised plan, which stays"
     gain = best.mean - advised.mean
-    if found.metric.endswith("loss") or not 0 <= best.mean <= 1:
+    if found.mode == "min" or not 0 <= best.mean <= 1:
         return found.plan, found.lr, f"the search found better: {found.metric} {best.mean:.4f}"
     error = sum(p * (1 - p) for p in (best.mean, advised.mean)) / max(val_samples, 1)
     error = float(error**0.5)

@@ -18,6 +18,7 @@ from layerwise.cache.stock import CachePool
 from layerwise.choosing.features import map_for
 from layerwise.choosing.space import names_by_depth, spread_depths
 from layerwise.choosing.tables import text_table
+from layerwise.choosing.terms import SET_FOR_ALL, check_fit_options, metric_and_mode, plain, weights_of
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
@@ -86,7 +87,7 @@ def transfer_curve(
     epochs: int = 5,
     seeds: int = 1,
     lr: float = 1e-3,
-    metric: str = "balanced_accuracy",
+    metric: str | None = None,
     layers: LayerMap | None = None,
     example_input: Any = None,
     batch_size: int = 32,
@@ -110,17 +111,18 @@ def transfer_curve(
         epochs: of each training.
         seeds: trainings of each point.
         lr: base rate of all of them.
-        metric: of the history of `layerwise.fit`.
+        metric: of the validation data, in the history of `layerwise.fit`; None is the task's monitor.
         layers: the layer map; one at granularity ``"stages"`` is made when None.
         example_input: to make the map from.
         batch_size: of training.
-        fit_options: further options of `layerwise.fit`.
+        fit_options: further options of `layerwise.fit`, but for those that a curve sets itself.
         out: a JSON file; what it holds already is not trained again, so an interrupted experiment goes on.
         say: told of every training.
 
     Raises:
         PlanError: a depth is not between 1 and the number of groups.
-        DataError: no validation data, or the metric is not measured.
+        DataError: no validation data, the metric is not measured or of the training data, or `fit_options`
+            that a curve sets itself.
         RunError: `out` holds another experiment.
 
     Source: Yosinski et al. 2014, How transferable are features in deep neural networks?, section 4. Theirs
@@ -128,6 +130,9 @@ def transfer_curve(
     """
     if val is None:
         raise DataError("the curve is of a validation metric, and val is None. Split some off train.")
+    options = dict(fit_options or {})
+    check_fit_options(options, SET_FOR_ALL, "transfer_curve")
+    metric, _ = metric_and_mode(metric, train, options)
     layers = map_for(model, train, layers, example_input, batch_size=batch_size)
     groups = len(layers)
     chosen = spread_depths(groups) if depths is None else tuple(sorted(set(depths)))
@@ -135,6 +140,7 @@ def transfer_curve(
         raise PlanError(f"depths {wrong} are not between 1 and the {groups} groups of the layer map")
     about = {
         "model": layers.model_class,
+        "weights": weights_of(model),
         "groups": list(layers.names),
         "train_samples": len(train) if hasattr(train, "__len__") else None,
         "train_data": fingerprint(train),
@@ -143,6 +149,7 @@ def transfer_curve(
         "lr": lr,
         "metric": metric,
         "batch_size": batch_size,
+        "fit_options": plain(options),
     }
     done = _read(out, about)
     pool = CachePool(upcoming=names_by_depth(layers, chosen, epochs=epochs))
@@ -162,9 +169,8 @@ def transfer_curve(
                     seed=seed,
                     layers=layers,
                     batch_size=batch_size,
-                    progress=False,
                     cache_pool=pool,
-                    **(fit_options or {}),
+                    **{"progress": False, **options},
                 )
                 if metric not in result.metrics:
                     raise DataError(

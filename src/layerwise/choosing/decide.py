@@ -107,8 +107,8 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
     choice = _finished(evidence, choice, reasons, calibrating=calibrating)
     alternatives = list(_alternatives(layers, choice, cell, epochs, adapted=calibrating or gain is None))
     order: dict[Confidence, int] = {"low": 0, "medium": 1, "high": 2}
-    confidence = min((reasons[0].confidence, *(r.confidence for r in reasons if r.about == "depth")),
-                     key=lambda c: order[c])  # fmt: skip
+    decisive = {"similarity", "depth", *(["size"] if evidence.at_least else [])}
+    confidence = min((r.confidence for r in reasons if r.about in decisive), key=lambda c: order[c])
     choice, *alternatives = (_with_rate(found, evidence) for found in (choice, *alternatives))
     return Decision(choice, tuple(alternatives), tuple(reasons), confidence, cell.strategy)
 
@@ -292,6 +292,14 @@ def _similarity_reason(evidence: Evidence) -> Reason:
 
 
 def _size_reason(evidence: Evidence, cell: Choice) -> Reason:
+    if evidence.at_least:
+        return Reason(
+            "size",
+            f"unknown, at least {evidence.samples:,} samples of {evidence.classes} classes: for so many the "
+            f"matrix says {cell.described}; give data with a length for more than that",
+            "low",
+            float(evidence.samples),
+        )
     return Reason(
         "size",
         f"{evidence.samples:,} samples of {evidence.classes} classes ({size_of(evidence.samples)}): the "

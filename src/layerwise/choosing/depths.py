@@ -78,11 +78,10 @@ class Transferability:
         return self.depths[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scores as plain data for JSON; a missing probe accuracy is None."""
+        """Return the scores as plain data for JSON; what is missing or not finite is None."""
         data = dataclasses.asdict(self)
-        for row in data["depths"]:
-            row["probe"] = None if np.isnan(row["probe"]) else row["probe"]
-        return data
+        data["depths"] = [{name: _finite(value) for name, value in row.items()} for row in data["depths"]]
+        return {name: _finite(value) for name, value in data.items()}
 
     def __str__(self) -> str:
         columns = ["group", "depth", "probe", "kNN", "LogME", "NLEEP", "H-score"]
@@ -184,6 +183,10 @@ def score_depths(features: Features, *, seed: int = 0) -> Transferability:
         chance=float(counts.max() / counts.sum()),
         head_leep=head_leep,
     )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _lead(right: np.ndarray[Any, np.dtype[np.bool_]], other: np.ndarray[Any, np.dtype[np.bool_]]) -> float:

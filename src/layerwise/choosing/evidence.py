@@ -17,7 +17,7 @@ from torch import nn
 
 from layerwise.choosing.depths import Transferability, score_depths
 from layerwise.choosing.features import Features, collect_features, map_for
-from layerwise.choosing.samples import open_sample, split_inputs, tensors
+from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, tensors
 from layerwise.choosing.shift import measure, open_reference
 from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, ModelError
@@ -89,7 +89,7 @@ class Evidence:
     """The figures that decide.
 
     Attributes:
-        samples: number of training samples.
+        samples: number of training samples; of a stream that does not say, those that were measured.
         classes: number of classes.
         imbalance: largest class over smallest, in the measured sample.
         imbalance_p: probability of counts as uneven as these, or more, if all classes were equally frequent
@@ -103,6 +103,7 @@ class Evidence:
         transfer: transferability at every depth.
         measured: samples the transferability was measured on.
         width: number of features that the head gets.
+        at_least: whether there may be more samples, as the data do not say how many there are.
         weighting: what class weights do to a probe; None if not tried (no imbalance, or a class with a
             single sample).
         recalibrated: the same after batch-norm statistics were set to the target's; None if not tried.
@@ -126,6 +127,7 @@ class Evidence:
     notes: tuple[str, ...] = ()
     imbalance_p: float = 0.0
     width: int = REFERENCE_WIDTH
+    at_least: bool = False
     weighting: Weighting | None = None
 
     @property
@@ -202,8 +204,11 @@ def similarity(shift: Shift) -> tuple[Level, Confidence]:
     """Return the level of a shift's input side by the calibrated thresholds, and how sure it is.
 
     ``"similar"`` below the first threshold, ``"dissimilar"`` from the second on. The confidence is low
-    where the interval holds a threshold, medium within 20 % of one, else high.
+    where the interval holds a threshold, medium within 20 % of one, else high. A shift that is not a number
+    says nothing: ``"unknown"``.
     """
+    if not np.isfinite(shift.input_side.value):
+        return "unknown", "low"
     limits = thresholds()["norms" if shift.method == "norms" else "source"]
     side = shift.input_side
     cuts = (limits["high"], limits["low"])
@@ -235,6 +240,10 @@ def gather_evidence(
     Raises:
         DataError: no labels, one class, fewer samples than classes, or a source of another kind.
     """
+    classes = getattr(train, "classes", None)
+    loader, total = open_sample(train, max_samples, batch_size, collate, seed)
+    if loader is train:  # a stream
+        train = KeptBatches(train, max_samples, total, seed)
     layers = map_for(model, train, layers, example_input, batch_size=batch_size, collate=collate)
     options: dict[str, Any] = {
         "max_samples": max_samples,
@@ -244,7 +253,7 @@ def gather_evidence(
     }
     found = collect_features(model, train, layers, norms=source is None, **options)
     total = found.total or found.samples
-    _check_classes(train, found, total)
+    _check_classes(classes, found, total)
     transfer = score_depths(found, seed=seed)
     counts = np.bincount(np.unique(np.asarray(found.labels), return_inverse=True)[1])
     unknown = ""
@@ -270,6 +279,7 @@ def gather_evidence(
         imbalance=float(counts.max() / counts.min()),
         imbalance_p=chance_of(counts),
         width=next(reversed(found.groups.values())).shape[1],
+        at_least=found.total is None,
         batch_size=batch_size,
         pretraining=pretraining,
         has_batchnorm=has_batchnorm,
@@ -340,11 +350,12 @@ def _recalibrated(
     """Return the scores after batch-norm statistics were set to the target's, on a copy of the model."""
     loader, _ = open_sample(train, CALIBRATION_SAMPLES, batch_size, collate, seed)
     inputs: list[Any] = []
-    for batch in loader:
-        args, kwargs, _labels = split_inputs(batch)
-        inputs.append(kwargs or args)
-        if sum(len(next(tensors(entry))) for entry in inputs) >= CALIBRATION_SAMPLES:
-            break
+    with reading(loader, seed):
+        for batch in loader:
+            args, kwargs, _ = parts_of(batch)
+            inputs.append(kwargs or args)
+            if sum(len(next(tensors(entry))) for entry in inputs) >= CALIBRATION_SAMPLES:
+                break
     copied = copy.deepcopy(model)
     device = next(copied.parameters()).device
     calibrate_batchnorm(copied, [_joined(inputs, device)])  # one batch needs one pass
@@ -362,13 +373,12 @@ def _joined(batches: list[Any], device: Any) -> Any:
     return to_device(whole, device)
 
 
-def _check_classes(train: Any, found: Features, total: int) -> None:
+def _check_classes(names: Any, found: Features, total: int) -> None:
     if found.labels is None:
         raise DataError(
             "advice is about a labelled task, but the data has no labels. Give pairs (input, label); to "
             "measure unlabelled data use layerwise.shift."
         )
-    names = getattr(train, "classes", None)
     declared = len(names) if isinstance(names, Sized) else len(np.unique(found.labels))
     if total < declared:
         raise DataError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from layerwise.choosing.distances import as_features
 from layerwise.choosing.inputs import measure_images
-from layerwise.choosing.samples import dataset_of, open_sample, split_inputs, tensors, to_device
+from layerwise.choosing.samples import (
+    dataset_of,
+    open_sample,
+    parts_of,
+    reading,
+    split_inputs,
+    tensors,
+    to_device,
+)
 from layerwise.choosing.taps import OUTPUT, Floats, NormInputs, Taps
 from layerwise.choosing.tokens import measure_tokens
 from layerwise.errors import DataError, ModelError
@@ -84,10 +92,11 @@ def collect_features(
         collate: makes a batch of a list of samples, of data that is no loader.
         norms: also collect what goes into norm layers with running statistics.
         tokenizer: of texts, for fertility and unknown tokens; None takes the data set's own ``tokenizer``.
-        seed: of the draw.
+        seed: of the draw, and of samples that are random.
 
     Raises:
-        DataError: no samples, batches of an unknown kind, or labels that are no integers.
+        DataError: no samples, batches of an unknown kind, labels that are no integers, or features that
+            are not finite (as those of inputs with NaN are).
         ModelError: no layer group hands on one tensor with a row for each sample, or the map is of another
             model.
     """
@@ -101,7 +110,7 @@ def collect_features(
     measured: list[dict[str, Any]] = []
     shape: tuple[int, ...] = ()
     modality, samples = "values", 0
-    with untouched(root), held_modes(root), taps.hooked(), torch.no_grad():
+    with reading(loader, seed), untouched(root), held_modes(root), taps.hooked(), torch.no_grad():
         root.eval()
         for batch in loader:
             args, kwargs, given = split_inputs(batch)
@@ -122,6 +131,8 @@ def collect_features(
             samples += len(first)
             if max_samples is not None and samples >= max_samples:
                 break
+        else:
+            total = samples if total is None else total  # a stream that has ended
     if not samples:
         raise DataError("the data holds no samples. Give at least one batch.")
     return _gather(layers, taps, rows, labels, measured, shape, modality, samples, total)
@@ -153,8 +164,9 @@ def map_for(
 
     if example_input is None:
         loader, _ = open_sample(data, 2, batch_size, collate, 0)
-        if isinstance(loader, DataLoader):
-            args, kwargs, _labels = split_inputs(next(iter(loader)))
+        if not isinstance(loader, Iterator):
+            with reading(loader, 0):
+                args, kwargs, _ = parts_of(next(iter(loader)))
             example_input = kwargs or args
     return layer_map(model, example_input, granularity="stages")
 
@@ -210,6 +222,8 @@ def _gather(
             missing.append(group.name)
         else:
             groups[group.name] = found
+    for name, values in groups.items():
+        as_features(values, f"features of group {name!r}")  # refuses NaN: no figure of them means anything
     if not groups:
         raise ModelError(
             "no layer group of this model hands on a tensor with a row for each sample, so there are no "

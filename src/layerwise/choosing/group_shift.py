@@ -10,6 +10,7 @@ from layerwise.choosing import distances
 from layerwise.choosing.distances import Array, Estimate, interval
 from layerwise.choosing.signature import FLOOR, GroupSketch, project, spread
 from layerwise.choosing.taps import Floats, NormInputs
+from layerwise.errors import DataError
 
 Drawn = tuple[float, Array]
 """A figure and its bootstrap draws."""
@@ -25,12 +26,18 @@ def shift_of_norms(
         draws: bootstrap draws.
         level: of the intervals.
         seed: of the draws; the same for every group, so that their draws belong together.
+
+    Raises:
+        DataError: what a norm layer received, or its running statistics, are not finite.
     """
+    for entry in norms:
+        _check_finite(entry)
     gaps: list[Array] = []
     divergences: list[Array] = []
     for entry in norms:
-        parts = len(entry.mean)
-        weights = np.vstack([np.full((1, parts), 1 / parts), _weights(parts, draws, seed)])
+        parts = len(entry.sizes)
+        drawn: Array = np.vstack([np.ones((1, parts)), _weights(parts, draws, seed)]) * entry.sizes
+        weights = drawn / drawn.sum(1, keepdims=True)  # a chunk counts by its samples
         mean = weights @ entry.mean.astype(np.float64)
         var = np.maximum(weights @ entry.square.astype(np.float64) - mean**2, 0)
         ref_mean, ref_var = entry.running_mean.astype(np.float64), entry.running_var.astype(np.float64)
@@ -97,6 +104,21 @@ def mean_figure(figures: Sequence[Drawn], *, level: float) -> Estimate:
     """Return the mean of several groups' figures; their draws belong together, row by row."""
     value = float(np.mean([value for value, _ in figures]))
     return interval(value, np.mean([drawn for _, drawn in figures], axis=0), level=level)
+
+
+def _check_finite(entry: NormInputs) -> None:
+    parts = (entry.mean, entry.square, entry.running_mean, entry.running_var)
+    received, kept = (all(np.isfinite(part).all() for part in pair) for pair in (parts[:2], parts[2:]))
+    if not kept:
+        raise DataError(
+            f"the running statistics of a norm in group {entry.group!r} hold NaN or infinite values, so they "
+            "describe no source. Look at the checkpoint."
+        )
+    if not received:
+        raise DataError(
+            f"what a norm in group {entry.group!r} receives holds NaN or infinite values. Look at those "
+            "inputs, or run the model in float32."
+        )
 
 
 def _weights(samples: int, draws: int, seed: int) -> Array:

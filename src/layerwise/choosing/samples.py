@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from layerwise.errors import DataError
+from layerwise.training.data import SeededSamples
+from layerwise.training.randomness import sample_randomness
+from layerwise.tuning.passes import generators_of
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -38,18 +42,27 @@ def split_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | 
     Raises:
         DataError: the batch is of an unknown kind, or its labels are no integers.
     """
+    args, kwargs, labels = parts_of(batch)
+    return args, kwargs, None if labels is None else _checked_labels(labels)
+
+
+def parts_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Return (positional, keyword, labels) of a batch, whatever its labels are; None where it has none.
+
+    Raises:
+        DataError: the batch is of an unknown kind.
+    """
     if isinstance(batch, Tensor):
         return (batch,), {}, None
     if isinstance(batch, Mapping):
-        found = batch.get("labels")
         rest = {key: value for key, value in batch.items() if key != "labels"}
-        return (), rest, None if found is None else _checked_labels(found)
+        return (), rest, batch.get("labels")
     if isinstance(batch, Sequence) and len(batch) == 1:
-        return split_inputs(batch[0])
+        return parts_of(batch[0])
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
         if isinstance(batch[0], Mapping):
-            return (), dict(batch[0]), _checked_labels(batch[1])
-        return (batch[0],), {}, _checked_labels(batch[1])
+            return (), dict(batch[0]), batch[1]
+        return (batch[0],), {}, batch[1]
     size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
     raise DataError(
         f"a batch is a {type(batch).__name__}{size}; expected inputs, a pair (inputs, labels), or a mapping. "
@@ -74,6 +87,49 @@ def dataset_of(data: Any) -> Any:
     return data
 
 
+class KeptBatches:
+    """The first batches of a stream, kept: it may be that it can be gone through only once.
+
+    Args:
+        stream: batches.
+        max_samples: so many are kept, or a batch more; None keeps all.
+        total: samples that the stream has, or None where it does not say. If it ends it is known.
+        seed: of samples that are random.
+    """
+
+    def __init__(self, stream: Any, max_samples: int | None, total: int | None, seed: int) -> None:
+        self.tokenizer = getattr(dataset_of(stream), "tokenizer", None)
+        self.batches: list[Any] = []
+        self.total = total
+        samples = 0
+        with reading(stream, seed):
+            for batch in stream:
+                self.batches.append(batch)
+                samples += len(next(tensors(parts_of(batch)), ()))
+                if max_samples is not None and samples >= max_samples:
+                    return
+        self.total = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+@contextlib.contextmanager
+def reading(loader: Any, seed: int) -> Iterator[None]:
+    """Within: what is random in reading depends on `seed`; all generators are put back after.
+
+    These are the global ones and those of the loader.
+    """
+    generators = generators_of(loader)
+    states = [generator.get_state() for generator in generators]
+    try:
+        with sample_randomness(seed, 0, 0):
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
 def open_sample(
     data: Any,
     max_samples: int | None,
@@ -83,11 +139,16 @@ def open_sample(
 ) -> tuple[Any, int | None]:
     """Return (loader over a drawn sample, number of samples there are or None).
 
+    A stream (what can only be gone through in its own order) is returned as it is. Samples of all else that
+    are random (augmentation) depend on their index and `seed` alone, as in `layerwise.fit`.
+
     See `layerwise.choosing.features.collect_features` for the arguments.
 
     Raises:
         DataError: the data is of an unknown kind or empty, or inputs and labels differ in number.
     """
+    if isinstance(data, KeptBatches):
+        return data, data.total
     if isinstance(data, Tensor):
         data = TensorDataset(data)
     elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
@@ -96,7 +157,7 @@ def open_sample(
         data = TensorDataset(*data)
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset) or not hasattr(data.dataset, "__len__"):
-            return data, None
+            return data, _length(data)
         batch_size, collate, data = data.batch_size or batch_size, data.collate_fn, data.dataset
     collate = collate if collate is not None else getattr(dataset_of(data), "collate", None)
     if isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -109,9 +170,16 @@ def open_sample(
     total = len(data)
     if not total:
         raise DataError("the data holds no samples. Give at least one batch.")
-    dataset: Dataset[Any] = data
+    dataset: Dataset[Any] = SeededSamples(data, seed)
     if max_samples is not None and total > max_samples:
         drawn = np.random.default_rng(seed).permutation(total)[:max_samples]
-        dataset = Subset(data, sorted(drawn.tolist()))  # sorted: files lie in that order
+        dataset = Subset(dataset, sorted(drawn.tolist()))  # sorted: files lie in that order
     generator = torch.Generator()  # else the loader would draw from the global one
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, generator=generator), total
+
+
+def _length(loader: DataLoader[Any]) -> int | None:
+    """Return the number of samples of a stream; None where it does not say, or hands on whole batches."""
+    if loader.batch_size is None or not hasattr(loader.dataset, "__len__"):
+        return None
+    return len(loader.dataset)

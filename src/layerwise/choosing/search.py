@@ -15,9 +15,10 @@ from layerwise.choosing.budget import Budget
 from layerwise.choosing.decide import SMALL_BATCH
 from layerwise.choosing.features import map_for
 from layerwise.choosing.locks import lock_beside
-from layerwise.choosing.search_result import CurvePoint, SearchResult, best_point, depth_curve
+from layerwise.choosing.search_result import CurvePoint, SearchResult, best_point, depth_curve, values_by_seed
 from layerwise.choosing.space import make_space, names_by_depth
 from layerwise.choosing.study import TrialRow, open_study, queue, queued, quiet, rows_of, take_over
+from layerwise.choosing.terms import SET_BY_SEARCH, check_fit_options, metric_and_mode
 from layerwise.choosing.trials import Experiment, begin_trial, run_trial
 from layerwise.errors import DataError, RunError
 from layerwise.files import write_json
@@ -45,7 +46,7 @@ def search(
     out: str | Path | None = None,
     storage: str | Path | None = None,
     name: str = "search",
-    metric: str = "balanced_accuracy",
+    metric: str | None = None,
     layers: LayerMap | None = None,
     example_input: Any = None,
     batch_size: int = 32,
@@ -91,18 +92,20 @@ def search(
         storage: a journal file, or any storage URL that Optuna knows; None is ``out/search.journal``, or
             memory where there is no `out`.
         name: of the study in the storage.
-        metric: of the history of `layerwise.fit`; names that end in ``"loss"`` are minimised.
+        metric: of the validation data, in the history of `layerwise.fit`; None is the task's monitor. Less
+            is better where the task says so, and of losses, ``"rmse"``, ``"mae"`` and ``"perplexity"``.
         layers: the layer map; one at granularity ``"stages"`` is made when None.
         example_input: to make the map from.
         batch_size: of training.
-        fit_options: further options of `layerwise.fit`.
+        fit_options: further options of `layerwise.fit`, but for those that a search sets itself.
         refit: ``"winner"`` trains the winner once more and keeps the run; ``"none"`` does not.
         seed: of the runs and, with the number of trials in the storage, of the sampler.
         say: told of every trial, for people.
 
     Raises:
         PlanError: the search space cannot be used.
-        DataError: no validation data, an unknown metric, or a budget that is not positive.
+        DataError: no validation data, a metric that is unknown or of the training data, a budget that is
+            not positive, or `fit_options` that a search sets itself.
         RunError: the study in the storage is about something else.
         LayerwiseError: the first three trials all failed; the last one's error.
         MissingExtraError: Optuna is not installed.
@@ -119,6 +122,9 @@ def search(
             "limit of that kind)."
         )
     budget = Budget(20 if trials is None and minutes is None else trials, minutes, seeds)
+    options = dict(fit_options or {})
+    check_fit_options(options, SET_BY_SEARCH, "search")
+    metric, mode = metric_and_mode(metric, train, options)
     layers = map_for(model, train, layers, example_input, batch_size=batch_size)
     if norms is None:
         norms = "freeze" if batch_size < SMALL_BATCH else "follow"
@@ -132,9 +138,10 @@ def search(
         norms=norms,
         begin_with=begin_with,
     )
-    options = dict(fit_options or {})
     pool = CachePool(upcoming=names_by_depth(layers, space.depths, epochs=space.epochs))
-    experiment = Experiment(model, train, val, test, layers, space, metric, batch_size, seed, options, pool)
+    experiment = Experiment(
+        model, train, val, test, layers, space, metric, mode, batch_size, seed, options, pool
+    )
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +163,7 @@ def search(
                     queue(study, *unconfirmed)
                 drawn = begin_trial(experiment, study)
             run_trial(experiment, study, drawn, say, time_over=lambda: budget.overrun)
-        return _finished(experiment, study, folder, refit=refit, notes=notes, lock=lock, say=say)
+        return _finished(experiment, study, folder, seeds=seeds, refit=refit, notes=notes, lock=lock, say=say)
 
 
 def _opened(
@@ -187,27 +194,32 @@ def _opened(
 def _unconfirmed(
     experiment: Experiment, rows: Sequence[TrialRow], seeds: int
 ) -> tuple[dict[str, Any], int] | None:
-    """Return parameters and seed of a point of the curve that lacks seeds, or None.
+    """Return parameters and seed of a setting that lacks seeds, or None.
 
-    The point with the fewest comes first, the best among equals, so that when the time is over all have had
-    their turn.
+    Of each choice that is the best setting by the search's own seed: so one that is drawn later, and leads
+    the one that has all seeds, is run with them too. The one with the fewest seeds comes first, the best
+    among equals, so that when the time is over all have had their turn.
     """
     sign = 1 if experiment.mode == "max" else -1
     found = []
-    for point in depth_curve(rows, experiment.space, experiment.layers, experiment.mode):
-        # one that failed would fail again
-        begun = {
-            row.seed
-            for row in rows
-            if row.setting == point.setting and (row.state in ("complete", "running") or row.error)
+    failed = {row.setting for row in rows if row.error}  # one that failed would fail again
+    for choice in experiment.space.choices:
+        own = {
+            (choice, *setting): values[experiment.seed]
+            for setting, values in values_by_seed(rows, choice).items()
+            if experiment.seed in values and (choice, *setting) not in failed
         }
-        wanted = range(min(begun), min(begun) + seeds)
-        if missing := sorted(set(wanted) - begun):
-            found.append((len(begun), -sign * point.mean, point, missing[0]))
+        if not own:
+            continue
+        leader = max(own, key=lambda setting: sign * own[setting])
+        begun = {row.seed for row in rows if row.setting == leader and row.state in ("complete", "running")}
+        missing = [seed for seed in range(experiment.seed, experiment.seed + seeds) if seed not in begun]
+        if missing:
+            found.append((len(begun), -sign * own[leader], leader, missing[0]))
     if not found:
         return None
-    _, _, point, seed = min(found, key=lambda entry: entry[:2])
-    return {"choice": point.choice, "lr": point.lr, "decay": point.decay}, seed
+    _, _, (choice, lr, decay), seed = min(found, key=lambda entry: entry[:2])
+    return {"choice": choice, "lr": lr, "decay": decay}, seed
 
 
 def _finished(
@@ -215,6 +227,7 @@ def _finished(
     study: Any,
     folder: Path | None,
     *,
+    seeds: int,
     refit: Literal["winner", "none"],
     notes: list[str],
     lock: AbstractContextManager[None],
@@ -226,21 +239,22 @@ def _finished(
         DataError: no trial was completed.
     """
     rows = rows_of(study)
-    curve = depth_curve(rows, experiment.space, experiment.layers, experiment.mode)
+    mode = experiment.mode
+    curve = depth_curve(rows, experiment.space, experiment.layers, mode, seeds=seeds)
     if not curve:
         errors = {row.error for row in rows if row.error}
         raise DataError(
             f"no trial of {len(rows)} was completed{': ' + '; '.join(sorted(errors)) if errors else ''}. "
             "Give more minutes or trials."
         )
-    best = best_point(curve, experiment.mode)
+    best = best_point(curve, mode, seeds=seeds)
     plan = experiment.space.plan(experiment.layers, best.choice, best.decay)
     run, note = None, ""
     if refit == "winner":
         say(f"best: {best.choice} at lr {best.lr:.2g}; making its run")
         run, note = _refit(experiment, plan, best, rows, folder, lock)
     notes = [*notes, *([note] if note else [])]
-    result = SearchResult(experiment.metric, best, plan, best.lr, curve, rows, run, tuple(notes))
+    result = SearchResult(experiment.metric, mode, best, plan, best.lr, curve, rows, run, tuple(notes))
     if folder is not None:
         with lock:
             plan.save(folder / "plan.yaml")
@@ -269,9 +283,10 @@ def _refit(
     number = next(row.number for row in rows if row.setting == best.setting and row.state == "complete")
     target = folder / f"winner-trial-{number}"
     try:
-        with lock:  # a second worker that gets here waits, and then finds the run
-            if (target / "run.json").exists():
-                return None, f"the winner's run is there already: {target}"
-            return experiment.train_by(plan, best.lr, experiment.seed, **options, out=target), ""
+        with lock:  # a second worker that gets here waits, and then reads the run
+            begun = (target / "run.json").exists()  # perhaps interrupted, perhaps finished
+            return experiment.train_by(
+                plan, best.lr, experiment.seed, **options, out=target, resume=begun
+            ), ""
     except RunError as error:
         return None, str(error)

@@ -6,19 +6,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow
 from layerwise.choosing.tables import text_table
+from layerwise.choosing.terms import Mode
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.training.result import Result
 
-Mode = Literal["max", "min"]
-"""Whether more of a metric is better, or less."""
 CURVE_COLUMNS = ("trained", "from", "metric", "error", "seeds", "lr", "decay")
 
 
@@ -34,7 +33,7 @@ class CurvePoint:
         decay: its decay.
         mean: metric, averaged over seeds.
         error: standard error of that mean; 0 with one seed.
-        seeds: how many there are.
+        seeds: how many different ones there are.
     """
 
     choice: str
@@ -75,6 +74,7 @@ class SearchResult:
 
     Attributes:
         metric: that was compared, on the validation data.
+        mode: whether more of it is better.
         best: the winning choice.
         plan: its plan.
         lr: its base rate.
@@ -85,6 +85,7 @@ class SearchResult:
     """
 
     metric: str
+    mode: Mode
     best: CurvePoint
     plan: Plan
     lr: float
@@ -107,6 +108,7 @@ class SearchResult:
         """Return everything but the tuned model as plain data for JSON."""
         return {
             "metric": self.metric,
+            "mode": self.mode,
             "best": dataclasses.asdict(self.best),
             "plan": self.plan.to_dict(),
             "lr": self.lr,
@@ -128,23 +130,42 @@ class SearchResult:
         )
 
 
+def values_by_seed(rows: Sequence[TrialRow], choice: str) -> dict[tuple[float, float], dict[int, float]]:
+    """Return rate and decay -> seed -> value, of the complete trials of a choice.
+
+    A sampler may draw a setting again, with the seed that all its trials have: that is no second seed.
+    """
+    found: dict[tuple[float, float], dict[int, float]] = {}
+    for row in rows:
+        if row.choice == choice and row.value is not None:
+            found.setdefault((row.lr, row.decay), {}).setdefault(row.seed, row.value)
+    return found
+
+
 def depth_curve(
-    rows: Sequence[TrialRow], space: Space, layers: LayerMap, mode: Mode
+    rows: Sequence[TrialRow], space: Space, layers: LayerMap, mode: Mode, *, seeds: int
 ) -> tuple[CurvePoint, ...]:
-    """Return the best setting of each choice that has a complete trial, in order of the space."""
+    """Return the best setting of each choice that has a complete trial, in order of the space.
+
+    Only settings that ran with all seeds are compared, or with the most where none did: one lucky run does
+    not beat a mean.
+
+    Args:
+        rows: trials.
+        space: that they are of.
+        layers: the layer map.
+        mode: whether more of the metric is better.
+        seeds: how many a setting is run with.
+    """
     sign = 1 if mode == "max" else -1
     found = []
     for choice in space.choices:
-        settings: dict[tuple[float, float], list[float]] = {}
-        for row in rows:
-            if row.choice == choice and row.value is not None:
-                settings.setdefault((row.lr, row.decay), []).append(row.value)
+        settings = {setting: list(own.values()) for setting, own in values_by_seed(rows, choice).items()}
         if not settings:
             continue
-        # Settings that were confirmed with more seeds come first: one lucky run does not beat them.
-        (lr, decay), values = max(
-            settings.items(), key=lambda item: (len(item[1]), sign * float(np.mean(item[1])))
-        )
+        wanted = min(seeds, max(map(len, settings.values())))
+        compared = {setting: own for setting, own in settings.items() if len(own) >= wanted}
+        (lr, decay), values = max(compared.items(), key=lambda item: sign * float(np.mean(item[1])))
         k = space.trained_groups(choice)
         found.append(
             CurvePoint(
@@ -161,8 +182,8 @@ def depth_curve(
     return tuple(found)
 
 
-def best_point(curve: Sequence[CurvePoint], mode: Mode) -> CurvePoint:
-    """Return the best of the points with the most seeds; `curve` is not empty."""
+def best_point(curve: Sequence[CurvePoint], mode: Mode, *, seeds: int) -> CurvePoint:
+    """Return the best of the points with `seeds` seeds, or with the most; `curve` is not empty."""
     sign = 1 if mode == "max" else -1
-    most = max(point.seeds for point in curve)
-    return max((point for point in curve if point.seeds == most), key=lambda point: sign * point.mean)
+    wanted = min(seeds, max(point.seeds for point in curve))
+    return max((point for point in curve if point.seeds >= wanted), key=lambda point: sign * point.mean)

@@ -26,11 +26,13 @@ class GroupShift:
         group: its name.
         depth: groups between it and the head; the head is 0.
         norms: what its batch-norms receive against their running statistics: per channel, the squared
-            differences of mean and of standard deviation as a share of the source's variance, averaged.
+            differences of mean and of standard deviation as a share of the source's variance plus 10 % of
+            the channels' mean variance, averaged. One standard deviation off is 0.91.
         frechet: the same figure of its output, pooled over positions, against a source: the Fréchet
             distance of diagonal Gaussians in units of the source's own spread.
-        kl: mean over channels of KL(target || source) in nats, of the norm inputs where there is no source.
-        mmd: unbiased, of the sketches.
+        kl: mean over channels of KL(target || source) in nats, of the norm inputs where there is no source;
+            10 % of the source's mean variance is added to both variances.
+        mmd: unbiased, of the sketches; a negative estimate is given as 0.
         proxy_a: proxy A-distance, of the sketches: 0 cannot be told apart, 2 always can.
         cka: linear CKA between the source's and the target's arrangement of features; 1 is the same.
     """

@@ -57,7 +57,9 @@ class Signature:
         shape: of one input, without the batch.
         modality: ``"image"``, ``"tokens"`` or ``"values"``.
         groups: layer group -> its sketch, input to output.
-        inputs: figures of `layerwise.choosing.inputs` for up to 128 samples, by name; empty but for images.
+        inputs: figures for up to 128 samples, by name: of `layerwise.choosing.inputs` for images;
+            ``"length"``, ``"fertility"`` and ``"unknown"`` of `layerwise.choosing.tokens` for texts (the
+            length alone without a tokenizer); empty for all else.
     """
 
     model_class: str

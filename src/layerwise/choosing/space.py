@@ -78,8 +78,9 @@ class Space:
         middle = (low * high) ** 0.5
         decay = min(max(0.9, self.decay[0]), self.decay[1])
         rates = {c: (middle * high) ** 0.5 if c in _HEAD_ALONE else middle for c in self.choices}
-        ordered = {**dict(self.begin_with), **rates, **dict(self.begin_with)}
-        return [{"choice": choice, "lr": rate, "decay": decay} for choice, rate in ordered.items()]
+        begun = dict(self.begin_with)
+        ordered = [*self.begin_with, *((c, rate) for c, rate in rates.items() if c not in begun)]
+        return [{"choice": choice, "lr": rate, "decay": decay} for choice, rate in ordered]
 
 
 def make_space(
@@ -112,9 +113,10 @@ def make_space(
         found.append(f"decay is {decay}; expected two numbers above 0 and at most 1, the lower first")
     if epochs < 1:
         found.append(f"epochs is {epochs}; expected at least 1")
+    space = Space(chosen, tuple(strategies), lr, decay, max(epochs, 1), norms, tuple(begin_with))
     for text in strategies:
         try:
-            parse_strategy(text, layers)
+            space.plan(layers, text, 1.0)
         except PlanError as error:
             found.append(str(error))
     known = [*(f"last {k}" for k in chosen), *strategies]
@@ -123,7 +125,7 @@ def make_space(
             found.append(f"begin_with has {choice!r} at {rate:g}; expected one of {known}, at a rate in {lr}")
     if found:
         raise PlanError("the search space cannot be used:" + "".join(f"\n  - {problem}" for problem in found))
-    return Space(chosen, tuple(strategies), lr, decay, epochs, norms, tuple(begin_with))
+    return space
 
 
 def names_by_depth(layers: LayerMap, depths: Sequence[int], *, epochs: int) -> dict[frozenset[str], int]:

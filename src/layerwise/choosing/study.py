@@ -34,7 +34,8 @@ class TrialRow:
         decay: of the rates, a group.
         seed: of the run; trials of the search itself all have the same.
         state: how it ended, or that it has not.
-        value: best validation metric; None unless complete.
+        value: validation metric at the epoch whose weights `layerwise.fit` keeps, which is the best by the
+            task's monitor (and so not always by another metric); None unless complete.
         epochs: how many were trained.
         seconds: of the trial; None while it runs.
         error: message of a failed one.

@@ -29,6 +29,7 @@ class NormInputs:
 
     Attributes:
         group: name of its layer group.
+        sizes: samples of each chunk, int64[chunks].
         mean: per chunk of samples and channel, float32[chunks, channels].
         square: mean of the squares, likewise.
         running_mean: of the source domain, float32[channels].
@@ -36,6 +37,7 @@ class NormInputs:
     """
 
     group: str
+    sizes: npt.NDArray[np.int64]
     mean: Floats
     square: Floats
     running_mean: Floats
@@ -152,27 +154,32 @@ class Taps:
         return hook
 
     def norm_inputs(self) -> dict[str, NormInputs]:
-        """Return the statistics of every norm that ran, over `CHUNKS` parts of equal size."""
+        """Return the statistics of every norm that ran, over `CHUNKS` parts of about equal size."""
         found = {}
         for name, group in self._norms.items():
             if not self._sums[name]:
                 continue
-            mean, square = (torch.cat(part) for part in zip(*self._sums[name]))
+            mean, square = (_chunks(torch.cat(part)) for part in zip(*self._sums[name]))
             norm = self._modules[name]
             found[name] = NormInputs(
                 group=group,
-                mean=_chunked(mean),
-                square=_chunked(square),
+                sizes=np.array([len(part) for part in mean]),
+                mean=_means(mean),
+                square=_means(square),
                 running_mean=cast(Tensor, norm.running_mean).detach().float().cpu().numpy(),
                 running_var=cast(Tensor, norm.running_var).detach().float().cpu().numpy(),
             )
         return found
 
 
-def _chunked(rows: Tensor) -> Floats:
-    parts = min(CHUNKS, len(rows))
-    usable = rows[: len(rows) // parts * parts]  # chunks of equal size; the few samples over are left out
-    result: Floats = usable.reshape(-1, parts, rows.shape[1]).mean(0).numpy()
+def _chunks(rows: Tensor) -> list[Tensor]:
+    """Return the rows in `CHUNKS` random parts: samples come in order of their classes as a rule."""
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(rows)))
+    return [rows[order[first::CHUNKS]] for first in range(min(CHUNKS, len(rows)))]
+
+
+def _means(parts: list[Tensor]) -> Floats:
+    result: Floats = torch.stack([part.mean(0) for part in parts]).numpy()
     return result
 
 

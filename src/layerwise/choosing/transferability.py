@@ -53,7 +53,8 @@ def logme(
 
     For each class, the one-hot target y is modelled as ``N(w'f, 1 / beta)`` with prior
     ``w ~ N(0, 1 / alpha)``; alpha and beta maximise ``log p(y | F, alpha, beta)``. Larger is better; the
-    value has no fixed range, so compare it between depths or models on one data set only.
+    value has no fixed range, so compare it between depths or models on one data set only. Features that are
+    all 0 (a dead ReLU) have the evidence of ``w = 0``: y is noise of variance ``1 / beta``.
 
     Args:
         features: shape (n, d); not centred, as in the paper.
@@ -71,6 +72,9 @@ def logme(
     """
     x, y = _checked(features, labels)
     n, d = x.shape
+    if not x.any():
+        power = np.bincount(y) / n  # mean square of each one-hot target, 1 / beta at its best
+        return float(np.mean(-(np.log(2 * np.pi * power) + 1) / 2))
     left, singular, _ = np.linalg.svd(x, full_matrices=False)
     s2 = singular**2
     scores = []
@@ -231,7 +235,8 @@ def knn_accuracy(features: npt.ArrayLike, labels: npt.ArrayLike, *, neighbours: 
     np.fill_diagonal(distance, np.inf)
     nearest = np.argsort(distance, axis=1, kind="stable")[:, : min(neighbours, len(x) - 1)]
     votes = np.eye(int(y.max()) + 1)[y[nearest]]  # (n, neighbours, classes)
-    tie_break = votes * np.linspace(1e-3, 0, nearest.shape[1], endpoint=False)[None, :, None]
+    first = votes * (votes.cumsum(1) == 1)  # the nearest of each class alone, else near ones would add up
+    tie_break = first * np.linspace(1e-3, 0, nearest.shape[1], endpoint=False)[None, :, None]
     return float(((votes + tie_break).sum(1).argmax(1) == y).mean())
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from layerwise.cache.stock import CachePool
-from layerwise.choosing.search_result import Mode
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
+from layerwise.choosing.terms import Mode, plain, weights_of
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
@@ -35,6 +35,7 @@ class Experiment:
         layers: the layer map.
         space: what is tried.
         metric: that decides.
+        mode: whether more of it is better.
         batch_size: of training.
         seed: of the search's own trials.
         options: further options of `layerwise.fit`.
@@ -48,20 +49,17 @@ class Experiment:
     layers: LayerMap
     space: Space
     metric: str
+    mode: Mode
     batch_size: int
     seed: int
     options: Mapping[str, Any]
     pool: CachePool = dataclasses.field(default_factory=CachePool)
 
-    @property
-    def mode(self) -> Mode:
-        """Whether more of the metric is better."""
-        return "min" if self.metric.endswith("loss") else "max"
-
     def about(self) -> dict[str, Any]:
         """Return what must be equal in all workers and after an interruption, as plain data."""
         return {
             "model": self.layers.model_class,
+            "weights": weights_of(self.model),
             "groups": list(self.layers.names),
             "train_samples": len(self.train) if hasattr(self.train, "__len__") else None,
             "train_data": fingerprint(self.train),
@@ -70,7 +68,7 @@ class Experiment:
             "metric": self.metric,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "fit_options": {key: _plain(value) for key, value in self.options.items()},
+            "fit_options": plain(self.options),
         }
 
     def train_by(self, plan: Plan, lr: float, seed: int, **more: Any) -> Result:
@@ -92,7 +90,9 @@ class Experiment:
         Raises:
             DataError: it is not measured.
         """
-        key = "loss" if self.metric == "val_loss" and "val_loss" not in entry else self.metric
+        key = self.metric
+        if key in ("loss", "val_loss"):  # a history has the second name for it, a result the first
+            key = "val_loss" if "val_loss" in entry else "loss"
         if key not in entry:
             numbers = [name for name, value in entry.items() if isinstance(value, float)]
             raise DataError(
@@ -203,12 +203,3 @@ def run_trial(
 
 def _hopeless(rows: Sequence[TrialRow]) -> bool:
     return sum(bool(row.error) for row in rows) >= 3 and not any(row.state == "complete" for row in rows)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it and compare it between processes."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return type(value).__name__

@@ -30,7 +30,7 @@ def curve(
     epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of every point.")] = 1,
     lr: Annotated[float, typer.Option(help="Base rate of all trainings.")] = 1e-3,
-    metric: MetricOption = "balanced_accuracy",
+    metric: MetricOption = None,
     batch_size: BatchSizeOption = 32,
     val_frac: ValFracOption = 0.2,
     as_json: JsonFlag = False,
@@ -66,7 +66,7 @@ def curve(
         raise KeyboardInterrupt("finished trainings are kept; the same command goes on.") from None
     if plot is not None:
         points = found.to_dict()["points"]
-        picture = depth_picture(points, metric=metric, counted="groups that start anew")
+        picture = depth_picture(points, metric=found.metric, counted="groups that start anew")
         say(f"wrote {save_picture(picture, plot)}")
     if as_json:
         print_json(found.to_dict())
@@ -74,7 +74,7 @@ def curve(
     from layerwise.cli.tables import new_table
 
     table = new_table(
-        "Training on top of each depth", ["kept groups", "new groups", "from", metric, "error", "seeds"]
+        "Training on top of each depth", ["kept groups", "new groups", "from", found.metric, "error", "seeds"]
     )
     for p in found.points:
         table.add_row(*p.cells())

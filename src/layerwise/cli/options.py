@@ -31,7 +31,7 @@ SignatureOption = Annotated[
 SamplesOption = Annotated[int, typer.Option(min=2, help="Measure so many samples at most.")]
 ValFracOption = Annotated[float, typer.Option(help="Share to validate on, where there is no val folder.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Of training.")]
-MetricOption = Annotated[str, typer.Option(help="Of the validation data.")]
+MetricOption = Annotated[str | None, typer.Option(help="Of the validation data; the task's own.")]
 
 
 @dataclass(frozen=True)

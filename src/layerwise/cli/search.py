@@ -50,7 +50,7 @@ def search(
         str, typer.Option(help="Lowest and highest decay a group.", rich_help_panel=_SPACE)
     ] = "0.7,1",
     epochs: Annotated[int, typer.Option(min=1, help="Of every trial.", rich_help_panel=_SPACE)] = 5,
-    metric: MetricOption = "balanced_accuracy",
+    metric: MetricOption = None,
     storage: Annotated[
         str | None, typer.Option(help="Journal file or Optuna storage URL; several workers share one.")
     ] = None,
@@ -106,7 +106,7 @@ def search(
         raise KeyboardInterrupt("finished trials are kept; the same command goes on.") from None
     if plot is not None:
         points = [p for p in found.to_dict()["curve"] if p["trained_groups"] is not None]
-        say(f"wrote {save_picture(depth_picture(points, metric=metric), plot)}")
+        say(f"wrote {save_picture(depth_picture(points, metric=found.metric), plot)}")
     if as_json:
         print_json(found.to_dict())
         return
@@ -114,8 +114,8 @@ def search(
     from layerwise.cli.tables import new_table
 
     table = new_table(
-        f"Best setting of each choice, by {metric} on the validation data",
-        [metric if name == "metric" else name for name in CURVE_COLUMNS],
+        f"Best setting of each choice, by {found.metric} on the validation data",
+        [found.metric if name == "metric" else name for name in CURVE_COLUMNS],
         left=2,
     )
     for point in found.curve:
@@ -124,7 +124,7 @@ def search(
     print_table(table)
     best = found.best
     error = f" ± {best.error:.4f}" if best.seeds > 1 else ""
-    typer.echo(f"* best: {best.described}: {metric} {best.mean:.4f}{error}")
+    typer.echo(f"* best: {best.described}: {found.metric} {best.mean:.4f}{error}")
     if found.run is not None and found.run.test:
         measured = ", ".join(f"{key} {value:.4f}" for key, value in found.run.test.items())
         typer.echo(f"its run on the test data: {measured}")

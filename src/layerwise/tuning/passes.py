@@ -47,7 +47,7 @@ class Passes:
         self.forward = forward
         self.passes = 0
         self.seen = 0
-        self._generators = _generators_of(loader)
+        self._generators = generators_of(loader)
         self._state: tuple[Any, ...] = ()
 
     @contextmanager
@@ -119,7 +119,7 @@ class Passes:
             generator.set_state(state)
 
 
-def _generators_of(loader: Any) -> list[torch.Generator]:
+def generators_of(loader: Any) -> list[torch.Generator]:
     """Return the generators that a data loader and its samplers draw from."""
     holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     holders.append(getattr(holders[2], "sampler", None))

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from layerwise.choosing.advice import advise
 from layerwise.errors import DataError, PlanError
+from layerwise.layers.randomness import drawn
 from layerwise.plans.plan import Plan
 from layerwise.plans.storage import parse
 
@@ -137,3 +138,68 @@ def test_model_without_a_head_is_refused():
     layers = LayerMap(map_of(model).groups[:4], "stages")
     with pytest.raises(PlanError, match="no head"):
         advise(model, TensorDataset(*images(40)), layers=layers)
+
+
+class Stream(IterableDataset):
+    """Samples that are made as they are asked for; with a length or without."""
+
+    def __init__(self, x, y, times):
+        self.x, self.y, self.times = x, y, times
+
+    def __iter__(self):
+        return (pair for _ in range(self.times) for pair in zip(self.x, self.y.tolist()))
+
+
+class Sized(Stream):
+    def __len__(self):
+        return self.times * len(self.x)
+
+
+class Once(IterableDataset):
+    """An open connection: what was read is gone."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __iter__(self):
+        return self.pairs
+
+
+def test_a_stream_is_not_taken_for_what_was_measured_of_it(model):
+    # 20,000 samples, 128 measured: by its length, or, without one, with low confidence in the size
+    x, y = images(200, seed=2)
+    sized, bare = (
+        advise(
+            model, DataLoader(kind(x, y, 100), batch_size=32), layers=map_of(model), max_samples=128
+        )
+        for kind in (Sized, Stream)
+    )  # fmt: skip
+    assert sized.size == "10K-100K"
+    reason = next(r for r in bare.reasons if r.about == "size")
+    assert reason.text.startswith("unknown, at least 128 samples")
+    assert (reason.confidence, bare.confidence) == ("low", "low")
+
+
+@pytest.mark.parametrize("kind", ["iterator", "loader"])
+def test_what_can_be_gone_through_once_is_enough(model, kind):
+    # dissimilar data on a batch-norm net need a second pass: it goes over what the first one saw
+    x, y = images(96, seed=2)
+    noisy = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    again = advise(model, TensorDataset(noisy, y), layers=map_of(model))
+    pairs = zip(noisy.split(32), y.split(32))
+    data = pairs if kind == "iterator" else DataLoader(Once(zip(noisy, y.tolist())), batch_size=32)
+    found = advise(model, data, layers=map_of(model))
+    assert any(r.about == "batch-norm" for r in found.reasons)
+    assert [r.text for r in found.reasons] == [r.text for r in again.reasons]
+
+
+def test_what_a_collate_function_draws_is_undone(model):
+    # in both passes, the second one for the recalibration of batch-norms included
+    def collate(samples):
+        x, y = (torch.stack(parts) for parts in zip(*samples))
+        return x + 3 * torch.randn(x.shape), y
+
+    before = drawn()
+    found = advised(model, *images(96, seed=2), collate=collate)
+    assert any(r.about == "batch-norm" for r in found.reasons)
+    assert drawn() == before

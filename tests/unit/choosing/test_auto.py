@@ -20,11 +20,11 @@ def point(choice, mean):
     return CurvePoint(choice, None, choice, 1e-3, 0.9, mean, 0.0, 1)
 
 
-def picked(advised, best, *, val_samples, metric="accuracy", strategy="full"):
+def picked(advised, best, *, val_samples, metric="accuracy", mode="max", strategy="full"):
     advice = SimpleNamespace(strategy="full", plan="advised plan", lr=0.001)
     curve = tuple(point(*entry) for entry in (("full", advised), (strategy, best)) if entry[1] is not None)
     found = SimpleNamespace(
-        curve=curve, best=point(strategy, best), plan="found plan", lr=0.01, metric=metric
+        curve=curve, best=point(strategy, best), plan="found plan", lr=0.01, metric=metric, mode=mode
     )
     return pick(advice, found, val_samples=val_samples)[:2]
 
@@ -53,6 +53,7 @@ def test_the_best_of_more_choices_has_to_win_by_more():
             plan="found plan",
             lr=0.01,
             metric="accuracy",
+            mode="max",
         )
         return pick(advice, found, val_samples=20)
 
@@ -70,9 +71,10 @@ def test_agreement_and_a_missing_trial_keep_the_advice():
     assert picked(None, 0.9, val_samples=10_000, strategy="last 2") == ("advised plan", 0.001)
 
 
-def test_a_loss_is_taken_at_its_word():
-    # standard errors of accuracies say nothing about a loss
-    found = picked(0.9, 0.3, val_samples=10, metric="val_loss", strategy="last 2")
+@pytest.mark.parametrize("metric", ["val_loss", "rmse"])
+def test_an_error_is_taken_at_its_word(metric):
+    # standard errors of accuracies say nothing about a loss, and less of an error is a gain
+    found = picked(0.9, 0.3, val_samples=10, metric=metric, mode="min", strategy="last 2")
     assert found == ("found plan", 0.01)
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 from layerwise.choosing import curve as module
 from layerwise.choosing.curve import cut_plan, transfer_curve
 from layerwise.errors import DataError, PlanError, RunError
+from layerwise.training.tasks import Classification
 
 from .small import images, map_of, pretrained
 
@@ -96,3 +97,34 @@ def test_bad_depths_and_missing_validation(model, data):
         curve(model, data, depths=(0, 9))
     with pytest.raises(DataError, match="val is None"):
         transfer_curve(model, data[0], None, layers=map_of(model))
+
+
+def test_values_of_other_weights_or_options_are_refused(model, data, tmp_path):
+    # the same class with other weights, and another optimiser; and a file from before these were kept
+    out = tmp_path / "curve.json"
+    options = {"depths": (1,), "epochs": 1, "out": out}
+    curve(model, data, **options)
+    with pytest.raises(RunError, match=r"another experiment \(another weights\)"):
+        curve(pretrained(seed=1), data, **options)
+    with pytest.raises(RunError, match=r"another experiment \(another fit_options\)"):
+        curve(model, data, **options, fit_options={"optimizer": "sgd"})
+    old = json.loads(out.read_text())
+    del old["about"]["weights"], old["about"]["fit_options"]
+    out.write_text(json.dumps(old))
+    with pytest.raises(RunError, match=r"another weights, fit_options"):
+        curve(model, data, **options)
+
+
+def test_options_that_a_curve_sets_itself_are_refused_by_name(model, data):
+    # and a metric of the training data; nothing is trained
+    with pytest.raises(DataError, match="fit_options has lr, which transfer_curve sets"):
+        curve(model, data, fit_options={"lr": 1.0})
+    with pytest.raises(DataError, match="'train_loss' is of the training data"):
+        curve(model, data, metric="train_loss")
+
+
+def test_the_tasks_monitor_is_the_default_metric(model, data, tmp_path):
+    # a task that looks at accuracy gives a curve of accuracy
+    task = Classification(tuple("abcd"), monitor="accuracy")
+    found = curve(model, data, depths=(1,), epochs=1, fit_options={"task": task})
+    assert found.metric == "accuracy"

@@ -1,5 +1,7 @@
 """Pooled features: the right axis, the right samples, and norm inputs that are the true statistics."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from layerwise.choosing.depths import score_depths, transferability
-from layerwise.choosing.features import collect_features
+from layerwise.choosing.features import collect_features, map_for
 from layerwise.choosing.pooling import pool, pool_all
+from layerwise.choosing.samples import KeptBatches
 from layerwise.errors import DataError
 from layerwise.layers.mapping import layer_map
+from layerwise.layers.randomness import drawn
 
 from .small import Net, images, map_of, pretrained
 
@@ -279,3 +283,95 @@ def test_model_of_values_without_positions():
     np.testing.assert_allclose(found.groups["0"], model[:2](x).detach().numpy(), rtol=1e-6)
     assert found.modality == "values"
     assert found.inputs == {}
+
+
+class Sized(Stream):
+    def __len__(self):
+        return len(self.x)
+
+
+@pytest.mark.parametrize(("kind", "total"), [(Sized, 40), (Stream, None)])
+def test_a_stream_says_its_length_where_it_has_one(kind, total):
+    # 8 of 40 samples measured; one that ends was measured whole, so its size is known
+    model = Net().eval()
+    x, _ = images(40)
+    loader = DataLoader(kind(x), batch_size=8)
+    assert collect_features(model, loader, map_of(model), max_samples=8).total == total
+    assert collect_features(model, loader, map_of(model), max_samples=99).total == 40
+
+
+def test_a_stream_of_whole_batches_does_not_say_how_many_samples_it_has():
+    # five batches are not five samples
+    model = Net().eval()
+    batches = list(images(40)[0].split(8))
+    loader = DataLoader(Sized(batches), batch_size=None)
+    assert collect_features(model, loader, map_of(model), max_samples=8).total is None
+
+
+def test_kept_batches_can_be_gone_through_again():
+    # of an iterator so many as are wanted; it goes on behind them
+    batches = iter(images(40)[0].split(8))
+    kept = KeptBatches(batches, 16, None, seed=0)
+    assert len(list(kept)) == len(list(kept)) == 2
+    assert kept.total is None
+    assert len(list(batches)) == 3
+    assert KeptBatches(iter(images(40)[0].split(8)), 99, None, seed=0).total == 40
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Random augmentation from all three global generators."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index] + torch.rand(()) + random.random() + np.random.rand()
+
+
+class NoisyStream(Stream):
+    def __iter__(self):
+        return (row + torch.rand(()) + random.random() + np.random.rand() for row in self.x)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "loader", "stream"])
+def test_random_samples_depend_on_the_seed_and_leave_all_generators_alone(kind):
+    # equal whatever was drawn before; another seed draws others; a loader's own generator stays too
+    model = Net().eval()
+    x, _ = images(12)
+    own = torch.Generator().manual_seed(3)
+    data = {
+        "dataset": Noisy(x),
+        "loader": DataLoader(Noisy(x), batch_size=5, shuffle=True, generator=own),
+        "stream": DataLoader(NoisyStream(x), batch_size=5, generator=own),
+    }[kind]
+    before, state = drawn(), own.get_state()
+    one = collect_features(model, data, map_of(model), seed=1)
+    map_for(model, data, None, None)
+    assert drawn() == before
+    assert torch.equal(own.get_state(), state)
+    torch.rand(5), random.random(), np.random.rand(3)
+    same, other = (collect_features(model, data, map_of(model), seed=s) for s in (1, 2))
+    np.testing.assert_array_equal(one.groups["fc"], same.groups["fc"])
+    assert not np.allclose(one.groups["fc"], other.groups["fc"])
+
+
+def test_a_map_is_made_whatever_the_labels_are():
+    # numbers and several labels a sample: they are not looked at
+    model = Net().eval()
+    x, _ = images(12)
+    for labels in (torch.rand(12), torch.rand(12, 2), torch.zeros(12, dtype=torch.long)):
+        assert map_for(model, TensorDataset(x, labels), None, None).names
+
+
+def test_a_random_sample_is_the_same_whichever_others_are_drawn():
+    # as in fit: by its index and the seed, not by its place in the pass
+    model = Net().eval()
+    x, _ = images(20)
+    some, whole = (
+        collect_features(model, Noisy(x), map_of(model), max_samples=n).groups["fc"] for n in (6, None)
+    )
+    nearest = np.abs(whole[None] - some[:, None]).sum(2).min(1)
+    np.testing.assert_allclose(nearest, 0, atol=1e-5)

@@ -15,11 +15,25 @@ import torch
 from torch.utils.data import TensorDataset
 
 from layerwise.choosing import trials as module
-from layerwise.choosing.search import search
+from layerwise.choosing.search import _unconfirmed, search
+from layerwise.choosing.search_result import best_point, depth_curve
 from layerwise.choosing.space import make_space, spread_depths
-from layerwise.choosing.study import open_study, optuna_module, quiet, rows_of, take_over, worker_name
+from layerwise.choosing.study import (
+    TrialRow,
+    _differences,
+    open_study,
+    optuna_module,
+    quiet,
+    rows_of,
+    take_over,
+    worker_name,
+)
+from layerwise.choosing.terms import metric_and_mode
 from layerwise.errors import DataError, PlanError, RunError
+from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
+from layerwise.training.run import read_run
+from layerwise.training.text_tasks import Regression
 
 from .small import images, map_of, pretrained
 
@@ -175,14 +189,16 @@ def test_interrupted_search_goes_on_without_losing_a_trial(model, data, tmp_path
 
 
 def test_finished_search_called_again_only_reads(model, data, tmp_path):
-    # nothing is run twice: the same trials, and the winner's run is left alone
+    # nothing is run twice: the same trials, and the winner's run is read, its weights untouched
     first = searched(model, data, trials=3, out=tmp_path / "s")
-    stamp = (first.run.out / "run.json").stat().st_mtime_ns
+    stamp = (first.run.out / "model.safetensors").stat().st_mtime_ns
     again = searched(model, data, trials=3, out=tmp_path / "s")
     assert again.trials == first.trials
-    assert again.run is None
-    assert "there already" in again.notes[0]
-    assert (first.run.out / "run.json").stat().st_mtime_ns == stamp
+    assert again.run.metrics == first.run.metrics
+    assert again.run.history == first.run.history
+    weights = first.run.model.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in again.run.model.state_dict().items())
+    assert (first.run.out / "model.safetensors").stat().st_mtime_ns == stamp
 
 
 def test_storage_of_another_search_is_refused(model, data, tmp_path):
@@ -438,3 +454,200 @@ def test_a_second_trial_of_a_depth_does_not_compute_its_prefix_again(data):
     assert counts["memory"] < 0.3 * counts["off"]
     first, second, third = trials["memory"]
     assert third - second == second - first < first
+
+
+def linear(outputs=1, inputs=6):
+    """A small network of three layers with its map, and numbers or classes to learn."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(inputs, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.ReLU(),
+        torch.nn.Linear(8, outputs),
+    )  # fmt: skip
+    return model, layer_map(model, torch.zeros(2, inputs), granularity="layers")
+
+
+def numbers(samples=96):
+    """Inputs, and a number that is a sum of two of them: for training and for validation."""
+    torch.manual_seed(1)
+    x = torch.randn(samples, 6)
+    y = x[:, 0] * 2 + x[:, 1]
+    half = samples // 2
+    return TensorDataset(x[:half], y[:half]), TensorDataset(x[half:], y[half:])
+
+
+@pytest.mark.parametrize("metric", [None, "rmse", "mae", "loss", "val_loss"])
+def test_errors_are_minimised_and_the_tasks_monitor_is_the_default(metric):
+    # of regression the winner has the lowest error, whichever is asked for; correlation is maximised
+    model, layers = linear()
+    task = Regression.fitted(numbers()[0].tensors[1])
+    options = {"epochs": 3, "depths": (1, 2, 3), "lr": (1e-3, 5e-2), "layers": layers, "refit": "none"}
+    found = search(model, *numbers(), trials=3, metric=metric, fit_options={"task": task}, **options)
+    assert found.metric == (metric or "rmse")
+    assert found.mode == "min"
+    values = [row.value for row in found.trials]
+    assert found.best.mean == min(values) < max(values)
+
+
+def test_a_metric_that_the_task_does_not_monitor_is_known_by_its_name():
+    # mode from the task for its monitor, else from the table; accuracy and r2 are to rise
+    task = Regression(monitor="r2", mode="max")
+    assert metric_and_mode(None, None, {"task": task}) == ("r2", "max")
+    assert metric_and_mode("mae", None, {"task": task}) == ("mae", "min")
+    assert metric_and_mode("perplexity", None, {}) == ("perplexity", "min")
+    assert metric_and_mode(None, None, {}) == ("balanced_accuracy", "max")
+    assert metric_and_mode("accuracy", None, {}) == ("accuracy", "max")
+
+
+@pytest.mark.parametrize("metric", ["train_loss", "epoch"])
+def test_a_metric_of_the_training_data_is_refused_before_the_first_trial(model, data, metric):
+    # the message names a metric that will do, and nothing was trained
+    said = []
+    with pytest.raises(DataError, match=f"'{metric}' is of the training data.*'balanced_accuracy'"):
+        searched(model, data, trials=1, metric=metric, say=said.append)
+    assert not said
+
+
+def test_options_that_a_search_sets_itself_are_refused_by_name(model, data):
+    # a seed or a folder for all trials would clash with its own
+    with pytest.raises(DataError, match="fit_options has seed, out, which search sets"):
+        searched(model, data, fit_options={"seed": 3, "out": "x", "clip_norm": 1.0})
+
+
+def test_storage_of_other_weights_is_refused(model, data, tmp_path):
+    # the same class with other weights is another model; what older versions wrote is refused as clearly
+    searched(model, data, trials=1, out=tmp_path / "s", refit="none")
+    other = pretrained(norm=False, widths=(4, 4, 6, 6), seed=1)
+    with pytest.raises(RunError, match=r"\n  - weights: '\w{16}' there, '\w{16}' given\nGive the same"):
+        searched(other, data, trials=1, out=tmp_path / "s", refit="none")
+    with quiet():
+        study = open_study(None, "s", about={}, space=SPACE, mode="max", seed=0)
+        differing = list(_differences(study.user_attrs["about"], {"weights": "a"}))
+    assert differing == [("weights", None, "a")]
+
+
+def test_other_options_of_the_optimiser_are_another_search(model, data, tmp_path):
+    # a mapping is compared by what it holds
+    options = {"optimizer": torch.optim.SGD, "optimizer_options": {"momentum": 0.9}}
+    searched(model, data, trials=1, out=tmp_path / "s", refit="none", fit_options=options)
+    searched(model, data, trials=1, out=tmp_path / "s", refit="none", fit_options=options)
+    options["optimizer_options"] = {"momentum": 0.5}
+    with pytest.raises(RunError, match=r"optimizer_options momentum: 0\.9 there, 0\.5 given"):
+        searched(model, data, trials=1, out=tmp_path / "s", refit="none", fit_options=options)
+
+
+def test_a_choice_can_begin_at_several_rates(model, data):
+    # both rates are tried, in the order given, before everything else
+    begin = [("last 2", 5e-4), ("last 2", 5e-3), ("last 1", 1e-3)]
+    found = searched(model, data, trials=4, begin_with=begin, refit="none")
+    assert [(row.choice, row.lr) for row in found.trials[:3]] == begin
+    assert found.trials[3].choice == "last 5"
+
+
+def test_strategies_are_checked_with_the_epochs_of_the_search(model, data):
+    # a probe and what follows it need two epochs; that is told before any trial
+    layers = map_of(model)
+    make_space(layers, strategies=["lp_ft"], epochs=2)
+    with pytest.raises(PlanError, match="lp_ft: 1 of 1 epochs"):
+        make_space(layers, strategies=["lp_ft"], epochs=1)
+
+
+def row_of(number, value, *, seed=0, lr=1e-3, choice="last 1", state="complete", error=""):
+    """A trial with a given outcome."""
+    return TrialRow(number, choice, lr, 0.9, seed, state, value, 2, 1.0, error)
+
+
+def test_a_setting_drawn_twice_with_one_seed_is_one_seed():
+    # the twice-drawn one has no error and does not stand before a better one that was drawn once
+    layers = map_of(pretrained(norm=False, widths=(4, 4, 6, 6)))
+    rows = [row_of(0, 0.5), row_of(1, 0.5), row_of(2, 0.9, lr=2e-3), row_of(3, 0.7, choice="last 2")]
+    rows.append(row_of(4, 0.7, choice="last 2"))
+    curve = depth_curve(rows, SPACE, layers, "max", seeds=1)
+    assert [(p.choice, p.mean, p.seeds, p.error) for p in curve] == [
+        ("last 1", 0.9, 1, 0.0),
+        ("last 2", 0.7, 1, 0.0),
+    ]
+    assert best_point(curve, "max", seeds=1).choice == "last 1"
+    assert [point.cells()[3] for point in curve] == ["-", "-"]
+    assert depth_curve(rows, SPACE, layers, "max", seeds=2) == curve
+
+
+def test_only_settings_with_all_seeds_are_compared():
+    # a lucky single run does not stand before a mean of two, and of two confirmed ones the better mean does
+    layers = map_of(pretrained(norm=False, widths=(4, 4, 6, 6)))
+    rows = [row_of(0, 0.7), row_of(1, 0.6, seed=1), row_of(2, 0.9, lr=2e-3)]
+    (point,) = depth_curve(rows, SPACE, layers, "max", seeds=2)
+    assert (point.lr, point.seeds) == (1e-3, 2)
+    rows.append(row_of(3, 0.8, lr=2e-3, seed=1))
+    (point,) = depth_curve(rows, SPACE, layers, "max", seeds=2)
+    assert (point.lr, point.mean) == (2e-3, pytest.approx(0.85))
+
+
+def test_a_new_leader_is_confirmed_and_one_that_failed_is_not(model, data):
+    # continued: the setting that leads by the search's own seed lacks a seed, though another has both
+    layers = map_of(model)
+    experiment = module.Experiment(
+        model, *data, None, layers, SPACE, "balanced_accuracy", "max", 16, 0, {}
+    )  # fmt: skip
+    rows = [row_of(0, 0.7), row_of(1, 0.6, seed=1)]
+    assert _unconfirmed(experiment, rows, 2) is None
+    rows.append(row_of(2, 0.9, lr=2e-3))
+    assert _unconfirmed(experiment, rows, 2) == ({"choice": "last 1", "lr": 2e-3, "decay": 0.9}, 1)
+    assert _unconfirmed(experiment, [*rows, row_of(3, None, lr=2e-3, seed=1, state="running")], 2) is None
+    failed = row_of(3, None, lr=2e-3, seed=1, state="failed", error="loss is not finite")
+    assert _unconfirmed(experiment, [*rows, failed], 2) is None
+
+
+def test_more_trials_can_improve_a_search_with_seeds(model, data, tmp_path, monkeypatch):
+    # outcomes by rate alone: continued from one trial to six, the winner is the best rate of all
+    real = module.Experiment.value
+    rates = []
+
+    def by_rate(self, entry):
+        real(self, entry)
+        return rates[-1]
+
+    train_by = module.Experiment.train_by
+    monkeypatch.setattr(module.Experiment, "value", by_rate)
+    monkeypatch.setattr(
+        module.Experiment,
+        "train_by",
+        lambda self, plan, lr, seed, **more: (rates.append(lr), train_by(self, plan, lr, seed, **more))[1],
+    )
+    options = {"seeds": 2, "depths": (5,), "out": tmp_path / "s", "refit": "none", "epochs": 1}
+    first = searched(model, data, trials=1, **options)
+    found = searched(model, data, trials=8, **options)
+    best = max(row.lr for row in found.trials)
+    assert found.best.lr == best > first.best.lr
+    assert found.best.seeds == 2
+
+
+def test_an_interrupted_run_of_the_winner_is_finished(model, data, tmp_path, monkeypatch):
+    # Ctrl-C after its first epoch: the next call goes on with it, and returns it finished
+    real = module.Experiment.train_by
+
+    def interrupted(self, plan, lr, seed, **more):
+        def stop(entry):
+            raise KeyboardInterrupt
+
+        return real(self, plan, lr, seed, **more, **({"on_epoch": stop} if "out" in more else {}))
+
+    whole = searched(model, data, trials=3)
+    monkeypatch.setattr(module.Experiment, "train_by", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        searched(model, data, trials=3, out=tmp_path / "s")
+    monkeypatch.undo()
+    (target,) = (tmp_path / "s").glob("winner-trial-*")
+    assert read_run(target)["result"] is None
+    found = searched(model, data, trials=3, out=tmp_path / "s")
+    assert read_run(target)["result"] is not None
+    assert [entry["epoch"] for entry in found.run.history] == [0, 1]
+    assert found.run.metrics == whole.run.metrics
+    assert json.loads((tmp_path / "s" / "search.json").read_text())["run"]["out"] == str(target)
+
+
+def test_labels_that_are_no_integers_need_no_layer_map():
+    # the map is made from the inputs of the training data, whatever its labels are
+    model, _ = linear()
+    task = Regression.fitted(numbers()[0].tensors[1])
+    found = search(model, *numbers(), trials=1, epochs=1, fit_options={"task": task}, refit="none")
+    assert found.metric == "rmse"

@@ -1,6 +1,7 @@
 """Shift on a small trained network: where it sits, what moved, and that nothing is not called something."""
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from layerwise.choosing.distances import Estimate
+from layerwise.choosing.evidence import similarity
+from layerwise.choosing.group_shift import shift_of_norms
 from layerwise.choosing.shift import shift
 from layerwise.choosing.shift_result import Shift
 from layerwise.choosing.signature import Signature, signature
+from layerwise.choosing.taps import NormInputs
 from layerwise.errors import DataError, ModelError
 
 from .small import Net, images, map_of, pretrained
@@ -226,3 +231,71 @@ def test_damaged_and_foreign_signature_files_are_refused(model, tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(DataError, match="no layerwise signature"):
         Signature.load(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("samples", [65, 127, 200])
+def test_running_statistics_are_compared_with_every_sample(samples):
+    # the last 63 samples, ten sd away, count as much as the first: the figure is that of all moments
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2))
+    x = torch.randn(samples, 2, 4, 4)
+    x[-63:] += 10
+    mean, sd = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+    expected = float(((mean**2 + (sd - 1) ** 2) / 1.1).mean())
+    found = shift(model.eval(), x, draws=400).groups[0].norms
+    # and the interval is about that of re-drawn samples
+    drawn = [x[torch.randint(samples, (samples,))] for _ in range(400)]
+    moments = [(d.mean((0, 2, 3)), d.std((0, 2, 3), correction=0)) for d in drawn]
+    spread = torch.stack([((m**2 + (s - 1) ** 2) / 1.1).mean() for m, s in moments]).std().item()
+    assert found.value == pytest.approx(expected, rel=0.05)
+    assert 0.5 < (found.high - found.low) / (2 * 1.645 * spread) < 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(model, value):
+    # one pixel of one image, against running statistics as against a source
+    x, _ = images(40, seed=2)
+    x[5, 0, 3, 3] = value
+    for source in (None, images(40, seed=1)[0]):
+        with pytest.raises(DataError, match="NaN or infinite values in 1 of 40 samples"):
+            measured(model, x, source)
+
+
+def test_running_statistics_that_are_not_finite_are_refused():
+    # of a damaged checkpoint, and of inputs that only the norm shows; each is told by itself
+    found = NormInputs("a", np.ones(2), *(np.ones((2, 3), np.float32),) * 2, *(np.ones(3, np.float32),) * 2)
+    for name, message in (
+        ("running_var", "running statistics of a norm in group 'a'"),
+        ("mean", "what a norm in group 'a' receives"),
+    ):
+        bad = getattr(found, name).copy()
+        bad.flat[0] = np.nan
+        with pytest.raises(DataError, match=message):
+            shift_of_norms([dataclasses.replace(found, **{name: bad})], draws=20, level=0.9, seed=0)
+
+
+def test_a_shift_that_is_no_number_says_nothing(model):
+    # NaN is below no threshold: it must not read as similar
+    found = measured(model, images(40)[0])
+    nan = Estimate(float("nan"), float("nan"), float("nan"))
+    assert similarity(found)[0] != "unknown"
+    assert similarity(dataclasses.replace(found, input_side=nan)) == ("unknown", "low")
+
+
+def test_one_standard_deviation_off_is_as_documented():
+    # 10 % of the mean variance is added to the unit: 1 / 1.1, and for KL 0.5 / 1.1
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    found = shift(model.eval(), x + 1).groups[0]
+    assert found.norms.value == pytest.approx(1 / 1.1, rel=0.01)
+    assert found.kl.value == pytest.approx(0.5 / 1.1, rel=0.01)
+
+
+def test_a_chunk_counts_by_its_samples():
+    # one sample in a chunk and 99 in the other: the mean is 0.01, not 0.5
+    mean, square = np.float32([[1], [0]]), np.float32([[2], [1]])
+    norm = NormInputs("a", np.array([1, 99]), mean, square, np.zeros(1, np.float32), np.ones(1, np.float32))
+    (value, drawn), _ = shift_of_norms([norm], draws=50, level=0.9, seed=0)
+    assert value == pytest.approx((0.01**2 + ((1.01 - 0.01**2) ** 0.5 - 1) ** 2) / 1.1, rel=1e-5)
+    assert drawn.max() > 0.5  # a draw of the small chunk alone

@@ -1,9 +1,12 @@
 """Transferability scores against their definitions, scikit-learn and independent optimisation."""
 
+import json
+
 import numpy as np
 import pytest
 
 from layerwise.choosing import transferability as tr
+from layerwise.choosing.depths import DepthScores, Transferability
 from layerwise.errors import DataError
 
 
@@ -154,3 +157,44 @@ def test_constant_features_score_nothing():
     assert tr.h_score(constant, labels) == 0
     assert tr.probe_accuracy(constant, labels) == pytest.approx(0.5)
     assert np.isfinite(tr.logme(constant, labels))
+
+
+def test_logme_of_dead_features_is_that_of_no_weights():
+    # all features 0: finite, and what features too small to explain anything come to as well
+    labels = np.arange(90) % 3
+    dead = tr.logme(np.zeros((90, 4)), labels)
+    assert dead == pytest.approx(-(np.log(2 * np.pi / 3) + 1) / 2)
+    features, labels = task()
+    assert tr.logme(features, labels) > tr.logme(np.zeros_like(features), labels)
+
+
+def test_scores_that_are_not_finite_are_none_in_json():
+    # whatever field it is, JSON can hold it
+    row = DepthScores("a", 0, float("nan"), float("-inf"), 1.0, 0.5, float("nan"), None)
+    data = Transferability((row,), 9, 3, 0.4, float("inf")).to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False))["depths"][0] == {
+        "group": "a", "depth": 0, "logme": None, "leep": None, "h_score": 1.0, "knn": 0.5,
+        "probe": None, "lead": None,
+    }  # fmt: skip
+    assert data["head_leep"] is None
+
+
+def reference_knn(points, labels, neighbours=5):
+    """Leave-one-out votes counted one by one."""
+    right = 0
+    for i, (own,) in enumerate(points):
+        order = sorted((j for j in range(len(points)) if j != i), key=lambda j: abs(points[j][0] - own))
+        near = [labels[j] for j in order[:neighbours]]
+        most = max(near.count(c) for c in near)
+        right += next(c for c in near if near.count(c) == most) == labels[i]
+    return right / len(points)
+
+
+def test_knn_equals_votes_counted_one_by_one():
+    # many ties: five classes at random on a line, any number of neighbours
+    rng = np.random.default_rng(0)
+    for neighbours in (2, 3, 4, 5, 7):
+        points, labels = rng.normal(size=(60, 1)).tolist(), rng.integers(0, 4, 60).tolist()
+        assert tr.knn_accuracy(points, labels, neighbours=neighbours) == pytest.approx(
+            reference_knn(points, labels, neighbours)
+        )
