@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from layerwise.errors import ModelError
+from layerwise.layers.structures import map_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _TOKENS = 8  # length of a made-up text
 _AUDIO_S = 1  # length of a made-up waveform
+_SMALL_SIDE, _LARGE_SIDE = 64, 128  # pixels: networks halve an image five times
 
 
 def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[Arguments, tuple[str, ...]]:
@@ -50,6 +52,23 @@ def image_arguments(model: nn.Module) -> tuple[Arguments, tuple[str, ...]]:
     A vision transformer may begin with a linear layer on patches, which tells no size of an image.
     """
     return _with_note(*_image(model, 3))
+
+
+def larger_images(arguments: Arguments) -> Arguments | None:
+    """Return arguments with larger images: at the end of a network small ones are maps of a single position.
+
+    None where there is anything but one batch of images, or these are large enough.
+    """
+    tensors = tensors_in(arguments)
+    if len(tensors) != 1 or tensors[0].dim() != 4 or not tensors[0].is_floating_point():
+        return None
+    side = min(tensors[0].shape[2:])
+    if not 0 < side < _SMALL_SIDE:
+        return None
+    factor = -(-_LARGE_SIDE // side)
+    height, width = (length * factor for length in tensors[0].shape[2:])
+    enlarged: Arguments = map_tensors(arguments, lambda t: t.new_zeros((*t.shape[:2], height, width)))
+    return enlarged
 
 
 def _with_note(arguments: Arguments, source: str) -> tuple[Arguments, tuple[str, ...]]:

@@ -11,12 +11,12 @@ from layerwise.errors import ModelError, RecordingError, did_you_mean
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.grouping import Group, group_blocks, group_layers, group_stages
 from layerwise.layers.grouping import blocks_of as find_blocks
-from layerwise.layers.inputs import example_arguments, image_arguments
+from layerwise.layers.inputs import Arguments, example_arguments, image_arguments, larger_images
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
 from layerwise.layers.order import Order, order_of
 from layerwise.layers.outputs import head_parameters, output_layers
-from layerwise.layers.recording import record
+from layerwise.layers.recording import record, record_without_data
 from layerwise.layers.units import Unit, filled_forward, find_units, neighbours_of_unread, together
 
 
@@ -57,30 +57,49 @@ def layer_map(model: nn.Module, example_input: Any = None, granularity: Granular
     model = unwrap(model)
     if next(model.parameters(), None) is None:
         raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to group.")
-    recording, notes = _recorded(model, example_input)
-    return map_recording(recording, granularity, notes=notes)
+    recording, arguments, notes = _recorded(model, example_input)
+    larger = larger_images(arguments)
+    telling = None if larger is None else record_without_data(model, *larger)
+    return map_recording(recording, granularity, notes=notes, telling=telling)
 
 
-def _recorded(model: nn.Module, example_input: Any) -> tuple[Recording, tuple[str, ...]]:
+def _recorded(model: nn.Module, example_input: Any) -> tuple[Recording, Arguments, tuple[str, ...]]:
     """Record a pass in evaluation mode; where a derived example does not do, an image is tried."""
     arguments, notes = example_arguments(model, example_input)
     try:
-        return record(model, *arguments, mode="eval"), notes
+        return record(model, *arguments, mode="eval"), arguments, notes
     except RecordingError:
         if example_input is not None:
             raise
         with contextlib.suppress(RecordingError):
             arguments, notes = image_arguments(model)
-            return record(model, *arguments, mode="eval"), notes
+            return record(model, *arguments, mode="eval"), arguments, notes
         raise
 
 
-def map_recording(recording: Recording, granularity: Granularity, *, notes: tuple[str, ...] = ()) -> LayerMap:
-    """Return the layer map of a recording that was made in evaluation mode; see `layer_map`."""
+def map_recording(
+    recording: Recording,
+    granularity: Granularity,
+    *,
+    notes: tuple[str, ...] = (),
+    telling: Recording | None = None,
+) -> LayerMap:
+    """Return the layer map of a recording that was made in evaluation mode; see `layer_map`.
+
+    Args:
+        recording: of the model.
+        granularity: of the map.
+        notes: of the map.
+        telling: a recording on larger images, which tells the head where the maps of this one are single
+            positions before they are pooled.
+    """
     order = order_of(recording)
     units = find_units(recording, order)
     outputs = output_layers(recording, order)
-    head = list(head_parameters(recording, order, outputs, units, find_blocks(units)))
+    head = _head(recording, order, units)
+    if telling is not None:
+        theirs = order_of(telling)
+        head = _head(telling, theirs, find_units(telling, theirs))
     neighbours = neighbours_of_unread(recording, order.position)
     head += [name for name, neighbour in neighbours.items() if neighbour in head]
     groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
@@ -101,6 +120,12 @@ def map_recording(recording: Recording, granularity: Granularity, *, notes: tupl
         outputs=outputs,
         notes=(*notes, *recording.notes, *extra),
     )
+
+
+def _head(recording: Recording, order: Order, units: list[Unit]) -> list[str]:
+    """Return the parameters of the head, in order of use."""
+    outputs = output_layers(recording, order)
+    return list(head_parameters(recording, order, outputs, units, find_blocks(units)))
 
 
 def _head_note(outputs: tuple[str, ...], has_head: bool, recording: Recording) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -107,6 +108,18 @@ def record(
         f"({why})",
     )
     return recording
+
+
+def record_without_data(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Recording | None:
+    """Return a recording on fake tensors in evaluation mode; None where the model does not take these."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _attempt(model, (tuple(args), dict(kwargs)), fake=True, grad=False, mode="eval")
+    except Exception:  # anything: it is the model's own code that runs
+        return None
 
 
 def _attempt(

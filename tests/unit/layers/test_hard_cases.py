@@ -636,3 +636,18 @@ def test_what_is_no_model_is_refused() -> None:
     # a name in place of a model would end in an AttributeError
     with pytest.raises(ModelError, match=r"'resnet18', a str; expected a torch\.nn\.Module"):
         layer_map("resnet18")  # type: ignore[arg-type]
+
+
+def test_the_head_does_not_depend_on_the_size_of_the_images() -> None:
+    # at 32 pixels the map before the last convolution is one position, as a pooled one is
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            body = [ConvBlock(3, 4, 2), *(ConvBlock(4, 4, 2) for _ in range(4))]
+            last = [nn.Conv2d(4, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+            super().__init__(*body, *last)
+
+    small, large = (layer_map(Net(), torch.zeros(2, 3, side, side)) for side in (32, 224))
+    assert small.names == large.names
+    assert small.head is not None
+    assert small.head.parameters == ("9.weight", "9.bias")
+    assert small.groups[0].flops < large.groups[0].flops  # costs are those of the images given
