@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -50,12 +51,11 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             without a name is the strategy's first one (several make a list). A number may be a fraction. What
             is in quotes is a name: ``blocks:'2'`` is the group called 2, ``blocks:2`` the first two.
         layers: the layer map.
-        **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
-            those that `text` gives win.
+        **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out.
 
     Raises:
-        PlanError: the strategy or an argument is unknown, a value has the wrong type or is missing, or the
-            strategy itself refuses.
+        PlanError: the strategy or an argument is unknown, given twice or missing, a value has the wrong
+            type, or the strategy itself refuses.
     """
     name, given, positional = _split(text)
     if name not in STRATEGIES:
@@ -69,7 +69,11 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
         if first in given or first in PhaseOptions.__annotations__:
             raise PlanError(f"strategy {text!r}: {positional[0]!r} has no name; write option=value")
         given[first] = positional[0] if len(positional) == 1 else positional
-    problems = []
+    problems = [
+        f"{key} is given twice: {value} in the strategy, {common[key]} beside it; leave one out"
+        for key, value in given.items()
+        if common.get(key) is not None
+    ]
     arguments: dict[str, Any] = {key: value for key, value in common.items() if value is not None}
     for key, value in given.items():
         if key not in hints:
@@ -93,6 +97,24 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     if problems:
         raise PlanError(f"strategy {text!r}: " + "; ".join(problems))
     return function(layers, **arguments)
+
+
+def load_alone(path: str | Path, **others: Any) -> Plan:
+    """Return the plan in a file, which no further options go with.
+
+    Args:
+        path: the file.
+        **others: options such as `epochs`, `schedule` and `norms`; all should be None.
+
+    Raises:
+        PlanError: the file is wrong, or another option is given.
+    """
+    if ignored := [name for name, value in others.items() if value is not None]:
+        raise PlanError(
+            f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
+            f"Change it in {path}, or give a strategy."
+        )
+    return Plan.load(path)
 
 
 def _split(text: str) -> tuple[str, dict[str, Any], list[Any]]:

@@ -150,13 +150,11 @@ def _named_plan(job: Job) -> Plan | None:
         raise PlanError(f"exactly one of a strategy and a plan file says what learns; {got}.")
     if job.plan is None:
         return None
-    ignored = [n for n in ("epochs", "schedule", "norms") if getattr(job, n) is not None]
-    if ignored:
-        raise PlanError(
-            f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
-            f"Change it in {job.plan}, or give a strategy."
-        )
-    return Plan.load(job.plan)  # first, since it is quick to find wrong
+    from layerwise.plans.parsing import load_alone
+
+    return load_alone(
+        job.plan, epochs=job.epochs, schedule=job.schedule, norms=job.norms
+    )  # first, since it is quick to find wrong
 
 
 def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
