@@ -51,11 +51,12 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             without a name is the strategy's first one (several make a list). A number may be a fraction. What
             is in quotes is a name: ``blocks:'2'`` is the group called 2, ``blocks:2`` the first two.
         layers: the layer map.
-        **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out.
+        **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
+            those that `text` gives win.
 
     Raises:
-        PlanError: the strategy or an argument is unknown, given twice or missing, a value has the wrong
-            type, or the strategy itself refuses.
+        PlanError: the strategy or an argument is unknown, a value has the wrong type or is missing, or the
+            strategy itself refuses.
     """
     name, given, positional = _split(text)
     if name not in STRATEGIES:
@@ -69,11 +70,7 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
         if first in given or first in PhaseOptions.__annotations__:
             raise PlanError(f"strategy {text!r}: {positional[0]!r} has no name; write option=value")
         given[first] = positional[0] if len(positional) == 1 else positional
-    problems = [
-        f"{key} is given twice: {value} in the strategy, {common[key]} beside it; leave one out"
-        for key, value in given.items()
-        if common.get(key) is not None
-    ]
+    problems = []
     arguments: dict[str, Any] = {key: value for key, value in common.items() if value is not None}
     for key, value in given.items():
         if key not in hints:
@@ -97,6 +94,22 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     if problems:
         raise PlanError(f"strategy {text!r}: " + "; ".join(problems))
     return function(layers, **arguments)
+
+
+def check_given_once(text: str, **common: Any) -> None:
+    """Look whether a strategy repeats options that are given beside it.
+
+    Args:
+        text: the strategy, as `parse_strategy` takes it.
+        **common: options such as `epochs`; those that are None are not given.
+
+    Raises:
+        PlanError: an option is given in both.
+    """
+    _, given, _ = _split(text)
+    if twice := [name for name in given if common.get(name) is not None]:
+        told = "; ".join(f"{name} is given twice: {given[name]} and {common[name]}" for name in twice)
+        raise PlanError(f"strategy {text!r}: {told}. Leave one of them out.")
 
 
 def load_alone(path: str | Path, **others: Any) -> Plan:

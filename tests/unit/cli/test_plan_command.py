@@ -64,7 +64,7 @@ def test_the_rate_table_is_the_one_in_the_docs():
         ([MODEL, "--strategy", "top_k:99"], 1, "k is a whole number from 1 to"),
         ([MODEL, "--strategy", "full", "--lr", "-1"], 2, "expected a number above 0"),
         ([MODEL, "--plan", "nowhere.yaml"], 1, "cannot be read"),
-        ([MODEL, "--strategy", "lp_ft:epochs=3", "--epochs", "6"], 1, "epochs is given twice: 3 in"),
+        ([MODEL, "--strategy", "lp_ft:epochs=3", "--epochs", "6"], 1, "epochs is given twice: 3 and 6"),
         ([MODEL, "--plan", "p.yaml", "--epochs", "6"], 1, "epochs and a plan file are both given"),
         ([MODEL, "--plan", "p.yaml", "--norms", "freeze"], 1, "norms and a plan file are both given"),
         ([MODEL, "--plan", "p.yaml", "--granularity", "blocks"], 2, "--granularity and --plan are both"),
