@@ -67,6 +67,25 @@ class LayerwiseWarning(UserWarning):
     """What was asked for can be done, but is likely not what was meant."""
 
 
+def named_kind(value: object) -> str:
+    """Return the class of `value` with its article.
+
+    >>> named_kind(1), named_kind([])
+    ('an int', 'a list')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
+
+
+def plural(count: int, singular: str, several: str = "") -> str:
+    """Return a count and its noun.
+
+    >>> plural(1, "epoch"), plural(2, "class", "classes")
+    ('1 epoch', '2 classes')
+    """
+    return f"{count:,} {singular if count == 1 else several or singular + 's'}"
+
+
 def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return ``" Did you mean 'layer4'?"`` for the closest of `known`, or ``""`` when none is close.
 

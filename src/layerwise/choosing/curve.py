@@ -222,7 +222,7 @@ def _read(out: str | Path | None, about: Mapping[str, Any]) -> dict[str, float]:
         name for name, value in json.loads(json.dumps(about)).items() if there.get(name) != value
     ]:
         raise RunError(
-            f"{out} holds the values of another experiment (another {', '.join(differing)}); give another "
-            "file, or the same data and options."
+            f"{out} holds the values of another experiment (not the same {', '.join(differing)}); give "
+            "another file, or the same data and options."
         )
     return dict(found["values"])

@@ -45,7 +45,7 @@ class DepthScores:
     def cells(self) -> list[str]:
         """Return the scores as a row of a table; a probe that could not be fitted is a dash."""
         figures = (self.probe, self.knn, self.logme, self.leep, self.h_score)
-        return [self.group, str(self.depth), *("-" if np.isnan(v) else f"{v:.3f}" for v in figures)]
+        return [self.group, str(self.depth), *("-" if np.isnan(v) else f"{v:z.3f}" for v in figures)]
 
 
 @dataclass(frozen=True)

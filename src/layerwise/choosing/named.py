@@ -24,6 +24,7 @@ def open_task(
     data: str,
     *,
     weights: str | None = None,
+    pretrained: bool = True,
     input_size: int | None = None,
     granularity: str = "stages",
     val_frac: float = 0.2,
@@ -38,6 +39,7 @@ def open_task(
         model: spec of the model.
         data: folder or table of labelled images, a table of texts, or a data set's name.
         weights: file to load instead of the library's own.
+        pretrained: take the library's weights; False leaves random ones.
         input_size: side of the images in pixels.
         granularity: of the layer map.
         val_frac: share of train to validate on, where the data has no part for it.
@@ -56,6 +58,7 @@ def open_task(
         data=data if data.startswith(NAMED) else str(Path(data).resolve()),
         strategy="full",
         weights=weights,
+        pretrained=pretrained,
         granularity=granularity,
         input_size=input_size,
         val_frac=val_frac,
@@ -71,6 +74,7 @@ def open_inputs(
     data: str,
     *,
     weights: str | None = None,
+    pretrained: bool = True,
     input_size: int | None = None,
     granularity: str = "stages",
     seed: int = 0,
@@ -82,6 +86,7 @@ def open_inputs(
         model: spec of the model.
         data: a folder of images, whatever its sub-folders; a table or lines of texts; a data set's name.
         weights: file to load instead of the library's own.
+        pretrained: take the library's weights; False leaves random ones.
         input_size: side of the images in pixels.
         granularity: of the layer map.
         seed: of the split of a named data set, and of a new head.
@@ -95,13 +100,13 @@ def open_inputs(
     from layerwise.sources.models import open_model
 
     if data.startswith(NAMED):
-        given: dict[str, Any] = {"weights": weights, "input_size": input_size, "granularity": granularity}
-        task = open_task(model, data, **given, val_frac=0.0, seed=seed, text=text)
+        given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "input_size": input_size}
+        task = open_task(model, data, **given, granularity=granularity, val_frac=0.0, seed=seed, text=text)
         return task.opened, _Inputs(task.data.train), task.layers
     seed_everything(seed)
     # a text model has a head to be named by the same groups as when it is tuned
     more: dict[str, Any] = {} if text is None else {"num_classes": 2, "task": "text_classification"}
-    opened = open_model(model, weights=weights, input_size=input_size, **more)
+    opened = open_model(model, weights=weights, pretrained=pretrained, input_size=input_size, **more)
     samples = unlabelled(opened, data, text=text)
     return opened, samples, layer_map(opened.model, opened.example_input, cast(Any, granularity))
 

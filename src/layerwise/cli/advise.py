@@ -17,7 +17,7 @@ from layerwise.cli.options import (
     ValFracOption,
     with_task,
 )
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say
 
 if TYPE_CHECKING:
     from layerwise.choosing.advice import Advice
@@ -45,6 +45,7 @@ def advise(
 
     layerwise advise timm:resnet18 --data photos -o plan.yaml
     """
+    check_output(out, "-o", new=True)
     from layerwise.choosing.advice import advise as ask
     from layerwise.choosing.named import check_source, open_source
 

@@ -15,7 +15,7 @@ from layerwise.cli.options import (
     numbers,
     with_task,
 )
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say
 
 
 @friendly
@@ -39,6 +39,8 @@ def curve(
 
     layerwise curve timm:resnet18 --data photos --out curve.json --plot curve.png
     """
+    check_output(out, "--out")
+    check_output(plot, "--plot")
     from layerwise.choosing.curve import transfer_curve
     from layerwise.choosing.named import fit_options
     from layerwise.report.pictures import check_picture, depth_picture, save_picture

@@ -39,6 +39,7 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare a linear probe, full fine-tuning and a selective plan on photos of solar cells, or on texts."""
+    from layerwise.errors import plural
     from layerwise.sources.demo import DEMO_MODEL
     from layerwise.training.demo import EPOCHS, run_demo
 
@@ -59,7 +60,7 @@ def demo(
     say(
         f"Model: {DEMO_MODEL}, pretrained on ImageNet. Images: ELPV, electroluminescence photos of solar "
         f"cells, functional or defective; {image_size} px, {train} to train on, {val} to validate, {test} to "
-        f"test. Every run: {epochs} epochs, seed {seed}."
+        f"test. Every run: {plural(epochs, 'epoch')}, seed {seed}."
     )
     done = run_demo(
         folder,

@@ -27,7 +27,7 @@ def demo_text(
     as_json: bool,
 ) -> None:
     """Compare a linear probe, full fine-tuning and a selective plan on topics of texts, and print it."""
-    from layerwise.errors import DataError
+    from layerwise.errors import DataError, plural
     from layerwise.training.text_demo import EPOCHS, run_text_demo
 
     began_s = time.monotonic()
@@ -40,8 +40,8 @@ def demo_text(
             "15% to validate, 25% to test, packages of one source on one side"
         )
     say(
-        f"Model: {name}, classified by the mean of its tokens. Texts: {texts}. Every run: {epochs} epochs, "
-        f"seed {seed}."
+        f"Model: {name}, classified by the mean of its tokens. Texts: {texts}. "
+        f"Every run: {plural(epochs, 'epoch')}, seed {seed}."
     )
     try:
         done = run_text_demo(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from layerwise.cli.options import SamplesOption, SignatureOption, SourceOption, TaskOptions, with_task
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say
 
 
 @friendly
@@ -30,6 +30,7 @@ def diagnose(
 
     layerwise diagnose timm:vit_tiny_patch16_224 --data photos --signature source.safetensors
     """
+    check_output(plot, "--plot")
     from layerwise.choosing.named import check_source, has_labels, open_source
     from layerwise.choosing.shift import shift
     from layerwise.cli.choosing_tables import shift_tables

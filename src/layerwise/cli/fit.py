@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, friendly, given_options, print_json, print_table, say
 
 if TYPE_CHECKING:
     from layerwise.training.job import Job
@@ -20,10 +20,13 @@ _MODEL = "Model"
 _DATA = "Data"
 _PLAN = "Plan"
 _TRAINING = "Training"
+_ALSO_RESUMED = {"resume", "workers", "cache", "as_json"}
+"""Parameters that may be given beside ``--resume``: they do not shape the result."""
 
 
 @friendly
 def fit(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -42,7 +45,7 @@ def fit(
         bool, typer.Option(help="Start from the library's pretrained weights.", rich_help_panel=_MODEL)
     ] = True,
     input_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.", rich_help_panel=_MODEL)
+        int | None, typer.Option(help="Side of the images in pixels.", min=1, rich_help_panel=_MODEL)
     ] = None,
     data: Annotated[
         Path | None,
@@ -109,7 +112,9 @@ def fit(
     granularity: Annotated[
         Granularity, typer.Option(help="What one layer group is.", rich_help_panel=_PLAN)
     ] = "blocks",
-    epochs: Annotated[int | None, typer.Option(help="Length of the plan.", rich_help_panel=_PLAN)] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Length of the plan.", min=1, rich_help_panel=_PLAN)
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="constant, linear, cosine, ...", rich_help_panel=_PLAN)
     ] = None,
@@ -134,15 +139,28 @@ def fit(
         str,
         typer.Option(help="adamw, adam, sgd, nadam, radam, rmsprop, adafactor.", rich_help_panel=_TRAINING),
     ] = "adamw",
-    weight_decay: Annotated[float | None, typer.Option(rich_help_panel=_TRAINING)] = None,
-    batch_size: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 32,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="The optimiser's own by default; none on norms and biases.", min=0, rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Samples of one forward pass.", min=1, rich_help_panel=_TRAINING)
+    ] = 32,
     drop_last: Annotated[
         bool, typer.Option("--drop-last", help="Leave out a smaller last batch.", rich_help_panel=_TRAINING)
     ] = False,
-    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(rich_help_panel=_TRAINING)] = "fp32",
+    seed: Annotated[
+        int,
+        typer.Option(help="Of split, new head, order and augmentation.", min=0, rich_help_panel=_TRAINING),
+    ] = 0,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(help="Of the forward pass; fp16 needs a GPU.", rich_help_panel=_TRAINING),
+    ] = "fp32",
     accumulate: Annotated[
-        int, typer.Option(help="Batches for one optimiser step.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Batches for one optimiser step.", min=1, rich_help_panel=_TRAINING)
     ] = 1,
     clip_norm: Annotated[
         float | None, typer.Option(help="Largest norm of all gradients.", rich_help_panel=_TRAINING)
@@ -154,24 +172,32 @@ def fit(
         Literal["weighted"] | None,
         typer.Option(help="Draw all classes equally often.", rich_help_panel=_TRAINING),
     ] = None,
-    label_smoothing: Annotated[float, typer.Option(rich_help_panel=_TRAINING)] = 0.0,
+    label_smoothing: Annotated[
+        float, typer.Option(help="Share of each target spread over all classes.", rich_help_panel=_TRAINING)
+    ] = 0.0,
     early_stopping: Annotated[
         int | None,
-        typer.Option(help="Stop after so many epochs without a better one.", rich_help_panel=_TRAINING),
+        typer.Option(
+            help="Stop after so many epochs without a better one.", min=1, rich_help_panel=_TRAINING
+        ),
     ] = None,
     keep: Annotated[
         Literal["best", "last"],
         typer.Option(help="Which epoch's weights to keep.", rich_help_panel=_TRAINING),
     ] = "best",
     checkpoint_every_steps: Annotated[
-        int | None, typer.Option(help="Also inside epochs.", rich_help_panel=_TRAINING)
+        int | None, typer.Option(help="Also inside epochs.", min=1, rich_help_panel=_TRAINING)
     ] = None,
-    keep_checkpoints: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 2,
+    keep_checkpoints: Annotated[
+        int, typer.Option(help="How many of the last ones stay.", min=1, rich_help_panel=_TRAINING)
+    ] = 2,
     cache: Annotated[
         Literal["auto", "memory", "disk", "off"],
         typer.Option(help="Where outputs of the frozen part are kept.", rich_help_panel=_TRAINING),
     ] = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that load images.", rich_help_panel=_TRAINING)] = 0,
+    workers: Annotated[
+        int, typer.Option(help="Processes that load images.", min=0, rich_help_panel=_TRAINING)
+    ] = 0,
     tracker: Annotated[
         str | None, typer.Option(help="tensorboard, wandb, ...", rich_help_panel=_TRAINING)
     ] = None,
@@ -185,14 +211,25 @@ def fit(
     """
     given = {"--model": model, "--data": data, "--out": out}
     if resume is not None:
-        if extra := [name for name, value in given.items() if value is not None]:
-            raise typer.BadParameter(f"a resumed run knows its {', '.join(extra)}; give --resume alone.")
-        _show(_resume(resume, workers=workers), as_json)
+        named = given_options(ctx)
+        if extra := [option for name, option in named.items() if name not in _ALSO_RESUMED]:
+            raise typer.BadParameter(
+                f"a resumed run goes on as it began, so {', '.join(extra)} cannot be given beside --resume "
+                "(only --workers, --cache and --json). For other options start a new run: --out."
+            )
+        more: dict[str, Any] = {"cache": cache} if "cache" in named else {}
+        _show(_resume(resume, workers=workers, **more), as_json)
         return
     if missing := [n for n, v in given.items() if v is None and not (dry_run and n == "--out")]:
-        raise typer.BadParameter(f"{', '.join(missing)} is missing (or --resume RUN).")
+        raise typer.BadParameter(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing (or --resume RUN)."
+        )
     if (strategy is None) == (plan is None):
         raise typer.BadParameter("give exactly one of --strategy and --plan.")
+    if plan is not None and "granularity" in given_options(ctx):
+        raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
+    if not lr > 0:
+        raise typer.BadParameter(f"--lr is {lr}; expected a number above 0.")
 
     from layerwise.training.job import Job
 
@@ -266,7 +303,7 @@ def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
     from layerwise.training.job import open_job
     from layerwise.training.run import require_free
 
-    require_free(out)  # before a model is downloaded or an image is read
+    require_free(out, data=job.data)  # before a model is downloaded or an image is read
     auto = job.strategy == "auto"
     # The thresholds of the advice were measured by stages; the strategy is only a place holder.
     prepared = open_job(dataclasses.replace(job, strategy="full", granularity="stages") if auto else job)

@@ -24,8 +24,9 @@ def inspect(
 ) -> None:
     """Print the layer groups of a model, input first, with their names, sizes and costs.
 
-    Nothing is downloaded but a configuration, and no weights are made: names are what plans and
-    ``--strategy`` take.
+    Nothing is downloaded but a configuration, and no weights are made.
+
+    The names are what plans and --strategy take.
     """
     from layerwise.layers.mapping import layer_map
     from layerwise.layers.table import LayerTable, trainable_numel

@@ -53,6 +53,7 @@ class TaskOptions:
     pair_column: text.PairColumn = None
     max_length: text.MaxLength = None
     weights: Annotated[Path | None, typer.Option(help="Weights file instead of the library's own.")] = None
+    pretrained: Annotated[bool, typer.Option(help="Take the library's pretrained weights.")] = True
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None
     granularity: Annotated[
         Literal["stages", "blocks", "layers"], typer.Option(help="What one layer group is.")
@@ -79,7 +80,9 @@ class TaskOptions:
         parts = ["layerwise", "fit"]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name != "granularity":  # which a plan file brings
+            if value is False:
+                parts.append(f"--no-{field.name}")
+            elif value != field.default and field.name != "granularity":  # which a plan file brings
                 parts += [f"--{field.name.replace('_', '-')}", str(value)]
         return shlex.join(parts)
 
@@ -91,6 +94,7 @@ class TaskOptions:
             self.model,
             self.data,
             weights=self.weights_file,
+            pretrained=self.pretrained,
             input_size=self.input_size,
             granularity=self.granularity,
             val_frac=val_frac,
@@ -110,6 +114,7 @@ class TaskOptions:
             self.model,
             self.data,
             weights=self.weights_file,
+            pretrained=self.pretrained,
             input_size=self.input_size,
             granularity=self.granularity,
             seed=self.seed,

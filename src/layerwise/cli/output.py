@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -23,8 +25,9 @@ debug = False
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as one JSON document on stdout."""
-    json.dump(data, sys.stdout, indent=2, default=str, ensure_ascii=False)
+    """Print `data` as one JSON document on stdout; escaped where stdout is not UTF-8."""
+    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+    json.dump(data, sys.stdout, indent=2, default=str, ensure_ascii=escaped)
     sys.stdout.write("\n")
 
 
@@ -52,8 +55,47 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         _shown_by_python(message, category, *where, **more)
 
 
+def given_options(ctx: typer.Context) -> dict[str, str]:
+    """Return the options that the command line names: parameter -> option."""
+    found = {}
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if source is not None and source.name != "DEFAULT":
+            names = parameter.opts if ctx.params.get(parameter.name) else parameter.secondary_opts
+            found[str(parameter.name)] = (names or parameter.opts)[0]
+    return found
+
+
+def check_output(path: Path | None, option: str, *, new: bool = False, folder: bool = False) -> None:
+    """Look whether a file can be written to `path`, before any long work.
+
+    Args:
+        path: of the file; None is none.
+        option: that names it.
+        new: nothing may be there yet.
+        folder: a folder is to be made there, with those above it.
+
+    Raises:
+        BadParameter: it cannot be written.
+    """
+    if path is None:
+        return
+    above = path.absolute().parent
+    if folder:
+        above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not folder and path.is_dir():
+        raise typer.BadParameter(f"{option} {path} is a folder; name a file in it.")
+    if new and path.exists():
+        raise typer.BadParameter(f"{path} is there already; give another name to {option}, or remove it.")
+    if not above.is_dir():
+        what = "is a file" if above.exists() else "does not exist"
+        raise typer.BadParameter(f"{option} {path} cannot be written: {above} {what}. Name another place.")
+    if not os.access(above, os.W_OK):
+        raise typer.BadParameter(f"{option} {path} cannot be written: no right to write in {above}.")
+
+
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn layerwise's own errors into one message on stderr and exit code 1, Ctrl-C into 130.
+    """Turn layerwise's own errors and the system's into one message and exit code 1, Ctrl-C into 130.
 
     layerwise's warnings become one line each, without the place in the code that gave them.
     """
@@ -70,6 +112,18 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             if debug:
                 raise
             typer.echo(f"{type(error).__name__}: {error}", err=True)
+            raise typer.Exit(1) from error
+        except BrokenPipeError:
+            raise  # the reader of stdout has enough: typer's own affair
+        except Exception as error:
+            if debug or not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+                raise
+            where = (
+                f"{getattr(error, 'filename', '')} cannot be read or written: "
+                if getattr(error, "filename", None)
+                else ""
+            )
+            typer.echo(f"{where}{getattr(error, 'strerror', None) or error}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo(f"Interrupted; {error}" if str(error) else "Interrupted.", err=True)

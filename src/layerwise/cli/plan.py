@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from layerwise.cli.output import JsonFlag, friendly, print_json
+from layerwise.cli.output import JsonFlag, check_output, friendly, given_options, print_json
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -19,6 +20,7 @@ _SHOW = "What is shown"
 
 @friendly
 def plan(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(help="timm:NAME, torchvision:NAME, hf:PATH_OR_ID or file.py:function."),
@@ -83,16 +85,20 @@ def plan(
     for name, value in (("--steps-per-epoch", steps_per_epoch), ("--lr", lr)):
         if value is not None and not value > 0:
             raise typer.BadParameter(f"{name} is {value}; expected a number above 0.")
-    if out is not None and out.exists():
-        raise typer.BadParameter(f"{out} is there already; give another name to -o, or remove it.")
-    from layerwise.plans.parsing import parse_strategy
-    from layerwise.plans.plan import Plan as Loaded
+    if plan_file is not None and "granularity" in given_options(ctx):
+        raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
+    check_output(out, "-o", new=True)
+    from layerwise.plans.parsing import check_given_once, load_alone, parse_strategy
 
-    made = Loaded.load(plan_file) if plan_file is not None else None
+    made, common = None, {"epochs": epochs, "schedule": schedule, "norms": norms}
+    if plan_file is not None:
+        made = load_alone(plan_file, **common)
+    else:
+        check_given_once(str(strategy), **common)
     mapped = _map(model, made.granularity if made is not None else granularity, num_classes)
     if made is None:
         assert strategy is not None
-        made = parse_strategy(strategy, mapped, epochs=epochs, schedule=schedule, norms=norms)
+        made = parse_strategy(strategy, mapped, **common)
     _show(made, mapped, lr, steps_per_epoch, out, as_json)
 
 
@@ -123,7 +129,8 @@ def _show(
 
     Console(highlight=False).print(explanation)
     if out is not None:
-        typer.echo(f"Written to {out}. Run it: layerwise fit --plan {out} --model ... --data ... --out ...")
+        name = shlex.quote(str(out))
+        typer.echo(f"Written to {out}. Run it: layerwise fit --plan {name} --model ... --data ... --out ...")
 
 
 def _rate_table(layers: int, lr: float | None, decay: str, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from layerwise.cli.output import JsonFlag, friendly, print_json
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json
 
 
 @friendly
@@ -22,6 +22,7 @@ def report(
 
     layerwise report runs/a
     """
+    check_output(out, "-o")
     from layerwise.report.page import write_report
 
     written = write_report(path, out)

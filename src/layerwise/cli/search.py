@@ -15,7 +15,7 @@ from layerwise.cli.options import (
     numbers,
     with_task,
 )
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say
 
 _BUDGET = "Budget"
 _SPACE = "What is tried"
@@ -68,6 +68,8 @@ def search(
 
     layerwise search timm:resnet18 --data photos --out searches/a --minutes 10 --plot curve.png
     """
+    check_output(out, "--out", folder=True)
+    check_output(plot, "--plot")
     from layerwise.choosing.named import fit_options
     from layerwise.choosing.search import search as run
     from layerwise.report.pictures import check_picture, depth_picture, save_picture

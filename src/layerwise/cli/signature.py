@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from layerwise.cli.options import SamplesOption, TaskOptions, with_task
-from layerwise.cli.output import JsonFlag, friendly, print_json, say
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, say
 
 
 @friendly
@@ -25,6 +25,7 @@ def signature(
 
     layerwise signature timm:vit_tiny_patch16_224 --data source -o source.safetensors
     """
+    check_output(out, "-o")
     from layerwise.choosing.signature import signature as make
 
     opened, samples, layers = task.open_inputs()

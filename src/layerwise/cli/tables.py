@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ def new_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
 
 def result_tables(result: Result) -> Iterator[Table | Text]:
     """Yield what a person wants to see at the end of a run."""
+    from layerwise.training.run import can_rebuild, read_run
+
     summary = new_table("Result", ["", ""])
     for name, value in result.metrics.items():
         summary.add_row(f"validation {name}", f"{value:.4f}")
@@ -49,10 +52,13 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
         yield per_class_table(rows, where)
     if (confusion := tables.get("confusion")) and len(confusion) <= 12:
         yield confusion_table(confusion, result.task.classes)
-    if result.out is not None and result.task.name == "image_classification":
-        yield Text(f"Predict with it: layerwise predict {result.out} IMAGE...")
-    elif result.out is not None and (result.out / "transformers").is_dir():
-        yield Text(f"Predict with it: layerwise predict {result.out} FILE (or texts on standard input)")
+    if result.out is None or not can_rebuild(read_run(result.out)):
+        return
+    command = f"Predict with it: layerwise predict {shlex.quote(str(result.out))}"
+    if result.task.name == "image_classification":
+        yield Text(f"{command} IMAGE...")
+    elif (result.out / "transformers").is_dir():
+        yield Text(f"{command} FILE (or texts on standard input)")
         yield Text(f"For transformers: {result.out / 'transformers'}")
 
 

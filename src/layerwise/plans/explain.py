@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.errors import PlanError
+from layerwise.errors import PlanError, plural
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.plan import Phase, Plan, Schedule
 from layerwise.plans.rates import multipliers, run_problems
@@ -137,7 +137,7 @@ class Explanation:
 
     def _footnote(self) -> str:
         rates = "rates are multiples of the learning rate" if self.lr is None else f"base rate {self.lr:g}"
-        steps = f"{self.steps_per_epoch:,} steps an epoch{' (assumed)' if self.assumed else ''}"
+        steps = f"{plural(self.steps_per_epoch, 'step')} an epoch{' (assumed)' if self.assumed else ''}"
         frozen = (
             "groups that are not named are frozen" if self._is_long else "a group without a row is frozen"
         )

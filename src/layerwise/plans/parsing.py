@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -93,6 +94,40 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     if problems:
         raise PlanError(f"strategy {text!r}: " + "; ".join(problems))
     return function(layers, **arguments)
+
+
+def check_given_once(text: str, **common: Any) -> None:
+    """Look whether a strategy repeats options that are given beside it.
+
+    Args:
+        text: the strategy, as `parse_strategy` takes it.
+        **common: options such as `epochs`; those that are None are not given.
+
+    Raises:
+        PlanError: an option is given in both.
+    """
+    _, given, _ = _split(text)
+    if twice := [name for name in given if common.get(name) is not None]:
+        told = "; ".join(f"{name} is given twice: {given[name]} and {common[name]}" for name in twice)
+        raise PlanError(f"strategy {text!r}: {told}. Leave one of them out.")
+
+
+def load_alone(path: str | Path, **others: Any) -> Plan:
+    """Return the plan in a file, which no further options go with.
+
+    Args:
+        path: the file.
+        **others: options such as `epochs`, `schedule` and `norms`; all should be None.
+
+    Raises:
+        PlanError: the file is wrong, or another option is given.
+    """
+    if ignored := [name for name, value in others.items() if value is not None]:
+        raise PlanError(
+            f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
+            f"Change it in {path}, or give a strategy."
+        )
+    return Plan.load(path)
 
 
 def _split(text: str) -> tuple[str, dict[str, Any], list[Any]]:

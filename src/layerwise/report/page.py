@@ -12,7 +12,7 @@ from layerwise.errors import RunError
 from layerwise.files import write_text
 from layerwise.report import pictures
 from layerwise.training.history import read_history
-from layerwise.training.run import read_run
+from layerwise.training.run import read_run, runs_beside
 
 Section = tuple[str, str]
 """A heading and its HTML."""
@@ -50,6 +50,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         title, sections = _run(folder)
     elif (folder / "search.json").exists():
         title, sections = _search(folder)
+    elif not folder.is_dir():
+        raise RunError(f"{folder} does not exist.{runs_beside(folder)} Give the folder of a run or a search.")
     else:
         raise RunError(
             f"{folder} holds neither a run (run.json) nor a search (search.json). Give the folder that "
@@ -112,7 +114,9 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
     if (folder / "audit.json").exists():
         sections.append(("Audit", _audit(json.loads((folder / "audit.json").read_text(encoding="utf-8")))))
     known = {key: about[key] for key in ("settings", "data", "versions", "git", "created") if key in about}
-    sections.append(("Settings", f"<pre>{html.escape(json.dumps(known, indent=1))}</pre>"))
+    sections.append(
+        ("Settings", f"<pre>{html.escape(json.dumps(known, indent=1, ensure_ascii=False))}</pre>")
+    )
     if (folder / "plan.yaml").exists():
         text = html.escape((folder / "plan.yaml").read_text(encoding="utf-8"))
         sections.append(("Plan file", f"<pre>{text}</pre>"))

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, plural
 
 
 def stratified_split(
@@ -44,8 +44,9 @@ def stratified_split(
     if small:
         listed = ", ".join(f"{label!r} has {count}" for label, count in sorted(small.items(), key=str))
         raise DataError(
-            f"{len(small)} classes are too small to be split into {wanted} parts ({listed}); expected at "
-            f"least {wanted} samples of each class. Add samples, leave the classes out, or set a share to 0."
+            f"{plural(len(small), 'class is', 'classes are')} too small to be split into {wanted} parts "
+            f"({listed}); expected at least {wanted} samples of each class. Add samples, leave "
+            "the classes out, or set a share to 0."
         )
     parts: list[list[int]] = [[] for _ in range(len(fracs) + 1)]
     generator = random.Random(seed)

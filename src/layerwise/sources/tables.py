@@ -80,10 +80,11 @@ def _read_text(path: Path, encoding: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        name = "utf-16" if utf16 else "cp1252"
         raise DataError(
             f"table {str(path)!r} is not {error.encoding.replace('-sig', '')}: line {line} has the byte "
-            f"0x{content[error.start]:02x}. Name its encoding: encoding={'utf-16' if utf16 else 'cp1252'!r}"
-            f"{'' if utf16 else ' (Western Windows)'}, or save it as UTF-8."
+            f"0x{content[error.start]:02x}. Name its encoding: --encoding {name} (encoding={name!r}"
+            f"{'' if utf16 else ', Western Windows'}), or save it as UTF-8."
         ) from error
 
 

@@ -144,7 +144,9 @@ def _read_conll(path: Path, encoding: str) -> list[Row]:
     try:
         lines = path.read_bytes().decode(encoding).splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is not {encoding}: {error}. Name its encoding: encoding=.") from error
+        raise DataError(
+            f"{str(path)!r} is not {encoding}: {error}. Name its encoding: --encoding (encoding=)."
+        ) from error
     rows: list[Row] = []
     tokens: list[str] = []
     tags: list[str] = []

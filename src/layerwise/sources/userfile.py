@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import ModelError, did_you_mean
+from layerwise.errors import ModelError, did_you_mean, named_kind
 from layerwise.sources.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ def call_function(spec: str, num_classes: int | None) -> tuple[nn.Module, Prepro
         preprocessing = Preprocessing.from_dict(preprocessing)
     if not isinstance(model, nn.Module) or not isinstance(preprocessing, Preprocessing | None):
         raise ModelError(
-            f"{spec} returned a {type(model).__name__}"
-            f"{'' if preprocessing is None else f' and a {type(preprocessing).__name__}'}; expected an "
+            f"{spec} returned {named_kind(model)}"
+            f"{'' if preprocessing is None else f' and {named_kind(preprocessing)}'}; expected an "
             f"nn.Module, or a pair of one and its Preprocessing (or a dict of its fields)."
         )
     return model, preprocessing
@@ -61,6 +61,8 @@ def find_function(spec: str) -> Callable[..., Any]:
     """
     text, _, function_name = spec.rpartition(":")
     path = Path(text)
+    if not text:
+        raise ModelError(f"{spec!r} names no function. Give FILE.py:FUNCTION.")
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise ModelError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from layerwise.errors import LayerwiseError, ModelError, did_you_mean
+from layerwise.errors import LayerwiseError, ModelError, did_you_mean, named_kind
 from layerwise.sources.userfile import find_function
 
 PARTS = ("model", "optimizer", "scheduler", "loader")
@@ -47,7 +47,7 @@ def call_setup(spec: str) -> dict[str, Any]:
 
     if not isinstance(parts.get("model"), nn.Module):
         raise ModelError(
-            f"{spec} returned no nn.Module (it returned a {type(returned).__name__}); expected the model, or "
+            f"{spec} returned no nn.Module (it returned {named_kind(returned)}); expected the model, or "
             "a tuple of the model and its optimizer (and scheduler, and loader), or a mapping of them."
         )
     return {name: parts.get(name) for name in PARTS}
@@ -68,7 +68,7 @@ def _by_kind(spec: str, returned: Iterable[Any]) -> dict[str, Any]:
             kind = "loader"
         else:
             raise ModelError(
-                f"{spec} returned a {type(part).__name__}, which is no model, optimizer, scheduler or loader."
+                f"{spec} returned {named_kind(part)}, which is no model, optimizer, scheduler or loader."
             )
         found.setdefault(kind, []).append(part)
     if len(found.get("model", [])) > 1 or len(found.get("loader", [])) > 1:

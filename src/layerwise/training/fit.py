@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,8 @@ def fit(
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise RunError("resume=True needs out=, the folder of the run to go on with.")
+    if folder is not None and not resume:
+        require_free(folder)  # before a tracker writes into it
 
     # Data, task, and what the run is.
     accelerator = setup.open_accelerator(precision, device, trackers, folder)
@@ -217,8 +220,6 @@ def fit(
         if accelerator.is_main_process:
             remove_leftovers(folder)  # of files that a kill left half-written
         previous = load_latest(folder / "checkpoints")
-    elif folder is not None:
-        require_free(folder)
     accelerator.wait_for_everyone()  # all have looked before one writes
 
     args, kwargs, _ = split_batch(first)
@@ -242,10 +243,14 @@ def fit(
     inspected = setup.inspect(model, tuner, batch_size) if audit else None
     if written is not None and not resume:  # nothing is written before all of the above went well
         create_run(written, plan=plan, about=record)
+        if inspected is not None:
+            setup.write_audit(written, before=inspected.to_dict())
+    elif written is not None and not (written / "plan.yaml").exists():  # killed right after run.json
+        plan.save(written / "plan.yaml")
 
     # What changes during the run, and how it is saved and put back.
     history, now = History(None), Standing()
-    go_on = "" if folder is None else f"go on with it: layerwise fit --resume {folder}"
+    go_on = "" if folder is None else f"go on with it: layerwise fit --resume {shlex.quote(str(folder))}"
     described = ""  # what was said of the cache last
     notes: list[str] = []
 
@@ -272,6 +277,7 @@ def fit(
         over = now.stopped_early or tuner.done
         if before.get("result") and over:  # a finished run is only read
             written, now.best.sha256 = None, now.best.sha256 or before.get("weights_sha256")
+            notes.append(f"{folder} was finished already: nothing is trained, this is its result")
         if not over and (lost := now.forget_lost_weights(weights_file(cast(Path, folder)))):
             notes.append(lost)
         history = History(None if written is None else written / "history.jsonl", state["history"])
@@ -281,6 +287,7 @@ def fit(
         history = History(None if written is None else written / "history.jsonl")
         save(inside=False)
 
+    began_steps = tuner.step_count
     reporter = Reporter(
         enabled=progress and accelerator.is_main_process,
         total_steps=total_steps,
@@ -420,7 +427,8 @@ def fit(
         notes.append(note)
         reporter.say(note)
     if watched is not None:
-        notes += setup.report_watch(watched.report, inspected, written)
+        made_steps = tuner.step_count > began_steps
+        notes += setup.report_watch(watched.report, written if made_steps else None)
     notes += [described] if described else []
     result = Result(
         model=model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -137,7 +138,8 @@ def _last_checkpoint(out: Path | None) -> str:
     there = list_checkpoints(out / "checkpoints")
     if not there:
         return f"{out} has no checkpoint yet."
-    return f"The last good checkpoint is {there[-1]}; go on from it: layerwise fit --resume {out}"
+    command = f"layerwise fit --resume {shlex.quote(str(out))}"
+    return f"The last good checkpoint is {there[-1]}; go on from it: {command}"
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -143,20 +143,18 @@ def _named_plan(job: Job) -> Plan | None:
     """Return the plan in the file that a job names, None for a strategy.
 
     Raises:
-        PlanError: not exactly one of the two is given, or the file is wrong.
+        PlanError: not exactly one of the two is given, or with options of its own, or the file is wrong.
     """
     if (job.strategy is None) == (job.plan is None):
         got = "both are given" if job.strategy else "neither is given"
         raise PlanError(f"exactly one of a strategy and a plan file says what learns; {got}.")
+    from layerwise.plans.parsing import check_given_once, load_alone
+
+    common = {"epochs": job.epochs, "schedule": job.schedule, "norms": job.norms}
     if job.plan is None:
+        check_given_once(str(job.strategy), **common)
         return None
-    ignored = [n for n in ("epochs", "schedule", "norms") if getattr(job, n) is not None]
-    if ignored:
-        raise PlanError(
-            f"{', '.join(ignored)} and a plan file are both given; a plan file has its own. "
-            f"Change it in {job.plan}, or give a strategy."
-        )
-    return Plan.load(job.plan)  # first, since it is quick to find wrong
+    return load_alone(job.plan, **common)  # first, since it is quick to find wrong
 
 
 def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:

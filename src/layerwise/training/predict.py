@@ -60,7 +60,8 @@ def predict_images(
             except DataError as error:
                 if not skip_bad_images:
                     raise
-                skipped.append((data.paths[index], str(error)))
+                # the cause is what is wrong with the file, without the advice to leave it out
+                skipped.append((data.paths[index], str(error.__cause__ or error)))
         if tensors:
             decoded = run.predict(torch.stack(tensors))
             rows += [{"image": path, **row} for path, row in zip(paths, decoded)]

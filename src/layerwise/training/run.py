@@ -18,8 +18,10 @@ runs/x/
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -53,33 +55,57 @@ _PACKAGES = (
 )
 
 
-def require_free(out: Path) -> None:
-    """Raise `RunError` if the folder `out` already holds a run, or is a file."""
+_BEGUN = ("language-model", "layerwise")
+"""What may lie in a folder before its ``run.json``: the first half of ULMFiT, and a tracker's files."""
+
+
+def require_free(out: Path, *, data: str | None = None) -> None:
+    """Look whether a new run can be made in the folder `out`.
+
+    Args:
+        out: may exist, and hold hidden files and what a run that was only begun leaves.
+        data: where the run's data lie, where that is known.
+
+    Raises:
+        RunError: `out` holds a run or other files, is a file, or is, holds or lies in the folder `data`.
+    """
     if (out / "run.json").exists():
         raise RunError(
-            f"{out} already holds a run. Go on with it: layerwise fit --resume {out} (in Python: "
-            "resume=True), or name another folder: --out (out=)."
+            f"{out} already holds a run. Go on with it: layerwise fit --resume {shlex.quote(str(out))} (in "
+            "Python: resume=True), or name another folder: --out (out=)."
         )
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; --out (out=) names the folder of the new run.")
+    if data is not None and Path(data).is_dir():
+        here, there = out.resolve(), Path(data).resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise RunError(
+                f"the run's folder {out} and the data {data} lie in each other, so the run's files would be "
+                "taken for data. Name a folder outside of the data: --out (out=)."
+            )
+    others = sorted(p.name for p in out.iterdir()) if out.exists() else []
+    if others := [name for name in others if name not in _BEGUN and not name.startswith(".")]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise RunError(
+            f"{out} holds files that are none of a run's ({', '.join(others[:3])}{more}). Name a new folder: "
+            "--out (out=)."
+        )
 
 
 def create_run(out: Path, *, plan: Plan, about: Mapping[str, Any]) -> None:
     """Make a new run folder with ``run.json`` and ``plan.yaml``.
 
     Args:
-        out: the folder; may exist, but must not hold a run.
+        out: the folder; `require_free` has looked at it.
         plan: stored twice, as part of ``run.json`` and as YAML to use again.
         about: what else ``run.json`` tells: model, task, settings, data.
 
     Raises:
-        RunError: the folder already holds a run, or it cannot be written.
+        RunError: the folder cannot be written.
     """
-    require_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
-        plan.save(out / "plan.yaml")
         data = {
             "format": FORMAT,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -89,7 +115,8 @@ def create_run(out: Path, *, plan: Plan, about: Mapping[str, Any]) -> None:
             "git": git_state(),
             "result": None,
         }
-        write_json(out / "run.json", data)
+        write_json(out / "run.json", data)  # first: it makes the folder a run
+        plan.save(out / "plan.yaml")
     except OSError as error:
         raise RunError(f"the run folder {out} cannot be written: {error}. Choose another: --out.") from error
 
@@ -103,15 +130,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     file = folder / "run.json"
     if not file.is_file():
-        near = (
-            sorted(p.parent.name for p in folder.parent.glob("*/run.json")) if folder.parent.is_dir() else []
-        )
         there = "is not a run (it has no run.json)" if folder.is_dir() else "does not exist"
-        raise RunError(
-            f"{folder} {there}."
-            + (f" Runs in {folder.parent}: {', '.join(near[:8])}." if near else "")
-            + " Make one: layerwise fit --out FOLDER"
-        )
+        raise RunError(f"{folder} {there}." + runs_beside(folder) + " Make one: layerwise fit --out FOLDER")
     try:
         data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         form = data["format"]
@@ -125,6 +145,17 @@ def read_run(path: str | Path) -> dict[str, Any]:
             "file back, or start the run anew in another folder."
         )
     return data
+
+
+def runs_beside(folder: Path) -> str:
+    """Return what runs lie beside `folder`: names like its own first, eight at most; ``""`` for none."""
+    names = sorted(p.parent.name for p in folder.parent.glob("*/run.json"))
+    if not names:
+        return ""
+    close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
+    shown = [*close, *(name for name in names if name not in close)][:8]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f" Runs in {folder.parent}: {', '.join(shown)}{more}."
 
 
 def finish_run(out: Path, result: Mapping[str, Any]) -> None:
@@ -227,6 +258,12 @@ class Run:
         return self.task.decode(first_output(self.model, self.task.forward, whole))
 
 
+def can_rebuild(about: Mapping[str, Any]) -> bool:
+    """Return whether a run's model can be built from its name: it is no object and from no Python file."""
+    spec = about["model"].get("spec")
+    return spec is not None and ".py:" not in spec
+
+
 def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
     """Return a run with its model, ready to predict.
 
@@ -245,7 +282,7 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
     folder = Path(path)
     about = read_run(folder)
     spec = about["model"].get("spec")
-    if model is None and (spec is None or ".py:" in spec):
+    if model is None and not can_rebuild(about):
         what = "was given as an object" if spec is None else f"came from the Python file {spec!r}"
         raise RunError(
             f"the model of {folder} ({about['model'].get('class')}) {what}, which loading does not run. "

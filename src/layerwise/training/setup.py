@@ -260,15 +260,21 @@ def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
     return found
 
 
-def report_watch(report: WatchReport, before: Audit | None, out: Path | None) -> list[str]:
+def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` of a run: what it tells before the run, and after; what is not given stays."""
+    file = out / "audit.json"
+    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"before": None, "after": None}
+    write_json(file, {**there, **parts})
+
+
+def report_watch(report: WatchReport, out: Path | None) -> list[str]:
     """Write what moved into the run; warn where something frozen did, and return that as a note.
 
     Warns:
         LayerwiseWarning: a frozen parameter or buffer changed during the run.
     """
     if out is not None:
-        audited = None if before is None else before.to_dict()
-        write_json(out / "audit.json", {"before": audited, "after": report.to_dict()})
+        write_audit(out, after=report.to_dict())
     if report.ok:
         return []
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.errors import DataError, did_you_mean
+from layerwise.errors import DataError, did_you_mean, named_kind
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -144,7 +144,7 @@ def run_model(model: nn.Module, batch: Batch) -> Tensor:
         logits = output[0]
     if not isinstance(logits, Tensor):
         raise DataError(
-            f"the model returned a {type(output).__name__}; expected a tensor, a structure with .logits, "
+            f"the model returned {named_kind(output)}; expected a tensor, a structure with .logits, "
             "or a tuple that begins with the logits."
         )
     return logits

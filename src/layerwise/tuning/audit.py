@@ -122,7 +122,7 @@ class Audit:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="audit" if self.findings else "audit: no findings", show_lines=True)
+        table = Table(title="audit", show_lines=True)
         for column in ("severity", "where", "what and why", "fix"):
             table.add_column(column, overflow="fold")
         for found in self.findings:
@@ -138,7 +138,8 @@ class Audit:
             rates.add_row(
                 Text(row.name), rate, f"{row.weight_decay:g}", f"{row.trainable:,}", f"{row.frozen:,}"
             )
-        return Group(table, *([rates] if self.rates else []), *map(Text, self.notes))
+        shown = table if self.findings else Text("audit: no findings", style="bold")
+        return Group(shown, *([rates] if self.rates else []), *map(Text, self.notes))
 
 
 def audit(

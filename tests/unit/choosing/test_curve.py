@@ -104,14 +104,14 @@ def test_values_of_other_weights_or_options_are_refused(model, data, tmp_path):
     out = tmp_path / "curve.json"
     options = {"depths": (1,), "epochs": 1, "out": out}
     curve(model, data, **options)
-    with pytest.raises(RunError, match=r"another experiment \(another weights\)"):
+    with pytest.raises(RunError, match=r"another experiment \(not the same weights\)"):
         curve(pretrained(seed=1), data, **options)
-    with pytest.raises(RunError, match=r"another experiment \(another fit_options\)"):
+    with pytest.raises(RunError, match=r"another experiment \(not the same fit_options\)"):
         curve(model, data, **options, fit_options={"optimizer": "sgd"})
     old = json.loads(out.read_text())
     del old["about"]["weights"], old["about"]["fit_options"]
     out.write_text(json.dumps(old))
-    with pytest.raises(RunError, match=r"another weights, fit_options"):
+    with pytest.raises(RunError, match=r"not the same weights, fit_options"):
         curve(model, data, **options)
 
 

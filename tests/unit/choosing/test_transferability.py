@@ -198,3 +198,8 @@ def test_knn_equals_votes_counted_one_by_one():
         assert tr.knn_accuracy(points, labels, neighbours=neighbours) == pytest.approx(
             reference_knn(points, labels, neighbours)
         )
+
+
+def test_a_score_that_rounds_to_zero_has_no_sign():
+    # "-0.000" would read as below zero
+    assert "-0.000" not in DepthScores("a", 0, -1e-5, -1e-5, 0.0, 0.5, 0.5, None).cells()

@@ -303,11 +303,48 @@ def test_curve_of_texts_goes_on_and_draws(texts, tmp_path):
     assert "Training on top of each depth" in again.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "told"),
+    [
+        ("advise", ["-o", "nowhere/p.yaml"], "does not exist"),
+        ("advise", ["-o", "there.yaml"], "is there already"),
+        ("diagnose", ["--plot", "nowhere/a.svg"], "does not exist"),
+        ("curve", ["--out", "nowhere/c.json"], "does not exist"),
+        ("search", ["--out", "there.yaml/s"], "is a file"),
+        ("signature", ["-o", "."], "is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_any_work(name, given, told, tmp_path, monkeypatch):
+    # neither model nor data exist, and yet it is the output that is told; what is there stays
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.yaml").write_text("mine")
+    result = command(name, "timm:nothing", "--data", "nothing", *given)
+    assert result.exit_code == 2, result.output
+    assert told in " ".join("".join(c for c in result.stderr if c not in "│╭╮╰╯─").split())
+    assert (tmp_path / "there.yaml").read_text() == "mine"
+
+
+def test_random_weights_can_be_asked_for(images, tmp_path):
+    # the option that the hint "random weights: --no-pretrained" names; advice passes it on to fit
+    told = command("advise", MODEL, "--data", images, *SIZE, "--no-pretrained", "-o", tmp_path / "p.yaml")
+    assert told.exit_code == 0, told.output
+    assert "--no-pretrained" in told.stderr
+    assert command("diagnose", MODEL, "--data", images, *SIZE, "--no-pretrained").exit_code == 0
+
+
 def test_commands_share_the_options_of_a_task():
     # the five commands take model, data and texts alike, and each has the help of its own
     for name in ("diagnose", "advise", "search", "signature", "curve"):
         shown = command(name, "--help").output
-        for option in ("--data", "--weights", "--input-size", "--granularity", "--seed", "--text-column"):
+        for option in (
+            "--data",
+            "--weights",
+            "--no-pretrained",
+            "--input-size",
+            "--granularity",
+            "--seed",
+            "--text-column",
+        ):
             assert option in shown, (name, option)
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -186,7 +187,10 @@ def test_wrong_numbers_are_told(images: Path, tmp_path: Path) -> None:
     data = ["--data", images, "--out", tmp_path / "run"]
     fails(fit(*data, strategy="top_k:k=99"), "k=99", "groups")
     for rate in ("-1", "nan", "0"):
-        fails(fit(*data, "--lr", rate), "lr is")
+        told = fit(*data, "--lr", rate)
+        assert told.exit_code == 2
+        assert "--lr is" in told.stderr
+    fails(fit(*data, strategy="full:epochs=3"), "epochs is given twice: 3 and 2")
     made = tmp_path / "plan.yaml"
     text = "granularity: blocks\ngroups: [a, b]\nphases:\n- {name: p, epochs: 1, rates: {a: -1.0, b: .nan}}\n"
     made.write_text(text)
@@ -281,3 +285,117 @@ def test_runs_that_are_none_are_told(tmp_path: Path, run: Path, images: Path) ->
     fails(command("predict", tmp_path / "nothing", images), "does not exist")
     fails(command("fit", "--resume", run.parent / "b"), "does not exist", "Runs in", "a")
     fails(command("predict", run, tmp_path / "no.png"), "no.png", "does not exist")
+
+
+def usage(result: Result) -> str:
+    """Expect exit code 2; return what stderr says, without the frame."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.stderr
+    return " ".join("".join(c for c in result.stderr if c not in "│╭╮╰╯─").split())
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_resumed_run_takes_no_other_options(run: Path) -> None:
+    # What would be ignored is refused by name, also --dry-run and switches that are off.
+    for option in (["--lr", "1e-3"], ["--dry-run"], ["--no-pretrained"], ["--strategy", "full"]):
+        assert option[0] in usage(command("fit", "--resume", run, "--workers", "0", *option))
+
+
+def test_a_finished_run_is_only_shown(run: Path) -> None:
+    # It is said that nothing was trained, and no file of the run changes.
+    before = files_of(run)
+    result = command("fit", "--resume", run, "--workers", "0", "--cache", "off")
+    assert result.exit_code == 0, result.output
+    assert "was finished already" in result.stderr
+    assert files_of(run) == before
+
+
+def test_a_run_is_not_put_among_other_files(images: Path, tmp_path: Path) -> None:
+    # A user's plan stays as it was; hidden files do not count.
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "plan.yaml").write_text("mine")
+    fails(fit("--data", images, "--out", mine), "none of a run's (plan.yaml)", "--out")
+    assert files_of(mine) == {"plan.yaml": b"mine"}
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / ".gitignore").write_text("*")
+    assert fit("--data", images, "--out", hidden, "--epochs", "1").exit_code == 0
+
+
+def test_a_run_is_not_put_into_its_data(tmp_path: Path) -> None:
+    # The folder of the data itself, one in it, one around it.
+    photos = make_images(tmp_path / "around" / "photos")
+    before = files_of(photos)
+    for out in (photos, photos / "runs" / "a", photos.parent):
+        fails(fit("--data", photos, "--out", out), "lie in each other", str(out))
+    assert files_of(photos) == before
+
+
+def test_numbers_out_of_range_are_usage_errors(images: Path, tmp_path: Path) -> None:
+    # Told at once, with the option, before a model is opened.
+    for option, value in (
+        ("--batch-size", "0"),
+        ("--epochs", "0"),
+        ("--workers", "-1"),
+        ("--accumulate", "0"),
+    ):
+        arguments = [
+            "--model",
+            "timm:nothing",
+            "--data",
+            images,
+            "--out",
+            tmp_path / "x",
+            "--strategy",
+            "full",
+        ]
+        assert option in usage(command("fit", *arguments, option, value))
+
+
+def test_commands_to_go_on_with_can_be_pasted(images: Path, tmp_path: Path) -> None:
+    # Paths with blanks are quoted.
+    out = tmp_path / "my run"
+    result = fit("--data", images, "--out", out, "--epochs", "1")
+    assert f"layerwise predict {shlex.quote(str(out))}" in result.stdout.replace("\n", "")
+
+
+def test_predict_is_not_advised_where_it_refuses(images: Path, tmp_path: Path) -> None:
+    # predict does not run a Python file.
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "from layerwise.sources.preprocessing import Preprocessing\n"
+        "def net(num_classes=2):\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                        nn.Linear(4, num_classes))\n"
+        "    return net, Preprocessing(crop=(32, 32), resize=None)\n"
+    )
+    result = command(
+        "fit", "--model", f"{tmp_path / 'net.py'}:net", "--data", images, "--out", tmp_path / "run",
+        "--strategy", "full", "--epochs", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Predict with it" not in result.stdout
+
+
+def test_files_left_out_come_without_the_advice_to_leave_them_out(
+    run: Path, images: Path, tmp_path: Path
+) -> None:
+    # --skip-bad-images is given already.
+    bad = tmp_path / "bad.png"
+    bad.write_text("no image")
+    result = command("predict", run, bad, images / "red" / "2.png", "--skip-bad-images")
+    assert "bad.png" in result.stderr
+    assert "--skip-bad-images" not in result.stderr
+
+
+def test_near_names_of_runs_come_first(run: Path, tmp_path: Path) -> None:
+    # Of many runs the closest are shown, and how many more there are.
+    for number in range(12):
+        shutil.copytree(run, tmp_path / f"a{number:02}")
+    shutil.copytree(run, tmp_path / "zebra")
+    fails(command("fit", "--resume", tmp_path / "zebrra"), "Runs in", ": zebra, a00", "and 5 more")
+    fails(command("report", tmp_path / "zebrra"), "does not exist", "zebra")

@@ -320,6 +320,7 @@ def test_explain_prints_a_timeline_and_a_heat_map() -> None:
     assert lines[1] == "  slanted triangular"
     assert re.search(r"1 from fc +1 epoch +60 +28.6% +fc +0.0312 +1 +0.042", text)
     assert "100 steps an epoch (assumed)" in lines[-1]
+    assert "; 1 step an epoch; " in str(ulmfit(layers).explain(layers, steps_per_epoch=1))
     stem = next(line for line in lines if re.match(r" +stem +·", line))
     assert set(stem.split()[1]) > {"·", "░"}
     assert "\x1b" not in text

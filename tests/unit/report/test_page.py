@@ -74,6 +74,17 @@ def test_page_of_an_unfinished_run_says_so(run, tmp_path):
     assert "Learning curves" in page
 
 
+def test_letters_of_settings_are_readable(run, tmp_path):
+    # no \\u escapes for names that are not ASCII
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    about = json.loads((tmp_path / "r" / "run.json").read_text())
+    about["data"]["source"] = "Übung"
+    (tmp_path / "r" / "run.json").write_text(json.dumps(about))
+    assert "Übung" in write_report(tmp_path / "r").read_text(encoding="utf-8")
+
+
 def test_findings_of_the_audit_are_told(run, tmp_path):
     # severity, module, reason and remedy of each
     import shutil

@@ -222,7 +222,7 @@ def test_a_users_own_function_with_a_fixed_head(user_file):
     [
         ("buidl", "Did you mean 'build'"),
         ("broken", "raised KeyError: 'no weights here'"),
-        ("number", "returned a int; expected an nn.Module"),
+        ("number", "returned an int; expected an nn.Module"),
     ],
 )
 def test_what_a_users_function_can_do_wrong(user_file, function, message):

@@ -38,6 +38,12 @@ def test_small_classes_are_all_named():
         stratified_split(["a"] * 5 + ["b"] + ["c"] * 2, [0.2, 0.2], seed=0)
 
 
+def test_one_class_too_small_is_told_in_the_singular():
+    # Words follow the number.
+    with pytest.raises(DataError, match=r"^1 class is too small"):
+        stratified_split(["a"] * 8 + ["b"], [0.2], seed=0)
+
+
 @pytest.mark.parametrize("split", [stratified_split, grouped_split])
 @pytest.mark.parametrize("fracs", [[-0.1], [1.0], [0.5, 0.5]])
 def test_shares_out_of_range(split, fracs):

@@ -46,7 +46,9 @@ def test_a_missing_column_names_those_there_are(tmp_path, suffix):
 def test_wrong_encoding_names_the_line(tmp_path):
     path = tmp_path / "w.csv"
     path.write_bytes("text,label\nplain,a\nfür,b\n".encode("cp1252"))
-    with pytest.raises(DataError, match=r"not utf-8: line 3 has the byte 0xfc.*encoding='cp1252'"):
+    with pytest.raises(
+        DataError, match=r"not utf-8: line 3 has the byte 0xfc.*--encoding cp1252 .encoding='cp1252'"
+    ):
         read_rows(path)
     assert read_rows(path, encoding="cp1252")[1]["text"] == "für"
     path.write_bytes("text,label\nä,b\n".encode("utf-16"))

@@ -61,12 +61,13 @@ def test_a_model_alone_is_enough(script):
     [
         ("two_models", "several models"),
         ("text", "a str"),
-        ("nothing", "a int"),
+        ("nothing", "an int"),
         ("misnamed", "Did you mean 'optimizer'"),
         ("broken", "raised KeyError"),
+        ("", "names no function"),
         ("brokn", "Did you mean 'broken'"),
     ],
 )
 def test_what_cannot_be_told_apart_is_refused(script, function, message):
     with pytest.raises(ModelError, match=message):
-        call_setup(f"{script}:{function}")
+        call_setup(f"{script}:{function}" if function else "script.py")

@@ -679,6 +679,40 @@ def test_the_set_up_is_audited_and_watched(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "audit.json").exists()
 
 
+def test_the_audit_of_a_resumed_run_is_that_of_its_beginning(tmp_path: Path) -> None:
+    # Stopped before its end it has "before"; resumed it keeps that; resumed once more nothing changes.
+    def stop(entry: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path / "a", on_epoch=stop)
+    file = tmp_path / "a" / "audit.json"
+    audited = json.loads(file.read_text())
+    assert audited["before"]["ok"]
+    assert audited["after"] is None
+    audited["before"]["notes"] = ["of the beginning"]
+    file.write_text(json.dumps(audited))
+    run(out=tmp_path / "a", resume=True)
+    audited = json.loads(file.read_text())
+    assert audited["before"]["notes"] == ["of the beginning"]
+    assert audited["after"]["moved"]
+    text = file.read_text()
+    run(out=tmp_path / "a", resume=True)
+    assert file.read_text() == text
+
+
+def test_a_run_whose_result_is_missing_keeps_what_moved(tmp_path: Path) -> None:
+    # Killed between its last step and its result, it is finished without a step: "after" stays.
+    run(out=tmp_path / "a")
+    about = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps({**about, "result": None}))
+    (tmp_path / "a" / "plan.yaml").unlink()
+    text = (tmp_path / "a" / "audit.json").read_text()
+    run(out=tmp_path / "a", resume=True)
+    assert (tmp_path / "a" / "audit.json").read_text() == text
+    assert (tmp_path / "a" / "plan.yaml").exists()
+
+
 def test_a_tracker_that_is_not_there_is_told(tmp_path: Path) -> None:
     # accelerate would only leave it out; here the run does not start.
     with pytest.raises(TrainingError, match="tracker 'nothing' is not known"):

@@ -66,6 +66,9 @@ def test_a_sound_set_up_has_no_findings(net):
     report = audit(net, no_decay_groups(net), layers=map_by_children(net), loader=data())
     assert report.findings == ()
     assert str(report) == "audit: no findings"
+    console = Console(file=io.StringIO())
+    console.print(report)
+    assert "what and why" not in console.file.getvalue()  # no empty table
     report.raise_for_errors()
     assert audit(Net(), loader=data()).findings == ()
 
