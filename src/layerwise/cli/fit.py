@@ -47,7 +47,7 @@ def fit(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with a folder of images a class, or a table of paths; a table of texts.",
+            help="Folder with a folder of images a class, or a table of paths; for hf: text models of texts.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -69,6 +69,7 @@ def fit(
     task: text.Task = None,
     text_column: text.TextColumn = None,
     pair_column: text.PairColumn = None,
+    path_column: text.PathColumn = None,
     label_column: text.LabelColumn = None,
     response_column: text.ResponseColumn = None,
     group_column: text.GroupColumn = None,
@@ -237,6 +238,7 @@ def fit(
             task=task,
             text_column=text_column,
             pair_column=pair_column,
+            path_column=path_column,
             label_column=label_column,
             response_column=response_column,
             group_column=group_column,

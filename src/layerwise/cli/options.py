@@ -48,6 +48,7 @@ class TaskOptions:
         str,
         typer.Option(help="Folder with a folder of images a class, a table of paths, or a table of texts."),
     ]
+    path_column: text.PathColumn = None
     text_column: text.TextColumn = None
     label_column: text.LabelColumn = None
     pair_column: text.PairColumn = None
@@ -66,8 +67,9 @@ class TaskOptions:
 
     @property
     def text(self) -> dict[str, Any] | None:
-        """What was said of texts; None for images."""
+        """What was said of a table; None for nothing."""
         return text.text_options(
+            path_column=self.path_column,
             text_column=self.text_column,
             label_column=self.label_column,
             pair_column=self.pair_column,

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from layerwise.errors import DataError, did_you_mean
 from layerwise.sources.splits import grouped_split, stratified_split
-from layerwise.sources.tables import Row, require_columns
+from layerwise.sources.tables import Row, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
 
 TextTask = Literal[
@@ -175,7 +175,8 @@ def read_texts(
     if not len(parts["train"]):
         raise DataError(f"data {str(source)!r} has no usable training row left; {len(bad)} were left out.")
     classes = _classes(source, task, parts, found.label_names.get(label_column))
-    notes = _split(task, parts, val_frac, test_frac, seed)
+    notes = [*unused_split(found.parts["train"], split_column)] if set(found.parts) == {"train"} else []
+    notes += _split(task, parts, val_frac, test_frac, seed)
     return TextTable(task, parts, classes, tuple(bad), tuple(notes))
 
 
