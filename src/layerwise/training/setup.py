@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
+from layerwise.cache.remedies import without_remedies
 from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError, did_you_mean
 from layerwise.files import write_json
@@ -240,13 +241,16 @@ def open_cache(
 
 
 def cache_note(prefix: PrefixCache) -> str:
-    """Return what the cache says of the training data in the present phase; ``""`` before it has looked."""
+    """Return what the cache says of the training data in the present phase; ``""`` before it has looked.
+
+    What could be done about it is left out: it is for those who hold the cache.
+    """
     decision = prefix.decision
     lines = prefix.describe().splitlines()
     if decision is None:
         return ""
     found = [line for line in lines if decision.reason in line] or [f"prefix cache: {decision.reason}"]
-    return re.sub(r" \(loader \d+\)", "", found[-1])
+    return without_remedies(re.sub(r" \(loader \d+\)", "", found[-1]))
 
 
 def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:

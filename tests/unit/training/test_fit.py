@@ -647,6 +647,31 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
     assert load_run(tmp_path / "run", model=Tiny()).classes == ("0", "1", "2")
 
 
+class Varied(Dataset):
+    """Samples that are another each time."""
+
+    def __init__(self) -> None:
+        self.inner = tiny_data()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, label = self.inner[index]
+        return x + 0.01 * torch.rand(x.shape), label
+
+
+def test_the_note_on_the_cache_advises_nothing_that_fit_does_not_have() -> None:
+    # With augmentation, and where all learns on purpose, the reason is told and no remedy of PrefixCache.
+    for told in (
+        run(train=Varied(), cache="auto").notes,
+        run(plan=one_phase(epochs=1), cache="auto").notes,
+    ):
+        (note,) = [note for note in told if note.startswith("prefix cache: off")]
+        assert "views" not in note
+        assert "Freeze" not in note
+
+
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_a_cached_run_is_the_same_run(storage: str, tmp_path: Path) -> None:
     # With the frozen prefix replayed, history and weights are those of the plain run, bit for bit.
