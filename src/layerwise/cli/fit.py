@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
+from layerwise.cli.options import refuse
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _TRAINING = "Training"
 
 @friendly
 def fit(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -194,6 +196,8 @@ def fit(
         raise typer.BadParameter(f"{', '.join(missing)} is missing (or --resume RUN).")
     if (strategy is None) == (plan is None):
         raise typer.BadParameter("give exactly one of --strategy and --plan.")
+    if strategy != "auto":
+        refuse(context, ["budget_minutes", "search_share"], "only --strategy auto searches")
 
     from layerwise.training.job import Job
 

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -153,6 +153,21 @@ def with_task(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse those of the parameters `names` that stand on the command line: they would not be used.
+
+    Raises:
+        BadParameter: there are any; `why` is told.
+    """
+    typed = []
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            typed.append(f"--{name.replace('_', '-')}")
+    if typed:
+        raise typer.BadParameter(f"{', '.join(typed)}: {why}; leave it out.")
 
 
 def numbers(text: str, option: str, *, kind: Callable[[str], Any] = int) -> list[Any]:

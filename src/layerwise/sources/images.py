@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from layerwise.errors import DataError, did_you_mean
 from layerwise.sources.imagefile import EXTENSIONS, find_bad_images, read_image
 from layerwise.sources.preprocessing import Augment, Preprocessing
-from layerwise.sources.splits import stratified_split
+from layerwise.sources.splits import VAL_FRAC, fracs_to_split, stratified_split
 from layerwise.sources.tables import PARTS, read_rows, unused_split
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def open_images(
     source: str | Path,
     preprocessing: Preprocessing,
     *,
-    val_frac: float = 0.2,
+    val_frac: float = VAL_FRAC,
     test_frac: float = 0.0,
     seed: int = 0,
     augment: Augment = "none",
@@ -197,7 +197,8 @@ def open_images(
     _raise_problems(source, listing, parts)
 
     classes = sorted({label for samples in parts.values() for _, label in samples})
-    fracs = [0.0 if "val" in parts else val_frac, 0.0 if "test" in parts else test_frac]
+    fracs, unused = fracs_to_split(parts, val_frac=val_frac, test_frac=test_frac)
+    notes += unused
     if any(fracs):
         train = parts["train"]
         split = stratified_split([label for _, label in train], fracs, seed=seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layerwise.errors import DataError, did_you_mean
-from layerwise.sources.splits import grouped_split, stratified_split
+from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
 from layerwise.sources.tables import Row, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
 
@@ -92,7 +92,7 @@ def read_texts(
     split_column: str | None = None,
     val: str | Path | None = None,
     test: str | Path | None = None,
-    val_frac: float = 0.2,
+    val_frac: float = VAL_FRAC,
     test_frac: float = 0.0,
     seed: int = 0,
     encoding: str = "utf-8",
@@ -342,16 +342,15 @@ def _split(
     task: TextTask, parts: dict[str, TextPart], val_frac: float, test_frac: float, seed: int
 ) -> list[str]:
     """Split off the parts that are missing; return what was done."""
-    fracs = [0.0 if "val" in parts else val_frac, 0.0 if "test" in parts else test_frac]
+    fracs, notes = fracs_to_split(parts, val_frac=val_frac, test_frac=test_frac)
     if not any(fracs):
-        return []
+        return notes
     train = parts["train"]
     if train.groups is not None:
         split, how = grouped_split(train.groups, fracs, seed=seed), "by group"
     else:
         labels = train.targets if task == "text_classification" else None
         split, how = stratified_split(labels or [0] * len(train), fracs, seed=seed), "stratified"
-    notes = []
     for name, frac, indices in zip(("val", "test"), fracs, split[1:], strict=True):
         if frac:
             parts[name] = train.take(indices)

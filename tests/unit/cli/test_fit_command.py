@@ -96,6 +96,23 @@ def test_a_table_of_images_by_its_own_column_names(images: Path, tmp_path: Path)
     assert "is no table" in folder.stderr
 
 
+def test_what_would_not_be_used_is_refused(images: Path, run: Path, tmp_path: Path) -> None:
+    # Options of another strategy, kind of data or demo are usage errors that name the option and the reason.
+    started = ["fit", *MODEL, "--data", images, "--strategy", "full", "--out", tmp_path / "a"]
+    for arguments, option, why in (
+        (started, "--budget-minutes", "auto"),
+        (started, "--search-share", "auto"),
+        (["predict", run, images], "--text-column", "is a run on images"),
+        (["demo", "images", "--out", tmp_path / "b"], "--per-topic", "demo on texts"),
+        (["demo", "text", "--out", tmp_path / "b"], "--image-size", "demo on images"),
+    ):
+        result = command(*arguments, option, {"--search-share": "0.5"}.get(option, "64"))
+        assert result.exit_code == 2, result.output
+        told = " ".join(result.stderr.replace("│", " ").split())
+        assert option in told
+        assert why in told
+
+
 def test_results_are_printed_for_people_and_for_machines(images: Path, tmp_path: Path) -> None:
     # Tables on stdout, progress on stderr; --json prints one document and nothing else on stdout.
     table = fit("--data", images, "--out", tmp_path / "a", "--test-frac", "0.2")
