@@ -369,12 +369,24 @@ def monitored_value(scores: Scores, task: Task) -> float | None:
     return scores.values.get(task.monitor)
 
 
-def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it."""
+def is_better(
+    value: float,
+    than: float | None,
+    mode: Literal["max", "min"],
+    *,
+    loss: float | None = None,
+    than_loss: float | None = None,
+) -> bool:
+    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it.
+
+    Of equal values the one with the lower loss is better, where both losses are known.
+    """
     if than is None:
         return True
     if math.isnan(than):
         return not math.isnan(value)
+    if value == than and loss is not None and than_loss is not None:
+        return is_better(loss, than_loss, "min")
     return value > than if mode == "max" else value < than
 
 

@@ -120,6 +120,16 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert not torch.equal(kept["memory"], kept["last"])
 
 
+def test_of_equal_epochs_the_one_with_the_lowest_loss_is_kept() -> None:
+    # The monitor reaches its best value early, and the loss goes on falling: the first of them is not kept.
+    train, val = tiny_data(200, classes=2), tiny_data(12, classes=2)
+    result = run(Tiny(2), train, val, plan=one_phase(epochs=8), lr=1e-2)
+    best = max(line["balanced_accuracy"] for line in result.history)
+    ties = [line for line in result.history if line["balanced_accuracy"] == best]
+    assert len(ties) > 1
+    assert result.best_epoch == min(ties, key=lambda line: line["val_loss"])["epoch"] != ties[0]["epoch"]
+
+
 def test_a_run_folder_holds_what_is_needed(tmp_path: Path) -> None:
     # run.json tells plan, settings, classes, versions and result; plan.yaml loads; files are whole.
     out = tmp_path / "run"
