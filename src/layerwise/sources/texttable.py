@@ -163,7 +163,8 @@ def read_texts(
     parts: dict[str, TextPart] = {}
     bad: list[tuple[str, str]] = []
     for name, rows in found.parts.items():
-        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns)
+        hint = " Name yours: --text-column, --label-column."
+        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns, hint=hint)
         parts[name], problems = reader.read(name, rows)
         bad += problems
     if bad and not skip_bad_rows:

@@ -168,7 +168,7 @@ def test_language_model_first_needs_a_language_model(work, tmp_path):
 BAD = {
     "a column that is not there": (
         ["--label-column", "topics"],
-        "no column 'topics'",
+        "no column 'topics'; its columns are 'text', 'topic'. Did you mean 'topic'? Name yours: --text-col",
     ),
     "a model without a tokenizer": (
         ["--model", "timm:resnet18"],
