@@ -25,7 +25,17 @@ ORDER = [
 ]
 # Of a folder with folders inside: its modules that these use, the folders, and all its other modules.
 INSIDE = {
-    "cache": ["comparing", "traceless", "changes", "cutting", "replay", "store", "samples", "proof"],
+    "cache": [
+        "remedies",
+        "comparing",
+        "traceless",
+        "changes",
+        "cutting",
+        "replay",
+        "store",
+        "samples",
+        "proof",
+    ],
 }
 # What `import layerwise` and a plain `layerwise.fit` may need; anything else is an extra.
 OPTIONAL = {

@@ -97,7 +97,7 @@ def open_inputs(
     """
     from layerwise.layers.mapping import layer_map
     from layerwise.layers.randomness import seed_everything
-    from layerwise.sources.models import open_model
+    from layerwise.sources.models import open_model, takes_texts
 
     if data.startswith(NAMED):
         given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "input_size": input_size}
@@ -105,23 +105,24 @@ def open_inputs(
         return task.opened, _Inputs(task.data.train), task.layers
     seed_everything(seed)
     # a text model has a head to be named by the same groups as when it is tuned
-    more: dict[str, Any] = {} if text is None else {"num_classes": 2, "task": "text_classification"}
+    more: dict[str, Any] = {"num_classes": 2, "task": "text_classification"} if takes_texts(model) else {}
     opened = open_model(model, weights=weights, pretrained=pretrained, input_size=input_size, **more)
     samples = unlabelled(opened, data, text=text)
     return opened, samples, layer_map(opened.model, opened.example_input, cast(Any, granularity))
 
 
-def has_labels(data: str, text: dict[str, Any] | None) -> bool:
+def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
     """Return whether data name the classes of their samples; of what cannot be opened, yes: so it is told.
 
     A folder that holds images and no folder of images names none, nor does a table of texts without the
     column ``label`` for which no other column is named, nor a file of lines.
     """
     from layerwise.sources.images import is_image
+    from layerwise.sources.models import takes_texts
     from layerwise.sources.tables import TABLES, read_rows
 
-    path = Path(data)
-    if text is None:
+    path, text = Path(data), text or {}
+    if not takes_texts(model):
         loose = path.is_dir() and any(map(is_image, path.iterdir()))
         return not loose or any(map(is_image, path.glob("*/**/*")))
     if text.get("label_column") is not None or not path.is_file():
@@ -135,17 +136,17 @@ def unlabelled(opened: OpenedModel, data: str, *, text: dict[str, Any] | None = 
     """Return all images in a folder, whatever its sub-folders, or all texts of a file, without labels.
 
     Raises:
-        ModelError: the model takes no images, and it was not said in which column the texts are.
+        ModelError: the model takes neither.
         DataError: there is no such folder or file, or nothing in it.
     """
     from layerwise.sources.images import image_list
 
-    if text is not None:
-        return _texts(opened, data, text)
+    if opened.tokenizer is not None:
+        return _texts(opened, data, text or {})
     if opened.preprocessing is None:
         raise ModelError(
-            f"{opened.spec!r} takes no images. For texts say in which column they are (--text-column); other "
-            "inputs can be given in Python: layerwise.shift, layerwise.signature."
+            f"{opened.spec!r} takes neither images nor texts; other inputs can be given in Python: "
+            "layerwise.shift, layerwise.signature."
         )
     return _Inputs(image_list([data], opened.preprocessing))
 
@@ -155,7 +156,7 @@ def _texts(opened: OpenedModel, data: str, text: dict[str, Any]) -> Any:
     from layerwise.training.text_job import TextOptions, length_for
     from layerwise.training.text_predict import read_texts
 
-    options = TextOptions(**text)
+    options = TextOptions(**{name: value for name, value in text.items() if name != "path_column"})
     rows = read_texts(
         [data],
         text_column=options.text_column or "text",

@@ -11,6 +11,7 @@ import typer
 
 from layerwise.cli.demo_output import describe_arm, show_demo
 from layerwise.cli.demo_text import demo_text
+from layerwise.cli.options import refuse
 from layerwise.cli.output import JsonFlag, friendly, say
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 @friendly
 def demo(
+    context: typer.Context,
     what: Annotated[
         Literal["images", "text"],
         typer.Argument(help="Solar cells and an image network, or topics and a sentence encoder."),
@@ -43,6 +45,10 @@ def demo(
     from layerwise.sources.demo import DEMO_MODEL
     from layerwise.training.demo import EPOCHS, run_demo
 
+    if what == "text":
+        refuse(context, ["train", "val", "test", "image_size"], "it is of the demo on images")
+    else:
+        refuse(context, ["per_topic", "data", "model"], "it is of the demo on texts (layerwise demo text)")
     began_s = time.monotonic()
     folder = out or _new_folder(Path("runs"), "demo" if what == "images" else "demo-text")
     if what == "text":

@@ -41,7 +41,7 @@ def diagnose(
     known = check_source(source, signature)
     samples: Any
     classes: Sequence[str] = ()
-    if has_labels(task.data, task.text):
+    if has_labels(task.model, task.data, task.text):
         prepared = task.open(val_frac=0.0)
         opened, samples, layers = prepared.opened, prepared.data.train, prepared.layers
         classes = prepared.data.classes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
+from layerwise.cli.options import refuse
 from layerwise.cli.output import JsonFlag, friendly, given_options, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _ALSO_RESUMED = {"resume", "workers", "cache", "as_json"}
 
 @friendly
 def fit(
-    ctx: typer.Context,
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +51,7 @@ def fit(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder with a folder of images a class, or a table of paths; a table of texts.",
+            help="Folder with a folder of images a class, or a table of paths; for hf: text models of texts.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -72,6 +73,7 @@ def fit(
     task: text.Task = None,
     text_column: text.TextColumn = None,
     pair_column: text.PairColumn = None,
+    path_column: text.PathColumn = None,
     label_column: text.LabelColumn = None,
     response_column: text.ResponseColumn = None,
     group_column: text.GroupColumn = None,
@@ -211,7 +213,7 @@ def fit(
     """
     given = {"--model": model, "--data": data, "--out": out}
     if resume is not None:
-        named = given_options(ctx)
+        named = given_options(context)
         if extra := [option for name, option in named.items() if name not in _ALSO_RESUMED]:
             raise typer.BadParameter(
                 f"a resumed run goes on as it began, so {', '.join(extra)} cannot be given beside --resume "
@@ -226,10 +228,12 @@ def fit(
         )
     if (strategy is None) == (plan is None):
         raise typer.BadParameter("give exactly one of --strategy and --plan.")
-    if plan is not None and "granularity" in given_options(ctx):
+    if plan is not None and "granularity" in given_options(context):
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
     if not lr > 0:
         raise typer.BadParameter(f"--lr is {lr}; expected a number above 0.")
+    if strategy != "auto":
+        refuse(context, ["budget_minutes", "search_share"], "only --strategy auto searches")
 
     from layerwise.training.job import Job
 
@@ -274,6 +278,7 @@ def fit(
             task=task,
             text_column=text_column,
             pair_column=pair_column,
+            path_column=path_column,
             label_column=label_column,
             response_column=response_column,
             group_column=group_column,

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import shlex
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -48,6 +48,7 @@ class TaskOptions:
         str,
         typer.Option(help="Folder with a folder of images a class, a table of paths, or a table of texts."),
     ]
+    path_column: text.PathColumn = None
     text_column: text.TextColumn = None
     label_column: text.LabelColumn = None
     pair_column: text.PairColumn = None
@@ -67,8 +68,9 @@ class TaskOptions:
 
     @property
     def text(self) -> dict[str, Any] | None:
-        """What was said of texts; None for images."""
+        """What was said of a table; None for nothing."""
         return text.text_options(
+            path_column=self.path_column,
             text_column=self.text_column,
             label_column=self.label_column,
             pair_column=self.pair_column,
@@ -156,6 +158,21 @@ def with_task(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
+    """Refuse those of the parameters `names` that stand on the command line: they would not be used.
+
+    Raises:
+        BadParameter: there are any; `why` is told.
+    """
+    typed = []
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            typed.append(f"--{name.replace('_', '-')}")
+    if typed:
+        raise typer.BadParameter(f"{', '.join(typed)}: {why}; leave it out.")
 
 
 def numbers(text: str, option: str, *, kind: Callable[[str], Any] = int) -> list[Any]:

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
+from layerwise.cli.options import refuse
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 
 @friendly
 def predict(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     inputs: Annotated[
         list[Path] | None,
@@ -51,6 +53,7 @@ def predict(
 
     loaded = load_run(run)
     if loaded.tokenizer is not None:
+        refuse(context, ["skip_bad_images"], f"{run} is a run on texts")
         text.predict_and_print(
             loaded,
             inputs or [],
@@ -62,6 +65,7 @@ def predict(
             new_tokens=new_tokens,
         )
         return
+    refuse(context, ["text_column", "pair_column", "encoding", "new_tokens"], f"{run} is a run on images")
     if not inputs:
         raise typer.BadParameter("give the images to predict: files, or folders of them.")
     images = inputs

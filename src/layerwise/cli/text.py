@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from layerwise.training.run import Run
 
 _TEXT = "Texts (with hf: models)"
+_TABLE = "Tables"
 
 TextTask = Literal[
     "text_classification", "multi_label", "regression", "token_classification", "causal_lm", "masked_lm"
@@ -31,19 +32,33 @@ def _option(help: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_TEXT)
 
 
-TextColumn = Annotated[str | None, _option("Column of the text; --data is then a table.")]
+TextColumn = Annotated[str | None, _option("Column of the text; text.")]
 PairColumn = Annotated[str | None, _option("Column of the second text of a pair.")]
-LabelColumn = Annotated[str | None, _option("Column of the label, the number or the tags.")]
+PathColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the image files, relative to the table; path.", rich_help_panel=_TABLE),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the label, the number or the tags; label.", rich_help_panel=_TABLE),
+]
 ResponseColumn = Annotated[
     str | None, _option("causal_lm: column of what is learned; the text is its prompt.")
 ]
 GroupColumn = Annotated[str | None, _option("Rows with one value in it stay on one side of the split.")]
-SplitColumn = Annotated[str | None, _option("Column that says train, val or test.")]
+SplitColumn = Annotated[
+    str | None, typer.Option(help="Column that says train, val or test.", rich_help_panel=_TABLE)
+]
 ValData = Annotated[Path | None, _option("A table to validate on.")]
 TestData = Annotated[Path | None, _option("A table to test on.")]
 Encoding = Annotated[str | None, _option("Of text files; utf-8.")]
 LabelSeparator = Annotated[str | None, _option("multi_label: between the labels of a row; a comma.")]
-SkipBadRows = Annotated[bool, _option("Leave out rows without text or label.", "--skip-bad-rows")]
+SkipBadRows = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-rows", help="Leave out rows without path, text or label.", rich_help_panel=_TABLE
+    ),
+]
 MaxLength = Annotated[int | None, _option("Tokens of a text at most; 256.")]
 Padding = Annotated[
     Literal["auto", "batch", "all"] | None,
@@ -61,7 +76,7 @@ LmStrategy = Annotated[str | None, _option("Strategy of that; discriminative:dec
 
 
 def text_options(**given: Any) -> dict[str, Any] | None:
-    """Return the fields of `TextOptions` that were given, None for a job on images.
+    """Return what was said of a table, as `Job.text` keeps it; None for nothing.
 
     Relative paths become absolute ones, so that a run can be resumed from another folder.
     """

@@ -59,6 +59,11 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             strategy itself refuses.
     """
     name, given, positional = _split(text)
+    if name == "auto":
+        raise PlanError(
+            "strategy 'auto' looks at the data, so only fit has it: layerwise fit --strategy auto. For its "
+            "plan in a file: layerwise advise MODEL --data DATA -o plan.yaml"
+        )
     if name not in STRATEGIES:
         raise PlanError(
             f"strategy {name!r} is not known ({', '.join(STRATEGIES)}).{did_you_mean(name, STRATEGIES)}"

@@ -13,9 +13,9 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from layerwise.errors import PlanError, did_you_mean
 from layerwise.plans.data import Data
@@ -109,6 +109,21 @@ class Norms(Data):
         ]
 
 
+def _by_name(part: type[Data], field: str, known: Any, example: str) -> BeforeValidator:
+    """Return what lets a name stand for a part of a phase: ``freeze`` for ``{policy: freeze}``."""
+    names = get_args(known)
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, Mapping | part):
+            return value
+        if isinstance(value, str) and value in names:
+            return {field: value}
+        close = did_you_mean(value, names, count=1) if isinstance(value, str) else ""
+        raise ValueError(f"expected one of {', '.join(names)}, or settings like {example}.{close}")
+
+    return BeforeValidator(expand)
+
+
 class Phase(Data):
     """One row of the matrix, and how it is carried out.
 
@@ -120,9 +135,9 @@ class Phase(Data):
         steps: length in optimiser steps.
         patience_epochs: end the phase early when the validation metric has not improved for so many
             epochs (gradual unfreezing "when validation stalls"); `epochs` is then the upper limit.
-        schedule: the factor over time.
+        schedule: the factor over time; or the name of its shape.
         join_steps: length of the warm-up that a group gets when it joins in this phase, in steps.
-        norms: the normalisation policy.
+        norms: the normalisation policy; or its name.
         frozen_dropout: whether dropout and stochastic depth stay active in frozen groups.
         l2_sp: strength of the pull towards the pretrained weights; 0 is none.
         reinit: groups whose parameters are initialised anew when the phase starts.
@@ -138,9 +153,11 @@ class Phase(Data):
     epochs: Annotated[int, Field(gt=0)] | None = None
     steps: Annotated[int, Field(gt=0)] | None = None
     patience_epochs: Annotated[int, Field(gt=0)] | None = None
-    schedule: Schedule = Schedule()
+    schedule: Annotated[Schedule, _by_name(Schedule, "shape", Shape, "{shape: cosine, warmup_frac: 0.1}")] = (
+        Schedule()
+    )
     join_steps: Annotated[int, Field(ge=0)] = 0
-    norms: Norms = Norms()
+    norms: Annotated[Norms, _by_name(Norms, "policy", NormKind, "{policy: freeze}")] = Norms()
     frozen_dropout: bool = False
     l2_sp: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     reinit: tuple[str, ...] = ()
@@ -222,7 +239,7 @@ class Plan(Data):
         ]
         names = Counter(row["name"] for row in rows if isinstance(row.get("name"), str))
         found += [f"{n} phases are called {name!r}; names are unique" for name, n in names.items() if n > 1]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows if groups else ()):  # where they are missing, that alone is told
             for field, used in _group_names(row):
                 found += [
                     f"phase {row.get('name', number)!r}, {field}: group {name!r} is not among the groups "
@@ -364,6 +381,8 @@ def _group_names(row: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 def _trains(data: Mapping[str, Any]) -> bool:
     """Return whether a phase trains anything, as far as unchecked data tells (unreadable counts as yes)."""
     norms = data.get("norms")
+    if isinstance(norms, str):
+        return norms == "adapt" or _trains({**data, "norms": None})
     policy, tune = (
         (norms.get("policy"), norms.get("tune"))
         if isinstance(norms, Mapping)

@@ -142,6 +142,18 @@ def open_model(
     )
 
 
+def task_of(spec: str, name: str) -> Task:
+    """Return what the model at `name` is for, as its configuration says.
+
+    Raises:
+        ModelError: there is none, or it classifies neither images nor texts.
+    """
+    transformers = _transformers(spec)
+    _local_folder(spec, name)
+    config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return _task_of(spec, config, transformers)
+
+
 def max_length_of(model: nn.Module, tokenizer: Any) -> int:
     """Return how many tokens `model` and `tokenizer` take at most; 512 where neither sets a limit.
 

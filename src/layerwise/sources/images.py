@@ -15,24 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from layerwise.errors import DataError, did_you_mean
 from layerwise.sources.imagefile import EXTENSIONS, find_bad_images, read_image
 from layerwise.sources.preprocessing import Augment, Preprocessing
-from layerwise.sources.splits import stratified_split
-from layerwise.sources.tables import read_rows
+from layerwise.sources.splits import VAL_FRAC, fracs_to_split, stratified_split
+from layerwise.sources.tables import PARTS, read_rows, unused_split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Check = Literal["auto", "full", "header"]
-# Names that people give to the parts of a split -> ours.
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 FULL_CHECK_LIMIT = 5000
 SHOWN = 10
 
@@ -146,7 +135,7 @@ def open_images(
     source: str | Path,
     preprocessing: Preprocessing,
     *,
-    val_frac: float = 0.2,
+    val_frac: float = VAL_FRAC,
     test_frac: float = 0.0,
     seed: int = 0,
     augment: Augment = "none",
@@ -155,6 +144,7 @@ def open_images(
     path_column: str = "path",
     label_column: str = "label",
     split_column: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> ImageData:
     """Return the images under `source`, split and ready for a model.
 
@@ -182,6 +172,8 @@ def open_images(
         path_column: of a table.
         label_column: of a table.
         split_column: of a table: holds train, val or test for each row.
+        skip_bad_rows: of a table: leave out rows without a path or a label and list them in
+            `ImageData.skipped`.
 
     Raises:
         DataError: the source is missing, has no images, one class, an empty class, classes that differ
@@ -193,7 +185,7 @@ def open_images(
     if source.is_dir():
         listing = _list_folders(source)
     elif source.is_file():
-        listing = _list_table(source, path_column, label_column, split_column)
+        listing = _list_table(source, path_column, label_column, split_column, skip_bad_rows)
     else:
         siblings = [entry.name for entry in source.parent.iterdir()] if source.parent.is_dir() else []
         raise DataError(
@@ -205,7 +197,8 @@ def open_images(
     _raise_problems(source, listing, parts)
 
     classes = sorted({label for samples in parts.values() for _, label in samples})
-    fracs = [0.0 if "val" in parts else val_frac, 0.0 if "test" in parts else test_frac]
+    fracs, unused = fracs_to_split(parts, val_frac=val_frac, test_frac=test_frac)
+    notes += unused
     if any(fracs):
         train = parts["train"]
         split = stratified_split([label for _, label in train], fracs, seed=seed)
@@ -226,7 +219,8 @@ def open_images(
 
     train_set = make("train")
     assert train_set is not None  # _raise_problems saw to it
-    return ImageData(train_set, make("val"), make("test"), tuple(classes), tuple(skipped), tuple(notes))
+    left_out = (*listing.skipped, *skipped)
+    return ImageData(train_set, make("val"), make("test"), tuple(classes), left_out, tuple(notes))
 
 
 def image_list(
@@ -266,6 +260,7 @@ class _Listing:
     parts: dict[str, Samples]
     empty: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 def _list_folders(root: Path) -> _Listing:
@@ -309,24 +304,33 @@ def _list_folders(root: Path) -> _Listing:
     return _Listing(parts, tuple(empty), notes)
 
 
-def _list_table(table: Path, path_column: str, label_column: str, split_column: str | None) -> _Listing:
+def _list_table(
+    table: Path, path_column: str, label_column: str, split_column: str | None, skip_bad_rows: bool
+) -> _Listing:
     """Return the images that a table names."""
     columns = [path_column, label_column, *([split_column] if split_column else [])]
-    rows = read_rows(table, columns)
+    hint = " Name yours: --path-column, --label-column; for texts give a model that reads them (hf:)."
+    rows = read_rows(table, columns, hint=hint)
     parts: dict[str, Samples] = {}
-    problems = []
+    problems, skipped = [], []
     for number, row in enumerate(rows, start=1):
         name, label = row[path_column], row[label_column]
         part = str(row[split_column]).strip().lower() if split_column else "train"
         if name in (None, "") or label in (None, ""):
-            problems.append(f"row {number} has no {path_column if name in (None, '') else label_column}")
+            skipped.append((f"row {number}", f"has no {path_column if name in (None, '') else label_column}"))
         elif part not in PARTS:
             problems.append(f"row {number} has {part!r} in {split_column!r}; expected train, val or test")
         else:
             parts.setdefault(PARTS[part], []).append((table.parent / str(name), str(label)))
+    if not skip_bad_rows:
+        problems += [f"{row} {reason}" for row, reason in skipped]
     if problems:
-        raise DataError(_listed(f"table {str(table)!r} has {len(problems)} bad rows", problems))
-    return _Listing(parts)
+        raise DataError(
+            _listed(f"table {str(table)!r} has {len(problems)} bad rows", problems)
+            + "\nRepair or remove them; rows without a path or label can be left out: --skip-bad-rows "
+            "(skip_bad_rows=True)."
+        )
+    return _Listing(parts, notes=unused_split(rows, split_column), skipped=tuple(skipped))
 
 
 def _readable(

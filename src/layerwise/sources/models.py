@@ -139,6 +139,20 @@ def open_model(
     )
 
 
+def takes_texts(spec: str) -> bool:
+    """Return whether the model called `spec` reads texts, as its configuration says; all others take images.
+
+    Raises:
+        ModelError: the name is not understood, or there is no such model.
+    """
+    kind, name = _split(spec)
+    if kind != "hf":
+        return False
+    from layerwise.sources import huggingface
+
+    return huggingface.task_of(spec, name) != "image_classification"
+
+
 def reopen(record: Mapping[str, Any], *, spec: str | None = None) -> OpenedModel:
     """Return the network that `OpenedModel.to_dict` described, with random weights for a run's to go in.
 

@@ -4,9 +4,37 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 from layerwise.errors import DataError, plural
+
+VAL_FRAC = 0.2
+"""Share of train to validate on, where nothing else is said."""
+
+
+def fracs_to_split(
+    parts: Collection[str], *, val_frac: float, test_frac: float
+) -> tuple[list[float], list[str]]:
+    """Return the shares of train to split off for val and test: 0 for a part that is there already.
+
+    Also returns a note for each share that was asked for in vain.
+
+    Args:
+        parts: names of those that are there.
+        val_frac: share for validation.
+        test_frac: share for testing.
+
+    Raises:
+        DataError: a share is out of range, whether it is used or not.
+    """
+    fracs, notes = [], []
+    for name, frac, default in (("val", val_frac, VAL_FRAC), ("test", test_frac, 0.0)):
+        if not 0 <= frac < 1:
+            raise DataError(f"{name}_frac is {frac}; expected a share of at least 0 and below 1.")
+        if name in parts and frac not in (0.0, default):
+            notes.append(f"{name}_frac={frac} is not used: the data have a {name} part of their own")
+        fracs.append(0.0 if name in parts else frac)
+    return fracs, notes
 
 
 def stratified_split(

@@ -18,19 +18,35 @@ DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
 TABLES = (*DELIMITERS, *JSON_LINES, *PARQUET)
+# Names that people give to the parts of a split -> ours.
+PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "test": "test",
+    "testing": "test",
+}
 SHOWN = 10
 # Python's reader stops at 131,072 characters a cell; longer ones are for the caller to judge.
 CELL_LIMIT = 2**31 - 1
 
 
-def read_rows(path: str | Path, columns: Sequence[str] = (), *, encoding: str = "utf-8") -> list[Row]:
+def read_rows(
+    path: str | Path, columns: Sequence[str] = (), *, encoding: str = "utf-8", hint: str = ""
+) -> list[Row]:
     """Return the rows of the table at `path`, all columns of each.
 
     Args:
         path: ``.csv``, ``.tsv``, ``.jsonl`` (or ``.json`` that holds one list), ``.parquet``. CSV and TSV
-            begin with a line of column names.
+            begin with a line of column names; where that has no comma (no tab) but a semicolon, a tab or a
+            bar, cells are separated by that.
         columns: that must be there.
         encoding: of text files; a byte-order mark is skipped.
+        hint: what else to tell where a column is missing.
 
     Raises:
         DataError: the file is missing, of another kind, empty, not in `encoding`, lacks one of
@@ -50,17 +66,25 @@ def read_rows(path: str | Path, columns: Sequence[str] = (), *, encoding: str = 
         names, rows = _read_parquet(path)
     else:
         raise DataError(f"table {str(path)!r} ends in {path.suffix!r}; expected one of {', '.join(TABLES)}.")
-    require_columns(f"table {str(path)!r}", names, columns)
+    require_columns(f"table {str(path)!r}", names, columns, hint=hint)
     if not rows:
         raise DataError(f"table {str(path)!r} has no rows.")
     return rows
 
 
-def require_columns(table: str, names: Sequence[str], columns: Sequence[str]) -> None:
+def unused_split(rows: Sequence[Row], split_column: str | None) -> tuple[str, ...]:
+    """Return a note where a column ``split`` says train, val or test and no `split_column` is named."""
+    values = {str(row.get("split", "")).strip().lower() for row in rows}
+    if split_column is not None or not values <= set(PARTS):
+        return ()
+    return ("the column 'split' is not used; it is with --split-column split (split_column='split')",)
+
+
+def require_columns(table: str, names: Sequence[str], columns: Sequence[str], *, hint: str = "") -> None:
     """Raise a `DataError` that names the columns there are, unless all of `columns` are among `names`."""
     missing = [column for column in columns if column not in names]
     if missing:
-        hints = "".join(did_you_mean(column, names, count=1) for column in missing)
+        hints = "".join(dict.fromkeys(did_you_mean(column, names, count=1) for column in missing)) + hint
         raise DataError(
             f"{table} has no column {', '.join(map(repr, missing))}; its columns are "
             f"{', '.join(map(repr, names)) or 'none'}.{hints}"
@@ -90,6 +114,7 @@ def _read_text(path: Path, encoding: str) -> str:
 
 def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str], list[Row]]:
     text = _read_text(path, encoding)
+    delimiter = _evident_delimiter(text, delimiter)
     rows: list[Row] = []
     problems = []
     with _long_cells():
@@ -113,6 +138,14 @@ def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str
             f"Quote cells that hold {delimiter!r}."
         )
     return names, rows
+
+
+def _evident_delimiter(text: str, delimiter: str) -> str:
+    """Return `delimiter`, or the other one that alone stands in the line of column names."""
+    header = text.partition("\n")[0]
+    if delimiter in header:
+        return delimiter
+    return next((other for other in (";", "\t", "|") if other in header), delimiter)
 
 
 @contextmanager

@@ -8,21 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError, did_you_mean
-from layerwise.sources.tables import TABLES, Row, read_rows
+from layerwise.sources.tables import PARTS, TABLES, Row, read_rows
 
 CONLL = (".conll", ".bio", ".iob", ".iob2")
-# Names that people give to the parts of a split -> ours.
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "eval": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 @dataclass

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layerwise.errors import DataError, did_you_mean
-from layerwise.sources.splits import grouped_split, stratified_split
-from layerwise.sources.tables import Row, require_columns
+from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
+from layerwise.sources.tables import Row, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
 
 TextTask = Literal[
@@ -92,7 +92,7 @@ def read_texts(
     split_column: str | None = None,
     val: str | Path | None = None,
     test: str | Path | None = None,
-    val_frac: float = 0.2,
+    val_frac: float = VAL_FRAC,
     test_frac: float = 0.0,
     seed: int = 0,
     encoding: str = "utf-8",
@@ -163,7 +163,8 @@ def read_texts(
     parts: dict[str, TextPart] = {}
     bad: list[tuple[str, str]] = []
     for name, rows in found.parts.items():
-        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns)
+        hint = " Name yours: --text-column, --label-column."
+        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns, hint=hint)
         parts[name], problems = reader.read(name, rows)
         bad += problems
     if bad and not skip_bad_rows:
@@ -175,7 +176,8 @@ def read_texts(
     if not len(parts["train"]):
         raise DataError(f"data {str(source)!r} has no usable training row left; {len(bad)} were left out.")
     classes = _classes(source, task, parts, found.label_names.get(label_column))
-    notes = _split(task, parts, val_frac, test_frac, seed)
+    notes = [*unused_split(found.parts["train"], split_column)] if set(found.parts) == {"train"} else []
+    notes += _split(task, parts, val_frac, test_frac, seed)
     return TextTable(task, parts, classes, tuple(bad), tuple(notes))
 
 
@@ -341,16 +343,15 @@ def _split(
     task: TextTask, parts: dict[str, TextPart], val_frac: float, test_frac: float, seed: int
 ) -> list[str]:
     """Split off the parts that are missing; return what was done."""
-    fracs = [0.0 if "val" in parts else val_frac, 0.0 if "test" in parts else test_frac]
+    fracs, notes = fracs_to_split(parts, val_frac=val_frac, test_frac=test_frac)
     if not any(fracs):
-        return []
+        return notes
     train = parts["train"]
     if train.groups is not None:
         split, how = grouped_split(train.groups, fracs, seed=seed), "by group"
     else:
         labels = train.targets if task == "text_classification" else None
         split, how = stratified_split(labels or [0] * len(train), fracs, seed=seed), "stratified"
-    notes = []
     for name, frac, indices in zip(("val", "test"), fracs, split[1:], strict=True):
         if frac:
             parts[name] = train.take(indices)

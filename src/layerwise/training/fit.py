@@ -136,9 +136,11 @@ def fit(
         sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
             `class_weights` and `sampler` for imbalanced data; both together count twice.
         label_smoothing: share of each target spread over all classes, in [0, 1).
-        early_stopping: stop after so many epochs without a better monitor (the task's metric).
+        early_stopping: stop after so many epochs without a better monitor (the task's metric; the loss
+            does not break its ties).
         keep: which weights the model and ``model.safetensors`` end with: of the ``"best"`` epoch by the
-            task's monitor, or of the ``"last"``.
+            task's monitor (of epochs with equal values the one with the lowest validation loss, then the
+            earliest), or of the ``"last"``.
         checkpoint_every_steps: also inside epochs; None only at the end of each epoch and at phase
             changes.
         keep_checkpoints: how many stay.
@@ -382,7 +384,12 @@ def fit(
                 reporter.say(note)
             history.append(entry)
             accelerator.log({k: v for k, v in entry.items() if isinstance(v, float)}, step=tuner.step_count)
-            if monitored is None or keep == "last" or setup.is_better(monitored, now.best.value, task.mode):
+            losses = {"loss": scores.values.get("loss"), "than_loss": now.best.metrics.get("loss")}
+            if (
+                monitored is None
+                or keep == "last"
+                or setup.is_better(monitored, now.best.value, task.mode, **losses)
+            ):
                 now.best = Best.of(epoch, task.monitor, scores)
                 if folder is None and keep == "best" and held_out is not None:
                     now.kept = {name: t.detach().clone() for name, t in model.state_dict().items()}

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 DEMO_DATA = "demo:elpv"
 """Data of this name are the packaged solar cells; ``demo:elpv:800/400/600`` says how many of them."""
+IMAGE_TABLE = ("path_column", "label_column", "split_column", "skip_bad_rows")
+"""What can be said of a table of images (`layerwise.sources.images.open_images`)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Job:
         augment: random variation of the training images.
         skip_bad_images: leave out images that cannot be read.
         options: of `layerwise.fit`, those that are not its defaults.
-        text: fields of `layerwise.training.text_job.TextOptions` for a job on texts; None for images.
+        text: what is said of a table: fields of `layerwise.training.text_job.TextOptions` where the model
+            reads texts, those of `IMAGE_TABLE` where it takes images; None for nothing.
     """
 
     model: str
@@ -131,12 +134,18 @@ class Prepared:
 
 
 def open_job(job: Job, *, plan: Plan | None = None) -> Prepared | PreparedText:
-    """Open the model and the data of a job on images or on texts; see `prepare` and `prepare_text`."""
-    if job.text is None:
+    """Open the model and the data of a job, on texts where the model reads them, else on images.
+
+    See `prepare` and `prepare_text`.
+    """
+    from layerwise.sources.models import takes_texts
+
+    plan = plan if plan is not None else _named_plan(job)
+    if not takes_texts(job.model):
         return prepare(job, plan=plan)
     from layerwise.training.text_job import prepare_text
 
-    return prepare_text(job, plan=plan if plan is not None else _named_plan(job))
+    return prepare_text(job, plan=plan)
 
 
 def _named_plan(job: Job) -> Plan | None:
@@ -173,6 +182,11 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
     from layerwise.sources.preprocessing import Preprocessing
 
     plan = plan if plan is not None else _named_plan(job)
+    if for_texts := [name for name in job.text or {} if name not in IMAGE_TABLE]:
+        raise ModelError(
+            f"texts need a model that brings its tokenizer; {job.model!r} takes images. Give "
+            f"hf:FOLDER_OR_ID, or leave {', '.join(map(_option, for_texts))} out."
+        )
 
     # The data says how many classes the head must tell apart, the model how it wants its images; so the
     # images are opened first and get their preprocessing afterwards.
@@ -187,10 +201,7 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
         mismatched=cast(Any, job.mismatched),
     )
     if opened.preprocessing is None:
-        raise ModelError(
-            f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:). For texts "
-            "name their column: --text-column."
-        )
+        raise ModelError(f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:).")
     data = dataclasses.replace(
         found,
         train=_prepared(found.train, opened.preprocessing),
@@ -261,6 +272,10 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
     from layerwise.sources.images import open_images
 
     augment = cast(Any, job.augment)
+    if job.text and (job.data.startswith(DEMO_DATA) or Path(job.data).is_dir()):
+        raise DataError(
+            f"{', '.join(map(_option, job.text))}: {job.data!r} is no table. Leave it out, or give a table."
+        )
     if not job.data.startswith(DEMO_DATA):
         return open_images(
             job.data,
@@ -270,6 +285,7 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
             seed=job.seed,
             augment=augment,
             skip_bad_images=job.skip_bad_images,
+            **(job.text or {}),
         )
     sizes = job.data.removeprefix(DEMO_DATA).lstrip(":").split("/")
     if sizes == [""]:
@@ -287,6 +303,10 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
         seed=job.seed,
         augment=augment,
     )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _prepared(part: ImageSet, preprocessing: Preprocessing) -> ImageSet:

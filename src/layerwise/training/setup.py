@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
+from layerwise.cache.remedies import without_remedies
 from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError, did_you_mean
 from layerwise.files import write_json
@@ -240,13 +241,16 @@ def open_cache(
 
 
 def cache_note(prefix: PrefixCache) -> str:
-    """Return what the cache says of the training data in the present phase; ``""`` before it has looked."""
+    """Return what the cache says of the training data in the present phase; ``""`` before it has looked.
+
+    What could be done about it is left out: it is for those who hold the cache.
+    """
     decision = prefix.decision
     lines = prefix.describe().splitlines()
     if decision is None:
         return ""
     found = [line for line in lines if decision.reason in line] or [f"prefix cache: {decision.reason}"]
-    return re.sub(r" \(loader \d+\)", "", found[-1])
+    return without_remedies(re.sub(r" \(loader \d+\)", "", found[-1]))
 
 
 def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
@@ -371,12 +375,24 @@ def monitored_value(scores: Scores, task: Task) -> float | None:
     return scores.values.get(task.monitor)
 
 
-def is_better(value: float, than: float | None, mode: Literal["max", "min"]) -> bool:
-    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it."""
+def is_better(
+    value: float,
+    than: float | None,
+    mode: Literal["max", "min"],
+    *,
+    loss: float | None = None,
+    than_loss: float | None = None,
+) -> bool:
+    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it.
+
+    Of equal values the one with the lower loss is better, where both losses are known.
+    """
     if than is None:
         return True
     if math.isnan(than):
         return not math.isnan(value)
+    if value == than and loss is not None and than_loss is not None:
+        return is_better(loss, than_loss, "min")
     return value > than if mode == "max" else value < than
 
 

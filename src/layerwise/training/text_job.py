@@ -221,7 +221,14 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     from layerwise.sources.pooled import mean_pooled
     from layerwise.sources.text import MODEL_TASKS, encode
 
-    options = TextOptions(**(job.text or {}))
+    given = dict(job.text or {})
+    unused = {
+        "--augment": job.augment != "none",
+        "--skip-bad-images": job.skip_bad_images,
+        "--input-size": job.input_size is not None,
+        "--path-column": given.pop("path_column", None) is not None,
+    }
+    options = TextOptions(**given)
     if not job.model.startswith("hf:"):
         raise ModelError(
             f"texts need a model that brings its tokenizer; {job.model!r} does not. Give hf:FOLDER_OR_ID."
@@ -279,7 +286,10 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     }
     task: Task | Literal["auto"] = task_of(data.train) or "auto"
     skipped = [f"left out {row}: {reason}" for row, reason in data.skipped]
-    notes = (*opened.notes, *data.notes, *skipped)
+    ignored = [
+        f"{name} is for images; {job.model} reads texts, so it is not used" for name in unused if unused[name]
+    ]
+    notes = (*ignored, *opened.notes, *data.notes, *skipped)
     return PreparedText(job, options, opened, table, data, layers, plan, task, about, notes)
 
 
@@ -304,7 +314,13 @@ def open_texts(job: Job, options: TextOptions) -> TextTable:
     """Return the texts of a job, checked and split."""
     from layerwise.sources.debian import debian_texts
     from layerwise.sources.texttable import read_texts
+    from layerwise.training.job import DEMO_DATA
 
+    if job.data.startswith(DEMO_DATA):
+        raise DataError(
+            f"data {job.data!r} are images, and {job.model!r} reads texts. Give a table of texts, or a model "
+            "of images (timm:, torchvision:)."
+        )
     if job.data.startswith(DEBIAN):
         count = job.data.removeprefix(DEBIAN).lstrip(":")
         if count and not count.isdigit():

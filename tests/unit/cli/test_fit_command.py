@@ -70,6 +70,50 @@ def test_the_command_line_and_python_do_the_same(images: Path, run: Path) -> Non
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in opened.model.state_dict().items())
 
 
+def test_a_table_of_images_by_its_own_column_names(images: Path, tmp_path: Path) -> None:
+    # A table whose columns have other names trains an image model; unlabelled rows can be left out.
+    files = sorted(images.rglob("*.png")) + sorted(images.rglob("*.jpg"))
+    rows = [
+        f"{file};{file.parent.name};{'val' if number % 4 == 0 else 'train'}"
+        for number, file in enumerate(files)
+    ]
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["file;kind;part", *rows, f"{files[0]};;train"]))
+    columns = ["--path-column", "file", "--label-column", "kind", "--split-column", "part"]
+    bad = fit("--data", table, *columns, "--out", tmp_path / "a")
+    assert bad.exit_code == 1
+    assert "--skip-bad-rows" in bad.stderr
+    done = fit("--data", table, *columns, "--skip-bad-rows", "--out", tmp_path / "a", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert f"left out row {len(files) + 1}: has no kind" in done.stderr
+    samples = json.loads((tmp_path / "a" / "run.json").read_text())["data"]["samples"]
+    assert sum(samples.values()) == len(files)
+    assert samples["val"] == -(-len(files) // 4)
+    unnamed = fit("--data", table, "--out", tmp_path / "b")
+    assert unnamed.exit_code == 1
+    assert "--path-column" in unnamed.stderr
+    folder = fit("--data", images, *columns, "--out", tmp_path / "b")
+    assert folder.exit_code == 1
+    assert "is no table" in folder.stderr
+
+
+def test_what_would_not_be_used_is_refused(images: Path, run: Path, tmp_path: Path) -> None:
+    # Options of another strategy, kind of data or demo are usage errors that name the option and the reason.
+    started = ["fit", *MODEL, "--data", images, "--strategy", "full", "--out", tmp_path / "a"]
+    for arguments, option, why in (
+        (started, "--budget-minutes", "auto"),
+        (started, "--search-share", "auto"),
+        (["predict", run, images], "--text-column", "is a run on images"),
+        (["demo", "images", "--out", tmp_path / "b"], "--per-topic", "demo on texts"),
+        (["demo", "text", "--out", tmp_path / "b"], "--image-size", "demo on images"),
+    ):
+        result = command(*arguments, option, {"--search-share": "0.5"}.get(option, "64"))
+        assert result.exit_code == 2, result.output
+        told = " ".join(result.stderr.replace("│", " ").split())
+        assert option in told
+        assert why in told
+
+
 def test_results_are_printed_for_people_and_for_machines(images: Path, tmp_path: Path) -> None:
     # Tables on stdout, progress on stderr; --json prints one document and nothing else on stdout.
     table = fit("--data", images, "--out", tmp_path / "a", "--test-frac", "0.2")

@@ -133,6 +133,28 @@ def test_an_encoder_decoder_classifies_pairs(work, tmp_path):
     assert len(list(csv.DictReader(io.StringIO(result.stdout)))) == 18
 
 
+def test_the_model_says_that_a_table_is_of_texts(work, tmp_path):
+    # Without an option for texts a text model reads texts; what is for images is named and not used.
+    rows = [{"text": row["text"], "label": row["topic"], "split": "train"} for row in topic_rows(18)]
+    write_csv(tmp_path / "a.csv", rows)
+    result = command(
+        *(
+            "fit",
+            "--model",
+            f"hf:{work / 'bert'}",
+            "--data",
+            tmp_path / "a.csv",
+            "--strategy",
+            "linear_probe",
+        ),
+        *("--epochs", 1, "--augment", "light", "--skip-bad-images", "--out", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "--augment is for images" in result.stderr
+    assert "--skip-bad-images is for images" in result.stderr
+    assert "the column 'split' is not used" in " ".join(result.stderr.split())
+
+
 def test_language_model_first_needs_a_language_model(work, tmp_path):
     # An encoder-decoder has no masked or causal language model of one text.
     result = command(
@@ -146,10 +168,14 @@ def test_language_model_first_needs_a_language_model(work, tmp_path):
 BAD = {
     "a column that is not there": (
         ["--label-column", "topics"],
-        "no column 'topics'",
+        "no column 'topics'; its columns are 'text', 'topic'. Did you mean 'topic'? Name yours: --text-col",
     ),
     "a model without a tokenizer": (
         ["--model", "timm:resnet18"],
+        "for texts give a model that reads them",
+    ),
+    "texts and a model of images": (
+        ["--model", "timm:resnet18", "--text-column", "text"],
         "texts need a model that brings its tokenizer",
     ),
     "a folder without weights": (["--model", "hf:empty"], "has no weights"),

@@ -93,3 +93,10 @@ def test_a_group_with_a_number_for_a_name_is_named_in_quotes() -> None:
     with pytest.raises(PlanError, match="2 is a number of groups and the name of one"):
         parse_strategy("blocks:2", layers)
     assert parse_strategy("blocks:1", layers).phases[0].rates == {"0": 1.0}
+
+
+def test_auto_is_told_to_be_of_fit() -> None:
+    """The strategy that only `layerwise fit` has is not called a misspelt one."""
+    with pytest.raises(PlanError, match="layerwise fit --strategy auto") as error:
+        parse_strategy("auto", resnet_map())
+    assert "Did you mean" not in str(error.value)

@@ -29,6 +29,19 @@ def test_a_small_plan_is_valid() -> None:
     assert (plan.phases[0].rate("stem"), plan.phases[0].trains("fc")) == (0.0, True)
 
 
+def test_names_stand_for_a_schedule_and_a_norm_policy() -> None:
+    """A phase takes ``norms: freeze`` and ``schedule: cosine``, as strategies do; norms alone may train."""
+    phase = Plan(**one(norms="freeze", schedule="cosine")).phases[0]
+    assert (phase.norms, phase.schedule) == (Norms(policy="freeze"), Schedule(shape="cosine"))
+    assert Plan(**one(norms="adapt", rates={})).phases[0].norms.policy == "adapt"
+
+
+def test_missing_groups_are_one_problem() -> None:
+    """Without `groups` the message says that, and not that every rate names an unknown group."""
+    with pytest.raises(PlanError, match=r"this plan is not valid: 'groups' is missing$"):
+        Plan(phases=one()["phases"])
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -50,6 +63,14 @@ def test_a_small_plan_is_valid() -> None:
         ({"schedule": {"warmup_frac": 0.1, "warmup_steps": 3}}, "are both given; keep one"),
         ({"schedule": {"warmup_frac": 1.5}}, "warmup_frac is 1.5; expected less than or equal to 1"),
         ({"patience_epochs": 2, "epochs": None, "steps": 9}, "give `epochs` as the limit"),
+        (
+            {"norms": "frezze"},
+            r"norms is 'frezze'; expected one of .*\{policy: freeze\}\. Did you mean 'freeze'",
+        ),
+        ({"norms": ["freeze"]}, r"norms is \['freeze'\]; expected one of follow"),
+        ({"norms": "freeze_until"}, "norms: policy 'freeze_until' needs `until`"),
+        ({"norms": "freeze", "rates": {}}, "it trains nothing"),
+        ({"schedule": "cosin"}, r"schedule is 'cosin'; expected one of constant, .* Did you mean 'cosine'"),
         ({"sample_groups": 2}, "go together; only sample_groups is given"),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.errors import DataError
-from layerwise.sources.splits import grouped_split, stratified_split
+from layerwise.sources.splits import fracs_to_split, grouped_split, stratified_split
 
 
 @given(
@@ -68,3 +68,13 @@ def test_groups_stay_together(groups, seed):
 def test_too_few_groups():
     with pytest.raises(DataError, match="2 groups cannot be split into 3 parts"):
         grouped_split(["a", "a", "b"], [0.2, 0.2], seed=0)
+
+
+def test_a_share_is_checked_and_told_where_the_part_is_there() -> None:
+    # A share out of range is an error although nothing is split; one not used is told.
+    with pytest.raises(DataError, match="val_frac is 2; expected"):
+        fracs_to_split({"train", "val"}, val_frac=2, test_frac=0.0)
+    fracs, notes = fracs_to_split({"train", "test"}, val_frac=0.3, test_frac=0.99)
+    assert fracs == [0.3, 0.0]
+    assert notes == ["test_frac=0.99 is not used: the data have a test part of their own"]
+    assert fracs_to_split({"train", "val", "test"}, val_frac=0.2, test_frac=0.0) == ([0.0, 0.0], [])

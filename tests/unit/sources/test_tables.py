@@ -43,6 +43,25 @@ def test_a_missing_column_names_those_there_are(tmp_path, suffix):
         read_rows(written(tmp_path, suffix), ["texts"])
 
 
+@pytest.mark.parametrize(
+    ("suffix", "delimiter"), [(".csv", ";"), (".csv", "\t"), (".csv", "|"), (".tsv", ";")]
+)
+def test_the_delimiter_of_the_column_names_is_taken(tmp_path, suffix, delimiter):
+    # A table whose line of names has another delimiter alone is read with that, commas in cells and all.
+    path = tmp_path / f"t{suffix}"
+    path.write_text(f'"text"{delimiter}label\n"a, b"{delimiter}x\n', encoding="utf-8-sig")
+    assert read_rows(path, ["text", "label"]) == [{"text": "a, b", "label": "x"}]
+
+
+def test_the_same_name_is_not_suggested_twice(tmp_path):
+    # Two missing columns that resemble one column give one suggestion.
+    path = tmp_path / "t.csv"
+    path.write_text("labels,x\na,b\n")
+    with pytest.raises(DataError) as error:
+        read_rows(path, ["label", "label2"])
+    assert str(error.value).count("Did you mean") == 1
+
+
 def test_wrong_encoding_names_the_line(tmp_path):
     path = tmp_path / "w.csv"
     path.write_bytes("text,label\nplain,a\nfür,b\n".encode("cp1252"))

@@ -120,6 +120,16 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert not torch.equal(kept["memory"], kept["last"])
 
 
+def test_of_equal_epochs_the_one_with_the_lowest_loss_is_kept() -> None:
+    # The monitor reaches its best value early, and the loss goes on falling: the first of them is not kept.
+    train, val = tiny_data(200, classes=2), tiny_data(12, classes=2)
+    result = run(Tiny(2), train, val, plan=one_phase(epochs=8), lr=1e-2)
+    best = max(line["balanced_accuracy"] for line in result.history)
+    ties = [line for line in result.history if line["balanced_accuracy"] == best]
+    assert len(ties) > 1
+    assert result.best_epoch == min(ties, key=lambda line: line["val_loss"])["epoch"] != ties[0]["epoch"]
+
+
 def test_a_run_folder_holds_what_is_needed(tmp_path: Path) -> None:
     # run.json tells plan, settings, classes, versions and result; plan.yaml loads; files are whole.
     out = tmp_path / "run"
@@ -645,6 +655,31 @@ def test_without_validation_the_last_weights_are_kept(tmp_path: Path) -> None:
     assert result.metrics == {}
     assert result.best_epoch == 3
     assert load_run(tmp_path / "run", model=Tiny()).classes == ("0", "1", "2")
+
+
+class Varied(Dataset):
+    """Samples that are another each time."""
+
+    def __init__(self) -> None:
+        self.inner = tiny_data()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, label = self.inner[index]
+        return x + 0.01 * torch.rand(x.shape), label
+
+
+def test_the_note_on_the_cache_advises_nothing_that_fit_does_not_have() -> None:
+    # With augmentation, and where all learns on purpose, the reason is told and no remedy of PrefixCache.
+    for told in (
+        run(train=Varied(), cache="auto").notes,
+        run(plan=one_phase(epochs=1), cache="auto").notes,
+    ):
+        (note,) = [note for note in told if note.startswith("prefix cache: off")]
+        assert "views" not in note
+        assert "Freeze" not in note
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])

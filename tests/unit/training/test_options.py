@@ -119,13 +119,19 @@ def test_a_resumed_run_must_be_the_same_run() -> None:
 
 
 def test_better_and_stalled() -> None:
-    # NaN never improves; equal is not better; lower is better where the mode says so.
+    # NaN never improves; equal is not better, but by its loss; lower is better where the mode says so.
     assert is_better(1.0, None, "max")
     assert not is_better(1.0, 1.0, "max")
     assert not is_better(math.nan, 0.5, "max")
     assert not is_better(math.nan, math.nan, "max")
     assert is_better(0.5, math.nan, "max")
     assert is_better(0.4, 0.5, "min")
+    assert is_better(1.0, 1.0, "max", loss=0.1, than_loss=0.4)
+    assert not is_better(1.0, 1.0, "max", loss=0.4, than_loss=0.4)
+    assert not is_better(0.9, 1.0, "max", loss=0.1, than_loss=0.4)
+    assert not is_better(1.0, 1.0, "max", loss=math.nan, than_loss=0.4)
+    assert is_better(1.0, 1.0, "max", loss=0.4, than_loss=math.nan)
+    assert not is_better(1.0, 1.0, "max", loss=0.4, than_loss=None)
     assert not has_stalled([math.nan, 0.5, 0.6, 0.7], "max", patience_epochs=1)
     assert has_stalled([0.5, math.nan, math.nan], "max", patience_epochs=2)
     assert has_stalled([1.0, 0.5, 0.6, 0.5], "min", patience_epochs=2)

@@ -37,6 +37,7 @@ from layerwise.cache.cutting.doors import (
     taken,
 )
 from layerwise.cache.cutting.source import source_of
+from layerwise.cache.remedies import FREEZE_BEFORE
 from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.operators import SHAPE_ONLY
 from layerwise.layers.recording import Call, Recording
@@ -116,8 +117,7 @@ class _Search:
         if not any(op.flops for op in self.recording.ops if op.index in owner):
             raise NothingToSkipError(
                 f"no part of the forward pass that does any work stays the same from epoch to epoch: "
-                f"{self.dirt.first}. Freeze the groups before it, and hold them in eval mode "
-                f"(layerwise.Tuner does both)."
+                f"{self.dirt.first}{FREEZE_BEFORE}"
             )
         changing = {read for read in self.returned if read.writer is not None and self.dirty[read.writer]}
         only_returned = 0

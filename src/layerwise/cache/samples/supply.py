@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.alike import reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
+from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader, Order
@@ -93,7 +94,7 @@ class Supply:
 
     def refuse_random(self, reason: str) -> None:
         """Note that samples are not the same each time they are loaded."""
-        self.refuse(f"{reason}. Pass views=V to store V draws of each sample")
+        self.refuse(reason + STORE_VIEWS)
 
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""
