@@ -307,17 +307,16 @@ def from_image_processor(processor: Mapping[str, Any], channels: int | None = No
         )
     crop, resize = _sizes(processor)
     # All that follows the crop is one line a channel: (pixel x scale - offset - mean) / std.
-    scale = (
-        255 * float(processor.get("rescale_factor", 1 / 255)) if processor.get("do_rescale", True) else 255
-    )
-    offset = 1.0 if processor.get("rescale_offset") and processor.get("do_rescale", True) else 0.0
+    rescaled = processor.get("do_rescale", True)
+    scale = 255 * float(processor.get("rescale_factor") or 1 / 255) if rescaled else 255.0
+    offset = 1.0 if rescaled and processor.get("rescale_offset") else 0.0
     mean, std = _values(processor, "image_mean", IMAGENET_MEAN), _values(processor, "image_std", IMAGENET_STD)
     divisor = std
     if not processor.get("do_normalize", True):
         count = channels or min(len(mean), 3)
         mean, divisor = (0.0,) * count, (1.0,) * count
     if processor.get("include_top"):  # EfficientNet divides once more
-        divisor = tuple(one * other for one, other in zip(divisor, std, strict=True))
+        divisor = tuple(one * other for one, other in zip(divisor, std, strict=False))
     # Pillow's numbers, which transformers keeps in its files.
     names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
     resample = processor.get("resample")
@@ -388,9 +387,7 @@ def check_pixels(processor: Any, preprocessing: Preprocessing) -> None:
         steps = (ours - theirs).abs() * 255 * torch.tensor(preprocessing.std)[:, None, None]
         if steps.max() <= 3 + 255 / min(preprocessing.crop):
             return
-        reason = (
-            f"pixels that differ by up to {steps.max():.0f} of 255 steps from those its settings describe"
-        )
+        reason = f"pixels up to {steps.max():.0f} of 255 steps away from those that its settings describe"
     raise ModelError(
         f"the image processor {type(processor).__name__} makes {reason}: it follows a rule of its own. "
         f"Pass preprocessing= with your own choice."
