@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +21,21 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Make `path` hold what `write` puts into the path it is given, or leave it as it was.
 
     The temporary file lies in the same folder, so that the rename is one operation of the file system.
+    Where `path` is a link, the file it points to is written; an existing file keeps its permissions.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the temporary file is removed.
     """
+    path = Path(os.path.realpath(path))
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
     try:
+        if mode is not None:
+            temporary.touch(mode=0o600)  # nobody may read meanwhile what only the owner may
         write(temporary)
         sync(temporary)
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -38,11 +46,12 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Make the folder `path` hold what `fill` puts into the folder it is given, or leave it as it was.
 
     A folder that is there already is moved aside first and removed last: a kill between the two leaves
-    no `path`, never a mixed one.
+    no `path`, never a mixed one. Where `path` is a link, the folder it points to is written.
 
     Raises:
         OSError: as for `write_file`.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
     replaced = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-replaced"
     try:
@@ -53,10 +62,15 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
         sync(temporary)
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
 
 

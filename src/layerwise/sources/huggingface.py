@@ -5,7 +5,6 @@ Code that comes with a model on a hub is never run: ``trust_remote_code`` stays 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from layerwise.errors import MissingExtraError, ModelError, did_you_mean
 from layerwise.sources.fetching import first_line, is_download_error
 from layerwise.sources.fitting import Mismatched, load_file
 from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, example_image
-from layerwise.sources.preprocessing import Preprocessing, from_image_processor
+from layerwise.sources.preprocessing import Preprocessing, check_pixels, from_image_processor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,7 +118,8 @@ def open_model(
     example: Any = None
     if task == "image_classification":
         if preprocessing is None:
-            preprocessing = _image_settings(spec, name, transformers)
+            channels = getattr(config, "num_channels", None)
+            preprocessing = _image_settings(spec, name, transformers, channels)
         if input_size is not None:
             preprocessing = preprocessing.at(input_size)
         example = example_image(preprocessing)
@@ -360,20 +360,15 @@ def _head_modules(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
-def _image_settings(spec: str, name: str, transformers: Any) -> Preprocessing:
-    # Read as plain data: no processor object is needed, and none of its packages.
-    settings: Any = None
-    local = Path(name).expanduser() / "preprocessor_config.json"
-    if local.is_file():
-        try:
-            settings = json.loads(local.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{str(local)!r} is not JSON ({error}). Fetch it again.") from error
-    if settings is None:
-        processor = _read(
-            spec,
-            lambda: transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False),
-            "image processor",
-        )
-        settings = processor.to_dict()
-    return from_image_processor(settings)
+def _image_settings(spec: str, name: str, transformers: Any, channels: int | None) -> Preprocessing:
+    """Return what the model's own image processor does, checked on a picture."""
+    # Made by transformers, since files leave out what their class has as default.
+    processor = _read(
+        spec,
+        lambda: transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False),
+        "image processor",
+    )
+    settings = from_image_processor(processor.to_dict(), channels)
+    with _quiet():
+        check_pixels(processor, settings)
+    return settings

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset(
     (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+# Pillow raises all of these for damaged files: SyntaxError for headers of PNG, RuntimeError for AVIF.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 
 
 def read_image(path: str | Path, *, channels: int = 3) -> Image:
@@ -55,8 +57,7 @@ def _decode(path: str | Path, channels: int) -> Image:
             image.load()
     except FileNotFoundError as error:
         raise _BadImageError(f"image {str(path)!r} does not exist") from error
-    except (OSError, SyntaxError, ValueError, EOFError, pil.Image.DecompressionBombError) as error:
-        # Pillow raises all of these for damaged files; SyntaxError for broken PNG and TIFF headers.
+    except (*DAMAGE, pil.Image.DecompressionBombError) as error:
         raise _BadImageError(f"image {str(path)!r} cannot be read ({str(error).rstrip('.')})") from error
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bit(image, path)
@@ -102,7 +103,7 @@ def find_bad_images(paths: Sequence[str | Path], *, decode: bool) -> dict[int, s
                     pass
         except _BadImageError as error:
             return str(error)
-        except (OSError, SyntaxError, ValueError, pil.Image.DecompressionBombError) as error:
+        except (*DAMAGE, pil.Image.DecompressionBombError) as error:
             return f"image {str(path)!r} cannot be read ({str(error).rstrip('.')})"
         return None
 

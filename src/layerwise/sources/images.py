@@ -16,7 +16,7 @@ from layerwise.errors import DataError, did_you_mean
 from layerwise.sources.imagefile import EXTENSIONS, find_bad_images, read_image
 from layerwise.sources.preprocessing import Augment, Preprocessing
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, stratified_split
-from layerwise.sources.tables import PARTS, read_rows, unused_split
+from layerwise.sources.tables import PARTS, label_name, read_rows, unused_split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -235,7 +235,7 @@ def image_list(
     problems = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if is_image(file)]
+            inside = [file for file in _files(path) if is_image(file)]
             found.extend(inside)
             if not inside:
                 problems.append(f"folder {str(path)!r} has no images")
@@ -288,7 +288,7 @@ def _list_folders(root: Path) -> _Listing:
         for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
             if class_folder.name.startswith("."):
                 continue
-            files = sorted(file for file in class_folder.rglob("*") if file.is_file())
+            files = _files(class_folder)
             images = [file for file in files if is_image(file)]
             others += len(files) - len(images)
             samples += [(file, class_folder.name) for file in images]
@@ -304,6 +304,20 @@ def _list_folders(root: Path) -> _Listing:
     return _Listing(parts, tuple(empty), notes)
 
 
+def _files(folder: Path) -> list[Path]:
+    """Return all files under `folder`, sorted; links to folders are followed, dangling ones are files."""
+    found: list[Path] = []
+    waiting = [(folder, frozenset((folder.resolve(),)))]
+    while waiting:
+        inside, above = waiting.pop()
+        for entry in inside.iterdir():
+            if not entry.is_dir():
+                found.extend([entry] if entry.is_file() or entry.is_symlink() else [])
+            elif (real := entry.resolve()) not in above:  # else a link in a circle
+                waiting.append((entry, above | {real}))
+    return sorted(found)
+
+
 def _list_table(
     table: Path, path_column: str, label_column: str, split_column: str | None, skip_bad_rows: bool
 ) -> _Listing:
@@ -314,14 +328,14 @@ def _list_table(
     parts: dict[str, Samples] = {}
     problems, skipped = [], []
     for number, row in enumerate(rows, start=1):
-        name, label = row[path_column], row[label_column]
+        name, label = row[path_column], label_name(row[label_column])
         part = str(row[split_column]).strip().lower() if split_column else "train"
-        if name in (None, "") or label in (None, ""):
-            skipped.append((f"row {number}", f"has no {path_column if name in (None, '') else label_column}"))
+        if label_name(name) is None or label is None:
+            skipped.append((f"row {number}", f"has no {label_column if label is None else path_column}"))
         elif part not in PARTS:
             problems.append(f"row {number} has {part!r} in {split_column!r}; expected train, val or test")
         else:
-            parts.setdefault(PARTS[part], []).append((table.parent / str(name), str(label)))
+            parts.setdefault(PARTS[part], []).append((table.parent / str(name), label))
     if not skip_bad_rows:
         problems += [f"{row} {reason}" for row, reason in skipped]
     if problems:
@@ -390,8 +404,9 @@ def _listed(summary: str, problems: Sequence[str]) -> str:
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a path is a file that is named like an image, and not hidden."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    """Return whether a path is a file, or a link to nothing, that is named like an image, and not hidden."""
+    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return named and (path.is_file() or (path.is_symlink() and not path.exists()))
 
 
 def as_dict(data: ImageData) -> dict[str, Any]:

@@ -38,10 +38,11 @@ class Preprocessing:
         mean: per channel, of pixels in [0, 1]; its length is the number of channels (1 is grey, 3 RGB).
         std: per channel, likewise.
         interpolation: the filter of the resize, by torchvision's name.
+        keep_ratio: where `resize` is a pair: the smallest size that covers it with the image's own ratio.
 
     >>> Preprocessing(crop=(224, 224), resize=256).at(112)
     Preprocessing(crop=(112, 112), resize=128, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), \
-interpolation='bilinear')
+interpolation='bilinear', keep_ratio=False)
     """
 
     crop: tuple[int, int]
@@ -49,6 +50,7 @@ interpolation='bilinear')
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: Interpolation = "bilinear"
+    keep_ratio: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -87,6 +89,10 @@ interpolation='bilinear')
         height, width = _pair(size)
         if self.resize is None:
             resize: int | tuple[int, int] | None = None
+        elif isinstance(self.resize, int) and self.crop[0] == self.crop[1] and height != width:
+            # The short side alone would not cover an oblong, whose rest would be black.
+            scaled = (self.resize * height // self.crop[0], self.resize * width // self.crop[1])
+            return dataclasses.replace(self, crop=(height, width), resize=scaled, keep_ratio=True)
         elif isinstance(self.resize, int):
             resize = self.resize * min(height, width) // min(self.crop)
         else:
@@ -146,7 +152,9 @@ interpolation='bilinear')
         # The order of torchvision's own presets; also in `default` below.
         to_tensor = [transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         resize: list[Any] = []
-        if self.resize is not None:
+        if self.keep_ratio and self.resize is not None:
+            resize = [_Cover(_pair(self.resize), mode)]
+        elif self.resize is not None:
             size = self.resize if isinstance(self.resize, int) else list(self.resize)
             resize = [transforms.Resize(size, interpolation=mode)]
         crop = transforms.CenterCrop(list(self.crop))
@@ -165,6 +173,21 @@ interpolation='bilinear')
             ]
         composed: Callable[[Any], Tensor] = transforms.Compose([*steps, *to_tensor])
         return composed
+
+
+@dataclass(frozen=True)
+class _Cover:
+    """Resize an image to the smallest size with its own ratio that covers `size` (height, width)."""
+
+    size: tuple[int, int]
+    mode: Any
+
+    def __call__(self, image: Any) -> Any:
+        from torchvision.transforms import functional
+
+        ratio = min(image.height / self.size[0], image.width / self.size[1])
+        sides = [round(image.height / ratio), round(image.width / ratio)]
+        return functional.resize(image, sides, interpolation=self.mode)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -201,13 +224,15 @@ def from_timm(model: Any, size: int | tuple[int, int] | None = None) -> Preproce
             "timm's configuration of this model asks for crop mode 'border', which pads images; "
             "expected 'center' or 'squash'. Pass preprocessing= with your own choice."
         )
-    keep_ratio = config["crop_mode"] == "center" and scaled[0] == scaled[1]
+    keep_ratio = config["crop_mode"] == "center"
+    square = scaled[0] == scaled[1]
     return Preprocessing(
         crop=(height, width),
-        resize=scaled[0] if keep_ratio else scaled,
+        resize=scaled[0] if keep_ratio and square else scaled,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"],
+        keep_ratio=keep_ratio and not square,
     )
 
 
@@ -236,50 +261,144 @@ def from_torchvision(weights: Any) -> Preprocessing:
     )
 
 
-def from_image_processor(processor: Mapping[str, Any]) -> Preprocessing:
+# What transformers' processors do to pixels beyond resize, centre crop, rescale and normalise.
+OTHER_STEPS = (
+    "do_flip_channel_order",
+    "do_pad",
+    "do_align_long_axis",
+    "do_align_axis",
+    "do_crop_margin",
+    "do_thumbnail",
+    "do_color_quantize",
+    "do_grayscale",
+    "size_divisor",
+    "resize_short",
+)
+# Processors that crop or resize by a rule which their settings do not show.
+OTHER_RULES = ("Levit", "Perceiver", "PoolFormer", "PPLCNet", "TextNet", "Donut")
+
+
+def from_image_processor(processor: Mapping[str, Any], channels: int | None = None) -> Preprocessing:
     """Return the preprocessing that a transformers image processor's settings describe.
 
     The pixels come from torchvision and Pillow instead of the processor itself, so that augmentation
     and the cache work the same for all models. Values differ by two steps of 8-bit colour at most; where
-    an odd number of pixels is cropped, the two may choose neighbouring ones.
+    an odd number of pixels is cropped, and with the filter "nearest", the two may choose neighbouring ones.
 
     Args:
-        processor: ``AutoImageProcessor.from_pretrained(...).to_dict()``.
+        processor: ``AutoImageProcessor.from_pretrained(...).to_dict()``, which has the defaults of its
+            class; a file alone may lack them.
+        channels: of the model, for a processor that does not normalise; default 3.
 
     Raises:
-        ModelError: the settings do not say to what size images are brought.
+        ModelError: the settings do not say to what size images are brought, or ask for what the
+            transforms here do not do (another order of colours, padding, ...). All are named.
     """
-    size = processor.get("size") or {}
-    if isinstance(size, int):  # files of before 2022
-        size = {"shortest_edge": size} if processor.get("do_center_crop") else {"height": size, "width": size}
-    crop_size = processor.get("crop_size") if processor.get("do_center_crop") else None
-    crop = _height_width(crop_size) if crop_size else None
-    resize: int | tuple[int, int]
-    shortest = size.get("shortest_edge")
-    if shortest is not None and crop is None and processor.get("crop_pct"):
-        # ConvNeXt's convention: below 384 pixels resize to size / crop_pct, then crop the centre.
-        crop = (shortest, shortest)
-        resize = int(shortest / processor["crop_pct"]) if shortest < 384 else crop
-    elif shortest is not None:
-        crop = crop or (shortest, shortest)
-        resize = int(shortest)
-    elif "height" in size and "width" in size:
-        resize = _height_width(size)
-        crop = crop or resize
-    else:
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    problems = [f"{name} is {processor[name]}" for name in OTHER_STEPS if processor.get(name)]
+    problems += [f"the processor is a {kind}" for rule in OTHER_RULES if kind.startswith(rule)]
+    cropped = processor.get("do_center_crop")
+    if cropped and processor.get("crop_pct"):
+        problems.append("both crop_pct and do_center_crop are set")
+    if problems:
         raise ModelError(
-            f"the image processor's size is {size}; expected 'height' and 'width', or 'shortest_edge'. "
+            f"the image processor does what the transforms here do not: {', '.join(problems)}. "
             f"Pass preprocessing= with your own choice."
         )
-    if not processor.get("do_resize", True):
-        resize = crop
-    normalise = processor.get("do_normalize", True)
-    mean = tuple(processor.get("image_mean") or IMAGENET_MEAN) if normalise else (0.0, 0.0, 0.0)
-    std = tuple(processor.get("image_std") or IMAGENET_STD) if normalise else (1.0, 1.0, 1.0)
+    crop, resize = _sizes(processor)
+    # All that follows the crop is one line a channel: (pixel x scale - offset - mean) / std.
+    rescaled = processor.get("do_rescale", True)
+    scale = 255 * float(processor.get("rescale_factor") or 1 / 255) if rescaled else 255.0
+    offset = 1.0 if rescaled and processor.get("rescale_offset") else 0.0
+    mean, std = _values(processor, "image_mean", IMAGENET_MEAN), _values(processor, "image_std", IMAGENET_STD)
+    divisor = std
+    if not processor.get("do_normalize", True):
+        count = channels or min(len(mean), 3)
+        mean, divisor = (0.0,) * count, (1.0,) * count
+    if processor.get("include_top"):  # EfficientNet divides once more
+        divisor = tuple(one * other for one, other in zip(divisor, std, strict=False))
     # Pillow's numbers, which transformers keeps in its files.
     names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-    interpolation: Any = names[int(processor.get("resample") or 2)]
-    return Preprocessing(crop=crop, resize=resize, mean=mean, std=std, interpolation=interpolation)
+    resample = processor.get("resample")
+    interpolation: Any = names[2 if resample is None else int(resample)]
+    if abs(scale - 1) < 1e-6 and not offset:  # the common case keeps its round numbers
+        return Preprocessing(crop, resize, mean, divisor, interpolation)
+    mean = tuple((value + offset) / scale for value in mean)
+    return Preprocessing(crop, resize, mean, tuple(value / scale for value in divisor), interpolation)
+
+
+def _sizes(processor: Mapping[str, Any]) -> tuple[tuple[int, int], int | tuple[int, int] | None]:
+    """Return an image processor's crop and resize."""
+    size = processor.get("size") or {}
+    crop_pct = processor.get("crop_pct")
+    cropped = processor.get("do_center_crop")
+    if isinstance(size, int):  # files of before 2022
+        size = {"shortest_edge": size} if cropped or crop_pct else {"height": size, "width": size}
+    size = {name: int(value) for name, value in dict(size).items() if value}
+    crop = _height_width(processor["crop_size"]) if cropped and processor.get("crop_size") else None
+    if not processor.get("do_resize", True):
+        if crop is None:
+            raise ModelError(
+                "the image processor neither resizes nor crops, so that images keep their own sizes. "
+                "Pass preprocessing= with the size that the model is to get."
+            )
+        return crop, None
+    shortest = size.get("shortest_edge")
+    if set(size) == {"shortest_edge"} and shortest is not None and crop_pct:
+        # ConvNeXt's convention: below 384 pixels resize to size / crop_pct, then crop the centre.
+        square = (shortest, shortest)
+        return square, int(shortest / crop_pct) if shortest < 384 else square
+    if set(size) == {"shortest_edge"} and shortest is not None and crop is not None:
+        return crop, shortest
+    if set(size) == {"height", "width"}:
+        return crop or _height_width(size), _height_width(size)
+    raise ModelError(
+        f"the image processor's size is {size}{'' if crop else ', and it does not crop'}; expected 'height' "
+        f"and 'width', or 'shortest_edge' and a crop. Pass preprocessing= with your own choice."
+    )
+
+
+def check_pixels(processor: Any, preprocessing: Preprocessing) -> None:
+    """Compare one picture's pixels with those of a transformers image processor.
+
+    Processors are programs, and some follow rules that their settings do not show.
+
+    Raises:
+        ModelError: they differ by more than rounding and one pixel's shift.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    # Smooth, so that rounding and shifts matter little; each colour runs another way.
+    down, right = np.mgrid[0:256, 0:320]
+    colours = np.stack([right * 0.79, down, 255 - right * 0.79], axis=-1).astype(np.uint8)
+    image = Image.fromarray(colours).convert("L" if preprocessing.channels == 1 else "RGB")
+    try:
+        theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    except Exception as error:  # the library raises all kinds
+        raise ModelError(
+            f"the image processor fails on a picture with {preprocessing.channels} channels "
+            f"({type(error).__name__}: {error}). Pass preprocessing= with your own choice."
+        ) from error
+    ours = preprocessing.transform()(image)
+    reason = f"images of shape {tuple(theirs.shape)} instead of {tuple(ours.shape)}"
+    if ours.shape == theirs.shape:
+        steps = (ours - theirs).abs() * 255 * torch.tensor(preprocessing.std)[:, None, None]
+        if steps.max() <= 3 + 255 / min(preprocessing.crop):
+            return
+        reason = f"pixels up to {steps.max():.0f} of 255 steps away from those that its settings describe"
+    raise ModelError(
+        f"the image processor {type(processor).__name__} makes {reason}: it follows a rule of its own. "
+        f"Pass preprocessing= with your own choice."
+    )
+
+
+def _values(processor: Mapping[str, Any], name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    values = processor.get(name)
+    if values is None:
+        return default
+    return (float(values),) * 3 if isinstance(values, int | float) else tuple(map(float, values))
 
 
 def _height_width(size: int | Mapping[str, int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import csv
 import importlib
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,21 @@ def require_columns(table: str, names: Sequence[str], columns: Sequence[str], *,
         )
 
 
-def _read_text(path: Path, encoding: str) -> str:
+def label_name(value: Any) -> str | None:
+    """Return what a cell says as a label: no blanks around it, whole numbers without ".0"; None for nothing.
+
+    >>> label_name(" cat "), label_name(10.0), label_name(float("nan"))
+    ('cat', '10', None)
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # whole numbers of a column with gaps
+    return str(value).strip() or None
+
+
+def read_text(path: Path, encoding: str) -> str:
+    """Return the text of a table file without its byte-order mark; see `read_rows` for the errors."""
     content = path.read_bytes()
     if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
         encoding = "utf-8-sig"
@@ -113,7 +128,7 @@ def _read_text(path: Path, encoding: str) -> str:
 
 
 def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str], list[Row]]:
-    text = _read_text(path, encoding)
+    text = read_text(path, encoding)
     delimiter = _evident_delimiter(text, delimiter)
     rows: list[Row] = []
     problems = []
@@ -158,7 +173,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def _read_json(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
-    text = _read_text(path, encoding)
+    text = read_text(path, encoding)
     if text.lstrip().startswith("["):
         try:
             entries = list(enumerate(json.loads(text), start=1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError, did_you_mean
-from layerwise.sources.tables import PARTS, TABLES, Row, read_rows
+from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text
 
 CONLL = (".conll", ".bio", ".iob", ".iob2")
 
@@ -129,18 +130,14 @@ def _read_source(source: str | Path, encoding: str) -> TextRows:
 
 def _read_conll(path: Path, encoding: str) -> list[Row]:
     """Read one word a line, its tag in the last column, an empty line between sentences."""
-    try:
-        lines = path.read_bytes().decode(encoding).splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(path)!r} is not {encoding}: {error}. Name its encoding: --encoding (encoding=)."
-        ) from error
+    # Words may hold other blanks and line separators of Unicode.
+    lines = read_text(path, encoding).split("\n")
     rows: list[Row] = []
     tokens: list[str] = []
     tags: list[str] = []
     for number, line in enumerate([*lines, ""], start=1):
-        cells = line.split()
-        if not cells or cells[0] == "-DOCSTART-":
+        cells = re.split(r"[ \t]+", line.strip(" \t\r"))
+        if not line.strip() or cells[0] == "-DOCSTART-":
             if tokens:
                 rows.append({"tokens": tokens, "tags": tags})
                 tokens, tags = [], []

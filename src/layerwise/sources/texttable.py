@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from layerwise.errors import DataError, did_you_mean
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
-from layerwise.sources.tables import Row, require_columns, unused_split
+from layerwise.sources.tables import Row, label_name, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
 
 TextTask = Literal[
@@ -264,15 +265,14 @@ class _BadRowError(Exception):
 
 def _label_parser(task: TextTask, names: tuple[str, ...] | None, separator: str) -> Callable[[Any], Any]:
     def name_of(value: Any) -> str:
-        if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
+        label = label_name(value)
+        if label is None:
             raise _BadRowError("has no label")
         if names is not None and isinstance(value, int):
             if not 0 <= value < len(names):
                 raise _BadRowError(f"has the class number {value}; expected 0 to {len(names) - 1}")
             return names[value]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # whole numbers of a column with gaps
-        return str(value).strip()
+        return label
 
     def listed(value: Any, split: Callable[[str], list[str]]) -> tuple[str, ...]:
         entries = split(value) if isinstance(value, str) else value
@@ -333,9 +333,9 @@ def _classes(
 
 
 def _in_order(labels: set[str]) -> list[str]:
-    """Return names sorted, numbers by value."""
-    if all(label.lstrip("-").isdecimal() for label in labels):
-        return sorted(labels, key=int)
+    """Return names sorted, numbers by value, and those of one value ("7", "07") by name."""
+    if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels):
+        return sorted(labels, key=lambda label: (int(label), label))
     return sorted(labels)
 
 

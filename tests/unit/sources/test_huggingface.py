@@ -88,6 +88,28 @@ def test_an_image_model_brings_its_preprocessing(tmp_path):
     assert opened.replaced_head.modules == ("classifier",)
 
 
+def test_image_settings_are_the_processors_with_the_defaults_of_its_class(tmp_path):
+    # A file leaves out what its class has as default; what the transforms cannot do needs preprocessing=.
+    save_vit(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    opened = open_model(f"hf:{tmp_path}", input_size=32).preprocessing
+    assert (opened.crop, opened.mean, opened.std) == ((32, 32), (0.5,) * 3, (0.5,) * 3)
+    file.write_text(json.dumps({"image_processor_type": "MobileViTImageProcessor"}))
+    with pytest.raises(ModelError, match=r"do_flip_channel_order.*Pass preprocessing="):
+        open_model(f"hf:{tmp_path}")
+    assert open_model(f"hf:{tmp_path}", preprocessing=opened).preprocessing == opened
+
+
+def test_a_grey_image_model_that_does_not_normalise_has_one_channel(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    transformers.ViTImageProcessor(size=size, do_normalize=False).save_pretrained(tmp_path)
+    assert open_model(f"hf:{tmp_path}").preprocessing.input_size == (1, 28, 28)
+
+
 def test_random_weights_and_a_file_of_weights(tmp_path):
     theirs = save_bert(tmp_path / "m", "BertForSequenceClassification", num_labels=3).eval()
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "w.safetensors")

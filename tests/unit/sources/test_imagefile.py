@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from layerwise.errors import DataError
 from layerwise.sources.imagefile import find_bad_images, read_image
@@ -102,3 +102,20 @@ def test_a_full_check_finds_what_a_header_check_cannot(tmp_path):
     paths = [tmp_path / "good.jpg", *bad, tmp_path / "good.png"]
     assert set(find_bad_images(paths, decode=True)) == {1, 2, 3, 4, 5}
     assert set(find_bad_images(paths, decode=False)) == {3, 4, 5}
+
+
+def test_a_damaged_avif_is_a_bad_image_like_others(tmp_path):
+    # Pillow raises a RuntimeError for it, where other formats raise an OSError.
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = tmp_path / "a.avif"
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    pixels_at = content.index(b"mdat") + 4
+    path.write_bytes(content[:pixels_at] + b"\xff" * 40 + content[pixels_at + 40 :])
+    with pytest.raises(RuntimeError), Image.open(path) as opened:
+        opened.load()
+    with pytest.raises(DataError, match=r"a\.avif"):
+        read_image(path)
+    assert set(find_bad_images([path], decode=True)) == {0}

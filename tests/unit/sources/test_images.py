@@ -153,6 +153,41 @@ def test_bad_rows_of_a_table_are_all_named(tmp_path):
         open_images(missing, SMALL)
 
 
+def test_labels_of_a_table_are_read_as_those_of_texts(tmp_path):
+    # Blanks and ".0" make no new class, and a missing label is none.
+    tree(tmp_path / "p")
+    csv_labels = table(
+        tmp_path / "t.csv",
+        [
+            ("path", "label"),
+            *((f"p/{c}/i{n}.png", c + " " * (n % 2)) for c in ("cat", "dog") for n in range(6)),
+        ],
+    )
+    assert open_images(csv_labels, SMALL, val_frac=0.0).classes == ("cat", "dog")
+    rows = [{"path": f"p/{c}/i{n}.png", "label": v} for c, v in (("cat", 10.0), ("dog", 2)) for n in range(6)]
+    lines = tmp_path / "t.jsonl"
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    assert open_images(lines, SMALL, val_frac=0.0).classes == ("10", "2")
+    lines.write_text("\n".join(map(json.dumps, [*rows, {"path": "p/cat/i0.png", "label": float("nan")}])))
+    with pytest.raises(DataError, match="row 13 has no label"):
+        open_images(lines, SMALL)
+
+
+def test_links_are_followed_and_dangling_ones_are_bad_images(tmp_path):
+    # What a link points to is data like any other, and what it fails to point to is missed.
+    root = tree(tmp_path / "photos")
+    more = fill(tmp_path / "more", 3)
+    (root / "cat" / "linked").symlink_to(more)
+    (more / "back").symlink_to(more)  # in a circle
+    assert open_images(root, SMALL, val_frac=0.0).train.counts == {"cat": 9, "dog": 6}
+    assert len(image_list([root / "cat"], SMALL)) == 9
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"1 of 16 images cannot be read(?s:.*)gone.png"):
+        open_images(root, SMALL)
+    data = open_images(root, SMALL, val_frac=0.0, skip_bad_images=True)
+    assert [path for path, _ in data.skipped] == [str(root / "dog" / "gone.png")]
+
+
 def test_unreadable_images_are_named_or_left_out(tmp_path):
     root = tree(tmp_path)
     (root / "cat" / "bad.jpg").write_text("no image")

@@ -1,5 +1,6 @@
 """Preprocessing is plain data, and gives the very pixels that the model's own library gives."""
 
+import dataclasses
 import json
 import pickle
 
@@ -14,6 +15,7 @@ from layerwise.errors import DataError, ModelError
 from layerwise.sources.preprocessing import (
     AUGMENTS,
     Preprocessing,
+    check_pixels,
     from_image_processor,
     from_timm,
     from_torchvision,
@@ -43,11 +45,71 @@ def test_pixels_equal_torchvisions(name):
     assert torch.equal(ours.transform()(picture()), entry.transforms()(picture()))
 
 
-@pytest.mark.parametrize("kind", ["ViTImageProcessor", "ConvNextImageProcessor", "CLIPImageProcessor"])
-def test_pixels_agree_with_an_image_processor(kind):
+@pytest.mark.parametrize("size", [(96, 160), (200, 120)])
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_oblong_pixels_equal_timms(name, size):
+    # timm keeps the ratio of the sides for oblongs too, and so does a preprocessing brought to another size.
+    model = timm.create_model(name)
+    config = timm.data.resolve_data_config({"input_size": (3, *size)}, model=model)
+    theirs = timm.data.create_transform(**config)
+    for image in (picture(), picture(250, 330), picture(501, 380)):
+        got = from_timm(model, size).transform()(image)
+        assert torch.equal(got, theirs(image))
+        assert not torch.equal(got, picture_squashed(from_timm(model, size))(image))  # the test can fail
+    assert from_timm(model).at(size).keep_ratio
+    assert pickle.loads(pickle.dumps(from_timm(model, size).transform()))(picture()).shape == (3, *size)
+
+
+def picture_squashed(settings):
+    return dataclasses.replace(settings, keep_ratio=False).transform()
+
+
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+FILES = {
+    "plain": {"image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}},
+    "sparse": {"image_processor_type": "ViTImageProcessor"},
+    "old with crop_pct": {
+        "feature_extractor_type": "ConvNextFeatureExtractor",
+        "crop_pct": 0.875,
+        "size": 224,
+        "resample": 3,
+        **HALF,
+    },
+    "large ConvNeXt": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}},
+    "crop": {"image_processor_type": "CLIPImageProcessor"},
+    "crop only": {"image_processor_type": "CLIPImageProcessor", "do_resize": False},
+    "twice by std": {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "include_top": True,
+        "image_std": [0.4, 0.5, 0.6],
+        "size": {"height": 224, "width": 224},
+    },
+    "offset": {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "include_top": False,
+        "rescale_offset": True,
+        "rescale_factor": 1 / 127.5,
+        "do_normalize": False,
+        "size": {"height": 224, "width": 224},
+    },
+    "not rescaled": {
+        "image_processor_type": "ViTImageProcessor",
+        "do_rescale": False,
+        "do_normalize": False,
+    },
+    "other factor": {"image_processor_type": "ViTImageProcessor", "rescale_factor": 1 / 127.5, **HALF},
+}
+
+
+def processor_of(folder, file):
     transformers = pytest.importorskip("transformers")
-    options = {} if kind == "ViTImageProcessor" else {"size": {"shortest_edge": 224}}
-    processor = getattr(transformers, kind)(**options)
+    (folder / "preprocessor_config.json").write_text(json.dumps(file))
+    return transformers.AutoImageProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES)
+def test_pixels_agree_with_an_image_processor(tmp_path, file):
+    processor = processor_of(tmp_path, file)
     ours = from_image_processor(processor.to_dict())
     image = picture(320, 256)  # of a shape from which an even number of pixels is cropped
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
@@ -57,6 +119,45 @@ def test_pixels_agree_with_an_image_processor(kind):
     steps = (got - theirs).abs() * 255 * torch.tensor(ours.std)[:, None, None]
     assert steps.max() < 2.01
     assert (steps > 0.5).float().mean() < 0.01
+    check_pixels(processor, ours)
+
+
+REFUSED = {
+    "MobileViTImageProcessor": ({}, "do_flip_channel_order is True"),
+    "PoolFormerImageProcessor": ({}, "crop_pct and do_center_crop"),
+    "LevitImageProcessor": ({}, "LevitImageProcessor"),
+    "PerceiverImageProcessor": ({}, "PerceiverImageProcessor"),
+    "PPLCNetImageProcessor": ({}, "resize_short"),
+    "TextNetImageProcessor": ({}, "size_divisor"),
+    "DonutImageProcessor": ({}, "do_pad is True"),
+    "ViTImageProcessor": ({"size": {"shortest_edge": 224}}, "it does not crop"),
+    "CLIPImageProcessor": ({"do_resize": False, "do_center_crop": False}, "neither resizes nor crops"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_processor_does_beyond_is_refused_by_name(tmp_path, kind):
+    settings, message = REFUSED[kind]
+    processor = processor_of(tmp_path, {"image_processor_type": kind, **settings})
+    with pytest.raises(ModelError, match=message) as caught:
+        from_image_processor(processor.to_dict())
+    assert "Pass preprocessing=" in str(caught.value)
+
+
+def test_a_processor_with_a_rule_of_its_own_is_found_by_its_pixels(tmp_path):
+    # Settings that look plain, from a class that does something else with them.
+    for kind in ("LevitImageProcessor", "MobileViTImageProcessor"):
+        processor = processor_of(tmp_path, {"image_processor_type": kind})
+        plain = {**processor.to_dict(), "image_processor_type": "New", "do_flip_channel_order": False}
+        with pytest.raises(ModelError, match="follows a rule of its own"):
+            check_pixels(processor, from_image_processor(plain))
+
+
+def test_nearest_and_grey_settings_are_kept():
+    nearest = from_image_processor({"size": 224, "resample": 0})
+    assert nearest.interpolation == "nearest"
+    assert from_image_processor({"size": 28, "do_normalize": False}, channels=1).channels == 1
+    assert from_image_processor({"size": 28, "do_normalize": False, "image_mean": [0.5]}).channels == 1
 
 
 def test_old_image_processor_files_are_read():

@@ -98,6 +98,28 @@ def test_labels_that_are_numbers_stand_in_their_order(tmp_path):
     assert read_texts(path).classes == ("2", "9", "10")
 
 
+def test_labels_that_are_nearly_numbers_have_one_order(tmp_path):
+    # Labels of one value stand in one order in every process, and "--5" is a name.
+    path = write_csv(tmp_path / "t.csv", [("x", name) for name in ("7", "007", "07", "-1", "10") * 3])
+    assert read_texts(path, val_frac=0).classes == ("-1", "007", "07", "7", "10")
+    path = write_csv(tmp_path / "t.csv", [("x", name) for name in ("--5", "5") * 3])
+    assert read_texts(path, val_frac=0).classes == ("--5", "5")
+
+
+def test_words_of_conll_are_what_stands_between_blanks_and_tabs(tmp_path):
+    # A byte-order mark, a no-break space and U+2028 neither join nor split words.
+    path = tmp_path / "t.conll"
+    path.write_bytes("\ufeffAda\tB\r\n10\u00a0000 \tO\r\na\u2028b O\r\n\r\nBonn B\n".encode())
+    table = read_texts(path, task="token_classification", val_frac=0)
+    assert table.parts["train"].words == [["Ada", "10\u00a0000", "a\u2028b"], ["Bonn"]]
+    assert table.parts["train"].targets == [("B", "O", "O"), ("B",)]
+    with pytest.raises(DataError, match="encoding 'utf-9' is not known"):
+        read_texts(path, task="token_classification", encoding="utf-9")
+    path.write_bytes("für O\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not utf-8: line 1.*encoding="):
+        read_texts(path, task="token_classification")
+
+
 def test_pairs(tmp_path):
     path = write_csv(tmp_path / "t.csv", [("a", "b", "x"), ("c", "d", "y")] * 3, ("one", "two", "label"))
     table = read_texts(path, text_column="one", pair_column="two", val_frac=0)

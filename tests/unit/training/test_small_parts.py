@@ -45,6 +45,48 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_written_file_keeps_its_link_and_its_permissions(tmp_path: Path) -> None:
+    # A private file stays private, also while it is written, and a link still points to it.
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    modes = []
+
+    def write(path: Path) -> None:
+        path.write_text("new")
+        modes.append(path.stat().st_mode & 0o777)
+
+    files.write_file(link, write)
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert [*modes, real.stat().st_mode & 0o777] == [0o600, 0o600]
+    real.chmod(0o444)
+    files.write_text(real, "newer")
+    assert (real.read_text(), real.stat().st_mode & 0o777) == ("newer", 0o444)
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The old folder is moved aside first: where the second rename fails, it comes back.
+    folder = tmp_path / "run"
+    files.write_folder(folder, lambda path: (path / "a").write_text("old"))
+    rename, calls = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        files.write_folder(folder, lambda path: (path / "a").write_text("new"))
+    assert (folder / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_json_files_hold_no_nan(tmp_path: Path) -> None:
     # NaN is no JSON; it is refused instead of written.
     with pytest.raises(ValueError, match="JSON"):
