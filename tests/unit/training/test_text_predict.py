@@ -99,5 +99,5 @@ def test_numbers_are_texts_and_empty_cells_are_refused(tmp_path):
     assert read_texts([tmp_path / "a.jsonl"]) == [Text("0"), Text("red")]
     for cell in ("null", '""'):
         (tmp_path / "b.jsonl").write_text(f'{{"text": "red"}}\n{{"text": {cell}}}\n')
-        with pytest.raises(DataError, match="row 2 of .*b.jsonl has an empty 'text'"):
+        with pytest.raises(DataError, match=r"row 2 of .*b\.jsonl has an empty 'text'"):
             read_texts([tmp_path / "b.jsonl"])
