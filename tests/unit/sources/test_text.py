@@ -227,6 +227,11 @@ def test_subset_fingerprint_and_pickle(tokenizer):
     assert json.dumps(data.train.fingerprint())
 
 
+def test_a_part_without_rows_is_named(tokenizer):
+    with pytest.raises(DataError, match="the val part has no rows"):
+        encode(table(texts=TEXTS, targets=["y", "x", "x", "y"], val={"targets": []}), tokenizer, max_length=9)
+
+
 def test_limits_and_tokens_that_are_missing(tmp_path, tokenizer):
     with pytest.raises(DataError, match="max_length is 1"):
         encode(table(texts=TEXTS, targets=["x"] * 4), tokenizer, max_length=1)
