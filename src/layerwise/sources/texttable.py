@@ -374,8 +374,8 @@ def _split(
     if lost := _in_order(_labels_in(task, train) - _labels_in(task, parts["train"])):
         kind = "groups" if train.groups is not None else "rows"
         raise DataError(
-            f"no training row is left of {', '.join(map(repr, lost))} after the split {how} with seed "
-            f"{seed}; expected at least two {kind} of each class. Leave the classes out, or take another seed."
+            f"no training row is left of {', '.join(map(repr, lost))} after the split {how} with seed {seed}"
+            f"; expected at least two {kind} of each class. Leave the classes out, or take another seed."
         )
     return notes
 

@@ -134,8 +134,8 @@ def predict_texts(
     tokenizer = run.tokenizer
     if tokenizer is None:
         raise RunError(
-            f"{run.path} has no tokenizer (it was started from Python, or is no run of texts). Load it with "
-            "layerwise.load_run(...) and give its predict() a batch of tensors."
+            f"{run.path} has no tokenizer: it was not finished, was started from Python, or is no run of "
+            "texts. Finish it, or give the predict() of layerwise.load_run(...) a batch of tensors."
         )
     asked = [text if isinstance(text, Text) else Text(text) for text in texts]
     if empty := [str(number) for number, text in enumerate(asked, start=1) if not text.text.strip()]:

@@ -78,6 +78,15 @@ def test_completions_end_where_the_positions_of_the_model_do(writer, monkeypatch
     assert length == 16
 
 
+def test_a_run_loaded_into_a_model_of_the_callers_has_its_tokenizer(work, tagger):
+    # The same answers, whoever built the model.
+    fresh = open_job(Job(**tagger.about["job"])).opened.model
+    again = load_run(tagger.path, model=fresh)
+    assert again.model is fresh
+    texts = ["red engine fast"]
+    assert predict_texts(again, texts) == predict_texts(tagger, texts)
+
+
 def test_an_empty_text_is_refused(writer, tagger):
     for run in (writer, tagger):
         with pytest.raises(DataError, match="texts 2 are empty"):
