@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,16 @@ from layerwise.choosing.features import map_for
 from layerwise.choosing.locks import lock_beside
 from layerwise.choosing.search_result import CurvePoint, SearchResult, best_point, depth_curve, values_by_seed
 from layerwise.choosing.space import make_space, names_by_depth
-from layerwise.choosing.study import TrialRow, open_study, queue, queued, quiet, rows_of, take_over
+from layerwise.choosing.study import (
+    NAMELESS_S,
+    TrialRow,
+    open_study,
+    queue,
+    queued,
+    quiet,
+    rows_of,
+    take_over,
+)
 from layerwise.choosing.terms import SET_BY_SEARCH, check_fit_options, metric_and_mode
 from layerwise.choosing.trials import Experiment, begin_trial, run_trial
 from layerwise.errors import DataError, RunError
@@ -147,15 +157,17 @@ def search(
         folder.mkdir(parents=True, exist_ok=True)
         storage = storage if storage is not None else folder / "search.journal"
     with quiet(), lock_beside(storage) as lock:
-        study, notes = _opened(experiment, storage, name, budget, lock)
+        study, take_over_lost, notes = _opened(experiment, storage, name, budget, lock)
         while not budget.spent:
             with lock:  # so that two workers do not both begin the last trial
+                take_over_lost()
                 if not budget.allows(rows_of(study)):
                     break
                 drawn = begin_trial(experiment, study)
             run_trial(experiment, study, drawn, say, time_over=lambda: budget.overrun)
         while not budget.spent:
             with lock:
+                take_over_lost()
                 unconfirmed = _unconfirmed(experiment, rows_of(study), seeds)
                 if unconfirmed is None:
                     break
@@ -163,6 +175,8 @@ def search(
                     queue(study, *unconfirmed)
                 drawn = begin_trial(experiment, study)
             run_trial(experiment, study, drawn, say, time_over=lambda: budget.overrun)
+        with lock:  # else a worker that died would be waited for, and nobody would make the winner's run
+            take_over_lost()
         return _finished(experiment, study, folder, seeds=seeds, refit=refit, notes=notes, lock=lock, say=say)
 
 
@@ -172,8 +186,11 @@ def _opened(
     name: str,
     budget: Budget,
     lock: AbstractContextManager[None],
-) -> tuple[Any, list[str]]:
-    """Return the study, its first trials and those that were cut off in the queue, and notes for people."""
+) -> tuple[Any, Callable[[], int], list[str]]:
+    """Return the study, what takes over the trials of dead workers, and notes for people.
+
+    The study's first trials, and those that were cut off, are in its queue.
+    """
     local = storage is not None and "://" not in str(storage)
     with lock:
         study = open_study(
@@ -185,10 +202,12 @@ def _opened(
             seed=experiment.seed,
         )
         # who holds the lock of a local file knows that nobody is about to name a trial
-        lost = take_over(study, nameless_s=0.0) if local else take_over(study)
+        take_over_lost = partial(take_over, study, nameless_s=0.0 if local else NAMELESS_S)
+        lost = take_over_lost()
         for params in experiment.space.first()[: budget.trials]:
             study.enqueue_trial(params, user_attrs={"seed": experiment.seed}, skip_if_exists=True)
-    return study, [f"{lost} trial{'s' * (lost > 1)} cut off before will be run again"] if lost else []
+    notes = [f"{lost} trial{'s' * (lost > 1)} cut off before will be run again"] if lost else []
+    return study, take_over_lost, notes
 
 
 def _unconfirmed(
@@ -260,8 +279,12 @@ def _finished(
             plan.save(folder / "plan.yaml")
             data = result.to_dict()
             summary = folder / "search.json"
-            if data["run"] is None and summary.exists():  # another worker made it
-                data["run"] = json.loads(summary.read_text(encoding="utf-8")).get("run")
+            if (
+                data["run"] is None and summary.exists()
+            ):  # another worker made it, or did so of another winner
+                before = json.loads(summary.read_text(encoding="utf-8")).get("run") or {}
+                if Path(before.get("out") or "").name == _winner_folder(folder, best, rows).name:
+                    data["run"] = before
             write_json(summary, data)
     return result
 
@@ -280,8 +303,7 @@ def _refit(
     options = {"test": experiment.test}
     if folder is None:
         return experiment.train_by(plan, best.lr, experiment.seed, **options), ""
-    number = next(row.number for row in rows if row.setting == best.setting and row.state == "complete")
-    target = folder / f"winner-trial-{number}"
+    target = _winner_folder(folder, best, rows)
     try:
         with lock:  # a second worker that gets here waits, and then reads the run
             begun = (target / "run.json").exists()  # perhaps interrupted, perhaps finished
@@ -290,3 +312,8 @@ def _refit(
             ), ""
     except RunError as error:
         return None, str(error)
+
+
+def _winner_folder(folder: Path, best: CurvePoint, rows: Sequence[TrialRow]) -> Path:
+    number = next(row.number for row in rows if row.setting == best.setting and row.state == "complete")
+    return folder / f"winner-trial-{number}"

@@ -134,7 +134,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         elif name == "fillers":
             cells[name] = " ".join(f"{filler['token']} ({filler['probability']:.2f})" for filler in value)
         elif name in ("words", "tags"):
-            cells[name] = " ".join(value)
+            cells[name] = " ".join(entry or "-" for entry in value)  # words that were cut off have no tag
         elif isinstance(value, float):
             cells[name] = f"{value:.6f}"
         else:

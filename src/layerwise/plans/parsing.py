@@ -81,7 +81,7 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
         if key not in hints:
             problems.append(f"no option {key!r} (known: {', '.join(hints)}).{did_you_mean(key, hints)}")
             continue
-        if unclear := _count_or_name(value, hints[key], layers):
+        if key == "groups" and (unclear := _count_or_name(value, hints[key], layers)):
             problems.append(unclear)
             continue
         try:

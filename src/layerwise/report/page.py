@@ -20,9 +20,10 @@ Section = tuple[str, str]
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 }
+.wide { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse }
 td, th { padding: .15rem .8rem .15rem 0; text-align: right }
-td:first-child, th:first-child { text-align: left } th { border-bottom: 1px solid #999; font-weight: 600 }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+td:first-child { white-space: nowrap } th { border-bottom: 1px solid #999; font-weight: 600 }
 td.words, th.words { text-align: left }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }
 svg { max-width: 100%; height: auto } .note { color: #666 }
@@ -42,10 +43,13 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         RunError: there is neither a run nor a search.
+        DataError: the folder of `out` is not there.
         MissingExtraError: Altair or vl-convert is not installed.
     """
     folder = Path(path)
     target = folder / "report.html" if out is None else Path(out)
+    if out is not None:
+        pictures.require_folder_of(target, "a report")
     if (folder / "run.json").exists():
         title, sections = _run(folder)
     elif (folder / "search.json").exists():
@@ -226,7 +230,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequ
             for i, cell in enumerate(row)
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{f'<tr>{head}</tr>' if any(columns) else ''}{''.join(lines)}</table>"
+    table = f"<table>{f'<tr>{head}</tr>' if any(columns) else ''}{''.join(lines)}</table>"
+    return f"<div class=wide>{table}</div>"  # many classes make many columns
 
 
 def _decay(point: Mapping[str, Any]) -> str:

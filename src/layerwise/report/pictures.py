@@ -15,6 +15,12 @@ FORMATS = (".png", ".svg", ".html", ".json")
 BLUE, ORANGE, GREY = "#2f6fab", "#c8641b", "#8a8a8a"
 _TICKS = 12  # at most, for epochs
 _SERIES = [BLUE, ORANGE, "#3b8a5a", "#8a4fa3", GREY]
+# Metrics that are no shares -> title of their panel.
+_PANELS = {
+    "rmse": "validation error",
+    "mae": "validation error",
+    "perplexity": "validation perplexity",
+}
 _FIGURE_TITLES = {
     "norms": "squared shift of norm inputs, in source variances",
     "frechet": "Fréchet distance of features, in source variances",
@@ -57,7 +63,7 @@ def check_picture(path: str | Path) -> Path:
     """Return the path if `save_picture` can write to it, so that hours of work do not end in a wrong name.
 
     Raises:
-        DataError: as `save_picture`; or the path is a folder.
+        DataError: as `save_picture`; or the path is a folder, or the folder it names is not there.
         MissingExtraError: Altair or (for all but .json) vl-convert is not installed.
     """
     target = Path(path)
@@ -66,10 +72,20 @@ def check_picture(path: str | Path) -> Path:
             f"a picture cannot be written to {str(path)!r}; expected the name of a file that ends in one of "
             f"{', '.join(FORMATS)}."
         )
+    require_folder_of(target, "a picture")
     _altair()
     if target.suffix.lower() != ".json":
         _converter()
     return target
+
+
+def require_folder_of(target: Path, what: str) -> None:
+    """Raise `DataError` unless the folder that `target` is to be written to is there."""
+    if not target.parent.is_dir():
+        raise DataError(
+            f"{what} cannot be written to {str(target)!r}: there is no folder {str(target.parent)!r}. "
+            "Make it, or name another."
+        )
 
 
 def as_svg(chart: Chart) -> str:
@@ -164,9 +180,17 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
 def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
     """Return learning curves: losses above, validation metrics below, one point an epoch.
 
+    Metrics with a unit of their own (errors in that of the numbers, the perplexity) have a panel each, on
+    whose axis others would be flat.
+
     Args:
         history: lines of a run's ``history.jsonl``.
+
+    Raises:
+        DataError: there are none.
     """
+    if not history:
+        raise DataError("the history has no epochs, so there are no curves. Train for one at least.")
     alt = _altair()
     losses = {"train_loss": "training loss", "val_loss": "validation loss"}
     metrics = [
@@ -190,7 +214,13 @@ def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
             .mark_line(point=alt.OverlayMarkDef(size=40, filled=True), strokeWidth=2)
             .encode(
                 x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(values=ticks, format="d")),
-                y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False, padding=8)),
+                # the axis of a single value would round it to a whole number
+                y=alt.Y(
+                    "value:Q",
+                    title=title,
+                    scale=alt.Scale(zero=False, padding=8),
+                    axis=alt.Axis(format=".6~g"),
+                ),
                 color=alt.Color(
                     "series:N", title=None, sort=list(names.values()), scale=alt.Scale(range=_SERIES)
                 ),
@@ -199,8 +229,10 @@ def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
         )
 
     charts = [lines(losses, "loss", 180)]
-    if metrics:
-        charts.append(lines({key: key.replace("_", " ") for key in metrics}, "validation metric", 180))
+    panels: dict[str, dict[str, str]] = {}
+    for key in metrics:
+        panels.setdefault(_PANELS.get(key, "validation metric"), {})[key] = key.replace("_", " ")
+    charts += [lines(names, title, 180) for title, names in panels.items()]
     whole = (
         alt.vconcat(*charts)
         .resolve_scale(color="independent")

@@ -88,15 +88,14 @@ def encode_words(
     samples = []
     truncated = longest = unknown = total = 0
     for sentence, numbers in zip(words, tags, strict=True):
+        given = as_in_text(tokenizer, sentence)
         with _no_length_warning(tokenizer):
-            whole = tokenizer(list(sentence), is_split_into_words=True, truncation=False)
+            whole = tokenizer(given, is_split_into_words=True, truncation=False)
         found = whole
         longest = max(longest, len(whole["input_ids"]))
         if len(whole["input_ids"]) > max_length:
             truncated += 1
-            found = tokenizer(
-                list(sentence), is_split_into_words=True, truncation=True, max_length=max_length
-            )
+            found = tokenizer(given, is_split_into_words=True, truncation=True, max_length=max_length)
         labels, previous = [], None
         for word in found.word_ids():
             labels.append(IGNORED if word is None or word == previous else numbers[word])
@@ -105,6 +104,16 @@ def encode_words(
         few, all_ = _unknown(tokenizer, [whole["input_ids"]])
         unknown, total = unknown + few, total + all_
     return Encodings(tuple(samples), truncated, longest, unknown=(unknown, total))
+
+
+def as_in_text(tokenizer: Any, words: Sequence[str]) -> list[str]:
+    """Return words as a tokenizer must be given them, so that their pieces are those of the whole text.
+
+    Byte-level tokenizers (GPT-2's, RoBERTa's, Llama 3's) keep the space before a word in its first piece;
+    without it, a word reads as the end of the one before. All others are given the words as they are.
+    """
+    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.pre_tokenizer)
+    return [*words[:1], *(f" {word}" for word in words[1:])] if byte_level else list(words)
 
 
 def pack_texts(tokenizer: Any, texts: Sequence[str], *, block_size: int, masked: bool = False) -> Encodings:
@@ -182,6 +191,21 @@ def encode_prompts(
         samples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
         kept.append(index)
     return Encodings(tuple(samples), truncated, longest, tuple(kept), _unknown(tokenizer, [*given, *learned]))
+
+
+def encode_givens(tokenizer: Any, prompts: Sequence[str], *, max_length: int) -> list[list[int]]:
+    """Return prompts that a model shall go on from, as `encode_prompts` writes them before a response.
+
+    Args:
+        tokenizer: of transformers.
+        prompts: with their template.
+        max_length: in tokens; too long a prompt loses its start.
+    """
+    begin = [tokenizer.bos_token_id] if _begins_texts(tokenizer) else []
+    with _no_length_warning(tokenizer):
+        given = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    room = max(max_length - len(begin), 1)
+    return [[*begin, *ids[-room:]] for ids in given]
 
 
 def _begins_texts(tokenizer: Any) -> bool:

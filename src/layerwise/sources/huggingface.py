@@ -187,10 +187,7 @@ def open_tokenizer(spec: str, name: str, model: nn.Module, notes: list[str]) -> 
     Raises:
         ModelError: there is no tokenizer, or it makes ids that the model has no embedding for.
     """
-    transformers = _transformers(spec)
-    tokenizer = _read(
-        spec, lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer"
-    )
+    tokenizer = read_tokenizer(spec, name)
     rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     vocabulary = tokenizer.get_vocab()
     if set(vocabulary) <= set(tokenizer.all_special_tokens):
@@ -218,6 +215,18 @@ def open_tokenizer(spec: str, name: str, model: nn.Module, notes: list[str]) -> 
         # Decoders that classify look for the last token that is no padding.
         config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def read_tokenizer(spec: str, name: str) -> Any:
+    """Return the tokenizer at `name` (folder or hub id) as it is.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    transformers = _transformers(spec)
+    return _read(
+        spec, lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer"
+    )
 
 
 def _transformers(spec: str) -> Any:

@@ -205,7 +205,7 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
         mask_frac: share of tokens to hide, for ``"masked_lm"``.
 
     Raises:
-        DataError: `max_length` is too small, or cutting left nothing to learn.
+        DataError: `max_length` is too small, a part has no rows, or cutting left nothing to learn.
         ModelError: the tokenizer lacks a token that the task needs.
     """
     if max_length < 2:
@@ -220,6 +220,8 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
     sets: dict[str, TextSet] = {}
     notes, truncated = list(table.notes), {}
     for name, part in table.parts.items():
+        if not len(part):
+            raise DataError(f"the {name} part has no rows. Leave it out, or give it some.")
         found = _encode_part(table, part, tokenizer, max_length, number)
         if not found.samples:
             raise DataError(f"the {name} part has no sample left after it was cut to {max_length} tokens.")

@@ -21,10 +21,12 @@ class TextRows:
     Attributes:
         parts: ``"train"``, ``"val"``, ``"test"`` -> rows.
         label_names: column -> names of its class numbers, where the data set stores numbers.
+        notes: which parts were taken under another name, or left out; for people.
     """
 
     parts: dict[str, list[Row]]
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_parts(
@@ -186,10 +188,15 @@ def _from_datasets(loaded: Any, source: str) -> TextRows:
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     parts: dict[str, list[Row]] = {}
     names: dict[str, tuple[str, ...]] = {}
-    for split, data in splits.items():
-        part = PARTS.get(split.lower())
-        if part is None:
-            continue  # "unsupervised" and the like
+    notes: list[str] = []
+    for split in sorted(splits, key=lambda name: name.lower() not in PARTS):  # parts by their own names first
+        data = splits[split]
+        part = PARTS.get(split.lower().removesuffix("_matched"))  # MNLI's, of the same kind of text as train
+        if part is None or part in parts:
+            notes.append(f"split {split!r} of {source!r} is left out")  # "unsupervised" and the like
+            continue
+        if split.lower() not in PARTS:
+            notes.append(f"{part}: the split {split!r}")
         parts[part] = data.to_list()
         for column, feature in data.features.items():
             inner = getattr(feature, "feature", feature)  # of a list of class numbers
@@ -197,4 +204,4 @@ def _from_datasets(loaded: Any, source: str) -> TextRows:
                 names[column] = tuple(inner.names)
     if not parts:
         raise DataError(f"data set {source!r} has the splits {', '.join(splits)}; expected train.")
-    return TextRows(parts, names)
+    return TextRows(parts, names, tuple(notes))

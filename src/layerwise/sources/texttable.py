@@ -18,6 +18,7 @@ TextTask = Literal[
     "text_classification", "multi_label", "regression", "token_classification", "causal_lm", "masked_lm"
 ]
 TEXT_TASKS: tuple[str, ...] = get_args(TextTask)
+SEVERAL = ("multi_label", "token_classification")  # labels of a row
 MAX_CHARS = 1_000_000
 SHOWN = 10
 
@@ -120,7 +121,8 @@ def read_texts(
         test: likewise for testing.
         val_frac: share of the training rows to split off where there is no val part.
         test_frac: likewise.
-        seed: of the split; classes keep their shares, unless there is a group column.
+        seed: of the split; the classes of ``"text_classification"`` keep their shares, unless there is a
+            group column.
         encoding: of text files.
         label_separator: between the labels of a ``"multi_label"`` row.
         prompt_template: how a prompt is written, with ``{prompt}`` in it.
@@ -129,8 +131,8 @@ def read_texts(
 
     Raises:
         DataError: a column is missing (those there are are named), rows have no text or label or too
-            long a text, there is one class only, or validation has labels that training has not. All
-            problems found are in one message.
+            long a text, there is one class only, or validation has labels that training has not (or a
+            split leaves it none of). All problems found are in one message.
         MissingExtraError: a package that the format needs is not installed.
     """
     if task not in TEXT_TASKS:
@@ -141,6 +143,8 @@ def read_texts(
         raise DataError(f"response_column is for task 'causal_lm', not {task!r}.")
     if response_column is not None and "{prompt}" not in prompt_template:
         raise DataError(f"prompt_template is {prompt_template!r}; expected {{prompt}} in it.")
+    if not label_separator:
+        raise DataError("label_separator is empty; expected what stands between the labels of a row: ','.")
     tags = task == "token_classification"
     labelled = task not in ("causal_lm", "masked_lm")
     text_column = text_column or ("tokens" if tags else "text")
@@ -174,10 +178,15 @@ def read_texts(
             _listed(f"{len(bad)} of {total} rows cannot be used", [f"{row} {reason}" for row, reason in bad])
             + "\nRepair or remove them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
         )
+    notes = list(found.notes)
+    for name in [name for name, part in parts.items() if name != "train" and not len(part)]:
+        del parts[name]
+        notes.append(f"{name}: none of its rows can be used, so the part is left out")
     if not len(parts["train"]):
         raise DataError(f"data {str(source)!r} has no usable training row left; {len(bad)} were left out.")
     classes = _classes(source, task, parts, found.label_names.get(label_column))
-    notes = [*unused_split(found.parts["train"], split_column)] if set(found.parts) == {"train"} else []
+    if set(found.parts) == {"train"}:
+        notes += unused_split(found.parts["train"], split_column)
     notes += _split(task, parts, val_frac, test_frac, seed)
     return TextTable(task, parts, classes, tuple(bad), tuple(notes))
 
@@ -312,9 +321,7 @@ def _classes(
         return ()
     seen: dict[str, set[str]] = {}
     for name, part in parts.items():
-        targets = part.targets or []
-        flat = targets if task == "text_classification" else [label for row in targets for label in row]
-        seen[name] = set(flat)
+        seen[name] = _labels_in(task, part)
     train = seen["train"]
     problems = []
     if task == "text_classification" and len(train) == 1:
@@ -330,6 +337,14 @@ def _classes(
     if names is not None:
         return tuple(name for name in names if name in train)
     return tuple(_in_order(train))
+
+
+def _labels_in(task: TextTask, part: TextPart) -> set[str]:
+    """Return the class names that a part shows; none for numbers and language models."""
+    targets = part.targets or []
+    if task == "text_classification":
+        return set(targets)
+    return {label for row in targets for label in row} if task in SEVERAL else set()
 
 
 def _in_order(labels: set[str]) -> list[str]:
@@ -351,21 +366,33 @@ def _split(
         split, how = grouped_split(train.groups, fracs, seed=seed), "by group"
     else:
         labels = train.targets if task == "text_classification" else None
-        split, how = stratified_split(labels or [0] * len(train), fracs, seed=seed), "stratified"
+        split = stratified_split(labels or [0] * len(train), fracs, seed=seed)
+        how = "stratified" if labels else "at random"
+        if task in SEVERAL:
+            _keep_rare(train.targets or [], split)
     for name, frac, indices in zip(("val", "test"), fracs, split[1:], strict=True):
         if frac:
             parts[name] = train.take(indices)
             notes.append(f"{name}: {len(indices)} rows split off from train, {how}, seed {seed}")
     parts["train"] = train.take(split[0])
-    if train.groups is not None and task == "text_classification":
-        kept = set(parts["train"].targets or ())
-        lost = _in_order(set(train.targets or ()) - kept)
-        if lost:
-            raise DataError(
-                f"no training row is left of {', '.join(map(repr, lost))} after the split by group; expected "
-                f"at least two groups of each class. Leave the classes out, or take another seed."
-            )
+    if lost := _in_order(_labels_in(task, train) - _labels_in(task, parts["train"])):
+        kind = "groups" if train.groups is not None else "rows"
+        raise DataError(
+            f"no training row is left of {', '.join(map(repr, lost))} after the split {how} with seed {seed}"
+            f"; expected at least two {kind} of each class. Leave the classes out, or take another seed."
+        )
     return notes
+
+
+def _keep_rare(targets: Sequence[Any], split: list[list[int]]) -> None:
+    """Move rows with a label that no training row has back to these; each row has several labels."""
+    shown = {label for index in split[0] for label in targets[index]}
+    for part in split[1:]:
+        for index in list(part):
+            if not shown.issuperset(targets[index]):
+                part.remove(index)
+                split[0].append(index)
+                shown.update(targets[index])
 
 
 def _is_nan(value: Any) -> bool:

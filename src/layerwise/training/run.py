@@ -290,12 +290,12 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
         )
     task = task_from_dict(about["task"])
     tokenizer = None
+    saved = folder / "transformers"  # a finished run of texts has its own configuration and tokenizer
     if model is None:
         from layerwise.sources.models import reopen
         from layerwise.sources.pooled import mean_pooled
 
         record = {"num_classes": len(task.classes) or None, **about["model"]}
-        saved = folder / "transformers"  # a finished run of texts has its own configuration and tokenizer
         try:
             # With the size of its images too: a vision transformer's positions depend on it.
             opened = reopen(record, spec=f"hf:{saved}" if saved.is_dir() else None)
@@ -303,6 +303,13 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
         except ModelError as error:
             raise RunError(f"the model of {folder} cannot be built again: {error}") from error
         model, tokenizer = opened.model, opened.tokenizer
+    elif (saved / "tokenizer_config.json").is_file():
+        from layerwise.sources.huggingface import read_tokenizer
+
+        try:
+            tokenizer = read_tokenizer(f"hf:{saved}", str(saved))
+        except ModelError as error:
+            raise RunError(f"the tokenizer of {folder} cannot be read: {error}") from error
     load_weights(model, weights_file(folder), expected_sha256=about.get("weights_sha256"))
     preprocessing = about["model"].get("preprocessing")
     if preprocessing is not None:

@@ -214,6 +214,8 @@ class Classification:
         """
         labels = split_batch(batch)[2]
         found: list[str] = []
+        if len(self.classes) < 2:
+            found.append(f"there is one class {_some(self.classes)}; expected at least two, to tell apart")
         if output.ndim != 2 or output.shape[1] != len(self.classes):
             found.append(
                 f"the model's output has shape {tuple(output.shape)}; expected [N, {len(self.classes)}] for "

@@ -51,7 +51,8 @@ def read_texts(
         stdin: read for ``"-"``; None is the process's own.
 
     Raises:
-        DataError: a file is missing, is not in `encoding`, lacks a column, or there is no text at all.
+        DataError: a file is missing, is not in `encoding`, lacks a column or a text in it, or there is no
+            text at all.
     """
     from layerwise.sources.tables import TABLES, read_rows
 
@@ -62,13 +63,21 @@ def read_texts(
         if str(name) == STDIN:
             texts += _lines(stdin or sys.stdin, pair_column is not None)
         elif path.suffix.lower() in TABLES:
-            for row in read_rows(path, columns, encoding=encoding):
-                texts.append(Text(*(str(row[column] or "") for column in columns)))
+            rows = read_rows(path, columns, encoding=encoding)
+            texts += [_of_row(row, columns, f"row {number} of {name}") for number, row in enumerate(rows, 1)]
         else:
             texts += _lines(_read(path, encoding).splitlines(), pair_column is not None)
     if not texts:
         raise DataError(f"{', '.join(map(str, inputs)) or 'standard input'} holds no text.")
     return texts
+
+
+def _of_row(row: dict[str, Any], columns: Sequence[str], where: str) -> Text:
+    for column in columns:
+        value = row[column]
+        if value is None or value != value or not str(value).strip():  # NaN stands for an empty cell
+            raise DataError(f"{where} has an empty {column!r}; expected a text. Remove the row.")
+    return Text(*(str(row[column]) for column in columns))
 
 
 def _read(path: Path, encoding: str) -> str:
@@ -110,23 +119,27 @@ def predict_texts(
         texts: strings, or `Text` for pairs.
         batch_size: texts of one forward pass.
         max_length: tokens of a text, the rest is cut off; None is what the run was trained with.
-        new_tokens: how many tokens a causal language model writes at most.
+        new_tokens: how many tokens a causal language model writes at most; fewer where its positions end.
 
     Returns:
         Mappings with ``"text"`` and what the task decodes: label and probabilities, numbers; for tokens
-        ``"words"``, their ``"tags"`` and the ``"entities"``; for a causal language model its
+        ``"words"``, their ``"tags"`` (None for the words beyond `max_length`, which ``"cut"``
+        counts) and the ``"entities"``; for a causal language model its
         ``"completion"``; for a masked one the ``"fillers"`` of the masks.
 
     Raises:
         RunError: the run has no tokenizer.
+        DataError: a text is empty.
     """
     tokenizer = run.tokenizer
     if tokenizer is None:
         raise RunError(
-            f"{run.path} has no tokenizer (it was started from Python, or is no run of texts). Load it with "
-            "layerwise.load_run(...) and give its predict() a batch of tensors."
+            f"{run.path} has no tokenizer: it was not finished, was started from Python, or is no run of "
+            "texts. Finish it, or give the predict() of layerwise.load_run(...) a batch of tensors."
         )
     asked = [text if isinstance(text, Text) else Text(text) for text in texts]
+    if empty := [str(number) for number, text in enumerate(asked, start=1) if not text.text.strip()]:
+        raise DataError(f"texts {', '.join(empty[:10])} are empty; there is nothing to predict. Remove them.")
     length = max_length or run.about.get("data", {}).get("max_length")
     order = sorted(range(len(asked)), key=lambda index: len(asked[index].text))
     rows: dict[int, dict[str, Any]] = {}
@@ -163,17 +176,22 @@ def _encode(run: Run, tokenizer: Any, part: list[Text], length: int | None, **op
 
 
 def _tag(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list[dict[str, Any]]:
-    """Return for each text its words, the tag of each (that of its first piece), and the entities."""
+    """Return for each text its words, the tag of each (that of its first piece), and the entities.
+
+    Words that were cut off have no tag, and are counted.
+    """
+    from layerwise.sources.encoding import as_in_text
     from layerwise.training.entities import spans
 
     words = [text.text.split() for text in part]
+    given = [as_in_text(tokenizer, row) for row in words]
     limit = {"max_length": length} if length else {}
     batch = tokenizer(
-        words, is_split_into_words=True, padding=True, truncation=True, return_tensors="pt", **limit
+        given, is_split_into_words=True, padding=True, truncation=True, return_tensors="pt", **limit
     )
     found = []
     for index, decoded in enumerate(run.predict(dict(batch))):
-        tags = ["O"] * len(words[index])  # words that were cut off
+        tags: list[str | None] = [None] * len(words[index])
         seen: set[int] = set()
         for position, word in enumerate(batch.word_ids(index)):
             if word is not None and word not in seen:
@@ -181,28 +199,40 @@ def _tag(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list
                 tags[word] = decoded["tags"][position]
         entities = [
             {"type": kind, "text": " ".join(words[index][start:end]), "start": start, "end": end}
-            for kind, start, end in spans(tags)
+            for kind, start, end in spans([tag or "O" for tag in tags])
         ]
-        found.append({"words": words[index], "tags": tags, "entities": entities})
+        cut = len(tags) - max(seen, default=-1) - 1
+        found.append({"words": words[index], "tags": tags, "entities": entities, "cut": cut})
     return found
 
 
 def _complete(
     run: Run, tokenizer: Any, part: list[Text], length: int | None, new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return what the model writes after each text, greedily."""
-    side = tokenizer.padding_side
-    tokenizer.padding_side = "left"  # generation goes on from the last position
-    try:
-        batch = _encode(run, tokenizer, part, length)
-    finally:
-        tokenizer.padding_side = side
-    batch.pop("token_type_ids", None)
+    """Return what the model writes after each text, greedily; prompts are written as in training."""
+    from layerwise.sources.encoding import encode_givens
+    from layerwise.sources.huggingface import max_length_of
+
     model: Any = run.model
+    limit = max_length_of(model, tokenizer)
+    new_tokens = min(new_tokens, limit - 1)
+    # Of what the model can take, the new tokens may use what the prompts leave, and half at any rate.
+    room = min(length or limit, max(limit - new_tokens, limit // 2))
+    options = (run.about.get("job") or {}).get("text") or {}
+    template = options.get("prompt_template", "{prompt}") if options.get("response_column") else "{prompt}"
+    prompts = [template.replace("{prompt}", text.text) for text in part]
+    rows = encode_givens(tokenizer, prompts, max_length=room)
+    start = max(map(len, rows))
+    padding = [start - len(ids) for ids in rows]  # at the left: generation goes on from the last position
     written = model.generate(
-        **batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        input_ids=torch.tensor(
+            [[tokenizer.pad_token_id] * n + ids for n, ids in zip(padding, rows, strict=True)]
+        ),
+        attention_mask=torch.tensor([[0] * n + [1] * (start - n) for n in padding]),
+        max_new_tokens=min(new_tokens, limit - start),
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    start = batch["input_ids"].shape[1]
     texts = tokenizer.batch_decode(written[:, start:], skip_special_tokens=True)
     return [{"completion": text} for text in texts]
 

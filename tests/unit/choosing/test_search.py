@@ -421,6 +421,43 @@ def test_killed_worker_loses_no_trial(model, data, tmp_path):
     assert len(again) == len(set(again)) >= before + 1
 
 
+def test_a_worker_that_dies_meanwhile_is_not_waited_for(model, data, tmp_path):
+    # its trial is run again by the one that is left, which makes the winner's run
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    worker = f"{worker_name().rpartition(':')[0]}:{dead.pid}"
+    optuna = optuna_module()
+    lost = []
+
+    def say(text):
+        if text.startswith("trial 0"):
+            backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "s" / "search.journal"))
+            study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+            trial = half_drawn(study, ("choice", "lr"), worker)
+            trial.suggest_float("decay", *SPACE.decay)
+            lost.append(trial.params)
+
+    found = searched(model, data, trials=3, out=tmp_path / "s", say=say)
+    done = [row for row in found.trials if row.state in ("complete", "pruned")]
+    assert lost[0] in [{"choice": row.choice, "lr": row.lr, "decay": row.decay} for row in done]
+    assert len(done) == 3
+    assert found.run is not None
+
+
+def test_the_run_of_an_earlier_winner_is_not_that_of_the_new_one(model, data, tmp_path):
+    # search.json keeps the run that is there only if it is the winner's
+    out = tmp_path / "s"
+    searched(model, data, trials=3, out=out)
+    summary = out / "search.json"
+    saved = json.loads(summary.read_text())
+    searched(model, data, trials=3, out=out, refit="none")
+    assert json.loads(summary.read_text())["run"] == saved["run"]
+    saved["run"]["out"] = str(out / "winner-trial-99")
+    summary.write_text(json.dumps(saved))
+    searched(model, data, trials=3, out=out, refit="none")
+    assert json.loads(summary.read_text())["run"] is None
+
+
 CALLS = []
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 import layerwise
 from layerwise.choosing.search import search
-from layerwise.errors import RunError
+from layerwise.errors import DataError, RunError
 from layerwise.report.page import write_report
 
 
@@ -59,6 +59,18 @@ def test_page_of_a_run_holds_everything_and_needs_nothing(run):
     assert "32 samples &amp; more" in page
     assert "gradual_unfreezing" in page
     assert not re.findall(r'(?:src|href)="http', page)
+
+
+def test_a_page_is_not_written_into_a_folder_that_is_not_there(run, tmp_path):
+    with pytest.raises(DataError, match=r"a report cannot be written .* there is no folder '[^']*nope'"):
+        write_report(run, tmp_path / "nope" / "x.html")
+
+
+def test_wide_tables_scroll_in_a_box(run):
+    # a confusion table of many classes does not widen the page
+    page = write_report(run).read_text()
+    assert ".wide { overflow-x: auto" in page
+    assert page.count("<div class=wide><table>") == page.count("<table>") > 3
 
 
 def test_page_of_an_unfinished_run_says_so(run, tmp_path):

@@ -90,6 +90,35 @@ def test_history_picture_has_whole_epochs(epochs, ticks):
     assert chart["encoding"]["x"]["axis"]["values"] == ticks
 
 
+@pytest.mark.parametrize(
+    ("measured", "panels"),
+    [
+        ({"perplexity": 90.0, "token_accuracy": 0.5}, [["perplexity"], ["token accuracy"]]),
+        ({"rmse": 8.0, "mae": 7.0, "r2": 0.5, "pearson": 0.6}, [["rmse", "mae"], ["r2", "pearson"]]),
+        ({"accuracy": 0.5, "macro_f1": 0.4}, [["accuracy", "macro f1"]]),
+    ],
+)
+def test_history_picture_has_a_panel_for_each_unit(measured, panels):
+    # a perplexity of 90 would flatten the accuracy beside it
+    entry = {"epoch": 0, "train_loss": 1.0, **measured}
+    _, *charts = pictures.history_picture([entry]).to_dict()["vconcat"]
+    assert [chart["encoding"]["color"]["sort"] for chart in charts] == panels
+
+
+def test_history_picture_of_one_epoch_does_not_round_its_value():
+    # an accuracy of 0.5 is no 1
+    history = [{"epoch": 0, "train_loss": 0.25, "accuracy": 0.5}]
+    svg = pictures.as_svg(pictures.history_picture(history))
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert "0.5" in labels
+    assert "0.25" in labels
+
+
+def test_a_history_without_epochs_has_no_curves():
+    with pytest.raises(DataError, match="no epochs"):
+        pictures.history_picture([])
+
+
 def test_transfer_picture_skips_a_probe_that_could_not_be_measured():
     # null accuracies are left out, the neighbours stay
     depth = {"group": "fc", "probe": None, "knn": 0.5}
@@ -135,3 +164,9 @@ def test_unknown_format_is_refused(tmp_path):
     with pytest.raises(DataError, match="name of a file"):
         pictures.check_picture(tmp_path)
     assert pictures.check_picture(tmp_path / "a.svg") == tmp_path / "a.svg"
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_work(tmp_path):
+    # the folder is named, no temporary file
+    with pytest.raises(DataError, match=r"there is no folder '[^']*nope'"):
+        pictures.check_picture(tmp_path / "nope" / "x.png")

@@ -127,6 +127,29 @@ def test_tags_stand_on_the_first_piece_of_a_word(tmp_path):
     assert cut.truncated == {"train": 1}
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_words_of_byte_level_tokenizers_have_the_pieces_of_their_text(whole):
+    # The space before a word is part of its first piece (RoBERTa's kind, and Llama 3's of two steps).
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole)
+    split = pre_tokenizers.Split(Regex(r" ?[a-z]+|'[a-z]+"), "isolated")
+    core.pre_tokenizer = level if whole else pre_tokenizers.Sequence([split, level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(["the cat don't run", "a cat runs"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="!")
+    words = ["cat", "don't", "run"]
+    tags = table("token_classification", ("A", "B", "C"), words=[words], targets=[("A", "B", "C")])
+    sample = encode(tags, tokenizer, max_length=30).train[0]
+    assert sample["input_ids"] == tokenizer(" ".join(words))["input_ids"]
+    assert sample["input_ids"] != tokenizer(words, is_split_into_words=True)["input_ids"]
+    assert [label for label in sample["labels"] if label != IGNORED] == [0, 1, 2]
+
+
 def test_packing_loses_no_token_and_pads_none(tmp_path):
     tokenizer = save_tokenizer(tmp_path, decoder=True)
     data = encode(table("causal_lm", (), texts=TEXTS), tokenizer, max_length=6)
@@ -202,6 +225,11 @@ def test_subset_fingerprint_and_pickle(tokenizer):
     }
     assert len(prints) == 4
     assert json.dumps(data.train.fingerprint())
+
+
+def test_a_part_without_rows_is_named(tokenizer):
+    with pytest.raises(DataError, match="the val part has no rows"):
+        encode(table(texts=TEXTS, targets=["y", "x", "x", "y"], val={"targets": []}), tokenizer, max_length=9)
 
 
 def test_limits_and_tokens_that_are_missing(tmp_path, tokenizer):

@@ -8,6 +8,8 @@ import pytest
 from layerwise.errors import DataError
 from layerwise.sources.texttable import read_texts
 
+TAGS = "token_classification"
+
 
 def write_csv(path, rows, columns=("text", "label")):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,30 @@ def test_datasets_folders_and_their_class_names(tmp_path):
     assert table.parts["val"].targets[:3] == ["neg", "pos", "pos"]
     made.save_to_disk(str(tmp_path / "one"))
     assert len(read_texts(tmp_path / "one", val_frac=0.25).parts["train"]) == 9
+
+
+def test_splits_of_other_names_are_told(tmp_path):
+    # MNLI's matched validation is val; what is left out is named; a part without any label is no part.
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    parts = {
+        name: datasets.Dataset.from_dict({"text": [text] * 4, "label": labels}, features=features)
+        for name, text, labels in (
+            ("train", "a", [0, 1] * 2),
+            ("validation_mismatched", "b", [0, 1] * 2),
+            ("validation_matched", "c", [0, 1] * 2),
+            ("test_matched", "d", [-1] * 4),
+        )
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "mnli"))
+    table = read_texts(tmp_path / "mnli", skip_bad_rows=True)
+    assert {name: part.texts for name, part in table.parts.items()} == {"train": ["a"] * 4, "val": ["c"] * 4}
+    told = " | ".join(table.notes)
+    assert "val: the split 'validation_matched'" in told
+    assert "split 'validation_mismatched' of" in told
+    assert "test: none of its rows can be used" in told
 
 
 def test_labels_that_are_numbers_stand_in_their_order(tmp_path):
@@ -217,6 +243,24 @@ def test_labels_of_val_that_train_has_not(tmp_path):
         read_texts(train, val=val)
     assert "label 'dog' is in val and never in train. Did you mean 'dogs'" in str(caught.value)
     assert "label 'owl' is in val and never in train" in str(caught.value)
+
+
+def test_a_split_at_random_leaves_training_every_label(tmp_path):
+    # It does not look at labels, so a row with the only one of its kind goes back.
+    rows = [("a", label) for label in ("x", "y", "x, y", "") * 6] + [("c", "rare")]
+    path = write_csv(tmp_path / "t.csv", rows)
+    (tmp_path / "t.conll").write_text("\n".join(["a X", ""] * 12 + ["c RARE", ""]))
+    for file, task, rare in ((path, "multi_label", "rare"), (tmp_path / "t.conll", TAGS, "RARE")):
+        for seed in range(12):
+            table = read_texts(file, task=task, seed=seed)
+            assert any(rare in row for row in table.parts["train"].targets)
+            assert any(", at random, seed" in note for note in table.notes)
+
+
+def test_labels_without_a_separator_are_refused(tmp_path):
+    path = write_csv(tmp_path / "t.csv", topics())
+    with pytest.raises(DataError, match="label_separator is empty"):
+        read_texts(path, task="multi_label", label_separator="")
 
 
 def test_one_class_is_no_task(tmp_path):

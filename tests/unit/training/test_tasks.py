@@ -181,3 +181,9 @@ def test_evaluate_changes_nothing_and_averages_over_samples() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     expected = F.cross_entropy(model.eval()(x), y).detach()
     assert scores.values["loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_one_class_is_nothing_to_tell_apart() -> None:
+    # Said before training, not by the metrics after it.
+    with pytest.raises(DataError, match=r"there is one class \(only\); expected at least two"):
+        Classification(("only",)).check(torch.zeros(4, 1), (torch.zeros(4, 3), torch.zeros(4).long()))
