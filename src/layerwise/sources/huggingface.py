@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from layerwise.errors import MissingExtraError, ModelError, did_you_mean
 from layerwise.sources.fetching import first_line, is_download_error
 from layerwise.sources.fitting import Mismatched, load_file
+from layerwise.sources.image_processors import check_pixels, from_image_processor
 from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, example_image
-from layerwise.sources.preprocessing import Preprocessing, check_pixels, from_image_processor
+from layerwise.sources.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn

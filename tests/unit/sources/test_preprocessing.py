@@ -12,11 +12,10 @@ from PIL import Image
 from torchvision import models
 
 from layerwise.errors import DataError, ModelError
+from layerwise.sources.image_processors import check_pixels, from_image_processor
 from layerwise.sources.preprocessing import (
     AUGMENTS,
     Preprocessing,
-    check_pixels,
-    from_image_processor,
     from_timm,
     from_torchvision,
 )
