@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ from layerwise.tuning.wrappers import unwrapped
 
 Method = Literal["exact", "one_pass", "moving"]
 METHODS: tuple[str, ...] = get_args(Method)
+
+
+CALIBRATED: WeakSet[nn.Module] = WeakSet()
+"""Norms whose statistics were measured in this process."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def calibrate_batchnorm(
             f"the forward pass ran none of the {len(norms)} norms ({shorten(norm.name for norm in norms)}): "
             "nothing was calibrated. Check the input that the batches give, or pass forward=."
         )
+    CALIBRATED.update(norm.module for norm in reached)
     before = dict(old)
     return Calibration(
         method=method,

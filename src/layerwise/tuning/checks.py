@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.tuning.calibration import CALIBRATED
 from layerwise.tuning.matching import some
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norms import NormRecord
@@ -80,26 +81,14 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
         )
 
 
-def means_of(model: nn.Module, norms: NormRecord) -> list[torch.Tensor]:
-    """Return copies of the running means that a phase holds; none where they need not be measured first."""
-    modules = (model.get_submodule(path) for path in norms.fixed if norms.calibrate)
-    means = (module._buffers.get("running_mean") for module in modules)
-    return [mean.detach().clone() for mean in means if mean is not None]
-
-
-def check_calibrated(phase: str, model: nn.Module, norms: NormRecord, before: list[torch.Tensor]) -> None:
+def check_calibrated(phase: str, model: nn.Module, norms: NormRecord) -> None:
     """Check that statistics were measured, if the phase wants that.
 
-    Args:
-        phase: its name.
-        model: the model.
-        norms: of the phase.
-        before: `means_of` when it began.
-
     Warns:
-        LayerwiseWarning: they are what they were.
+        LayerwiseWarning: nobody called `calibrate_batchnorm` on any of its norms.
     """
-    if before and all(map(torch.equal, before, means_of(model, norms))):
+    held = (model.get_submodule(path) for path in norms.fixed)
+    if norms.calibrate and norms.fixed and not any(module in CALIBRATED for module in held):
         warnings.warn(
             f"phase {phase!r} has the norm policy 'calibrate', but nobody measured the statistics: "
             "layerwise.fit does it; in other loops call layerwise.calibrate_batchnorm(model, loader) before "

@@ -28,7 +28,7 @@ from layerwise.errors import LayerwiseWarning, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining, learning
-from layerwise.tuning.checks import check_calibrated, check_first_step, check_norms, means_of
+from layerwise.tuning.checks import check_calibrated, check_first_step, check_norms
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.matching import (
     check_ddp,
@@ -305,7 +305,7 @@ class Tuner:
             check_first_step(name, self._parameters, self.optimizer, self._warned)
             check_norms(name, self._model, self.norms)
             if self._progress.step_in_phase == 0:
-                check_calibrated(name, self._model, self.norms, self._means)
+                check_calibrated(name, self._model, self.norms)
         phase = self.phase
         if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
             self._set_rates()
@@ -542,7 +542,6 @@ class Tuner:
             if not wanted:
                 parameter.grad = None
         self._unchecked = True
-        self._means = means_of(self._model, self.norms)
         specs = group_specs(self.layers, self._parameters, multipliers, self._exempt)
         self._rates.multipliers = {spec.name: spec.multiplier for spec in specs}
         return specs
