@@ -279,14 +279,18 @@ def _finished(
             plan.save(folder / "plan.yaml")
             data = result.to_dict()
             summary = folder / "search.json"
-            if (
-                data["run"] is None and summary.exists()
-            ):  # another worker made it, or did so of another winner
-                before = json.loads(summary.read_text(encoding="utf-8")).get("run") or {}
-                if Path(before.get("out") or "").name == _winner_folder(folder, best, rows).name:
-                    data["run"] = before
+            if data["run"] is None:
+                data["run"] = _told_before(summary, _winner_folder(folder, best, rows))
             write_json(summary, data)
     return result
+
+
+def _told_before(summary: Path, winner: Path) -> Any:
+    """Return the winner's run as another worker wrote it down; None if that is of another winner."""
+    if not summary.exists():
+        return None
+    run = json.loads(summary.read_text(encoding="utf-8")).get("run") or {}
+    return run if Path(run.get("out") or "").name == winner.name else None
 
 
 def _refit(

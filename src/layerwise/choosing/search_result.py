@@ -13,10 +13,10 @@ import numpy as np
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow
 from layerwise.choosing.tables import text_table
-from layerwise.choosing.terms import Mode
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.training.result import Result
+from layerwise.tuning.stall import Mode
 
 CURVE_COLUMNS = ("trained", "from", "metric", "error", "seeds", "lr", "decay")
 

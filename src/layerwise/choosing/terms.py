@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -12,9 +12,8 @@ from layerwise.cache.changes.fingerprint import named_tensors, weights_digest
 from layerwise.errors import DataError
 from layerwise.training.tasks import Classification
 from layerwise.training.text_tasks import task_of
+from layerwise.tuning.stall import Mode
 
-Mode = Literal["max", "min"]
-"""Whether more of a metric is better, or less."""
 LOWER_IS_BETTER = ("loss", "val_loss", "rmse", "mae", "perplexity")
 """Metrics of the project's tasks of which less is better; names of others count if they end in ``"loss"``."""
 OF_TRAINING = ("train_loss", "epoch", "step", "steps")

@@ -14,13 +14,14 @@ from torch import nn
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
-from layerwise.choosing.terms import Mode, plain, weights_of
+from layerwise.choosing.terms import plain, weights_of
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 from layerwise.training.result import Result
+from layerwise.tuning.stall import Mode
 
 
 @dataclass(frozen=True)

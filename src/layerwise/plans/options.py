@@ -59,8 +59,7 @@ def settings(options: PhaseOptions) -> dict[str, Any]:
 
 def length(options: PhaseOptions) -> dict[str, int]:
     """Return the length of a one-phase plan: the given epochs or steps, or the default."""
-    given = {name: options[name] for name in ("epochs", "steps") if options.get(name) is not None}
-    return given or {"epochs": DEFAULT_EPOCHS}
+    return _lengths(options) or {"epochs": DEFAULT_EPOCHS}
 
 
 def length_given(options: PhaseOptions, strategy: str) -> dict[str, int]:
@@ -69,7 +68,7 @@ def length_given(options: PhaseOptions, strategy: str) -> dict[str, int]:
     Raises:
         PlanError: both are given, or it is no whole number above 0.
     """
-    given = {name: options[name] for name in ("epochs", "steps") if options.get(name) is not None}
+    given = _lengths(options)
     if len(given) > 1:
         raise PlanError(f"{strategy}: epochs = {given['epochs']!r} and steps = {given['steps']!r}; keep one")
     for name, count in given.items():
@@ -128,6 +127,10 @@ def require_head(layers: LayerMap, strategy: str) -> str:
             "Add an output layer to the model, or name the groups with blocks([...])"
         )
     return layers.head.name
+
+
+def _lengths(options: PhaseOptions) -> dict[str, int]:
+    return {name: options[name] for name in ("epochs", "steps") if options.get(name) is not None}
 
 
 def _known(what: str, name: str, names: tuple[str, ...]) -> Any:

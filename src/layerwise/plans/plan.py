@@ -103,7 +103,7 @@ class Norms(Data):
             return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
         used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}
         return [
-            f"{name} is {data[name]!r}, which only {' and '.join(map(repr, by))} use (policy is {policy!r})"
+            f"{name} is {data[name]!r}, which is only for policy {' or '.join(map(repr, by))}, not {policy!r}"
             for name, by in used.items()
             if data.get(name) is not None and policy not in by
         ]

@@ -368,7 +368,7 @@ def test_keys_that_yaml_reads_otherwise_than_they_look_are_told(text: str, told:
 @pytest.mark.parametrize("field", [{"samples": 5}, {"momentum": 0.3}])
 def test_settings_that_a_norm_policy_does_not_use_are_refused(field: dict[str, Any]) -> None:
     """They would be ignored."""
-    with pytest.raises(PlanError, match=f"{next(iter(field))} is .*, which only 'calibrate'"):
+    with pytest.raises(PlanError, match=f"{next(iter(field))} is .*, which is only for policy 'calibrate'"):
         Norms(policy="freeze", **field)
 
 
