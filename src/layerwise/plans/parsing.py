@@ -48,9 +48,9 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
         text: the name of a strategy, with arguments after a colon or in parentheses: ``linear_probe``,
             ``top_k:k=2``, ``blocks(layer3:)``, ``discriminative(decay=1/2.6, frozen=1)``,
             ``blocks:[layer3, fc]``, ``discriminative:rates={layer4: 0.5, fc: 1},frozen=:layer3``. An argument
-            without a name is the strategy's first one (several make a list). A number may be a fraction. What
-            is in quotes is a name: ``blocks:'2'`` is the group called 2, ``blocks:2`` the first two, or an error
-            where a group is called so.
+            without a name is the strategy's first one (several make a list). A number may be a fraction.
+            What is in quotes is a name: ``blocks:'2'`` is the group called 2. ``blocks:2`` is the first two
+            groups, or an error where one is called so.
         layers: the layer map.
         **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
             those that `text` gives win.
