@@ -62,8 +62,12 @@ def bare_loop(model: Tiny, *, accumulate: int = 1, clip_norm: float | None = Non
             window = batches[begin : begin + accumulate]
             for indices in window:
                 x, y = data[indices]
-                samples = sum(map(len, window))
-                (F.cross_entropy(model(x), y) / (samples / len(indices))).backward()
+                share = len(window) * len(window[0]) / len(indices)  # their number, where all are alike
+                (F.cross_entropy(model(x), y) / share).backward()
+            samples = sum(map(len, window))
+            if samples != len(window) * len(window[0]):
+                for parameter in (p for p in model.parameters() if p.grad is not None):
+                    parameter.grad *= len(window) * len(window[0]) / samples
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             for group in optimizer.param_groups:

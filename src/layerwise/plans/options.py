@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict, get_args
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict, TypeVar, cast, get_args
 
-from layerwise.errors import PlanError, did_you_mean
+from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import NormKind, Norms, Phase, Plan, Schedule, Shape
 
 DEFAULT_EPOCHS = 5
 """Length of a plan where neither epochs nor steps are given: fine-tuning, not training from scratch."""
+
+
+_Strategy = TypeVar("_Strategy", bound=Callable[..., Plan])
 
 
 class PhaseOptions(TypedDict, total=False):
@@ -33,6 +37,25 @@ class PhaseOptions(TypedDict, total=False):
     join_steps: int
     l2_sp: float
     frozen_dropout: bool
+
+
+def strategy(function: _Strategy) -> _Strategy:
+    """Have a strategy tell whoever gives it a model, or anything else, what it is made for.
+
+    Raises:
+        PlanError: when it is called with something else than a layer map.
+    """
+
+    @functools.wraps(function)
+    def checked(layers: LayerMap, *args: Any, **kwargs: Any) -> Plan:
+        if not isinstance(layers, LayerMap):
+            raise PlanError(
+                f"{function.__name__} got {named_kind(layers)}; expected the layer map of a model: "
+                f"{function.__name__}(layerwise.layer_map(model), ...)"
+            )
+        return function(layers, *args, **kwargs)
+
+    return cast(_Strategy, checked)
 
 
 def settings(options: PhaseOptions) -> dict[str, Any]:

@@ -6,11 +6,18 @@ from typing import Unpack
 
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.options import PhaseOptions, call, one_phase, require_head
+from layerwise.plans.options import (
+    PhaseOptions,
+    call,
+    one_phase,
+    require_head,
+    strategy,
+)
 from layerwise.plans.plan import Plan
 from layerwise.plans.rates import decayed
 
 
+@strategy
 def auto_rgn(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     """Return a plan in which each group learns in proportion to its relative gradient norm.
 
@@ -33,6 +40,7 @@ def auto_rgn(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     return one_phase(layers, "auto_rgn", dict.fromkeys(layers.names, 1.0), options, adapt_rates="auto_rgn")
 
 
+@strategy
 def lisa(
     layers: LayerMap, *, groups: int = 2, every_steps: int = 20, **options: Unpack[PhaseOptions]
 ) -> Plan:
@@ -71,6 +79,7 @@ def lisa(
     )
 
 
+@strategy
 def reinit_last(
     layers: LayerMap, *, k: int, decay: float | None = None, **options: Unpack[PhaseOptions]
 ) -> Plan:

@@ -12,12 +12,20 @@ from typing import Literal, Unpack
 
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.options import PhaseOptions, call, one_phase, require_freezing, require_head
+from layerwise.plans.options import (
+    PhaseOptions,
+    call,
+    one_phase,
+    require_freezing,
+    require_head,
+    strategy,
+)
 from layerwise.plans.plan import Plan
 from layerwise.plans.rates import decayed
 from layerwise.plans.selection import GroupSelection, match_names, select_groups
 
 
+@strategy
 def linear_probe(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     """Return a plan that trains the head alone on frozen features.
 
@@ -36,6 +44,7 @@ def linear_probe(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     return one_phase(layers, "linear_probe", {head: 1.0}, options)
 
 
+@strategy
 def full(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     """Return a plan that trains every group at the full rate.
 
@@ -49,6 +58,7 @@ def full(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     return one_phase(layers, "full", dict.fromkeys(layers.names, 1.0), options)
 
 
+@strategy
 def top_k(layers: LayerMap, *, k: int, **options: Unpack[PhaseOptions]) -> Plan:
     """Return a plan that trains the last `k` groups, the head counted as one of them.
 
@@ -70,6 +80,7 @@ def top_k(layers: LayerMap, *, k: int, **options: Unpack[PhaseOptions]) -> Plan:
     return one_phase(layers, call("top_k", k=k), dict.fromkeys(trained, 1.0), options)
 
 
+@strategy
 def blocks(layers: LayerMap, groups: GroupSelection, **options: Unpack[PhaseOptions]) -> Plan:
     """Return a plan that trains the named groups and freezes all others.
 
@@ -88,6 +99,7 @@ def blocks(layers: LayerMap, groups: GroupSelection, **options: Unpack[PhaseOpti
     return one_phase(layers, strategy, dict.fromkeys(trained, 1.0), options)
 
 
+@strategy
 def pattern(
     layers: LayerMap,
     *,
@@ -140,6 +152,7 @@ def pattern(
     return one_phase(layers, strategy, rates, options, overrides=overrides)
 
 
+@strategy
 def discriminative(
     layers: LayerMap,
     *,
@@ -197,6 +210,7 @@ def discriminative(
     return one_phase(layers, strategy, learning, options)
 
 
+@strategy
 def surgical(
     layers: LayerMap,
     *,
@@ -238,6 +252,7 @@ def surgical(
     return one_phase(layers, strategy, dict.fromkeys(trained, 1.0), options)
 
 
+@strategy
 def freeze_embeddings(
     layers: LayerMap, *, decay: float | None = None, **options: Unpack[PhaseOptions]
 ) -> Plan:

@@ -15,6 +15,7 @@ from layerwise.plans.options import (
     make_plan,
     require_head,
     settings,
+    strategy,
 )
 from layerwise.plans.plan import Phase, Plan, Schedule
 from layerwise.plans.rates import check_decay, decayed
@@ -22,6 +23,7 @@ from layerwise.plans.rates import check_decay, decayed
 ULMFIT_DECAY = 1 / 2.6
 
 
+@strategy
 def gradual_unfreezing(
     layers: LayerMap,
     *,
@@ -97,6 +99,7 @@ def gradual_unfreezing(
     return make_plan(layers, strategy, phases)
 
 
+@strategy
 def ulmfit(
     layers: LayerMap,
     *,
@@ -137,6 +140,7 @@ def ulmfit(
     return plan.with_changes(strategy=strategy)
 
 
+@strategy
 def lp_ft(
     layers: LayerMap,
     *,
@@ -197,6 +201,7 @@ def lp_ft(
     )
 
 
+@strategy
 def fine_tune(
     layers: LayerMap,
     *,

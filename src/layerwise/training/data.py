@@ -109,15 +109,6 @@ class EpochBatches(Sampler[list[int]]):
         """Return the number of batches of all processes, before the first ones are repeated."""
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
 
-    def samples_of(self, index: int) -> list[int]:
-        """Return how many samples each process has in its batch `index` of a shuffled epoch."""
-        first, count = index * self.world, self._count()
-        numbers = (
-            n if n < count else min(n % self.world - 1, count - 1)  # where batches are repeated
-            for n in range(first, first + self.world)
-        )
-        return [min(self.batch_size, self.size - n * self.batch_size) for n in numbers]
-
 
 class SeededSamples(Dataset[Any]):
     """A data set whose random augmentation depends on (seed, epoch, index) alone.
@@ -158,29 +149,6 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.loader)
-
-    def divisor(self, index: int, accumulate: int) -> float:
-        """Return what the mean loss of a batch is divided by, so that its window's gradients make one mean.
-
-        The mean over all samples of a window of `accumulate` batches (fewer at the end of an epoch), of all
-        processes, whose gradients are averaged: a batch of n of the window's N samples counts n / N. It is
-        the number of batches where all are equally large, and where sizes are not known in advance.
-
-        >>> batches = open_batches(range(70), train=True, batch_size=16)
-        >>> [batches.divisor(index, 5) for index in (0, 4)]
-        [4.375, 11.666666666666666]
-
-        Args:
-            index: number of the batch in its epoch.
-            accumulate: batches of an optimiser step.
-        """
-        first = index // accumulate * accumulate
-        window = range(first, min(first + accumulate, len(self)))
-        if not self.exact:
-            return len(window)
-        order = cast(EpochBatches, self.loader.batch_sampler)
-        samples = sum(sum(order.samples_of(number)) for number in window)
-        return samples / order.world / order.samples_of(index)[order.rank]
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the first batch, of the next iteration of `loader`."""

@@ -27,8 +27,9 @@ def evaluate(
 ) -> Scores:
     """Return loss and metrics of `model` on a data set; the model's modes and weights stay as they are.
 
-    The loss is the mean over samples of the batches' mean losses. In several processes every one sees
-    its share, and the numbers returned are those of all shares together.
+    The loss is the mean over all samples, or over what else the task's loss is a mean over: it does not
+    depend on how samples are batched. In several processes every one sees its share, and the numbers
+    returned are those of all shares together.
 
     Args:
         model: in any mode; evaluated in eval mode without gradients.

@@ -18,6 +18,7 @@ from layerwise.files import remove_leftovers, write_json
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
+from layerwise.training.accumulating import Window
 from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
@@ -129,8 +130,8 @@ def fit(
         seed: of order, augmentation, dropout and re-initialised groups.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` for autocast (fp16 on a GPU only). bf16 is slow on
             a CPU without instructions for it.
-        accumulate: batches for one optimiser step; their gradients are averaged, a smaller last batch
-            weighs less.
+        accumulate: batches for one optimiser step. Its gradient is that of the mean over all their samples
+            (tokens, where the loss is a mean over tokens), so batches count by their size.
         clip_norm: largest norm of all gradients together; None does not clip.
         class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k); 0 leaves one out.
         sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
@@ -329,11 +330,15 @@ def fit(
                     output = task.forward(runner, batch)
                     loss = task.loss(output, batch)
                 value = finite_loss(loss, batch, step=tuner.step_count, epoch=epoch, index=index, out=folder)
-                accelerator.backward(loss / batches.divisor(index, accumulate))
-                now.within.add(value, task.size(batch))
+                if index % accumulate == 0:
+                    window = Window(accelerator, batches=min(accumulate, count - index))
+                size = task.size(batch)
+                window.backward(loss, size)
+                now.within.add(value, size)
                 if (index + 1) % accumulate and index + 1 < count:
                     continue
 
+                window.close(model)
                 if clip_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), clip_norm)
                 phase_index, rates = tuner.phase_index, tuner.rates()
@@ -369,13 +374,13 @@ def fit(
                 )
             monitored = setup.monitored_value(scores, task)
             tuner.end_epoch(monitored, mode=task.mode)
-            loss_sum, samples = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
+            loss_sum, size = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
             entry = {
                 "epoch": epoch,
                 "phase": phase,
                 "step": tuner.step_count,
                 "steps": tuner.step_count - epoch * steps_per_epoch,
-                "train_loss": loss_sum / samples,
+                "train_loss": loss_sum / size if size else 0.0,
                 **{name_of(metric): value for metric, value in scores.values.items()},
                 "rates": rates,
             }

@@ -20,20 +20,20 @@ class EpochAtHand:
     Attributes:
         epoch: its number, from 0; -1 before the first.
         batch: batches of it that were trained on.
-        loss_sum: their losses, each times its samples.
-        samples: in them.
+        loss_sum: their losses, each times its size.
+        samples: in them, or over how many tokens or weights the losses are means.
     """
 
     epoch: int = -1
     batch: int = 0
     loss_sum: float = 0.0
-    samples: int = 0
+    samples: float = 0
 
-    def add(self, loss: float, samples: int) -> None:
-        """Count one more batch."""
+    def add(self, loss: float, size: float) -> None:
+        """Count one more batch, whose mean loss is one over `size`."""
         self.batch += 1
-        self.loss_sum += loss * samples
-        self.samples += samples
+        self.loss_sum += loss * size
+        self.samples += size
 
 
 @dataclass

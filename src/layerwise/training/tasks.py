@@ -72,8 +72,8 @@ class Task(Protocol):
         """Return one batch of samples."""
         ...
 
-    def size(self, batch: Batch) -> int:
-        """Return the number of samples in a batch."""
+    def size(self, batch: Batch) -> float:
+        """Return over how much a batch's loss is a mean: its samples, scored tokens, or their weights."""
         ...
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -183,9 +183,12 @@ class Classification:
         """Return samples stacked, a list of mappings as one mapping."""
         return torch.utils.data.default_collate(samples)
 
-    def size(self, batch: Batch) -> int:
-        """Return the number of labels."""
-        return len(split_batch(batch)[2])
+    def size(self, batch: Batch) -> float:
+        """Return the number of labels; the sum of their weights where classes have some."""
+        labels = split_batch(batch)[2]
+        if self.class_weights is None:
+            return len(labels)
+        return float(torch.tensor(self.class_weights, dtype=torch.float64)[labels.cpu()].sum())
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits, float[N, classes]."""

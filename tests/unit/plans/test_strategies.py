@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
 from helpers import named_map, resnet_map
 from layerwise.errors import PlanError
@@ -258,3 +259,11 @@ def test_what_names_no_group_is_refused(odd: Any) -> None:
     """Numbers are whole, and no one means True."""
     with pytest.raises(PlanError, match="names no group"):
         strategies.blocks(resnet_map(), odd)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_is_no_layer_map_is_told_how_to_become_one(name: str) -> None:
+    with pytest.raises(
+        PlanError, match=rf"{name} got a Linear; expected .*{name}\(layerwise.layer_map\(model\)"
+    ):
+        STRATEGIES[name](nn.Linear(2, 2))

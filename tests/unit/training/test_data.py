@@ -151,34 +151,6 @@ def test_a_loader_with_its_own_sampler_is_fast_forwarded() -> None:
     assert [head, *(batch[0].tolist() for batch in rest)] == whole[2:]
 
 
-@pytest.mark.parametrize(
-    ("size", "world", "accumulate"), [(70, 1, 5), (70, 2, 2), (66, 4, 2), (20, 4, 1), (64, 2, 2)]
-)
-def test_a_window_is_the_mean_over_its_samples(size: int, world: int, accumulate: int) -> None:
-    # Whichever batches and processes hold them; of equal batches each is divided by their number, exactly.
-    ranks = [
-        open_batches(numbers(size), train=True, batch_size=16, rank=rank, world=world)
-        for rank in range(world)
-    ]
-    values = [[float(inputs.float().mean()) for inputs, _ in batches.epoch(0)] for batches in ranks]
-    sizes = [[len(labels) for _, labels in batches.epoch(0)] for batches in ranks]
-    for first in range(0, len(ranks[0]), accumulate):
-        window = range(first, min(first + accumulate, len(ranks[0])))
-        here = [(rank, index) for rank in range(world) for index in window]
-        summed = sum(values[r][i] / ranks[r].divisor(i, accumulate) for r, i in here) / world
-        samples = sum(sizes[r][i] for r, i in here)
-        assert summed == pytest.approx(sum(values[r][i] * sizes[r][i] for r, i in here) / samples)
-        if {sizes[r][i] for r, i in here} == {16}:
-            assert {ranks[r].divisor(i, accumulate) for r, i in here} == {len(window)}
-
-
-def test_windows_of_a_foreign_loader_count_batches() -> None:
-    # Its sizes are not known in advance.
-    own = BatchSampler([3, 1, 2, 0, 4], 2, drop_last=False)
-    batches = open_batches(DataLoader(numbers(5), batch_sampler=own), train=True, batch_size=1)
-    assert [batches.divisor(index, 2) for index in range(3)] == [2, 2, 1]
-
-
 def test_data_that_cannot_be_used_is_told() -> None:
     # Empty sets, things that are no data, weights on a foreign sampler.
     with pytest.raises(DataError, match="no samples"):
