@@ -117,7 +117,7 @@ def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
     A folder that holds images and no folder of images names none, nor does a table of texts without the
     column ``label`` for which no other column is named, nor a file of lines.
     """
-    from layerwise.sources.images import is_image
+    from layerwise.sources.imagelisting import is_image
     from layerwise.sources.models import takes_texts
     from layerwise.sources.tables import TABLES, read_rows
 

@@ -14,7 +14,8 @@ import importlib.util
 from pathlib import Path
 
 from layerwise.errors import DataError, MissingExtraError
-from layerwise.sources.images import ImageData, ImageSet
+from layerwise.sources.images import ImageData
+from layerwise.sources.imageset import ImageSet
 from layerwise.sources.models import open_model
 from layerwise.sources.opened import OpenedModel
 from layerwise.sources.preprocessing import Augment, Preprocessing

@@ -18,7 +18,8 @@ from layerwise.training.run import read_run
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
-    from layerwise.sources.images import ImageData, ImageSet
+    from layerwise.sources.images import ImageData
+    from layerwise.sources.imageset import ImageSet
     from layerwise.sources.opened import OpenedModel
     from layerwise.sources.preprocessing import Preprocessing
     from layerwise.training.dryrun import DryRun
@@ -310,7 +311,7 @@ def _option(name: str) -> str:
 
 
 def _prepared(part: ImageSet, preprocessing: Preprocessing) -> ImageSet:
-    from layerwise.sources.images import ImageSet
+    from layerwise.sources.imageset import ImageSet
 
     return ImageSet(part.paths, part.targets, part.classes, preprocessing, augment=part.augment)
 

@@ -188,6 +188,19 @@ def test_links_are_followed_and_dangling_ones_are_bad_images(tmp_path):
     assert [path for path, _ in data.skipped] == [str(root / "dog" / "gone.png")]
 
 
+@pytest.mark.parametrize("inside", ["", "train"], ids=["flat", "parts"])
+def test_a_class_folder_that_leads_nowhere_is_missed(tmp_path, inside):
+    # A disk that is not mounted must not become a run with one class fewer.
+    root = tmp_path / "photos"
+    tree(root / inside)
+    (root / inside / "rat").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="rat' is a link to nothing"):
+        open_images(root, SMALL)
+    (root / inside / "rat").unlink()
+    (root / inside / "notes.txt").symlink_to(tmp_path / "nowhere")
+    assert open_images(root, SMALL).classes == ("cat", "dog")
+
+
 def test_unreadable_images_are_named_or_left_out(tmp_path):
     root = tree(tmp_path)
     (root / "cat" / "bad.jpg").write_text("no image")

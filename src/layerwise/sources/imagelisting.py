@@ -1,0 +1,165 @@
+"""`Listing`: which images a folder or a table names, and what is wrong with it, before any is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.errors import DataError, did_you_mean
+from layerwise.sources.imagefile import EXTENSIONS
+from layerwise.sources.tables import PARTS, label_name, read_rows, unused_split
+
+_SHOWN = 10
+
+Samples = list[tuple[Path, str]]
+
+
+@dataclass
+class Listing:
+    """What a source names, before any file is opened.
+
+    Attributes:
+        parts: (path, label) of each sample, by part.
+        problems: for which the source cannot be used.
+        notes: what was chosen, for people.
+        skipped: (place, reason) of what was left out.
+    """
+
+    parts: dict[str, Samples]
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+def list_folders(root: Path) -> Listing:
+    """Return the images of a folder, a class a subfolder, in parts where there are part folders."""
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    part_folders = {folder: PARTS[folder.name.lower()] for folder in folders if folder.name.lower() in PARTS}
+    names = list(part_folders.values())
+    if len(set(names)) < len(names):
+        both = ", ".join(folder.name for folder in part_folders)
+        raise DataError(
+            f"data folder {str(root)!r} has two folders for one part ({both}); "
+            f"expected one of each of train, val and test."
+        )
+    if "train" not in names:
+        if part_folders and len(part_folders) == len(folders):
+            raise DataError(
+                f"data folder {str(root)!r} has {', '.join(f.name for f in folders)} but no train folder. "
+                f"Add one, or give the folder above the classes."
+            )
+        part_folders = {root: "train"}
+    parts: dict[str, Samples] = {}
+    problems = [f"{str(link)!r} is a link to nothing" for link in _broken_links(root, *part_folders)]
+    others = 0
+    for folder, part in part_folders.items():
+        samples: Samples = []
+        for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+            if class_folder.name.startswith("."):
+                continue
+            files = files_in(class_folder)
+            images = [file for file in files if is_image(file)]
+            others += len(files) - len(images)
+            samples += [(file, class_folder.name) for file in images]
+            if not images:
+                problems.append(f"class folder {str(class_folder)!r} has no images")
+        parts[part] = samples
+    if not any(parts.values()) and any(is_image(entry) for entry in root.iterdir()):
+        raise DataError(
+            f"data folder {str(root)!r} holds images itself; expected a folder for each class, with its "
+            f"images inside. Move them into class folders, or give a table of paths and labels."
+        )
+    notes = (f"{others} files that are no images were left out",) if others else ()
+    return Listing(parts, tuple(problems), notes)
+
+
+def _broken_links(*folders: Path) -> list[Path]:
+    """Return the links to nothing in some folders, where a class or a part may have been."""
+    entries = [entry for folder in dict.fromkeys(folders) for entry in sorted(folder.iterdir())]
+    return [entry for entry in entries if entry.is_symlink() and not (entry.exists() or entry.suffix)]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return all files under `folder`, sorted; links to folders are followed, dangling ones are files."""
+    found: list[Path] = []
+    waiting = [(folder, frozenset((folder.resolve(),)))]
+    while waiting:
+        inside, above = waiting.pop()
+        for entry in inside.iterdir():
+            if not entry.is_dir():
+                found.extend([entry] if entry.is_file() or entry.is_symlink() else [])
+            elif (real := entry.resolve()) not in above:  # else a link in a circle
+                waiting.append((entry, above | {real}))
+    return sorted(found)
+
+
+def list_table(
+    table: Path, path_column: str, label_column: str, split_column: str | None, skip_bad_rows: bool
+) -> Listing:
+    """Return the images that a table names."""
+    columns = [path_column, label_column, *([split_column] if split_column else [])]
+    hint = " Name yours: --path-column, --label-column; for texts give a model that reads them (hf:)."
+    rows = read_rows(table, columns, hint=hint)
+    parts: dict[str, Samples] = {}
+    problems, skipped = [], []
+    for number, row in enumerate(rows, start=1):
+        name, label = row[path_column], label_name(row[label_column])
+        part = str(row[split_column]).strip().lower() if split_column else "train"
+        if label_name(name) is None or label is None:
+            skipped.append((f"row {number}", f"has no {label_column if label is None else path_column}"))
+        elif part not in PARTS:
+            problems.append(f"row {number} has {part!r} in {split_column!r}; expected train, val or test")
+        else:
+            parts.setdefault(PARTS[part], []).append((table.parent / str(name), label))
+    if not skip_bad_rows:
+        problems += [f"{row} {reason}" for row, reason in skipped]
+    if problems:
+        raise DataError(
+            listed(f"table {str(table)!r} has {len(problems)} bad rows", problems)
+            + "\nRepair or remove them; rows without a path or label can be left out: --skip-bad-rows "
+            "(skip_bad_rows=True)."
+        )
+    return Listing(parts, notes=unused_split(rows, split_column), skipped=tuple(skipped))
+
+
+def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples]) -> None:
+    """Raise one error with all that is wrong with the classes of a data set."""
+    problems = [*listing.problems]
+    classes = {part: {label for _, label in samples} for part, samples in parts.items()}
+    before = {part: {label for _, label in samples} for part, samples in listing.parts.items()}
+    for part, labels in before.items():
+        gone = sorted(labels - classes[part])
+        problems += [f"class {label!r} of {part} has no readable image left" for label in gone]
+    train = classes.get("train", set())
+    if not any(classes.values()):
+        problems.append("there are no images; expected a folder for each class, with its images inside")
+    elif not train:
+        problems.append("the train part has no images")
+    elif len(train) == 1:
+        problems.append(f"there is one class ({next(iter(train))!r}); expected at least two")
+    for part, labels in classes.items():
+        if part == "train" or not train:
+            continue
+        if not labels:
+            problems.append(f"the {part} part has no images")
+            continue
+        for label in sorted(labels - train):
+            close = did_you_mean(label, train, count=1)
+            problems.append(f"class {label!r} is in {part} and not in train.{close}".rstrip("."))
+        problems += [f"class {label!r} is in train and not in {part}" for label in sorted(train - labels)]
+    if problems:
+        raise DataError(listed(f"data {str(source)!r} cannot be used", problems))
+
+
+def listed(summary: str, problems: Sequence[str]) -> str:
+    """Return a message of a summary and its first problems, a line each."""
+    shown = [f"\n  - {problem}" for problem in problems[:_SHOWN]]
+    more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{summary}:{''.join(shown)}{more}"
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a path is a file, or a link to nothing, that is named like an image, and not hidden."""
+    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return named and (path.is_file() or (path.is_symlink() and not path.exists()))
