@@ -31,7 +31,7 @@ from layerwise.choosing.study import (
 from layerwise.choosing.terms import SET_BY_SEARCH, check_fit_options, metric_and_mode
 from layerwise.choosing.trials import Experiment, begin_trial, run_trial
 from layerwise.errors import DataError, RunError
-from layerwise.files import write_json
+from layerwise.files import with_nulls, write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import NormKind, Plan
 from layerwise.training.result import Result
@@ -281,7 +281,7 @@ def _finished(
             summary = folder / "search.json"
             if data["run"] is None:
                 data["run"] = _told_before(summary, _winner_folder(folder, best, rows))
-            write_json(summary, data)
+            write_json(summary, with_nulls(data))
     return result
 
 

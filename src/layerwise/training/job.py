@@ -271,6 +271,7 @@ def job_from_dict(data: Mapping[str, Any]) -> Job:
 def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
     from layerwise.sources.demo import elpv_images
     from layerwise.sources.images import open_images
+    from layerwise.sources.splits import fracs_to_split
 
     augment = cast(Any, job.augment)
     if job.text and (job.data.startswith(DEMO_DATA) or Path(job.data).is_dir()):
@@ -288,22 +289,17 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
             skip_bad_images=job.skip_bad_images,
             **(job.text or {}),
         )
-    sizes = job.data.removeprefix(DEMO_DATA).lstrip(":").split("/")
-    if sizes == [""]:
-        return elpv_images(preprocessing, seed=job.seed, augment=augment)
-    if len(sizes) != 3 or not all(size.isdigit() for size in sizes):
-        raise DataError(
-            f"data {job.data!r}: expected {DEMO_DATA} or {DEMO_DATA}:TRAIN/VAL/TEST, three numbers."
-        )
-    train, val, test = map(int, sizes)
-    return elpv_images(
-        preprocessing,
-        train_samples=train,
-        val_samples=val,
-        test_samples=test,
-        seed=job.seed,
-        augment=augment,
-    )
+    counts = job.data.removeprefix(DEMO_DATA).lstrip(":").split("/")
+    sizes = {}
+    if counts != [""]:
+        if len(counts) != 3 or not all(count.isdigit() for count in counts):
+            raise DataError(
+                f"data {job.data!r}: expected {DEMO_DATA} or {DEMO_DATA}:TRAIN/VAL/TEST, three numbers."
+            )
+        sizes = {f"{part}_samples": int(count) for part, count in zip(("train", "val", "test"), counts)}
+    data = elpv_images(preprocessing, seed=job.seed, augment=augment, **sizes)
+    _, unused = fracs_to_split(data.parts(), val_frac=job.val_frac, test_frac=job.test_frac)
+    return dataclasses.replace(data, notes=(*data.notes, *unused))
 
 
 def _option(name: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,12 +18,24 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+
+class _Bar(Progress):
+    """A bar, and a line below it: both on one would leave no room for the bar in 80 columns."""
+
+    status = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.status:
+            yield Text(self.status, no_wrap=True, overflow="ellipsis")
 
 
 class Reporter:
     """Tells a person how a run goes.
 
-    In a terminal: one bar over all steps of the run, with loss, metric, rates and time left. Elsewhere
+    In a terminal: one bar over all steps of the run, and below it phase, loss, metric and rates. Elsewhere
     (a log file, CI): one line at the end of each epoch. Never on stdout, which belongs to results.
 
     Args:
@@ -47,19 +59,18 @@ class Reporter:
         self.enabled, self.total_epochs = enabled, total_epochs
         self._began_s = time.monotonic()
         self._monitor = ""
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._task = TaskID(0)
         if enabled and self.console.is_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._bar.add_task("starting", total=total_steps, completed=done_steps, status="")
+            self._task = self._bar.add_task("starting", total=total_steps, completed=done_steps)
 
     def __enter__(self) -> Reporter:
         if self._bar is not None:
@@ -83,12 +94,9 @@ class Reporter:
     def step(self, *, epoch: int, phase: str, step: int, loss: float, rates: Mapping[str, float]) -> None:
         """Show where the run is after an optimiser step."""
         if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=step,
-                description=f"epoch {epoch + 1}/{self.total_epochs} {phase}",
-                status=f"loss {loss:.4f} {self._monitor} lr {format_rates(rates)}",
-            )
+            parts = [phase, f"loss {loss:.4f}", self._monitor, f"lr {format_rates(rates)}"]
+            self._bar.status = "  ".join(filter(None, parts))
+            self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self.total_epochs}")
 
     def epoch(self, entry: Mapping[str, Any], *, monitor: str, steps_left: int, seconds: float) -> None:
         """Print the line of a finished epoch."""

@@ -112,7 +112,7 @@ def calibrate_batchnorm(
         What was measured, and how far each layer's mean moved.
 
     Raises:
-        ModelError: the model has no norm with running statistics, or `names` has an unknown one.
+        ModelError: the model has no norm with running statistics, or `names` has an unknown one, or none.
         DataError: no data, or NaN and infinity in it; one value per channel only; or a one-shot iterator
             where several passes are needed.
         ValueError: `samples`, `method` or `momentum` outside its range.
@@ -185,6 +185,8 @@ def _chosen(root: nn.Module, names: Iterable[str] | None) -> tuple[list[NormLaye
             f"{shorten(map(repr, unknown))} is no norm with running statistics of this "
             f"{type(root).__name__} ({len(found)} such: {shorten(found)}).{did_you_mean(unknown[0], found)}"
         )
+    if names is not None and not wanted:
+        raise ModelError("no norm is named to calibrate; leave `names` out for all with running statistics.")
     if not wanted:
         raise ModelError(
             f"this {type(root).__name__} has no norm with running statistics: nothing to calibrate. "

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -32,7 +33,9 @@ from layerwise.choosing.terms import metric_and_mode
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
+from layerwise.report.page import write_report
 from layerwise.training.run import read_run
+from layerwise.training.tasks import Classification, Scores
 from layerwise.training.text_tasks import Regression
 
 from .small import images, map_of, pretrained
@@ -186,6 +189,23 @@ def test_interrupted_search_goes_on_without_losing_a_trial(model, data, tmp_path
     saved = json.loads((tmp_path / "s" / "search.json").read_text())
     assert saved["run"]["out"] == str(found.run.out)
     assert (found.run.out / "model.safetensors").exists()
+
+
+class Odd(Classification):
+    """Measures something that is not defined on these data."""
+
+    def scores(self, metrics):
+        found = super().scores(metrics)
+        return Scores({**found.values, "odd": float("nan")}, found.tables)
+
+
+def test_a_metric_that_is_not_a_number_does_not_lose_the_result(model, data, tmp_path):
+    # JSON knows no NaN: null, as in the winner's own record
+    found = searched(model, data, trials=2, out=tmp_path / "s", fit_options={"task": Odd(tuple("0123"))})
+    assert math.isnan(found.run.metrics["odd"])
+    saved = json.loads((tmp_path / "s" / "search.json").read_text())
+    assert saved["run"]["metrics"]["odd"] is None
+    write_report(tmp_path / "s", tmp_path / "page.html")
 
 
 def test_finished_search_called_again_only_reads(model, data, tmp_path):

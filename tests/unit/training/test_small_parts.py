@@ -130,18 +130,21 @@ def test_progress_is_one_line_an_epoch_outside_of_a_terminal() -> None:
     assert "left" not in second
 
 
-def test_progress_is_a_bar_in_a_terminal() -> None:
-    # The bar shows the step, the loss and the rates; the line of an epoch stands above it.
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_progress_is_a_bar_in_a_terminal(width: int) -> None:
+    # The bar shows the step; loss and rates stand below it, and the line of an epoch above it.
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=160)
+    console = Console(file=text, force_terminal=True, width=width)
     with Reporter(enabled=True, total_steps=20, total_epochs=2, console=console) as reporter:
         reporter.step(epoch=0, phase="head", step=7, loss=0.7, rates={"head": 1e-3, "body": 5e-4})
         reporter.epoch(entry(0), monitor="accuracy", steps_left=10, seconds=5.0)
         reporter._bar.refresh()  # type: ignore[union-attr]
     shown = text.getvalue()
     assert "7/20" in shown
+    assert "━" in shown
     assert "loss 0.7000" in shown
     assert "5.0e-04..1.0e-03" in shown
+    assert "accuracy 0.7500" in shown
     silent = io.StringIO()
     with Reporter(enabled=False, total_steps=1, total_epochs=1, console=Console(file=silent)) as reporter:
         reporter.say("nothing")

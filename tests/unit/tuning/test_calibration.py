@@ -185,6 +185,8 @@ def test_only_the_named_norms_change(net, data):
     assert done.norms == ("one.1",)
     assert done.shift["one.1"] > 0.5  # the data have mean 5, the fresh statistics 0
     assert torch.equal(before, net.side[1].running_mean)
+    with pytest.raises(ModelError, match="no norm is named"):
+        calibrate_batchnorm(net, data.split(6), names=[])
 
 
 def test_instance_norm_with_running_statistics_averages_over_samples(data):
