@@ -84,7 +84,8 @@ def open_inputs(
 
     Args:
         model: spec of the model.
-        data: a folder of images, whatever its sub-folders; a table or lines of texts; a data set's name.
+        data: a folder of images, whatever its sub-folders; a table of images or texts; lines of texts; a
+            data set's name.
         weights: file to load instead of the library's own.
         pretrained: take the library's weights; False leaves random ones.
         input_size: side of the images in pixels.
@@ -114,16 +115,16 @@ def open_inputs(
 def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
     """Return whether data name the classes of their samples; of what cannot be opened, yes: so it is told.
 
-    A folder that holds images and no folder of images names none, nor does a table of texts without the
-    column ``label`` for which no other column is named, nor a file of lines.
+    A folder that holds images and no folder of images names none, nor does a table without the column
+    ``label`` for which no other column is named, nor a file of lines.
     """
     from layerwise.sources.imagelisting import is_image
     from layerwise.sources.models import takes_texts
     from layerwise.sources.tables import TABLES, read_rows
 
     path, text = Path(data), text or {}
-    if not takes_texts(model):
-        loose = path.is_dir() and any(map(is_image, path.iterdir()))
+    if not takes_texts(model) and path.is_dir():
+        loose = any(map(is_image, path.iterdir()))
         return not loose or any(map(is_image, path.glob("*/**/*")))
     if text.get("label_column") is not None or not path.is_file():
         return True
@@ -133,7 +134,9 @@ def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
 
 
 def unlabelled(opened: OpenedModel, data: str, *, text: dict[str, Any] | None = None) -> Any:
-    """Return all images in a folder, whatever its sub-folders, or all texts of a file, without labels.
+    """Return all images of a folder, whatever its sub-folders, or of a table, or all texts of a file.
+
+    Their labels are left out.
 
     Raises:
         ModelError: the model takes neither.
@@ -148,7 +151,8 @@ def unlabelled(opened: OpenedModel, data: str, *, text: dict[str, Any] | None = 
             f"{opened.spec!r} takes neither images nor texts; other inputs can be given in Python: "
             "layerwise.shift, layerwise.signature."
         )
-    return _Inputs(image_list([data], opened.preprocessing))
+    columns = {name: value for name, value in (text or {}).items() if name == "path_column"}
+    return _Inputs(image_list([data], opened.preprocessing, **columns))
 
 
 def _texts(opened: OpenedModel, data: str, text: dict[str, Any]) -> Any:

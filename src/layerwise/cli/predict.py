@@ -21,7 +21,9 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     inputs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Image files, or folders of them; files of texts, or - for standard input."),
+        typer.Argument(
+            help="Image files, folders of them, tables of their paths; files of texts; - is standard input."
+        ),
     ] = None,
     form: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="How to print.")
@@ -67,7 +69,9 @@ def predict(
         return
     refuse(context, ["text_column", "pair_column", "encoding", "new_tokens"], f"{run} is a run on images")
     if not inputs:
-        raise typer.BadParameter("give the images to predict: files, or folders of them.")
+        raise typer.BadParameter(
+            "give the images to predict: files, folders of them, or tables with a column of paths."
+        )
     images = inputs
     found = predict_images(loaded, images, batch_size=batch_size, skip_bad_images=skip_bad_images)
     for image, reason in found.skipped:

@@ -123,6 +123,20 @@ def list_table(
     return Listing(parts, notes=unused_split(rows, split_column), skipped=tuple(skipped))
 
 
+def list_paths(table: Path, path_column: str) -> list[Path]:
+    """Return the images that a table names, whatever else it says of them.
+
+    Raises:
+        DataError: it cannot be read, or has rows without a path.
+    """
+    rows = read_rows(table, [path_column], hint=" Name yours: --path-column.")
+    without = [number for number, row in enumerate(rows, start=1) if label_name(row[path_column]) is None]
+    if without:
+        problems = [f"row {number} has no {path_column}" for number in without]
+        raise DataError(listed(f"table {str(table)!r} has {len(without)} bad rows", problems))
+    return [table.parent / str(row[path_column]) for row in rows]
+
+
 def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples]) -> None:
     """Raise one error with all that is wrong with the classes of a data set."""
     problems = [*listing.problems]

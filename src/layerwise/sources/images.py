@@ -14,6 +14,7 @@ from layerwise.sources.imagelisting import (
     files_in,
     is_image,
     list_folders,
+    list_paths,
     list_table,
     listed,
     raise_problems,
@@ -21,6 +22,7 @@ from layerwise.sources.imagelisting import (
 from layerwise.sources.imageset import ImageSet
 from layerwise.sources.preprocessing import Augment, Preprocessing
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, stratified_split
+from layerwise.sources.tables import TABLES
 
 Check = Literal["auto", "full", "header"]
 FULL_CHECK_LIMIT = 5000
@@ -145,12 +147,22 @@ def open_images(
 
 
 def image_list(
-    paths: Sequence[str | Path], preprocessing: Preprocessing, *, classes: Sequence[str] = ()
+    paths: Sequence[str | Path],
+    preprocessing: Preprocessing,
+    *,
+    classes: Sequence[str] = (),
+    path_column: str = "path",
 ) -> ImageSet:
-    """Return images without labels (targets are -1), for prediction; folders stand for their images.
+    """Return images without labels (targets are -1), for prediction.
+
+    Args:
+        paths: of image files; of folders, which stand for the images in them; of tables of paths.
+        preprocessing: of the model.
+        classes: name of each class number.
+        path_column: of tables.
 
     Raises:
-        DataError: a path does not exist, or a folder has no images.
+        DataError: a path does not exist, a folder has no images, or a table cannot be read.
     """
     found: list[Path] = []
     problems = []
@@ -161,7 +173,8 @@ def image_list(
             if not inside:
                 problems.append(f"folder {str(path)!r} has no images")
         elif path.is_file():
-            found.append(path)
+            is_table = path.suffix.lower() in TABLES
+            found.extend(list_paths(path, path_column) if is_table else [path])
         else:
             problems.append(f"{str(path)!r} does not exist")
     if not paths:

@@ -33,7 +33,7 @@ def predict_images(
 
     Args:
         run: from `load_run`.
-        images: files, or folders that stand for their images.
+        images: files; folders, which stand for their images; tables with a column ``path``.
         batch_size: images of one forward pass.
         skip_bad_images: leave out files that cannot be read and list them.
 

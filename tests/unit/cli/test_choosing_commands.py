@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from image_folders import make_images
@@ -67,6 +69,29 @@ def test_signature_of_a_source_and_its_use(images, weights, tmp_path):
     )
     assert both.exit_code == 1
     assert "give one of them" in both.stderr
+
+
+def test_a_table_of_images_needs_no_labels(images, weights, tmp_path):
+    # what a folder tells, a table of the same images tells
+    named = sorted(images.glob("*/*"))
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join(["file", *map(str, named)]))
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for number, path in enumerate(named):
+        (loose / f"{number:03}{path.suffix}").write_bytes(path.read_bytes())
+    signatures = []
+    for data in ([table, "--path-column", "file"], [loose]):
+        out = tmp_path / f"{len(signatures)}.safetensors"
+        made = command("signature", MODEL, "--data", *data, "-o", out, *SIZE, *weights)
+        assert made.exit_code == 0, made.output
+        signatures.append(load_file(out))
+    one, other = signatures
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    told = command("diagnose", MODEL, "--data", table, "--path-column", "file", *SIZE, *weights)
+    assert told.exit_code == 0, told.output
+    assert "names no classes" in told.stderr
 
 
 def test_images_without_class_folders_are_diagnosed(images, weights, tmp_path):

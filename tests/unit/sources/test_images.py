@@ -294,6 +294,18 @@ def test_images_for_prediction_have_no_labels(tmp_path):
     assert "none.png' does not exist" in str(caught.value)
 
 
+def test_a_table_of_paths_needs_no_labels(tmp_path):
+    fill(tmp_path / "a", 3)
+    table(tmp_path / "t.csv", [["file"], ["a/i2.png"], ["a/i0.png"]])
+    found = image_list([tmp_path / "t.csv", tmp_path / "a"], SMALL, path_column="file")
+    assert [path[-6:-4] for path in found.paths] == ["i2", "i0", "i0", "i1", "i2"]
+    with pytest.raises(DataError, match=r"'path'.*--path-column"):
+        image_list([tmp_path / "t.csv"], SMALL)
+    table(tmp_path / "t.csv", [["path", "n"], ["a/i0.png", "1"], ["", "2"]])
+    with pytest.raises(DataError, match="row 2 has no path"):
+        image_list([tmp_path / "t.csv"], SMALL)
+
+
 def test_record_for_a_run_is_plain_data(tmp_path):
     data = open_images(tree(tmp_path), SMALL, val_frac=0.5)
     record = json.loads(json.dumps(as_dict(data)))
