@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from layerwise.errors import DataError
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.lengths import order_by_length, padded_lengths
 from layerwise.training.randomness import epoch_seed, sample_randomness, set_random_state
+
+if TYPE_CHECKING:
+    from layerwise.cache.prefix import PrefixCache
 
 Data = Any
 """A map-style data set, or a `torch.utils.data.DataLoader`."""
@@ -161,7 +164,12 @@ class Batches:
                 set_epoch(epoch)
 
     def epoch(
-        self, epoch: int, start: int = 0, *, random_state: dict[str, Any] | None = None
+        self,
+        epoch: int,
+        start: int = 0,
+        *,
+        random_state: dict[str, Any] | None = None,
+        cache: PrefixCache | None = None,
     ) -> Generator[Any, None, None]:
         """Yield the batches of `epoch` from batch `start` on.
 
@@ -171,15 +179,17 @@ class Batches:
             random_state: state of the global generators when the epoch first began. A loader of the
                 caller's own draws its order from them, so it gets that state back while `start`
                 batches are thrown away; then the present state is put in place again.
+            cache: hands the batches out; None for the loader itself.
         """
         self.begin(epoch, start)
+        source = self.loader if cache is None else cache.batches(self.loader)
         if self.exact or not start:
-            yield from self.loader
+            yield from source
             return
         with kept_random_state():
             if random_state is not None:
                 set_random_state(random_state)
-            batches = iter(self.loader)
+            batches = iter(source)
             for _ in range(start):
                 next(batches, None)
         yield from batches

@@ -46,8 +46,7 @@ def evaluate(
     total = torch.zeros(2, dtype=torch.float64)
     with held_modes(model), torch.no_grad():
         model.eval()
-        batches.begin(0)
-        for batch in batches.epoch(0) if cache is None else cache.batches(batches.loader):
+        for batch in batches.epoch(0, cache=cache):
             batch = batch if device is None else send_to_device(batch, device)
             with autocast():
                 output = task.forward(model, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -318,10 +318,7 @@ def fit(
             phase, rates = tuner.phase.name, tuner.rates()
             setup.enter_phase(model, tuner, train, share, watched)
             start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
-            stream: Iterator[Any] = batches.epoch(epoch, start, random_state=now.began_random)
-            if prefix is not None:
-                batches.begin(epoch, start)
-                stream = prefix.batches()
+            stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
             for index, batch in enumerate(stream, start):
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
                     runner, wrapped_phase = setup.joined(accelerator, model), tuner.phase_index

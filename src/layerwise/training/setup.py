@@ -230,12 +230,12 @@ def open_cache(
     pool: CachePool | None = None,
     folder: str | Path | None = None,
 ) -> PrefixCache | None:
-    """Return the cache of the frozen prefix; None where there is to be none, or none is possible.
+    """Return the cache of the frozen prefix; None where there is to be none.
 
     Of several processes each has a cache of its own, of the samples that it sees, and decides for itself:
     a replayed step makes the same collective calls as a plain one.
     """
-    if storage == "off" or not batches.exact:
+    if storage == "off":
         return None
     return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool, folder=folder)
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 import layerwise
 from cache_loops import images
@@ -59,6 +59,55 @@ def test_fit_is_bit_equal(name, settings) -> None:
         e["train_loss"] for e in results["memory"][1].history
     ]
     assert results["memory"][2] < results["off"][2]  # the cache was at work
+
+
+class Drawn(Sampler[int]):
+    """An order of one's own, drawn from the global generator."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self):
+        yield from torch.randperm(self.count).tolist()
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_a_sampler_of_ones_own_is_cached_and_resumed(tmp_path, monkeypatch) -> None:
+    # the order that the plain loader would have drawn; also from the middle of an epoch on
+    def fitted(cache: str, **options):
+        model, layers, plan = parts(PLANS["top_k"])
+        data = images(42)
+        loader = DataLoader(data, batch_size=4, sampler=Drawn(42))
+        given = {"plan": plan, "layers": layers, "cache": cache, "keep": "last", "progress": False, **options}
+        layerwise.fit(model, loader, images(10), **given)
+        return model.state_dict(), data.loads
+
+    class KilledError(Exception):
+        pass
+
+    plain, loads = fitted("off")
+    cached, fewer = fitted("memory")
+    assert fewer < loads
+    steps = []
+    real_step = layerwise.Tuner.step
+
+    def step(tuner):
+        real_step(tuner)
+        steps.append(tuner.step_count)
+        if len(steps) == 17:  # in the middle of the second epoch
+            raise KilledError
+
+    monkeypatch.setattr(layerwise.Tuner, "step", step)
+    options = {"out": tmp_path / "run", "checkpoint_every_steps": 4}
+    with pytest.raises(KilledError):
+        fitted("memory", **options)
+    monkeypatch.setattr(layerwise.Tuner, "step", real_step)
+    resumed, _ = fitted("memory", **options, resume=True)
+    for key, value in plain.items():
+        assert torch.equal(value, cached[key]), key
+        assert torch.equal(value, resumed[key]), key
 
 
 @pytest.mark.parametrize("name", ["gradual_unfreezing", "lp_ft"])

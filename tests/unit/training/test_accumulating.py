@@ -134,10 +134,7 @@ class Given:
     def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.batches = batches
 
-    def begin(self, epoch: int) -> None:
-        pass
-
-    def epoch(self, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, cache: None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self.batches
 
 
