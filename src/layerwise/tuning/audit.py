@@ -118,28 +118,30 @@ class Audit:
         )
 
     def __rich__(self) -> Any:
+        from rich import box
         from rich.console import Group
+        from rich.padding import Padding
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="audit", show_lines=True)
-        for column in ("severity", "where", "what and why", "fix"):
-            table.add_column(column, overflow="fold")
+        shown: list[Any] = [] if self.findings else [Text("audit: no findings", style="bold")]
         for found in self.findings:
-            why = Text.assemble((found.code, "bold"), "\n", found.why)
-            severity = Text(found.severity, style=_STYLES[found.severity])
-            table.add_row(severity, Text(found.module), why, Text(found.fix))
-        rates = Table(title="rates")
-        for column in ("group", "learning rate", "weight decay", "trainable", "frozen"):
-            rates.add_column(column, justify="left" if column == "group" else "right")
-        for row in self.rates:
-            low, high = row.lr or (0.0, 0.0)
-            rate = "frozen" if row.lr is None else f"{low:g}" if low == high else f"{low:g} .. {high:g}"
-            rates.add_row(
-                Text(row.name), rate, f"{row.weight_decay:g}", f"{row.trainable:,}", f"{row.frozen:,}"
-            )
-        shown = table if self.findings else Text("audit: no findings", style="bold")
-        return Group(shown, *([rates] if self.rates else []), *map(Text, self.notes))
+            severity = found.severity, _STYLES[found.severity]
+            shown.append(Text.assemble(severity, "  ", (found.code, "bold"), "  ", found.module))
+            shown.append(Padding(Text(found.why), (0, 0, 0, 2)))
+            shown.append(Padding(Text(f"Fix: {found.fix}"), (0, 0, 1, 2)))
+        if self.rates:
+            rates = Table(title="Rates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+            for column in ("group", "learning rate", "weight decay", "trainable", "frozen"):
+                rates.add_column(column, justify="left" if column == "group" else "right")
+            for row in self.rates:
+                low, high = row.lr or (0.0, 0.0)
+                rate = "frozen" if row.lr is None else f"{low:g}" if low == high else f"{low:g} .. {high:g}"
+                rates.add_row(
+                    Text(row.name), rate, f"{row.weight_decay:g}", f"{row.trainable:,}", f"{row.frozen:,}"
+                )
+            shown.append(rates)
+        return Group(*shown, *map(Text, self.notes))
 
 
 def audit(

@@ -524,7 +524,9 @@ def test_an_audit_leaves_no_trace(net):
 # -------------------------------------------------------------------------------------------------- the faces
 
 
-def test_findings_print_as_a_table_and_as_json(net):
+@pytest.mark.parametrize("width", [80, 120])
+def test_findings_are_for_people_and_for_json(net, width):
+    # what to do stands there to be copied, also in a narrow terminal
     net.stem.requires_grad_(False)
     report = audit(net, AdamW(trainable(net), lr=0.1), layers=map_by_children(net))
     told = json.loads(json.dumps(report.to_dict()))
@@ -532,10 +534,11 @@ def test_findings_print_as_a_table_and_as_json(net):
     assert told["findings"][0]["code"] == "frozen-norm-trains"
     assert [row["name"] for row in told["rates"]] == ["stem", "mid", "fc"]
     assert told["rates"][0]["lr"] is None
-    console = Console(record=True, width=120, file=io.StringIO())
+    console = Console(record=True, width=width, file=io.StringIO())
     console.print(report)
     text = console.export_text()
-    assert "frozen-norm-trains" in text
+    assert "error  frozen-norm-trains  stem.1\n" in text
+    assert "Fix: layerwise.freeze_batchnorm(model)" in text
     assert "frozen" in text
     assert len(report) == len(list(report))
 
