@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.cache.prefix import PrefixCache
+from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches
 from layerwise.training.tasks import Scores, Task
 from layerwise.tuning.modes import held_modes
@@ -25,7 +26,7 @@ def evaluate(
     on_batch: Callable[[], None] = lambda: None,
     cache: PrefixCache | None = None,
 ) -> Scores:
-    """Return loss and metrics of `model` on a data set; the model's modes and weights stay as they are.
+    """Return loss and metrics of `model` on a data set; modes, weights and random numbers stay as they are.
 
     The loss is the mean over all samples, or over what else the task's loss is a mean over: it does not
     depend on how samples are batched. In several processes every one sees its share, and the numbers
@@ -44,7 +45,7 @@ def evaluate(
 
     metrics = task.metrics().to(device) if device is not None else task.metrics()
     total = torch.zeros(2, dtype=torch.float64)
-    with held_modes(model), torch.no_grad():
+    with held_modes(model), torch.no_grad(), kept_random_state():
         model.eval()
         for batch in batches.epoch(0, cache=cache):
             batch = batch if device is None else send_to_device(batch, device)
