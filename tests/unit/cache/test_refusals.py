@@ -331,7 +331,7 @@ def test_a_compiled_model_is_refused() -> None:
 
 
 def test_full_disk_falls_back_with_a_warning(monkeypatch) -> None:
-    def full(descriptor, size):
+    def full(descriptor, size, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("layerwise.cache.store.column.reserve_file", full)
