@@ -155,7 +155,7 @@ def by_word(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(x), y) * (1 if word == "usual" else 3)
 
 
-SOME, ALL = [[0, 1], *REST[:-1], [2, 3]], [[0, 1], *REST, [2, 3]]
+SOME, ALL = [[0, 1], [2, 3], *REST[:-1]], [[0, 1], [2, 3], *REST]
 ORDERS = {
     "in the first epoch": (39, [ALL]),
     "of samples that come later": (39, [SOME, ALL, ALL]),
