@@ -73,9 +73,15 @@ def train(
     step: Callable[[nn.Module, Any], Tensor] | None = None,
     before_epoch: Callable[[nn.Module, int], None] | None = None,
     loader_options: dict[str, Any] | None = None,
+    through: Callable[[Any], Any] = iter,
     **options: Any,
 ) -> Outcome:
-    """Train; `step` returns the loss of a batch (default: cross-entropy of ``model(x)``)."""
+    """Train.
+
+    Args:
+        step: returns the loss of a batch; default: cross-entropy of ``model(x)``.
+        through: what the loop does with an epoch's batches before it takes one.
+    """
     torch.manual_seed(0)
     model = make()
     freeze_prefix(model, *learning)
@@ -93,7 +99,7 @@ def train(
         if before_epoch is not None:
             before_epoch(model, epoch)
         loads = getattr(data, "loads", 0)
-        for item in loader if cache is None else cache.batches():
+        for item in through(loader if cache is None else cache.batches()):
             optimizer.zero_grad()
             loss = step(model, item)
             loss.backward()
@@ -125,7 +131,7 @@ def both(make: Callable[[], nn.Module], data: Callable[[], Any], *learning: str,
     """Return a cached run after comparing it with the plain one; the weights must have moved."""
     shared = {
         k: options.pop(k)
-        for k in ("epochs", "batch", "validate", "step", "before_epoch", "loader_options")
+        for k in ("epochs", "batch", "validate", "step", "before_epoch", "loader_options", "through")
         if k in options
     }
     plain = train(make, data(), *learning, cached=False, **shared)
@@ -141,7 +147,8 @@ def off(
     make: Callable[[], nn.Module], data: Callable[[], Any], *learning: str, warns: bool = True, **options: Any
 ) -> str:
     """Return why a run is not cached, after comparing it with the plain one."""
-    shared = {k: options.pop(k) for k in ("step", "loader_options") if k in options}
+    keys = ("batch", "step", "before_epoch", "loader_options", "through")
+    shared = {k: options.pop(k) for k in keys if k in options}
     plain = train(make, data(), *learning, cached=False, **shared)
     if warns:
         with pytest.warns(LayerwiseWarning, match="The prefix cache is off"):

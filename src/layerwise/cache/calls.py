@@ -227,8 +227,7 @@ class Calls:
             with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
                 self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
         except OtherShapeError as error:
-            if not live.supply.sort():
-                live.supply.refuse(str(error))
+            live.sort_anew(error)
         except NothingToSkipError as error:
             phase.reason = str(error)
             logger.info("prefix cache off: %s", error)

@@ -144,8 +144,7 @@ class Dealer:
             load = functools.cache(functools.partial(_load, live.feed.reader, live.indices))
             live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
         except OtherShapeError as error:
-            if not live.supply.sort():
-                live.supply.refuse(str(error))
+            live.sort_anew(error)
             return False
         except OtherStateError:
             return False

@@ -88,7 +88,7 @@ def fill_rest(
     if batch_size not in (None, feed.full) and feed.places is not None:
         notes.append(f"batches of {batch_size} are not used: last bits depend on the place in a batch")
         batch_size = None
-    if batch_size is not None and not feed.fits(batch_size):
+    if batch_size is not None and feed.sizes is not None and batch_size not in feed.sizes:
         trial = samples[:batch_size]
         done += _fill(frozen, supply, feed, phase, trial, feed.full, 0, None)
         if len(trial) < batch_size:
@@ -96,7 +96,7 @@ def fill_rest(
         elif reason := _other_bits(frozen, feed, phase.cut, trial):
             notes.append(f"batches of {batch_size} are not used for the recording pass: {reason}")
             batch_size = feed.full
-        elif feed.sizes is not None:
+        else:
             feed.sizes = feed.sizes | {batch_size}
     size = batch_size or feed.full
     for view in range(feed.views):

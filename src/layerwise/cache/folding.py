@@ -115,7 +115,7 @@ class Folding(TorchFunctionMode):
         tensors: Mapping[str, torch.Tensor] = named_tensors(model)
         self._kept = tensors  # identities stay valid
         self._folded: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         with torch.no_grad():
             for pair in pairs:
                 weight, bias = (tensors.get(name) for name in pair.convolution)
@@ -144,14 +144,14 @@ class Folding(TorchFunctionMode):
                     output = func(args[0], weight, bias, *args[3:], **left)
                 else:
                     output = func(*args[:1], weight=weight, bias=bias, **left)
-                self._waiting.append((output, mean))
+                self._waiting[id(output)] = output, mean
                 return output
         if self._waiting and func in (nn.functional.batch_norm, torch.batch_norm):
-            output, mean = self._waiting[-1]
-            present = args[0] if args else kwargs.get("input")
-            if present is output and any(part is mean for part in (*args, *kwargs.values())):
-                self._waiting.pop()
-                return output
+            given = args[0] if args else kwargs.get("input")
+            folded = self._waiting.get(id(given))
+            if folded is not None and any(part is folded[1] for part in (*args, *kwargs.values())):
+                del self._waiting[id(given)]
+                return given
         return func(*args, **kwargs)
 
     def check(self) -> None:
@@ -160,7 +160,7 @@ class Folding(TorchFunctionMode):
         Raises:
             CacheError: so it is.
         """
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, {}
         if waiting:
             raise CacheError(
                 f"{len(waiting)} batch-norms did not follow their convolutions as they did when the "

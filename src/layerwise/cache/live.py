@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from layerwise.cache.samples.batchshape import BatchShape
+from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
 from layerwise.cache.samples.feed import Feed, Phase
-from layerwise.cache.samples.supply import Supply
+from layerwise.cache.samples.supply import NOT_LOADED, Supply, one_line
 
 
 class Live:
@@ -30,3 +30,12 @@ class Live:
         """Whether something is to be done when it comes to the model, as it has not yet."""
         to_complete = self.phase is not None and self.phase.verified and not self.phase.reason
         return not (self.seen or self.supply.reason) and (self.shape is not None or to_complete)
+
+    def sort_anew(self, other: OtherShapeError) -> None:
+        """Have the loader's samples sorted by shape, as this batch has another; refuse it if that fails."""
+        try:
+            reason = "" if self.supply.sort() else str(other)
+        except Exception as error:  # the dataset's own code; the loop may pass over what it cannot load
+            reason = NOT_LOADED + one_line(error)
+        if reason:
+            self.supply.refuse(reason)

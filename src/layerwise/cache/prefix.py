@@ -254,7 +254,8 @@ class PrefixCache:
                 lines.append(f"prefix cache{name}: off: {supply.reason}")
             phases = supply.phases()
             when = "until then: " if supply.reason else ""
-            lines += dict.fromkeys(f"prefix cache{name}: {when}{told(phase)}" for phase in phases.values())
+            shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
+            lines += dict.fromkeys(f"prefix cache{name}: {when}{told(phase)}" for phase in shown)
             key = next(reversed(phases), None)
             stored, samples = supply.stored(key), supply.samples
             if 0 < stored < samples:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 import layerwise
 from cache_loops import freeze_prefix, images
+from gated import Gated, silu_is_uneven
 from helpers import TinyCNN
 from layerwise.cache.cutting.search import find_cut
 from layerwise.cache.folding import Folding, find_pairs
@@ -103,6 +105,44 @@ def test_a_batch_size_with_other_bits_is_taken_if_the_cache_need_not_be_exact() 
     torch.testing.assert_close(stored(plain), stored(other), rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_size_whose_last_bits_agree_by_luck_is_refused() -> None:
+    # 5 samples of 8 gates are 40 numbers: 32 at once and 8 one by one; of zeros, both give the same
+    def make() -> nn.Module:
+        model = Gated(8)
+        nn.init.zeros_(model.squeeze.weight)
+        nn.init.zeros_(model.squeeze.bias)
+        return model
+
+    if not silu_is_uneven():
+        pytest.skip("this processor has one routine")
+    with pytest.warns(LayerwiseWarning, match=r"the last bits of .*silu.* depend on the size of the batch"):
+        assert cached(tiny(make, "head")).fill(batch_size=5).batch_size == 4
+
+
+# -- what `fill` cannot do ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 2.5, "8"])
+def test_a_batch_size_that_is_none(size) -> None:
+    with pytest.raises(CacheError, match=f"batch_size must be an integer of at least 1, got {size!r}"):
+        cached(tiny()).fill(batch_size=size)
+
+
+REFUSED = {
+    "nothing is frozen": (lambda: cached(TinyCNN()), {}, "no part of the forward pass that does any work"),
+    "switched off": (lambda: cached(tiny(), storage="off"), {}, "switched off"),
+    "no batches": (lambda: cached(tiny(), batch=None), {}, r"does not batch \(batch_size=None\)"),
+    "another model": (lambda: cached(tiny()), {"call": lambda batch: None}, "the model was not called"),
+}
+
+
+@pytest.mark.parametrize(("make", "options", "why"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_a_loader_that_cannot_be_cached(make, options, why) -> None:
+    with pytest.raises(CacheError, match=f"this loader is not cached: .*{why}"):
+        make().fill(**options)
+
+
 # -- folding --------------------------------------------------------------------------------------
 
 
@@ -179,6 +219,72 @@ def test_a_convolution_that_somebody_else_reads_is_not_folded() -> None:
             return self.fc(self.flatten(self.pool(self.layer2(x))))
 
     assert pairs(tiny(Shortcut), LAST) == ["layer1.0.weight"]
+
+
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return bias * 2
+
+
+def test_weights_that_are_computed_or_used_twice_are_not_folded() -> None:
+    class Twice(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer1 = nn.Sequential(self.layer1[0], self.layer1[1], self.layer1[0], nn.ReLU())
+            parametrize.register_parametrization(self.stem[0], "bias", Doubled())
+
+    assert pairs(tiny(Twice), LAST) == []
+
+
+class ByName(nn.Conv2d):
+    """Calls the function of torch in a way of its own."""
+
+    def forward(self, x):
+        return torch.conv2d(input=x, weight=self.weight, padding=self.padding)
+
+
+class TwoBranches(nn.Module):
+    """Both convolutions run before their batch-norms; another one has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), ByName(3, 4, 3, padding=1, bias=False)
+        self.one_norm, self.other_norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.third, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x):
+        one, other = self.one(x), self.other(x)
+        return self.fc(self.third(self.one_norm(one) + self.other_norm(other)).mean((2, 3)))
+
+
+def test_each_batch_norm_belongs_to_its_convolution() -> None:
+    plain, folded = cached(tiny(TwoBranches, "fc")), cached(tiny(TwoBranches, "fc"), exact=False)
+    plain.fill()
+    assert folded.fill(fold=True).folded == 2
+    assert not torch.equal(stored(plain), stored(folded))
+    torch.testing.assert_close(stored(plain), stored(folded))
+
+
+class Native(nn.BatchNorm2d):
+    """Calls a function of torch that is not watched."""
+
+    def forward(self, x):
+        return torch.native_batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, False, 0.0, self.eps
+        )[0]
+
+
+def test_a_batch_norm_of_another_kind_is_told() -> None:
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem[1] = Native(4)
+
+    plain, folded = cached(tiny(Net)), cached(tiny(Net), exact=False)
+    plain.fill()
+    with pytest.warns(LayerwiseWarning, match="nothing is folded: 1 batch-norms did not follow"):
+        assert folded.fill(fold=True).folded == 0
+    assert torch.equal(stored(plain), stored(folded))
 
 
 def test_a_batch_norm_that_does_not_come_is_found() -> None:

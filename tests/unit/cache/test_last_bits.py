@@ -9,24 +9,11 @@ from torch.utils.data import DataLoader, Sampler
 
 import layerwise
 from cache_loops import assert_same, freeze_prefix, images, train
+from gated import Gated, silu_is_uneven
 from layerwise.cache.cutting.cut import CallId, Site
 from layerwise.cache.proof.mixing import size_sensitive
 from layerwise.cache.replay.layout import Layout
 from layerwise.errors import LayerwiseWarning
-
-
-class Gated(nn.Module):
-    """Squeeze and excitation: an activation of few numbers a sample, in the frozen part."""
-
-    def __init__(self, gates: int) -> None:
-        super().__init__()
-        self.conv, self.squeeze = nn.Conv2d(3, 8, 3), nn.Conv2d(8, gates, 1)
-        self.excite, self.head = nn.Conv2d(gates, 8, 1), nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.conv(x)
-        gate = nn.functional.silu(self.squeeze(x.mean((2, 3), keepdim=True)))
-        return self.head((x * self.excite(gate).sigmoid()).mean((2, 3)))
 
 
 @pytest.mark.parametrize(("seed", "start"), [(4, 3), (5, 2), (5, 3)])
@@ -67,12 +54,6 @@ def test_a_first_epoch_that_begins_in_the_middle(seed, start) -> None:
 # 4 samples of 12 gates are 48 numbers: the processor takes 32 at once and the others one by one
 def uneven() -> nn.Module:
     return Gated(12)
-
-
-def silu_is_uneven() -> bool:
-    x = torch.randn(4096, generator=torch.Generator().manual_seed(1))
-    singly = [nn.functional.silu(one) for one in x.split(1)]
-    return not torch.equal(nn.functional.silu(x), torch.cat(singly))
 
 
 needs_two_routines = pytest.mark.skipif(not silu_is_uneven(), reason="this processor has one routine")

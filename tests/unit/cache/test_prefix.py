@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
-from cache_loops import Counted, assert_same, both, images, off, train
+from cache_loops import Counted, assert_same, both, freeze_prefix, images, off, train
 from helpers import TinyCNN
 from layerwise.cache.replay.ghost import Ghost
+from layerwise.errors import CacheError
 
 LAST = ("layer2", "fc")
 
@@ -507,6 +508,37 @@ def test_fill_prepares_everything() -> None:
         nn.functional.cross_entropy(model(x), y).backward()
     assert data.loads == loads
     assert model.fc.weight.grad is not None
+
+
+def test_a_cache_that_is_switched_off_is_the_loader() -> None:
+    # nothing is loaded to look at it, and the model is not run
+    calls = []
+    model, data = TinyCNN(), images()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    cache = layerwise.PrefixCache(model, DataLoader(data, 4), storage="off")
+    for x, _ in cache.batches():
+        model(x)
+    assert (data.loads, len(calls)) == (22, 6)
+    assert cache.describe() == "prefix cache: off: switched off"
+
+
+def test_the_decision_is_known_after_the_first_batch() -> None:
+    model = TinyCNN()
+    freeze_prefix(model, *LAST)
+    cache = layerwise.PrefixCache(model, DataLoader(images(), 4), storage="memory")
+    assert cache.decision is None
+    batches = iter(cache.batches())
+    x, _ = next(batches)
+    assert cache.decision is None
+    model(x)
+    assert cache.decision is not None
+    assert cache.decision.storage == "memory"
+
+
+@pytest.mark.parametrize("use", ["batches", "as_loader", "fill"])
+def test_a_cache_without_a_loader_needs_one(use) -> None:
+    with pytest.raises(CacheError, match="there is no loader to read"):
+        getattr(layerwise.PrefixCache(TinyCNN()), use)()
 
 
 def test_close_gives_everything_back(tmp_path) -> None:

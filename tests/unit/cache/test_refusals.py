@@ -260,6 +260,44 @@ def test_shared_modules_and_calls() -> None:
     assert "cut at block#1" in both(Net, images, "mid", "fc").text
 
 
+def test_calls_within_a_skipped_module_are_counted() -> None:
+    # in a replay the second call of `conv` does not happen, and the third is still the third
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.block = nn.Sequential(nn.ReLU(), self.conv, nn.ReLU())
+            self.fc = nn.Linear(192, 4)
+
+        def forward(self, x):
+            return self.fc(self.conv(self.block(self.conv(x)).tanh()).flatten(1))
+
+    assert "cut at conv#2" in both(Net, images, "fc").text
+
+
+def test_an_object_that_cannot_be_built_anew() -> None:
+    # a frozen module returns a packed sequence, which takes real tensors only: what is in it is skipped
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 5)
+
+        def forward(self, x):
+            lengths = torch.full((len(x),), 3)
+            return nn.utils.rnn.pack_padded_sequence(self.embed(x.mean(1)), lengths, batch_first=True)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.rnn, self.fc = Packing(), nn.GRU(5, 6, batch_first=True), nn.Linear(6, 4)
+
+        def forward(self, x):
+            _, last = self.rnn(self.stem(x))
+            return self.fc(last[0])
+
+    assert "cut at stem.embed" in both(Net, images, "rnn", "fc").text
+
+
 def test_loaders_that_cannot_be_read_by_index() -> None:
     class Stream(IterableDataset):
         def __iter__(self):
@@ -331,7 +369,7 @@ def test_a_compiled_model_is_refused() -> None:
 
 
 def test_full_disk_falls_back_with_a_warning(monkeypatch) -> None:
-    def full(descriptor, size):
+    def full(descriptor, size, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("layerwise.cache.store.column.reserve_file", full)

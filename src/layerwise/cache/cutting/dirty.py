@@ -102,7 +102,7 @@ def _in_memory_of(learning: set[str], recording: Recording) -> set[str]:
     """Return the parameters and buffers that share memory with one that learns: they move with it."""
     model = recording.model
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    moving = sorted(span for name in learning if (span := _span(tensors.get(name))))
+    moving = sorted(span for name in learning if (span := _span(tensors[name])))
     starts = [start for start, _ in moving]
     ends = list(itertools.accumulate((end for _, end in moving), max))
     found = set()
@@ -114,13 +114,13 @@ def _in_memory_of(learning: set[str], recording: Recording) -> set[str]:
     return found
 
 
-def _span(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+def _span(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Return the first address of a tensor and the one after its last; None if it has no memory."""
-    if tensor is None or not tensor.numel() or tensor.device.type == "meta" or tensor.layout != torch.strided:
-        return None
     try:
         start = tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # subclasses without memory of their own
+    except (RuntimeError, NotImplementedError):  # a sparse one, for example
+        return None
+    if not start:  # empty, or of a subclass that keeps its numbers elsewhere
         return None
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) + 1
     return start, start + reach * tensor.element_size()

@@ -7,6 +7,7 @@ the cache.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class Column:
             return torch.empty(shape, dtype=self.spec.stored)
         size = max(rows * self.spec.row_bytes, 1)
         with open(self._file, "wb") as file:
-            reserve_file(file.fileno(), size)
+            reserve_file(file.fileno(), size, self._file.parent)
         return map_file(self._file, shape, self.spec.stored, writable=True)
 
     @classmethod
@@ -133,14 +134,14 @@ class Column:
         return values
 
     def flush(self) -> None:
-        """Write what is still in the page cache to the disk; a memory column has nothing to do."""
-        if self._file is not None:
-            with open(self._file, "rb+") as file:
-                os.fsync(file.fileno())
+        """Write what is still in the page cache to the disk, where the column is."""
+        assert self._file is not None
+        with open(self._file, "rb+") as file:
+            os.fsync(file.fileno())
 
 
-def reserve_file(descriptor: int, size: int) -> None:
-    """Give an open file `size` bytes of real disk space.
+def reserve_file(descriptor: int, size: int, folder: Path) -> None:
+    """Give an open, empty file in `folder` `size` bytes of real disk space.
 
     Writing to a mapped file on a full disk would kill the process; reserving first raises instead.
 
@@ -150,16 +151,14 @@ def reserve_file(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
         return
-    if shutil.disk_usage(os.path.dirname(os.path.abspath(f"/dev/fd/{descriptor}"))).free < size:
-        raise OSError(28, "No space left on device")  # macOS has no posix_fallocate
+    if shutil.disk_usage(folder).free < size:  # macOS and Windows have no posix_fallocate
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.truncate(descriptor, size)
 
 
 def map_file(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool) -> torch.Tensor:
     """Return a tensor on the content of `file`; changes reach the file only if `writable`."""
     count = torch.Size(shape).numel()
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
     return torch.from_file(str(file), shared=writable, size=count, dtype=dtype).view(shape)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 
 def free_memory_bytes() -> int:
     """Return how much memory this process may still take.
@@ -18,11 +20,13 @@ def free_memory_bytes() -> int:
     machine (``torchrun`` and ``accelerate launch`` say how many).
     """
     free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file():
-        text = limit.read_text().strip()
-        if text.isdigit():
-            free = min(free, max(int(text) - int(used.read_text()), 0))
+    limit = _CGROUP / "memory.max"
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    if text != "max":
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat["inactive_file"])  # read files, given up as soon as room is needed
+        free = min(free, max(int(text) - used, 0))
     together = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return free // max(int(together), 1) if together.isdigit() else free
 
@@ -40,11 +44,13 @@ def format_bytes(count: float) -> str:
     >>> format_bytes(1536), format_bytes(3 * 2**30)
     ('1.5 KB', '3.0 GB')
     """
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KB", "MB"):
         count /= 1024
-    raise AssertionError
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} GB"
 
 
 def give_back_memory() -> None:

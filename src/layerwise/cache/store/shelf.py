@@ -78,7 +78,7 @@ class Shelf:
         self._folder: Path | None = None
         self._temporary: list[Path] = []
         self._filling: dict[Path, _Filling] = {}
-        self._finalizer = weakref.finalize(self, _remove_all, self._filling, self._temporary)
+        weakref.finalize(self, _remove_all, self._filling, self._temporary)
 
     @property
     def lasting(self) -> bool:
@@ -214,25 +214,21 @@ def _abandoned(part: Path) -> bool:
     return True
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete unfinished columns of processes that are gone; return how many there were."""
-    count = 0
+def remove_leftovers(folder: Path) -> None:
+    """Delete unfinished columns of processes that are gone."""
     for part in folder.glob(".part-*"):
         if _abandoned(part):
             shutil.rmtree(part, ignore_errors=True)
-            count += 1
     for new in folder.glob(".new-*"):  # killed in the instant between making and locking
         with contextlib.suppress(FileNotFoundError):
             if time.time() - new.stat().st_mtime > _STALE_S:
                 shutil.rmtree(new, ignore_errors=True)
-                count += 1
-    return count
 
 
 def entries(folder: Path) -> list[Entry]:
     """Return what is published in `folder`, oldest first; damaged columns count as ``"damaged"``."""
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.iterdir():
         if not _KEY.fullmatch(path.name):
             continue
         meta = _meta(path)
@@ -270,8 +266,7 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
         chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]
     for entry in chosen:
         shutil.rmtree(folder / entry.key)
-    if folder.is_dir():
-        remove_leftovers(folder)
+    remove_leftovers(folder)
     return chosen
 
 

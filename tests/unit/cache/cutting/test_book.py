@@ -158,3 +158,18 @@ def test_a_state_comes_back_with_the_content_of_a_buffer() -> None:
     assert book.state() != before
     model.table.sub_(1)
     assert book.state() == before
+
+
+def test_a_cut_found_in_eval_mode_does_not_hold_in_train_mode() -> None:
+    # a validation that comes first skips a batch-norm; the reverse holds, as less depends on the batch then
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[:2].requires_grad_(False)
+    book, given = books.CutBook(model, None, {}), (torch.randn(3, 4),)
+
+    def skipped(training: bool) -> list[str]:
+        model.train(training)
+        return [call.path for call in book.find(given, {}, form="").skipped]
+
+    assert skipped(training=False) == ["0", "1"]
+    assert skipped(training=True) == ["0"]
+    assert skipped(training=False) == ["0"]

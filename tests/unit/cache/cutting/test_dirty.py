@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from layerwise.cache.cutting.dirty import find_dirty
 from layerwise.layers.recording import record
@@ -49,3 +51,41 @@ def test_the_first_reason_is_told() -> None:
     assert find_dirty(recording, frozenset()).first == "nothing learns"
     dirt = find_dirty(recording, frozenset({"second.weight"}))
     assert dirt.first == "the operation 'addmm' in second reads 'second.weight', which learns"
+
+
+class Wrapping(torch.Tensor):
+    """Holds its numbers in another tensor, as quantised and distributed weights do."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, refuses: bool) -> Wrapping:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        if refuses:
+            torch._C._set_storage_data_ptr_access_error_msg(made.untyped_storage()._cdata, "no address")
+        return made
+
+    def __init__(self, inner: torch.Tensor, refuses: bool) -> None:
+        self.inner, self.refuses = inner, refuses
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        whose = args[0]
+        args, kwargs = tree_map_only(Wrapping, lambda one: one.inner, (args, kwargs or {}))
+        output = func(*args, **kwargs)
+        return Wrapping(output, whose.refuses) if func is torch.ops.aten.detach.default else output
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_weights_without_memory_of_their_own_share_none(refuses) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    for layer in (model[0], model[2]):
+        layer.weight = nn.Parameter(Wrapping(layer.weight.detach(), refuses), requires_grad=False)
+    dirt = find_dirty(record(model, (torch.ones(4, 6),)), frozenset({"2.weight"}))
+    assert dirt.first == "the operation 'addmm' in 2 reads '2.weight', which learns"
+
+
+def test_weights_without_numbers_or_strides_share_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model.register_parameter("nothing", nn.Parameter(torch.empty(0)))
+    model.register_buffer("table", torch.eye(4).to_sparse())
+    dirt = find_dirty(record(model, (torch.ones(4, 6),)), frozenset({"nothing", "1.weight"}))
+    assert dirt.first == "the operation 'addmm' in 1 reads '1.weight', which learns"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from layerwise.cache.store.column import Column, RowSpec
+from layerwise.cache.store.column import Column, RowSpec, reserve_file
 from layerwise.errors import CacheError
 
 SPEC = RowSpec((1, 3, 2), torch.float32, torch.float32)
@@ -71,6 +73,34 @@ def test_no_room_raises_before_anything_is_written(tmp_path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_a_system_without_posix_fallocate_is_asked_for_room_first(monkeypatch, tmp_path, free) -> None:
+    # macOS and Windows; of the disk on which the file is, and of no other
+    asked = []
+
+    def usage(folder):
+        asked.append(folder)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.delattr("os.posix_fallocate")
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    expected = contextlib.nullcontext() if free else pytest.raises(OSError, match="No space left")
+    with open(tmp_path / "rows.bin", "wb") as file, expected:
+        reserve_file(file.fileno(), 1000, tmp_path)
+    assert (tmp_path / "rows.bin").stat().st_size == (1000 if free else 0)
+    assert asked == [tmp_path]
+
+
+def test_rows_without_numbers(tmp_path) -> None:
+    # a data set may have none for a tensor
+    spec = RowSpec((0,), torch.float32, torch.float32)
+    column = Column(3, spec, file=tmp_path / "rows.bin")
+    column.put(torch.arange(3), torch.empty(3, 0))
+    column.flush()
+    again = Column.opened(tmp_path / "rows.bin", 3, spec, torch.ones(3, dtype=torch.bool))
+    assert again.get(torch.tensor([2, 0])).shape == (2, 0)
 
 
 def test_whole_until_a_row_is_forgotten() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from layerwise.cache.store import room
 from layerwise.cache.store.decision import decide
 from layerwise.cache.store.room import free_disk_bytes, free_memory_bytes
 
@@ -62,3 +63,23 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch) -> None:
     alone = free_memory_bytes()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert free_memory_bytes() < alone / 4
+
+
+@pytest.mark.parametrize(("limit", "left"), [("max", None), ("5000", 3500), ("1000", 0)])
+def test_a_control_group_leaves_less(monkeypatch, tmp_path, limit, left) -> None:
+    # of 2000 bytes in use, 500 hold files that were read: these are given up when room is needed
+    monkeypatch.setattr(room, "_CGROUP", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = free_memory_bytes()
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("anon 1400\nfile 600\ninactive_file 500\n")
+    assert free_memory_bytes() > alone / 2 if left is None else free_memory_bytes() == left
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KB"), (3 * 2**20, "3.0 MB"), (2.5 * 2**40, "2560.0 GB")],
+)
+def test_sizes_for_people(count, text) -> None:
+    assert room.format_bytes(count) == text

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,36 @@ def test_a_column_that_nobody_reads_any_more_is_removed(lasting, tmp_path) -> No
     del column
     assert not list(shelf.root.glob(".part-*"))
     shelf.close()
+
+
+def test_an_unfinished_column_goes_with_its_shelf(tmp_path) -> None:
+    # although it is held and could be filled: nothing of it will be published any more
+    shelf = Shelf(tmp_path)
+    held = shelf.create(KEY, 3, SPEC, "x")
+    shelf.close()
+    assert list(tmp_path.iterdir()) == []
+    del held
+
+
+@pytest.mark.parametrize(("age_s", "stays"), [(10, True), (7200, False)])
+def test_a_folder_without_a_lock_is_removed_when_it_is_old(tmp_path, age_s, stays) -> None:
+    # its owner was killed between making and locking it, or is about to lock it
+    new = tmp_path / ".new-1"
+    new.mkdir()
+    os.utime(new, (time.time() - age_s,) * 2)
+    remove(tmp_path)
+    assert new.exists() == stays
+
+
+def test_without_file_locks_the_columns_of_others_are_left_alone(tmp_path, monkeypatch) -> None:
+    # on Windows nobody can tell whether their owner lives
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    shelf = Shelf(tmp_path)
+    column = shelf.create(KEY, 3, SPEC, "x")
+    remove(tmp_path)
+    column.put(torch.arange(3), VALUES)
+    shelf.publish_complete()
+    assert [entry.key for entry in entries(tmp_path)] == [KEY]
 
 
 def test_temporary_shelf_leaves_nothing() -> None:

@@ -1,0 +1,141 @@
+"""What is found out at the first batch of a phase, and what is done where it shows that a cut does not hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+
+import layerwise
+from cache_loops import both, images, off
+from helpers import TinyCNN
+
+
+class Pooling(nn.Module):
+    """A frozen body, a head, and whatever `pool` does between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.body(x)))
+
+
+def test_code_between_modules_that_raises_an_error_of_its_own_is_told() -> None:
+    # it reads memory that a tensor without data does not have
+    class ByStorage(Pooling):
+        def pool(self, x):
+            try:
+                storage = x.detach().untyped_storage()
+            except Exception as error:
+                raise ValueError("there is no memory to pool") from error
+            return super().pool(torch.empty(0).set_(storage, 0, x.shape, x.stride()))
+
+    text = off(ByStorage, images, "head")
+    assert "off: a replay raised ValueError: there is no memory to pool" in text
+
+
+def test_a_module_that_is_called_in_the_recording_only_is_not_cut_at() -> None:
+    # the first pass of all goes another way, which gives the same numbers: no value of that call comes later
+    class Preparing(Pooling):
+        def forward(self, x):
+            x = self.pool(self.body(x))
+            passes.append(1)
+            return self.head(x) if len(passes) == 1 else nn.functional.linear(x, *self.head.parameters())
+
+    def make() -> nn.Module:
+        passes.clear()
+        return Preparing()
+
+    passes: list[int] = []
+    assert "cut at body (" in both(make, images, "head").text
+
+
+class InTurn(Sampler[list[int]]):
+    """One batch in the first epoch; in the second, others come before it."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def __iter__(self) -> Any:
+        self.begun += 1
+        first, *others = [list(range(start, start + 4)) for start in range(0, 20, 4)]
+        return iter({1: [first], 2: [*others, first]}.get(self.begun % 3, [first, *others]))
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_values_of_another_mode_are_not_kept_where_they_cannot_be_compared() -> None:
+    # no sample of the first batch in eval mode has a value yet, so nothing shows that the modes agree
+    class Moody(TinyCNN):
+        def forward(self, x):
+            x = self.stem(x) if self.training else self.stem(x) * 2
+            return self.fc(self.flatten(self.pool(self.layer2(self.layer1(x)))))
+
+    cached = both(
+        Moody, images, "layer2", "fc", before_epoch=lambda model, epoch: model.train(epoch != 1),
+        loader_options={"batch_size": 1, "shuffle": False, "batch_sampler": InTurn()},
+    )  # fmt: skip
+    assert "cut at layer1" in cached.text
+
+
+class Counting(nn.Sequential):
+    """Says how many samples it got, which a stored output could not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return super().forward(x), len(x)
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = Counting(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, count = self.low(x)
+        return self.high(x) * count / len(x)
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def unfrozen_by_and_by(cached: bool) -> tuple[dict[str, Tensor], str]:
+    torch.manual_seed(0)
+    model, data = Deep(), images(16)
+    loader = DataLoader(data, batch_size=4)
+    layers = layerwise.layer_map(model, data.inputs[:2])
+    plan = layerwise.gradual_unfreezing(layers, epochs=6)
+    tuner = layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+    )
+    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory")
+    for _ in tuner.epochs():
+        model.train()
+        for x, y in cache.batches() if cached else loader:
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+    return model.state_dict(), cache.describe()
+
+
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_a_value_that_only_a_later_phase_needs_and_that_cannot_be_stored() -> None:
+    # the present phase is cached all the same
+    (plain, _), (cached, text) = unfrozen_by_and_by(False), unfrozen_by_and_by(True)
+    assert all(torch.equal(value, cached[name]) for name, value in plain.items())
+    first, second, _ = text.splitlines()
+    assert "cut at input of head" in first
+    assert "off: the output of body.low holds a number that depends on the batch size" in second
