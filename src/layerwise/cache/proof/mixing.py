@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -13,11 +12,6 @@ from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.layout import Layout, find_layout
 from layerwise.errors import CacheError
 
-logger = logging.getLogger("layerwise.cache")
-
-_NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
-_TINY = 1e-30  # below it numbers have few bits left
-_CHECKPOINT = "torch.utils.checkpoint"
 _TELLING = 256  # numbers of each value to compare: two routines round only some of them differently
 
 

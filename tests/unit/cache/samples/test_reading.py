@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
-from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.errors import CacheError
 
@@ -105,11 +104,3 @@ def test_loaders_of_another_kind() -> None:
     ):
         with pytest.raises(CacheError, match=why):
             LoaderReader(loader)
-
-
-def test_same_bits() -> None:
-    nan = torch.tensor([1.0, float("nan")])
-    assert same_bits(nan, nan.clone())
-    assert not same_bits(nan, torch.tensor([1.0, 2.0]))
-    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0 + 1e-7]))
-    assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64))
