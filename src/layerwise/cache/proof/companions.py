@@ -55,8 +55,8 @@ def check_companions(
         logger.debug("prefix cache: strange samples were not computed: %s", error)
         return
     for site, layout in layouts.items():
-        if site not in values or site not in one or site not in other:
-            continue
+        if site not in one or site not in other:
+            continue  # with such samples the model takes another way
         known = layout.to_rows(values[site])[[0, -1]]
         rows, other_rows = layout.to_rows(one[site]), layout.to_rows(other[site])
         pairs = [(rows[0], known[0]), (rows[1], known[1]), (rows[2], other_rows[0])]
