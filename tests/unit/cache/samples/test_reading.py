@@ -92,6 +92,11 @@ def test_indices_outside_the_dataset(index) -> None:
         reader.check(second)
 
 
+class Endless:
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(index)
+
+
 def test_loaders_of_another_kind() -> None:
     class Own(DataLoader):
         def __iter__(self):
@@ -101,6 +106,8 @@ def test_loaders_of_another_kind() -> None:
         ([1, 2], "a list, not a torch"),
         (Own(DATA), "iterates in its own way"),
         (DataLoader(DATA, batch_size=None), "does not batch"),
+        (DataLoader(torch.arange(1), 1), "fewer than two samples"),
+        (DataLoader(Endless(), 1, sampler=[0, 1]), "the dataset Endless has no length"),
     ):
         with pytest.raises(CacheError, match=why):
             LoaderReader(loader)
