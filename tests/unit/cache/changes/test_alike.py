@@ -62,6 +62,7 @@ def test_functions_that_do_the_same(name) -> None:
         (functools.partial(collate, scale=1.0), functools.partial(collate, key=1.0)),
         (functools.partial(collate, [1]), functools.partial(collate, [1])),  # it may be written to
         (functools.partial(collate), collate),
+        (functools.partial(bounded(1.0)), functools.partial(bounded(2.0))),
         (Collate(), Collate()),
         (Collate().batch, Collate().batch),
         (collate, None),

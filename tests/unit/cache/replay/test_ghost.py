@@ -218,9 +218,16 @@ def test_a_copy_may_be_its_data() -> None:
     # a loop that moves or casts a batch in place
     phantom, plain = pair()
     phantom.data = phantom.data.double()
-    assert phantom.dtype == torch.float64
+    assert phantom.dtype == real(phantom).dtype == torch.float64
     assert phantom.tag == "x"
     assert torch.equal(real(phantom), plain.double())
+
+
+def test_another_ghost_may_be_its_data() -> None:
+    phantom, plain = pair()
+    phantom.data = ghost((4, 3), torch.float32, tag="y", load=lambda: plain * 2)
+    assert phantom.tag == "y"
+    assert torch.equal(real(phantom), plain * 2)
 
 
 def test_what_is_written_into_a_tensor_of_the_loop() -> None:
