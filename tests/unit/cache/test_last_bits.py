@@ -87,6 +87,17 @@ def test_a_loader_that_shuffles_is_refused() -> None:
 
 
 @needs_two_routines
+def test_where_last_bits_do_not_matter_it_is_cached_nevertheless() -> None:
+    plain, cached = (
+        train(uneven, images(24), "head", cached=c, **({"exact": False} if c else {})) for c in (0, 1)
+    )
+    assert "memory, cut at" in cached.text
+    assert cached.loads[1:] == [0, 0]
+    for name, weight in plain.weights.items():
+        torch.testing.assert_close(cached.weights[name], weight, rtol=1e-3, atol=1e-3)
+
+
+@needs_two_routines
 @pytest.mark.parametrize("samples", [24, 22])
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_a_loader_that_keeps_its_order_is_cached(samples, storage) -> None:

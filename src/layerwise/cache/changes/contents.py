@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from layerwise.cache.changes.forms import dense
 from layerwise.layers.holding import slots_of
 
 _DEPTH = 10  # objects and containers in others: a Subset of a data set with a Compose of transforms
@@ -187,7 +188,7 @@ class Contents:
                     self.files[path] = before + 1
 
     def _add_tensor(self, tensor: torch.Tensor, found: Any, words: int) -> None:
-        size, values = tensor.numel(), tensor.detach()
+        size = tensor.numel()
         found.update(str(tensor.dtype).encode())
         if size > words:
             found.update(str(id(tensor)).encode())
@@ -195,14 +196,18 @@ class Contents:
                 found.update(f" {tensor._version}".encode())
                 words //= 4
         try:
-            if size > words and not tensor.is_cpu:  # a device's tensor is not copied whole
-                places = torch.arange(0, size, _step(size, words), device=tensor.device)
-                values = values[torch.unravel_index(places, tensor.shape)]
-            if values.is_floating_point() and values.element_size() <= 2:  # numpy does not know bfloat16
-                values = values.view(torch.int16 if values.element_size() == 2 else torch.uint8)
-            self._add_array(values.cpu().resolve_conj().resolve_neg().numpy(), found, words)
-        except (RuntimeError, TypeError):  # sparse, meta, ...: its numbers cannot be read in this way
+            for part in dense(tensor):
+                self._add_numbers(part, found, words)
+        except (RuntimeError, TypeError):  # of meta: it has no numbers
             found.update(f"{tuple(tensor.shape)} {id(tensor) if self._here else ''}".encode())
+
+    def _add_numbers(self, values: torch.Tensor, found: Any, words: int) -> None:
+        if values.numel() > words and not values.is_cpu:  # a device's tensor is not copied whole
+            places = torch.arange(0, values.numel(), _step(values.numel(), words), device=values.device)
+            values = values[torch.unravel_index(places, values.shape)]
+        if values.is_floating_point() and values.element_size() <= 2:  # numpy does not know bfloat16
+            values = values.view(torch.int16 if values.element_size() == 2 else torch.uint8)
+        self._add_array(values.cpu().numpy(), found, words)
 
     def _add_array(self, array: np.ndarray[Any, Any], found: Any, words: int) -> None:
         found.update(f"{array.dtype.str} {array.shape}".encode())

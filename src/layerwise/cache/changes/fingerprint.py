@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.contents import Contents
+from layerwise.cache.changes.forms import dense, shape_of
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 32  # samples hashed to see what transforms make of them
@@ -36,8 +38,8 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's type, shape and content."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    for part in _dense(tensor):
+    digest = hashlib.sha256(f"{tensor.dtype} {shape_of(tensor)}".encode())
+    for part in dense(tensor):
         data = part.cpu().contiguous().reshape(-1)
         if data.numel():
             digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
@@ -58,9 +60,7 @@ def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tu
     Holds a checksum of the bits of each tensor, so a change that goes past autograd's version counter
     (``p.data.copy_``) is seen as well.
     """
-    return tuple(
-        (name, tuple(tensors[name].shape), checksum(tensors[name].detach())) for name in sorted(set(names))
-    )
+    return tuple((name, shape_of(tensors[name]), checksum(tensors[name])) for name in sorted(set(names)))
 
 
 def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -71,41 +71,25 @@ def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
     together: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     sums = []
     with torch.no_grad():
-        for tensor in tensors:
+        for tensor in chain.from_iterable(map(dense, tensors)):
             if tensor.numel() <= _SMALL:
                 flat = tensor if tensor.dim() == 1 else tensor.reshape(-1)
                 together.setdefault((tensor.dtype, tensor.device), []).append(flat)
             else:
                 sums.append(checksum(tensor))
         sums += [checksum(torch.cat(alike)) for alike in together.values()]
-    return [tensor.shape for tensor in tensors], sums
+    return [shape_of(tensor) for tensor in tensors], sums
 
 
 def checksum(tensor: torch.Tensor) -> int:
     """Return a number made of sums over every 1,021st word: one sum alone would not notice an exchange."""
     sums = []
-    for part in _dense(tensor):
+    for part in dense(tensor):
         flat = _words(part).reshape(-1)
         whole = len(flat) - len(flat) % _STRIDE
         sums.append(flat[:whole].view(-1, _STRIDE).sum(dim=0, dtype=torch.int64))
         sums.append(flat[whole:].to(torch.int64))
     return hash(torch.cat(sums).cpu().numpy().tobytes())
-
-
-def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return dense tensors of real numbers that hold what a tensor holds; its own memory where it can be."""
-    tensor = tensor.detach()
-    if tensor.is_quantized:
-        return [tensor.int_repr()]
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), *_dense(tensor._values())]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), *_dense(tensor.values())]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), *_dense(tensor.values())]
-    if tensor.is_complex():
-        return [torch.view_as_real(tensor.resolve_conj())]
-    return [tensor.resolve_neg()]
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.cache.changes.fingerprint import checksum
+from layerwise.cache.changes.forms import shape_of
 from layerwise.layers.holding import (
     CONTAINERS,
     DEPTH,
@@ -158,6 +159,7 @@ class Settings:
                 look.at_told(_own_length, vars(module))
             else:
                 look.at_length(vars(module))
+            look.at_length(module._buffers)
             self._at_batches.at_tables(module)
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
@@ -286,9 +288,8 @@ def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:
         if name not in OF_EVERY_MODULE:
             yield vars(module), name, (index, name)
     if not isinstance(module, _NormBase):
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield module._buffers, name, (index, f"_buffers.{name}")
+        for name in module._buffers:
+            yield module._buffers, name, (index, f"_buffers.{name}")
 
 
 def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
@@ -298,7 +299,7 @@ def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
     if isinstance(value, torch.Tensor):
         if value.requires_grad or not _is_readable(value):  # what reads the former is never skipped
             return f"tensor {id(value)}"
-        return f"{value.dtype} {tuple(value.shape)} {checksum(value)}"
+        return f"{value.dtype} {shape_of(value)} {checksum(value)}"
     if isinstance(value, np.ndarray):
         return f"array {hash(told(value))}"
     if is_fleeting(value):
@@ -335,11 +336,12 @@ def _is_known_by_identity(value: Any) -> bool:
 
 def _is_tiny(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a number or a few, at hand: reading one from a device would wait for the device."""
-    return tensor.numel() <= _TINY and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    is_plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+    return is_plain and tensor.numel() <= _TINY and tensor.device.type == "cpu"
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type != "meta" and not tensor.is_quantized
+    return tensor.device.type != "meta"
 
 
 def _is_of_torch(module: nn.Module) -> bool:

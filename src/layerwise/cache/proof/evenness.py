@@ -142,14 +142,12 @@ def uneven_places(
                 layout = find_layout(
                     one.output.tensor(), batch, other.output.tensor(), part_batch, where=name
                 )
-            except CacheError:
-                layout = None
-            if layout is not None:
-                rows, part_rows = layout.to_rows(rows), layout.to_rows(part_rows)
-            elif rows.shape != part_rows.shape:  # not made of samples: no number may differ from another
+            except CacheError:  # not made of samples: no number may differ from another
                 rows, part_rows = rows.flatten(), part_rows.flatten()
             else:
-                continue  # does not depend on the batch
+                if layout is None:
+                    continue  # does not depend on the batch
+                rows, part_rows = layout.to_rows(rows), layout.to_rows(part_rows)
             if not torch.equal(rows, rows[:1].expand_as(rows)):
                 within = within or name
             if not torch.equal(part_rows, rows[:1].expand_as(part_rows)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -13,11 +12,6 @@ from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.layout import Layout, find_layout
 from layerwise.errors import CacheError
 
-logger = logging.getLogger("layerwise.cache")
-
-_NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
-_TINY = 1e-30  # below it numbers have few bits left
-_CHECKPOINT = "torch.utils.checkpoint"
 _TELLING = 256  # numbers of each value to compare: two routines round only some of them differently
 
 
@@ -58,13 +52,12 @@ def find_layouts(
     Raises:
         MixedError: a value does not grow with the batch although it depends on the input, or is not made
             of samples side by side.
+        CacheError: there is none.
     """
     layouts = {}
     for site in sites:
-        if site not in full:
-            continue
-        if site not in part:
-            raise CacheError(f"{site} runs at one batch size and not at another.")
+        if site not in full or site not in part:
+            raise CacheError(f"{site} is not reached each time the model runs.")
         try:
             layout = find_layout(full[site], batch, part[site], part_batch, where=f"the value at {site}")
         except CacheError as error:

@@ -13,20 +13,33 @@ import torch
 from torch import nn
 
 from layerwise.cache.comparing import same_bits
+from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import CacheError
 from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
 
 _CHECKPOINT = "torch.utils.checkpoint"
+_TOGETHER = (
+    "gradient checkpointing runs frozen and learning layers together again in the backward pass, and there "
+    "nothing can be skipped. Checkpoint them apart."
+)
 
 
 def is_checkpointed() -> bool:
-    """Return whether the caller runs inside a function that `torch.utils.checkpoint` will run again."""
-    frame = sys._getframe().f_back
-    while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+    """Return whether the caller runs inside a function that `torch.utils.checkpoint` will run again.
+
+    Raises:
+        CacheError: it is a reentrant one, and what it gets learns.
+    """
+    frame, found = sys._getframe().f_back, False
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _CHECKPOINT:
+            found = True
+            if any(getattr(frame.f_locals.get("ctx"), "needs_input_grad", ())):
+                raise CacheError(_TOGETHER)
         frame = frame.f_back
-    return frame is not None
+    return found
 
 
 def check_backward(output: Any, parameters: Iterable[nn.Parameter]) -> None:
@@ -41,14 +54,16 @@ def check_backward(output: Any, parameters: Iterable[nn.Parameter]) -> None:
     outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
     learning = [parameter for parameter in parameters if parameter.requires_grad]
     try:
-        torch.autograd.grad(outputs, learning, [torch.zeros_like(t) for t in outputs], allow_unused=True)
+        found = torch.autograd.grad(
+            outputs, learning, list(map(torch.zeros_like, outputs)), allow_unused=True
+        )
     except CacheError as error:
-        raise CacheError(
-            "gradient checkpointing runs frozen and learning layers together again in the backward pass, and "
-            "there nothing can be skipped. Checkpoint them apart."
-        ) from error
-    except RuntimeError as error:  # a reentrant one cannot be tried; its gradients start at its own inputs
+        raise CacheError(_TOGETHER) from error
+    except RuntimeError as error:  # with a reentrant one, in which nothing was skipped, it cannot be tried
         logger.debug("prefix cache: the backward pass was not tried: %s", error)
+    else:
+        if any(isinstance(gradient, Ghost) for gradient in found):  # the last layer itself does not run again
+            raise CacheError(_TOGETHER)
 
 
 _CAST = "ToCopyBackward0"

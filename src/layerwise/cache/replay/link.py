@@ -224,11 +224,11 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if isinstance(one, Ghost) or isinstance(other, Ghost) or one.device.type == "meta":
+    if isinstance(one, Ghost) or isinstance(other, Ghost):
         return False
     try:
         return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # no memory of its own
+    except RuntimeError:  # no memory of its own
         return False
 
 

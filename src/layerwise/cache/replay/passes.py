@@ -169,8 +169,6 @@ def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Ske
             batch size.
     """
     for call, skeleton in one.items():
-        if skeleton.layouts:
-            continue
         twin = other.get(call)
         if twin is None:
             raise CacheError(f"{call.path} runs at one batch size and not at another.")
@@ -179,7 +177,9 @@ def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Ske
         if len(tensors_in(twin.output)) != len(tensors_in(skeleton.output)):
             raise CacheError(f"{where} has a different structure at another batch size.")
         if not _same_constants(skeleton.output, twin.output):
-            raise CacheError(f"{where} holds a number that depends on the batch size.")
+            raise CacheError(
+                f"{where} holds a number that depends on the batch size, or what cannot be compared."
+            )
         skeleton.layouts = [find_layout(a, skeleton.batch, b, twin.batch, where=where) for a, b in pairs]
 
 

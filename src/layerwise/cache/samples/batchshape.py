@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,46 @@ Kind = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """For each tensor of a batch, its shape without the first dimension, and its type."""
 
 
+_FIXED = (
+    "a batch holds tensors in an object in which others cannot be put in their place. Let the collate "
+    "function return tuples, lists, dictionaries or plain dataclasses."
+)
+
+
 class OtherShapeError(CacheError):
     """A batch has other shapes than its samples had before."""
+
+
+def leaves_of(batch: Any) -> list[torch.Tensor]:
+    """Return the tensors of a batch.
+
+    Raises:
+        CacheError: one of them is of a form that is not stored, or another cannot be put in its place.
+    """
+    leaves = tensors_in(batch)
+    if not all(map(_is_plain, leaves)):
+        raise CacheError(
+            "a batch holds a tensor that is sparse, nested, quantised or on meta, or requires gradients. Let "
+            "the loop or the model make it of a plain one."
+        )
+    replaced: list[torch.Tensor] = []
+    _with(batch, replaced.append)
+    if len(replaced) != len(leaves):
+        raise CacheError(_FIXED)
+    return leaves
+
+
+def _with(batch: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Return a batch with other things in place of its tensors."""
+    try:
+        return map_tensors(batch, function)
+    except Exception as error:  # a class of the user's own looks at what it is given
+        raise CacheError(_FIXED) from error
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    has_numbers = tensor.layout == torch.strided and tensor.device.type != "meta"
+    return has_numbers and not (tensor.is_nested or tensor.is_quantized or tensor.requires_grad)
 
 
 @dataclass
@@ -40,19 +79,17 @@ class BatchShape:
         """Learn from a batch of `size` samples.
 
         Raises:
-            CacheError: a tensor's first dimension does not count samples.
+            CacheError: a tensor's first dimension does not count samples, or see `leaves_of`.
         """
-        leaves = tensors_in(batch)
+        leaves = leaves_of(batch)
         if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != size for leaf in leaves):
             shapes = [tuple(leaf.shape) for leaf in leaves]
             raise CacheError(
                 f"the tensors of a batch of {size} samples have the shapes {shapes}: the first dimension "
                 f"must count samples."
             )
-        template = map_tensors(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-        if len(tensors_in(template)) != len(leaves):
-            raise CacheError(f"tensors inside a {type(batch).__name__} cannot be replaced.")
-        blank = map_tensors(batch, lambda tensor: None)
+        template = _with(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        blank = _with(batch, lambda tensor: None)
         rows = tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
         return cls(template, blank, rows, tuple(map(memory_order, leaves)))
 
@@ -70,7 +107,7 @@ class BatchShape:
         """Return whether what is no tensor in another batch is not what it was in the first one."""
         try:
             return bool(map_tensors(batch, lambda tensor: None) != self.blank)
-        except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
+        except Exception:  # objects without a usable equality
             return True
 
     def require(self, rows: Kind) -> None:

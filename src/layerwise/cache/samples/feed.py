@@ -164,8 +164,7 @@ class Feed:
         """Return the phase of a state of the model; those that were first met long ago are forgotten."""
         phase = self.phases.setdefault(key, Phase())
         for old in list(self.phases)[:-_PHASES]:
-            if old != key:
-                del self.phases[old]
+            del self.phases[old]
         return phase
 
     def forget(self) -> None:

@@ -50,6 +50,8 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
             supply.refuse_random(random)
         elif supply.looks_ragged():
             supply.sort()
+    except CacheError as error:
+        supply.refuse(str(error))
     except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
         supply.refuse(NOT_LOADED + one_line(error))
     return supply

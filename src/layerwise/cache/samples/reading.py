@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from layerwise.cache.changes.alike import keeps_order
 from layerwise.cache.changes.fingerprint import datasets_in
 from layerwise.cache.comparing import same_bits
+from layerwise.cache.samples.batchshape import leaves_of
 from layerwise.errors import CacheError
 from layerwise.layers.randomness import drawn, kept_random_state, seed_everything
 from layerwise.layers.snapshot import Snapshot
@@ -146,8 +147,14 @@ class LoaderReader:
         return sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
 
     def load_probes(self) -> list[Any]:
-        """Return a few samples, each collated alone, as they may differ in shape; loaded in this process."""
-        return [self.load_now([index]) for index in self.probes()]
+        """Return a few samples, each collated alone, as they may differ in shape; loaded in this process.
+
+        Raises:
+            CacheError: they hold what is not stored (`leaves_of`).
+        """
+        samples = [self.load_now([index]) for index in self.probes()]
+        leaves_of(samples)
+        return samples
 
     def randomness(self) -> tuple[str, list[Any]]:
         """Draw a few samples twice under different seeds; return what differs, or ``""``, and the samples.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
+from array import array
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -199,6 +201,21 @@ def table() -> Any:
     return pandas.DataFrame({"x": np.arange(30.0), "label": np.arange(30), "file": ["a.png"] * 30})
 
 
+def quantised(value: float) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.full((9,), value), 0.5, 0, torch.qint8)
+
+
+def large_inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.zeros(2**19)
+
+
+def circle() -> list[Any]:
+    held: list[Any] = records(3)
+    held.append(held)
+    return held
+
+
 CONTENT = {  # what `held` is, what changes a part of it that no sample of the test shows
     "through data": (lambda: torch.zeros(9), lambda h: h.data[5:].fill_(1)),
     "through numpy": (lambda: torch.zeros(9), lambda h: h.numpy().fill(1)),
@@ -214,10 +231,21 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
     "cell of a table": (table, lambda h: h.__setitem__("label", 0)),
     "text of a table": (table, lambda h: h.__setitem__("file", "b.png")),
     "column of a table": (lambda: table()["label"], lambda h: h.__setitem__(9, 0)),
+    "sparse": (lambda: torch.eye(9).to_sparse(), lambda h: h.mul_(2)),
+    "sparse rows": (lambda: torch.eye(9).to_sparse_csr(), lambda h: h.values().mul_(2)),
+    "large sparse": (lambda: torch.eye(600).to_sparse(), lambda h: h._values()[77:].mul_(2)),
+    "quantised": (lambda: quantised(1.0), lambda h: h.copy_(quantised(2.0))),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), lambda h: h[1].mul_(2)),
+    "large tensor without a version": (large_inference_tensor, lambda h: h.numpy()[: 2**18].fill(1)),
+    "bytes": (lambda: bytearray(9), lambda h: h.__setitem__(5, 1)),
+    "compact array": (lambda: array("i", range(9)), lambda h: h.__setitem__(5, 1)),
+    "memory that processes share": (lambda: (ctypes.c_int * 9)(), lambda h: h.__setitem__(5, 1)),
+    "what holds itself": (circle, lambda h: h[0].update(y=7)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONTENT)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz", "ignore:The PyTorch API of nested")
 def test_content_that_no_sample_shows(name) -> None:
     make, change = CONTENT[name]
     held = make()

@@ -44,15 +44,28 @@ SPECIAL: dict[str, Callable[[float], torch.Tensor]] = {
     "quantised": lambda v: torch.quantize_per_tensor(torch.full((8, 8), v), 0.5, 0, torch.qint8),
     "sparse": lambda v: torch.full((3, 3), v).to_sparse(),
     "sparse rows": lambda v: torch.full((3, 3), v).to_sparse_csr(),
+    "sparse columns": lambda v: torch.full((3, 3), v).to_sparse_csc(),
+    "nested": lambda v: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), v)]),
 }
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
+@pytest.mark.filterwarnings("ignore:Sparse CS", "ignore:.*quantiz", "ignore:The PyTorch API of nested")
 def test_every_form_has_a_digest(kind) -> None:
     one, same, other = SPECIAL[kind](1.0), SPECIAL[kind](1.0), SPECIAL[kind](2.0)
     assert tensor_digest(one) == tensor_digest(same) != tensor_digest(other)
     assert checksum(one) == checksum(same) != checksum(other)
+    assert joint_state([one]) == joint_state([same]) != joint_state([other])
+    assert (
+        quick_state({"x": one}, ["x"]) == quick_state({"x": same}, ["x"]) != quick_state({"x": other}, ["x"])
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_the_shapes_of_the_parts_count() -> None:
+    one, other = (torch.nested.nested_tensor([torch.ones(n), torch.ones(5 - n)]) for n in (2, 3))
+    assert tensor_digest(one) != tensor_digest(other)
+    assert joint_state([one]) != joint_state([other])
 
 
 @pytest.mark.parametrize(
@@ -214,6 +227,31 @@ def test_all_of_a_large_tensor() -> None:
     assert digest(Labelled(labels.clone())) == base
     labels[12_345] = 1
     assert digest(Labelled(labels)) != base
+
+
+def test_labels_in_a_file_are_told_by_it_and_not_read(tmp_path) -> None:
+    # by its path, size and time, and by which part of it they are
+    def labels(changed: int = 0) -> Any:
+        mapped = np.memmap(tmp_path / "labels", mode="w+", shape=(200,), dtype=np.int64)
+        mapped[4] = changed
+        mapped.flush()
+        os.utime(tmp_path / "labels", (1000, 1000 + changed))
+        return mapped
+
+    base = digest(Labelled(labels()[:100]))
+    assert digest(Labelled(labels()[:100])) == base
+    assert digest(Labelled(labels()[100:])) != base
+    assert digest(Labelled(labels(1)[:100])) != base
+
+
+def test_a_data_set_that_leads_to_itself() -> None:
+    def circular(labels: Any) -> Labelled:
+        data = Labelled(labels)
+        data.data.dataset = data
+        return data
+
+    assert digest(circular(list(range(100)))) == digest(circular(list(range(100))))
+    assert digest(circular(list(range(100)))) != digest(circular(FOURTH))
 
 
 def test_what_loading_and_epochs_change_is_no_part() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from cache_loops import both, images
 from layerwise.cache.changes.settings import Settings, Stillness
 
 
@@ -48,6 +49,12 @@ class Layer(Base):
             "object": SimpleNamespace(t=self.tensor),
         }
         self.count, self.ring = itertools.count(), deque([0], maxlen=2)
+        self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
+        self.register_buffer("later", None)
+
+
+def quantised(value: float) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.full((9,), value), 0.5, 0, torch.qint8)
 
 
 def anew(layer: Any) -> None:
@@ -71,6 +78,10 @@ AT_BATCHES = {
     "dict of the class": lambda m: Layer.table.update(scale=2.0),
     "base class": lambda m: setattr(Base, "limit", 2.0),
     "class hides its base": lambda m: setattr(Layer, "limit", 2.0),
+    "sparse": lambda m: m.graph.mul_(2),
+    "quantised": lambda m: m.codes.copy_(quantised(2.0)),
+    "buffer that was none": lambda m: setattr(m, "later", torch.ones(1)),
+    "new buffer": lambda m: m.register_buffer("new", torch.ones(1)),
     "hook": lambda m: m.linear.register_forward_hook(lambda *a: None),
     "other hook": lambda m: (m.hook.remove(), m.linear.register_forward_hook(lambda *a: None)),
 }
@@ -79,6 +90,7 @@ AT_EPOCHS = {
     "large tensor through data": lambda m: m.large.data.mul_(2),
     "large tensor through numpy": lambda m: m.large.numpy().__imul__(2),
     "large tensor in a tuple": lambda m: m.tensors["pair"][0].data.mul_(2),
+    "sparse through its values": lambda m: m.graph._values().mul_(2),
 }
 
 
@@ -164,6 +176,38 @@ def test_hooks_of_all_modules_are_settings(kind) -> None:
     finally:
         handle.remove()
     assert settings.number() == before
+
+
+class Graph(nn.Module):
+    """Mixes the features of each sample along the edges of a sparse graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.mix, self.head = nn.Linear(192, 8), Mix(), nn.Linear(8, 4)
+        graph = torch.eye(8).to_sparse()
+        if kind == "buffer":
+            self.mix.register_buffer("graph", graph, persistent=False)
+        else:
+            self.mix.graph = graph
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.body(x.flatten(1))))
+
+
+class Mix(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.graph @ x.T).T
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_a_graph_that_the_loop_changes(kind) -> None:
+    # what is stored behind it is worth nothing then
+    def grown(model: Any, epoch: int) -> None:
+        if epoch == 2:
+            model.mix.graph.mul_(2)
+
+    both(lambda: Graph(kind), images, "head", epochs=4, before_epoch=grown)
 
 
 def test_tensors_without_a_version() -> None:

@@ -88,3 +88,19 @@ def test_transposed_and_expanded_tensors() -> None:
 
     runs = [logged(silu, torch.randn(count, 4, 32)) for count in (4, 2)]
     assert uneven_places(runs[0], 4, runs[1], 2) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [
+        (lambda count: (count, 9), True),
+        (lambda count: (count, count, 9), True),  # pairs of samples: not made of samples side by side
+        (lambda count: (5, 9), False),  # a table, whatever the batch
+    ],
+)
+def test_what_is_not_made_of_samples(shape, found) -> None:
+    if not routines_differ(nn.functional.silu):
+        pytest.skip("this processor computes it by one routine")
+    runs = [logged(nn.functional.silu, torch.randn(shape(count))) for count in (5, 2)]
+    uneven = uneven_places(runs[0], 5, runs[1], 2)
+    assert ["silu" in name for name in uneven] == [found, found]

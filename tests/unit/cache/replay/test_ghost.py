@@ -61,6 +61,9 @@ def test_type_and_layout_survive() -> None:
         lambda g: nn.functional.linear(g, torch.ones(4, 3, requires_grad=True)),
         lambda g: nn.functional.mse_loss(torch.ones(2, 3, requires_grad=True), g),
         lambda g: pickle.dumps(g),
+        lambda g: torch._assert_async((g > 0).all()),
+        real,
+        lambda g: real(g.requires_grad_()),
     ],
 )
 def test_a_value_that_is_needed_raises(phantom: Ghost, use) -> None:
@@ -87,6 +90,7 @@ def test_shape_only_factories_give_data(phantom: Ghost) -> None:
     assert torch.equal(torch.zeros_like(phantom), torch.zeros(2, 3))
     assert torch.equal(torch.ones_like(phantom, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64))
     assert torch.equal(torch.full_like(phantom, 2.5), torch.full((2, 3), 2.5))
+    assert torch.empty_like(phantom, dtype=torch.int64).sum().dtype == torch.int64
     assert torch.equal(phantom.new_zeros(4), torch.zeros(4))
     assert torch.equal(phantom.new_full((2,), 3.0), torch.full((2,), 3.0))
     channels_last = ghost((2, 3, 4, 5), torch.float32, order=(0, 2, 3, 1))
@@ -210,6 +214,35 @@ def test_the_loop_sees_what_the_model_writes_to_its_input() -> None:
     assert torch.equal(real(before), plain)
 
 
+def test_a_copy_may_be_its_data() -> None:
+    # a loop that moves or casts a batch in place
+    phantom, plain = pair()
+    phantom.data = phantom.data.double()
+    assert phantom.dtype == real(phantom).dtype == torch.float64
+    assert phantom.tag == "x"
+    assert torch.equal(real(phantom), plain.double())
+
+
+def test_another_ghost_may_be_its_data() -> None:
+    phantom, plain = pair()
+    phantom.data = ghost((4, 3), torch.float32, tag="y", load=lambda: plain * 2)
+    assert phantom.tag == "y"
+    assert torch.equal(real(phantom), plain * 2)
+
+
+def test_what_is_written_into_a_tensor_of_the_loop() -> None:
+    # a buffer that a loop fills batch by batch
+    phantom, plain = pair()
+    held, made = torch.zeros(4, 3), torch.zeros(4, 6)
+    assert held.copy_(phantom) is held
+    assert torch.cat([phantom, phantom], 1, out=made) is made
+    assert torch.equal(held, plain)
+    assert torch.equal(made, torch.cat([plain, plain], 1))
+    held[:2] = phantom[2:]
+    assert torch.equal(held[:2], plain[2:])
+    assert phantom.tag == "x"
+
+
 def test_aliases_keep_the_tag() -> None:
     # the same elements of the same memory are the same input; others are not
     phantom, _ = pair()
@@ -241,6 +274,13 @@ def test_gradients_of_a_ghost() -> None:
         phantom.numpy()
 
 
+def test_a_gradient_flows_back_from_where_samples_take_its_place() -> None:
+    phantom, plain = (x.requires_grad_() for x in pair())
+    for x in (phantom, plain):
+        (real(x) ** 2).sum().backward()
+    assert torch.equal(phantom.grad, plain.grad)
+
+
 def test_nothing_is_read_during_a_replay() -> None:
     # what the loop has read before does not count
     phantom, _ = pair()
@@ -263,9 +303,12 @@ def test_what_a_replay_wrote_is_not_read_afterwards(write: Callable[[Any], Any])
     before = phantom.clone()
     with only_shapes():
         write(phantom)
-    assert phantom.tag is None
+        after = phantom.clone()
+    assert phantom.tag is after.tag is None
     with pytest.raises(CacheError, match="needs the value"):
         phantom.sum().item()
+    with pytest.raises(CacheError, match="needs the value"):
+        after.sum().item()
     assert torch.equal(real(before), plain)
 
 

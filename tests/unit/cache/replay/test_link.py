@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from layerwise.cache.replay.ghost import ghost
+from layerwise.cache.replay.ghost import Ghost, ghost
 from layerwise.cache.replay.layout import memory_order
 from layerwise.cache.replay.link import Link, backend_state, find_link, versions_of
 
@@ -92,6 +93,47 @@ def test_a_transposed_image_is_another_input() -> None:
     x = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
     assert find_link([x], (x.transpose(2, 3),), {}) is None
     assert find_link([x], (x.view(2, 3, 4, 4),), {}) is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda x: x.to_sparse(), lambda x: x[0], lambda x: x.flatten(1), lambda x: x + 0.0 * x.sum() + 1],
+)
+def test_an_argument_of_another_form(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = images()
+    assert not link_of(x, leaves=[x]).recognises((other(x),), {}, [x], None, [0])
+
+
+def test_an_argument_whose_gradient_is_wanted() -> None:
+    x = images()
+    link = link_of(x, leaves=[x])
+    leaf = ghost(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
+    for given in (x.clone(), leaf):
+        assert link.recognises((given,), {}, [leaf], "batch", [0]) == isinstance(given, Ghost)
+        assert not link.recognises((given.requires_grad_(),), {}, [leaf], "batch", [0])
+
+
+def test_another_caches_ghost_is_the_loops_own() -> None:
+    # it is not looked at
+    x = images()
+    other = ghost((2, 3), torch.float32, load=lambda: pytest.fail("it was loaded"))
+    assert link_of(x, other, leaves=[x]).changing == {1}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_an_argument_without_memory_of_its_own() -> None:
+    x = images()
+    masked = torch.masked.masked_tensor(torch.ones(2, 3), torch.ones(2, 3) > 0)
+    assert link_of(x, masked, leaves=[x]).changing == {1}
+
+
+def test_functions_and_classes_are_told_by_who_they_are() -> None:
+    x = images()
+    link = find_link([x], (x, torch.relu, nn.ReLU), {})
+    assert link is not None
+    assert link.same_constants((x, torch.relu, nn.ReLU), {})
+    assert not link.same_constants((x, torch.tanh, nn.ReLU), {})
+    assert not link.same_constants((x, torch.relu, nn.GELU), {})
 
 
 def test_arguments_with_other_constants() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader
 import layerwise
 from cache_loops import freeze_prefix, images
 from helpers import TinyCNN
+from layerwise.cache.samples.prepared import stand_in
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +94,13 @@ def test_a_prepared_loop_is_cached_exactly(options) -> None:
 def test_a_prepared_loader_loads_nothing_again() -> None:
     assert run(cached=True, count=24).loads[-1] == 0
     assert run(cached=False, count=24).loads[-1] == 24
+
+
+@pytest.mark.parametrize("again", [copy.copy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_a_stand_in_can_be_copied(again) -> None:
+    # frameworks copy the loaders that they are given
+    loader = again(stand_in(DataLoader(torch.arange(6), 2), functools.partial(iter, [1, 2])))
+    assert list(loader) == [1, 2]
+    assert (len(loader), loader.batch_size) == (3, 2)
+    with pytest.raises(AttributeError, match="'DataLoader' object has no attribute 'missing'"):
+        _ = loader.missing

@@ -8,12 +8,10 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import layerwise
 from layerwise.cache.replay.ghost import Ghost
-from layerwise.cache.samples.feed import Feed
-from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.shelf import entries
 from layerwise.errors import LayerwiseWarning
 from layerwise.training.data import EpochBatches
@@ -263,12 +261,76 @@ def test_a_real_encoder() -> None:
     assert stored_bytes(cache) == sum(order.padded) * 384 * 4
 
 
-def test_phases_that_were_met_long_ago_are_forgotten() -> None:
-    # a schedule of an attribute makes a new one in each epoch
-    feed = Feed(LoaderReader(DataLoader(TensorDataset(torch.arange(4)), 2)))
-    first = feed.phase_of(0)
-    for key in range(1, 32):
-        feed.phase_of(key)
-    assert feed.phase_of(0) is first
-    feed.phase_of(32)
-    assert list(feed.phases) == list(range(1, 33))
+class Sizes(Dataset):
+    """Images of two sizes, in batches of one size; nothing is random but the promise of `views`."""
+
+    def __init__(self) -> None:
+        self.images = [torch.randn(3, size, size) for size in (8, 12) * 8]
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int):
+        return self.images[index], index % 4
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def pooled() -> nn.Module:
+    torch.manual_seed(0)
+    model = Pooled()
+    model.body.requires_grad_(False)
+    return model
+
+
+def test_views_of_several_shapes_are_refused() -> None:
+    # a sample may have another shape at each draw
+    model, order = pooled(), [[*range(k, 16, 2)][i : i + 4] for i in (0, 4) for k in (0, 1)]
+    loader = DataLoader(Sizes(), batch_sampler=order)
+    expected = [model(x).detach() for x, _ in loader]
+    cache = layerwise.PrefixCache(model, loader, storage="memory", views=2)
+    with pytest.warns(LayerwiseWarning, match="samples differ in shape from batch to batch"):
+        found = [model(x).detach() for x, _ in cache.batches()]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_a_sampler_raises_comes_where_it_would() -> None:
+    class Failing:
+        batch_size = 4
+
+        def __iter__(self):
+            yield from ([0, 1, 2, 3], [4, 5, 6, 7])
+            raise LookupError("no more batches")
+
+    seen = []
+
+    def run() -> None:
+        for x, _ in cache.batches():
+            seen.append(model(x))
+
+    model, data = pooled(), [(torch.randn(3, 8, 8), index % 4) for index in range(12)]
+    cache = layerwise.PrefixCache(model, DataLoader(data, batch_sampler=Failing()), storage="memory")
+    for epoch in range(3):
+        with pytest.raises(LookupError, match="no more batches"):
+            run()
+        assert len(seen) == 2 * (epoch + 1)
+    assert "memory, cut at" in cache.describe()
+
+
+def test_a_new_loader_in_each_epoch_that_cannot_be_read_is_told_once() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(3, 8, 8), 0)] * 8)
+
+    stream, cache = Stream(), layerwise.PrefixCache(pooled(), storage="memory")
+    with pytest.warns(LayerwiseWarning, match="IterableDataset") as told:
+        batches = [batch for _ in range(3) for batch in cache.batches(DataLoader(stream, 4))]
+    assert len(batches) == 6
+    assert len(told) == len(cache._supplies) == 1

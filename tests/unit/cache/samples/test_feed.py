@@ -1,0 +1,88 @@
+"""What is stored of samples, and what of them is loaded again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from cache_loops import both, images
+from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.samples.batchshape import BatchShape
+from layerwise.cache.samples.feed import Feed, Phase, merged
+from layerwise.cache.samples.reading import LoaderReader
+from layerwise.cache.store.decision import Decision
+
+
+def feed_of(count: int = 4) -> Feed:
+    feed = Feed(LoaderReader(DataLoader(TensorDataset(torch.arange(count)), 2)))
+    feed.shape = BatchShape.of([torch.arange(2)], 2)
+    return feed
+
+
+def cut_of(**changes: Any) -> Cut:
+    empty: dict[str, Any] = {name: {} for name in ("skipped", "entered", "inside", "passes", "sources")}
+    return Cut(**{**empty, "frontier": (), "constants": (), "inputs": frozenset(), **changes})
+
+
+def test_phases_that_were_met_long_ago_are_forgotten() -> None:
+    # a schedule of an attribute makes a new one in each epoch
+    feed = feed_of()
+    first = feed.phase_of(0)
+    for key in range(1, 32):
+        feed.phase_of(key)
+    assert feed.phase_of(0) is first
+    feed.phase_of(32)
+    assert list(feed.phases) == list(range(1, 33))
+
+
+def test_a_batch_is_not_complete_without_its_own_tensors_and_the_constants() -> None:
+    feed, rows = feed_of(), torch.arange(2)
+    assert not feed.has_all(cut_of(), frozenset(), rows)  # labels, of which nothing is stored
+    assert feed.missing(cut_of(), frozenset(), rows).all()
+    assert feed.has_all(cut_of(), frozenset({0}), rows)
+    table = Site(CallId("positions", 0), "out", 0)
+    assert not feed.has_all(cut_of(constants=(table,)), frozenset({0}), rows)
+    feed.constants[table] = torch.ones(1)
+    assert feed.has_all(cut_of(constants=(table,)), frozenset({0}), rows)
+
+
+class Wide(nn.Module):
+    """Takes images of more bytes than are stored of a real input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 2, 8, 8), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("size", "again"), [(72, 0), (80, 6)])
+def test_large_inputs_that_the_loop_wants_are_loaded_and_not_stored(size, again) -> None:
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        assert type(batch[0]) is Tensor
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    cached = both(Wide, lambda: images(6, size), "head", step=step, keep_inputs=True)
+    assert "memory, cut at" in cached.text
+    assert cached.loads[1:] == [again, again]
+
+
+def test_phases_of_several_shapes_are_told_as_one() -> None:
+    cached = Phase(decision=Decision("memory", "asked for", 10, 6))
+    stored = Phase(decision=Decision("memory", "stored in an earlier pass", 0, 2))
+    alone = Phase(reason="only one sample has this shape")
+    assert merged([alone]) is alone
+    told = merged([cached, stored, alone]).decision
+    assert told is not None
+    assert (told.bytes_per_sample, told.samples) == (8, 8)
+    assert told.reason == (
+        "asked for; samples have 3 shapes, 60 B in all; 1 of them not cached: only one sample has this shape"
+    )
+    told = merged([stored, stored]).decision
+    assert told is not None
+    assert told.reason == "stored in an earlier pass; samples have 2 shapes"
