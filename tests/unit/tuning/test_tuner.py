@@ -822,19 +822,19 @@ def test_an_epoch_is_begun_and_ended_in_turn() -> None:
 
 def test_options_that_the_user_set_on_a_group_stay_when_it_changes() -> None:
     """A parameter joins in the second phase, and the group is made anew with the option."""
+    rates = {"stem": 1.0, "fc": 1.0}
     rows = [
-        Phase(name="a", rates={"b1": 1.0, "head": 1.0}, overrides={"b1.0.weight": 0.0}, epochs=1),
-        Phase(name="b", rates={"b1": 1.0, "head": 1.0}, epochs=1),
+        Phase(name="a", rates=rates, overrides={"stem.0.bias": 0.0}, epochs=1),
+        Phase(name="b", rates=rates, epochs=1),
     ]
-    tuner = make(
-        lambda layers: Plan(groups=layers.names, phases=rows), optimizer=torch.optim.SGD, momentum=0.9
-    )
+    options = {"model": tiny_cnn(), "optimizer": torch.optim.SGD, "momentum": 0.9}
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows), **options)
+    sizes = [len(group["params"]) for group in tuner.optimizer.param_groups]
     for group in tuner.optimizer.param_groups:
         group["momentum"] = 0.5
-    names = [group["name"] for group in tuner.optimizer.param_groups]
-    train(tuner, stop=STEPS + 1)
-    momenta = {group["name"]: group["momentum"] for group in tuner.optimizer.param_groups}
-    assert {momenta[name] for name in names} == {0.5}
+    train(tuner, shape=(3, 8, 8), classes=4, stop=STEPS + 1)
+    assert [len(group["params"]) for group in tuner.optimizer.param_groups] != sizes
+    assert {group["momentum"] for group in tuner.optimizer.param_groups} == {0.5}
 
 
 def test_an_optimiser_without_decay_gets_none() -> None:
