@@ -296,8 +296,6 @@ def report_watch(report: WatchReport, out: Path | None) -> list[str]:
     """
     if out is not None:
         write_audit(out, after=report.to_dict())
-    if report.ok:
-        return []
     try:
         report.raise_if_frozen_moved()
     except ModelError as error:
