@@ -216,20 +216,6 @@ class Recording:
         return depends
 
     @cached_property
-    def live(self) -> list[bool]:
-        """For each operation, whether the model's output depends on its result."""
-        live = [False] * len(self.ops)
-        for key in self.output_keys:
-            writer = self.values[key].writer
-            if writer is not None:
-                live[writer] = True
-        for op in reversed(self.ops):
-            if live[op.index]:
-                for source in op.sources:
-                    live[source] = True
-        return live
-
-    @cached_property
     def unread(self) -> tuple[str, ...]:
         """First names of the parameters that no operation reads."""
         read = {name for op in self.ops for name in op.parameters}

@@ -134,6 +134,8 @@ def _check_paths(model: nn.Module, paths: tuple[str, ...], found: tuple[str, ...
             f"no output layer was found in {type(model).__name__}: it ends in a norm or a block. Add one "
             f"(nn.Sequential(model, nn.Linear(features, classes))), or name it: outputs=[...]."
         )
+    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise ModelError(f"the {type(model).__name__} is itself the output layer; make a new one instead.")
     modules = dict(model.named_modules())
     for path in paths:
         if path in modules and path:
@@ -143,8 +145,6 @@ def _check_paths(model: nn.Module, paths: tuple[str, ...], found: tuple[str, ...
                 f"the output layer of {type(model).__name__} is the bare parameter {path!r}, not a module, "
                 f"so it cannot be replaced. Assign a new parameter to it yourself."
             )
-        if not path:
-            raise ModelError("the model is itself one output layer; make a new one instead.")
         raise ModelError(
             f"outputs names {path!r}, which is no module of {type(model).__name__}; the output layers "
             f"found are {', '.join(found) or 'none'}.{did_you_mean(path, modules, count=1)}"
@@ -176,7 +176,10 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         if layer.groups != 1:
-            raise ModelError(f"the output layer {path!r} is a convolution in {layer.groups} groups.")
+            raise ModelError(
+                f"the output layer {path!r} is a convolution in {layer.groups} groups, each with inputs "
+                f"and outputs of its own. Replace it yourself: model.{path} = ..."
+            )
         return layer.in_channels, layer.out_channels
     if _is_conv1d(layer):
         weight: Any = layer.weight

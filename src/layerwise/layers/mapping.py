@@ -92,8 +92,16 @@ def map_recording(
         notes: of the map.
         telling: a recording on larger images, which tells the head where the maps of this one are single
             positions before they are pooled.
+
+    Raises:
+        ModelError: the pass reads no parameter.
     """
     order = order_of(recording)
+    if not order.position:
+        raise ModelError(
+            f"the forward pass of {type(recording.model).__name__} reads none of its {len(recording.names)} "
+            "parameters, so nothing tells their order. Check the example input, and what forward uses."
+        )
     units = find_units(recording, order)
     outputs = output_layers(recording, order)
     head = _head(recording, order, units)

@@ -138,6 +138,10 @@ def run_inside(
     Raises:
         NotImplementedError: it has no form that is made of operations.
     """
+    if operator is torch.ops.higher_order.cond:  # its kernel refuses to be seen
+        chosen, yes, no, operands = args
+        with mode:
+            return (yes if chosen else no)(*operands)
     kernel = operator.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
     if kernel is None:
         raise NotImplementedError(f"{operator} cannot be seen operation by operation")

@@ -142,6 +142,15 @@ def require_freezing(layers: LayerMap, trained: Mapping[str, float] | list[str],
         )
 
 
+def require_groups(layers: LayerMap, strategy: str) -> None:
+    """Raise `PlanError` for a map of a single group, which leaves a strategy nothing to tell apart."""
+    if len(layers) < 2:
+        raise PlanError(
+            f"{strategy} needs at least two groups; this layer map has {len(layers)} "
+            f"({', '.join(layers.names)}). Map the model with a finer granularity, or ask for full()"
+        )
+
+
 def require_head(layers: LayerMap, strategy: str) -> str:
     """Return the name of the head; raise `PlanError` for a model without one."""
     if layers.head is None:

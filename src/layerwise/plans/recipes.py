@@ -10,6 +10,7 @@ from layerwise.plans.options import (
     PhaseOptions,
     call,
     one_phase,
+    require_groups,
     require_head,
     strategy,
 )
@@ -35,8 +36,7 @@ def auto_rgn(layers: LayerMap, **options: Unpack[PhaseOptions]) -> Plan:
     Source: Lee et al. 2023, section 4.2. There the norms are taken per parameter tensor on extra batches at
     the start of each epoch; here per group, on the first steps that train.
     """
-    if len(layers) < 2:
-        raise PlanError(f"auto_rgn compares groups; this layer map has {len(layers)}")
+    require_groups(layers, "auto_rgn")
     return one_phase(layers, "auto_rgn", dict.fromkeys(layers.names, 1.0), options, adapt_rates="auto_rgn")
 
 
@@ -64,6 +64,11 @@ def lisa(
     if not any(name.rpartition(".")[0] in layers.outputs for name in layers.aliases):
         require_head(layers, "lisa")
     trunk = [group.name for group in layers if group.role == "trunk"]
+    if len(trunk) < 2:
+        raise PlanError(
+            f"lisa draws from the groups between stem and head; this layer map has {len(trunk)} of them "
+            f"(of {', '.join(layers.names)}). Map the model with a finer granularity, or ask for full()"
+        )
     if not isinstance(groups, int) or not 0 < groups < len(trunk):
         raise PlanError(
             f"lisa(groups={groups!r}) draws from the {len(trunk)} groups between stem and head; expected "
@@ -101,6 +106,11 @@ def reinit_last(
     """
     head = require_head(layers, "reinit_last")
     trunk = [group.name for group in layers if group.role == "trunk"]
+    if not trunk:
+        raise PlanError(
+            f"reinit_last starts groups between stem and head anew; this layer map has none "
+            f"({', '.join(layers.names)}). Map the model with a finer granularity"
+        )
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(trunk):
         raise PlanError(
             f"reinit_last(k={k!r}): k is a whole number from 1 to {len(trunk)}, the groups between stem "

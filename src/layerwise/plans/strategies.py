@@ -17,6 +17,7 @@ from layerwise.plans.options import (
     call,
     one_phase,
     require_freezing,
+    require_groups,
     require_head,
     strategy,
 )
@@ -205,8 +206,8 @@ def discriminative(
             f"({next(iter(learning.values()))!r} of the base rate); give a decay "
             "below 1, or ask for full() or top_k()"
         )
-    if len(learning) == 1 and not held:
-        raise PlanError(f"{strategy} needs at least two groups; this layer map has one ({layers.names[0]})")
+    if not held:
+        require_groups(layers, strategy)
     return one_phase(layers, strategy, learning, options)
 
 

@@ -13,6 +13,7 @@ from layerwise.plans.options import (
     call,
     length_given,
     make_plan,
+    require_groups,
     require_head,
     settings,
     strategy,
@@ -64,8 +65,7 @@ def gradual_unfreezing(
     """
     check_decay(decay)
     require_head(layers, "gradual_unfreezing")
-    if len(layers) < 2:
-        raise PlanError(f"gradual_unfreezing needs at least two groups; this layer map has {len(layers)}")
+    require_groups(layers, "gradual_unfreezing")
     lengths, last, per_phase = _lengths(
         len(layers),
         options,
@@ -170,6 +170,7 @@ def lp_ft(
     Out-of-Distribution, section 3.4.
     """
     head = require_head(layers, "lp_ft")
+    require_groups(layers, "lp_ft")
     given = length_given(options, "lp_ft")
     unit, total = next(iter(given.items()), ("epochs", None))
     probe, other = (probe_steps, probe_epochs) if unit == "steps" else (probe_epochs, probe_steps)
@@ -238,8 +239,7 @@ def fine_tune(
         raise PlanError(
             f"fine_tune(lr_mult={lr_mult!r}): expected a number above 1; at 1 all rates are equal"
         )
-    if len(layers) < 2:
-        raise PlanError(f"fine_tune needs at least two groups; this layer map has {len(layers)}")
+    require_groups(layers, "fine_tune")
     total = length_given(options, "fine_tune").get("epochs", max(DEFAULT_EPOCHS, freeze_epochs + 1))
     if not 0 < freeze_epochs < total:
         raise PlanError(

@@ -31,6 +31,12 @@ Data = Any
 """A map-style data set, or a `torch.utils.data.DataLoader`."""
 
 
+NO_BATCH = (
+    "a data loader gives no batch in this epoch. It has to give its data anew each time it is gone through: "
+    "let the __iter__ of its data set begin again, and look whether there are samples at all."
+)
+
+
 class EpochBatches(Sampler[list[int]]):
     """Batches of sample indices; the order of an epoch depends on the seed and the epoch alone.
 
@@ -180,11 +186,21 @@ class Batches:
                 caller's own draws its order from them, so it gets that state back while `start`
                 batches are thrown away; then the present state is put in place again.
             cache: hands the batches out; None for the loader itself.
+
+        Raises:
+            DataError: a loader of the caller's own gives no batch.
         """
         self.begin(epoch, start)
         source = self.loader if cache is None else cache.batches(self.loader)
-        if self.exact or not start:
+        if self.exact:
             yield from source
+            return
+        if not start:
+            batch: Any = None
+            for batch in source:
+                yield batch
+            if batch is None:
+                raise DataError(NO_BATCH)
             return
         with kept_random_state():
             if random_state is not None:
@@ -200,6 +216,7 @@ def open_batches(
     *,
     train: bool,
     batch_size: int,
+    name: str | None = None,
     seed: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
     workers: int = 0,
@@ -217,8 +234,9 @@ def open_batches(
 
     Args:
         data: what to go through.
-        train: whether to shuffle a data set; also names it in messages.
+        train: whether to shuffle a data set.
         batch_size: for a data set; a loader has its own.
+        name: of the data in messages; None is ``"train"`` or ``"val"``.
         seed: of the order and the augmentation.
         collate: for a data set that has no ``collate`` of its own; a loader has its own. Batches of a
             data set that tells the ``lengths`` of its samples hold samples of about one length, and are
@@ -232,7 +250,7 @@ def open_batches(
     Raises:
         DataError: `data` is neither, is empty, or cannot be combined with `weighted` or `world`.
     """
-    what = "train" if train else "val"
+    what = name or ("train" if train else "val")
     if isinstance(data, DataLoader):
         loader = data
         sampler = getattr(
@@ -253,6 +271,8 @@ def open_batches(
                     f"{what} is a DataLoader with a sampler of its own, which cannot be shared between "
                     f"{world} processes. Give fit the data set."
                 )
+            if samples_in(loader.dataset) == 0:
+                raise DataError(f"{what} holds no samples.")
             return Batches(loader, loader.dataset, exact=False)
         source, shuffle = cast(Any, loader.dataset), type(sampler) is RandomSampler
         grouping = cast(BatchSampler, loader.batch_sampler)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.cache.prefix import PrefixCache
+from layerwise.errors import DataError
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches
 from layerwise.training.tasks import Scores, Task
@@ -40,6 +41,9 @@ def evaluate(
         autocast: context of the forward pass.
         on_batch: called after each batch, for progress and interruption.
         cache: keeps what the frozen prefix gives for this data set too.
+
+    Raises:
+        DataError: nothing in the data is scored.
     """
     from accelerate.utils import send_to_device
 
@@ -59,6 +63,11 @@ def evaluate(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         total = total.to(device)
         torch.distributed.all_reduce(total)
+    if not total[1]:
+        raise DataError(
+            "nothing in the held-out data is scored: all their labels are -100 (in too few texts no token is "
+            "masked), or of classes without weight. Give more of them, or others."
+        )
     scores = task.scores(metrics)
     return Scores({"loss": float(total[0] / total[1]), **scores.values}, scores.tables)
 

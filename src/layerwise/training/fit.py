@@ -22,7 +22,7 @@ from layerwise.training.accumulating import Window
 from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
-from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
+from layerwise.training.guard import Interrupt, check_start, check_weights, explained, finite_loss
 from layerwise.training.history import History, name_of, not_finite
 from layerwise.training.options import (
     CacheMode,
@@ -196,6 +196,7 @@ def fit(
     weighted = sampler == "weighted"
     batches = open_batches(train, train=True, weighted=weighted, drop_last=drop_last, **share)
     held_out = None if val is None else open_batches(val, train=False, **share)
+    test_batches = None if test is None else open_batches(test, train=False, name="test", **share)
     model.to(accelerator.device)
     first = send_to_device(setup.first_batch(batches), accelerator.device)
     task = setup.find_task(
@@ -244,6 +245,8 @@ def fit(
 
     prefix = setup.open_cache(cache, model, batches, tuner, pool=cache_pool, folder=cache_folder)
     inspected = setup.inspect(model, tuner, batch_size) if audit else None
+    if previous is None:
+        check_start(model)
     if written is not None and not resume:  # nothing is written before all of the above went well
         create_run(written, plan=plan, about=record)
         if inspected is not None:
@@ -320,6 +323,9 @@ def fit(
             start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
             stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
             for index, batch in enumerate(stream, start):
+                if index == count:
+                    setup.warn_of_more_batches(count)
+                    break
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
                     runner, wrapped_phase = setup.joined(accelerator, model), tuner.phase_index
                 batch = send_to_device(batch, accelerator.device)
@@ -355,6 +361,7 @@ def fit(
                     interrupt.raise_if_requested(go_on)
 
             del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
+            tuner.optimizer.zero_grad()  # of a window that a loader with fewer batches than it told left open
             if prefix is not None and (told := setup.cache_note(prefix)) not in ("", described):
                 described = told
                 reporter.say(told)
@@ -370,13 +377,14 @@ def fit(
                     cache=prefix,
                 )
             monitored = setup.monitored_value(scores, task)
+            steps = tuner.step_in_epoch
             tuner.end_epoch(monitored, mode=task.mode)
             loss_sum, size = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
             entry = {
                 "epoch": epoch,
                 "phase": phase,
                 "step": tuner.step_count,
-                "steps": tuner.step_count - epoch * steps_per_epoch,
+                "steps": steps,
                 "train_loss": loss_sum / size if size else 0.0,
                 **{name_of(metric): value for metric, value in scores.values.items()},
                 "rates": rates,
@@ -423,10 +431,10 @@ def fit(
         model.load_state_dict(now.kept)
     model.eval()
     tested = None
-    if test is not None:
+    if test_batches is not None:
         tested = evaluate(
             model,
-            open_batches(test, train=False, **share),
+            test_batches,
             task,
             device=accelerator.device,
             autocast=accelerator.autocast,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import RunError, TrainingError
+from layerwise.layers.structures import tensors_in
 from layerwise.training.checkpoint import list_checkpoints
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -71,7 +72,7 @@ def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, 
         return value
     cause = (
         "The batch itself holds values that are not finite: look at the data."
-        if not all(map(_is_finite, _tensors(batch)))
+        if not all(map(_is_finite, tensors_in(batch)))
         else "The batch is finite, so training diverged: lower lr, set clip_norm=1.0, add warm-up to the "
         "plan's schedule, or use precision='fp32'."
     )
@@ -79,6 +80,16 @@ def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, 
         f"the loss became {value} at step {step + 1} (epoch {epoch + 1}, batch {index + 1}), before the "
         f"weights were changed by it. {cause} {_last_checkpoint(out)}"
     )
+
+
+def check_start(model: nn.Module) -> None:
+    """Raise `TrainingError` if a parameter is not finite before training, so that no run is begun with it."""
+    for name, parameter in model.named_parameters():
+        if not _is_finite(parameter):
+            raise TrainingError(
+                f"parameter {name!r} of the model holds values that are not finite, before any training. "
+                "Look at the weights that were loaded into it."
+            )
 
 
 def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
@@ -140,17 +151,6 @@ def _last_checkpoint(out: Path | None) -> str:
         return f"{out} has no checkpoint yet."
     command = f"layerwise fit --resume {shlex.quote(str(out))}"
     return f"The last good checkpoint is {there[-1]}; go on from it: {command}"
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, dict):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors(value)
 
 
 def _is_finite(tensor: Tensor) -> bool:

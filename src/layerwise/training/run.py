@@ -55,6 +55,9 @@ _PACKAGES = (
 )
 
 
+_PUT_BACK = "Put the run's own file back, or start the run anew in another folder."
+
+
 _BEGUN = ("language-model", "layerwise")
 """What may lie in a folder before its ``run.json``: the first half of ULMFiT, and a tracker's files."""
 
@@ -133,16 +136,19 @@ def read_run(path: str | Path) -> dict[str, Any]:
         there = "is not a run (it has no run.json)" if folder.is_dir() else "does not exist"
         raise RunError(f"{folder} {there}." + runs_beside(folder) + " Make one: layerwise fit --out FOLDER")
     try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        form = data["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} cannot be read as a run: {error!r}.") from error
-    if form != FORMAT:
-        raise RunError(f"{file} has format {form!r}; this version of layerwise reads {FORMAT}.")
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read: {error}. {_PUT_BACK}") from error
+    if not isinstance(data, dict) or "format" not in data:
+        raise RunError(f"{file} is not the record of a run, so it was altered. {_PUT_BACK}")
+    if data["format"] != FORMAT:
+        raise RunError(
+            f"{file} has format {data['format']!r}; this version of layerwise reads {FORMAT}. Use the one "
+            "that wrote it."
+        )
     if missing := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
         raise RunError(
-            f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. Put the run's own "
-            "file back, or start the run anew in another folder."
+            f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. {_PUT_BACK}"
         )
     return data
 
@@ -203,8 +209,8 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
         raise RunError(f"{path} is missing: the run has kept no weights yet. Go on with it: --resume.")
     if expected_sha256 is not None and sha256(path) != expected_sha256:
         raise RunError(
-            f"{path} does not match the hash that the run keeps of it: it was altered or cut short. Put the "
-            "run's own file back, or start the run anew in another folder."
+            f"{path} does not match the hash that the run keeps of it: it was altered or cut short. "
+            f"{_PUT_BACK}"
         )
     try:
         load_model(model, str(path))

@@ -99,11 +99,15 @@ def open_accelerator(
 
 
 def first_batch(batches: Batches) -> Batch:
-    """Return a batch of the first one or two samples; no generator's state is changed."""
+    """Return a batch of the first one or two samples; no generator's state is changed.
+
+    Raises:
+        DataError: a loader of the caller's own has none.
+    """
     loader, data = batches.loader, batches.loader.dataset
     with kept_random_state():
         if isinstance(data, IterableDataset):
-            return next(iter(loader))
+            return next(batches.epoch(0))
         return loader.collate_fn([data[i] for i in range(min(2, len(data)))])  # type: ignore[arg-type]
 
 
@@ -121,8 +125,21 @@ def batch_count(batches: Batches) -> int:
             "a __len__, or use a map-style data set."
         ) from error
     if not count:
-        raise DataError("train makes no batch: it has fewer samples than batch_size, and drop_last is set.")
+        raise DataError(
+            "train makes no batch: it has fewer samples than batch_size, and drop_last is set. Take a "
+            "smaller batch_size, or leave drop_last out."
+        )
     return count
+
+
+def warn_of_more_batches(count: int) -> None:
+    """Warn that the training loader gives more batches than it told; the epoch ends without them."""
+    warnings.warn(
+        f"the training loader gives more than the {count} batches that its length tells; the epoch ends "
+        "without the others. Correct the __len__ of its data set, or give each worker a share of the data.",
+        LayerwiseWarning,
+        stacklevel=3,
+    )
 
 
 def find_task(
@@ -279,8 +296,6 @@ def report_watch(report: WatchReport, out: Path | None) -> list[str]:
     """
     if out is not None:
         write_audit(out, after=report.to_dict())
-    if report.ok:
-        return []
     try:
         report.raise_if_frozen_moved()
     except ModelError as error:

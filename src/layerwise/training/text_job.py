@@ -139,9 +139,8 @@ class PreparedText:
             try:
                 notes += tune_language_model(self, out=below, **more)
             except KeyboardInterrupt as error:
-                raise KeyboardInterrupt(
-                    "that was the language model's part; the same command goes on with it"
-                ) from error
+                how = "" if below is None else "; the same command goes on with it"
+                raise KeyboardInterrupt(f"that was the language model's part{how}") from error
             reporter = Reporter(enabled=more.get("progress", True), total_steps=0, total_epochs=0)
             for note in notes:
                 reporter.say(note)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -36,7 +37,6 @@ def read_texts(
     text_column: str = "text",
     pair_column: str | None = None,
     encoding: str = "utf-8",
-    stdin: TextIO | None = None,
 ) -> list[Text]:
     """Return the texts in some files, in order.
 
@@ -47,8 +47,7 @@ def read_texts(
         inputs: files; ``"-"``, or none at all, is standard input, read as lines.
         text_column: column of the text in tables.
         pair_column: column of the second text in tables; lines hold it after a tab.
-        encoding: of files.
-        stdin: read for ``"-"``; None is the process's own.
+        encoding: of files and of standard input; a byte-order mark is skipped.
 
     Raises:
         DataError: a file is missing, is not in `encoding`, lacks a column or a text in it, or there is no
@@ -61,12 +60,13 @@ def read_texts(
     for name in inputs or [STDIN]:
         path = Path(name)
         if str(name) == STDIN:
-            texts += _lines(stdin or sys.stdin, pair_column is not None)
+            content = _decoded(sys.stdin.buffer.read(), "standard input", encoding)
+            texts += _lines(content, pair_column is not None)
         elif path.suffix.lower() in TABLES:
             rows = read_rows(path, columns, encoding=encoding)
             texts += [_of_row(row, columns, f"row {number} of {name}") for number, row in enumerate(rows, 1)]
         else:
-            texts += _lines(_read(path, encoding).splitlines(), pair_column is not None)
+            texts += _lines(_read(path, encoding), pair_column is not None)
     if not texts:
         raise DataError(f"{', '.join(map(str, inputs)) or 'standard input'} holds no text.")
     return texts
@@ -82,22 +82,29 @@ def _of_row(row: dict[str, Any], columns: Sequence[str], where: str) -> Text:
 
 def _read(path: Path, encoding: str) -> str:
     try:
-        return path.read_text(encoding=encoding)
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{str(path)!r} cannot be read: {error.strerror}. Give a file of texts.") from error
+    return _decoded(content, repr(str(path)), encoding)
+
+
+def _decoded(content: bytes, name: str, encoding: str) -> str:
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(
-            f"{str(path)!r} is not {encoding}: {error}. Name its encoding: --encoding."
+            f"{name} cannot be read as {encoding}: {error}. Name its encoding: --encoding."
         ) from error
 
 
-def _lines(lines: Iterable[str], pairs: bool) -> list[Text]:
+def _lines(content: str, pairs: bool) -> list[Text]:
     found = []
-    for line in lines:
-        if line := line.strip("\r\n"):
-            text, tab, pair = line.partition("\t") if pairs else (line, "", "")
+    # Not splitlines(): a text may hold other characters that it takes for ends of lines.
+    for line in io.StringIO(content, newline=None):
+        if line.strip():
+            text, tab, pair = line.rstrip("\n").partition("\t") if pairs else (line.rstrip("\n"), "", "")
             found.append(Text(text, pair if tab else None))
-    return [text for text in found if text.text.strip()]
+    return found
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.layers.structures import tensors_in
 from layerwise.tuning.audit_setup import Finding, Setup
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.passes import Forward, Passes
@@ -92,7 +92,7 @@ def _moved(setup: Setup, before: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _without_gradient(setup: Setup, output: Any) -> Iterator[str]:
-    outputs = [t for t in _tensors(output) if t.requires_grad and t.is_floating_point()]
+    outputs = [t for t in tensors_in(output) if t.requires_grad and t.is_floating_point()]
     wanted = {name: p for name, p in setup.parameters.items() if p.requires_grad}
     if not outputs or not wanted:
         yield from wanted
@@ -106,17 +106,3 @@ def _without_gradient(setup: Setup, output: Any) -> Iterator[str]:
             return
         raise
     yield from (name for name, gradient in zip(wanted, gradients, strict=True) if gradient is None)
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):  # ModelOutput of transformers is one
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))

@@ -31,6 +31,8 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Take in an input of the layer, of shape (N, C, ...)."""
         self.calls += 1
+        if not len(x):  # a detector's head that sees no region
+            return
         # Apple's GPUs have no float64; there one batch is summed in float32.
         wide = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
         if self.instance:

@@ -651,3 +651,107 @@ def test_the_head_does_not_depend_on_the_size_of_the_images() -> None:
     assert small.head is not None
     assert small.head.parameters == ("9.weight", "9.bias")
     assert small.groups[0].flops < large.groups[0].flops  # costs are those of the images given
+
+
+class Bare(nn.Module):
+    """Has parameters of its own before, between and instead of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.ones(4)), nn.Linear(4, 5)
+        self.weight, self.shift = nn.Parameter(torch.ones(5, 6)), nn.Parameter(torch.ones(6))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(x * self.scale) @ self.weight + self.shift)
+
+
+def test_bare_parameters_of_the_model_itself() -> None:
+    # one that is no weight joins the layer it feeds or follows, a weight is a group of its own
+    layers = layer_map(Bare(), torch.zeros(2, 4), "layers")
+    assert [(group.name, group.parameters) for group in layers] == [
+        ("layer", ("scale", "layer.weight", "layer.bias")),
+        ("weight", ("weight", "shift")),
+        ("out", ("out.weight", "out.bias")),
+    ]
+
+
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+def test_a_model_of_one_bare_parameter(granularity: Any) -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    layers = layer_map(Scale(), torch.zeros(2, 4), granularity)
+    assert [(group.name, group.parameters) for group in layers] == [("scale", ("scale",))]
+
+
+def test_a_pass_that_reads_no_parameter_is_told() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    with pytest.raises(ModelError, match=r"Idle reads none of its 2 parameters.*Check the example input"):
+        layer_map(Idle(), torch.zeros(2, 4))
+
+
+def test_a_branch_written_as_an_operator() -> None:
+    # torch.cond: the branch that is taken is seen, on real samples
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            x = torch.cond(x.sum() > 0, lambda x: self.inner(x).relu(), lambda x: self.inner(x).tanh(), (x,))
+            return self.out(x)
+
+    layers = layer_map(Conditional(), torch.zeros(2, 4))
+    assert layers.names == ("stem", "inner", "out")
+    assert not layers.unused
+    assert "real samples" in layers.notes[-1]
+
+
+def test_a_call_whose_error_the_model_catches() -> None:
+    # what comes after it stands where it ran, and not inside of the call that failed
+    class Trying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.wrong, self.out = nn.Linear(4, 4), nn.Linear(5, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            try:
+                return self.wrong(x)
+            except RuntimeError:
+                return self.out(x)
+
+    layers = layer_map(Trying(), torch.zeros(2, 4))
+    assert layers.names == ("stem", "out")
+    assert layers.unused == ("wrong.weight", "wrong.bias")
+    assert "note: not read in the forward pass: wrong.weight, wrong.bias" in str(layers)
+
+
+def test_sparse_matrices() -> None:
+    # a graph network's neighbours, which have no memory of the usual kind
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("neighbours", torch.eye(5).to_sparse())
+            self.first, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(torch.sparse.mm(self.neighbours, self.first(x)).relu())
+
+    layers = layer_map(Graph(), torch.zeros(5, 4))
+    assert layers.names == ("first", "out")
+    assert not any("real samples" in note for note in layers.notes)

@@ -193,3 +193,30 @@ def test_a_normalised_output_layer_is_not_replaced_by_a_plain_one() -> None:
         with pytest.raises(ModelError, match="makes its weight of others"):
             replace_head(model, 3)
         assert model(torch.zeros(2, 4)).shape == (2, 5)
+
+
+def test_layers_that_cannot_be_made_anew_are_told() -> None:
+    # each message says what to do; nothing is changed
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2))
+    with pytest.raises(ModelError, match=r"'2' is a convolution in 2 groups.*Replace it yourself: model.2"):
+        replace_head(grouped, 2, example_input=image())
+    with pytest.raises(ModelError, match="the Linear is itself the output layer; make a new one instead"):
+        replace_head(nn.Linear(4, 3), 2)
+
+    class Plain(nn.Linear):
+        def __init__(self, features: int, classes: int) -> None:
+            super().__init__(features, classes)
+
+    with pytest.raises(ModelError, match=r"'1' is a Plain, which cannot be made.*'bias'.*model.1 = "):
+        replace_head(nn.Sequential(nn.Linear(4, 4), Plain(4, 3)), 2)
+    assert grouped[2].out_channels == 4
+
+
+def test_the_transposed_layer_of_transformers_is_replaced() -> None:
+    # its weight is (features, classes), the other way round than nn.Linear's
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), conv1d(3, 5))
+    change = replace_head(model, 2)
+    assert (change.in_features, change.old_classes) == ((5,), 3)
+    assert model[2].weight.shape == (5, 2)
+    assert model(torch.zeros(7, 4)).shape == (7, 2)

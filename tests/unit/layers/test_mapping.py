@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -126,6 +127,8 @@ def test_example_inputs_are_derived_and_named() -> None:
         (nn.Sequential(nn.Conv1d(2, 3, 3)), "first convolution", "2x2x1024"),
         (nn.Sequential(nn.Conv2d(1, 3, 3)), "usual image size", "2x1x224x224"),
         (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), "first embedding", "2x8"),
+        (Recurrent(), "first recurrent layer", "2x8x5"),
+        (nn.Sequential(nn.Conv3d(2, 3, 3, stride=8)), "first convolution", "2x2x16x112x112"),
     ]:
         note = layer_map(net).notes[0]
         assert source in note
@@ -352,3 +355,71 @@ def test_bare_parameters_between_blocks_have_a_name_of_their_own() -> None:
         layers = layer_map(Scaled(), torch.zeros(2, 8), granularity)
         assert len(set(layers.names)) == len(layers.names)
         assert sum("scale" in group.parameters for group in layers.groups) == 1
+
+
+def test_groups_in_another_order_or_of_another_size_are_told() -> None:
+    # neither is visible in the names alone
+    one = layer_map(SmallResNet(), image())
+    turned = dataclasses.replace(one, groups=(one.groups[1], one.groups[0], *one.groups[2:]))
+    assert one.diff(turned).reordered
+    assert str(one.diff(turned)) == "the groups that both have come in another order"
+    model = SmallResNet()
+    model.fc = nn.Linear(8, 10)
+    wider = layer_map(model, image())
+    assert one.diff(wider).resized == {"fc": (45, 90)}
+    assert str(one.diff(wider)) == "groups of another size: fc (45 -> 90)"
+
+
+def test_a_parameter_that_is_not_there_is_told() -> None:
+    # with the closest names
+    with pytest.raises(PlanError, match=r"'fc.weigth' is not in this layer map.*Did you mean 'fc.weight'"):
+        layer_map(SmallResNet(), image()).group_of("fc.weigth")
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.LSTM(5, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        ("ASTForAudioClassification", {"max_length": 48, "num_mel_bins": 32}, "input_values 2x48x32"),
+        (
+            "WhisperForAudioClassification",
+            {"d_model": 16, "max_source_positions": 20, "num_mel_bins": 16},
+            "input_features 2x16x40",
+        ),
+        (
+            "Wav2Vec2ForSequenceClassification",
+            {
+                "conv_dim": (8, 8),
+                "conv_stride": (5, 2),
+                "conv_kernel": (10, 3),
+                "num_feat_extract_layers": 2,
+                "num_conv_pos_embeddings": 4,
+                "num_conv_pos_embedding_groups": 2,
+            },
+            "input_values 2x16000",
+        ),
+    ],
+)
+def test_sounds_are_derived_from_the_configuration(kind: str, options: dict, told: str) -> None:
+    # spectrograms of the configured size, or a second of a waveform
+    transformers = pytest.importorskip("transformers")
+    model_class = getattr(transformers, kind)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind.startswith("Whisper"):
+        small = {
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+        }
+    layers = layer_map(model_class(model_class.config_class(**{**small, **options})))
+    assert told in layers.notes[0]
+    assert layers.head is not None

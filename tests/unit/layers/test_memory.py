@@ -38,6 +38,7 @@ class Remembering(nn.Module):
         self.nested, self.inner = {"a": [SimpleNamespace(n=0)]}, (SimpleNamespace(inner={"n": 0}),)
         self.iterator, self.number, self.yields = iter(range(9)), itertools.count(), (n for n in range(9))
         self.array, self.slotted, self.long = np.zeros(2), Slotted(), deque([torch.ones(1)] * 2000, 2000)
+        self.left = [1, 2, 3]
         self.own, self.numpy_own, self.torch_own = (
             random.Random(1),
             np.random.default_rng(1),
@@ -71,6 +72,7 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: next(m.number), "number"),
         (lambda m, x: next(m.yields), "yields"),
         (lambda m, x: m.array.__iadd__(1), "array"),
+        (lambda m, x: m.left.pop(), "left"),
         (lambda m, x: m.own.random(), "own"),
         (lambda m, x: m.numpy_own.random(), "numpy_own"),
         (lambda m, x: torch.rand(1, generator=m.torch_own), "torch_own"),
@@ -179,3 +181,21 @@ def test_shapes_that_the_data_decide_are_handed_to_python() -> None:
         ("index", False),
         ("index", True),
     ]
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_a_module_that_refuses_a_second_call_remembers_the_first(fake) -> None:
+    # it only keeps a value of the batch, but asks for it
+    class Once(nn.Linear):
+        kept = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.kept is not None:
+                raise ValueError("called before")
+            self.kept = super().forward(x)
+            return self.kept
+
+    net = nn.Sequential(Once(3, 3), nn.Linear(3, 2))
+    recording = record(net, (torch.zeros(4, 3),), fake=fake)
+    assert recording.remembering == {net[0]: "kept"}
+    assert recording.keeping == {}

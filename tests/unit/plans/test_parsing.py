@@ -100,3 +100,19 @@ def test_auto_is_told_to_be_of_fit() -> None:
     with pytest.raises(PlanError, match="layerwise fit --strategy auto") as error:
         parse_strategy("auto", resnet_map())
     assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["blocks:[a", "blocks:a]", "blocks:groups=[a,b]]", "blocks:]a["])
+def test_brackets_that_do_not_match_are_told(text: str) -> None:
+    # Whichever is missing.
+    with pytest.raises(PlanError, match="its brackets do not match"):
+        parse_strategy(text, named_map("a", "b", "c"))
+
+
+def test_a_value_of_another_kind_is_told_with_the_one_that_is_expected() -> None:
+    # In words and with an example, not as a Python type.
+    layers = named_map("a", "b", "c")
+    with pytest.raises(PlanError, match=r"rates = '3' is not a mapping \{a: 1, b: 2\}"):
+        parse_strategy("discriminative:rates=3", layers)
+    with pytest.raises(PlanError, match=r"train = .* is not a name or a list \[a, b\]"):
+        parse_strategy("pattern:train={a: 1}", layers)

@@ -384,3 +384,61 @@ def test_an_explanation_needs_numbers_that_a_run_can_have(number: dict[str, Any]
     """Else it would show rates that no run has."""
     with pytest.raises(PlanError, match=f"{next(iter(number))} is"):
         Plan(**one()).explain(named_map("stem", "fc"), **number)
+
+
+def test_explain_tells_what_is_special_about_each_phase() -> None:
+    """A note for each setting that is not the default, in the singular where there is one epoch."""
+    from layerwise.plans.explain import explain
+
+    layers = named_map("stem", "body", "head")
+    shared = {"epochs": 2, "rates": {"head": 1.0}}
+    settings: list[tuple[dict, str]] = [
+        ({"patience_epochs": 1}, "ends after 1 epoch without improvement"),
+        ({"patience_epochs": 2}, "ends after 2 epochs without improvement"),
+        ({"norms": {"policy": "freeze"}}, "norms: freeze"),
+        ({"norms": {"policy": "freeze_until", "until": "body"}}, "norms: freeze_until body"),
+        ({"norms": {"tune": True}}, "norms of frozen groups learn"),
+        ({"frozen_dropout": True}, "dropout stays active in frozen groups"),
+        ({"l2_sp": 0.25}, "L2-SP 0.25"),
+        ({"reinit": ["head"]}, "starts anew: head"),
+        ({"adapt_rates": "auto_rgn"}, "rates scaled by relative gradient norm"),
+        ({"schedule": {"shape": "cosine", "warmup_frac": 0.1}}, "cosine, warm-up 10%"),
+        ({"schedule": {"shape": "one_cycle", "span": "run"}}, "one cycle over the run"),
+    ]
+    phases = [{"name": f"p{i}", **shared, **changes} for i, (changes, _) in enumerate(settings)]
+    plan = Plan(strategy="s", granularity="stages", groups=layers.names, phases=phases)
+    told = explain(plan, layers, lr=None, steps_per_epoch=10)
+    assert [phase.notes for phase in told.phases] == [(note,) for _, note in settings]
+    text = str(told)
+    assert all(note in text for _, note in settings)
+
+
+def test_explain_of_a_phase_of_norms_alone_names_no_group() -> None:
+    """No group has a rate; the note says that the norms adapt."""
+    layers = named_map(*(f"layer.{i}" for i in range(20)))
+    all_rates = dict.fromkeys(layers.names, 1.0)
+    phases: list[dict] = [{"name": "norms", "rates": {}, "norms": {"policy": "adapt"}, "epochs": 1}]
+    phases += [{"name": f"p{i}", "rates": all_rates, "epochs": 1} for i in range(3)]
+    plan = Plan(strategy="s", granularity="stages", groups=layers.names, phases=phases)
+    text = str(plan.explain(layers))
+    assert re.search(r"1 norms +1 epoch +0 +0.0%  none", text)
+    assert "norms: adapt" in text
+
+
+def test_a_rate_that_is_no_number_is_told_once() -> None:
+    """Not also as a phase that trains nothing, which may be untrue."""
+    for rates, told in (({"a": "fast"}, "rates.a is 'fast'"), (5, "rates is 5")):
+        with pytest.raises(PlanError) as caught:
+            Plan(strategy="s", groups=("a",), phases=[{"name": "p", "rates": rates, "epochs": 1}])
+        assert told in str(caught.value)
+        assert "problems" not in str(caught.value)
+
+
+def test_a_part_that_two_phases_share_may_be_an_anchor(tmp_path: Path) -> None:
+    """YAML's own way of writing a thing once."""
+    (tmp_path / "plan.yaml").write_text(
+        "groups: [a, b]\nphases:\n"
+        "  - {name: one, rates: {b: 1.0}, epochs: 1, schedule: &s {shape: cosine}}\n"
+        "  - {name: two, rates: {a: 0.5, b: 1.0}, epochs: 1, schedule: *s}\n"
+    )
+    assert [phase.schedule.shape for phase in Plan.load(tmp_path / "plan.yaml").phases] == ["cosine"] * 2

@@ -12,7 +12,7 @@ from helpers import named_map, resnet_map
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans import recipes, strategies, unfreezing
-from layerwise.plans.parsing import STRATEGIES
+from layerwise.plans.parsing import STRATEGIES, parse_strategy
 from layerwise.plans.plan import Norms, Plan, Schedule
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -244,6 +244,33 @@ def test_models_without_the_needed_parts_are_refused() -> None:
         strategies.freeze_embeddings(headless)
     with pytest.raises(PlanError, match="finer granularity"):
         strategies.surgical(layers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["discriminative:decay=0.5", "gradual_unfreezing", "ulmfit", "lp_ft", "fine_tune", "auto_rgn", "lisa"],
+)
+def test_one_group_alone_is_refused(text: str) -> None:
+    """Nothing could be told apart, so the plan would be full() under another name; a finer map is the way."""
+    with pytest.raises(PlanError, match=r"\bclassifier\)\. Map the model with a finer granularity, or ask"):
+        parse_strategy(text, named_map("classifier"))
+
+
+def test_recipes_for_the_middle_of_a_model_are_refused_without_one() -> None:
+    """No range such as "1 to 0" is told: there are no groups between stem and head."""
+    layers = named_map("embeddings", "classifier")
+    with pytest.raises(PlanError, match=r"has none \(embeddings, classifier\). Map the model with a finer"):
+        recipes.reinit_last(layers, k=1)
+    with pytest.raises(PlanError, match=r"lisa .*has 0 of them \(of embeddings, classifier\). Map the model"):
+        recipes.lisa(layers)
+
+
+def test_what_the_options_of_a_strategy_leave_open_is_told() -> None:
+    """Steps for the last phase say nothing of the others; a factor of 1 makes all rates equal."""
+    with pytest.raises(PlanError, match="needs steps_per_group, or steps for the whole plan"):
+        unfreezing.gradual_unfreezing(resnet_map(), last_steps=100)
+    with pytest.raises(PlanError, match=r"fine_tune\(lr_mult=1\): expected a number above 1"):
+        unfreezing.fine_tune(resnet_map(), lr_mult=1)
 
 
 @pytest.mark.parametrize("strategy", [unfreezing.lp_ft, unfreezing.fine_tune])

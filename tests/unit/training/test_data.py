@@ -229,3 +229,46 @@ def test_lengths_do_not_change_the_set_that_is_validated():
     # Without shuffling, short samples come first, and the smaller batch last; all of them come.
     order = EpochBatches(9, 2, shuffle=False, lengths=[40, 1, 39, 2, 5, 38, 6, 37, 3]).order()
     assert order == [3, 4, 6, 8, 0, 2, 5, 7, 1]
+
+
+def test_a_sampler_that_counts_epochs_is_told_the_epoch() -> None:
+    # As DistributedSampler and its like need it: without it each epoch has the order of the first.
+    class Counting(torch.utils.data.Sampler):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self):
+            return iter([self.epoch, 5])
+
+        def __len__(self) -> int:
+            return 2
+
+    batches = open_batches(DataLoader(numbers(6), batch_size=2, sampler=Counting()), train=True, batch_size=1)
+    assert [flat(x.tolist() for x, _ in batches.epoch(epoch)) for epoch in (0, 3)] == [[0, 5], [3, 5]]
+
+
+def test_labels_stand_in_a_column_of_a_table() -> None:
+    # Hugging Face's data sets: a column by name, without loading a sample.
+    class Table(dict):
+        column_names: list[str]
+
+        def __len__(self) -> int:
+            return 3
+
+    for name in ("labels", "label"):
+        table = Table({name: [2, 0, 1], "text": ["a", "b", "c"]})
+        table.column_names = ["text", name]
+        assert labels_of(table).tolist() == [2, 0, 1]
+
+
+def test_a_sampler_of_its_own_cannot_be_combined_with_everything() -> None:
+    # Drawing by weight and sharing between processes need the order to be ours.
+    loader = DataLoader(numbers(6), batch_size=2, sampler=[0, 1])
+    with pytest.raises(
+        DataError, match=r"train is a DataLoader with a sampler of its own; sampler='weighted'"
+    ):
+        open_batches(loader, train=True, batch_size=1, weighted=True)
+    with pytest.raises(DataError, match=r"cannot be shared between 2 processes. Give fit the data set"):
+        open_batches(loader, train=True, batch_size=1, world=2)

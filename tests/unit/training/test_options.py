@@ -137,3 +137,15 @@ def test_better_and_stalled() -> None:
     assert has_stalled([1.0, 0.5, 0.6, 0.5], "min", patience_epochs=2)
     assert not has_stalled([1.0, 0.5, 0.6, 0.4], "min", patience_epochs=2)
     assert not has_stalled([], "max", patience_epochs=1)
+
+
+def test_a_run_is_not_resumed_with_a_model_of_another_class() -> None:
+    # Its weights might fit all the same; both names are told.
+    plan = Plan.model_validate({"groups": ["a"], "phases": [{"name": "p", "rates": {"a": 1.0}, "epochs": 1}]})
+    about = {"plan": plan.model_dump(mode="json"), "model": {"class": "ResNet", "spec": "timm:resnet18"}}
+    for key, value in (("class", "DenseNet"), ("spec", "timm:resnet34")):
+        now = {**about, "model": {**about["model"], key: value}}
+        with pytest.raises(
+            RunError, match=rf"model\.{key}: '{about['model'][key]}' -> '{value}'\n.*same values"
+        ):
+            check_same_run(about, now=now, plan=plan, out="runs/x")

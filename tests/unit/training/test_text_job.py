@@ -1,14 +1,17 @@
 """Jobs on texts: the language model's part, interruption, padding for the cache, and what a run records."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from layerwise.errors import DataError, ModelError
-from layerwise.training import text_job
+from layerwise.errors import DataError, LayerwiseError, ModelError
+from layerwise.sources.texttable import TextPart
+from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
 from layerwise.training.job import Job, open_job
+from layerwise.training.language_first import language_model_of, texts_of
 from layerwise.training.run import load_run
 from tiny_text import save_tiny, topic_rows, write_csv
 
@@ -179,3 +182,115 @@ def test_cached_runs_of_every_kind_end_in_the_same_bits(family, task, work, tmp_
     assert cached.metrics == plain.metrics
     for name, value in cached.model.state_dict().items():
         assert torch.equal(plain.model.state_dict()[name], value), name
+
+
+def test_interrupted_in_the_language_model_it_says_how_to_go_on(work, tmp_path, monkeypatch):
+    # The same command: it goes on with the epoch that was saved, to the end of a run in one go.
+    whole = open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "whole", progress=False)
+    real = language_first.fit
+
+    def interrupted(*args, **options):
+        def stop(entry):
+            raise KeyboardInterrupt
+
+        return real(*args, on_epoch=stop, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(language_first, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="part; the same command goes on with it"):
+            open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "cut", progress=False)
+        with pytest.raises(KeyboardInterrupt, match=r"language model's part$"):  # without a folder it is lost
+            open_job(job(work, lm_epochs=2)).fit(progress=False)
+    history = tmp_path / "cut/language-model/history.jsonl"
+    assert len(history.read_text().splitlines()) == 1
+    again = open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "cut", progress=False)
+    assert len(history.read_text().splitlines()) == 2
+    assert again.metrics == whole.metrics
+
+
+def test_the_language_model_needs_no_validation_texts(work):
+    # Without them there is no perplexity to tell, and its last weights are taken.
+    small = dataclasses.replace(job(work, epochs=1, lm_epochs=1), val_frac=0.0)
+    result = open_job(small).fit(progress=False)
+    assert not any("perplexity" in note for note in result.notes)
+    assert any("moved into the classifier" in note for note in result.notes)
+
+
+def test_words_are_texts_of_the_language_model(work):
+    # Joined by spaces; of pairs both texts count.
+    assert texts_of(TextPart(words=[["red", "engine"], ["slow"]])) == ["red engine", "slow"]
+    assert texts_of(TextPart(texts=["red", "slow"], pairs=["fast", "engine"])) == [
+        "red",
+        "slow",
+        "fast",
+        "engine",
+    ]
+
+
+def test_a_model_without_a_language_model_of_its_kind_is_told():
+    # An encoder-decoder, and a kind that transformers has no language model of.
+    from transformers import T5Config, ViTConfig
+
+    with pytest.raises(ModelError, match=r"'hf:a' is an encoder-decoder \(t5\).*Leave lm_epochs out"):
+        language_model_of("hf:a", T5Config())
+    with pytest.raises(ModelError, match=r"no language model of kind 'vit'. Leave lm_epochs out"):
+        language_model_of("hf:a", ViTConfig())
+
+
+def test_a_dry_run_of_texts_measures_their_own_task(work):
+    # Without it the labels of a language model would be taken for classes.
+    write_csv(work / "plain.csv", [{"text": row["text"]} for row in topic_rows(20)])
+    plain = dataclasses.replace(
+        job(work, model="gpt2", strategy="full", task="causal_lm", label_column=None),
+        data=str(work / "plain.csv"),
+    )
+    prepared = open_job(plain)
+    before = {name: value.clone() for name, value in prepared.opened.model.state_dict().items()}
+    (cost,) = prepared.dry_run().costs
+    assert cost.trainable == sum(p.numel() for p in prepared.opened.model.parameters())
+    assert cost.epoch_s > cost.step_s > 0
+    assert all(torch.equal(before[n], value) for n, value in prepared.opened.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "message"),
+    [
+        (
+            {},
+            {"pooling": "mean", "task": "token_classification"},
+            r"'mean' is for whole texts.*Leave pooling",
+        ),
+        ({"data": "demo:elpv"}, {}, r"'demo:elpv' are images, and 'hf:.*reads texts. Give a table"),
+        ({"data": "demo:debian:many"}, {}, r"'demo:debian:many': expected demo:debian or demo:debian:NUMBER"),
+        (
+            {"model": "timm:resnet18"},
+            {"lm_epochs": 1},
+            r"'timm:resnet18' takes images. Give hf:FOLDER_OR_ID, or leave --lm-epochs out",
+        ),
+        (
+            {"strategy": None},
+            {},
+            "exactly one of a strategy and a plan file says what learns; neither is given",
+        ),
+        (
+            {"plan": "plan.yaml"},
+            {},
+            "exactly one of a strategy and a plan file says what learns; both are given",
+        ),
+    ],
+)
+def test_jobs_that_contradict_themselves_are_told(changes, text, message, work):
+    # What was given, and what to give instead.
+    with pytest.raises(LayerwiseError, match=message):
+        open_job(dataclasses.replace(job(work, **text), **changes))
+
+
+def test_held_out_texts_of_which_nothing_is_scored_are_told(work):
+    # In one word no token is masked: no perplexity of NaN.
+    rows = [{"text": "the red engine of the slow engine", "split": "train"}] * 16 + [
+        {"text": "red", "split": "val"}
+    ]
+    masked = job(work, strategy="full", task="masked_lm", label_column=None, split_column="split")
+    prepared = open_job(dataclasses.replace(masked, data=str(write_csv(work / "masked.csv", rows))))
+    with pytest.raises(DataError, match=r"nothing in the held-out data is scored.*Give more of them"):
+        prepared.fit(progress=False)

@@ -1,8 +1,13 @@
 """Predictions for texts: prompts as in training, positions, words that are cut off, cells that are empty."""
 
-import pytest
+import dataclasses
+import io
+import sys
 
-from layerwise.errors import DataError
+import pytest
+import torch
+
+from layerwise.errors import DataError, RunError
 from layerwise.training.job import Job, open_job
 from layerwise.training.run import load_run
 from layerwise.training.text_predict import Text, predict_texts, read_texts
@@ -110,3 +115,69 @@ def test_numbers_are_texts_and_empty_cells_are_refused(tmp_path):
         (tmp_path / "b.jsonl").write_text(f'{{"text": "red"}}\n{{"text": {cell}}}\n')
         with pytest.raises(DataError, match=r"row 2 of .*b\.jsonl has an empty 'text'"):
             read_texts([tmp_path / "b.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "texts"),
+    [
+        ("red\r\n\r\n  \nslow\n", "utf-8", ["red", "slow"]),
+        ("red\u2028engine\x85\x0cfast\nslow", "utf-8", ["red\u2028engine\x85\x0cfast", "slow"]),
+        ("\ufeffred\n", "utf-8", ["red"]),
+        ("rouge été\n", "latin-1", ["rouge été"]),
+        ("rouge été\n", "utf-16", ["rouge été"]),
+    ],
+)
+def test_a_line_is_a_text_in_a_file_and_on_standard_input(content, encoding, texts, tmp_path, monkeypatch):
+    # Ends of lines alone divide, a byte-order mark is no text, and both ways read the named encoding.
+    raw = content.encode(encoding)
+    (tmp_path / "texts.txt").write_bytes(raw)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+    assert [text.text for text in read_texts([tmp_path / "texts.txt"], encoding=encoding)] == texts
+    assert [text.text for text in read_texts(["-"], encoding=encoding)] == texts
+
+
+def test_a_line_holds_a_pair_after_a_tab(tmp_path):
+    # One with nothing before the tab is not left out: predict_texts tells its number.
+    (tmp_path / "pairs.txt").write_text("red\tslow\n\n\tslow\nred\n")
+    texts = read_texts([tmp_path / "pairs.txt"], pair_column="second")
+    assert texts == [Text("red", "slow"), Text("", "slow"), Text("red")]
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    # Missing, without a text, or in another encoding: the name and what to give.
+    with pytest.raises(DataError, match=r"none.txt' cannot be read: No such file.*Give a file of texts"):
+        read_texts([tmp_path / "none.txt"])
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"blank.txt holds no text"):
+        read_texts([tmp_path / "blank.txt"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(DataError, match="standard input holds no text"):
+        read_texts([])
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xe9t\xe9")))
+    for name in (tmp_path / "latin.txt", "-"):
+        with pytest.raises(DataError, match=r"cannot be read as utf-8: .*0xe9.*its encoding: --encoding"):
+            read_texts([name])
+    with pytest.raises(DataError, match=r"cannot be read as utf-99: unknown encoding"):
+        read_texts([tmp_path / "latin.txt"], encoding="utf-99")
+
+
+def test_masks_are_filled_with_the_likeliest_token(work):
+    # As the model alone says, whatever else is in the batch; a text without a mask has none.
+    save_tiny(work / "masked", "bert", "MaskedLM")
+    run = trained(work, "masked", [{"text": "the red engine of the slow engine"}] * 20, task="masked_lm")
+    texts = ["the [MASK] engine", "red", "the [MASK] and the slow [MASK] of the red engine"]
+    rows = predict_texts(run, texts)
+    for row, text in zip(rows, texts, strict=True):
+        ids = run.tokenizer(text, return_tensors="pt")
+        sure, best = run.model(**ids).logits[0].softmax(dim=-1).max(dim=-1)
+        at = (ids["input_ids"][0] == run.tokenizer.mask_token_id).nonzero().flatten()
+        assert [f["token"] for f in row["fillers"]] == [run.tokenizer.decode([i]) for i in best[at]]
+        torch.testing.assert_close(torch.tensor([f["probability"] for f in row["fillers"]]), sure[at])
+    assert [len(row["fillers"]) for row in rows] == [1, 0, 2]
+
+
+def test_a_run_without_a_tokenizer_is_told(tagger):
+    # What to do instead is said.
+    with pytest.raises(RunError, match=r"has no tokenizer.*Finish it, or give the predict\(\)"):
+        predict_texts(dataclasses.replace(tagger, tokenizer=None), ["red"])

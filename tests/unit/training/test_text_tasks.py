@@ -5,10 +5,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from helpers import map_by_children
 from layerwise.errors import DataError
+from layerwise.plans.strategies import full
 from layerwise.training.entities import spans
+from layerwise.training.fit import fit
 from layerwise.training.tasks import TASKS, task_from_dict
 from layerwise.training.text_tasks import TEXT_TASKS, MultiLabel, Regression
 from layerwise.training.token_tasks import IGNORED, LanguageModelling, TokenClassification
@@ -304,3 +308,84 @@ def test_a_batch_without_scored_tokens_has_loss_zero_and_a_gradient():
 def test_a_first_batch_of_prompts_only_is_refused():
     with pytest.raises(DataError, match="no token of the first batch is scored"):
         LanguageModelling().check(torch.zeros(1, 3, 7), {"labels": torch.full((1, 3), IGNORED)})
+
+
+# ------------------------------------------------------------------------------------ what does not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mean": (1.0,)}, "mean has 1 values for 2 numbers"),
+        ({"scale": (1.0, 0.0)}, r"scale is \(1.0, 0.0\); expected finite numbers above 0"),
+        ({"mean": (1.0, math.nan)}, r"mean is \(1.0, nan\); expected finite numbers\."),
+    ],
+)
+def test_regression_refuses_a_mean_or_scale_that_is_none(options, told):
+    # Dividing by 0 would make every prediction NaN.
+    with pytest.raises(DataError, match=told):
+        Regression(("x", "y"), **options)
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "labels", "told"),
+    [
+        (Regression(), torch.zeros(2, 1), torch.zeros(3), r"float32 of shape \(3,\); expected \[2, 1\]"),
+        (Regression(), torch.zeros(2, 1), [0.0, 1.0], r"labels are a list; expected \[2, 1\]"),
+        (
+            TokenClassification(TAGS),
+            torch.zeros(2, 5),
+            torch.zeros(2),
+            r"has shape \(2, 5\); expected \[N, tokens, 5\]. Open the model for this task",
+        ),
+        (
+            TokenClassification(TAGS),
+            torch.zeros(2, 3, 5),
+            torch.zeros(2),
+            r"float32 of shape \(2,\); expected integers \[2, 3\]",
+        ),
+        (
+            LanguageModelling(),
+            torch.zeros(2, 5),
+            torch.zeros(2),
+            r"has shape \(2, 5\); expected \[N, tokens, vocabulary\]",
+        ),
+        (LanguageModelling(), torch.zeros(2, 3, 7), None, r"labels are a NoneType; expected integers"),
+    ],
+)
+def test_outputs_and_labels_that_do_not_fit_are_told(task, output, labels, told):
+    # What came, and what the task expects.
+    with pytest.raises(DataError, match=told):
+        task.check(output, {"labels": labels})
+
+
+@pytest.mark.parametrize("task", [TokenClassification(TAGS), LanguageModelling()])
+def test_a_batch_in_which_nothing_is_scored_does_not_count(task):
+    # Its mean would be 0 / 0, and the metrics of the others with it.
+    torch.manual_seed(0)
+    width = len(TAGS)
+    scored = (torch.randn(2, 4, width), torch.randint(width, (2, 4)))
+    ignored = (torch.randn(2, 4, width), torch.full((2, 4), IGNORED))
+    assert count(task, scored, ignored).values == count(task, scored).values
+
+
+def test_token_tasks_train_on_plain_data_sets(tmp_path):
+    # Samples of equal length, without a collator of their own: stacked by the task.
+    class Tagger(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, width)
+
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids))
+
+    ids = torch.arange(40).reshape(10, 4) % 5
+    for task, width in ((TokenClassification(TAGS), 5), (LanguageModelling(), 5)):
+        samples = [{"input_ids": row, "labels": row} for row in ids]
+        model = Tagger(width)
+        layers = map_by_children(model)
+        plan = full(layers, epochs=8)
+        options = {"task": task, "layers": layers, "lr": 0.1, "cache": "off", "progress": False}
+        result = fit(model, samples, samples, plan=plan, **options)
+        assert result.metrics["loss"] < 0.2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, RunError
 from layerwise.training.tasks import Classification
 from layerwise.training.text_tasks import MultiLabel, Regression
 from layerwise.training.token_tasks import TokenClassification
@@ -111,3 +111,19 @@ def test_bodies_of_other_shapes_are_refused():
         move_body(tiny_model("bert", "MaskedLM", intermediate_size=32), tiny_model("bert"))
     with pytest.raises(ModelError, match="no tensor has the same name"):
         move_body(tiny_model("gpt2", "CausalLM"), tiny_model("bert"))
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    # A file stands where the folder should go.
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match=r"transformers folder .*file/model could not be written: "):
+        save_transformers(tiny_model("bert", num_labels=3), tmp_path / "file" / "model")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_body_moves_between_transformers_models_only():
+    # Which of the two is none is told.
+    model = tiny_model("bert", num_labels=3)
+    for source, target, name in ((nn.Linear(1, 1), model, "source"), (model, nn.Linear(1, 1), "target")):
+        with pytest.raises(ModelError, match=f"{name} is a Linear, not a transformers model"):
+            move_body(source, target)

@@ -4,7 +4,9 @@ import ast
 import copy
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,13 @@ from layerwise.tuning.audit import audit
 from layerwise.tuning.audit_optimizer import CANNOT_GROW
 from layerwise.tuning.modes import pin_eval
 from layerwise.tuning.norms import freeze_batchnorm
+
+
+@dataclass
+class Output:
+    """What some models return."""
+
+    logits: torch.Tensor
 
 
 class Net(nn.Module):
@@ -564,3 +573,51 @@ def test_every_code_stands_in_the_guide():
                 codes.add(node.args[1].value)
     assert len(codes) > 25
     assert {code for code in codes if f"`{code}`" not in guide} == set()
+
+
+@pytest.mark.parametrize("wrap", [lambda y: (y.sum(), {"logits": [y]}), Output])
+def test_gradients_are_looked_for_wherever_an_output_holds_tensors(wrap):
+    # In tuples, mappings, lists and dataclasses; a part that no tensor reaches is still found.
+    class Wrapped(Net):
+        def forward(self, x):
+            return wrap(self.fc(self.mid(self.stem(x).detach())))
+
+    (found,) = audit(Wrapped(), loader=data())
+    assert found.code == "no-gradient"
+    assert all(name.startswith("stem") for name in found.modules)
+
+
+def test_an_output_without_gradient_leaves_every_parameter_without(net):
+    class Detached(Net):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    (found,) = audit(Detached(), loader=data())
+    assert (found.code, len(found.modules)) == ("no-gradient", len(list(net.parameters())))
+
+
+def test_reentrant_checkpoints_are_not_taken_for_a_fault():
+    # They give gradients to backward() alone, which an audit does not call: nothing is said of them.
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.fc(checkpoint(self.mid, self.stem(x), use_reentrant=True))
+
+    assert not list(audit(Checkpointed(), loader=data()))
+
+
+def test_optimisers_in_a_mapping_or_two_wrappers_deep_are_looked_into(net):
+    # As Lightning and others hold them; all of them count.
+    parts = {name: no_decay_groups(child) for name, child in net.named_children()}
+    assert not list(audit(net, parts))
+    assert [f.code for f in audit(net, {"fc": parts["fc"]})] == ["trainable-not-in-optimizer"]
+    wrapped = SimpleNamespace(opt=SimpleNamespace(optimizer=no_decay_groups(net)))
+    assert not list(audit(net, wrapped))
+
+
+def test_a_tie_is_looked_for_only_where_a_model_tells_its_ends():
+    # A configuration that says so is not enough: other libraries have one too.
+    net = Net()
+    net.config = SimpleNamespace(tie_word_embeddings=True)
+    assert not list(audit(net))
+    net.get_input_embeddings, net.get_output_embeddings = (lambda: net.fc), (lambda: None)
+    assert not list(audit(net))

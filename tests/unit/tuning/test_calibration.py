@@ -1,6 +1,7 @@
 """Calibration: the statistics of the whole set, whatever the batches; and nothing else changes."""
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -320,3 +321,33 @@ def test_data_with_nan_change_nothing() -> None:
     with pytest.raises(DataError, match="not finite"):
         calibrate_batchnorm(model, [data])
     assert torch.equal(model[0].running_mean, torch.zeros(2))
+
+
+def test_a_norm_that_does_not_run_is_skipped_in_one_pass_too(net, data):
+    net.unused = nn.BatchNorm2d(4)
+    assert calibrate_batchnorm(net, data.split(6), method="one_pass").skipped == ("unused",)
+    assert torch.equal(net.unused.running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("method", ["exact", "one_pass"])
+def test_a_batch_without_samples_does_not_count(net, data, method):
+    # Its mean would be 0 / 0.
+    wanted = copy.deepcopy(net)
+    calibrate_batchnorm(wanted, data.split(6), method=method)
+    calibrate_batchnorm(net, [*data.split(6), data[:0]], method=method)
+    norms = [(name, m) for name, m in wanted.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert_equal_statistics(net, {name: (m.running_mean, m.running_var) for name, m in norms})
+
+
+def test_a_lazy_norm_that_fails_half_way_starts_from_the_beginning():
+    # It got its shape in the failed pass; there are no old statistics to put back.
+    net = nn.Sequential(nn.LazyBatchNorm1d())
+    with pytest.raises(DataError, match="not finite"):
+        calibrate_batchnorm(net, [torch.tensor([[1.0, 2.0], [math.nan, 3.0]])])
+    assert torch.equal(net[0].running_mean, torch.zeros(2))
+    assert torch.equal(net[0].running_var, torch.ones(2))
+
+
+def test_no_name_at_all_is_refused(net, data):
+    with pytest.raises(ModelError, match="leave `names` out for all"):
+        calibrate_batchnorm(net, [data], names=[])

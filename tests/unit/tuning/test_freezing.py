@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -159,3 +160,12 @@ def test_patterns_are_given_one_by_one() -> None:
     """A list of them is no pattern."""
     with pytest.raises(PlanError, match=r"\['0', '1'\] is no pattern"):
         freeze(nn.Sequential(nn.Linear(2, 2)), ["0", "1"])  # type: ignore[arg-type]
+
+
+def test_the_record_is_plain_data() -> None:
+    """JSON holds all of it, and none of the live parameters that undo() needs."""
+    record = freeze(tiny_cnn(), "stem")
+    told = json.loads(json.dumps(record.to_dict()))
+    assert told["action"] == "freeze"
+    assert told["names"] == list(record.names)
+    assert sorted(told) == ["action", "modules", "names", "numel", "skipped"]

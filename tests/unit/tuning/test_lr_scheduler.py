@@ -107,3 +107,13 @@ def test_a_schedule_is_a_schedule_or_the_name_of_a_shape(schedule: object) -> No
     """Anything else would fail at the first step."""
     with pytest.raises(PlanError, match=r"expected a layerwise\.Schedule or the name of a shape"):
         LayerwiseLR(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), schedule, total_steps=3)  # type: ignore[arg-type]
+
+
+def test_shapes_other_than_plateau_pass_a_metric_over() -> None:
+    """A loop may report validation whatever the schedule is."""
+    sgd = optimizer(1.0)
+    scheduler = LayerwiseLR(sgd, "cosine", total_steps=4)
+    for _ in range(50):
+        scheduler.end_epoch(0.5)
+    assert rates(sgd) == [1.0]
+    assert scheduler.state_dict()["stalls"] == 0

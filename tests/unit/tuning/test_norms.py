@@ -1,6 +1,9 @@
 """Normalisation: every kind is found, and each policy moves what it says and nothing else."""
 
 import copy
+import dataclasses
+import json
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -356,3 +359,24 @@ def test_small_batches_draw_a_warning_that_names_layers_and_a_policy(net):
     assert "2 batch-norm layers" in small_batch_warning(net, 8)
     freeze_batchnorm(net)
     assert small_batch_warning(net, 1) is None
+
+
+def test_a_map_with_a_module_that_is_gone_is_refused(net):
+    # Of a model of the same parameters whose pooling stands elsewhere.
+    layers = map_by_children(net)
+    net.d = nn.Sequential(OrderedDict([("pool", net.d[0]), ("flat", net.d[1]), ("3", net.d[3])]))
+    head = dataclasses.replace(layers.groups[-1], modules=("d.0", "d.3"))
+    stale = dataclasses.replace(layers, groups=(*layers.groups[:-1], head))
+    with pytest.raises(ModelError, match=r"names a module 'd.0', which this Net does not have. Make the map"):
+        apply_norms(net, stale, (), Norms())
+
+
+def test_the_record_of_a_policy_is_plain_data(net):
+    record = apply_norms(net, map_by_children(net), {"a"}, Norms())
+    told = json.loads(json.dumps(record.to_dict()))
+    assert (told["policy"], told["adapting"]) == ("follow", ["b.1", "c.1"])
+
+
+def test_a_norm_without_anything_around_it_is_not_meant_frozen():
+    # No parameter says so.
+    assert frozen_norms(nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.ReLU())) == ()

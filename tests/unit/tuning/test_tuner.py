@@ -18,6 +18,7 @@ from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_
 from layerwise.errors import LayerwiseWarning, ModelError, PlanError
 from layerwise.plans import recipes, strategies, unfreezing
 from layerwise.plans.plan import Norms, Phase, Plan, Schedule
+from layerwise.tuning.gradient_norms import MEASURED_STEPS, RelativeGradientNorms
 from layerwise.tuning.tuner import Tuner
 
 STEPS = 3
@@ -807,3 +808,79 @@ def test_a_group_that_joins_by_overrides_alone_warms_up() -> None:
     train(tuner, stop=STEPS)
     tuner.end_epoch()
     assert 0 < tuner.rates()["b1"] < tuner.rates()["head"]
+
+
+def test_an_epoch_is_begun_and_ended_in_turn() -> None:
+    """For loops of other people: what is out of turn is told, with what should come first."""
+    tuner = make(lambda layers: strategies.full(layers, epochs=1))
+    with pytest.raises(PlanError, match=r"ends an epoch that tuner.epochs\(\) or begin_epoch\(\) started"):
+        tuner.end_epoch()
+    train(tuner)
+    with pytest.raises(PlanError, match="is done; make a new Tuner"):
+        tuner.begin_epoch()
+
+
+def test_options_that_the_user_set_on_a_group_stay_when_it_changes() -> None:
+    """A parameter joins in the second phase, and the group is made anew with the option."""
+    rates = {"stem": 1.0, "fc": 1.0}
+    rows = [
+        Phase(name="a", rates=rates, overrides={"stem.0.bias": 0.0}, epochs=1),
+        Phase(name="b", rates=rates, epochs=1),
+    ]
+    options = {"model": tiny_cnn(), "optimizer": torch.optim.SGD, "momentum": 0.9}
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows), **options)
+    sizes = [len(group["params"]) for group in tuner.optimizer.param_groups]
+    for group in tuner.optimizer.param_groups:
+        group["momentum"] = 0.5
+    train(tuner, shape=(3, 8, 8), classes=4, stop=STEPS + 1)
+    assert [len(group["params"]) for group in tuner.optimizer.param_groups] != sizes
+    assert {group["momentum"] for group in tuner.optimizer.param_groups} == {0.5}
+
+
+def test_an_optimiser_without_decay_gets_none() -> None:
+    """Groups of later phases too: no key that it does not know."""
+    tuner = make(gradual, optimizer=torch.optim.Rprop)
+    train(tuner)
+    assert len(tuner.optimizer.param_groups) > 2
+    assert not any("weight_decay" in group for group in tuner.optimizer.param_groups)
+
+
+def test_a_state_of_a_model_with_other_parameters_is_refused() -> None:
+    """The names of the param groups tell: biases are a group of their own."""
+    plain = tiny_mlp()
+    for module in plain.modules():
+        if isinstance(module, nn.Linear):
+            module.bias = None
+    state = make(strategies.full, weight_decay=0.1).state_dict()
+    with pytest.raises(PlanError, match=r"b0 \(no decay\).*, this one b0, b1.*Rebuild the model as it was"):
+        make(strategies.full, weight_decay=0.1, model=plain).load_state_dict(state)
+
+
+def test_l2_sp_forgets_what_no_later_phase_pulls() -> None:
+    """The copies are memory that nothing reads any more."""
+    rows = [
+        Phase(name="a", rates={"b1": 1.0, "head": 1.0}, epochs=1, l2_sp=0.1),
+        Phase(name="b", rates={"b1": 1.0, "head": 1.0}, epochs=1),
+    ]
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows))
+    train(tuner, stop=STEPS - 1)
+    assert set(tuner._l2_sp.references) == {"b1.0.weight", "b1.0.bias"}
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows))
+    train(tuner)
+    assert tuner._l2_sp.references == {}
+
+
+def test_relative_gradient_norms_are_measured_on_the_first_steps_of_an_epoch() -> None:
+    """Later gradients change nothing; a group without a gradient has the share 0."""
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    norms = RelativeGradientNorms()
+    one.grad = torch.ones(2)
+    for _ in range(MEASURED_STEPS):
+        assert norms.measure({"one": [one], "two": [two]})
+    assert norms.weights == {"one": 1.0, "two": 0.0}
+    two.grad = 5 * torch.ones(2)
+    assert not norms.measure({"one": [one], "two": [two]})
+    assert norms.weights == {"one": 1.0, "two": 0.0}
+    norms.start_epoch()
+    assert norms.measure({"one": [one], "two": [two]})
+    assert norms.weights == {"one": pytest.approx(0.2), "two": 1.0}

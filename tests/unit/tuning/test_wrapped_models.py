@@ -182,3 +182,14 @@ def test_a_phase_that_peft_leaves_nothing_to_is_told() -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["layer1.0"]))
     with pytest.raises(ModelError, match=r"'train' trains nothing in this model: .*modules_to_save"):
         Tuner(wrapped, linear_probe(layers), torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)
+
+
+def test_an_adapter_outside_of_the_map_is_told() -> None:
+    """PEFT may add parameters that adapt no module of the map: prompts of the model as a whole."""
+    peft = pytest.importorskip("peft")
+    model = tiny_cnn()
+    layers = map_by_children(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["layer1.0"]))
+    wrapped.register_parameter("prompt", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ModelError, match=r"'prompt' belongs to no group.*layerwise.layer_map\(model\)"):
+        Tuner(wrapped, top_k(layers, k=2), torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)

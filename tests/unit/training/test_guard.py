@@ -1,0 +1,90 @@
+"""What stops a run: weights and data that are not finite, Ctrl-C; and what is said of it."""
+
+import math
+import os
+import signal
+import threading
+from collections import UserDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerwise.errors import RunError, TrainingError
+from layerwise.training.fit import fit
+from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
+from layerwise.training.result import Result
+from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
+
+
+def run(model: Tiny, **options: object) -> Result:
+    layers = tiny_layers(model)
+    return fit(model, tiny_data(), plan=tiny_plan(), layers=layers, cache="off", progress=False, **options)
+
+
+@pytest.mark.parametrize("name", ["head.weight", "stem.0.weight"])
+def test_a_model_that_is_not_finite_is_told_before_a_run_is_begun(name: str, tmp_path: Path) -> None:
+    # Of the frozen part too: no diverged training is blamed, and the folder is free for the next try.
+    model = Tiny()
+    model.get_parameter(name).data.view(-1)[0] = math.nan
+    with pytest.raises(TrainingError, match=f"{name!r} of the model.*before any training.*weights that were"):
+        run(model, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.tensor([math.inf]), torch.tensor([1])),
+        {"inputs": [torch.tensor([math.nan])], "labels": torch.tensor([1])},
+        UserDict(inputs=torch.tensor([math.nan])),  # what transformers' collators give is one
+    ],
+)
+def test_data_are_blamed_for_a_loss_where_they_are_not_finite(batch: object) -> None:
+    # Wherever in the batch they are; else the message is about the learning rate.
+    at = {"step": 4, "epoch": 0, "index": 4, "out": None}
+    with pytest.raises(TrainingError, match=r"became nan at step 5 .*The batch itself holds values"):
+        finite_loss(torch.tensor(math.nan), batch, **at)
+    with pytest.raises(TrainingError, match="The batch is finite, so training diverged: lower lr"):
+        finite_loss(torch.tensor(math.nan), {"inputs": torch.ones(1)}, **at)
+
+
+def test_a_weight_that_is_not_finite_is_named_with_its_step(tmp_path: Path) -> None:
+    # Where there is no checkpoint to go back to, that is said.
+    model = Tiny()
+    check_weights(model, step=3, out=tmp_path)
+    model.head.bias.data[0] = math.inf
+    with pytest.raises(TrainingError, match=r"'head.bias' .* after step 3. Lower lr.*has no checkpoint yet"):
+        check_weights(model, step=3, out=tmp_path)
+
+
+def test_only_the_errors_that_are_known_are_explained() -> None:
+    # A ValueError of the user's own code passes as it is.
+    with pytest.raises(ValueError, match="mine"), explained(lambda: 7, out=None):
+        raise ValueError("mine")
+    with pytest.raises(RunError, match="told already"), explained(lambda: 7, out=None):
+        raise RunError("told already")
+
+
+def test_the_second_ctrl_c_interrupts_at_once() -> None:
+    # The first waits for the end of the step; afterwards Ctrl-C does what it did before.
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt, match="go on so"):
+            interrupt.raise_if_requested("go on so")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_outside_of_the_main_thread_is_the_same_run() -> None:
+    # Python lets no other thread handle signals; Ctrl-C is left to the main one.
+    found: list[Result] = []
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=lambda: found.append(run(Tiny(), batch_size=16)))
+    thread.start()
+    thread.join()
+    assert found[0].history == run(Tiny(), batch_size=16).history
+    assert signal.getsignal(signal.SIGINT) is before

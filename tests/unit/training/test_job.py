@@ -1,0 +1,55 @@
+"""Jobs: runs that are gone on with by their folder alone, and data that are named wrongly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerwise.errors import DataError, RunError
+from layerwise.training.fit import fit
+from layerwise.training.job import Job, open_job, resume_job
+from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
+from tiny_text import save_tiny, topic_rows, write_csv
+
+
+def test_a_run_of_objects_is_resumed_where_they_are(tmp_path: Path) -> None:
+    # The folder does not know how to make them; the call that does is told.
+    model, out = Tiny(), tmp_path / "run"
+    layers = tiny_layers(model)
+    fit(model, tiny_data(), plan=tiny_plan(), layers=layers, batch_size=16, out=out, progress=False)
+    with pytest.raises(RunError, match=r"have no names. Resume it there: layerwise.fit.*resume=True"):
+        resume_job(out)
+
+
+def test_a_run_of_texts_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
+    # Model, data, plan and options come from the record, and the end is that of a run in one go, bit for bit.
+    pytest.importorskip("transformers")
+    save_tiny(tmp_path / "bert", "bert")
+    write_csv(tmp_path / "train.csv", topic_rows(30))
+    job = Job(
+        model=f"hf:{tmp_path / 'bert'}",
+        data=str(tmp_path / "train.csv"),
+        strategy="lp_ft",
+        epochs=2,
+        options={"lr": 1e-3, "batch_size": 8},
+        text={"label_column": "topic"},
+    )
+
+    def stop(entry: dict) -> None:
+        raise KeyboardInterrupt
+
+    whole = open_job(job).fit(out=tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        open_job(job).fit(out=tmp_path / "cut", progress=False, on_epoch=stop)
+    again = resume_job(tmp_path / "cut", progress=False)
+    assert again.history == whole.history
+    assert any("resumed from" in note for note in again.notes)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("counts", ["100", "1/2", "a/b/c", "1/2/3/4"])
+def test_numbers_of_demo_images_are_three(counts: str) -> None:
+    job = Job(model="timm:resnet18", data=f"demo:elpv:{counts}", strategy="full")
+    with pytest.raises(DataError, match="expected demo:elpv or demo:elpv:TRAIN/VAL/TEST, three numbers"):
+        open_job(job)

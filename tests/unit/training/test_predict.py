@@ -1,0 +1,54 @@
+"""Predictions of a run for image files: those that cannot be read, and runs that know no preprocessing."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from image_folders import make_images
+from layerwise.errors import DataError, RunError
+from layerwise.sources.preprocessing import Preprocessing
+from layerwise.training.predict import predict_images
+from layerwise.training.run import Run
+from layerwise.training.tasks import Classification
+
+
+class Channels(nn.Module):
+    """Says by the mean of red and green which is stronger."""
+
+    def forward(self, images):
+        return 20 * images.mean((2, 3))[:, :2]
+
+
+RUN = Run(
+    Path("runs/x"), Channels(), Classification(("red", "green")), {}, Preprocessing(crop=(8, 8), resize=None)
+)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_bad_files_are_left_out_and_listed_whatever_the_batches(batch_size: int, tmp_path: Path) -> None:
+    # Also where a whole batch is bad; the others keep their order.
+    folder = make_images(tmp_path / "images", count=2)
+    (folder / "a.png").write_bytes(b"no image")
+    (folder / "b.png").write_bytes(b"")
+    images = [folder / "a.png", folder / "b.png", folder / "red/0.png", folder / "green/0.png"]
+    found = predict_images(RUN, images, batch_size=batch_size, skip_bad_images=True)
+    assert [(row["image"], row["label"]) for row in found.rows] == [
+        (str(images[2]), "red"),
+        (str(images[3]), "green"),
+    ]
+    assert [path for path, _ in found.skipped] == [str(images[0]), str(images[1])]
+    assert not any("skip" in reason for _, reason in found.skipped)
+    with pytest.raises(DataError, match=r"a.png"):
+        predict_images(RUN, images, batch_size=batch_size)
+
+
+def test_a_run_that_knows_no_preprocessing_is_told(tmp_path: Path) -> None:
+    # What to do instead is said.
+    with pytest.raises(
+        RunError, match=r"runs/x does not know how its images were prepared.*its predict\(\) a"
+    ):
+        predict_images(dataclasses.replace(RUN, preprocessing=None), [tmp_path])
+    assert RUN.predict(torch.zeros(1, 3, 8, 8))[0]["label"] == "red"

@@ -1,0 +1,120 @@
+"""A run's folder: where it can be made, and what is said of one that cannot be read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from layerwise.errors import RunError
+from layerwise.plans.plan import Plan
+from layerwise.training import run
+from layerwise.training.run import create_run, load_run, load_weights, read_run, require_free, save_weights
+from tiny_fit import tiny_plan
+
+TASK = {"name": "text_classification", "classes": ["a", "b"]}
+
+
+def about(**changes: object) -> dict:
+    return {"model": {"spec": None, "class": "Tiny"}, "task": {}, "settings": {}, "data": {}, **changes}
+
+
+def test_a_run_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
+    # A file in its place, or above it, is told with the option to change.
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(RunError, match=r"file is a file; --out \(out=\) names the folder"):
+        require_free(file)
+    require_free(file / "run")
+    with pytest.raises(
+        RunError, match=r"file/run cannot be written: .*Not a directory.*Choose another: --out"
+    ):
+        create_run(file / "run", plan=tiny_plan(), about=about())
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "cannot be read: Expecting property name"),
+        (b"\xff", "cannot be read: 'utf-8' codec"),
+        ("[]", "is not the record of a run"),
+        ("{}", "is not the record of a run"),
+        ('{"format": 1, "model": []}', "does not tell model, plan"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_told(content: str | bytes, told: str, tmp_path: Path) -> None:
+    # What is wrong with it, in words, and what to do: no name of a Python exception.
+    raw = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "run.json").write_bytes(raw)
+    with pytest.raises(RunError, match=f"run.json {told}.*Put the run's own file back, or start") as caught:
+        read_run(tmp_path)
+    assert "Error" not in str(caught.value)
+
+
+def test_a_record_of_another_format_is_told(tmp_path: Path) -> None:
+    # Both versions are named.
+    (tmp_path / "run.json").write_text('{"format": 2}')
+    with pytest.raises(RunError, match=r"has format 2; this version of layerwise reads 1. Use the one that"):
+        read_run(tmp_path)
+
+
+def test_weights_that_do_not_fit_the_model_are_told(tmp_path: Path) -> None:
+    # Missing, of another model, or no weights at all: the file is named.
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(
+        RunError, match=r"is missing: the run has kept no weights yet. Go on with it: --resume"
+    ):
+        load_weights(nn.Linear(2, 1), file)
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, file)
+    with pytest.raises(RunError, match=r"does not fit Linear: (.|\n)*size mismatch for weight"):
+        load_weights(nn.Linear(2, 1), file)
+    file.write_bytes(b"no weights")
+    with pytest.raises(RunError, match=r"does not fit Linear: .*header"):
+        load_weights(nn.Linear(2, 1), file)
+
+
+def test_weights_that_cannot_be_written_leave_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A full disk, as safetensors tells it: the message says what to do, the old file stays.
+    from safetensors import SafetensorError
+    from safetensors import torch as writer
+
+    file = tmp_path / "model.safetensors"
+    kept = save_weights(nn.Linear(2, 1), file)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(writer, "save_model", full)
+    with pytest.raises(RunError, match=r"could not be written to .*No space left.*Make room and resume"):
+        save_weights(nn.Linear(2, 1), file)
+    assert run.sha256(file) == kept
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_model_that_cannot_be_built_again_is_told_with_its_run(tmp_path: Path) -> None:
+    # The weights file that it was opened with may be gone.
+    model = {"spec": "timm:no_such_model", "class": "NoModel"}
+    create_run(tmp_path / "run", plan=tiny_plan(), about=about(model=model, task=TASK))
+    with pytest.raises(RunError, match=r"the model of .*run cannot be built again: .*no_such_model"):
+        load_run(tmp_path / "run")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_with_its_run(tmp_path: Path) -> None:
+    # Of a run whose model the caller gives, the tokenizer still comes from the run.
+    pytest.importorskip("transformers")
+    create_run(tmp_path / "run", plan=tiny_plan(), about=about(task=TASK))
+    saved = tmp_path / "run" / "transformers"
+    saved.mkdir()
+    (saved / "tokenizer_config.json").write_text("{")
+    with pytest.raises(RunError, match=r"the tokenizer of .*run cannot be read: "):
+        load_run(tmp_path / "run", model=nn.Linear(2, 1))
+
+
+def test_the_record_holds_the_plan_as_it_was(tmp_path: Path) -> None:
+    # Validated again from JSON it is the same plan.
+    create_run(tmp_path / "run", plan=tiny_plan(), about=about())
+    assert Plan.model_validate(read_run(tmp_path / "run")["plan"]) == tiny_plan()
