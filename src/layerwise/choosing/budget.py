@@ -47,8 +47,9 @@ class Budget:
         if self.trials is None:
             return True
         first_seed = min((row.seed for row in rows), default=0)
-        begun = sum(row.state in ("complete", "pruned", "running") and row.seed == first_seed for row in rows)
-        return begun < self.trials
+        # one that was cut off is run again; one that failed by an error is not, and counts
+        begun = [row for row in rows if row.state in ("complete", "pruned", "running") or row.error]
+        return sum(row.seed == first_seed for row in begun) < self.trials
 
     def _over(self, share: float) -> bool:
         return self.minutes is not None and time.monotonic() - self.began_s >= share * self.minutes * 60

@@ -17,11 +17,12 @@ from torch import nn
 
 from layerwise.choosing.depths import Transferability, score_depths
 from layerwise.choosing.features import Features, collect_features, map_for
-from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, tensors
+from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, tensors, to_device
 from layerwise.choosing.shift import measure, open_reference
 from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.structures import map_tensors, tensors_in
 from layerwise.tuning.calibration import calibrate_batchnorm
 from layerwise.tuning.norm_layers import find_norms
 
@@ -358,19 +359,21 @@ def _recalibrated(
                 break
     copied = copy.deepcopy(model)
     device = next(copied.parameters()).device
-    calibrate_batchnorm(copied, [_joined(inputs, device)])  # one batch needs one pass
+    calibrate_batchnorm(copied, to_device(_joined(inputs), device), forward=_forward)
     return score_depths(collect_features(copied, train, layers, norms=False, **options), seed=seed)
 
 
-def _joined(batches: list[Any], device: Any) -> Any:
-    from layerwise.choosing.samples import to_device
+def _forward(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
-    first = batches[0]
-    if isinstance(first, dict):
-        whole: Any = {key: torch.cat([batch[key] for batch in batches]) for key in first}
-    else:
-        whole = tuple(torch.cat([batch[i] for batch in batches]) for i in range(len(first)))
-    return to_device(whole, device)
+
+def _joined(batches: list[Any]) -> list[Any]:
+    """Return batches as one, which needs one pass; as they are where their samples differ in shape."""
+    shapes = [[part.shape[1:] for part in tensors_in(batch)] for batch in batches]
+    if any(found != shapes[0] for found in shapes):
+        return batches
+    joined = iter([torch.cat(parts) for parts in zip(*map(tensors_in, batches), strict=True)])
+    return [map_tensors(batches[0], lambda _: next(joined))]
 
 
 def _check_classes(names: Any, found: Features, total: int) -> None:

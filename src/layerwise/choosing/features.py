@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerwise.choosing.distances import as_features
 from layerwise.choosing.inputs import measure_images
 from layerwise.choosing.samples import (
+    NO_SAMPLES,
     dataset_of,
     open_sample,
     parts_of,
@@ -134,7 +135,7 @@ def collect_features(
         else:
             total = samples if total is None else total  # a stream that has ended
     if not samples:
-        raise DataError("the data holds no samples. Give at least one batch.")
+        raise DataError(NO_SAMPLES)
     return _gather(layers, taps, rows, labels, measured, shape, modality, samples, total)
 
 
@@ -166,7 +167,10 @@ def map_for(
         loader, _ = open_sample(data, 2, batch_size, collate, 0)
         if not isinstance(loader, Iterator):
             with reading(loader, 0):
-                args, kwargs, _ = parts_of(next(iter(loader)))
+                batch = next(iter(loader), None)
+            if batch is None:
+                raise DataError(NO_SAMPLES)
+            args, kwargs, _ = parts_of(batch)
             example_input = kwargs or args
     return layer_map(model, example_input, granularity="stages")
 

@@ -16,6 +16,8 @@ from layerwise.training.data import SeededSamples
 from layerwise.training.randomness import sample_randomness
 from layerwise.tuning.passes import generators_of
 
+NO_SAMPLES = "the data holds no samples. Give at least one batch."
+
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a structure, in order."""
@@ -169,7 +171,7 @@ def open_sample(
         )
     total = len(data)
     if not total:
-        raise DataError("the data holds no samples. Give at least one batch.")
+        raise DataError(NO_SAMPLES)
     dataset: Dataset[Any] = SeededSamples(data, seed)
     if max_samples is not None and total > max_samples:
         drawn = np.random.default_rng(seed).permutation(total)[:max_samples]

@@ -30,7 +30,7 @@ from layerwise.choosing.study import (
 )
 from layerwise.choosing.terms import SET_BY_SEARCH, check_fit_options, metric_and_mode
 from layerwise.choosing.trials import Experiment, begin_trial, run_trial
-from layerwise.errors import DataError, RunError
+from layerwise.errors import DataError, RunError, plural
 from layerwise.files import with_nulls, write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import NormKind, Plan
@@ -303,7 +303,10 @@ def _refit(
 ) -> tuple[Result | None, str]:
     """Return the winner's run and nothing, or None and why it was not made."""
     if others := sum(row.state == "running" for row in rows):
-        return None, f"{others} trials of other workers still run; the last one makes the winner's run"
+        return (
+            None,
+            f"still running elsewhere: {plural(others, 'trial')}; the last worker makes the winner's run",
+        )
     options = {"test": experiment.test}
     if folder is None:
         return experiment.train_by(plan, best.lr, experiment.seed, **options), ""

@@ -21,12 +21,9 @@ def list_columns(folder: Folder, as_json: JsonFlag = False) -> None:
     """List the cached values in FOLDER: what they are, for how many samples, how large, how old."""
     from layerwise.cache.store.room import format_bytes
     from layerwise.cache.store.shelf import entries
-    from layerwise.errors import CacheError
+    from layerwise.errors import plural
 
-    if not folder.is_dir():
-        raise CacheError(
-            f"there is no folder {folder}. Name the one that was given to PrefixCache(folder=...)."
-        )
+    _check(folder)
     found = entries(folder)
     if as_json:
         print_json(
@@ -41,7 +38,7 @@ def list_columns(folder: Folder, as_json: JsonFlag = False) -> None:
         size = format_bytes(entry.nbytes)
         typer.echo(f"{entry.key[:12]}  {when}  {size:>9}  {entry.rows:>8} samples  {entry.what}")
     total = format_bytes(sum(entry.nbytes for entry in found))
-    typer.echo(f"{len(found)} cached values, {total}")
+    typer.echo(f"{plural(len(found), 'cached value')}, {total}")
 
 
 @app.command("rm")
@@ -55,12 +52,9 @@ def remove_columns(
     """Remove cached values from FOLDER: those whose keys begin with KEYS, or all of them."""
     from layerwise.cache.store.room import format_bytes
     from layerwise.cache.store.shelf import remove
-    from layerwise.errors import CacheError
+    from layerwise.errors import plural
 
-    if not folder.is_dir():
-        raise CacheError(
-            f"there is no folder {folder}. Name the one that was given to PrefixCache(folder=...)."
-        )
+    _check(folder)
     if bool(keys) == everything:
         typer.echo("Name the keys to remove, or pass --all.", err=True)
         raise typer.Exit(2)
@@ -68,4 +62,14 @@ def remove_columns(
     if as_json:
         print_json([entry.key for entry in gone])
         return
-    typer.echo(f"removed {len(gone)} cached values, {format_bytes(sum(entry.nbytes for entry in gone))}")
+    freed = format_bytes(sum(entry.nbytes for entry in gone))
+    typer.echo(f"removed {plural(len(gone), 'cached value')}, {freed}")
+
+
+def _check(folder: Path) -> None:
+    from layerwise.errors import CacheError
+
+    if not folder.is_dir():
+        raise CacheError(
+            f"there is no folder {folder}. Name the one that was given to PrefixCache(folder=...)."
+        )

@@ -20,11 +20,14 @@ class Driver:
     Args:
         tuner: made before the framework's trainer, for the module that it trains.
         mode: whether more of the validation metric is better.
+        waits: a validation metric comes after an epoch's last step, for which its end waits.
     """
 
-    def __init__(self, tuner: Tuner, mode: Mode) -> None:
+    def __init__(self, tuner: Tuner, mode: Mode, *, waits: bool) -> None:
         self.tuner = tuner
         self.mode: Mode = mode
+        self._waits = waits
+        self._counts = False  # the steps of an epoch: of a stream the framework does not know its end
         self.metric: float | None = None  # of the epoch that has not been ended yet
         self._wrapping = contextlib.ExitStack()
         save_with_optimizer(tuner)
@@ -54,19 +57,20 @@ class Driver:
                     "transformers: TrainingArguments(ddp_find_unused_parameters=True)."
                 )
 
-    def check_length(self, steps: float, steps_per_epoch: int, framework: str) -> None:
+    def check_length(self, steps: float, steps_per_epoch: int | None, framework: str) -> None:
         """Warn if the framework's loop is shorter than the plan.
 
         Args:
             steps: optimiser steps after which it ends; may be infinite.
-            steps_per_epoch: of its epochs.
+            steps_per_epoch: of its epochs; None of a stream, whose steps are counted here from now on.
             framework: its name.
 
         Raises:
             ModelError: its epochs have another number of optimiser steps than the Tuner was told.
         """
         tuner = self.tuner
-        if steps_per_epoch != tuner.steps_per_epoch:
+        self._counts = steps_per_epoch is None
+        if steps_per_epoch not in (None, tuner.steps_per_epoch):
             raise ModelError(
                 f"an epoch of {framework} has {steps_per_epoch} optimiser steps, but the Tuner was made "
                 f"for steps_per_epoch={tuner.steps_per_epoch}, so its phases and schedules would be off. "
@@ -87,6 +91,12 @@ class Driver:
         if not self.tuner.done:
             self.tuner.begin_epoch()
 
+    def begin_batch(self) -> None:
+        """Start an epoch that the framework does not know of: of a stream, or resumed from a last step."""
+        done = self.tuner.step_in_epoch
+        if done >= self.tuner.steps_per_epoch or (self._counts and not done):
+            self.begin_epoch()
+
     def before_step(self) -> None:
         """See `Tuner.before_step`; once the plan is over, drop the gradients: a step changes nothing."""
         if self.tuner.done:
@@ -98,6 +108,17 @@ class Driver:
         """See `Tuner.after_step`."""
         if not self.tuner.done:
             self.tuner.after_step()
+        if not self._waits:
+            self._end_counted()
+
+    def take(self, metric: float) -> None:
+        """Keep the metric for the end of the epoch; that is now, where its steps are counted here."""
+        self.metric = metric
+        self._end_counted()
+
+    def _end_counted(self) -> None:
+        if self._counts and self.tuner.step_in_epoch >= self.tuner.steps_per_epoch:
+            self.end_epoch()
 
     def end_epoch(self) -> None:
         """End the epoch with the metric that came in during it."""

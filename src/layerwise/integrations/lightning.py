@@ -51,7 +51,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
         self.tuner = tuner
         self._monitor = monitor
         self._log_rates = log_rates
-        self._driver = Driver(tuner, mode)
+        self._driver = Driver(tuner, mode, waits=monitor is not None)
         self._steps = 0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -84,8 +84,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
         """Compare the lengths of Lightning's loop and the plan."""
         self._steps = trainer.global_step
         batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
-        per_epoch = -(-batches // accumulated)
-        limits = [trainer.max_steps, per_epoch * (trainer.max_epochs or -1)]
+        per_epoch = None if math.isinf(batches) else -(-batches // accumulated)
+        limits = [trainer.max_steps, (per_epoch or math.inf) * (trainer.max_epochs or -1)]
         steps = min((limit for limit in limits if limit >= 0), default=math.inf)
         if not trainer.fast_dev_run:
             self._driver.check_length(steps, per_epoch, "Lightning's Trainer")
@@ -96,9 +96,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
         trainer.should_stop = trainer.should_stop or self.tuner.done
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the Tuner's epoch where Lightning, resumed from an epoch's last step, did not say so."""
-        if self.tuner.step_in_epoch >= self.tuner.steps_per_epoch:
-            self._driver.begin_epoch()
+        """Start the Tuner's epoch where Lightning did not say so; see `Driver.begin_batch`."""
+        self._driver.begin_batch()
 
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
@@ -127,11 +126,13 @@ class TunerCallback(_Base):  # type: ignore[misc]
                 f"monitor={self._monitor!r} was not logged; logged are "
                 f"{', '.join(trainer.callback_metrics) or 'none'}. Log it in validation_step with self.log."
             )
-        self._driver.metric = float(trainer.callback_metrics[self._monitor])
+        self._driver.take(float(trainer.callback_metrics[self._monitor]))
+        trainer.should_stop = trainer.should_stop or self.tuner.done
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """End the Tuner's epoch, after validation; stop where the plan is over."""
-        self._driver.end_epoch()
+        if not trainer.fast_dev_run:  # a few batches, and no epoch
+            self._driver.end_epoch()
         trainer.should_stop = trainer.should_stop or self.tuner.done
 
     def state_dict(self) -> dict[str, Any]:

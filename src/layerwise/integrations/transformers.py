@@ -53,7 +53,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
     Trainer calls ``model.train()`` before every step; frozen groups stay in eval mode all the same. The
     Tuner's state is saved inside the optimiser's, so ``train(resume_from_checkpoint=True)`` goes on in the
     phase that was interrupted. ``steps_per_epoch`` counts optimiser steps:
-    ``ceil(len(data) / (batch size * processes * gradient_accumulation_steps))``.
+    ``ceil(len(data) / (batch size * processes * gradient_accumulation_steps))``; of a stream without length
+    it is what you call an epoch.
 
     The statistics of the norm policy ``"calibrate"`` are not measured here: call
     `layerwise.calibrate_batchnorm` at the start of the phase.
@@ -71,7 +72,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
     def __init__(self, tuner: Tuner, *, metric: str | None = None, mode: Mode = "max") -> None:
         self.tuner = tuner
         self._metric = metric
-        self._driver = Driver(tuner, mode)
+        self._driver = Driver(tuner, mode, waits=metric is not None)
         self.optimizers: tuple[torch.optim.Optimizer, Any] = (tuner.optimizer, RatesOfPlan(tuner))
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,13 +90,16 @@ class TunerCallback(_Base):  # type: ignore[misc]
                 "optimizers=callback.optimizers to Trainer."
             )
         loader = kwargs["train_dataloader"]
-        if has_length(loader):  # of an endless stream nobody knows where an epoch ends
-            per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
-            self._driver.check_length(state.max_steps, per_epoch, "Trainer")
+        per_epoch = -(-len(loader) // args.gradient_accumulation_steps) if has_length(loader) else None
+        self._driver.check_length(state.max_steps, per_epoch, "Trainer")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the Tuner's epoch; end the last one, where no evaluation came."""
         self._driver.begin_epoch()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the Tuner's epoch where Trainer did not say so; see `Driver.begin_batch`."""
+        self._driver.begin_batch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check and regularise while the gradients are there."""
@@ -113,7 +117,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
                 f"metric={self._metric!r} is not among the evaluation metrics ({', '.join(metrics)})."
             )
         if metrics is not None and self._metric is not None:
-            self._driver.metric = float(metrics[self._metric])
+            self._driver.take(float(metrics[self._metric]))
             self._end_epoch(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -22,14 +22,14 @@ class Encodings:
             belong to tokens.
         truncated: how many texts were longer than the limit.
         longest: tokens of the longest text before it was cut.
-        kept: index of the row that each sample comes from; None for packed text.
+        empty: how many rows were left out, of whose response the tokenizer makes nothing.
         unknown: number of unknown tokens, and of all tokens.
     """
 
     samples: tuple[Encoded, ...]
     truncated: int
     longest: int
-    kept: tuple[int, ...] | None = None
+    empty: int = 0
     unknown: tuple[int, int] = (0, 0)
 
 
@@ -157,25 +157,32 @@ def encode_prompts(
 
     The two are tokenized apart, so the border is exact; the response ends in the end token, which is
     learned. Too long a sequence loses the *start* of its prompt (and its first token stays, if the
-    tokenizer begins texts with one); a response longer than the limit is cut at its end. Rows of which
-    no response is left are not kept.
+    tokenizer begins texts with one); a response longer than the limit is cut at its end. Rows of whose
+    response the tokenizer makes nothing are left out and counted.
 
     Args:
         tokenizer: with an end token.
         prompts: what is given.
         responses: what is learned.
         max_length: in tokens.
+
+    Raises:
+        DataError: the tokenizer has no end token.
     """
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token, which a response must learn to end with.")
+        raise DataError(
+            "the tokenizer has no end token, which a response must learn to end with; set eos_token."
+        )
     begin = [tokenizer.bos_token_id] if _begins_texts(tokenizer) else []
     with _no_length_warning(tokenizer):
         given = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
         learned = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
     samples: list[Encoded] = []
-    kept: list[int] = []
-    truncated = longest = 0
-    for index, (prompt, response) in enumerate(zip(given, learned, strict=True)):
+    truncated = longest = empty = 0
+    for prompt, response in zip(given, learned, strict=True):
+        if not response:
+            empty += 1
+            continue
         answer = [*response, tokenizer.eos_token_id]
         length = len(begin) + len(prompt) + len(answer)
         longest = max(longest, length)
@@ -184,13 +191,10 @@ def encode_prompts(
             room = max(max_length - len(begin) - len(answer), 0)
             prompt = prompt[len(prompt) - room :]
             answer = answer[: max_length - len(begin) - len(prompt)]
-        if not response:
-            continue
         ids = [*begin, *prompt, *answer]
         labels = [IGNORED] * (len(begin) + len(prompt)) + answer
         samples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-        kept.append(index)
-    return Encodings(tuple(samples), truncated, longest, tuple(kept), _unknown(tokenizer, [*given, *learned]))
+    return Encodings(tuple(samples), truncated, longest, empty, _unknown(tokenizer, [*given, *learned]))
 
 
 def encode_givens(tokenizer: Any, prompts: Sequence[str], *, max_length: int) -> list[list[int]]:

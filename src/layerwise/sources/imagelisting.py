@@ -147,7 +147,10 @@ def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples])
         problems += [f"class {label!r} of {part} has no readable image left" for label in gone]
     train = classes.get("train", set())
     if not any(classes.values()):
-        problems.append("there are no images; expected a folder for each class, with its images inside")
+        if not problems:
+            missing = "a folder for each class, with its images inside"
+            missing = "rows with a path and a label" if source.is_file() else missing
+            problems.append(f"there are no images; expected {missing}")
     elif not train:
         problems.append("the train part has no images")
     elif len(train) == 1:

@@ -6,7 +6,6 @@ layer for the classes at hand, and the preprocessing that the weights were train
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ def open_model(
             f"task is {task!r}, but {spec!r} is an image model; only hf: models have other tasks."
         )
 
-    wanted = _Wanted(spec, name, num_classes, download=pretrained and weights is None)
+    wanted = _Wanted(spec, name, num_classes, pretrained and weights is None, preprocessing is not None)
     found = {"timm": _open_timm, "torchvision": _open_torchvision, "file": _open_file}[kind](wanted)
     model, own, notes = found.model, found.preprocessing, list(found.notes)
     if preprocessing is None and own is None:
@@ -168,25 +167,28 @@ def reopen(record: Mapping[str, Any], *, spec: str | None = None) -> OpenedModel
     """
     images = record.get("preprocessing")
     preprocessing = None if images is None else Preprocessing.from_dict(images)
-    opened = open_model(
+    return open_model(
         spec or record["spec"],
         num_classes=record.get("num_classes"),
         pretrained=False,
-        input_size=None if preprocessing is None else preprocessing.crop,
+        preprocessing=preprocessing,
         task=record.get("task"),
         problem=record.get("problem"),
     )
-    return opened if preprocessing is None else dataclasses.replace(opened, preprocessing=preprocessing)
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What was asked for: the whole spec, the name in it, classes, and whether to fetch weights."""
+    """What was asked for: the whole spec, the name in it, classes, whether to fetch weights.
+
+    `preprocessed` is whether the caller's own preprocessing takes the place of the library's.
+    """
 
     spec: str
     name: str
     num_classes: int | None
     download: bool
+    preprocessed: bool
 
 
 @dataclass
@@ -247,10 +249,16 @@ def _open_timm(wanted: _Wanted) -> _Found:
             f"Python), or start from random weights: --no-pretrained (pretrained=False)."
         )
     model = fetch(wanted.spec, lambda: timm.create_model(name, pretrained=wanted.download))
+    own = None
+    try:
+        own = from_timm(model)
+    except ModelError:
+        if not wanted.preprocessed:
+            raise
     return _Found(
         model=model,
         origin="pretrained" if wanted.download else "random",
-        preprocessing=from_timm(model),
+        preprocessing=own,
         classes=int(model.num_classes),
     )
 

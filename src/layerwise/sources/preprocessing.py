@@ -241,16 +241,8 @@ def from_torchvision(weights: Any) -> Preprocessing:
 
     Args:
         weights: a member of a torchvision ``WeightsEnum`` for image classification.
-
-    Raises:
-        ModelError: the entry is for another task (detection, video, ...).
     """
     preset = weights.transforms()
-    if type(preset).__name__ != "ImageClassification":
-        raise ModelError(
-            f"the weights {weights} use the preset {type(preset).__name__}, which is not for image "
-            f"classification. Open the model with pretrained=False, or pass it as a module."
-        )
     side, resize = preset.crop_size[0], preset.resize_size[0]
     return Preprocessing(
         crop=(side, side),

@@ -205,7 +205,7 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
         mask_frac: share of tokens to hide, for ``"masked_lm"``.
 
     Raises:
-        DataError: `max_length` is too small, a part has no rows, or cutting left nothing to learn.
+        DataError: `max_length` is too small, a part has no rows, or no response has a token.
         ModelError: the tokenizer lacks a token that the task needs.
     """
     if max_length < 2:
@@ -215,7 +215,7 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
             "the tokenizer has no mask token, so its model is not for masked language modelling."
         )
     if not 0 < mask_frac < 1:
-        raise DataError(f"mask_frac is {mask_frac}; expected a share between 0 and 1.")
+        raise DataError(f"mask_frac is {mask_frac}; expected a share above 0 and below 1.")
     number = {name: index for index, name in enumerate(table.classes)}
     sets: dict[str, TextSet] = {}
     notes, truncated = list(table.notes), {}
@@ -224,7 +224,7 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
             raise DataError(f"the {name} part has no rows. Leave it out, or give it some.")
         found = _encode_part(table, part, tokenizer, max_length, number)
         if not found.samples:
-            raise DataError(f"the {name} part has no sample left after it was cut to {max_length} tokens.")
+            raise DataError(f"the tokenizer makes no tokens of the responses of the {name} part.")
         truncated[name] = found.truncated
         if found.truncated:
             share = found.truncated / len(part)
@@ -232,6 +232,8 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
                 f"{name}: {found.truncated} of {len(part)} texts ({share:.0%}) cut to {max_length} tokens; "
                 f"the longest has {found.longest}"
             )
+        if found.empty:
+            notes.append(f"{name}: {found.empty} of {len(part)} rows left out: no tokens in their responses")
         unknown, total = found.unknown
         if unknown > 0.05 * total:
             notes.append(f"{name}: {unknown / total:.0%} of the tokens are unknown to the tokenizer")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError, did_you_mean
+from layerwise.sources.fetching import first_line
 from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text
 
 CONLL = (".conll", ".bio", ".iob", ".iob2")
@@ -58,11 +59,17 @@ def read_parts(
         if path is None:
             continue
         if name in found.parts:
-            raise DataError(f"{str(source)!r} has a {name} part of its own, and {str(path)!r} is given too.")
+            raise DataError(
+                f"{str(source)!r} has a {name} part of its own, and {str(path)!r} is given too. Give one of "
+                "them."
+            )
         found.parts[name] = read_table(Path(path), encoding)
     if split_column is not None:
         if set(found.parts) != {"train"}:
-            raise DataError(f"split_column is {split_column!r}, but the parts are files of their own.")
+            raise DataError(
+                f"split_column is {split_column!r}, but the parts ({', '.join(found.parts)}) are files of "
+                "their own. Leave it out."
+            )
         found.parts = _split_by_column(str(source), found.parts["train"], split_column)
     found.parts = {name: found.parts[name] for name in ("train", "val", "test") if name in found.parts}
     if not found.parts.get("train"):
@@ -149,7 +156,7 @@ def _read_conll(path: Path, encoding: str) -> list[Row]:
             tokens.append(cells[0])
             tags.append(cells[-1])
     if not rows:
-        raise DataError(f"{str(path)!r} has no sentences.")
+        raise DataError(f"{str(path)!r} has no sentences; expected a word and its tag a line.")
     return rows
 
 
@@ -166,7 +173,9 @@ def _read_saved(path: Path) -> TextRows:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # its formats raise all kinds
-        raise DataError(f"data folder {str(path)!r} cannot be read by datasets: {error}.") from error
+        raise DataError(
+            f"data folder {str(path)!r} cannot be read by datasets ({first_line(error)})."
+        ) from error
     return _from_datasets(loaded, str(path))
 
 
@@ -176,10 +185,9 @@ def _read_hub(name: str) -> TextRows:
     try:
         loaded = datasets.load_dataset(repository, subset or None)
     except Exception as error:  # downloads and formats raise all kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"data set 'hf:{name}' cannot be opened ({first}). Expected an id on the hub (hf:ID or "
-            f"hf:ID@SUBSET); without a network, give a folder or a table."
+            f"data set 'hf:{name}' cannot be opened ({first_line(error)}). Expected an id on the hub (hf:ID "
+            f"or hf:ID@SUBSET); without a network, give a folder or a table."
         ) from error
     return _from_datasets(loaded, f"hf:{name}")
 

@@ -183,7 +183,8 @@ def read_texts(
         del parts[name]
         notes.append(f"{name}: none of its rows can be used, so the part is left out")
     if not len(parts["train"]):
-        raise DataError(f"data {str(source)!r} has no usable training row left; {len(bad)} were left out.")
+        reasons = [f"{row} {reason}" for row, reason in bad]
+        raise DataError(_listed(f"data {str(source)!r} has no training row that can be used", reasons))
     classes = _classes(source, task, parts, found.label_names.get(label_column))
     if set(found.parts) == {"train"}:
         notes += unused_split(found.parts["train"], split_column)

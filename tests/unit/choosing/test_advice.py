@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from layerwise.choosing.advice import advise
 from layerwise.errors import DataError, PlanError
+from layerwise.layers.mapping import layer_map
 from layerwise.layers.randomness import drawn
 from layerwise.plans.plan import Plan
 from layerwise.plans.storage import parse
@@ -203,3 +204,45 @@ def test_what_a_collate_function_draws_is_undone(model):
     found = advised(model, *images(96, seed=2), collate=collate)
     assert any(r.about == "batch-norm" for r in found.reasons)
     assert drawn() == before
+
+
+class Named(torch.nn.Module):
+    """A network whose inputs have a name."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels):
+        return self.net(pixels)
+
+
+class Pair(Named):
+    def forward(self, pair):
+        return self.net(pair[0] + pair[1])
+
+
+def test_recalibration_takes_inputs_of_every_form(model):
+    # named ones and pairs, as batches that the second pass joins, say the same as plain images
+    x, y = images(96, seed=2)
+    noisy = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    plain = advised(model, noisy, y)
+    assert any(r.about == "batch-norm" for r in plain.reasons)
+    named = [{"pixels": image, "labels": label} for image, label in zip(noisy, y)]
+    pairs = [((image, torch.zeros_like(image)), label) for image, label in zip(noisy, y)]
+    for wrapper, data in ((Named, named), (Pair, pairs)):
+        wrapped = wrapper(model)
+        example = {"pixels": x[:2]} if wrapper is Named else ([x[:2], x[:2]],)
+        found = advise(wrapped, data, layers=layer_map(wrapped, example, "stages"))
+        assert [r.text for r in found.reasons if r.about == "batch-norm"] == [
+            r.text for r in plain.reasons if r.about == "batch-norm"
+        ]
+
+
+def test_recalibration_takes_batches_of_several_sizes(model):
+    # images of 24 and of 30 pixels cannot be joined to one batch
+    x, y = images(96, seed=2)
+    noisy = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    larger = torch.nn.functional.interpolate(noisy[48:], size=(30, 30))
+    found = advise(model, iter([(noisy[:48], y[:48]), (larger, y[48:])]), layers=map_of(model))
+    assert any(r.about == "batch-norm" for r in found.reasons)

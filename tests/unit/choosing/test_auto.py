@@ -162,6 +162,35 @@ def test_the_search_gets_what_advice_left_of_its_share(prepared, monkeypatch):
     assert "no search: advice took all the time that was for it" in said
 
 
+def test_without_validation_data_the_advised_plan_is_taken(prepared):
+    # nothing to compare plans on: no search, and the reason is told
+    said = []
+    data = SimpleNamespace(**{**vars(prepared.data), "val": None})
+    found = choose_plan(dataclasses.replace(prepared, data=data, job=Job(epochs=1)), say=said.append)
+    assert "no search: there is no validation data" in said
+    assert found.about["search"] is None
+    assert found.plan.strategy == found.about["advice"]["plan"]["strategy"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "balanced"), ({"class_weights": [1, 2]}, [1, 2]), ({"sampler": "balanced"}, None)],
+)
+def test_advised_class_weights_give_way_to_the_callers_choice(prepared, monkeypatch, given, expected):
+    # weights on top of a balanced sampler would count rare classes twice
+    real = auto.advice_from
+    monkeypatch.setattr(
+        auto,
+        "advice_from",
+        lambda *args, **more: dataclasses.replace(
+            real(*args, **more), fit_options={"class_weights": "balanced"}
+        ),
+    )
+    job = Job(epochs=1, options={"batch_size": 16, **given})
+    found = choose_plan(dataclasses.replace(prepared, job=job), search_share=0.0)
+    assert found.job.options.get("class_weights") == expected
+
+
 def test_epochs_after_the_first_cost_what_learns():
     # half of the operations learn: one whole epoch and three halves; without counts of operations, whole ones
     layers = map_of(pretrained(widths=(4, 4, 6, 6)))

@@ -12,7 +12,7 @@ from layerwise.choosing.depths import score_depths, transferability
 from layerwise.choosing.features import collect_features, map_for
 from layerwise.choosing.pooling import pool, pool_all
 from layerwise.choosing.samples import KeptBatches
-from layerwise.errors import DataError
+from layerwise.errors import DataError, ModelError
 from layerwise.layers.mapping import layer_map
 from layerwise.layers.randomness import drawn
 
@@ -230,6 +230,33 @@ def test_unusable_data_is_named():
         collect_features(model, iter([(torch.zeros(1), 2, 3)]), map_of(model))
     with pytest.raises(DataError, match="no tensor"):
         collect_features(model, iter([{"text": "words"}]), map_of(model))
+    with pytest.raises(DataError, match="7 labels came with 8 samples"):
+        collect_features(model, iter([(torch.zeros(8, 3, 9, 9), torch.zeros(7).long())]), map_of(model))
+
+
+def test_data_without_samples_is_refused():
+    # an iterator that is over, and a loader of an empty stream, with a layer map and without one
+    model = Net().eval()
+    empty = DataLoader(Stream([]))
+    with pytest.raises(DataError, match="holds no samples"):
+        collect_features(model, iter([]), map_of(model))
+    with pytest.raises(DataError, match="holds no samples"):
+        map_for(model, empty, None, None)
+
+
+def test_a_model_that_mixes_its_samples_has_no_features():
+    # the mean over the batch comes first: no output has a row a sample
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x.mean(0)))
+
+    model = Mean().eval()
+    with pytest.raises(ModelError, match="row for each sample"):
+        collect_features(model, torch.randn(8, 4), layer_map(model, torch.randn(8, 4), "layers"))
 
 
 def test_transferability_rises_with_depth_on_the_task_the_network_knows():

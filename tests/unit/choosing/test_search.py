@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from layerwise.choosing import trials as module
+from layerwise.choosing.budget import Budget
 from layerwise.choosing.search import _unconfirmed, search
 from layerwise.choosing.search_result import best_point, depth_curve
 from layerwise.choosing.space import make_space, spread_depths
@@ -30,7 +31,7 @@ from layerwise.choosing.study import (
     worker_name,
 )
 from layerwise.choosing.terms import metric_and_mode
-from layerwise.errors import DataError, PlanError, RunError
+from layerwise.errors import DataError, PlanError, RunError, TrainingError
 from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
 from layerwise.report.page import write_report
@@ -256,8 +257,6 @@ def test_minutes_stop_a_search(model, data):
 
 def test_a_trial_that_outlasts_the_budget_is_cut_off_and_run_later(model, data, tmp_path, monkeypatch):
     # the first trial is finished all the same; the second ends after an epoch and is the next one's first
-    from layerwise.choosing.budget import Budget
-
     said = []
     monkeypatch.setattr(Budget, "overrun", property(lambda self: True))
     monkeypatch.setattr(Budget, "spent", property(lambda self: any("cut off" in line for line in said)))
@@ -299,6 +298,7 @@ def test_a_search_can_begin_with_a_choice_at_a_rate(model, data):
         ({"decay": (0.5, 1.5)}, "decay is"),
         ({"strategies": ["top_q"]}, "top_q"),
         ({"depths": ()}, "no depth"),
+        ({"epochs": 0}, "epochs is 0"),
     ],
 )
 def test_bad_spaces_are_refused_with_all_problems(model, data, options, message):
@@ -708,3 +708,81 @@ def test_labels_that_are_no_integers_need_no_layer_map():
     task = Regression.fitted(numbers()[0].tensors[1])
     found = search(model, *numbers(), trials=1, epochs=1, fit_options={"task": task}, refit="none")
     assert found.metric == "rmse"
+
+
+def test_a_trial_of_another_machine_is_left_to_it(model, data, tmp_path):
+    # nobody here can tell whether its process lives: it is not run again, and the winner's run waits for it
+    out = tmp_path / "s"
+    searched(model, data, trials=2, out=out, refit="none")
+    optuna = optuna_module()
+    with quiet():
+        backend = optuna.storages.journal.JournalFileBackend(str(out / "search.journal"))
+        study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
+        half_drawn(study, ("choice", "lr"), "elsewhere:1").suggest_float("decay", *SPACE.decay)
+    found = searched(model, data, trials=2, out=out)
+    assert [row.state for row in found.trials] == ["complete", "complete", "running"]
+    assert found.run is None
+    assert found.notes == ("still running elsewhere: 1 trial; the last worker makes the winner's run",)
+
+
+def test_a_trial_of_a_process_of_another_user_is_left_to_it(monkeypatch):
+    # the system does not let us signal it, so it lives
+    def refuse(process, signal):
+        raise PermissionError
+
+    with quiet():
+        study = open_study(None, "s", about={}, space=SPACE, mode="max", seed=0)
+        half_drawn(study, (), worker_name())
+        monkeypatch.setattr(os, "kill", refuse)
+        assert take_over(study, nameless_s=0.0) == 0
+
+
+def test_a_winners_run_that_cannot_be_made_does_not_lose_the_result(model, data, tmp_path):
+    # its folder holds a damaged record: the search is written all the same, with a note
+    out = tmp_path / "s"
+    searched(model, data, trials=1, out=out)
+    (record,) = out.glob("winner-trial-*/run.json")
+    record.write_text("{")
+    found = searched(model, data, trials=1, out=out)
+    assert found.run is None
+    assert str(record) in found.notes[0]
+    assert json.loads((out / "search.json").read_text())["best"]["mean"] == found.best.mean
+
+
+def failing(monkeypatch, outcomes):
+    """Make the trials fail for which `outcomes` has an error; the others are real."""
+    real, left = module.Experiment.train_by, iter(outcomes)
+
+    def train_by(self, *args, **options):
+        if error := next(left):
+            raise error
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(module.Experiment, "train_by", train_by)
+
+
+def test_a_search_ends_when_its_first_three_trials_fail(model, data, monkeypatch):
+    # with the error of the last
+    said = []
+    failing(monkeypatch, [TrainingError(f"the loss is {k}") for k in range(9)])
+    with pytest.raises(TrainingError, match="the loss is 2"):
+        searched(model, data, trials=9, say=said.append)
+    assert len(said) == 3
+
+
+def test_trials_that_fail_are_trials_of_the_budget(model, data, monkeypatch):
+    # else a search of which only the first trial fits into memory would never end
+    failing(monkeypatch, [None, *[TrainingError("out of memory")] * 3])
+    found = searched(model, data, trials=4, refit="none")
+    assert [row.state for row in found.trials] == ["complete", *["failed"] * 3]
+    assert found.best.choice == "last 1"
+
+
+def test_a_part_of_the_minutes_is_kept_for_confirming():
+    # after 40 of 60 s: no new trial where several seeds are to follow, else as many as there is time for
+    began_s = time.monotonic() - 40
+    rows = [row_of(number, 0.5) for number in range(50)]
+    assert Budget(None, 1, 1, began_s).allows(rows)
+    confirming = Budget(None, 1, 2, began_s)
+    assert not confirming.allows(rows)
+    assert not confirming.spent

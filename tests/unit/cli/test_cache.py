@@ -39,7 +39,7 @@ def test_list(folder) -> None:
 def test_remove_some_and_all(folder) -> None:
     one = RUN.invoke(app, ["cache", "rm", str(folder), "aaaa"])
     assert one.exit_code == 0
-    assert "removed 1 cached values, 3.0 KB" in one.output
+    assert "removed 1 cached value, 3.0 KB" in one.output
     assert json.loads(RUN.invoke(app, ["cache", "rm", str(folder), "--all", "--json"]).output) == ["b" * 40]
     assert list(folder.iterdir()) == []
 
@@ -52,6 +52,7 @@ def test_usage(folder) -> None:
     assert unknown.exit_code == 1
     assert "no cached column" in unknown.output
     assert len(list(folder.iterdir())) == 2
-    missing = RUN.invoke(app, ["cache", "ls", str(folder / "nowhere")])
-    assert missing.exit_code == 1
-    assert "there is no folder" in missing.output
+    for arguments in (["ls"], ["rm", "--all"]):
+        missing = RUN.invoke(app, ["cache", *arguments, str(folder / "nowhere")])
+        assert missing.exit_code == 1
+        assert "there is no folder" in missing.output

@@ -191,6 +191,35 @@ def test_search_makes_plan_run_and_curve(images, weights, tmp_path):
     assert again["trials"] == found["trials"]
 
 
+def test_search_prints_the_curve_and_takes_class_weights(images, weights, tmp_path):
+    # for people: a row a choice, the best one marked; the weights reach every training
+    shown = command(
+        "search", MODEL, "--data", images, *SIZE, *weights, "--out", tmp_path / "s", "--trials", 2,
+        "--depths", "1,2", "--epochs", 1, "--batch-size", 8, "--class-weights", "balanced",
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    assert "* best: last" in shown.stdout
+    assert "its run on the test data" not in shown.stdout
+    assert f"plan: {tmp_path / 's' / 'plan.yaml'}; run: " in shown.stdout
+    (run,) = (tmp_path / "s").glob("winner-trial-*/run.json")
+    assert json.loads(run.read_text())["settings"]["class_weights"] == "balanced"
+
+
+@pytest.mark.parametrize(("name", "kept"), [("search", "trials"), ("curve", "trainings")])
+def test_ctrl_c_says_that_the_same_command_goes_on(images, weights, tmp_path, monkeypatch, name, kept):
+    # exit code 130, no traceback
+    from layerwise.choosing import curve, trials
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "fit", interrupt)
+    monkeypatch.setattr(curve, "fit", interrupt)
+    told = command(name, MODEL, "--data", images, *SIZE, *weights, "--out", tmp_path / "out")
+    assert told.exit_code == 130
+    assert told.stderr.endswith(f"Interrupted; finished {kept} are kept; the same command goes on.\n")
+
+
 def test_search_tells_the_test_metrics_of_the_winner(images, weights, tmp_path):
     # they are what to report: the search never saw these data
     shown = command(
@@ -242,6 +271,11 @@ def test_fit_auto_searches_within_trials(images, weights, tmp_path, monkeypatch)
             "--lr is 'fast'; expected numbers",
         ),
         (["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--lr", "1,0.1"], 1, "lr is"),
+        (
+            ["search", MODEL, "--data", "IMAGES", "--out", "OUT", "--decay", "0.7,0.8,1"],
+            2,
+            "expected one number or two",
+        ),
         (["signature", MODEL, "--data", "nowhere", "-o", "OUT"], 1, "nowhere"),
     ],
 )

@@ -301,10 +301,12 @@ def test_a_pickle_that_would_run_code_is_refused(images: Path, tmp_path: Path) -
 
 def test_usage_errors_have_exit_code_two(images: Path, run: Path, tmp_path: Path) -> None:
     # What is missing or contradicts itself on the command line.
+    where = ["--data", images, "--out", tmp_path / "x"]
     for arguments in (
         ["fit"],
         ["fit", *MODEL, "--data", images, "--out", tmp_path / "x"],
         ["fit", *MODEL, "--data", images, "--out", tmp_path / "x", "--strategy", "full", "--plan", "p.yaml"],
+        ["fit", *MODEL, *where, "--plan", "p.yaml", "--granularity", "blocks"],
         ["fit", "--resume", run, "--out", tmp_path / "x"],
         ["fit", "--epochs", "many"],
         ["predict", run],

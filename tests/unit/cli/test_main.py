@@ -2,21 +2,72 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import layerwise
 from layerwise.cli import main, output
+from layerwise.errors import DataError, LayerwiseWarning
 
 
 def test_python_m_layerwise_is_the_command_line() -> None:
     # For where no script is installed.
     done = subprocess.run([sys.executable, "-m", "layerwise", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("layerwise ")
+
+
+def test_the_version() -> None:
+    result = CliRunner().invoke(main.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"layerwise {layerwise.__version__}\n"
+
+
+def test_a_folder_without_the_right_to_write_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # before any work: the option, the path and the folder
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(typer.BadParameter, match=r"--out .*a\.csv cannot be written: no right to write in"):
+        output.check_output(tmp_path / "a.csv", "--out")
+
+
+def test_warnings_of_other_libraries_are_shown_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # with their place; ours are one line
+    app = typer.Typer()
+
+    @app.command()
+    @output.friendly
+    def warn() -> None:
+        warnings.warn("ours", LayerwiseWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+
+    shown: list[str] = []
+    monkeypatch.setattr(output, "_shown_by_python", lambda message, *_, **__: shown.append(str(message)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert CliRunner().invoke(app, []).stderr == "warning: ours\n"
+    assert shown == ["theirs"]
+
+
+def test_ctrl_c_is_exit_code_130_and_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    # commands that can go on say so in the interrupt's message
+    app = typer.Typer()
+
+    @app.command()
+    @output.friendly
+    def interrupted(ours: bool = False) -> None:
+        raise DataError("no images") if ours else KeyboardInterrupt
+
+    result = CliRunner().invoke(app, [])
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    assert CliRunner().invoke(app, ["--ours"]).stderr == "DataError: no images\n"
+    monkeypatch.setattr(output, "debug", True)
+    assert isinstance(CliRunner().invoke(app, ["--ours"]).exception, DataError)
 
 
 def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:

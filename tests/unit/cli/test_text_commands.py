@@ -107,6 +107,50 @@ def test_tags_of_words(work, tmp_path):
     assert all(entity["text"] in "Anna likes red bread" for entity in answer["entities"])
 
 
+def test_tags_as_a_table(work, tmp_path):
+    # words and tags side by side, a dash for the word that was cut off; entities with their types
+    lines = ["Anna\tB-PER", "sells\tB-COL", "red\tB-COL", ""] * 8
+    (tmp_path / "train.conll").write_text("\n".join(lines))
+    fit(
+        *(work / "bert", tmp_path / "train.conll", tmp_path / "run", "--task", "token_classification"),
+        *("--strategy", "top_k:k=2", "--max-length", 5),
+    )
+    text = "Anna likes red bread\n"
+    answer = json.loads(command("predict", tmp_path / "run", "--json", stdin=text).stdout)["predictions"][0]
+    result = command("predict", tmp_path / "run", "--format", "csv", stdin=text)
+    (row,) = csv.DictReader(io.StringIO(result.stdout))
+    assert row["words"] == "Anna likes red bread"
+    assert row["tags"].split() == [*answer["tags"][:3], "-"]
+    assert answer["entities"]
+    assert row["entities"] == "; ".join(f"{e['text']} ({e['type']})" for e in answer["entities"])
+    assert row["cut"] == "1"
+
+
+def test_fillers_as_a_table(work, tmp_path):
+    # the token that fits best at each mask, with its probability
+    (tmp_path / "a.csv").write_text("\n".join(["text", *(row["text"] for row in topic_rows(24))]))
+    fit(work / "bert", tmp_path / "a.csv", tmp_path / "run", "--task", "masked_lm", "--strategy", "full")
+    text = "the [MASK] of the [MASK]\n"
+    answer = json.loads(command("predict", tmp_path / "run", "--json", stdin=text).stdout)["predictions"][0]
+    (row,) = csv.DictReader(
+        io.StringIO(command("predict", tmp_path / "run", "--format", "csv", stdin=text).stdout)
+    )
+    assert len(answer["fillers"]) == 2
+    assert row["fillers"] == " ".join(f"{f['token']} ({f['probability']:.2f})" for f in answer["fillers"])
+
+
+def test_a_table_of_many_classes_shows_no_probabilities(work, tmp_path):
+    # a dozen columns would leave nothing of the texts; CSV has them all
+    rows = [{"text": f"red {n}", "label": f"c{n % 8}"} for n in range(48)]
+    write_csv(tmp_path / "a.csv", rows)
+    fit(work / "bert", tmp_path / "a.csv", tmp_path / "run", "--strategy", "linear_probe")
+    shown = command("predict", tmp_path / "run", stdin="red bread\n").stdout
+    assert "red bread" in shown
+    assert "probability" in shown
+    assert "p_c" not in shown
+    assert "p_c7" in command("predict", tmp_path / "run", "--format", "csv", stdin="red bread\n").stdout
+
+
 def test_instructions_of_a_decoder(work, tmp_path):
     # Prompts are not learned; the run writes a continuation of a prompt.
     rows = [{"prompt": f"the {row['text']}", "answer": row["topic"]} for row in topic_rows(16)]
@@ -131,6 +175,13 @@ def test_an_encoder_decoder_classifies_pairs(work, tmp_path):
     result = command("predict", tmp_path / "run", tmp_path / "a.csv", "--format", "csv")
     assert result.exit_code == 0, result.stderr
     assert len(list(csv.DictReader(io.StringIO(result.stdout)))) == 18
+    # a line without a second text, before and after one that has it
+    for lines in ("red\nred\tdaer\n", "red\tdaer\nred\n"):
+        result = command("predict", tmp_path / "run", "--format", "csv", stdin=lines)
+        assert result.exit_code == 0, result.output
+        found = {row["pair"] for row in csv.DictReader(io.StringIO(result.stdout))}
+        assert found == {"", "daer"}
+        assert "daer" in command("predict", tmp_path / "run", stdin=lines).stdout
 
 
 def test_the_model_says_that_a_table_is_of_texts(work, tmp_path):

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import layerwise
 from layerwise.errors import LayerwiseWarning, ModelError
@@ -86,7 +86,7 @@ def tuner_of(net, data, plan=None, steps_per_epoch=3, **options):
 
 def fit(
     tuner, net, data, folder, *, epochs=3, checkpoint=None, validate=False, monitor=None, more=(),
-    every_n_train_steps=None, cache=None, **options,
+    every_n_train_steps=None, cache=None, callback=None, **options,
 ):  # fmt: skip
     module = Module(net, tuner)
     keep = pl.callbacks.ModelCheckpoint(
@@ -103,11 +103,12 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
-        callbacks=[lightning.TunerCallback(tuner, monitor=monitor), keep, *more],
+        callbacks=[callback or lightning.TunerCallback(tuner, monitor=monitor), keep, *more],
         **options,
     )
     loader = DataLoader(data, 8) if cache is None else cache.as_loader(DataLoader(data, 8))
-    trainer.fit(module, loader, loader if validate else None, ckpt_path=checkpoint)
+    held_out = DataLoader(validate, 8) if isinstance(validate, Dataset) else loader if validate else None
+    trainer.fit(module, loader, held_out, ckpt_path=checkpoint)
     return trainer
 
 
@@ -136,6 +137,62 @@ def test_lightning_ends_in_the_weights_of_the_plain_loop(data, tmp_path):
     assert tuner.done
     assert not torch.equal(before["body.0.weight"], net.body[0].weight)
     assert_same(net.state_dict(), plain(data))
+
+
+class Endless(IterableDataset):
+    """The same samples again and again, without a length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        while True:
+            yield from self.samples
+
+
+@pytest.mark.parametrize("monitor", [None, "score"])
+def test_an_endless_stream_ends_in_the_weights_of_the_plain_loop(data, tmp_path, monitor):
+    # Lightning sees one long epoch: those of the plan are counted in steps, and its end stops the training
+    net = start()
+    tuner = tuner_of(net, data)
+    options = {"validate": data, "val_check_interval": 3, "limit_val_batches": 1} if monitor else {}
+    trainer = fit(tuner, net, Endless(data), tmp_path, monitor=monitor, **options)
+    assert tuner.done
+    assert trainer.global_step == tuner.step_count == 9
+    assert_same(net.state_dict(), plain(data))
+
+
+def test_the_rates_of_the_groups_are_logged_where_asked_for(data, tmp_path):
+    # by the names of the groups, those of the last step; 0 is frozen
+    net = start()
+    tuner = tuner_of(net, data, layerwise.linear_probe(layerwise.layer_map(net, torch.randn(2, 3)), epochs=1))
+    callback = lightning.TunerCallback(tuner, log_rates=True)
+    trainer = fit(tuner, net, data, tmp_path, epochs=1, callback=callback)
+    logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+    assert logged == {f"lr/{name}": pytest.approx(rate) for name, rate in tuner.rates().items()}
+    assert sorted(logged.values())[0] == 0 < logged["lr/fc"]
+
+
+def test_a_trial_run_of_one_batch_is_no_error(data, tmp_path):
+    # its epoch has one step whatever the data have, which is neither the Tuner's nor worth a warning
+    net = start()
+    tuner = tuner_of(net, data)
+    fit(tuner, net, data, tmp_path, fast_dev_run=True)
+    assert tuner.step_count == 1
+
+
+def test_to_validate_alone_changes_no_gradients(data, tmp_path):
+    # Trainer.validate sets the same callbacks up, and trains nothing
+    net = start()
+    tuner = tuner_of(net, data)
+    before = [parameter.requires_grad for parameter in net.parameters()]
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path,
+        callbacks=[lightning.TunerCallback(tuner)],
+    )  # fmt: skip
+    trainer.validate(Module(net, tuner), DataLoader(data, 8), verbose=False)
+    assert [parameter.requires_grad for parameter in net.parameters()] == before
+    assert not all(before)
 
 
 def test_the_frozen_phase_moves_nothing_frozen(data, tmp_path):

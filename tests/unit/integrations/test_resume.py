@@ -30,8 +30,12 @@ def test_the_state_of_the_optimiser_brings_the_phase_back(prepared) -> None:
         net(torch.ones(2, 4)).sum().backward()
         tuner.step()
         tuner.end_epoch()
+    save_with_optimizer(tuner)  # a second callback for the same Tuner adds nothing
     state = tuner.optimizer.state_dict()
     assert KEY in state
+    assert (
+        len(getattr(tuner.optimizer, "optimizer", tuner.optimizer)._optimizer_load_state_dict_pre_hooks) == 1
+    )
     other = tuner_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), prepared=prepared)
     assert other.phase_index == 0
     other.optimizer.load_state_dict(state)

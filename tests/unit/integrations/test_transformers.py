@@ -34,7 +34,9 @@ def tuner_of(model, plan=None, steps_per_epoch=3):
     )
 
 
-def train(model, tuner, data, folder, *, resume=None, callback=None, own=True, metric=None, **options):
+def train(
+    model, tuner, data, folder, *, resume=None, callback=None, own=True, metric=None, eval_set=None, **options
+):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         **{"num_train_epochs": 3, "per_device_train_batch_size": 8, **options},
@@ -50,7 +52,7 @@ def train(model, tuner, data, folder, *, resume=None, callback=None, own=True, m
         model,
         arguments,
         train_dataset=data,
-        eval_dataset=data,
+        eval_dataset=eval_set or data,
         callbacks=[callback],
         **({"optimizers": callback.optimizers} if own else {}),
         compute_metrics=lambda told: {"score": -len(trainer.state.log_history)},
@@ -80,6 +82,44 @@ def test_trainer_carries_the_plan_out_and_keeps_frozen_norms_still(data, tmp_pat
     assert frozen == [False] * 3 + [True] * 6  # though Trainer calls model.train() at every step
     assert tuner.done
     assert "resnet.embedder.embedder.convolution.weight" in watched.report.moved
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """The same samples again and again, without a length."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        while True:
+            yield from self.samples
+
+
+@pytest.mark.parametrize("metric", [None, "eval_score"])
+def test_an_endless_stream_goes_through_the_phases(data, tmp_path, metric):
+    # Trainer sees one long epoch: those of the plan are counted in steps, and its end stops the training
+    model = start()
+    tuner = tuner_of(model)
+    phases = []
+
+    class Look(integration.TunerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            phases.append(self.tuner.phase.name)
+
+    trainer = train(
+        model, tuner, Endless(data), tmp_path, callback=Look(tuner, metric=metric), save_strategy="no",
+        eval_set=data[:8], eval_strategy="steps", eval_steps=3, max_steps=20,
+    )  # fmt: skip
+    assert phases == ["probe"] * 3 + ["tune"] * 6
+    assert tuner.done
+    assert trainer.state.global_step == 9
+
+
+def test_a_stream_that_ends_before_the_plan_is_warned_of(data, tmp_path):
+    model = start()
+    with pytest.warns(LayerwiseWarning, match="stops after 6 optimiser steps"):
+        train(model, tuner_of(model), Endless(data), tmp_path, eval_set=data, save_strategy="no", max_steps=6)
 
 
 def test_the_frozen_phase_moves_nothing_frozen(data, tmp_path):

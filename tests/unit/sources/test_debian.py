@@ -94,6 +94,48 @@ def test_what_is_missing_is_said(monkeypatch):
         debian.packages_of([], {})
 
 
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Write a shell script that stands for a program of apt."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    def write(name, text):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+def test_lists_are_fetched_into_the_folder_alone(program, tmp_path):
+    # apt-get is told the folder, which is made; an archive that cannot be reached is told
+    program("apt-get", f'printf "%s\\n" "$@" > {tmp_path}/given')
+    lists = debian.fetch_lists(tmp_path / "apt")
+    given = (tmp_path / "given").read_text().split()
+    assert lists == tmp_path / "apt" / "lists"
+    assert f"Dir::State::lists={lists}" in given
+    assert given[-1] == "update"
+    assert (lists / "partial").is_dir()
+    program("apt-get", 'echo "E: no route to host" >&2; exit 100')
+    with pytest.raises(DataError, match=r"apt-get failed \(E: no route to host\)"):
+        debian.fetch_lists(tmp_path / "apt")
+    program("apt-get", "exit 7")
+    with pytest.raises(DataError, match=r"apt-get failed \(exit code 7\)"):
+        debian.fetch_lists(tmp_path / "apt")
+
+
+def test_whole_descriptions_are_read_from_the_translations(program, tmp_path, monkeypatch):
+    # by the hash of the description; several blank lines are one border, a line of nothing belongs to nothing
+    monkeypatch.setattr(debian, "APT_HELPER", program("helper", 'cat "$2"'))
+    text = " lost\n\n\nDescription-md5: aa\nDescription-en: play\n chess\n\nPackage: without\n"
+    (tmp_path / "deb_i18n_Translation-en").write_text(text)
+    assert debian._long_descriptions(tmp_path) == {"aa": "play\nchess"}
+    monkeypatch.setattr(debian, "APT_HELPER", str(tmp_path / "gone"))
+    with pytest.raises(DataError, match="gone could not be run"):
+        debian._long_descriptions(tmp_path)
+
+
 def test_a_machine_without_apt(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="apt-cache, which this machine does not have"):

@@ -45,6 +45,15 @@ def test_all_images_can_be_used():
         demo.elpv_images(SMALL, train_samples=3000)
 
 
+def test_a_damaged_package_is_named(monkeypatch, tmp_path):
+    # the line, and what to do
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "labels.csv").write_text("images/1.png 1.0 mono\nimages/2.png\n")
+    monkeypatch.setattr(demo, "_package_folder", lambda *_: tmp_path)
+    with pytest.raises(DataError, match=r"line 2 of .*labels\.csv' has 1 cells.*Install elpv-dataset again"):
+        demo.elpv_rows()
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"'elpv-dataset'.*layerwise\[demo\]"):

@@ -158,6 +158,41 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
         open_model(f"hf:{tmp_path}", num_classes=2)
 
 
+def test_a_tokenizer_that_cannot_pad(tmp_path):
+    save_bert(tmp_path)
+    tokenizer = save_tokenizer(tmp_path, decoder=True)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"neither a padding nor an end token.*Set pad_token in its"):
+        open_model(f"hf:{tmp_path}", num_classes=2)
+
+
+def test_progress_bars_that_were_off_stay_off(tmp_path):
+    from transformers.utils import logging
+
+    save_bert(tmp_path)
+    logging.disable_progress_bar()
+    try:
+        open_model(f"hf:{tmp_path}", num_classes=2)
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()
+    open_model(f"hf:{tmp_path}", num_classes=2)
+    assert logging.is_progress_bar_enabled()
+
+
+def test_a_configuration_without_a_class_is_told_apart_by_its_kind(tmp_path):
+    # an image model by its type; one of sounds is refused, and how to open it is said
+    save_vit(tmp_path / "vit")
+    path = tmp_path / "vit" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "architectures": None}))
+    assert open_model(f"hf:{tmp_path / 'vit'}", num_classes=2).task == "image_classification"
+    path.write_text(json.dumps({"model_type": "encodec"}))
+    with pytest.raises(ModelError, match=r"a 'encodec' model, which .* no image or text classifier"):
+        open_model(f"hf:{tmp_path / 'vit'}", num_classes=2)
+
+
 def test_a_folder_without_tokenizer(tmp_path):
     save_bert(tmp_path)
     for file in tmp_path.glob("*token*"):

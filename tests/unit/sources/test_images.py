@@ -153,6 +153,18 @@ def test_bad_rows_of_a_table_are_all_named(tmp_path):
         open_images(missing, SMALL)
 
 
+def test_a_table_without_training_images(tmp_path):
+    # all rows in val, and none that can be used; the message is about tables
+    tree(tmp_path / "p")
+    rows = [(f"p/{name}/i0.png", name, "val") for name in ("cat", "dog")]
+    source = table(tmp_path / "t.csv", [("path", "label", "s"), *rows])
+    with pytest.raises(DataError, match="the train part has no images"):
+        open_images(source, SMALL, split_column="s")
+    table(source, [("path", "label"), ("p/cat/i0.png", "")])
+    with pytest.raises(DataError, match="there are no images; expected rows with a path and a label"):
+        open_images(source, SMALL, skip_bad_rows=True)
+
+
 def test_labels_of_a_table_are_read_as_those_of_texts(tmp_path):
     # Blanks and ".0" make no new class, and a missing label is none.
     tree(tmp_path / "p")
@@ -231,6 +243,24 @@ def test_a_class_whose_images_are_all_bad_is_not_forgotten(tmp_path):
     (root / "owl" / "o.png").write_text("x")
     with pytest.raises(DataError, match="class 'owl' of train has no readable image left"):
         open_images(root, SMALL, skip_bad_images=True)
+
+
+def test_a_check_that_there_is_not_and_no_paths_at_all(tmp_path):
+    # both are mistakes of a caller in Python
+    with pytest.raises(DataError, match="check is 'quick'; expected 'auto', 'full' or 'header'"):
+        open_images(tree(tmp_path), SMALL, check="quick")
+    with pytest.raises(DataError, match="no paths were given"):
+        image_list([], SMALL)
+
+
+def test_only_bad_images_are_not_taken_for_a_missing_folder(tmp_path):
+    # the message says what is wrong with them, and not that there should be folders
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_text("x")
+    with pytest.raises(DataError, match=r"(?s)'cat' of train has no readable.*'dog'") as caught:
+        open_images(tmp_path, SMALL, skip_bad_images=True)
+    assert "expected a folder" not in str(caught.value)
 
 
 def test_all_problems_of_a_tree_are_in_one_message(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import textwrap
 import urllib.error
 
@@ -14,6 +15,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from layerwise.errors import ModelError
+from layerwise.sources.fitting import load_file
 from layerwise.sources.models import open_model, reopen
 from layerwise.sources.preprocessing import Preprocessing
 
@@ -106,6 +108,35 @@ def test_weights_without_a_head_load_under_a_new_one(tmp_path):
         open_model("timm:resnet10t", weights=path)
 
 
+def test_weights_that_lack_a_part_of_the_body_are_refused(tmp_path):
+    # a new head must not hide that the first convolution would stay random
+    theirs, path = random_weights(tmp_path)
+    part = {name: value for name, value in theirs.state_dict().items() if name != "conv1.0.weight"}
+    safetensors.torch.save_file(part, path)
+    with pytest.raises(ModelError, match=r"1 missing in the file \(conv1\.0\.weight\)"):
+        open_model("timm:resnet10t", num_classes=3, weights=path)
+
+
+def test_weights_that_fit_no_output_layer_are_refused(tmp_path):
+    # brought to the file's number of classes, another parameter of that size still differs
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    torch.save(nn.Sequential(nn.Linear(4, 7), nn.BatchNorm1d(7)).state_dict(), tmp_path / "w.pth")
+
+    def resize(classes):
+        net[0] = nn.Linear(4, classes)
+
+    with pytest.raises(ModelError, match=r"does not fit 'net'.*1\.running_mean: 7 in the file, 5 in"):
+        load_file(
+            "net",
+            net,
+            tmp_path / "w.pth",
+            num_classes=7,
+            outputs=lambda: ("0",),
+            resize=resize,
+            mismatched="error",
+        )
+
+
 def test_weights_of_another_network_are_reported(tmp_path):
     _, path = random_weights(tmp_path, name="resnet10t")
     with pytest.raises(ModelError, match=r"does not fit 'timm:test_vit'.*missing in the file.*model has not"):
@@ -151,6 +182,9 @@ def test_a_failed_download_names_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"'timm:resnet10t' could not be downloaded.*--weights FILE"):
         open_model("timm:resnet10t")
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: [][0])
+    with pytest.raises(IndexError):  # a fault in the library is no failed download
+        open_model("timm:resnet10t")
 
 
 def test_a_model_without_pretrained_weights_says_so():
@@ -165,6 +199,37 @@ def test_another_input_size(tmp_path):
     assert opened.model(opened.example_input).shape == (1, 2)
     with pytest.raises(ModelError, match="224 px only"):
         open_model("torchvision:vit_b_16", pretrained=False, input_size=128)
+
+
+def test_a_size_that_a_network_cannot_take_is_refused():
+    # the size that it works at is told
+    with pytest.raises(ModelError, match="'timm:levit_128s' works at 224 px only; expected no input_size"):
+        open_model("timm:levit_128s", pretrained=False, input_size=128)
+
+
+def test_a_network_that_pads_its_images_takes_the_callers_preprocessing(monkeypatch):
+    # as the error says that a library's own crop mode gives; also when a run opens it again
+    make = timm.create_model
+
+    def padded(*args, **options):
+        model = make(*args, **options)
+        model.pretrained_cfg = {**model.pretrained_cfg, "crop_mode": "border"}
+        return model
+
+    monkeypatch.setattr(timm, "create_model", padded)
+    with pytest.raises(ModelError, match=r"crop mode 'border'.*Pass preprocessing="):
+        open_model("timm:resnet10t", pretrained=False)
+    mine = Preprocessing(crop=(64, 64), resize=70)
+    opened = open_model("timm:resnet10t", pretrained=False, preprocessing=mine)
+    assert opened.preprocessing == mine
+    assert reopen(opened.to_dict()).preprocessing == mine
+
+
+def test_googlenet_without_weights_takes_pixels_as_with_them():
+    # torchvision changes what the network does to its input with the weights, and warns until told
+    opened = open_model("torchvision:googlenet", pretrained=False)
+    assert opened.model.transform_input
+    assert opened.weights == "random"
 
 
 def test_backbones_without_a_head_get_one():
@@ -236,6 +301,18 @@ def test_what_a_users_file_can_do_wrong(user_file):
     (user_file.parent / "wrong.py").write_text("import nowhere_to_be_found\n")
     with pytest.raises(ModelError, match="raised ModuleNotFoundError"):
         open_model(f"{user_file.parent}/wrong.py:build")
+
+
+def test_a_users_file_that_breaks_leaves_the_module_of_before(user_file):
+    # objects of the first reading can still be pickled by name
+    first = open_model(f"{user_file}:build").model
+    folders = sys.path.count(str(user_file.parent))
+    whole = user_file.read_text()
+    user_file.write_text(whole + "\nraise ValueError('half written')\n")
+    with pytest.raises(ModelError, match="raised ValueError: half written"):
+        open_model(f"{user_file}:build")
+    assert type(first) is sys.modules[type(first).__module__].Net
+    assert sys.path.count(str(user_file.parent)) == folders == 1
 
 
 def test_record_for_a_run_is_plain_data(tmp_path):

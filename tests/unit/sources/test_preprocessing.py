@@ -152,6 +152,28 @@ def test_a_processor_with_a_rule_of_its_own_is_found_by_its_pixels(tmp_path):
             check_pixels(processor, from_image_processor(plain))
 
 
+def test_a_processor_that_fails_or_makes_another_size_is_refused(tmp_path):
+    # its own words are told, or both shapes
+    processor = processor_of(tmp_path, {"image_processor_type": "ViTImageProcessor", "size": 64})
+    settings = from_image_processor(processor.to_dict())
+    with pytest.raises(ModelError, match=r"images of shape \(3, 64, 64\) instead of \(3, 32, 32\)"):
+        check_pixels(processor, settings.at(32))
+
+    def failing(**options):
+        raise ValueError("no such channel")
+
+    with pytest.raises(ModelError, match=r"a picture with 3 channels \(ValueError: no such channel\)"):
+        check_pixels(failing, settings)
+
+
+def test_images_that_are_not_resized_are_cropped_to_any_size():
+    # at another size too the pixels are those of the file
+    settings = Preprocessing(crop=(64, 64), resize=None, mean=(0.0,) * 3, std=(1.0,) * 3).at(8)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels[1:9, 1:9]).permute(2, 0, 1) / 255
+    assert torch.equal(settings.transform()(Image.fromarray(pixels)), expected)
+
+
 def test_nearest_and_grey_settings_are_kept():
     nearest = from_image_processor({"size": 224, "resample": 0})
     assert nearest.interpolation == "nearest"

@@ -77,6 +77,11 @@ def test_wrong_encoding_names_the_line(tmp_path):
         read_rows(path, encoding="utf8000")
 
 
+def test_an_empty_line_is_no_row(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n\n3,4\n")
+    assert read_rows(tmp_path / "t.csv") == [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

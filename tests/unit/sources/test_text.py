@@ -2,13 +2,16 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from layerwise.errors import DataError, ModelError
-from layerwise.sources.encoding import IGNORED
+from layerwise.sources.encoding import IGNORED, encode_words
 from layerwise.sources.text import encode, text_list
 from layerwise.sources.texttable import TextPart, TextTable
 from tiny_transformers import save_tokenizer
@@ -186,6 +189,32 @@ def test_prompts_are_not_learned(tmp_path):
     assert tight.train[0]["labels"] == ids(tokenizer, "red and blue")
 
 
+def test_a_prompt_begins_as_the_tokenizer_begins_texts(tmp_path):
+    # Llama's begin token comes first, is not learned, and stays when the start of a prompt is cut
+    tokenizer = save_tokenizer(tmp_path, decoder=True)
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.bos_token_id)]
+    )
+    columns = {"texts": ["the cat", "the sun and the moon"], "responses": ["runs", "red"]}
+    data = encode(table("causal_lm", (), **columns), tokenizer, max_length=5)
+    assert data.train[0]["input_ids"] == ids(tokenizer, "[CLS] the cat runs [SEP]")
+    assert data.train[0]["labels"] == [IGNORED] * 3 + ids(tokenizer, "runs [SEP]")
+    assert data.train[1]["input_ids"] == ids(tokenizer, "[CLS] the moon red [SEP]")
+
+
+def test_responses_without_tokens_are_left_out_and_told(tmp_path):
+    # a zero-width space is no blank, and BERT's normaliser makes nothing of it
+    tokenizer = save_tokenizer(tmp_path, decoder=True)
+    tokenizer.backend_tokenizer.normalizer = BertNormalizer()
+    columns = {"texts": ["the cat", "a dog"], "responses": ["\u200b", "runs"]}
+    data = encode(table("causal_lm", (), **columns), tokenizer, max_length=9)
+    assert [sample["input_ids"] for sample in data.train.samples] == [ids(tokenizer, "a dog runs [SEP]")]
+    assert "train: 1 of 2 rows left out: no tokens in their responses" in data.notes
+    with pytest.raises(DataError, match="no tokens of the responses of the train part"):
+        encode(table("causal_lm", (), texts=["the cat"], responses=["\u200b"]), tokenizer, max_length=9)
+
+
 def test_masks_are_drawn_anew_by_torchs_generator(tokenizer):
     data = encode(table("masked_lm", (), texts=TEXTS * 20), tokenizer, max_length=20, mask_frac=0.3)
     assert not data.train.deterministic
@@ -241,6 +270,17 @@ def test_limits_and_tokens_that_are_missing(tmp_path, tokenizer):
     decoder.eos_token = None
     with pytest.raises(DataError, match="no end token"):
         encode(table("causal_lm", (), texts=TEXTS), decoder, max_length=8)
+    with pytest.raises(DataError, match="no end token, which a response"):
+        encode(table("causal_lm", (), texts=["a"], responses=["dog"]), decoder, max_length=8)
+    with pytest.raises(DataError, match="mask_frac is 1; expected a share above 0 and below 1"):
+        encode(table("masked_lm", (), texts=TEXTS), tokenizer, max_length=8, mask_frac=1)
+
+
+def test_tags_of_a_slow_tokenizer_are_refused():
+    # it does not know which word a piece is of
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(DataError, match=r"need a fast tokenizer.*SimpleNamespace"):
+        encode_words(slow, [["a"]], [[0]], max_length=9)
 
 
 def test_texts_for_prediction(tokenizer):

@@ -50,8 +50,13 @@ def test_files_for_the_parts_are_used_as_they_are(tmp_path):
 def test_a_folder_of_tables(tmp_path):
     write_csv(tmp_path / "train.csv", topics(3))
     write_jsonl(tmp_path / "dev.jsonl", [{"text": "x", "label": "cats"}])
+    (tmp_path / "README.md").write_text("where these come from")
     table = read_texts(tmp_path)
     assert [len(part) for part in table.parts.values()] == [6, 1]
+    with pytest.raises(DataError, match=r"has a val part of its own, and .*train\.csv' is given too"):
+        read_texts(tmp_path, val=tmp_path / "train.csv")
+    with pytest.raises(DataError, match=r"split_column is 'part', but the parts \(val, train\)"):
+        read_texts(tmp_path, split_column="part")
     write_csv(tmp_path / "valid.tsv", topics(1))
     with pytest.raises(DataError, match=r"two tables for val: dev\.jsonl, valid\.tsv"):
         read_texts(tmp_path)
@@ -68,6 +73,9 @@ def test_a_split_column(tmp_path):
         read_texts(path, split_column="split")
     with pytest.raises(DataError, match=r"row 1 of .* has 'cats' in 'label'; expected train, val or test"):
         read_texts(path, split_column="label")
+    write_csv(path, [("x", "cats", "val"), ("y", "dogs", "test")], ("text", "label", "part"))
+    with pytest.raises(DataError, match=r"has no training rows \(parts: val, test\)"):
+        read_texts(path, split_column="part")
 
 
 def test_groups_stay_on_one_side(tmp_path):
@@ -144,6 +152,24 @@ def test_words_of_conll_are_what_stands_between_blanks_and_tabs(tmp_path):
     path.write_bytes("für O\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"not utf-8: line 1.*encoding="):
         read_texts(path, task="token_classification")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("A B\nword\n", "line 2 of .* is 'word'; expected a word and its tag"), ("\n\n", "no sentences")],
+)
+def test_conll_files_that_are_none(tmp_path, text, message):
+    (tmp_path / "t.conll").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_texts(tmp_path / "t.conll", task=TAGS)
+
+
+def test_a_damaged_folder_of_datasets(tmp_path):
+    # what datasets says of it is told, with one full stop
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot be read by datasets \(.*[^.]\)\.$"):
+        read_texts(tmp_path)
 
 
 def test_pairs(tmp_path):
@@ -228,6 +254,48 @@ def test_bad_rows_are_all_named_or_left_out(tmp_path):
     table = read_texts(path, skip_bad_rows=True, val_frac=0)
     assert len(table.parts["train"]) == 6
     assert [row for row, _ in table.skipped] == [f"row {number} of train" for number in (7, 8, 9, 10)]
+
+
+def test_rows_that_are_all_left_out_are_named(tmp_path):
+    # else nobody would know why there is nothing to train on
+    path = write_csv(tmp_path / "t.csv", [("x", ""), ("", "cats")])
+    with pytest.raises(DataError, match=r"(?s)no training row .*row 1 of train has no label.*row 2 of train"):
+        read_texts(path, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "reason"),
+    [
+        (TAGS, {"tokens": 5, "tags": ["A"]}, "no list of words in 'tokens'"),
+        (TAGS, {"tokens": [], "tags": []}, "an empty 'tokens'"),
+        (TAGS, {"tokens": ["a"], "tags": 7}, "7 as labels; expected a list or a text"),
+        ("multi_label", {"text": "x", "label": 5}, "5 as labels; expected a list or a text"),
+        ("text_classification", {"text": ["x"], "label": "a"}, "a list in 'text'; expected a text"),
+    ],
+)
+def test_cells_of_another_kind_are_named(tmp_path, task, row, reason):
+    path = write_jsonl(tmp_path / "t.jsonl", [row])
+    with pytest.raises(DataError, match=f"row 1 of train has {reason}"):
+        read_texts(path, task=task)
+
+
+def test_numbers_are_texts_and_nothing_is_no_label(tmp_path):
+    # a column of numbers that are meant as text; an empty cell among several labels
+    rows = [{"text": 5, "label": ["a"]}, {"text": 2.5, "label": None}, {"text": "x", "label": "a,b"}]
+    table = read_texts(write_jsonl(tmp_path / "t.jsonl", rows), task="multi_label", val_frac=0)
+    assert table.parts["train"].texts == ["5", "2.5", "x"]
+    assert table.parts["train"].targets == [("a",), (), ("a", "b")]
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "x", "label": None}])
+    with pytest.raises(DataError, match="no training row has a label"):
+        read_texts(tmp_path / "t.jsonl", task="multi_label")
+
+
+def test_a_split_by_group_that_takes_a_class_away_is_refused(tmp_path):
+    # each class in one document: whichever goes to validation, training has not seen its class
+    rows = [(f"{label} {n}", label, label) for label in "ab" for n in range(3)]
+    path = write_csv(tmp_path / "t.csv", rows, ("text", "label", "doc"))
+    with pytest.raises(DataError, match=r"no training row is left of '[ab]'.*at least two groups of each"):
+        read_texts(path, group_column="doc", val_frac=0.5)
 
 
 def test_a_single_text_of_ten_megabytes(tmp_path):

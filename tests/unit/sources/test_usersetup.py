@@ -3,7 +3,7 @@
 import pytest
 from torch import nn, optim
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, PlanError
 from layerwise.sources.usersetup import call_setup
 
 SCRIPT = """
@@ -32,6 +32,16 @@ def misnamed():
 
 def broken():
     raise KeyError("oops")
+
+def named():
+    return {"model": alone(), "loader": [[1, 2]]}
+
+def without_model():
+    return {"loader": [[1, 2]]}
+
+def ours():
+    from layerwise.errors import PlanError
+    raise PlanError("no such group")
 """
 
 
@@ -56,6 +66,18 @@ def test_a_model_alone_is_enough(script):
     assert set(parts.values()) == {None}
 
 
+def test_a_mapping_names_the_parts(script):
+    parts = call_setup(f"{script}:named")
+    assert isinstance(parts["model"], nn.Linear)
+    assert (parts["loader"], parts["optimizer"]) == ([[1, 2]], None)
+
+
+def test_layerwises_own_errors_stay_what_they_are(script):
+    # they say what to do already
+    with pytest.raises(PlanError, match=r"^no such group$"):
+        call_setup(f"{script}:ours")
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -64,6 +86,7 @@ def test_a_model_alone_is_enough(script):
         ("nothing", "an int"),
         ("misnamed", "Did you mean 'optimizer'"),
         ("broken", "raised KeyError"),
+        ("without_model", r"returned no nn\.Module \(it returned a dict\)"),
         ("", "names no function"),
         ("brokn", "Did you mean 'broken'"),
     ],

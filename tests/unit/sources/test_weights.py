@@ -45,6 +45,12 @@ def test_a_state_dict_is_found_under_the_usual_keys(tmp_path, key):
     assert not weights.compare(state, model)
 
 
+def test_what_is_no_tensor_beside_the_weights_is_left_out(tmp_path):
+    # a version number, or the extra state of a layer
+    torch.save({**small_net().state_dict(), "version": 3}, tmp_path / "w.pth")
+    assert weights.read_weights(tmp_path / "w.pth").keys() == small_net().state_dict().keys()
+
+
 def test_averaged_weights_are_preferred(tmp_path):
     torch.save(
         {"state_dict": {"a": torch.zeros(1)}, "state_dict_ema": {"a": torch.ones(1)}}, tmp_path / "c.pth"
@@ -180,3 +186,5 @@ def test_only_a_differing_output_layer_has_a_number_of_classes():
     state = small_net(7).state_dict()
     state["0.weight"] = torch.zeros(5, 3, 3, 3)
     assert weights.output_rows(weights.compare(state, small_net(3))) is None
+    flat = {**small_net(3).state_dict(), "3.weight": torch.zeros(7 * 16)}
+    assert weights.output_rows(weights.compare(flat, small_net(3))) is None
