@@ -348,8 +348,7 @@ def _notes(phase: Phase, *, first: bool) -> tuple[str, ...]:
     if phase.schedule != Schedule():
         found.append(_schedule(phase.schedule))
     if phase.patience_epochs:
-        plural = "s" * (phase.patience_epochs > 1)
-        found.append(f"ends after {phase.patience_epochs} epoch{plural} without improvement")
+        found.append(f"ends after {plural(phase.patience_epochs, 'epoch')} without improvement")
     if phase.join_steps and not first:
         found.append(f"{_JOINING} {phase.join_steps} steps")
     if phase.norms.policy != "follow":
