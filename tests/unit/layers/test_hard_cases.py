@@ -16,6 +16,7 @@ from layerwise.errors import ModelError
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
+from layerwise.layers.recording import record
 
 RESNET_STAGES = ("conv1", "layer1", "layer2", "fc")
 
@@ -722,7 +723,7 @@ def test_a_branch_written_as_an_operator() -> None:
 
 
 def test_a_call_whose_error_the_model_catches() -> None:
-    # what comes after it stands where it ran, and not inside of the call that failed
+    # it has no output, and the model's own call ends as ever
     class Trying(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -735,6 +736,9 @@ def test_a_call_whose_error_the_model_catches() -> None:
             except RuntimeError:
                 return self.out(x)
 
+    calls = {call.path: call for call in record(Trying(), (torch.zeros(2, 4),)).calls}
+    assert calls["wrong"].output is None
+    assert calls[""].output_keys == calls["out"].output_keys != ()
     layers = layer_map(Trying(), torch.zeros(2, 4))
     assert layers.names == ("stem", "out")
     assert layers.unused == ("wrong.weight", "wrong.bias")
