@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.choosing.signature import Signature
-from layerwise.errors import DataError, ModelError
+from layerwise.errors import DataError
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -139,18 +139,13 @@ def unlabelled(opened: OpenedModel, data: str, *, text: dict[str, Any] | None = 
     Their labels are left out.
 
     Raises:
-        ModelError: the model takes neither.
         DataError: there is no such folder or file, or nothing in it.
     """
     from layerwise.sources.images import image_list
 
     if opened.tokenizer is not None:
         return _texts(opened, data, text or {})
-    if opened.preprocessing is None:
-        raise ModelError(
-            f"{opened.spec!r} takes neither images nor texts; other inputs can be given in Python: "
-            "layerwise.shift, layerwise.signature."
-        )
+    assert opened.preprocessing is not None  # what reads no texts is opened for images
     columns = {name: value for name, value in (text or {}).items() if name == "path_column"}
     return _Inputs(image_list([data], opened.preprocessing, **columns))
 

@@ -95,7 +95,7 @@ class Taps:
                 hook = module.register_forward_pre_hook(self._keep_input(name), with_kwargs=True)
                 stack.callback(hook.remove)
             for name in self._norms:
-                hook = self._modules[name].register_forward_pre_hook(self._count(name))
+                hook = self._modules[name].register_forward_pre_hook(self._count(name), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
@@ -144,10 +144,8 @@ class Taps:
             self._furthest = max(self._furthest, self._place[name])
 
     def _count(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            value = next(tensors(args), None)
-            if value is None or value.ndim < 2:
-                return
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            value = next(tensors((args, kwargs)))
             rows = value.detach().float().flatten(2) if value.ndim > 2 else value.detach().float()[..., None]
             self._sums[name].append((rows.mean(2).cpu(), (rows**2).mean(2).cpu()))
 

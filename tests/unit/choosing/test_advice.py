@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from layerwise.choosing.advice import advise
-from layerwise.errors import DataError, PlanError
+from layerwise.choosing.signature import signature
+from layerwise.errors import DataError, ModelError, PlanError
 from layerwise.layers.mapping import layer_map
 from layerwise.layers.randomness import drawn
 from layerwise.plans.plan import Plan
@@ -121,6 +122,14 @@ def test_source_of_another_size_is_refused(model):
     # the error of shift reaches the caller
     with pytest.raises(DataError, match="3x32x32"):
         advised(model, *images(40), source=images(40, size=32)[0])
+
+
+def test_a_signature_of_another_network_is_refused(model):
+    # and not taken for a network without a summary of its source
+    x, y = images(60, seed=2)
+    other = pretrained(widths=(4, 4, 6, 6))
+    with pytest.raises(ModelError, match="its groups differ from this model's"):
+        advised(model, x, y, signature(other, x, layers=map_of(other)))
 
 
 def test_data_without_labels_and_wrong_options(model):

@@ -279,6 +279,25 @@ def test_transferability_rises_with_depth_on_the_task_the_network_knows():
     assert last.lead == 0
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_outputs_that_are_no_classes_have_no_score_of_their_own(outputs):
+    # one number, or one for each position: the depths are scored all the same
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(4, 6), nn.Linear(6, outputs)
+
+        def forward(self, x):
+            x = self.fc(self.body(x))
+            return x if outputs > 1 else x.mean(1)
+
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(24, 5, 4)
+    found = transferability(model, (x, (x[:, 0, 0] > 0).long()))
+    assert found.head_leep is None
+    assert len(found.depths) == 2
+
+
 def test_one_sample_a_class_cannot_be_scored():
     # as many classes as samples: the message gives the numbers
     model = Net().eval()

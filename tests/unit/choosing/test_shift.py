@@ -17,6 +17,7 @@ from layerwise.choosing.shift_result import Shift
 from layerwise.choosing.signature import Signature, signature
 from layerwise.choosing.taps import NormInputs
 from layerwise.errors import DataError, ModelError
+from layerwise.layers.mapping import layer_map
 
 from .small import Net, images, map_of, pretrained
 
@@ -290,6 +291,70 @@ def test_one_standard_deviation_off_is_as_documented():
     found = shift(model.eval(), x + 1).groups[0]
     assert found.norms.value == pytest.approx(1 / 1.1, rel=0.01)
     assert found.kl.value == pytest.approx(0.5 / 1.1, rel=0.01)
+
+
+def test_a_norm_that_does_not_run_is_left_out(model):
+    # a spare one beside those that run: the same figures as without it
+    x, _ = images(60, seed=2)
+    spare = copy.deepcopy(model)
+    spare.stage1.spare = nn.BatchNorm2d(3)
+    spare.stage1.forward = lambda value: spare.stage1[2](spare.stage1[1](spare.stage1[0](value)))
+    assert measured(spare, x).to_dict() == measured(model, x).to_dict()
+
+
+def test_a_norm_that_is_given_its_input_by_name_counts(model):
+    # bn(input=x) is what it is called with, too
+    class Named(nn.BatchNorm2d):
+        def __call__(self, x):
+            return super().__call__(input=x)
+
+    x, _ = images(60, seed=2)
+    named = copy.deepcopy(model)
+    named.stage0[1].__class__ = Named
+    assert measured(named, x).to_dict() == measured(model, x).to_dict()
+
+
+def test_values_without_labels_are_printed_without_tables_of_them():
+    # neither image figures nor transferability: only the groups
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    x = torch.randn(40, 4)
+    text = str(shift(net, x + 1, x, draws=20))
+    assert "frechet" in text
+    assert "labels:" not in text
+    assert "effect (sd)" not in text
+
+
+def test_a_group_without_features_is_left_out_of_a_shift_from_a_source():
+    # it is named, and the others are measured
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(5, 8)
+
+        def forward(self, x):
+            return self.proj(x).unflatten(2, (4, 2)).transpose(1, 2)
+
+    class OfHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.fc = Heads(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(self.heads(x).transpose(1, 2).flatten(2).mean(1))
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 7, 5)
+    net = OfHeads().eval()
+    found = shift(net, x + 1, x, layers=layer_map(net, x[:2]), draws=20)
+    assert [group.group for group in found.groups] == ["fc"]
+    assert found.notes[0].startswith("no features of heads")
+
+
+def test_one_sample_is_no_source(model):
+    # of a single one there is no variance
+    with pytest.raises(DataError, match="a signature needs at least two samples, better some hundred; got 1"):
+        signature(model, images(1)[0], layers=map_of(model))
 
 
 def test_a_chunk_counts_by_its_samples():

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from image_folders import make_images
+from layerwise.choosing.shift import shift
 from layerwise.choosing.signature import Signature
+from layerwise.cli.choosing_tables import shift_tables
 from layerwise.cli.main import app
 from layerwise.plans.plan import Plan
 
@@ -148,6 +151,19 @@ def test_a_class_with_one_sample_has_a_dash_for_its_probe(images, weights):
     assert [line.split()[2] for line in told.stdout.splitlines() if line.lstrip().startswith("classifier ")][
         -1
     ] == "-"
+
+
+def test_values_of_one_class_are_shown_without_tables_of_labels():
+    # no figures of images; why the label side is missing is a note
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).eval()
+    x = torch.randn(40, 4)
+    found = shift(net, (x + 1, torch.zeros(40).long()), x, draws=20)
+    shown = list(shift_tables(found))
+    titles = [part.title for part in shown if isinstance(part, Table)]
+    assert len(titles) == 2
+    assert all("Inputs" not in title and "Frozen" not in title for title in titles)
+    assert str(shown[-1]).startswith("note: label side not measured: all 40 samples have the label 0")
 
 
 def test_advise_writes_a_plan_that_fit_takes(images, weights, tmp_path):

@@ -44,3 +44,8 @@ def test_without_package_lists_it_says_how_to_go_on(tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "apt-cache" in result.stderr
     assert "layerwise demo text --data FILE.csv" in result.stderr
+    # a table of one's own that is missing is just that
+    result = CliRunner().invoke(app, [*arguments, "--data", str(tmp_path / "gone.csv")])
+    assert result.exit_code == 1
+    assert "gone.csv' does not exist" in result.stderr
+    assert "Debian" not in result.stderr.split("DataError")[1]

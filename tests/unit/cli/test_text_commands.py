@@ -89,6 +89,12 @@ def test_numbers(work, tmp_path):
     assert {"rmse", "mae", "r2", "pearson"} <= set(result["metrics"])
     answer = json.loads(command("predict", tmp_path / "run", "--json", stdin="red bread\n").stdout)
     assert 900 < answer["predictions"][0]["value"] < 1600
+    # for people: numbers have no classes, and the commands to go on with follow the metrics
+    shown = command("fit", "--resume", tmp_path / "run").stdout
+    assert "validation rmse" in shown
+    assert "Per class" not in shown
+    assert "Confusion" not in shown
+    assert "FILE (or texts on standard input)" in " ".join(shown.split())
 
 
 def test_tags_of_words(work, tmp_path):

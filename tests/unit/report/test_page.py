@@ -86,6 +86,33 @@ def test_page_of_an_unfinished_run_says_so(run, tmp_path):
     assert "Learning curves" in page
 
 
+def test_page_of_a_run_that_was_cut_off_in_its_first_epoch(run, tmp_path):
+    # no history, audit or plan file yet: no pictures, and no empty headings
+    import shutil
+
+    shutil.copytree(run, tmp_path / "cut")
+    about = json.loads((tmp_path / "cut" / "run.json").read_text())
+    del about["result"], about["advice"]
+    (tmp_path / "cut" / "run.json").write_text(json.dumps(about))
+    for name in ("history.jsonl", "audit.json", "plan.yaml"):
+        (tmp_path / "cut" / name).unlink()
+    page = write_report(tmp_path / "cut").read_text()
+    assert "not finished" in page
+    assert re.findall("<h2>(.*)</h2>", page) == ["Summary", "Settings"]
+    assert "<svg" not in page
+
+
+def test_why_a_plan_was_chosen_is_told_beside_the_advice(run, tmp_path):
+    # what --strategy auto said of the search
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    about = json.loads((tmp_path / "r" / "run.json").read_text())
+    about["choice"] = "the search gains +5% & more"
+    (tmp_path / "r" / "run.json").write_text(json.dumps(about))
+    assert "<p>the search gains +5% &amp; more</p>" in write_report(tmp_path / "r").read_text()
+
+
 def test_letters_of_settings_are_readable(run, tmp_path):
     # no \\u escapes for names that are not ASCII
     import shutil
@@ -122,6 +149,20 @@ def test_page_of_a_search_lists_every_trial(data, tmp_path):
     assert len(rows) == 2
     assert all("<td>-</td>" in row for row in rows)
     assert any("<td>0.90</td>" in row for row in page.split("<tr>") if ">last 2</td>" in row)
+
+
+def test_page_of_a_search_of_named_strategies_has_no_curve(data, tmp_path):
+    # they have no depth; notes are told
+    search(
+        make_model(), *data, trials=1, epochs=1, depths=(), strategies=["full"], out=tmp_path / "s",
+        refit="none",
+    )  # fmt: skip
+    summary = tmp_path / "s" / "search.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "notes": ["1 trial & more"]}))
+    page = write_report(tmp_path / "s").read_text()
+    assert "<svg" not in page
+    assert "<td class=words>full</td>" in page
+    assert "<p class=note>1 trial &amp; more</p>" in page
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -131,6 +131,7 @@ def test_whole_descriptions_are_read_from_the_translations(program, tmp_path, mo
     text = " lost\n\n\nDescription-md5: aa\nDescription-en: play\n chess\n\nPackage: without\n"
     (tmp_path / "deb_i18n_Translation-en").write_text(text)
     assert debian._long_descriptions(tmp_path) == {"aa": "play\nchess"}
+    assert list(debian.parse_stanzas(text.splitlines()))[1] == {"Package": "without"}
     monkeypatch.setattr(debian, "APT_HELPER", str(tmp_path / "gone"))
     with pytest.raises(DataError, match="gone could not be run"):
         debian._long_descriptions(tmp_path)

@@ -87,6 +87,12 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
         files.write_folder(folder, lambda path: (path / "a").write_text("new"))
     assert (folder / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    # and a new one leaves nothing
+    calls.append(folder)
+    del calls[1:]
+    with pytest.raises(OSError, match="Input/output"):
+        files.write_folder(tmp_path / "new", lambda path: (path / "a").write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_json_files_hold_no_nan(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""Models and data by name, as the commands that need no labels open them."""
+
+import importlib.util
+
+import pytest
+
+from layerwise.choosing.named import open_inputs
+from tiny_text import save_tiny, topic_rows
+
+
+def test_texts_of_a_named_data_set_come_without_their_labels(tmp_path, monkeypatch):
+    # the column of labels is read with the others, and no batch holds it
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": row["text"], "label": row["topic"]} for row in topic_rows(12)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": datasets.Dataset.from_list(rows)})
+    save_tiny(tmp_path / "bert", "bert")
+    opened, samples, layers = open_inputs(f"hf:{tmp_path / 'bert'}", "hf:topics", text={})
+    assert len(samples) == 12
+    batch = samples.collate([samples[0], samples[1]])
+    assert set(batch) == set(opened.example_input)
+    assert layers.head is not None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("elpv_dataset") is None, reason="needs elpv-dataset")
+def test_images_of_the_demo_come_without_their_labels():
+    # of its training part, nothing split off
+    opened, samples, _ = open_inputs("timm:test_efficientnet", "demo:elpv", pretrained=False, input_size=32)
+    assert samples[0].shape == (3, 32, 32)
+    assert opened.preprocessing.crop == (32, 32)
