@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -15,12 +15,11 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     SequentialSampler,
-    Subset,
-    TensorDataset,
 )
 
 from layerwise.errors import DataError
 from layerwise.layers.randomness import kept_random_state
+from layerwise.training.labels import labels_of, sampling_weights
 from layerwise.training.lengths import order_by_length, padded_lengths
 from layerwise.training.randomness import epoch_seed, sample_randomness, set_random_state
 
@@ -316,84 +315,6 @@ def open_batches(
     return Batches(ours_loader, source, exact=True)
 
 
-def labels_of(data: Any) -> Tensor:
-    """Return the labels of a map-style data set, int64[samples].
-
-    From ``targets`` or ``labels``, the second tensor of a `TensorDataset`, or the column ``"labels"`` or
-    ``"label"`` of a table; a `Subset` looks through. Where there is none of these every sample is
-    loaded once to see its label. A ``target_transform`` is applied to ``targets`` and ``labels``, which
-    torchvision's data sets keep as they were before it.
-
-    Raises:
-        DataError: labels are not one integer for each sample, or the data set is iterable.
-    """
-    if isinstance(data, IterableDataset):
-        raise DataError(
-            f"the labels of an iterable data set ({type(data).__name__}) are not known before it is read. "
-            "Give class_weights as one number for each class, or use a map-style data set."
-        )
-    found: Any = None
-    if isinstance(data, SeededSamples):
-        return labels_of(data.data)
-    if isinstance(data, Subset):
-        return labels_of(data.dataset)[torch.as_tensor(data.indices)]
-    if isinstance(data, TensorDataset) and len(data.tensors) > 1:
-        found = data.tensors[1]
-    for name in ("targets", "labels"):
-        if found is None and (there := getattr(data, name, None)) is not None and not callable(there):
-            found = _transformed(there, getattr(data, "target_transform", None))
-    columns = getattr(data, "column_names", None)
-    if found is None and isinstance(columns, list):
-        found = next((data[name] for name in ("labels", "label") if name in columns), None)
-    if found is None:
-        found = [_label(data[index]) for index in range(len(data))]
-    labels = torch.as_tensor(found if isinstance(found, Tensor) else list(found))
-    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(data):
-        raise DataError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(data)} samples; expected "
-            "one integer each. Class weights and weighted sampling need that."
-        )
-    return labels.long()
-
-
-def _transformed(labels: Any, transform: Callable[[Any], Any] | None) -> Any:
-    if transform is None:
-        return labels
-    return [transform(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
-
-
-def _label(sample: Any) -> int:
-    if isinstance(sample, dict):
-        return int(sample["labels"] if "labels" in sample else sample["label"])
-    return int(sample[1])
-
-
 def samples_in(data: Any) -> int | None:
     """Return the number of samples of a data set; None for an iterable one that does not tell."""
     return len(data) if hasattr(data, "__len__") else None
-
-
-def balanced_class_weights(labels: Tensor, classes: Sequence[str]) -> tuple[float, ...]:
-    """Return ``N / (K * n_k)`` for each class k: rare classes weigh more, the mean over samples is 1.
-
-    >>> balanced_class_weights(torch.tensor([0, 0, 0, 1]), ["common", "rare"])
-    (0.6666666666666666, 2.0)
-
-    Raises:
-        DataError: a class has no sample.
-    """
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
-    if missing := [name for name, count in zip(classes, counts) if not count]:
-        raise DataError(
-            f"class {', '.join(map(repr, missing))} has no training sample, so it has no balanced weight. "
-            "Give class_weights as a sequence, or add samples."
-        )
-    return tuple(len(labels) / (len(classes) * count) for count in counts)
-
-
-def sampling_weights(labels: Tensor) -> Tensor:
-    """Return one weight a sample, float64, so that all classes are drawn equally often."""
-    return 1.0 / torch.bincount(labels).double()[labels]
-
-
-Sampling = Literal["weighted"]

@@ -20,15 +20,10 @@ from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError, did_you_mean
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
-from layerwise.training.data import (
-    Batches,
-    balanced_class_weights,
-    labels_of,
-    open_batches,
-    samples_in,
-)
+from layerwise.training.data import Batches, open_batches, samples_in
 from layerwise.training.evaluate import first_output
 from layerwise.training.fingerprint import fingerprint
+from layerwise.training.labels import balanced_class_weights, labels_of
 from layerwise.training.options import PRECISIONS, CacheMode, Precision
 from layerwise.training.tasks import Batch, Scores, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of

@@ -1,4 +1,4 @@
-"""What is found out at the first batch of a phase, and what is done where it shows that a cut does not hold."""
+"""What is found out at the first batch of a phase, and what is done where a cut does not hold."""
 
 from __future__ import annotations
 

@@ -6,17 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
 from layerwise.errors import DataError
 from layerwise.layers.randomness import seed_everything
-from layerwise.training.data import (
-    EpochBatches,
-    balanced_class_weights,
-    labels_of,
-    open_batches,
-    sampling_weights,
-)
+from layerwise.training.data import EpochBatches, open_batches
+from layerwise.training.labels import labels_of
 from layerwise.training.randomness import epoch_seed, get_random_state, set_random_state
 
 
@@ -173,40 +168,6 @@ def test_data_that_cannot_be_used_is_told() -> None:
         labels_of(Stream())
 
 
-def test_labels_are_found_where_data_sets_keep_them() -> None:
-    # targets, tensors, subsets, mappings and plain samples.
-    data = numbers(6)
-    assert labels_of(data).tolist() == [0, 1, 0, 1, 0, 1]
-    assert labels_of(Subset(data, [1, 3])).tolist() == [1, 1]
-    assert labels_of(Noisy()).tolist() == [0, 1] * 5
-    assert labels_of([{"labels": 2}, {"labels": 0}]).tolist() == [2, 0]
-
-    class Folder(Noisy):
-        targets = list(range(10))  # noqa: RUF012
-
-    assert labels_of(Folder()).tolist() == list(range(10))
-    swapped = Folder()
-    swapped.target_transform = lambda label: 9 - label  # what its samples come with
-    assert labels_of(swapped).tolist() == list(range(9, -1, -1))
-    swapped.targets = torch.arange(10)
-    assert labels_of(swapped).tolist() == list(range(9, -1, -1))
-    with pytest.raises(DataError, match="one integer each"):
-        labels_of(TensorDataset(torch.zeros(3), torch.zeros(3)))
-
-
-def test_rare_classes_weigh_more() -> None:
-    # Balanced weights give each class the same total; a class without samples has none.
-    labels = torch.tensor([0] * 8 + [1] * 2)
-    weights = balanced_class_weights(labels, ["a", "b"])
-    assert weights[0] * 8 == pytest.approx(weights[1] * 2)
-    assert sampling_weights(labels)[:8].sum() == pytest.approx(sampling_weights(labels)[8:].sum())
-    with pytest.raises(DataError, match="'c'"):
-        balanced_class_weights(labels, ["a", "b", "c"])
-    order = EpochBatches(10_000, 10, weights=sampling_weights(labels.repeat(1000)), seed=0)
-    drawn = labels.repeat(1000)[torch.tensor(flat(order))]
-    assert drawn.float().mean() == pytest.approx(0.5, abs=0.02)
-
-
 def test_batches_by_length_hold_every_sample_once_and_little_padding():
     # Grouping loses no sample, keeps the smaller last batch last, differs by epoch, and saves padding.
     lengths = torch.randint(1, 100, (103,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -247,20 +208,6 @@ def test_a_sampler_that_counts_epochs_is_told_the_epoch() -> None:
 
     batches = open_batches(DataLoader(numbers(6), batch_size=2, sampler=Counting()), train=True, batch_size=1)
     assert [flat(x.tolist() for x, _ in batches.epoch(epoch)) for epoch in (0, 3)] == [[0, 5], [3, 5]]
-
-
-def test_labels_stand_in_a_column_of_a_table() -> None:
-    # Hugging Face's data sets: a column by name, without loading a sample.
-    class Table(dict):
-        column_names: list[str]
-
-        def __len__(self) -> int:
-            return 3
-
-    for name in ("labels", "label"):
-        table = Table({name: [2, 0, 1], "text": ["a", "b", "c"]})
-        table.column_names = ["text", name]
-        assert labels_of(table).tolist() == [2, 0, 1]
 
 
 def test_a_sampler_of_its_own_cannot_be_combined_with_everything() -> None:
