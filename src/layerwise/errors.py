@@ -18,7 +18,7 @@ Every message says what was wrong with the value received, what was expected, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LayerwiseError(Exception):
@@ -84,6 +84,30 @@ def plural(count: int, singular: str, several: str = "") -> str:
     ('1 epoch', '2 classes')
     """
     return f"{count:,} {singular if count == 1 else several or singular + 's'}"
+
+
+def shorten(names: Iterable[object], count: int = 3) -> str:
+    """Return the first few of some names for a message, and how many more there are.
+
+    >>> shorten(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    texts = list(map(str, names))
+    rest = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return ", ".join(texts[:count]) + rest
+
+
+def listed(summary: str, problems: Sequence[str], count: int = 10) -> str:
+    """Return a message of a summary and the first of its problems, a line each.
+
+    >>> print(listed("rows cannot be used", ["row 1 is empty", "row 4 is empty"], count=1))
+    rows cannot be used:
+      - row 1 is empty
+      - and 1 more
+    """
+    shown = [f"\n  - {problem}" for problem in problems[:count]]
+    more = f"\n  - and {len(problems) - count} more" if len(problems) > count else ""
+    return f"{summary}:{''.join(shown)}{more}"
 
 
 def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:

@@ -31,7 +31,7 @@ from layerwise.cache.samples.opening import COMPILED
 from layerwise.cache.samples.supply import one_line
 from layerwise.cache.store.room import format_bytes, give_back_memory
 from layerwise.cache.traceless import normal_tensors
-from layerwise.errors import CacheError, LayerwiseError
+from layerwise.errors import CacheError, LayerwiseError, shorten
 from layerwise.layers.structures import map_tensors, tensors_in
 
 logger = logging.getLogger("layerwise.cache")
@@ -256,9 +256,7 @@ def told(phase: Phase | None) -> str:
     if phase is None or phase.reason or phase.cut is None or phase.decision is None:
         return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
     cut, decision = phase.cut, phase.decision
-    sites = ", ".join(map(str, cut.frontier[:_TOLD]))
-    if len(cut.frontier) > _TOLD:
-        sites += f" and {len(cut.frontier) - _TOLD} more"
+    sites = shorten(cut.frontier, _TOLD)
     text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
     if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
         text += (

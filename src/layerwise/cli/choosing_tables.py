@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.cli.tables import new_table
+from layerwise.errors import shorten
 
 if TYPE_CHECKING:
     from layerwise.choosing.depths import Transferability
@@ -43,11 +44,10 @@ def shift_tables(found: Shift, classes: Sequence[str] = ()) -> Iterator[Table | 
     if found.labels is not None:
         yield transfer_table(found.labels.transfer)
         counts = found.labels.counts
-        named = [f"{classes[k] if k < len(classes) else k} {n}" for k, n in list(counts.items())[:12]]
-        more = f", and {len(counts) - 12} more" if len(counts) > 12 else ""
+        named = [f"{classes[k] if k < len(classes) else k} {n}" for k, n in counts.items()]
         ratio = found.labels.imbalance
         even = "all equally frequent" if ratio == 1 else f"largest {ratio:.3g} times the smallest"
-        yield Text(f"classes: {', '.join(named)}{more}; {even}\n")
+        yield Text(f"classes: {shorten(named, 12)}; {even}\n")
     for note in found.notes:
         yield Text(f"note: {note}")
 

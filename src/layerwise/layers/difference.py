@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layerwise.layers.layermap import LayerMap
+    from layerwise.errors import shorten
+from layerwise.layers.layermap import LayerMap
 
 _SHOWN = 5
 
@@ -47,15 +48,15 @@ class MapDifference:
             ("parameters only in the second", self.parameters_new),
         ):
             if names:
-                lines.append(f"{what}: {_listed(names)}")
+                lines.append(f"{what}: {shorten(names, _SHOWN)}")
         if self.reordered:
             lines.append("the groups that both have come in another order")
         if self.moved:
             moves = tuple(f"{name} ({old} -> {new})" for name, (old, new) in self.moved.items())
-            lines.append(f"parameters in another group: {_listed(moves)}")
+            lines.append(f"parameters in another group: {shorten(moves, _SHOWN)}")
         if self.resized:
             sizes = tuple(f"{name} ({old:,} -> {new:,})" for name, (old, new) in self.resized.items())
-            lines.append(f"groups of another size: {_listed(sizes)}")
+            lines.append(f"groups of another size: {shorten(sizes, _SHOWN)}")
         return "\n".join(lines) or "no difference"
 
 
@@ -85,8 +86,3 @@ def difference(first: LayerMap, second: LayerMap) -> MapDifference:
             and first[name].numel != second[name].numel
         },
     )
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from layerwise.errors import shorten
 from layerwise.layers.isolation import unwrap
 
 if TYPE_CHECKING:
@@ -80,9 +81,7 @@ def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) 
         table.add_row(*row, end_section=depth == 0)
     lines = [*layers.notes]
     if layers.unused:
-        shown = ", ".join(layers.unused[:_MODULES_SHOWN])
-        more = f" and {len(layers.unused) - _MODULES_SHOWN} more" * (len(layers.unused) > _MODULES_SHOWN)
-        lines.append(f"not read in the forward pass: {shown}{more}")
+        lines.append(f"not read in the forward pass: {shorten(layers.unused, _MODULES_SHOWN)}")
     table.caption = "\n".join(f"note: {line}" for line in lines) or None
     table.caption_justify = "left"
     return table

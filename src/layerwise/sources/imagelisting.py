@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerwise.errors import DataError, did_you_mean
+from layerwise.errors import DataError, did_you_mean, listed
 from layerwise.sources.imagefile import EXTENSIONS
 from layerwise.sources.tables import PARTS, label_name, read_rows, unused_split
-
-_SHOWN = 10
 
 Samples = list[tuple[Path, str]]
 
@@ -167,13 +165,6 @@ def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples])
         problems += [f"class {label!r} is in train and not in {part}" for label in sorted(train - labels)]
     if problems:
         raise DataError(listed(f"data {str(source)!r} cannot be used", problems))
-
-
-def listed(summary: str, problems: Sequence[str]) -> str:
-    """Return a message of a summary and its first problems, a line each."""
-    shown = [f"\n  - {problem}" for problem in problems[:_SHOWN]]
-    more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{summary}:{''.join(shown)}{more}"
 
 
 def is_image(path: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.errors import DataError, did_you_mean
+from layerwise.errors import DataError, did_you_mean, listed
 from layerwise.sources.imagefile import find_bad_images
 from layerwise.sources.imagelisting import (
     Samples,
@@ -16,7 +16,6 @@ from layerwise.sources.imagelisting import (
     list_folders,
     list_paths,
     list_table,
-    listed,
     raise_problems,
 )
 from layerwise.sources.imageset import ImageSet

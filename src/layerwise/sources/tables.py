@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import DataError, MissingExtraError, did_you_mean
+from layerwise.errors import DataError, MissingExtraError, did_you_mean, shorten
 
 Row = dict[str, Any]
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -149,8 +149,8 @@ def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str
         raise DataError(f"table {str(path)!r} has two columns of one name: {', '.join(names)}.")
     if problems:
         raise DataError(
-            f"table {str(path)!r} has {len(names)} columns ({', '.join(names)}) but {_some(problems)}. "
-            f"Quote cells that hold {delimiter!r}."
+            f"table {str(path)!r} has {len(names)} columns ({', '.join(names)}) but "
+            f"{shorten(problems, SHOWN)}. Quote cells that hold {delimiter!r}."
         )
     return names, rows
 
@@ -198,7 +198,7 @@ def _read_json(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
         if not isinstance(entry, dict)
     ]
     if problems:
-        raise DataError(f"table {str(path)!r}: expected objects, but {_some(problems)}.")
+        raise DataError(f"table {str(path)!r}: expected objects, but {shorten(problems, SHOWN)}.")
     names = list(dict.fromkeys(name for _, entry in entries for name in entry))
     return names, [{name: entry.get(name) for name in names} for _, entry in entries]
 
@@ -214,8 +214,3 @@ def _read_parquet(path: Path) -> tuple[list[str], list[Row]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"table {str(path)!r} is not a whole Parquet file ({error}).") from error
     return list(table.column_names), table.to_pylist()
-
-
-def _some(problems: Sequence[str]) -> str:
-    more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return ", ".join(problems[:SHOWN]) + more

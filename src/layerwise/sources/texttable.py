@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from layerwise.errors import DataError, did_you_mean
+from layerwise.errors import DataError, did_you_mean, listed
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
 from layerwise.sources.tables import Row, label_name, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
@@ -20,7 +20,6 @@ TextTask = Literal[
 TEXT_TASKS: tuple[str, ...] = get_args(TextTask)
 SEVERAL = ("multi_label", "token_classification")  # labels of a row
 MAX_CHARS = 1_000_000
-SHOWN = 10
 
 
 @dataclass
@@ -175,7 +174,7 @@ def read_texts(
     if bad and not skip_bad_rows:
         total = sum(map(len, found.parts.values()))
         raise DataError(
-            _listed(f"{len(bad)} of {total} rows cannot be used", [f"{row} {reason}" for row, reason in bad])
+            listed(f"{len(bad)} of {total} rows cannot be used", [f"{row} {reason}" for row, reason in bad])
             + "\nRepair or remove them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
         )
     notes = list(found.notes)
@@ -184,7 +183,7 @@ def read_texts(
         notes.append(f"{name}: none of its rows can be used, so the part is left out")
     if not len(parts["train"]):
         reasons = [f"{row} {reason}" for row, reason in bad]
-        raise DataError(_listed(f"data {str(source)!r} has no training row that can be used", reasons))
+        raise DataError(listed(f"data {str(source)!r} has no training row that can be used", reasons))
     classes = _classes(source, task, parts, found.label_names.get(label_column))
     if set(found.parts) == {"train"}:
         notes += unused_split(found.parts["train"], split_column)
@@ -334,7 +333,7 @@ def _classes(
             close = did_you_mean(label, train, count=1).rstrip("?")
             problems.append(f"label {label!r} is in {name} and never in train.{close}".rstrip("."))
     if problems:
-        raise DataError(_listed(f"labels of {str(source)!r} cannot be used", problems))
+        raise DataError(listed(f"labels of {str(source)!r} cannot be used", problems))
     if names is not None:
         return tuple(name for name in names if name in train)
     return tuple(_in_order(train))
@@ -398,9 +397,3 @@ def _keep_rare(targets: Sequence[Any], split: list[list[int]]) -> None:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
-
-
-def _listed(summary: str, problems: Sequence[str]) -> str:
-    shown = [f"\n  - {problem}" for problem in problems[:SHOWN]]
-    more = f"\n  - and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{summary}:{''.join(shown)}{more}"

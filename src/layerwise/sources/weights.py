@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import ModelError, did_you_mean
+from layerwise.errors import ModelError, did_you_mean, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -139,15 +139,15 @@ class Mismatch:
     def __str__(self) -> str:
         parts = []
         if self.missing:
-            parts.append(f"{len(self.missing)} missing in the file ({_some(self.missing)})")
+            parts.append(f"{len(self.missing)} missing in the file ({shorten(self.missing, SHOWN)})")
         if self.unexpected:
-            parts.append(f"{len(self.unexpected)} that the model has not ({_some(self.unexpected)})")
+            parts.append(f"{len(self.unexpected)} that the model has not ({shorten(self.unexpected, SHOWN)})")
         if self.shapes:
             wrong = [
                 f"{name}: {_shape(file)} in the file, {_shape(model)} in the model"
                 for name, (file, model) in self.shapes.items()
             ]
-            parts.append(f"{len(wrong)} of another shape ({_some(wrong)})")
+            parts.append(f"{len(wrong)} of another shape ({shorten(wrong, SHOWN)})")
         return "; ".join(parts) or "no difference"
 
 
@@ -250,11 +250,6 @@ def output_rows(mismatch: Mismatch) -> int | None:
         return None
     rows = {file[0] for file, _ in shapes.values()}
     return rows.pop() if len(rows) == 1 else None
-
-
-def _some(items: Sequence[str]) -> str:
-    more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
 
 
 def _shape(shape: tuple[int, ...] | torch.Size) -> str:

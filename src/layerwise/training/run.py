@@ -32,7 +32,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.errors import ModelError, RunError
+from layerwise.errors import ModelError, RunError, shorten
 from layerwise.files import remove_leftovers, sha256, with_nulls, write_file, write_json
 from layerwise.plans.plan import Plan
 from layerwise.training.tasks import Task, task_from_dict
@@ -88,9 +88,8 @@ def require_free(out: Path, *, data: str | None = None) -> None:
             )
     others = sorted(p.name for p in out.iterdir()) if out.exists() else []
     if others := [name for name in others if name not in _BEGUN and not name.startswith(".")]:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise RunError(
-            f"{out} holds files that are none of a run's ({', '.join(others[:3])}{more}). Name a new folder: "
+            f"{out} holds files that are none of a run's ({shorten(others)}). Name a new folder: "
             "--out (out=)."
         )
 
@@ -159,9 +158,8 @@ def runs_beside(folder: Path) -> str:
     if not names:
         return ""
     close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
-    shown = [*close, *(name for name in names if name not in close)][:8]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f" Runs in {folder.parent}: {', '.join(shown)}{more}."
+    shown = [*close, *(name for name in names if name not in close)]
+    return f" Runs in {folder.parent}: {shorten(shown, 8)}."
 
 
 def finish_run(out: Path, result: Mapping[str, Any]) -> None:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from layerwise.errors import LayerwiseError, ModelError
+from layerwise.errors import LayerwiseError, ModelError, shorten
 from layerwise.layers.layermap import LayerMap
 from layerwise.tuning.modes import held_modes
-from layerwise.tuning.norm_layers import NormLayer, find_norms, frozen_norms, shorten
+from layerwise.tuning.norm_layers import NormLayer, find_norms, frozen_norms
 from layerwise.tuning.norms import look_through, module_owners
 from layerwise.tuning.wrappers import unwrapped
 

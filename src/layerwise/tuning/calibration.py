@@ -20,10 +20,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import DataError, ModelError, did_you_mean
+from layerwise.errors import DataError, ModelError, did_you_mean, shorten
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.moments import Moments, clone_statistics, distributed, mean_shift, restore_statistics
-from layerwise.tuning.norm_layers import NormLayer, find_norms, shorten
+from layerwise.tuning.norm_layers import NormLayer, find_norms
 from layerwise.tuning.passes import Enough, Forward, Passes, before_forward, feed
 from layerwise.tuning.wrappers import unwrapped
 

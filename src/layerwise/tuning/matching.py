@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from layerwise.errors import ModelError, PlanError
+from layerwise.errors import ModelError, PlanError, shorten
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
@@ -144,9 +144,6 @@ def check_ddp(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def some(names: list[str], count: int = 3) -> str:
+def some(names: list[str]) -> str:
     """Return the first few of `names` for a message, and how many more there are."""
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(map(repr, names[:count])) + more
+    return shorten(map(repr, names)) or "nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from layerwise.errors import shorten
 from layerwise.tuning.modes import pinned
 
 Kind = Literal["running", "batch", "plain"]
@@ -158,17 +158,6 @@ def small_batch_warning(model: nn.Module, batch_size: int) -> str | None:
         "give statistics that eval mode never sees. Use the policy 'freeze' (Norms(policy='freeze')) or "
         f"'calibrate', or batches above {SMALL_BATCH}; accumulating gradients does not help."
     )
-
-
-def shorten(names: Iterable[str], count: int = 3) -> str:
-    """Return ``"a, b, c and 5 more"`` for a list of names.
-
-    >>> shorten(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
-    """
-    names = list(names)
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
 
 
 def _distributed() -> bool:

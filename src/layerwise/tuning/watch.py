@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, shorten
 from layerwise.tuning.modes import pinned
-from layerwise.tuning.norm_layers import frozen_norms, shorten
+from layerwise.tuning.norm_layers import frozen_norms
 from layerwise.tuning.wrappers import unwrapped
 
 
