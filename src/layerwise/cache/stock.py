@@ -121,7 +121,7 @@ class Stock:
         assert feed.link is not None
         weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
         return column_key(
-            f"torch {torch.__version__}",
+            f"torch {torch.__version__} {_processor(feed.link.device)}",
             what,
             weights,
             source.structure if source is not None else "",
@@ -304,6 +304,12 @@ def _inner(dataset: Any) -> Any:
 def checked_folder(folder: str | Path | None) -> Path | None:
     """Return `folder` as a path with ``~`` resolved."""
     return None if folder is None else Path(folder).expanduser()
+
+
+def _processor(device: torch.device) -> str:
+    """Return what chooses torch's kernels on this machine, and so last bits: machines may share a folder."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return f"{torch.backends.cpu.get_cpu_capability()} {name}"
 
 
 def _bits_of(feed: Feed) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from layerwise.errors import shorten
+
 if TYPE_CHECKING:
-    from layerwise.errors import shorten
-from layerwise.layers.layermap import LayerMap
+    from layerwise.layers.layermap import LayerMap
 
 _SHOWN = 5
 

@@ -32,6 +32,10 @@ from layerwise.layers.structures import map_tensors, tensors_in
 
 _SMALL = 2**16  # elements: up to here masks, indices and flags keep their real values
 _PYTHON_READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__)
+_ADDRESSES = (
+    torch.Tensor.data_ptr,
+    torch.Tensor.__dlpack__,
+)  # of a fake tensor: null, and reading it crashes
 _SMALL_PRODUCT = 2**24  # elements: bound on what broadcasting small tensors against each other makes
 
 
@@ -410,6 +414,8 @@ class _PythonReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _ADDRESSES and isinstance(args[0], FakeTensor):
+            raise RuntimeError(f"{func.__name__}() asks for the memory of a tensor without data")
         if func in _PYTHON_READS:
             self._note(func.__name__, args[0])
         return func(*args, **(kwargs or {}))

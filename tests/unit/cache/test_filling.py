@@ -244,16 +244,16 @@ class ByName(nn.Conv2d):
 
 
 class TwoBranches(nn.Module):
-    """Both convolutions run before their batch-norms; another one has none."""
+    """Both convolutions run before their batch-norms; another one has none, nor has a batch-norm."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), ByName(3, 4, 3, padding=1, bias=False)
         self.one_norm, self.other_norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.third, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+        self.norm, self.third, self.fc = nn.BatchNorm2d(3), nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
 
     def forward(self, x):
-        one, other = self.one(x), self.other(x)
+        one, other = self.one(x), self.other(self.norm(x))
         return self.fc(self.third(self.one_norm(one) + self.other_norm(other)).mean((2, 3)))
 
 

@@ -1,17 +1,17 @@
-"""What is found out at the first batch of a phase, and what is done where a cut does not hold."""
+"""What shows at the first batch of a phase, and what is done where a cut does not hold."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import layerwise
 from cache_loops import both, images, off
-from helpers import TinyCNN
 
 
 class Pooling(nn.Module):
@@ -58,33 +58,50 @@ def test_a_module_that_is_called_in_the_recording_only_is_not_cut_at() -> None:
     assert "cut at body (" in both(make, images, "head").text
 
 
-class InTurn(Sampler[list[int]]):
-    """One batch in the first epoch; in the second, others come before it."""
+class Begun(Sampler[list[int]]):
+    """One batch in the first of three epochs, all in the others."""
 
     def __init__(self) -> None:
-        self.begun = 0
+        self.epochs = 0
 
-    def __iter__(self) -> Any:
-        self.begun += 1
-        first, *others = [list(range(start, start + 4)) for start in range(0, 20, 4)]
-        return iter({1: [first], 2: [*others, first]}.get(self.begun % 3, [first, *others]))
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epochs += 1
+        batches = [list(range(start, start + 4)) for start in range(0, 20, 4)]
+        return iter(batches[:1] if self.epochs % 3 == 1 else batches)
 
     def __len__(self) -> int:
         return 5
 
 
-def test_values_of_another_mode_are_not_kept_where_they_cannot_be_compared() -> None:
-    # no sample of the first batch in eval mode has a value yet, so nothing shows that the modes agree
-    class Moody(TinyCNN):
-        def forward(self, x):
-            x = self.stem(x) if self.training else self.stem(x) * 2
-            return self.fc(self.flatten(self.pool(self.layer2(self.layer1(x)))))
+class Recurrent(nn.Module):
+    """Its kernel rounds otherwise where no gradients are asked for."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(64, 64, 2, batch_first=True, bidirectional=True), nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0].mean(1))
+
+
+def looked_at_in_eval_mode(model: nn.Module, batch: Any) -> Tensor:
+    if model.training:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return loss + 0 * model.head.bias.sum()
+
+
+def test_values_of_another_kernel_are_not_kept_where_they_cannot_be_compared() -> None:
+    # no sample of the batch that is looked at without gradients has a value: nothing shows that bits differ
+    inputs = torch.randn(20, 12, 64, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(inputs, torch.arange(20) % 4)
     cached = both(
-        Moody, images, "layer2", "fc", before_epoch=lambda model, epoch: model.train(epoch != 1),
-        loader_options={"batch_size": 1, "shuffle": False, "batch_sampler": InTurn()},
+        Recurrent, lambda: data, "head", step=looked_at_in_eval_mode,
+        before_epoch=lambda model, epoch: model.train(epoch != 1),
+        loader_options={"batch_size": 1, "shuffle": False, "batch_sampler": Begun()},
     )  # fmt: skip
-    assert "cut at layer1" in cached.text
+    assert "cut at" in cached.text
 
 
 class Counting(nn.Sequential):

@@ -124,7 +124,10 @@ def counted(samples: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("collate", "told"),
-    [(similar, "samples differ in shape from batch to batch"), (counted, r"have the shapes \[.*, \(\)\]")],
+    [
+        (similar, r"differ in shape from batch to batch \(\(4,\), then \(2,\)\)"),
+        (counted, r"have the shapes \[.*, \(\)\]"),
+    ],
 )
 def test_tensors_that_are_not_made_of_samples(collate, told) -> None:
     # a row for each sample is as long as the batch, or a number has no rows
@@ -169,6 +172,38 @@ def test_a_word_that_is_another_one_for_later_batches(special, epochs) -> None:
     cached = both(TinyCNN, Numbered, *LAST, step=by_word, loader_options=options)
     assert "samples have 2 shapes" in cached.text
     assert cached.cache._supplies[0].replays == len(epochs[-1])
+
+
+# -- a part of a batch ----------------------------------------------------------------------------
+
+
+class WithTable(nn.Module):
+    """Returns a table beside its features, the same for all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 4, 3), nn.Embedding(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(x), self.table(torch.arange(6))
+
+
+class Tabled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mix, self.fc = WithTable(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features, table = self.body(x)
+        return self.fc(features.mean((2, 3)) + self.mix(table).mean(0))
+
+
+def test_one_sample_that_is_missing_beside_a_value_that_is_none_of_samples() -> None:
+    # it is computed in a full batch, of which the table is no part
+    options = given([[0, 1, 2, 3]], [[0, 1, 2, 4], [3, 5, 6, 7]], [[4, 5, 6, 7]])
+    cached = both(Tabled, images, "mix", "fc", loader_options=options)
+    assert cached.cache._supplies[0].replays == 1
+    assert "8 of 22 samples stored" in cached.text
 
 
 # -- how the model is called ----------------------------------------------------------------------

@@ -15,15 +15,11 @@ class Source:
 
     Attributes:
         tensors: names of the parameters and buffers that it depends on.
-        structure: hash of the operations that it depends on, with their order and module calls.
-        inputs: the model's inputs that it depends on.
-        flops: of those operations, for the recorded batch.
+        structure: hash of the operations that it depends on, with their order, inputs and module calls.
     """
 
     tensors: tuple[str, ...]
     structure: str
-    inputs: tuple[int, ...]
-    flops: int
 
 
 def source_of(recording: Recording, value: Read) -> Source:
@@ -38,17 +34,13 @@ def source_of(recording: Recording, value: Read) -> Source:
     position = {index: number for number, index in enumerate(sorted(ancestors))}
     digest = hashlib.sha256()
     tensors: set[str] = set()
-    inputs: set[int] = set()
-    flops = 0
     for index, number in position.items():
         op = recording.ops[index]
         tensors |= {*op.parameters, *op.buffers}
-        inputs |= set(op.inputs)
-        flops += op.flops
         sources = [position[source] for source in op.sources]
         where = op.call.path if op.call is not None else ""
         constants = [recording.values[key].content for key in op.reads if recording.values[key].content]
-        text = f"{number} {op.name} {where} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
-        digest.update(f"{text}\n".encode())
+        read = f"{op.inputs} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
+        digest.update(f"{number} {op.name} {where} {read}\n".encode())
     digest.update(str(position.get(value.writer if value.writer is not None else -1)).encode())
-    return Source(tuple(sorted(tensors)), digest.hexdigest(), tuple(sorted(inputs)), flops)
+    return Source(tuple(sorted(tensors)), digest.hexdigest())

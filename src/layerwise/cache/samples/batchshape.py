@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -117,8 +118,11 @@ class BatchShape:
             OtherShapeError: they are others.
         """
         if self.rows != rows:
+            pairs = zip_longest(rows, self.rows, fillvalue=((), None))
+            differing = next(((one, other) for one, other in pairs if one != other))
+            before, now = next(pair for pair in zip(*differing) if pair[0] != pair[1])
             raise OtherShapeError(
-                f"samples differ in shape from batch to batch ({rows[0][0]}, then {self.rows[0][0]}): "
+                f"samples differ in shape from batch to batch ({before}, then {now}): "
                 f"padding to the longest of a batch changes the last bits of what the prefix computes. Pad "
                 f"each sample to a length of its own, and make batches of one length: "
                 f"layerwise.training.data.EpochBatches(lengths=...)."

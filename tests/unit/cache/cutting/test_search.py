@@ -62,8 +62,23 @@ def test_what_is_read_is_named_for_the_fingerprint() -> None:
     found = cut(Tokens().eval(), X, "blocks.1", "norm", "head")
     (source,) = found.sources.values()
     assert source.tensors == ("blocks.0.bias", "blocks.0.weight", "embed.bias", "embed.weight", "position")
-    assert source.inputs == (0,)
     assert 0 < found.skipped_flops < found.flops
+
+
+def test_another_input_has_another_structure() -> None:
+    class Chosen(nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.body, self.head, self.number = nn.Linear(4, 4), nn.Linear(4, 2), number
+
+        def forward(self, *inputs):
+            return self.head(self.body(inputs[self.number]))
+
+    pair = torch.zeros(3, 4), torch.zeros(3, 4)
+    names = frozenset({"head.weight"})
+    found = [find_cut(record(Chosen(number), pair), names).sources for number in (0, 0, 1)]
+    one, same, other = ({source.structure for source in sources.values()} for sources in found)
+    assert one == same != other
 
 
 def test_other_operations_have_another_structure() -> None:

@@ -1,0 +1,97 @@
+"""Where values are kept when room is short, and when what is found in a folder is not what is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import layerwise
+from cache_loops import assert_same, images, train
+from helpers import TinyCNN
+from layerwise.cache.store import decision
+from layerwise.files import sha256
+
+LAST = ("layer2", "fc")
+
+
+def test_values_of_another_machine_are_not_taken(tmp_path: Path) -> None:
+    # a folder that machines share holds numbers whose last bits are those of another processor
+    options = {"cached": True, "storage": "disk", "folder": tmp_path}
+    train(TinyCNN, images(), *LAST, **options)
+    for folder in tmp_path.iterdir():
+        meta = json.loads((folder / "meta.json").read_text())
+        if "layer1" in meta["what"]:
+            size = meta["rows"] * math.prod(meta["shape"])
+            torch.from_file(str(folder / "rows.bin"), shared=True, size=size).mul_(1 + 1e-6)
+            (folder / "meta.json").write_text(json.dumps(meta | {"sha256": sha256(folder / "rows.bin")}))
+    plain = train(TinyCNN, images(), *LAST, cached=False)
+    cached = train(TinyCNN, images(), *LAST, **options)
+    assert_same(plain, cached)
+    assert "disk, cut at layer1" in cached.text
+    assert len(list(tmp_path.iterdir())) == 2  # and nothing half-made
+
+
+def test_values_of_another_kind_of_processor_have_a_name_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    options = {"cached": True, "storage": "disk", "folder": tmp_path}
+    train(TinyCNN, images(), *LAST, **options)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
+    train(TinyCNN, images(), *LAST, **options)
+    assert len(list(tmp_path.iterdir())) == 4  # the value and the labels, twice
+
+
+class Narrowing(nn.Module):
+    """The value that a later phase needs is eight times as large as that of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, stride=2, padding=1)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.high(self.low(x)).mean((2, 3)))
+
+
+def unfrozen(budget_bytes: int | None, *, cached: bool = True) -> tuple[dict[str, Tensor], str, set[str]]:
+    """Train the head, then more; return the weights, what is told, and where the first phase kept values."""
+    torch.manual_seed(0)
+    model, data = Narrowing(), images(16)
+    loader = DataLoader(data, batch_size=4)
+    layers = layerwise.layer_map(model, data.inputs[:2])
+    plan = layerwise.gradual_unfreezing(layers, epochs=9)
+    tuner = layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+    )
+    cache = layerwise.PrefixCache(model, loader, tuner=tuner, budget_bytes=budget_bytes)
+    places: list[set[str]] = []
+    for _ in tuner.epochs():
+        model.train()
+        for x, y in cache.batches() if cached else loader:
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+        places.append({column.where for column in cache.stock._held})
+    return model.state_dict(), cache.describe(), places[0]
+
+
+@pytest.mark.parametrize(
+    ("budget_bytes", "first", "told"),
+    [
+        (None, {"memory"}, "memory, cut at low"),
+        (32_800, {"memory", "disk"}, "disk, cut at low"),
+        (4_000, {"memory"}, "fit neither in the memory budget"),
+    ],
+)
+def test_a_later_phase_takes_what_room_there_is(monkeypatch, budget_bytes, first, told) -> None:
+    # in memory, else on the disk; else it is looked at again when it comes
+    monkeypatch.setattr(decision, "_LEAST_GAIN", 0.0)
+    plain, *_ = unfrozen(None, cached=False)
+    cached, text, places = unfrozen(budget_bytes)
+    assert all(torch.equal(value, cached[name]) for name, value in plain.items())
+    assert places == first
+    assert "memory, cut at" in text.splitlines()[0]
+    assert told in text
