@@ -106,7 +106,6 @@ MODELS: dict[str, Callable[[], Net]] = {
     "deque": lambda: Net(lambda e, x, y: deque([1]), counted),
     "tolist": lambda: Net(nothing, by_python(Tensor.tolist)),
     "numpy": lambda: Net(nothing, by_python(Tensor.numpy)),
-    "DLPack": lambda: Net(nothing, by_python(torch.from_dlpack)),  # read from null it would end the process
 }
 
 

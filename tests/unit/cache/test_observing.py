@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import layerwise
 from cache_loops import both, images, off
+from helpers import TinyCNN
 
 
 class Pooling(nn.Module):
@@ -156,3 +157,13 @@ def test_a_value_that_only_a_later_phase_needs_and_that_cannot_be_stored() -> No
     first, second, _ = text.splitlines()
     assert "cut at input of head" in first
     assert "off: the output of body.low holds a number that depends on the batch size" in second
+
+
+class ByDLPack(TinyCNN):
+    def forward(self, x):
+        return super().forward(torch.from_dlpack(x * 2))
+
+
+def test_memory_that_a_recording_does_not_have() -> None:
+    # DLPack would read it from address 0, and end the process
+    assert "cut at" in both(ByDLPack, images, "fc").text
