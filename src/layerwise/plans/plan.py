@@ -22,7 +22,7 @@ from layerwise.plans.data import Data
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
-    from layerwise.plans.explain import Explanation
+    from layerwise.plans.explanation import Explanation
 
 Multiplier = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from layerwise.training import setup
+from layerwise.training.processes import sum_over_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,4 +55,4 @@ class Window:
 
     def _mean_over_processes(self, size: float) -> float:
         processes: int = self._accelerator.num_processes
-        return setup.sum_over_processes(self._accelerator, size)[0] / processes
+        return sum_over_processes(self._accelerator, size)[0] / processes

@@ -17,13 +17,14 @@ from rich.text import Text
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.randomness import kept_random_state
-from layerwise.plans.explain import Explanation
+from layerwise.plans.explanation import Explanation
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.data import Batches, open_batches
 from layerwise.training.evaluate import first_output
 from layerwise.training.memory import peak_memory
 from layerwise.training.options import find_optimizer
+from layerwise.training.processes import open_accelerator
 from layerwise.training.progress import format_seconds
 from layerwise.training.tasks import Task, split_batch
 from layerwise.tuning.tuner import Tuner
@@ -161,7 +162,7 @@ def dry_run(
     """
     from accelerate.utils import send_to_device
 
-    accelerator = setup.open_accelerator(precision, device, None, None)
+    accelerator = open_accelerator(precision, device, None, None)
     batches = open_batches(train, train=True, batch_size=batch_size, seed=seed)
     held_out = None if val is None else open_batches(val, train=False, batch_size=batch_size)
     first = setup.first_batch(batches)

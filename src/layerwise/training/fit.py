@@ -24,6 +24,7 @@ from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_start, check_weights, explained, finite_loss
 from layerwise.training.history import History, name_of, not_finite
+from layerwise.training.monitoring import has_stalled, is_better, monitored_value
 from layerwise.training.options import (
     CacheMode,
     Keep,
@@ -32,6 +33,7 @@ from layerwise.training.options import (
     check_same_run,
     find_optimizer,
 )
+from layerwise.training.processes import gather_objects, joined, open_accelerator, sum_over_processes
 from layerwise.training.progress import Reporter
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.result import Result
@@ -187,7 +189,7 @@ def fit(
         require_free(folder)  # before a tracker writes into it
 
     # Data, task, and what the run is.
-    accelerator = setup.open_accelerator(precision, device, trackers, folder)
+    accelerator = open_accelerator(precision, device, trackers, folder)
     rank, world = accelerator.process_index, accelerator.num_processes
     written = folder if accelerator.is_main_process else None  # one process writes
     seed_everything(seed + rank)
@@ -263,7 +265,7 @@ def fit(
     def save(*, inside: bool) -> None:
         """Write a checkpoint of the moment; `inside` says that the epoch at hand is not over."""
         check_weights(model, step=tuner.step_count, out=folder)
-        randoms = setup.gather_objects(accelerator, get_random_state())
+        randoms = gather_objects(accelerator, get_random_state())
         if folder is None or not accelerator.is_main_process:
             return
         state = {
@@ -327,7 +329,7 @@ def fit(
                     setup.warn_of_more_batches(count)
                     break
                 if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
-                    runner, wrapped_phase = setup.joined(accelerator, model), tuner.phase_index
+                    runner, wrapped_phase = joined(accelerator, model), tuner.phase_index
                 batch = send_to_device(batch, accelerator.device)
                 with accelerator.autocast():
                     output = task.forward(runner, batch)
@@ -376,10 +378,10 @@ def fit(
                     on_batch=lambda: interrupt.raise_if_requested(go_on),
                     cache=prefix,
                 )
-            monitored = setup.monitored_value(scores, task)
+            monitored = monitored_value(scores, task)
             steps = tuner.step_in_epoch
             tuner.end_epoch(monitored, mode=task.mode)
-            loss_sum, size = setup.sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
+            loss_sum, size = sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
             entry = {
                 "epoch": epoch,
                 "phase": phase,
@@ -398,7 +400,7 @@ def fit(
             if (
                 monitored is None
                 or keep == "last"
-                or setup.is_better(monitored, now.best.value, task.mode, **losses)
+                or is_better(monitored, now.best.value, task.mode, **losses)
             ):
                 now.best = Best.of(epoch, task.monitor, scores)
                 if folder is None and keep == "best" and held_out is not None:
@@ -407,7 +409,7 @@ def fit(
                     now.best.sha256 = save_weights(model, weights_file(folder))
             if early_stopping is not None and monitored is not None:
                 monitors = history.values(task.monitor)
-                now.stopped_early = setup.has_stalled(monitors, task.mode, patience_epochs=early_stopping)
+                now.stopped_early = has_stalled(monitors, task.mode, patience_epochs=early_stopping)
             now.timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
             save(inside=False)
             reporter.epoch(

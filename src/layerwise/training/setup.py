@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError, did_you_mean
+from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
 from layerwise.training.evaluate import first_output
 from layerwise.training.fingerprint import fingerprint
 from layerwise.training.labels import balanced_class_weights, labels_of
-from layerwise.training.options import PRECISIONS, CacheMode, Precision
-from layerwise.training.tasks import Batch, Scores, Task, infer_task, run_model
+from layerwise.training.options import CacheMode
+from layerwise.training.tasks import Batch, Task, infer_task, run_model
 from layerwise.training.text_tasks import task_of
 from layerwise.tuning.audit import Audit, audit
 from layerwise.tuning.norm_layers import small_batch_warning
-from layerwise.tuning.stall import Stall
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import Watch, WatchReport
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    pass
 
 REMEMBERED = (
     "lr",
@@ -53,44 +50,6 @@ REMEMBERED = (
     "keep",
 )
 """Options of `fit` that shape the result, so that a resumed run must have the same ones."""
-
-
-def open_accelerator(
-    precision: Precision,
-    device: Literal["auto", "cpu"],
-    trackers: str | Sequence[str] | None,
-    out: Path | None,
-) -> Accelerator:
-    """Return accelerate's object for devices, precision, processes and trackers.
-
-    Raises:
-        TrainingError: a tracker's package is not installed (accelerate itself would leave it out).
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
-
-    wanted = [trackers] if isinstance(trackers, str) else list(trackers or ())
-    ready = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    if missing := [name for name in wanted if name not in (*ready, "all")]:
-        raise TrainingError(
-            f"tracker {', '.join(map(repr, missing))} is not known, or its package is not installed (ready: "
-            f"{', '.join(ready) or 'none'}). Install the package of that name, or leave trackers out: "
-            "history.jsonl holds the same numbers."
-        )
-
-    shared = AcceleratorState._shared_state  # one for the whole process, so two runs must agree or reset it
-    if shared and shared.get("_mixed_precision") != PRECISIONS[precision]:
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=PRECISIONS[precision],
-        cpu=device == "cpu",
-        log_with=trackers,
-        project_dir=None if out is None else str(out),
-    )
-    if trackers is not None:
-        accelerator.init_trackers("layerwise")
-    return accelerator
 
 
 def first_batch(batches: Batches) -> Batch:
@@ -338,83 +297,3 @@ def _fingerprints(train: Batches, val: Batches | None) -> dict[str, str | None]:
         "train_fingerprint": fingerprint(train.data),
         "val_fingerprint": None if val is None else fingerprint(val.data),
     }
-
-
-def joined(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Return a wrapper that averages the gradients of all processes, of the parameters that learn now.
-
-    Not accelerate's ``prepare_model``: that also puts autocast and casts into the model's own ``forward``,
-    once more at each phase, and leaves them there.
-    """
-    device = accelerator.device
-    return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
-
-
-def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:
-    """Return the value of each process, in order of rank."""
-    if accelerator.num_processes == 1:
-        return [value]
-    from accelerate.utils import gather_object
-
-    gathered: list[Any] = gather_object([value])
-    return gathered
-
-
-def sum_over_processes(accelerator: Accelerator, *values: float) -> list[float]:
-    """Return each value summed over all processes."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    summed: Tensor = accelerator.reduce(
-        torch.tensor(values, dtype=torch.float64, device=accelerator.device), reduction="sum"
-    )
-    return [float(value) for value in summed]
-
-
-def monitored_value(scores: Scores, task: Task) -> float | None:
-    """Return the value of the task's monitor; None where nothing was measured.
-
-    Raises:
-        TrainingError: other metrics were measured than the task's monitor.
-    """
-    if scores.values and task.monitor not in scores.values:
-        raise TrainingError(
-            f"the task's monitor {task.monitor!r} is not measured, so no epoch would be the best one; "
-            f"measured are {', '.join(scores.values)}.{did_you_mean(task.monitor, scores.values)} Name one "
-            "of them as the task's monitor."
-        )
-    return scores.values.get(task.monitor)
-
-
-def is_better(
-    value: float,
-    than: float | None,
-    mode: Literal["max", "min"],
-    *,
-    loss: float | None = None,
-    than_loss: float | None = None,
-) -> bool:
-    """Return whether `value` improves on `than`: on nothing, always; NaN never does, and all beat it.
-
-    Of equal values the one with the lower loss is better, where both losses are known.
-    """
-    if than is None:
-        return True
-    if math.isnan(than):
-        return not math.isnan(value)
-    if value == than and loss is not None and than_loss is not None:
-        return is_better(loss, than_loss, "min")
-    return value > than if mode == "max" else value < than
-
-
-def has_stalled(values: Sequence[float], mode: Literal["max", "min"], *, patience_epochs: int) -> bool:
-    """Return whether the last `patience_epochs` values are no better than the best before them (`Stall`).
-
-    >>> has_stalled([0.5, 0.7, 0.6, 0.7], "max", patience_epochs=2)
-    True
-    >>> has_stalled([0.5, 0.7, 0.6], "max", patience_epochs=2)
-    False
-    """
-    stall = Stall()
-    for value in values:
-        stall.update(value, mode)
-    return stall.bad_epochs >= patience_epochs

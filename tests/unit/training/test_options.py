@@ -7,8 +7,8 @@ import torch
 
 from layerwise.errors import RunError, TrainingError
 from layerwise.plans.plan import Plan
+from layerwise.training.monitoring import has_stalled, is_better
 from layerwise.training.options import check_options, check_same_run, find_optimizer
-from layerwise.training.setup import has_stalled, is_better
 
 GOOD = {
     "lr": 1e-3,

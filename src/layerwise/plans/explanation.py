@@ -1,0 +1,245 @@
+"""`Explanation`: what a plan does and when, as numbers, and as a timeline and a heat map to look at."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.errors import plural
+
+JOINING = "joining groups warm up for"
+"""How the note of a phase begins that holds from the second phase on."""
+_SHADES = "·░▒▓█"
+_MOST_ROWS = 40
+_MOST_ROWS_OF_GROUPS = 80
+
+
+@dataclass(frozen=True)
+class GroupRates:
+    """The rates of one group in one phase, as multiples of η or, with a base rate, absolute.
+
+    Attributes:
+        name: the group.
+        start: at the first step of the phase.
+        peak: the highest of the phase.
+        end: at its last step.
+        parameters: number of scalars that learn in the group.
+    """
+
+    name: str
+    start: float
+    peak: float
+    end: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase of a plan.
+
+    Attributes:
+        name: of the phase.
+        first_step: number of its first optimiser step, from 0.
+        steps: its length.
+        epochs: its length in epochs where it is counted in epochs, else None.
+        groups: those that learn, input -> output.
+        trainable: number of scalars that learn; where groups are drawn, the most that do at a time. A norm
+            policy may add the affine parameters of norms in frozen groups, or take them away in others.
+        notes: what else is special: schedule, norms, regularisation.
+    """
+
+    name: str
+    first_step: int
+    steps: int
+    epochs: int | None
+    groups: tuple[GroupRates, ...]
+    trainable: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan does: ``print`` it, or take `to_dict` for a machine.
+
+    Attributes:
+        strategy: how the plan was made.
+        lr: the base rate, or None where rates are multiples of it.
+        steps_per_epoch: that lengths were computed with.
+        assumed: whether `steps_per_epoch` was not given.
+        total: number of scalars in the model.
+        phases: in order.
+        groups: all groups, input -> output.
+        heat_steps: the steps at which `heat` was read.
+        heat: for each group its rate at each of `heat_steps`.
+    """
+
+    strategy: str
+    lr: float | None
+    steps_per_epoch: int
+    assumed: bool
+    total: int
+    phases: tuple[PhaseSummary, ...]
+    groups: tuple[str, ...]
+    heat_steps: tuple[int, ...]
+    heat: tuple[tuple[float, ...], ...]
+
+    @property
+    def steps(self) -> int:
+        """Length of the plan in optimiser steps."""
+        return sum(phase.steps for phase in self.phases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON."""
+        return {**asdict(self), "steps": self.steps}
+
+    def __str__(self) -> str:
+        """Return the text of `__rich__` without colours, 110 columns wide."""
+        console = Console(file=io.StringIO(), width=110, no_color=True, force_terminal=False)
+        console.print(self)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def __rich__(self) -> Group:
+        """Return the timeline and the heat map for a Rich console."""
+        return Group(
+            Text(self._title()), self._table(), self._heat_map(), Text(self._footnote(), style="dim")
+        )
+
+    def _title(self) -> str:
+        epochs = math.ceil(self.steps / self.steps_per_epoch)
+        phases, length = plural(len(self.phases), "phase"), plural(epochs, "epoch")
+        title = f"{self.strategy}: {phases}, {length}, {self.steps:,} steps"
+        return "\n".join([title, *(f"  {note}" for note in self._common_notes())])
+
+    def _common_notes(self) -> list[str]:
+        """Return the notes that hold for all phases (nothing joins in the first one)."""
+        later = self.phases[1:] or self.phases
+        return [
+            note
+            for note in later[0].notes
+            if all(note in phase.notes for phase in later)
+            and (note in self.phases[0].notes or note.startswith(JOINING))
+        ]
+
+    def _footnote(self) -> str:
+        rates = "rates are multiples of the learning rate" if self.lr is None else f"base rate {self.lr:g}"
+        steps = f"{plural(self.steps_per_epoch, 'step')} an epoch{' (assumed)' if self.assumed else ''}"
+        frozen = (
+            "groups that are not named are frozen" if self._is_long else "a group without a row is frozen"
+        )
+        return f"{rates}; {steps}; {frozen}"
+
+    @property
+    def _is_long(self) -> bool:
+        """Whether a row for each phase and group would be too many: they grow with the square of groups."""
+        return len(self.phases) > 2 and sum(len(phase.groups) for phase in self.phases) > _MOST_ROWS
+
+    def _table(self) -> Table:
+        """Return a row for each phase and group that learns; for a long plan a row for each phase."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("phase", max_width=44)
+        for title in ("length", "trainable"):
+            table.add_column(title, justify="right", no_wrap=True)
+        if self._is_long:
+            table.add_column("groups that learn", no_wrap=True)
+            rates = ["highest peak", "lowest peak"]
+        else:
+            table.add_column("group", no_wrap=True)
+            rates = ["start", "peak", "end"]
+        for title in rates:
+            table.add_column(title, justify="right", no_wrap=True)
+        common = self._common_notes()
+        for number, phase in enumerate(self.phases):
+            length = f"{phase.steps:,} steps"
+            if phase.epochs is not None:
+                length = plural(phase.epochs, "epoch")
+            share = f"{_count(phase.trainable)} {phase.trainable / max(self.total, 1):6.1%}"
+            first = [f"{number + 1} {phase.name}", length, share]
+            left = [first, *([f"  {note}", "", ""] for note in phase.notes if note not in common)]
+            right = [self._range(phase)] if self._is_long else self._group_rows(phase)
+            nothing = [""] * (1 + len(rates))
+            last = number + 1 == len(self.phases)
+            for row in range(max(len(left), len(right))):
+                table.add_row(
+                    *(left[row] if row < len(left) else ["", "", ""]),
+                    *(right[row] if row < len(right) else nothing),
+                    end_section=row + 1 == max(len(left), len(right)) and not last and not self._is_long,
+                )
+        return table
+
+    def _group_rows(self, phase: PhaseSummary) -> list[list[str]]:
+        """Return a row a group, output on top; of very many groups only the outermost."""
+        rows = [
+            [group.name, *(_rate(value) for value in (group.start, group.peak, group.end))]
+            for group in reversed(phase.groups)
+        ]
+        if len(rows) > _MOST_ROWS_OF_GROUPS:
+            rows[2:-2] = [[f"... {len(rows) - 4} between", "", "", ""]]
+        return rows
+
+    def _range(self, phase: PhaseSummary) -> list[str]:
+        """Return which groups learn, from the output on, and the highest and the lowest of their peaks."""
+        if not phase.groups:
+            return ["none", "", ""]
+        names = [group.name for group in phase.groups]
+        first = self.groups.index(names[0])
+        whole = names == list(self.groups[first : first + len(names)])
+        words = names[0] if len(names) == 1 else f"{names[-1]} {'to' if whole else '...'} {names[0]}"
+        peaks = [group.peak for group in phase.groups]
+        return [f"{words} ({len(names)})", _rate(max(peaks)), _rate(min(peaks))]
+
+    def _heat_map(self) -> Table:
+        """Return groups (output on top) x time; darker and warmer is faster, on a logarithmic scale."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(justify="right")
+        table.add_column(no_wrap=True)
+        highest = max((rate for row in self.heat for rate in row), default=0.0)
+        positive = [rate for row in self.heat for rate in row if rate > highest * 1e-3]
+        lowest = min(positive, default=0.0)
+        for name, row in reversed(list(zip(self.groups, self.heat))):
+            cells = Text()
+            for rate in row:
+                cells.append(*_cell(rate, lowest, highest))
+            table.add_row(name, cells)
+        table.add_row("", Text(self._axis()))
+        return table
+
+    def _axis(self) -> str:
+        """Return a line that marks where each phase starts, by its number."""
+        line = [" "] * len(self.heat_steps)
+        for number, phase in enumerate(self.phases):
+            column = next((i for i, step in enumerate(self.heat_steps) if step >= phase.first_step), None)
+            label = str(number + 1)
+            if column is not None and all(cell == " " for cell in line[column : column + len(label)]):
+                line[column : column + len(label)] = label
+        return "".join(line[: len(self.heat_steps)])
+
+
+def _cell(rate: float, lowest: float, highest: float) -> tuple[str, str]:
+    """Return the character and the style of one cell of the heat map."""
+    if rate <= 0:
+        return _SHADES[0], "dim"
+    height = 1.0
+    if highest > lowest:
+        height = min(1.0, max(0.0, math.log(rate / lowest) / math.log(highest / lowest)))
+    shade = _SHADES[1 + min(3, int(height * 4))]
+    red, blue = round(60 + 195 * height), round(220 - 180 * height)
+    return shade, f"#{red:02x}{round(90 + 60 * height):02x}{blue:02x}"
+
+
+def _rate(value: float) -> str:
+    return "0" if value == 0 else f"{value:.3g}" if value >= 0.01 else f"{value:.2e}"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
