@@ -278,6 +278,11 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
         raise DataError(
             f"{', '.join(map(_option, job.text))}: {job.data!r} is no table. Leave it out, or give a table."
         )
+    if job.data.startswith(("hf:", "demo:")) and not job.data.startswith(DEMO_DATA):
+        raise DataError(
+            f"data {job.data!r} is no set of images: named are {DEMO_DATA} alone, and hf: data are "
+            "texts, for hf: models that read them. Give a folder with a folder of images a class, or a table."
+        )
     if not job.data.startswith(DEMO_DATA):
         return open_images(
             job.data,

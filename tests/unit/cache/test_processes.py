@@ -57,7 +57,7 @@ DDP = """
 """
 
 PREPARED = """
-    import os, sys
+    import os, sys, time
     sys.path.insert(0, {tests!r})
     os.environ |= dict(
         RANK=sys.argv[1], LOCAL_RANK=sys.argv[1], WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
@@ -93,7 +93,11 @@ PREPARED = """
     assert "cut at layer1" in cache.describe(), cache.describe()
     (supply,) = cache._supplies
     assert supply.replays > 0
-    accelerator.end_training()
+    open(os.path.join(sys.argv[3], sys.argv[1]), "w").close()
+    late = time.monotonic() + 60
+    while len(os.listdir(sys.argv[3])) < 2 and time.monotonic() < late:
+        time.sleep(0.01)
+    os._exit(0)  # in the usual way torch's threads end a process now and then before it has ended them
 """
 
 SHARED = """
@@ -128,11 +132,11 @@ def test_ddp_caches_each_share(tmp_path) -> None:
         assert loads[-1] < loads[0]
 
 
-def test_two_processes_of_accelerate_cache_each_share() -> None:
+def test_two_processes_of_accelerate_cache_each_share(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    run(PREPARED, ["0", port], ["1", port])
+    run(PREPARED, ["0", port, str(tmp_path)], ["1", port, str(tmp_path)])
 
 
 def test_two_processes_share_a_folder(tmp_path) -> None:

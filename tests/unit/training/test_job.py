@@ -53,3 +53,9 @@ def test_numbers_of_demo_images_are_three(counts: str) -> None:
     job = Job(model="timm:resnet18", data=f"demo:elpv:{counts}", strategy="full")
     with pytest.raises(DataError, match="expected demo:elpv or demo:elpv:TRAIN/VAL/TEST, three numbers"):
         open_job(job)
+
+
+@pytest.mark.parametrize("name", ["hf:cifar10", "demo:birds"])
+def test_data_that_an_image_model_cannot_take_by_name(name: str) -> None:
+    with pytest.raises(DataError, match=f"data '{name}' is no set of images: named are demo:elpv alone"):
+        open_job(Job(model="timm:resnet18", data=name, strategy="full", pretrained=False))
