@@ -158,3 +158,22 @@ def off(
     assert_same(plain, cached)
     assert "off" in cached.text
     return cached.text
+
+
+def unfreeze_gradually(
+    model: nn.Module, data: Counted, *, cached: bool, shuffle: bool = True
+) -> tuple[dict[str, Tensor], str]:
+    """Return the weights after gradual unfreezing over 6 epochs, and what the cache says."""
+    loader = DataLoader(data, batch_size=4, shuffle=shuffle)
+    layers = layerwise.layer_map(model, data.inputs[:2])
+    plan = layerwise.gradual_unfreezing(layers, epochs=6)
+    tuner = layerwise.Tuner(
+        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
+    )
+    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory")
+    for _ in tuner.epochs():
+        model.train()
+        for x, y in cache.batches() if cached else loader:
+            nn.functional.cross_entropy(model(x), y).backward()
+            tuner.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}, cache.describe()

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import Sampler, TensorDataset
 
-import layerwise
-from cache_loops import both, images, off
+from cache_loops import both, images, off, unfreeze_gradually
 
 
 class Pooling(nn.Module):
@@ -132,20 +131,7 @@ class Deep(nn.Module):
 
 def unfrozen_by_and_by(cached: bool) -> tuple[dict[str, Tensor], str]:
     torch.manual_seed(0)
-    model, data = Deep(), images(16)
-    loader = DataLoader(data, batch_size=4)
-    layers = layerwise.layer_map(model, data.inputs[:2])
-    plan = layerwise.gradual_unfreezing(layers, epochs=6)
-    tuner = layerwise.Tuner(
-        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
-    )
-    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory")
-    for _ in tuner.epochs():
-        model.train()
-        for x, y in cache.batches() if cached else loader:
-            nn.functional.cross_entropy(model(x), y).backward()
-            tuner.step()
-    return model.state_dict(), cache.describe()
+    return unfreeze_gradually(Deep(), images(16), cached=cached, shuffle=False)
 
 
 @pytest.mark.filterwarnings("ignore:The prefix cache is off")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import layerwise
-from cache_loops import images
+from cache_loops import images, unfreeze_gradually
 from layerwise.cache.cutting import book as books
 from layerwise.choosing.space import names_by_depth
 
@@ -51,21 +51,8 @@ class Net(nn.Module):
 def run(block: type[nn.Module], *, cached: bool) -> tuple[dict[str, Tensor], list[str]]:
     """Unfreeze gradually; return the weights and what the cache says of each phase."""
     torch.manual_seed(0)
-    model = Net(block)
-    data = images(count=16)
-    loader = DataLoader(data, batch_size=4, shuffle=True)
-    layers = layerwise.layer_map(model, data.inputs[:2])
-    plan = layerwise.gradual_unfreezing(layers, epochs=6)
-    tuner = layerwise.Tuner(
-        model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
-    )
-    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory")
-    for _ in tuner.epochs():
-        model.train()
-        for x, y in cache.batches() if cached else loader:
-            nn.functional.cross_entropy(model(x), y).backward()
-            tuner.step()
-    return {k: v.clone() for k, v in model.state_dict().items()}, cache.describe().splitlines()
+    weights, text = unfreeze_gradually(Net(block), images(count=16), cached=cached)
+    return weights, text.splitlines()
 
 
 @pytest.mark.parametrize(("block", "most"), [(Plain, 1), (Late, 4)])
