@@ -8,10 +8,11 @@ here.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -158,9 +159,10 @@ def stand_in(iterator: Any) -> Any:
     make, arguments, state = (*parts, None)[:3]
     copy = make(*map(_unshared, arguments))
     if isinstance(state, tuple):
-        copy.__setstate__(tuple(list(p) if isinstance(p, list) else _unshared(p) for p in state))
-    elif state is not None:
-        copy.__setstate__(state)
+        state = tuple(list(part) if isinstance(part, list) else _unshared(part) for part in state)
+    if state is not None:
+        with _copying():
+            copy.__setstate__(state)
     return copy
 
 
@@ -175,11 +177,18 @@ def _unshared(part: Any) -> Any:
 def _reduced(iterator: Any) -> Any:
     """Return how to make an iterator again; None of one that cannot be, as those of generator functions."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # itertools', from Python 3.12 on
+        with _copying():
             return iterator.__reduce__()
     except (TypeError, RuntimeError):
         return None
+
+
+@contextlib.contextmanager
+def _copying() -> Iterator[None]:
+    """Within: Python 3.12 and 3.13 do not warn that 3.14 can copy no iterators of itertools."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def names_in(code: CodeType) -> set[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.errors import PlanError
 from layerwise.tuning.param_groups import GroupSpec, as_dict
@@ -108,15 +109,28 @@ class OptimizerBuilder:
                     self._set_decay(groups[-1], spec)
         place = {spec.name: index for index, spec in enumerate(specs)}
         groups.sort(key=lambda group: place[group["name"]])
-        if self._eager and joins:
-            new = [
-                GroupSpec(spec.name, spec.layer_group, spec.multiplier, spec.decays, spec.names, joined)
-                for spec in specs
-                if (joined := tuple(p for p in spec.parameters if id(p) in joins))
-            ]
-            fresh = self.build(new)
-            for parameter, state in fresh.state.items():
-                optimizer.state[parameter] = state
+        self._start(optimizer, joins)
+
+    def forget(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        """Have parameters lose their state, and go on as those that join."""
+        parameters = list(parameters)
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+        self._start(optimizer, set(map(id, parameters)))
+
+    def _start(self, optimizer: torch.optim.Optimizer, parameters: Set[int]) -> None:
+        """Give parameters, named by their ids, the state that they have in a new optimiser of this kind."""
+        if not self._eager:
+            return
+        groups = [
+            {**group, "params": those}
+            for group in optimizer.param_groups
+            if (those := [parameter for parameter in group["params"] if id(parameter) in parameters])
+        ]
+        for group in groups:
+            group.pop("param_names", None)
+        if groups:
+            optimizer.state.update(self._factory(groups, **self._options).state)
 
     def _set_decay(self, group: dict[str, Any], spec: GroupSpec) -> None:
         if "weight_decay" not in group:

@@ -440,9 +440,8 @@ class Tuner:
             names = reinit(
                 self._model, self.layers, self.phase.reinit, seed=self._seed + self._progress.phase
             )
-            for name in names:
-                if name in self._parameters:
-                    self.optimizer.state.pop(self._parameters[name], None)
+            anew = (self._parameters[name] for name in names if name in self._parameters)
+            self._builder.forget(self.optimizer, anew)
         self._take_references()
 
     def _take_references(self) -> None:
