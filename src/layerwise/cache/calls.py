@@ -8,21 +8,20 @@ calls run as they are.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.cache.cutting.cut import CallId, NothingToSkipError
 from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
 from layerwise.cache.replay.ghost import Ghost, real
-from layerwise.cache.replay.hooks import RootHook, hook_count
+from layerwise.cache.replay.hooks import RAISED, RootHook, hook_count
 from layerwise.cache.replay.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.replay.passes import check_replayed, replaying
 from layerwise.cache.samples.batchshape import OtherShapeError
@@ -30,7 +29,7 @@ from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.opening import COMPILED
 from layerwise.cache.samples.supply import one_line
 from layerwise.cache.store.room import format_bytes, give_back_memory
-from layerwise.cache.traceless import normal_tensors
+from layerwise.cache.traceless import apart, normal_tensors
 from layerwise.errors import CacheError, LayerwiseError, shorten
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -53,16 +52,14 @@ class Calls:
         self._hook = RootHook()
         self._at_hand: list[Collection[Live]] = []
         self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
-        self._replay: tuple[contextlib.AbstractContextManager[set[CallId]], set[CallId]] | None = None
-        self._observed = False  # the call under way is looked at
-        self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
+        self._replaying = False  # the call under way is a replay
 
     @contextlib.contextmanager
     def expecting(self, lives: Collection[Live]) -> Iterator[None]:
         """Within: calls of the model are seen, and what is in `lives` may come to it: the loop has got it."""
         self._at_hand.append(lives)
         try:
-            with self._hook.attached(self._model, self._before, self._after):
+            with self._hook.attached(self._model, self._before):
                 yield
         finally:
             self._at_hand = [one for one in self._at_hand if one is not lives]
@@ -94,8 +91,10 @@ class Calls:
             for live in self._lives:
                 live.supply.reason = COMPILED
             return None
-        if self._frozen.busy:
+        if self._replaying or self._frozen.busy:  # the model calls itself, or the cache calls it
             return None
+        if self._leaving:
+            self._hook.at_end(lambda output: self.end_leavers())
         if peek_interpreter_stack() is not None:
             for live in self._lives:  # their tensors have no memory that could be looked at
                 live.seen = True
@@ -158,8 +157,17 @@ class Calls:
         values = feed.values(phase.cut, live.rows, link.device)
         live.supply.replays += 1
         replay = replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
-        self._replay = replay, replay.__enter__()
+        not_come, self._replaying = replay.__enter__(), True
+        self._hook.at_end(functools.partial(self._end_replay, replay, not_come))
         return None
+
+    def _end_replay(
+        self, replay: contextlib.AbstractContextManager[Any], not_come: set[CallId], output: Any
+    ) -> None:
+        self._replaying = False
+        replay.__exit__(None, None, None)
+        if output is not RAISED:
+            check_replayed(output, not_come)
 
     def _is_completed(self, live: Live, phase: Phase) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""
@@ -167,7 +175,7 @@ class Calls:
         if not usable or not live.feed.fits(len(live.indices)) or self._book.state() != live.key:
             return False
         try:
-            with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
+            with apart():
                 self._frozen.complete(live.feed, phase, live, live.batch)
         except OtherShapeError:  # the next batch that is made will tell
             return False
@@ -175,32 +183,6 @@ class Calls:
             live.supply.refuse(str(error), phase)
             return False
         return True
-
-    def _after(self, output: Any) -> None:
-        """See every output of the model, and the end of a call that raised (`output` is then None)."""
-        if self._frozen.busy or torch.compiler.is_dynamo_compiling():
-            return
-        replay, self._replay = self._replay, None
-        if replay is not None:
-            under_way, not_come = replay
-            under_way.__exit__(None, None, None)
-            if output is not None:
-                check_replayed(output, not_come)
-        if self._observed:
-            self._observed = False
-            self._book.settings.after_forward()
-        if self._leaving:
-            self.end_leavers()
-        comparison, self._comparison = self._comparison, None
-        if comparison is None or output is None:
-            return
-        live, compare = comparison
-        try:
-            with normal_tensors():
-                compare(output)
-            logger.info("prefix cache: %s", told(live.phase))
-        except (CacheError, OSError) as error:
-            live.supply.refuse(str(error), live.phase)
 
     def _observe(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
@@ -222,10 +204,11 @@ class Calls:
         if phase.verified or phase.reason:
             return
         self._book.settings.before_forward()
-        self._observed = True
+        self._hook.at_end(lambda output: self._book.settings.after_forward())
         try:
-            with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
-                self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
+            with apart():
+                compare = self._observer.observe(live, link, phase, args, kwargs)
+            self._hook.at_end(functools.partial(_compare, live, compare))
         except OtherShapeError as error:
             live.sort_anew(error)
         except NothingToSkipError as error:
@@ -238,17 +221,20 @@ class Calls:
         give_back_memory()
 
 
-def _without_history(tensor: torch.Tensor) -> torch.Tensor:
-    """Save a tensor for backward, in place of hooks of the loop's own, such as a checkpoint's.
-
-    An operation that saves its own output as it is would keep itself alive for ever.
-    """
-    with _disable_current_modes():  # no recording sees it
-        return tensor.detach()
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _compare(live: Live, compare: Callable[[Any], None], output: Any) -> None:
+    """Compare the output of an observed call with that of its replay."""
+    if output is RAISED:
+        return
+    try:
+        if not tensors_in(output):
+            raise CacheError(
+                "the model returns no tensor, so a replay cannot be compared with the plain call."
+            )
+        with normal_tensors():
+            compare(output)
+        logger.info("prefix cache: %s", told(live.phase))
+    except (CacheError, OSError) as error:
+        live.supply.refuse(str(error), live.phase)
 
 
 def told(phase: Phase | None) -> str:

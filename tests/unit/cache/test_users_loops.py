@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -290,6 +291,15 @@ def called_in_compiled_form(run: Run) -> None:
             run.model = model
 
 
+def compiled_in_place_on_the_way(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            if len(run.losses) == 9:
+                run.model.compile(backend="eager")
+            run.step(batch)
+
+
 class RarelyFlipped(Counted):
     """Augments three samples, by numpy's global generator."""
 
@@ -572,6 +582,69 @@ def train_mode_set_in_the_step(run: Run) -> None:
     assert run.data.loads - before == (0 if run.cached else 22)
 
 
+def gradients_of_the_model_hooked(run: Run) -> None:
+    run.model.register_full_backward_hook(lambda module, to_inputs, of_outputs: run.losses.append(1.0))
+    simple(run)
+
+
+def outputs_changed_by_a_hook_from_the_first_step_on(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            if not run.losses:
+                run.model.register_forward_hook(lambda module, args, output: output * 0.5)
+            run.step(batch)
+
+
+class CallsItself(Net):
+    """Its own output decides how it goes on, as in some recurrent models."""
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        if not again:
+            return self.body(x)
+        return self.head(self.tail(self(x, again=False)).mean((2, 3)))
+
+
+def a_model_that_calls_itself(run: Run) -> None:
+    run.take(CallsItself())
+    simple(run)
+    assert not run.cached or run.data.loads <= 2 * len(run.data)  # the look at first samples counted
+
+
+class ReturnsNothing(Net):
+    def forward(self, x: Tensor) -> None:
+        self.kept = [super().forward(x)]
+
+
+def outputs_kept_in_an_attribute(run: Run) -> None:
+    run.take(ReturnsNothing())
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.model(x)
+            loss = nn.functional.cross_entropy(run.model.kept.pop(), y)
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            run.losses.append(loss.item())
+
+
+def a_copy_of_the_model_trained_next(run: Run) -> None:
+    """It was made while an epoch ran, and that epoch goes on."""
+    first, loader = run.model, run.loader()
+    batches = run.batches(loader)
+    run.step(next(batches))
+    run.take(copy.deepcopy(first))
+    cache, run.cache = run.cache, None
+    simple(run)
+    run.take(first)
+    for batch in batches:
+        run.step(batch)
+    assert "_call_impl" not in vars(first)
+    cache, run.cache = run.cache, cache
+    simple(run)
+
+
 CACHED = "cut at body"
 LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
@@ -593,6 +666,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     function_transform: "off: a transform of torch.func",
     negative_indices: r"off: .* gives \[-1, -2, -3\]",
     called_in_compiled_form: "off: the model is compiled",
+    compiled_in_place_on_the_way: "off: the model is compiled",
     compiled_in_part: "off: the model is compiled",
     global_generator: "off: .* draws random numbers",
     few_samples_augmented: "off: .* draws random numbers",
@@ -614,13 +688,20 @@ LOOPS: dict[Callable[[Run], None], str] = {
     frozen_weights_change_and_an_epoch_begins: "cut at body|off: the frozen weights",
     train_mode_set_in_the_step: CACHED,
     in_two_modes: CACHED,
+    gradients_of_the_model_hooked: CACHED,
+    outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
+    a_model_that_calls_itself: CACHED,
+    outputs_kept_in_an_attribute: "off: ",
+    a_copy_of_the_model_trained_next: CACHED,
     under_autocast_later: "no batch of this epoch was replayed",
     workers_live_on_and_the_loop_changes_the_batch: "off: ",
 }
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-@pytest.mark.filterwarnings("ignore:The prefix cache is off", "ignore:TF32")
+@pytest.mark.filterwarnings(
+    "ignore:The prefix cache is off", "ignore:TF32", "ignore:Full backward hook is firing"
+)
 def test_ends_as_with_the_loader_alone(loop: Callable[[Run], None]) -> None:
     runs = []
     for cached in (False, True):

@@ -150,6 +150,7 @@ class _Search:
             span = range(call.start, call.end)
             if (
                 call not in unskippable
+                and not self._is_of_model(call)
                 and call not in self.keeping
                 and not any(self.dirty[index] for index in span)
                 and any(self.depends[index] for index in span)
@@ -160,6 +161,10 @@ class _Search:
             else:
                 to_visit += reversed(call.children)
         return owner
+
+    def _is_of_model(self, call: Call) -> bool:
+        """Whether a call is one of the model itself, which may call itself: a replay begins in such a one."""
+        return call.module is self.recording.root.module
 
     def _needs(self, owner: dict[int, Call], returned: Set[Read], entered: tuple[Call, ...] = ()) -> _Needs:
         """Return what a replay needs.
@@ -266,7 +271,7 @@ class _Search:
         """Return running calls with a clean argument that a dirty operation inside reads, smallest first."""
         sized = []
         for call in self.recording.calls:
-            if call.parent is None or call.start in owner or has_grown(call):
+            if self._is_of_model(call) or call.start in owner or has_grown(call):
                 continue
             clean = {read for read in taken(call) if self._is_storable(read)}
             dirty = (index for index in range(call.start, call.end) if self.dirty[index])
