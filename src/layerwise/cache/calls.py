@@ -176,11 +176,9 @@ class Calls:
             return False
         try:
             with apart():
-                self._frozen.complete(live.feed, phase, live, live.batch)
-        except OtherShapeError:  # the next batch that is made will tell
-            return False
+                self._frozen.complete(live, live.batch)
         except (CacheError, OSError) as error:
-            live.supply.refuse(str(error), phase)
+            live.not_completed(error)
             return False
         return True
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from layerwise.cache.cutting.book import OtherStateError
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.replay.link import versions_of
-from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
+from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.reading import DRAWS, LoaderReader, Order
 from layerwise.cache.samples.supply import Raised, Supply
@@ -115,10 +114,11 @@ class Dealer:
             if not supply.reason:
                 supply.refuse(str(error))
             feed = supply.feeds[0]
-            live = Live(supply, feed, torch.empty(0, dtype=torch.int64), indices, key)
+            rows = torch.empty(0, dtype=torch.int64)
         else:
-            live = Live(supply, feed, feed.rows_of(indices, view), indices, key)
-        phase = live.phase = feed.phases.get(key)
+            rows = feed.rows_of(indices, view)
+        phase = feed.phases.get(key)
+        live = Live(supply, feed, rows, indices, key, phase)
         usable = not supply.reason and phase is not None and phase.verified and not phase.reason
         if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
             return live
@@ -140,16 +140,11 @@ class Dealer:
     def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
-            batch = self._frozen.complete(live.feed, phase, live, batch)
+            batch = self._frozen.complete(live, batch)
             load = functools.cache(functools.partial(_load, live.feed.reader, live.indices))
             live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
-        except OtherShapeError as error:
-            live.sort_anew(error)
-            return False
-        except OtherStateError:
-            return False
         except (CacheError, OSError) as error:
-            live.supply.refuse(str(error), phase)
+            live.not_completed(error)
             return False
         live.versions, live.replayed = versions_of(live.leaves), True
         return True

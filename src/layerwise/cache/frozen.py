@@ -18,7 +18,7 @@ from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.replay.link import Link, backend_state
 from layerwise.cache.replay.passes import Captured, capture
-from layerwise.cache.samples.feed import Feed, Phase, padded
+from layerwise.cache.samples.feed import Feed, padded
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
@@ -106,13 +106,11 @@ class FrozenPart:
             )
         return found
 
-    def complete(self, feed: Feed, phase: Phase, live: Live, batch: Any) -> Any:
+    def complete(self, live: Live, batch: Any) -> Any:
         """Compute and store what is missing of a batch's samples.
 
         Args:
-            feed: whose samples.
-            phase: under way, and verified.
-            live: names the samples.
+            live: names the samples; its phase is under way, and verified.
             batch: the loaded batch; None if it was not loaded.
 
         Returns:
@@ -122,6 +120,8 @@ class FrozenPart:
             OtherStateError: something is missing, and the model would now compute something else.
             CacheError: a batch cannot be taken apart as the first one could.
         """
+        feed, phase = live.feed, live.phase
+        assert phase is not None
         assert phase.cut is not None
         assert feed.shape is not None
         count = len(live.indices)
@@ -154,13 +154,17 @@ class FrozenPart:
             if not feed.reload and feed.shape.has_other_values(part):
                 feed.reload = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
-            later = [cut for _, cut in self.book.later(feed.link.form)]
-            cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
-            found = self._captured(feed, cuts, leaves, len(where))
+            found = self._captured(feed, self.stored_cuts(feed, phase.cut), leaves, len(where))
             self.put(feed, found.values, leaves, live.rows[absent])
         elif feed.reload:
             feed.shape.check(batch, count)
         return batch if feed.reload else None
+
+    def stored_cuts(self, feed: Feed, cut: Cut) -> list[Cut]:
+        """Return the cuts whose values are stored: this one, and later ones for which there is room."""
+        assert feed.link is not None
+        later = [other for _, other in self.book.later(feed.link.form)]
+        return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
     def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
         """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""
