@@ -171,8 +171,8 @@ class Calls:
 
     def _is_completed(self, live: Live, phase: Phase) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""
-        usable = phase.verified and not (phase.reason or live.supply.reason)
-        if not usable or not live.feed.fits(len(live.indices)) or self._book.state() != live.key:
+        usable = phase.verified and not live.supply.reason and live.feed.fits(len(live.indices))
+        if not usable or self._book.state() != live.key:
             return False
         try:
             with apart():

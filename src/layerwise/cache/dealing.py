@@ -119,8 +119,13 @@ class Dealer:
             rows = feed.rows_of(indices, view)
         phase = feed.phases.get(key)
         live = Live(supply, feed, rows, indices, key, phase)
-        usable = not supply.reason and phase is not None and phase.verified and not phase.reason
-        if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
+        if (
+            phase is not None
+            and phase.verified
+            and not supply.reason
+            and feed.fits(len(indices))
+            and self._replayed(live, phase, batch)
+        ):
             return live
         sorted_anew = not (supply.reason or any(feed is one for one in supply.feeds))
         if sorted_anew or self.expected_state(supply) != key:

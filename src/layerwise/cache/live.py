@@ -38,7 +38,7 @@ class Live:
     @property
     def is_awaited(self) -> bool:
         """Whether something is to be done when it comes to the model, as it has not yet."""
-        to_complete = self.phase is not None and self.phase.verified and not self.phase.reason
+        to_complete = self.phase is not None and self.phase.verified
         return not (self.seen or self.supply.reason) and (self.shape is not None or to_complete)
 
     def not_completed(self, error: CacheError | OSError) -> None:

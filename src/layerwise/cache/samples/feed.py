@@ -56,7 +56,7 @@ class Phase:
     Attributes:
         cut: where the pass is cut; None before the first batch was seen, or if it cannot be.
         reason: why it is not cached; ``""`` if it is.
-        verified: a replayed batch was bit for bit the plain one.
+        verified: a replayed batch was bit for bit the plain one; False again if it is refused later.
         ghosts: leaves of the batch that are not loaded.
         decision: what was chosen.
     """

@@ -85,7 +85,7 @@ class Supply:
     def refuse(self, reason: str, phase: Phase | None = None) -> None:
         """Note why this loader is not cached, or one of its phases."""
         if phase is not None:
-            phase.reason = reason
+            phase.reason, phase.verified = reason, False
         else:
             self.reason = reason
         logger.info("prefix cache off: %s", reason)
