@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -20,6 +20,7 @@ from layerwise.cache.replay.link import Link, backend_state
 from layerwise.cache.replay.passes import Captured, capture
 from layerwise.cache.samples.feed import Feed, padded
 from layerwise.cache.samples.supply import Supply
+from layerwise.cache.store.column import Column
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
 from layerwise.layers.isolation import uncompiled
@@ -152,6 +153,11 @@ class FrozenPart:
                 part, leaves = batch, feed.shape.check(batch, count)
                 leaves = leaves if len(where) == count else [leaf[where] for leaf in leaves]
             if not feed.reload and feed.shape.has_other_values(part):
+                if feed.views > 1:
+                    raise CacheError(
+                        "batches hold numbers or texts that are no tensors and differ from batch to batch. "
+                        "They would be loaded again, and with views= that is another draw. Leave them out."
+                    )
                 feed.reload = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
             found = self._captured(feed, self.stored_cuts(feed, phase.cut), leaves, len(where))
@@ -190,15 +196,25 @@ class FrozenPart:
         rows: torch.Tensor,
     ) -> None:
         """Store what is not there yet of the values and tensors of a batch of `rows` (int64)."""
+        feed.forget_draws(rows)
+        wanted = torch.ones(len(rows), dtype=torch.bool)
+        if feed.views > 1:  # a sample that stands there twice was drawn twice
+            first = {row: place for place, row in reversed([*enumerate(rows.tolist())])}
+            wanted = torch.tensor([first[row] == place for place, row in enumerate(rows.tolist())])
+
+        def store(
+            column: Column, to_rows: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor
+        ) -> None:
+            absent = column.missing(rows) & wanted
+            if absent.any():
+                taken = to_rows(value)
+                column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
+
         for site, value in values.items():
-            stored = feed.sites.get(site)
-            if stored is not None:
-                absent = stored.column.missing(rows)
-                if absent.any():
-                    taken = stored.layout.to_rows(value)
-                    stored.column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
+            if site in feed.sites:
+                store(feed.sites[site].column, feed.sites[site].layout.to_rows, value)
         for number, column in feed.leaves.items():
-            column.put(rows, leaves[number].detach().cpu())
+            store(column, torch.Tensor.detach, leaves[number])
 
     def weights_moved(self, supply: Supply) -> bool:
         """Return whether frozen weights changed since this was last asked; what is stale is forgotten."""

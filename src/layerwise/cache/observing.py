@@ -89,6 +89,7 @@ class Observer:
         if feed.link is not None and feed.sites and not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
+        feed.forget_draws(live.rows)
         find = functools.partial(self._book.find, form=link.form, changing=link.changing)
         cut = find(*link.apart(args, kwargs))
         later = [other for _, other in self._book.later(link.form)]

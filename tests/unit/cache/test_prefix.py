@@ -17,6 +17,7 @@ import layerwise
 from cache_loops import Counted, assert_same, both, freeze_prefix, images, off, train
 from helpers import TinyCNN
 from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.store.column import Column
 from layerwise.errors import CacheError
 
 LAST = ("layer2", "fc")
@@ -445,14 +446,17 @@ def test_half_precision_storage() -> None:
 # -- sharing --------------------------------------------------------------------------------------
 
 
-def test_a_later_run_finds_the_files(tmp_path) -> None:
+def test_a_later_run_finds_the_files(tmp_path, monkeypatch) -> None:
     first = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # the value and the labels
+    written = []
+    monkeypatch.setattr(Column, "put", lambda column, rows, values: written.append(rows))
     again = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
     assert_same(first, again)
     assert again.loads[0] < 22 + 22 * 2  # the fingerprint and one batch, and no epoch of loading
     ((feed,),) = (s.feeds for s in again.cache._supplies)
     assert all(bool(stored.column.filled.all()) for stored in feed.sites.values())
+    assert not written  # it would take memory of this process's own
 
 
 def test_other_weights_data_or_transform_do_not_find_them(tmp_path) -> None:

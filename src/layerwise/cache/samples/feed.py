@@ -231,6 +231,12 @@ class Feed:
             if not torch.equal(self.places[rows], here):
                 raise CacheError("a batch holds a sample twice, and its last bits depend on the place.")
 
+    def forget_draws(self, rows: torch.Tensor) -> None:
+        """Forget what is stored for `rows` of a former draw, as each loading of a sample is another one."""
+        if self.views > 1:
+            for column in (*(stored.column for stored in self.sites.values()), *self.leaves.values()):
+                column.forget(rows)
+
     def fits(self, size: int) -> bool:
         """Whether a batch of `size` samples may be replayed."""
         return self.sizes is None or size in self.sizes
@@ -351,7 +357,8 @@ class Feed:
             if number not in ghosts
         }
         used = set(self.link.leaves) if self.link is not None else set()
-        if any(size > _LARGE_BYTES and number in used for number, size in sizes.items()):
+        large = any(size > _LARGE_BYTES and number in used for number, size in sizes.items())
+        if large and self.views == 1:  # another loading is another draw
             self.reload = True
             return {}
         return sizes
