@@ -23,8 +23,10 @@ from layerwise.cache.samples.supply import Supply
 from layerwise.cache.store.column import Column
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
+from layerwise.layers.holding import told
 from layerwise.layers.isolation import uncompiled
 from layerwise.layers.randomness import drawn_outside_torch, seed_everything
+from layerwise.layers.snapshot import Snapshot
 
 logger = logging.getLogger("layerwise.cache")
 
@@ -90,13 +92,13 @@ class FrozenPart:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 seed_everything(seed)
-            before = drawn_outside_torch() if log is not None else ()
+            before = self._drawn() if log is not None else ()
             with contextlib.ExitStack() as watching:
                 if log is not None:  # it does not see what compiled functions do
                     watching.enter_context(uncompiled())
                     watching.enter_context(log)
                 found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
-            if log is not None and drawn_outside_torch() != before:
+            if log is not None and self._drawn() != before:
                 raise CacheError(
                     "the frozen part draws random numbers of Python's or numpy's, and what they decide "
                     "cannot be seen."
@@ -106,6 +108,13 @@ class FrozenPart:
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."
             )
         return found
+
+    def _drawn(self) -> tuple[Any, ...]:
+        """Return what Python's and numpy's generators have drawn, the model's own ones included."""
+        own = Snapshot(self.model.modules(), generators_only=True).generators
+        return *drawn_outside_torch(), *(
+            str(told(one)) for one in own if not isinstance(one, torch.Generator)
+        )
 
     def complete(self, live: Live, batch: Any) -> Any:
         """Compute and store what is missing of a batch's samples.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import random
 import weakref
 
 import numpy as np
@@ -73,6 +74,40 @@ def test_gradient_accumulation_and_two_forwards_of_one_batch() -> None:
             self.layer2 = nn.Sequential(self.layer2, nn.Dropout(0.5))
 
     both(Net, images, *LAST, step=step)
+
+
+NUMPY = PYTHON = TORCH = None  # generators, as a model's file may hold them beside its classes
+
+
+class DrawsFromGlobals(TinyCNN):
+    """Draws random numbers from generators that are no attribute of anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        globals()["NUMPY"] = np.random.default_rng(0)
+        globals()["PYTHON"] = random.Random(0)
+        globals()["TORCH"] = torch.Generator().manual_seed(0)
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        return NUMPY.random() + PYTHON.random() + torch.rand(like.shape, generator=TORCH)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.layer1(self.stem(images))
+        return self.fc(self.layer2(features + self.noise(features)).mean((2, 3)))
+
+
+class DrawsFromGlobalsFirst(DrawsFromGlobals):
+    def noise(self, like: torch.Tensor) -> float:
+        return NUMPY.random()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.layer2(self.layer1(self.stem(images + self.noise(images)))).mean((2, 3)))
+
+
+def test_generators_among_the_globals_of_a_models_file() -> None:
+    # passes of the cache's own draw from them as well, and leave them as they were
+    assert "cut at layer1" in both(DrawsFromGlobals, images, *LAST).text
+    assert "draws random numbers of Python's or numpy's" in off(DrawsFromGlobalsFirst, images, *LAST)
 
 
 def test_channels_last_survives() -> None:
