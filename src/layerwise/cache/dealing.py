@@ -89,10 +89,11 @@ class Dealer:
         """Return the state in which a batch will probably come to the model; it is looked at anew then.
 
         That of now, unless no batch of this loader ever came in it: some loops change the modes between
-        asking for a batch and calling the model, above all after a validation.
+        asking for a batch and calling the model, above all after a validation. Where nothing is cached in the
+        state in which the last one came, there is nothing to lose.
         """
         now, last = self._book.last_state, supply.called_in
-        if last is None or any(now in feed.phases for feed in supply.feeds):
+        if last is None or any(now in feed.phases for feed in supply.feeds) or supply.is_off(last):
             return now
         return last if self._book.differ_in_modes(now, last) else now
 

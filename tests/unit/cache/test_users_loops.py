@@ -611,6 +611,28 @@ def a_model_that_calls_itself(run: Run) -> None:
     assert not run.cached or run.data.loads <= 2 * len(run.data)  # the look at first samples counted
 
 
+class ClassesInEvalMode(Net):
+    """Cannot be compared in eval mode: it returns plain numbers there."""
+
+    def forward(self, x: Tensor) -> Any:
+        output = super().forward(x)
+        return output if self.training else output.argmax(1).tolist()
+
+
+def validated_on_the_same_loader_first(run: Run) -> None:
+    run.take(ClassesInEvalMode())
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        run.model.eval()
+        with torch.no_grad():
+            for x, _ in run.batches(loader):
+                run.losses += run.model(x)
+        run.model.train(epoch != 0)  # or in the loop, as some trainers do
+        for batch in run.batches(loader):
+            run.model.train()
+            run.step(batch)
+
+
 class ReturnsNothing(Net):
     def forward(self, x: Tensor) -> None:
         self.kept = [super().forward(x)]
@@ -691,6 +713,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     gradients_of_the_model_hooked: CACHED,
     outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
     a_model_that_calls_itself: CACHED,
+    validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",
     a_copy_of_the_model_trained_next: CACHED,
     under_autocast_later: "no batch of this epoch was replayed",
