@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class Calls:
 
     @property
     def _lives(self) -> list[Live]:
-        return [live for lives in self._at_hand for live in lives]
+        return list(chain.from_iterable(self._at_hand))
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Recognise a batch that was handed out, and act on it."""
@@ -208,7 +209,7 @@ class Calls:
                 compare = self._observer.observe(live, link, phase, args, kwargs)
             self._hook.at_end(functools.partial(_compare, live, compare))
         except OtherShapeError as error:
-            live.sort_anew(error)
+            live.supply.sort_anew(error)
         except NothingToSkipError as error:
             phase.reason = str(error)
             logger.info("prefix cache off: %s", error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,9 +21,6 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
-_AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
-_REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
-_PATIENCE = 2  # epochs of which nothing came to the model
 
 
 class Epoch(Iterator[Any]):
@@ -163,28 +159,6 @@ class Dealer:
     def _must_load(self, supply: Supply, view: int) -> bool:
         """Whether the loader's workers had better load every batch of this epoch."""
         return supply.missing_frac(self.expected_state(supply), view) > _MISSING_FRAC
-
-    def drop_used(self, supply: Supply, at_hand: deque[Live], *, over: bool = False) -> None:
-        """Drop the batches with which the loop is done; give up where none ever comes to the model.
-
-        Loops that ask for batches ahead (a prefetcher, Accelerate) have some at hand that are still to come.
-
-        Args:
-            supply: whose batches.
-            at_hand: what was handed out and not dropped, in order.
-            over: none of them comes any more.
-        """
-        if any(live.seen for live in at_hand):
-            supply.came = True
-            supply.asks_ahead |= not at_hand[-1].seen
-        awaited = [live for live in at_hand if live.is_awaited]
-        real = [live for live in awaited if not live.replayed]
-        dropped = {*awaited} if over else {*awaited[:-_AHEAD], *real[:-_REAL_AHEAD]}
-        at_hand.clear()
-        at_hand.extend(live for live in awaited if live not in dropped)
-        supply.unseen += over and not supply.came
-        if supply.unseen >= _PATIENCE and supply.called_in is None and not supply.reason:
-            supply.refuse("the loop does not pass the loader's batches to this model as they are")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from layerwise.layers.snapshot import Snapshot
 
 logger = logging.getLogger("layerwise.cache")
 
-_BUSY: WeakSet[nn.Module] = WeakSet()  # models that run for a cache
+_BUSY: set[nn.Module] = set()  # models that run for a cache
 
 MOVING = "the frozen weights change while an epoch runs"
 

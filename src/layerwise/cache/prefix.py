@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -20,7 +19,7 @@ from layerwise.cache.cutting.book import CutBook, PhaseSource
 from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.frozen import FrozenPart
-from layerwise.cache.live import Live
+from layerwise.cache.live import AtHand
 from layerwise.cache.observing import Observer
 from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.opening import open_supply
@@ -179,7 +178,7 @@ class PrefixCache:
         return supply.begun(self._deal(supply, supply.reader.order()))
 
     def _deal(self, supply: Supply, order: Order) -> Iterator[Any]:
-        at_hand: deque[Live] = deque()
+        at_hand = AtHand(supply)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._calls.expecting(at_hand))
             for live in self._dealer.epoch(supply, order):
@@ -188,8 +187,8 @@ class PrefixCache:
                     continue
                 at_hand.append(live)
                 yield live.batch
-                self._dealer.drop_used(supply, at_hand)
-            stack.callback(self._dealer.drop_used, supply, at_hand, over=True)
+                at_hand.drop_used()
+            stack.callback(at_hand.drop_used, over=True)
             if supply.asks_ahead or not supply.came:
                 self._calls.leave(at_hand, stack.pop_all())
         self.stock.shelf.publish_complete()
