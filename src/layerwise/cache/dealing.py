@@ -21,6 +21,7 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
+_AT_ONCE = 8  # batches that are made at once: the first after a training step takes by far the longest
 
 
 class Epoch(Iterator[Any]):
@@ -67,19 +68,30 @@ class Dealer:
         supply.handed_out = supply.replays = 0
         supply.came = supply.asks_ahead = False
         known = self._is_known(supply)
-        for indices, batch in supply.schedule(order, known, lambda: self._must_load(supply, view)):
-            try:
-                if isinstance(batch, Raised):
-                    raise batch.error
-                with normal_tensors():
-                    live = self.deal(supply, indices, batch, view=view)
-            except Exception as error:
-                yield Raised(error)
-                continue
-            if live.feed.reader.has_drawn and supply.views == 1 and not supply.reason:
-                supply.refuse_random(DRAWS)  # the first samples did not
-            supply.handed_out += 1
-            yield live
+        for indices, batch in supply.schedule(
+            order, known, lambda: self._missing_frac(supply, view) > _MISSING_FRAC
+        ):
+            group = [indices]
+            if batch is None and not supply.reason and not self._missing_frac(supply, view):
+                group += order.ahead(_AT_ONCE - 1)
+            for live in [self._dealt(supply, one, batch, view) for one in group]:
+                if isinstance(live, Live) and live.key != self.expected_state(supply):
+                    live = self._dealt(supply, live.indices, batch, view)
+                supply.handed_out += isinstance(live, Live)
+                yield live
+
+    def _dealt(self, supply: Supply, indices: list[int], batch: Any, view: int) -> Live | Raised:
+        """Return one batch, or what was raised in place of it; see `deal`."""
+        try:
+            if isinstance(batch, Raised):
+                raise batch.error
+            with normal_tensors():
+                live = self.deal(supply, indices, batch, view=view)
+        except Exception as error:
+            return Raised(error)
+        if live.feed.reader.has_drawn and supply.views == 1 and not supply.reason:
+            supply.refuse_random(DRAWS)  # the first samples did not
+        return live
 
     def expected_state(self, supply: Supply) -> int:
         """Return the state in which a batch will probably come to the model; it is looked at anew then.
@@ -156,9 +168,9 @@ class Dealer:
         key = self.expected_state(supply)
         return any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
 
-    def _must_load(self, supply: Supply, view: int) -> bool:
-        """Whether the loader's workers had better load every batch of this epoch."""
-        return supply.missing_frac(self.expected_state(supply), view) > _MISSING_FRAC
+    def _missing_frac(self, supply: Supply, view: int) -> float:
+        """Return the share of the samples that still have to be loaded in this epoch."""
+        return supply.missing_frac(self.expected_state(supply), view)
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

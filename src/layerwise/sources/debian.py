@@ -50,6 +50,7 @@ TOPICS = (
 )
 APT_HELPER = "/usr/lib/apt/apt-helper"
 FETCH_TIMEOUT_S = 300
+_FEWEST = 3  # packages of a section: some to train, validate and test on
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,21 @@ def debian_texts(
         text: ``"synopsis"`` is there on every Debian machine; ``"description"`` needs the translation
             lists, which `fetch_lists` gets.
         sections: which are the classes.
-        per_section: packages drawn of each section at most, in 3 or more.
+        per_section: packages drawn of each section at most; 3 or more.
         val_frac: share for validation.
         test_frac: share for testing.
         seed: of the drawing and of the split.
         lists: folder of apt's lists (`fetch_lists`); None for the machine's own.
 
     Raises:
-        DataError: this is no Debian machine, apt's lists are empty, a section is unknown or has too few
-            packages, or descriptions are asked for and not there.
+        DataError: `per_section` is below 3; this is no Debian machine, apt's lists are empty, a section is
+            unknown or has too few packages, or descriptions are asked for and not there.
     """
+    if per_section < _FEWEST:
+        raise DataError(
+            f"{per_section} packages of each section are asked for; expected at least {_FEWEST}, as some "
+            f"of them validate and test."
+        )
     packages = read_packages(lists)
     by_section: dict[str, list[Package]] = defaultdict(list)
     seen: set[str] = set()
@@ -114,10 +120,10 @@ def debian_texts(
     problems = [
         f"section {name!r} has {sizes.get(name, 0)} packages.{did_you_mean(name, sizes, count=1)}"
         for name in sections
-        if sizes.get(name, 0) < 3
+        if sizes.get(name, 0) < _FEWEST
     ]
     if problems:
-        raise DataError(f"expected at least 3 packages of each section: {' '.join(problems)}")
+        raise DataError(f"expected at least {_FEWEST} packages of each section: {' '.join(problems)}")
     generator = random.Random(seed)
     chosen: list[Package] = []
     for name in sorted(sections):

@@ -58,7 +58,10 @@ class EpochBatches(Sampler[list[int]]):
     Attributes:
         padded: to how many tokens each sample has to be padded, in every epoch (`padded_lengths`); None
             without `lengths`.
+        draws_at_once: True: nothing is drawn after the first batch, so batches may be asked for early.
     """
+
+    draws_at_once = True
 
     def __init__(
         self,

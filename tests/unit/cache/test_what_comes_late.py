@@ -297,3 +297,24 @@ def test_values_then_that_do_not_fit() -> None:
         loader_options=given([[0, 1]], [[4, 5], [0, 1]], [[0, 1], [4, 5]]),
     )  # fmt: skip
     assert "does not fit into float16" in text
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_less_learns_from_the_middle_of_each_epoch_on(keeps) -> None:
+    # batches are made several at once; those that were made for the other state are made anew
+    steps = iter(range(10**6))
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        model.fc.bias.requires_grad_(next(steps) % 16 < 5)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    sampler = None if keeps else list(torch.randperm(64, generator=torch.Generator().manual_seed(0)))
+    run = both(
+        TinyCNN,
+        lambda: images(64),
+        *LAST,
+        epochs=5,
+        step=step,
+        loader_options={"shuffle": False, "sampler": sampler},
+    )
+    assert run.loads[-2:] == [8, 8]  # the first batch of each state, since nobody told it

@@ -86,6 +86,8 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(debian, "read_packages", lambda lists: made())
     with pytest.raises(DataError, match=r"section 'game' has 0 packages\. Did you mean 'games'"):
         debian.debian_texts(sections=("game", "mail"))
+    with pytest.raises(DataError, match="0 packages of each section are asked for; expected at least 3"):
+        debian.debian_texts(sections=("games", "mail"), per_section=0)
     short = [debian.Package(p.name, p.source, p.section, p.synopsis, p.synopsis) for p in made()]
     monkeypatch.setattr(debian, "read_packages", lambda lists: short)
     with pytest.raises(DataError, match="one-line descriptions only"):

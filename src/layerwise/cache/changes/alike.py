@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
@@ -43,6 +52,22 @@ def keeps_order(loader: DataLoader[Any]) -> bool:
     given: Any = loader.batch_sampler
     samplers = [given, getattr(given, "sampler", None)]
     return any(isinstance(s, SequentialSampler) or getattr(s, "shuffle", None) is False for s in samplers)
+
+
+def draws_at_once(loader: DataLoader[Any]) -> bool:
+    """Return whether a loader's whole order is known to be drawn with the first batch of an epoch."""
+    batches: Any = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        return bool(getattr(batches, "draws_at_once", False))
+    sampler: Any = batches.sampler
+    if type(sampler) is RandomSampler:
+        return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+    return type(sampler) in (
+        SequentialSampler,
+        SubsetRandomSampler,
+        WeightedRandomSampler,
+        DistributedSampler,
+    )
 
 
 def _bound(function: FunctionType) -> list[Any]:

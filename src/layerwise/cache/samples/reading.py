@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
@@ -19,7 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.data import DataLoader, IterableDataset
 
-from layerwise.cache.changes.alike import keeps_order
+from layerwise.cache.changes.alike import draws_at_once, keeps_order
 from layerwise.cache.changes.fingerprint import datasets_in
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
@@ -202,6 +203,7 @@ class Order:
 
     def __init__(self, loader: DataLoader[Any], *, seeded: bool) -> None:
         self._batches = iter(loader.batch_sampler)  # type: ignore[arg-type]
+        self._early = len(loader.batch_sampler) - 1 if draws_at_once(loader) else 0  # type: ignore[arg-type]
         if not seeded:
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         self._queue: deque[list[int]] = deque()
@@ -222,6 +224,13 @@ class Order:
             self._draw()
         return indices
 
+    def ahead(self, count: int) -> list[list[int]]:
+        """Return the next batches, `count` or fewer: as many as a sampler gives early and draws nothing for.
+
+        The last is not among them: with it, a sampler may draw what an epoch's end draws.
+        """
+        return list(islice(self, min(count, max(self._early, 0))))
+
     def hand_over(self) -> Order:
         """Leave fetching ahead to workers that iterate over this from now on."""
         self._ahead = 0
@@ -234,6 +243,7 @@ class Order:
                 numbers = [int(index) for index in indices]
                 indices = numbers if numbers == indices else indices
             self._queue.append(indices)
+            self._early -= 1
             return
 
 

@@ -235,7 +235,7 @@ class Supply:
             phase = feed.phases.get(key)
             if phase is None or phase.cut is None or not phase.verified or feed.reload:
                 count += feed.size
-            else:
+            elif not feed.is_whole(phase.cut, phase.ghosts):
                 rows = torch.arange(feed.size) + view * feed.size
                 count += float(feed.missing(phase.cut, phase.ghosts, rows).sum())
         return count / max(sum(feed.size for feed in self.feeds), 1)

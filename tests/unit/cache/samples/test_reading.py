@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.errors import CacheError
@@ -66,6 +75,48 @@ def test_same_order_and_same_draws(name, workers) -> None:
     (plain, state), (read, same) = walk(by_loader), walk(by_reader)
     assert plain == read
     assert torch.equal(state, same)
+
+
+SAMPLERS = {
+    "subset": lambda generator: SubsetRandomSampler(range(20), generator=generator),
+    "weighted": lambda generator: WeightedRandomSampler([1.0] * 23, 20, generator=generator),
+    "distributed": lambda generator: DistributedSampler(DATA, num_replicas=1, rank=0),
+    "random": lambda generator: RandomSampler(DATA, generator=generator),
+    "several rounds": lambda generator: RandomSampler(DATA, num_samples=60, generator=generator),
+    "with replacement": lambda generator: RandomSampler(DATA, replacement=True, generator=generator),
+    "own": lambda generator: Lazy(),
+}
+LAZY = ("several rounds", "with replacement", "own")
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_asking_early_draws_nothing_more(name, own_generator, drop_last) -> None:
+    def loader():
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(3) if own_generator else None
+        sampler = SAMPLERS[name](generator)
+        return DataLoader(DATA, 4, sampler=sampler, generator=generator, drop_last=drop_last), generator
+
+    def states(generator):
+        return torch.get_rng_state().tolist(), generator and generator.get_state().tolist()
+
+    plain, plain_generator = loader()
+    batches = iter(plain)
+    first = next(batches)
+    after_one = states(plain_generator)
+    rest = list(batches)
+    asked, generator = loader()
+    order = LoaderReader(asked).order()
+    found = [next(order)]
+    early = order.ahead(100)
+    assert states(generator) == after_one
+    assert len(early) == (0 if name in LAZY else len(plain) - 2)
+    found += [*early, *order]
+    assert found == [batch[0].tolist() for batch in (first, *rest)]
+    assert states(generator) == states(plain_generator)
+    assert order.ahead(3) == []
 
 
 def test_loading_gives_the_collated_batches() -> None:
