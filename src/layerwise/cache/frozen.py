@@ -206,24 +206,27 @@ class FrozenPart:
 
     def drop_stale(self, feed: Feed) -> bool:
         """Forget stored values whose weights changed since they were computed; return whether some were."""
-        behind = {site: stored.weights for site, stored in feed.sites.items()} | feed.constant_weights
+        behind = [stored.weights for stored in feed.sites.values()]
+        behind += [weights for fixed in feed.fixed for _, weights in fixed.constants.values()]
         if not behind:
             return False
-        names = {name for weights in behind.values() for name, *_ in weights}
+        names = {name for weights in behind for name, *_ in weights}
         tensors = named_tensors(self.model)
         looked = behind, joint_state([tensors[name] for name in sorted(names & tensors.keys())])
         if looked == feed.looked:
             return False
         now = {item[0]: item for item in quick_state(tensors, names & tensors.keys())}
-        stale = [
-            site for site, weights in behind.items() if any(now.get(item[0]) != item for item in weights)
-        ]
+
+        def is_stale(weights: tuple[Any, ...]) -> bool:
+            return any(now.get(item[0]) != item for item in weights)
+
+        stale = any(map(is_stale, behind))
         feed.looked = None if stale else looked
-        for site in stale:
-            logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
-            feed.sites.pop(site, None)
         if stale:
-            feed.constants.clear()
-            feed.constant_weights.clear()
+            for site in [site for site, stored in feed.sites.items() if is_stale(stored.weights)]:
+                logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
+                del feed.sites[site]
+            for fixed in feed.fixed:
+                fixed.constants.clear()
             feed.unverify()
-        return bool(stale)
+        return stale

@@ -52,12 +52,9 @@ def find_layouts(
     Raises:
         MixedError: a value does not grow with the batch although it depends on the input, or is not made
             of samples side by side.
-        CacheError: there is none.
     """
     layouts = {}
     for site in sites:
-        if site not in full or site not in part:
-            raise CacheError(f"{site} is not reached each time the model runs.")
         try:
             layout = find_layout(full[site], batch, part[site], part_batch, where=f"the value at {site}")
         except CacheError as error:

@@ -15,6 +15,7 @@ from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.proof.mixing import PlaceError, find_layouts, sites_of, size_sensitive
+from layerwise.cache.replay.fixed import Fixed
 from layerwise.cache.replay.link import Link
 from layerwise.cache.replay.passes import Captured, compare_skeletons
 from layerwise.cache.samples.feed import Feed
@@ -23,6 +24,7 @@ from layerwise.errors import CacheError
 
 def prove(
     feed: Feed,
+    fixed: Fixed,
     link: Link,
     cuts: list[Cut],
     found: Captured,
@@ -33,10 +35,11 @@ def prove(
     *,
     exact: bool,
 ) -> None:
-    """Note in `feed` the layouts, skeletons and constants of some cuts, and where their bits hold.
+    """Note the layouts and skeletons of some cuts, and where their bits hold.
 
     Args:
-        feed: whose samples.
+        feed: whose samples; gets the layouts.
+        fixed: gets the skeletons.
         link: how the model is called.
         cuts: of this phase, and of later ones.
         found: what the prefix gave for the whole batch.
@@ -64,16 +67,18 @@ def prove(
         link, cuts, *link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
     )
     compare_skeletons(found.skeletons, part.skeletons)
-    constants = {site: found.values[site] for cut in cuts for site in cut.constants if site in found.values}
-    for site, value in constants.items():
-        if not same_bits(value, part.values[site]):
+    constants = dict.fromkeys(site for cut in cuts for site in cut.constants)
+    for site in (*sites_of(cuts), *constants):
+        if site not in found.values or site not in part.values:
+            raise CacheError(f"{site} is not reached each time the model runs.")
+    for site in constants:
+        if not same_bits(found.values[site], part.values[site]):
             raise CacheError(
                 f"the value at {site} differs from batch to batch, although no operation that torch sees "
                 f"links it to the input (numpy?)."
             )
     layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
-    feed.constants |= constants
-    feed.skeletons |= found.skeletons
+    fixed.skeletons |= found.skeletons
     feed.layouts |= layouts
 
     def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:

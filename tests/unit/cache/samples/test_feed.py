@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cache_loops import both, images
 from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader
@@ -41,13 +42,18 @@ def test_phases_that_were_met_long_ago_are_forgotten() -> None:
 
 def test_a_batch_is_not_complete_without_its_own_tensors_and_the_constants() -> None:
     feed, rows = feed_of(), torch.arange(2)
-    assert not feed.has_all(cut_of(), frozenset(), rows)  # labels, of which nothing is stored
+    link: Any = None
+    table, fixed = Site(CallId("positions", 0), "out", 0), Fixed(0, Circumstances(link, frozenset()))
+
+    def has_all(cut: Cut, *ghosts: int) -> bool:
+        return feed.has_all(Phase(cut=cut, ghosts=frozenset(ghosts), fixed=fixed), rows)
+
+    assert not has_all(cut_of())  # labels, of which nothing is stored
     assert feed.missing(cut_of(), frozenset(), rows).all()
-    assert feed.has_all(cut_of(), frozenset({0}), rows)
-    table = Site(CallId("positions", 0), "out", 0)
-    assert not feed.has_all(cut_of(constants=(table,)), frozenset({0}), rows)
-    feed.constants[table] = torch.ones(1)
-    assert feed.has_all(cut_of(constants=(table,)), frozenset({0}), rows)
+    assert has_all(cut_of(), 0)
+    assert not has_all(cut_of(constants=(table,)), 0)
+    fixed.constants[table] = torch.ones(1), ()
+    assert has_all(cut_of(constants=(table,)), 0)
 
 
 class Wide(nn.Module):
