@@ -22,7 +22,7 @@ from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.proof.mixing import MixedError
-from layerwise.cache.proof.outputs import Flow, check_backward, difference, is_checkpointed
+from layerwise.cache.proof.outputs import Result, check_backward, is_checkpointed
 from layerwise.cache.proof.proving import prove
 from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.ghost import ghost
@@ -34,7 +34,7 @@ from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import map_tensors
 
 
 class OtherValuesError(CacheError):
@@ -185,12 +185,12 @@ class Observer:
             self._note_constants(fixed, cuts, values)
             self._stock.adopt(feed, cuts, values, live.rows)
         started = time.perf_counter()
-        expected, flow = self._replayed(seen, values)
+        expected = self._replayed(seen, values)
         suffix_s = time.perf_counter() - started
         leaves = list(live.leaves)
 
         def compare(output: Any) -> None:
-            problem = difference(expected, output) or flow.difference(output)
+            problem = expected.difference(output)
             if problem:
                 raise CacheError(f"a replayed batch is not the plain one: {problem}.")
             self._store(seen, values, leaves, prefix_s, suffix_s)
@@ -243,7 +243,7 @@ class Observer:
             for site in phase.cut.frontier
         )
 
-    def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> tuple[list[torch.Tensor], Flow]:
+    def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> Result:
         """Return what the model gives for this batch when it is replayed; undo all side effects."""
         link, phase = seen.link, seen.phase
         assert phase.cut is not None
@@ -274,7 +274,7 @@ class Observer:
                 why = " ".join(str(error).split())[:200]
                 raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
         check_replayed(output, not_come)
-        return [tensor.detach() for tensor in tensors_in(output)], Flow.of(output)
+        return Result.of(output)
 
     def _store(
         self,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import CacheError
+from layerwise.layers.holding import DEPTH, SCALARS, is_object, slots_of, told
 from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
@@ -110,17 +114,68 @@ class Flow:
         return f"gradients take another way ({names})" if names else ""
 
 
-def difference(expected: list[torch.Tensor], output: Any) -> str:
-    """Return what is not bit for bit equal in two outputs of a model; ``""`` if nothing is."""
-    found = tensors_in(output)
-    if len(found) != len(expected):
-        return f"{len(expected)} tensors in its output, and {len(found)} in the plain one"
-    for number, (one, other) in enumerate(zip(expected, found)):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return (
-                f"output {number} is {tuple(one.shape)} {one.dtype}, not {tuple(other.shape)} {other.dtype}"
-            )
-        if not same_bits(one, other.detach()):
-            gap = float((one.double() - other.detach().double()).abs().max())
-            return f"output {number} differs by up to {gap:.3g}"
-    return ""
+@dataclass(frozen=True)
+class Result:
+    """What a replay gave.
+
+    Attributes:
+        tensors: in its output, detached.
+        rest: what else is in it, as text.
+        flow: of its gradients.
+    """
+
+    tensors: list[torch.Tensor]
+    rest: list[str]
+    flow: Flow
+
+    @classmethod
+    def of(cls, output: Any) -> Result:
+        """Return that of a model's output."""
+        tensors = [tensor.detach() for tensor in tensors_in(output)]
+        return cls(tensors, list(_told(output)), Flow.of(output))
+
+    def difference(self, output: Any) -> str:
+        """Return what is not the same, bit for bit, in the plain model's output; ``""`` if nothing is."""
+        found = tensors_in(output)
+        if len(found) != len(self.tensors):
+            return f"{len(self.tensors)} tensors in its output, and {len(found)} in the plain one"
+        for mine, plain in zip_longest(self.rest, _told(output), fillvalue="nothing more"):
+            if mine != plain:
+                return f"its output holds {mine}, and the plain one {plain}"
+        for number, (one, other) in enumerate(zip(self.tensors, found)):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                return (
+                    f"output {number} is {tuple(one.shape)} {one.dtype}, not {tuple(other.shape)} "
+                    f"{other.dtype}"
+                )
+            if not same_bits(one, other.detach()):
+                gap = float((one.double() - other.detach().double()).abs().max())
+                return f"output {number} differs by up to {gap:.3g}"
+        return self.flow.difference(output)
+
+
+def _told(structure: Any, depth: int = 0) -> Iterator[str]:
+    """Yield what an output is made of, as text: all but what its tensors hold, in the order of `tensors_in`.
+
+    Of what cannot be compared, such as a function, only the class.
+    """
+    kind = type(structure).__name__
+    if isinstance(structure, (*SCALARS, Enum, range)):
+        yield repr(structure)
+    elif isinstance(structure, np.ndarray):
+        yield f"array {hash(told(structure))}"
+    elif isinstance(structure, set | frozenset):
+        yield f"{kind} {sorted(map(repr, structure))}"
+    elif isinstance(structure, tuple | list):
+        yield f"{kind} of {len(structure)}"
+        for item in structure:
+            yield from _told(item, depth)
+    elif isinstance(structure, Mapping) or (depth < DEPTH and is_object(structure)):
+        is_mapping = isinstance(structure, Mapping)
+        items = structure if is_mapping else getattr(structure, "__dict__", {}) | slots_of(structure)
+        yield f"{kind} of {len(items)}"
+        for name, item in items.items():
+            yield repr(name)
+            yield from _told(item, depth + (not is_mapping))
+    else:
+        yield "a tensor" if isinstance(structure, torch.Tensor) else kind
