@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from layerwise.cache.changes.fingerprint import named_tensors, quick_state
+from layerwise.cache.changes.fingerprint import named_tensors
 from layerwise.cache.comparing import is_near, same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.frozen import FrozenPart
@@ -165,7 +165,11 @@ class Observer:
             self._compute_under(feed, here)
             as_stored = True
         phase.ghosts = feed.ghosts_of(cut, self._keep_inputs)
-        phase.fixed = fixed = feed.fixed_in(self._book.settings.number(), here, around)
+        fixed = Fixed(here)
+        for known in feed.fixed:
+            if here.agree(known.circumstances, around):
+                fixed.take(known, cuts)
+        phase.fixed = fixed
         prefix_s = 0.0
         if as_stored and self._is_stored(feed, phase, live.rows):
             values = feed.values(cut, fixed, live.rows, link.device)
@@ -180,9 +184,9 @@ class Observer:
                 feed.holds_under.append(here)
             elif not as_stored:
                 self._compute_under(feed, here)
-            prove(feed, fixed, link, cuts, found, log, live.indices, live.leaves, run, exact=self._exact)
+            prove(feed, link, cuts, found, log, live.indices, live.leaves, run, exact=self._exact)
             feed.forget_moved(live.rows)
-            self._note_constants(fixed, cuts, values)
+            fixed.note(cuts, found, named_tensors(self._model))
             self._stock.adopt(feed, cuts, values, live.rows)
         started = time.perf_counter()
         expected = self._replayed(seen, values)
@@ -226,13 +230,6 @@ class Observer:
                 )
             compared |= bool(there.any())
         return compared
-
-    def _note_constants(self, fixed: Fixed, cuts: list[Cut], values: Mapping[Site, torch.Tensor]) -> None:
-        """Note the values that do not depend on the input, and the state of the weights behind them."""
-        tensors = named_tensors(self._model)
-        for cut in cuts:
-            for site in cut.constants:
-                fixed.constants[site] = values[site], quick_state(tensors, cut.sources[site].tensors)
 
     def _is_stored(self, feed: Feed, phase: Phase, rows: torch.Tensor) -> bool:
         """Whether a batch can be replayed from what was stored in an earlier phase."""

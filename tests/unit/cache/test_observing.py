@@ -260,3 +260,20 @@ def test_what_is_the_same_for_all_batches_is_kept_for_each_state(make, change, e
     cached, replays = trained_in_turn(make, change, epochs, cached=True)
     assert all(torch.equal(one, other) for one, other in zip(plain, cached, strict=True))
     assert replays >= least
+
+
+class Scheduled(Pooling):
+    """What learns has a number that follows a schedule."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_a_schedule_of_what_learns_asks_for_no_other_proof() -> None:
+    # each epoch is another state, in which the frozen part gives what is known: one batch is loaded, once
+    def step_up(model: Any, epoch: int) -> None:
+        model.scale = 1.0 + epoch
+
+    assert both(Scheduled, images, "head", epochs=4, before_epoch=step_up).loads[1:] == [4, 4, 4]

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from layerwise.cache.changes.outlines import outline
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import CacheError
-from layerwise.layers.holding import DEPTH, SCALARS, is_object, slots_of, told
 from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
@@ -132,7 +130,7 @@ class Result:
     def of(cls, output: Any) -> Result:
         """Return that of a model's output."""
         tensors = [tensor.detach() for tensor in tensors_in(output)]
-        return cls(tensors, list(_told(output)), Flow.of(output))
+        return cls(tensors, _told(output), Flow.of(output))
 
     def difference(self, output: Any) -> str:
         """Return what is not the same, bit for bit, in the plain model's output; ``""`` if nothing is."""
@@ -154,28 +152,6 @@ class Result:
         return self.flow.difference(output)
 
 
-def _told(structure: Any, depth: int = 0) -> Iterator[str]:
-    """Yield what an output is made of, as text: all but what its tensors hold, in the order of `tensors_in`.
-
-    Of what cannot be compared, such as a function, only the class.
-    """
-    kind = type(structure).__name__
-    if isinstance(structure, (*SCALARS, Enum, range)):
-        yield repr(structure)
-    elif isinstance(structure, np.ndarray):
-        yield f"array {hash(told(structure))}"
-    elif isinstance(structure, set | frozenset):
-        yield f"{kind} {sorted(map(repr, structure))}"
-    elif isinstance(structure, tuple | list):
-        yield f"{kind} of {len(structure)}"
-        for item in structure:
-            yield from _told(item, depth)
-    elif isinstance(structure, Mapping) or (depth < DEPTH and is_object(structure)):
-        is_mapping = isinstance(structure, Mapping)
-        items = structure if is_mapping else getattr(structure, "__dict__", {}) | slots_of(structure)
-        yield f"{kind} of {len(items)}"
-        for name, item in items.items():
-            yield repr(name)
-            yield from _told(item, depth + (not is_mapping))
-    else:
-        yield "a tensor" if isinstance(structure, torch.Tensor) else kind
+def _told(output: Any) -> list[str]:
+    """Return what an output is made of, as text; of what cannot be compared (a function) the class."""
+    return list(outline(output, lambda tensor: "a tensor", lambda thing: type(thing).__name__))

@@ -15,7 +15,6 @@ from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.proof.mixing import PlaceError, find_layouts, sites_of, size_sensitive
-from layerwise.cache.replay.fixed import Fixed
 from layerwise.cache.replay.link import Link
 from layerwise.cache.replay.passes import Captured, compare_skeletons
 from layerwise.cache.samples.feed import Feed
@@ -24,7 +23,6 @@ from layerwise.errors import CacheError
 
 def prove(
     feed: Feed,
-    fixed: Fixed,
     link: Link,
     cuts: list[Cut],
     found: Captured,
@@ -35,14 +33,13 @@ def prove(
     *,
     exact: bool,
 ) -> None:
-    """Note the layouts and skeletons of some cuts, and where their bits hold.
+    """Note in `feed` the layouts of some cuts' values, and where their bits hold.
 
     Args:
-        feed: whose samples; gets the layouts.
-        fixed: gets the skeletons.
+        feed: whose samples.
         link: how the model is called.
         cuts: of this phase, and of later ones.
-        found: what the prefix gave for the whole batch.
+        found: what the prefix gave for the whole batch; gets the layouts of its skeletons.
         log: of that pass.
         indices: of the batch's samples.
         leaves: the batch's tensors.
@@ -78,7 +75,6 @@ def prove(
                 f"links it to the input (numpy?)."
             )
     layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
-    fixed.skeletons |= found.skeletons
     feed.layouts |= layouts
 
     def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
@@ -178,26 +177,12 @@ class Feed:
 
     @property
     def fixed(self) -> list[Fixed]:
-        """What is known of all phases that is the same for every batch; one that they share stands once."""
-        known = {id(phase.fixed): phase.fixed for phase in self.phases.values()}
-        return [fixed for fixed in known.values() if fixed is not None]
+        """What is known of each phase that is the same for every batch."""
+        return [phase.fixed for phase in self.phases.values() if phase.fixed is not None]
 
     def holds(self, cut: Cut, site: Site) -> bool:
         """Return whether what is stored at a site was made by the operations that `cut` saw."""
         return site in self.sites and self.sites[site].structure == cut.sources[site].structure
-
-    def fixed_in(self, settings: int, here: Circumstances, around: Set[nn.Module]) -> Fixed:
-        """Return what is known to be the same for every batch, new and empty if nothing is.
-
-        Args:
-            settings: of the modules, as a number.
-            here: the circumstances.
-            around: modules whose modes count.
-        """
-        alike = (
-            one for one in self.fixed if one.settings == settings and one.circumstances.agree(here, around)
-        )
-        return next(alike, None) or Fixed(settings, here)
 
     def forget_other(self, cuts: Sequence[Cut]) -> None:
         """Forget what other operations made at the sites of `cuts`: modules compute something else now."""

@@ -25,7 +25,9 @@ def feed_of(count: int = 4) -> Feed:
 
 
 def cut_of(**changes: Any) -> Cut:
-    empty: dict[str, Any] = {name: {} for name in ("skipped", "entered", "inside", "passes", "sources")}
+    empty: dict[str, Any] = {
+        name: {} for name in ("skipped", "entered", "inside", "passes", "sources", "outlines")
+    }
     return Cut(**{**empty, "frontier": (), "constants": (), "inputs": frozenset(), **changes})
 
 
