@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from layerwise.cache.changes.forms import shape_of
 from layerwise.cache.changes.outlines import outline
 from layerwise.cache.cutting.cut import CallId, Cut, NothingToSkipError, Site
 from layerwise.cache.cutting.dirty import find_dirty
@@ -358,9 +357,9 @@ def _outline(call: Call) -> str:
 
 
 def _lying(tensor: torch.Tensor) -> str:
-    """Return how a tensor lies in memory."""
-    strides = tensor.stride() if tensor.layout == torch.strided and not tensor.is_nested else tensor.layout
-    return f"{tensor.dtype} {shape_of(tensor)} {strides}"
+    """Return how a tensor lies in memory; of one without strides its type."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_nested
+    return f"{tensor.dtype} {(tuple(tensor.shape), tensor.stride()) if is_plain else tensor.layout}"
 
 
 def _id(call: Call) -> CallId:
