@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -202,31 +203,22 @@ class FrozenPart:
         if moves == supply.moves:
             return False
         supply.moves = moves  # they may have been written with what they held, as DDP does at its start
-        return any([self.drop_stale(feed) for feed in supply.feeds])
+        return self.drop_stale(supply.feeds)
 
-    def drop_stale(self, feed: Feed) -> bool:
+    def drop_stale(self, feeds: Iterable[Feed]) -> bool:
         """Forget stored values whose weights changed since they were computed; return whether some were."""
-        behind = [stored.weights for stored in feed.sites.values()]
-        behind += [weights for fixed in feed.fixed for _, weights in fixed.constants.values()]
+        behind = [(feed, states) for feed in feeds if (states := feed.weights)]
         if not behind:
             return False
-        names = {name for weights in behind for name, *_ in weights}
         tensors = named_tensors(self.model)
-        looked = behind, joint_state([tensors[name] for name in sorted(names & tensors.keys())])
-        if looked == feed.looked:
-            return False
-        now = {item[0]: item for item in quick_state(tensors, names & tensors.keys())}
-
-        def is_stale(weights: tuple[Any, ...]) -> bool:
-            return any(now.get(item[0]) != item for item in weights)
-
-        stale = any(map(is_stale, behind))
-        feed.looked = None if stale else looked
-        if stale:
-            for site in [site for site, stored in feed.sites.items() if is_stale(stored.weights)]:
-                logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
-                del feed.sites[site]
-            for fixed in feed.fixed:
-                fixed.constants.clear()
-            feed.unverify()
+        jointly = functools.cache(lambda names: joint_state([tensors[name] for name in sorted(names)]))
+        each = functools.cache(lambda names: {item[0]: item for item in quick_state(tensors, names)})
+        stale = False
+        for feed, states in behind:  # most of them have the same weights behind
+            names = frozenset(name for state in states for name, *_ in state if name in tensors)
+            looked = states, jointly(names)
+            if looked != feed.looked:
+                found = feed.forget_stale(each(names))
+                feed.looked = None if found else looked
+                stale |= found
         return stale

@@ -111,7 +111,7 @@ class Observer:
                 "time. Do that in the dataset's transform."
             )
         assert live.shape is not None
-        self._frozen.drop_stale(feed)
+        self._frozen.drop_stale([feed])
         if feed.shape is None:
             live.shape.require(feed.kind or live.shape.rows)
             feed.shape, feed.full = live.shape, len(live.indices)

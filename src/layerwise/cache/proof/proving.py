@@ -14,7 +14,7 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.proof.mixing import PlaceError, find_layouts, sites_of, size_sensitive
+from layerwise.cache.proof.mixing import PlaceError, find_layouts, size_sensitive
 from layerwise.cache.replay.link import Link
 from layerwise.cache.replay.passes import Captured, compare_skeletons
 from layerwise.cache.samples.feed import Feed
@@ -64,8 +64,9 @@ def prove(
         link, cuts, *link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
     )
     compare_skeletons(found.skeletons, part.skeletons)
+    sites = dict.fromkeys(site for cut in cuts for site in cut.frontier)
     constants = dict.fromkeys(site for cut in cuts for site in cut.constants)
-    for site in (*sites_of(cuts), *constants):
+    for site in (*sites, *constants):
         if site not in found.values or site not in part.values:
             raise CacheError(f"{site} is not reached each time the model runs.")
     for site in constants:
@@ -74,7 +75,7 @@ def prove(
                 f"the value at {site} differs from batch to batch, although no operation that torch sees "
                 f"links it to the input (numpy?)."
             )
-    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
+    layouts = find_layouts(sites, found.values, count, part.values, part_count, chosen)
     feed.layouts |= layouts
 
     def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:

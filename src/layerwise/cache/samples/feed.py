@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from layerwise.cache.store.decision import Decision
 from layerwise.cache.store.room import format_bytes
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
+
+logger = logging.getLogger("layerwise.cache")
 
 _PHASES = 32  # a schedule of an attribute makes one in each epoch
 _GHOSTS = 16  # made at once
@@ -183,6 +186,32 @@ class Feed:
     def holds(self, cut: Cut, site: Site) -> bool:
         """Return whether what is stored at a site was made by the operations that `cut` saw."""
         return site in self.sites and self.sites[site].structure == cut.sources[site].structure
+
+    @property
+    def weights(self) -> list[tuple[Any, ...]]:
+        """`quick_state` of the weights behind all that is kept, as it was when that was computed."""
+        constants = (constant for fixed in self.fixed for constant in fixed.constants.values())
+        return [*(stored.weights for stored in self.sites.values()), *(weights for _, weights in constants)]
+
+    def forget_stale(self, now: Mapping[str, tuple[Any, ...]]) -> bool:
+        """Forget what was computed with other weights; return whether there was some.
+
+        Args:
+            now: `quick_state` of the weights, by their names.
+        """
+
+        def is_stale(weights: tuple[Any, ...]) -> bool:
+            return any(now.get(item[0]) != item for item in weights)
+
+        if not any(map(is_stale, self.weights)):
+            return False
+        for site in [site for site, stored in self.sites.items() if is_stale(stored.weights)]:
+            logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
+            del self.sites[site]
+        for fixed in self.fixed:
+            fixed.constants.clear()
+        self.unverify()
+        return True
 
     def forget_other(self, cuts: Sequence[Cut]) -> None:
         """Forget what other operations made at the sites of `cuts`: modules compute something else now."""
