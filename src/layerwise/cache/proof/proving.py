@@ -104,9 +104,8 @@ def prove(
         if exact:
             feed.keep_places(str(error), count)
     else:
-        if exact and feed.sizes is not None:
-            proved = {count} if sensitive or between else {count, part_count}
-            feed.sizes = feed.sizes & proved if feed.sizes else proved
+        if exact:
+            feed.keep_sizes({count} if sensitive or between else {count, part_count})
     if not exact:
         feed.sizes = None
 

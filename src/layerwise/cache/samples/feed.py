@@ -242,6 +242,24 @@ class Feed:
         if self.places is None:
             self.places = torch.full((self.rows, 2), -1)
 
+    def keep_sizes(self, proved: set[int]) -> None:
+        """Keep the batch sizes that are also among those that were proved to give a sample the same bits.
+
+        Raises:
+            CacheError: there is none.
+        """
+        if self.sizes is None:
+            return
+        sizes = self.sizes & proved if self.sizes else proved
+        if not sizes:
+            raise CacheError(
+                "batches have several sizes, and the first one of this phase gives samples other last bits "
+                "than those of which values are stored."
+            )
+        self.sizes = sizes
+        if self.full not in sizes:
+            self.full = max(sizes)
+
     def forget_moved(self, rows: torch.Tensor) -> None:
         """Forget what is stored for `rows`, one batch, if one of them stood elsewhere when it was computed.
 

@@ -16,6 +16,7 @@ from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.decision import Decision
+from layerwise.errors import CacheError
 
 
 def feed_of(count: int = 4) -> Feed:
@@ -56,6 +57,22 @@ def test_a_batch_is_not_complete_without_its_own_tensors_and_the_constants() -> 
     assert not has_all(cut_of(constants=(table,)), 0)
     fixed.constants[table] = torch.ones(1), ()
     assert has_all(cut_of(constants=(table,)), 0)
+
+
+def test_sizes_of_batches_are_those_of_all_phases() -> None:
+    # values are computed in batches of one of them
+    feed = feed_of()
+    feed.full = 3
+    feed.keep_sizes({4, 2})
+    assert (feed.sizes, feed.full) == ({4, 2}, 4)
+    feed.keep_sizes({2, 1})
+    assert (feed.sizes, feed.full) == ({2}, 2)
+    with pytest.raises(CacheError, match="batches have several sizes"):
+        feed.keep_sizes({4, 3})
+    assert feed.sizes == {2}
+    feed.sizes = None  # last bits do not count
+    feed.keep_sizes({4})
+    assert feed.sizes is None
 
 
 class Wide(nn.Module):
