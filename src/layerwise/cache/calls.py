@@ -139,7 +139,9 @@ class Calls:
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase = live.feed, live.phase
-        if phase is None or phase.cut is None or not (live.replayed or self._is_completed(live, phase)):
+        if phase is None or phase.cut is None or phase.fixed is None:
+            return None
+        if not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
         if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
@@ -150,14 +152,15 @@ class Calls:
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
             or backend_state(link.device) != link.backends
-            or not feed.has_all(phase.cut, phase.ghosts, live.rows)  # forgotten since, as weights changed
+            or not feed.has_all(phase, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
             leaves = tensors_in(feed.reader.load_now(live.indices))
             return link.build(leaves, (args, kwargs))
-        values = feed.values(phase.cut, live.rows, link.device)
+        values = feed.values(phase.cut, phase.fixed, live.rows, link.device)
         live.supply.replays += 1
-        replay = replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
+        skeletons = phase.fixed.skeletons
+        replay = replaying(phase.cut, values, skeletons, batch=len(live.rows), device=link.device)
         not_come, self._replaying = replay.__enter__(), True
         self._hook.at_end(functools.partial(self._end_replay, replay, not_come))
         return None
@@ -206,7 +209,7 @@ class Calls:
         self._hook.at_end(lambda output: self._book.settings.after_forward())
         try:
             with apart():
-                compare = self._observer.observe(live, link, phase, args, kwargs)
+                compare = self._observer.observe(live, link, args, kwargs)
             self._hook.at_end(functools.partial(_compare, live, compare))
         except OtherShapeError as error:
             live.supply.sort_anew(error)

@@ -144,7 +144,8 @@ class Dealer:
         live.versions = versions_of(live.leaves)
         settled = phase is not None and (phase.verified or phase.reason)
         size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
-        if not (supply.reason or settled) and len(indices) >= min(size, feed.size):
+        tells = len(indices) >= min(size, feed.size) and (not feed.sizes or feed.fits(len(indices)))
+        if tells and not (supply.reason or settled):
             try:
                 live.shape = BatchShape.of(live.batch, len(indices))
             except CacheError as error:

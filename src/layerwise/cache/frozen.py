@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -230,28 +231,22 @@ class FrozenPart:
         if moves == supply.moves:
             return False
         supply.moves = moves  # they may have been written with what they held, as DDP does at its start
-        return any([self.drop_stale(feed) for feed in supply.feeds])
+        return self.drop_stale(supply.feeds)
 
-    def drop_stale(self, feed: Feed) -> bool:
+    def drop_stale(self, feeds: Iterable[Feed]) -> bool:
         """Forget stored values whose weights changed since they were computed; return whether some were."""
-        behind = {site: stored.weights for site, stored in feed.sites.items()} | feed.constant_weights
+        behind = [(feed, states) for feed in feeds if (states := feed.weights)]
         if not behind:
             return False
-        names = {name for weights in behind.values() for name, *_ in weights}
         tensors = named_tensors(self.model)
-        looked = behind, joint_state([tensors[name] for name in sorted(names & tensors.keys())])
-        if looked == feed.looked:
-            return False
-        now = {item[0]: item for item in quick_state(tensors, names & tensors.keys())}
-        stale = [
-            site for site, weights in behind.items() if any(now.get(item[0]) != item for item in weights)
-        ]
-        feed.looked = None if stale else looked
-        for site in stale:
-            logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
-            feed.sites.pop(site, None)
-        if stale:
-            feed.constants.clear()
-            feed.constant_weights.clear()
-            feed.unverify()
-        return bool(stale)
+        jointly = functools.cache(lambda names: joint_state([tensors[name] for name in sorted(names)]))
+        each = functools.cache(lambda names: {item[0]: item for item in quick_state(tensors, names)})
+        stale = False
+        for feed, states in behind:  # most of them have the same weights behind
+            names = frozenset(name for state in states for name, *_ in state if name in tensors)
+            looked = states, jointly(names)
+            if looked != feed.looked:
+                found = feed.forget_stale(each(names))
+                feed.looked = None if found else looked
+                stale |= found
+        return stale

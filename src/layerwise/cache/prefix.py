@@ -172,8 +172,7 @@ class PrefixCache:
         if changed and supply.changes > _CHANGES:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         supply.moves = self._book.moves
-        for feed in supply.feeds:
-            self._frozen.drop_stale(feed)
+        self._frozen.drop_stale(supply.feeds)
         assert supply.reader is not None
         return supply.begun(self._deal(supply, supply.reader.order()))
 
@@ -339,7 +338,7 @@ class PrefixCache:
         self._book.refresh()
         why, found = supply.reason, []
         for feed in supply.feeds if not why else ():
-            self._frozen.drop_stale(feed)
+            self._frozen.drop_stale([feed])
             phase = feed.phases.get(self._book.state())
             if phase is None or not (phase.verified or phase.reason):
                 samples = feed.members or range(feed.size)

@@ -15,6 +15,8 @@ from torch import nn
 from cache_loops import both, images
 from layerwise.cache.changes.settings import Settings, Stillness
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+
 
 class Slotted:
     """Has no dictionary."""
