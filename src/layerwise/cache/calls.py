@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._C._functorch import peek_interpreter_stack
 
+from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import CallId, NothingToSkipError
 from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.live import Live
@@ -155,8 +156,7 @@ class Calls:
             or not feed.has_all(phase, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
-            leaves = tensors_in(feed.reader.load_now(live.indices))
-            return link.build(leaves, (args, kwargs))
+            return _with_samples(live, link, args, kwargs)
         values = feed.values(phase.cut, phase.fixed, live.rows, link.device)
         live.supply.replays += 1
         skeletons = phase.fixed.skeletons
@@ -176,7 +176,7 @@ class Calls:
     def _is_completed(self, live: Live, phase: Phase) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""
         usable = phase.verified and not live.supply.reason and live.feed.fits(len(live.indices))
-        if not usable or self._book.state() != live.key:
+        if not usable or live.supply.views > 1 or self._book.state() != live.key:
             return False
         try:
             with apart():
@@ -221,6 +221,26 @@ class Calls:
         except Exception as error:  # the model's and the dataset's own code ran: training must go on
             live.supply.refuse(f"looking at the first batch raised {one_line(error)}", phase)
         give_back_memory()
+
+
+def _with_samples(live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of a call with the samples in place of ghosts; None if there are none.
+
+    Raises:
+        CacheError: the samples as they were drawn are not at hand.
+    """
+    if not any(isinstance(leaf, Ghost) for leaf in live.leaves):
+        return None
+    leaves = tensors_in(live.feed.reader.load_now(live.indices))
+    if live.supply.views > 1:
+        for given, loaded in zip(live.leaves, leaves):
+            if not (isinstance(given, Ghost) or same_bits(given.cpu(), loaded)):
+                raise CacheError(
+                    "the model is called in another state (train or eval mode, what learns, autocast) than "
+                    "the batch was made for. With views= its samples cannot be loaded again: another loading "
+                    "is another draw. Set the state before the loop asks for the batch."
+                )
+    return link.build(leaves, (args, kwargs))
 
 
 def _compare(live: Live, compare: Callable[[Any], None], output: Any) -> None:

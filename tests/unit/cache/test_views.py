@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 import layerwise
 from cache_loops import Counted
+from layerwise.errors import CacheError
 
 
 class Drawn(Counted):
@@ -48,12 +49,18 @@ class Twice(nn.Module):
 
 
 def train(
-    data: Drawn, *, epochs: int, learns: Callable[[int], bool] = lambda epoch: False, **options: Any
+    data: Drawn,
+    *,
+    epochs: int,
+    learns: Callable[[int], bool] = lambda epoch: False,
+    mode: Callable[[int, int], bool] = lambda epoch, step: True,
+    **options: Any,
 ) -> str:
     """Check every batch; return what the cache says of itself.
 
     Args:
         learns: whether the tail does, in an epoch.
+        mode: in which the model is called, in a step of an epoch.
     """
     torch.manual_seed(0)
     model = Twice()
@@ -62,8 +69,8 @@ def train(
     cache = layerwise.PrefixCache(model, loader, storage="memory", views=2, **options)
     for epoch in range(epochs):
         model.tail.requires_grad_(learns(epoch))
-        for x, number, *_ in cache.batches():
-            output = model(x)
+        for step, (x, number, *_) in enumerate(cache.batches()):
+            output = model.train(mode(epoch, step))(x)
             output.sum().backward()  # as the loop would; nothing is learned
             assert torch.allclose(output, number[:, None].expand_as(output), atol=1e-6)
     return cache.describe()
@@ -92,3 +99,24 @@ def test_what_cannot_be_stored_is_refused() -> None:
 def test_a_sample_that_stands_in_a_batch_twice() -> None:
     sampler = WeightedRandomSampler(torch.tensor([9.0] + [0.1] * 21), 22)
     assert "cut at" in train(Drawn(), epochs=9, loader_options={"shuffle": False, "sampler": sampler})
+
+
+@pytest.mark.parametrize("keep_inputs", [True, False])
+def test_a_mode_that_changes_before_the_call(keep_inputs: bool) -> None:
+    # where the batch was made for another mode, it is not replayed with a label of another draw
+    def mode(epoch: int, step: int) -> bool:
+        return step % 3 != 1
+
+    if keep_inputs:
+        assert "cut at" in train(Drawn(), epochs=6, mode=mode, keep_inputs=True)
+    else:
+        with pytest.raises(CacheError, match="cannot be loaded again: another loading is another draw"):
+            train(Drawn(), epochs=6, mode=mode)
+
+
+def test_a_mode_that_changes_where_labels_are_of_no_draw() -> None:
+    class Labelled(Drawn):
+        def __getitem__(self, index: int) -> Any:
+            return self.inputs[index] * (1 + torch.rand(()) * 1e-8), torch.ones(())
+
+    assert "cut at" in train(Labelled(), epochs=6, mode=lambda epoch, step: step % 3 != 1)
