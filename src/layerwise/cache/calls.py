@@ -30,14 +30,13 @@ from layerwise.cache.samples.batchshape import OtherShapeError
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.opening import COMPILED
 from layerwise.cache.samples.supply import one_line
-from layerwise.cache.store.room import format_bytes, give_back_memory
+from layerwise.cache.store.room import give_back_memory
+from layerwise.cache.telling import told
 from layerwise.cache.traceless import apart, normal_tensors
-from layerwise.errors import CacheError, LayerwiseError, shorten
+from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 logger = logging.getLogger("layerwise.cache")
-
-_TOLD = 4  # sites that are named
 
 
 class Calls:
@@ -257,18 +256,3 @@ def _compare(live: Live, compare: Callable[[Any], None], output: Any) -> None:
         logger.info("prefix cache: %s", told(live.phase))
     except (CacheError, OSError) as error:
         live.supply.refuse(str(error), live.phase)
-
-
-def told(phase: Phase | None) -> str:
-    """Return what was chosen for a phase, for people."""
-    if phase is None or phase.reason or phase.cut is None or phase.decision is None:
-        return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
-    cut, decision = phase.cut, phase.decision
-    sites = shorten(cut.frontier, _TOLD)
-    text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
-    if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
-        text += (
-            f"; {format_bytes(cut.returned_bytes_per_sample)} a sample are stored only because the model "
-            f"returns or keeps frozen values (of a decoder's keys and values: model.config.use_cache = False)"
-        )
-    return text

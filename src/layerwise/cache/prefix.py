@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from layerwise.cache.calls import Calls, told
+from layerwise.cache.calls import Calls
 from layerwise.cache.cutting.book import CutBook, PhaseSource
 from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.filling import Filled, fill_rest, total
@@ -28,6 +28,7 @@ from layerwise.cache.samples.reading import Order
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.store.decision import Decision, Storage
+from layerwise.cache.telling import decided, described
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import unwrap
@@ -243,41 +244,13 @@ class PrefixCache:
 
     def describe(self) -> str:
         """Return, for people, what is cached, where, why, and what it is expected to gain."""
-        if not self._supplies:
-            return "prefix cache: nothing seen yet"
-        lines = []
-        for number, supply in enumerate(self._supplies):
-            name = "" if len(self._supplies) == 1 else f" (loader {number + 1})"
-            if supply.reason:
-                lines.append(f"prefix cache{name}: off: {supply.reason}")
-            phases = supply.phases()
-            when = "until then: " if supply.reason else ""
-            shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
-            lines += dict.fromkeys(f"prefix cache{name}: {when}{told(phase)}" for phase in shown)
-            key = next(reversed(phases), None)
-            stored, samples = supply.stored(key), supply.samples
-            if 0 < stored < samples:
-                lines.append(f"prefix cache{name}: {stored:,} of {samples:,} samples stored so far")
-            if supply.is_idle(key):
-                lines.append(
-                    f"prefix cache{name}: no batch of this epoch was replayed: the model is called with "
-                    f"other arguments, or in another state (train or eval, what learns, autocast), than when "
-                    f"it was looked at"
-                )
-        return "\n".join(lines) or "prefix cache: waiting for the first batch"
+        return described(self._supplies)
 
     @property
     def decision(self) -> Decision | None:
         """What was chosen last for the class's own loader; None before its first batch."""
         supply = self._known_supply(inner(self.loader))
-        if supply is None:
-            return None
-        if supply.reason:
-            return Decision("off", supply.reason)
-        phases = [p for p in supply.phases().values() if p.decision is not None or p.reason]
-        if not phases:
-            return None
-        return phases[-1].decision or Decision("off", phases[-1].reason)
+        return None if supply is None else decided(supply)
 
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""
