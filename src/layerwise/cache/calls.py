@@ -23,7 +23,7 @@ from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
 from layerwise.cache.replay.ghost import Ghost, real
-from layerwise.cache.replay.hooks import RAISED, RootHook, hook_count
+from layerwise.cache.replay.hooks import RAISED, OnlyHere, RootHook, hook_count
 from layerwise.cache.replay.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.replay.passes import check_replayed, replaying
 from layerwise.cache.samples.batchshape import OtherShapeError
@@ -94,6 +94,12 @@ class Calls:
             return None
         if self._replaying or self._frozen.busy:  # the model calls itself, or the cache calls it
             return None
+        for hook in reversed(self._model._forward_pre_hooks.values()):
+            if hook is self._hook.hook:
+                break
+            if not isinstance(hook, OnlyHere):  # it came later, and what it does to the arguments is unknown
+                self._hook.come_last(self._model)
+                return self._with_real(args, kwargs)
         if self._leaving:
             self._hook.at_end(lambda output: self.end_leavers())
         if peek_interpreter_stack() is not None:

@@ -596,6 +596,17 @@ def outputs_changed_by_a_hook_from_the_first_step_on(run: Run) -> None:
             run.step(batch)
 
 
+def inputs_changed_by_a_hook_in_the_middle_of_an_epoch(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            if len(run.losses) == 8:
+                handle = run.model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+            if len(run.losses) == 10:
+                handle.remove()
+            run.step(batch)
+
+
 class CallsItself(Net):
     """Its own output decides how it goes on, as in some recurrent models."""
 
@@ -712,6 +723,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     in_two_modes: CACHED,
     gradients_of_the_model_hooked: CACHED,
     outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
+    inputs_changed_by_a_hook_in_the_middle_of_an_epoch: CACHED,
     a_model_that_calls_itself: CACHED,
     validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",

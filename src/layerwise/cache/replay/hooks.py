@@ -19,22 +19,23 @@ RAISED = object()
 """Stands for the output of a call that raised."""
 
 
-class _OnlyHere:
+class OnlyHere:
     """A hook that works on one model; deepcopies and pickles of the model carry a dead one."""
 
     def __init__(self, model: nn.Module | None, function: Callable[..., Any] | None) -> None:
         self.model, self.function = model, function
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        """Call the function."""
         if self.function is None or module is not self.model:
             return None
         return self.function(*arguments)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OnlyHere:
-        return _OnlyHere(None, None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnlyHere:
+        return OnlyHere(None, None)
 
     def __reduce__(self) -> Any:
-        return _OnlyHere, (None, None)
+        return OnlyHere, (None, None)
 
 
 @dataclass
@@ -87,9 +88,14 @@ def _do(due: list[Due], output: Any) -> None:
 
 
 class RootHook:
-    """Has a function called before every call of a model, while at least one ``with`` block is open."""
+    """Has a function called before every call of a model, while at least one ``with`` block is open.
+
+    Attributes:
+        hook: the hook on the model; None while no block is open.
+    """
 
     def __init__(self) -> None:
+        self.hook: OnlyHere | None = None
         self._open = 0
         self._handle: RemovableHandle | None = None
         self._call: _Call | None = None
@@ -106,7 +112,8 @@ class RootHook:
         self._open += 1
         if self._open == 1:
             # a hook of torch's: the compiler goes past `_call_impl`, and it comes after the user's own
-            self._handle = model.register_forward_pre_hook(_OnlyHere(model, before), with_kwargs=True)
+            self.hook = OnlyHere(model, before)
+            self._handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
             self._call = _CALLS.setdefault(model, _Call())
             if not self._call.hooks:
                 vars(model)["_call_impl"] = _seen(model, self._call)
@@ -119,9 +126,16 @@ class RootHook:
                 assert self._handle is not None
                 assert self._call is not None
                 self._handle.remove()
+                self.hook = None
                 self._call.hooks -= 1
                 if not self._call.hooks:
                     del vars(model)["_call_impl"], _CALLS[model]
+
+    def come_last(self, model: nn.Module) -> None:
+        """Have `before` called after all hooks that the model has by now, from its next call on."""
+        assert self._handle is not None
+        hooks: Any = model._forward_pre_hooks  # an OrderedDict
+        hooks.move_to_end(self._handle.id)
 
     def at_end(self, due: Due) -> None:
         """Have `due` called when the call ends of which `before` was told last.

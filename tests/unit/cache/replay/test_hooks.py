@@ -93,3 +93,14 @@ def test_a_copy_takes_nothing_along_and_has_hooks_of_its_own(net: nn.Module, see
     assert not seen
     net(torch.ones(1))
     assert seen == [1, 2]
+
+
+def test_it_comes_last_also_of_hooks_that_came_later(net: nn.Module) -> None:
+    hook, order = RootHook(), []
+    with hook.attached(net, lambda args, kwargs: order.append("ours")):
+        net.register_forward_pre_hook(lambda module, args: order.append("theirs"))
+        net(torch.ones(1))
+        hook.come_last(net)
+        net(torch.ones(1))
+    assert order == ["ours", "theirs", "theirs", "ours"]
+    net._forward_pre_hooks.popitem()  # the user's; the fixture's is left
