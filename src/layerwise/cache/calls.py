@@ -12,6 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from itertools import chain
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class Calls:
         return map_tensors((args, kwargs), lambda tensor: real(tensor) if is_ours(tensor) else tensor)
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        feed, phase = live.feed, live.phase
+        feed, phase, self._frozen.thread = live.feed, live.phase, get_ident()
         if phase is None or phase.cut is None or phase.fixed is None:
             return None
         if not (live.replayed or self._is_completed(live, phase)):
@@ -205,7 +206,7 @@ class Calls:
         link = find_link(live.leaves, args, kwargs)
         if link is None:
             return
-        live.seen = True
+        live.seen, self._frozen.thread = True, get_ident()
         live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
         phase = live.phase = live.feed.phase_of(live.key)
         if phase.verified or phase.reason:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 
@@ -116,6 +117,7 @@ def _fill(
 ) -> int:
     """Compute the samples of which something is missing, in batches of `size`; return how many there were."""
     assert phase.cut is not None
+    frozen.thread = get_ident()
     batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
     rows = [feed.rows_of(batch, view) for batch in batches]
     absent = [int(feed.missing(phase.cut, phase.ghosts, some).sum()) for some in rows]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -42,10 +43,13 @@ class FrozenPart:
         model: the model.
         book: knows its cuts, and whether its weights move.
 
+    Attributes:
+        thread: in which the loop calls the model; None before it did.
     """
 
     def __init__(self, model: nn.Module, book: CutBook) -> None:
         self.model, self.book = model, book
+        self.thread: int | None = None
 
     @property
     def busy(self) -> bool:
@@ -127,7 +131,8 @@ class FrozenPart:
             The loaded batch if one must be handed out, else None.
 
         Raises:
-            OtherStateError: something is missing, and the model would now compute something else.
+            OtherStateError: something is missing, and the model would now compute something else, or may be
+                running in another thread.
             CacheError: a batch cannot be taken apart as the first one could.
         """
         feed, phase = live.feed, live.phase
@@ -144,6 +149,8 @@ class FrozenPart:
         if feed.reload and batch is None:
             batch = feed.reader.load_now(live.indices)
         if absent.any():
+            if self.thread not in (None, get_ident()):  # the batch is completed when it comes
+                raise OtherStateError("the model may be running")
             if self.book.state() != live.key:
                 raise OtherStateError("values of a former state would be computed")
             if self.weights_moved(live.supply):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -607,6 +609,28 @@ def inputs_changed_by_a_hook_in_the_middle_of_an_epoch(run: Run) -> None:
             run.step(batch)
 
 
+THREADS: set[int] = set()
+
+
+class NotesThreads(Transposed):
+    def forward(self, x: Tensor) -> Tensor:
+        THREADS.add(threading.get_ident())
+        return super().forward(x)
+
+
+def fetched_by_another_thread(run: Run) -> None:
+    """The model may be in the middle of a step when a batch is made, so it must not run for that."""
+    run.take(NotesThreads())
+    loader = run.loader(images(60))
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(EPOCHS):
+            batches = run.batches(loader)
+            while (batch := pool.submit(next, batches, None).result()) is not None:
+                run.step(batch)
+    assert {threading.get_ident()} == THREADS
+    assert run.cache is None or run.cache._supplies[0].replays == 15
+
+
 class CallsItself(Net):
     """Its own output decides how it goes on, as in some recurrent models."""
 
@@ -724,6 +748,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     gradients_of_the_model_hooked: CACHED,
     outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
     inputs_changed_by_a_hook_in_the_middle_of_an_epoch: CACHED,
+    fetched_by_another_thread: "cut at",
     a_model_that_calls_itself: CACHED,
     validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",
