@@ -155,7 +155,8 @@ class Calls:
             or not feed.has_all(phase, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
-            leaves = tensors_in(feed.reader.load_now(live.indices))
+            with feed.reader.unaffected():  # they were drawn when the batch was made
+                leaves = tensors_in(feed.reader.load_now(live.indices))
             return link.build(leaves, (args, kwargs))
         values = feed.values(phase.cut, phase.fixed, live.rows, link.device)
         live.supply.replays += 1
