@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.cache.changes.fingerprint import named_tensors
 from layerwise.cache.comparing import is_near, same_bits
@@ -160,7 +161,7 @@ class Observer:
         """Compute the batch's values at the first of `cuts`, and at the others on the way; replay it."""
         live, link, here, phase, cut = seen.live, seen.link, seen.here, seen.phase, cuts[0]
         feed, phase.cut = live.feed, cut
-        around = self._book.in_or_around(cut)
+        around = set[nn.Module]().union(*map(self._book.in_or_around, cuts))
         as_stored = any(here.agree(one, around) for one in feed.holds_under)
         if not feed.sites or not (as_stored or all(site in feed.sites for site in cut.frontier)):
             self._compute_under(feed, here)

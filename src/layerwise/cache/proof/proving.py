@@ -115,22 +115,25 @@ def _loaded_again(
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Return some of the batch's samples, loaded once more, and which positions of the batch they are.
 
+    A sample that is a batch by itself gets another one beside it, which is not of the batch.
+
     Raises:
         CacheError: they are not the same this time.
     """
     assert feed.shape is not None
-    if len(indices) == 1:
-        batch = feed.reader.load_now([indices[0], feed.neighbour(indices[0])])
-        return feed.shape.check(batch, 2), [0]
-    chosen = _positions(feed, len(indices))
-    if feed.views > 1:  # each loading draws anew
-        return [leaf[chosen] for leaf in leaves], chosen
+    chosen = _positions(feed, len(indices)) if len(indices) > 1 else [0]
+    beside = [feed.neighbour(indices[0])] if len(indices) == 1 else []
+    drawn = [leaf[chosen] for leaf in leaves]
+    if feed.views > 1 and not beside:  # each loading draws anew
+        return drawn, chosen
     with feed.reader.unaffected():
-        batch = feed.reader.load_now([indices[position] for position in chosen])
-    again = feed.shape.check(batch, len(chosen))
+        batch = feed.reader.load_now([indices[position] for position in chosen] + beside)
+    again = feed.shape.check(batch, len(chosen) + len(beside))
+    if feed.views > 1:
+        return [torch.cat([leaf, part[1:]]) for leaf, part in zip(drawn, again)], chosen
     if feed.shape.has_other_values(batch):
         feed.reload = True  # per-sample values that are not tensors (names, strings)
-    if not all(same_bits(leaf[chosen], part) for leaf, part in zip(leaves, again)):
+    if not all(same_bits(leaf, part[: len(chosen)]) for leaf, part in zip(drawn, again)):
         raise CacheError("a sample of a batch depends on the other samples that are collated with it.")
     return again, chosen
 
