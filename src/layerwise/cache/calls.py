@@ -8,35 +8,36 @@ calls run as they are.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
+from itertools import chain
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
+from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import CallId, NothingToSkipError
 from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
 from layerwise.cache.replay.ghost import Ghost, real
-from layerwise.cache.replay.hooks import RootHook, hook_count
+from layerwise.cache.replay.hooks import RAISED, OnlyHere, RootHook, hook_count
 from layerwise.cache.replay.link import Link, autocast_state, backend_state, find_link, known_arguments
 from layerwise.cache.replay.passes import check_replayed, replaying
 from layerwise.cache.samples.batchshape import OtherShapeError
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.opening import COMPILED
 from layerwise.cache.samples.supply import one_line
-from layerwise.cache.store.room import format_bytes, give_back_memory
-from layerwise.cache.traceless import normal_tensors
-from layerwise.errors import CacheError, LayerwiseError, shorten
+from layerwise.cache.store.room import give_back_memory
+from layerwise.cache.telling import told
+from layerwise.cache.traceless import apart, normal_tensors
+from layerwise.errors import CacheError, LayerwiseError
 from layerwise.layers.structures import map_tensors, tensors_in
 
 logger = logging.getLogger("layerwise.cache")
-
-_TOLD = 4  # sites that are named
 
 
 class Calls:
@@ -53,16 +54,14 @@ class Calls:
         self._hook = RootHook()
         self._at_hand: list[Collection[Live]] = []
         self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
-        self._replay: tuple[contextlib.AbstractContextManager[set[CallId]], set[CallId]] | None = None
-        self._observed = False  # the call under way is looked at
-        self._comparison: tuple[Live, Callable[[Any], None]] | None = None  # due after an observed call
+        self._replaying = False  # the call under way is a replay
 
     @contextlib.contextmanager
     def expecting(self, lives: Collection[Live]) -> Iterator[None]:
         """Within: calls of the model are seen, and what is in `lives` may come to it: the loop has got it."""
         self._at_hand.append(lives)
         try:
-            with self._hook.attached(self._model, self._before, self._after):
+            with self._hook.attached(self._model, self._before):
                 yield
         finally:
             self._at_hand = [one for one in self._at_hand if one is not lives]
@@ -86,7 +85,7 @@ class Calls:
 
     @property
     def _lives(self) -> list[Live]:
-        return [live for lives in self._at_hand for live in lives]
+        return list(chain.from_iterable(self._at_hand))
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Recognise a batch that was handed out, and act on it."""
@@ -94,8 +93,16 @@ class Calls:
             for live in self._lives:
                 live.supply.reason = COMPILED
             return None
-        if self._frozen.busy:
+        if self._replaying or self._frozen.busy:  # the model calls itself, or the cache calls it
             return None
+        for hook in reversed(self._model._forward_pre_hooks.values()):
+            if hook is self._hook.hook:
+                break
+            if not isinstance(hook, OnlyHere):  # it came later, and what it does to the arguments is unknown
+                self._hook.come_last(self._model)
+                return self._with_real(args, kwargs)
+        if self._leaving:
+            self._hook.at_end(lambda output: self.end_leavers())
         if peek_interpreter_stack() is not None:
             for live in self._lives:  # their tensors have no memory that could be looked at
                 live.seen = True
@@ -138,8 +145,10 @@ class Calls:
         return map_tensors((args, kwargs), lambda tensor: real(tensor) if is_ours(tensor) else tensor)
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        feed, phase = live.feed, live.phase
-        if phase is None or phase.cut is None or not (live.replayed or self._is_completed(live, phase)):
+        feed, phase, self._frozen.thread = live.feed, live.phase, get_ident()
+        if phase is None or phase.cut is None or phase.fixed is None:
+            return None
+        if not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
         if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
@@ -150,57 +159,38 @@ class Calls:
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
             or backend_state(link.device) != link.backends
-            or not feed.has_all(phase.cut, phase.ghosts, live.rows)  # forgotten since, as weights changed
+            or not feed.has_all(phase, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
-            leaves = tensors_in(feed.reader.load_now(live.indices))
-            return link.build(leaves, (args, kwargs))
-        values = feed.values(phase.cut, live.rows, link.device)
+            return _with_samples(live, link, args, kwargs)
+        values = feed.values(phase.cut, phase.fixed, live.rows, link.device)
         live.supply.replays += 1
-        replay = replaying(phase.cut, values, feed.skeletons, batch=len(live.rows), device=link.device)
-        self._replay = replay, replay.__enter__()
+        skeletons = phase.fixed.skeletons
+        replay = replaying(phase.cut, values, skeletons, batch=len(live.rows), device=link.device)
+        not_come, self._replaying = replay.__enter__(), True
+        self._hook.at_end(functools.partial(self._end_replay, replay, not_come))
         return None
+
+    def _end_replay(
+        self, replay: contextlib.AbstractContextManager[Any], not_come: set[CallId], output: Any
+    ) -> None:
+        self._replaying = False
+        replay.__exit__(None, None, None)
+        if output is not RAISED:
+            check_replayed(output, not_come)
 
     def _is_completed(self, live: Live, phase: Phase) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""
-        usable = phase.verified and not (phase.reason or live.supply.reason)
-        if not usable or not live.feed.fits(len(live.indices)) or self._book.state() != live.key:
+        usable = phase.verified and not live.supply.reason and live.feed.fits(len(live.indices))
+        if not usable or live.supply.views > 1 or self._book.state() != live.key:
             return False
         try:
-            with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
-                self._frozen.complete(live.feed, phase, live, live.batch)
-        except OtherShapeError:  # the next batch that is made will tell
-            return False
+            with apart():
+                self._frozen.complete(live, live.batch)
         except (CacheError, OSError) as error:
-            live.supply.refuse(str(error), phase)
+            live.not_completed(error)
             return False
         return True
-
-    def _after(self, output: Any) -> None:
-        """See every output of the model, and the end of a call that raised (`output` is then None)."""
-        if self._frozen.busy or torch.compiler.is_dynamo_compiling():
-            return
-        replay, self._replay = self._replay, None
-        if replay is not None:
-            under_way, not_come = replay
-            under_way.__exit__(None, None, None)
-            if output is not None:
-                check_replayed(output, not_come)
-        if self._observed:
-            self._observed = False
-            self._book.settings.after_forward()
-        if self._leaving:
-            self.end_leavers()
-        comparison, self._comparison = self._comparison, None
-        if comparison is None or output is None:
-            return
-        live, compare = comparison
-        try:
-            with normal_tensors():
-                compare(output)
-            logger.info("prefix cache: %s", told(live.phase))
-        except (CacheError, OSError) as error:
-            live.supply.refuse(str(error), live.phase)
 
     def _observe(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a batch in the plain loop; whatever goes wrong only means that nothing is cached."""
@@ -216,18 +206,19 @@ class Calls:
         link = find_link(live.leaves, args, kwargs)
         if link is None:
             return
-        live.seen = True
+        live.seen, self._frozen.thread = True, get_ident()
         live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
         phase = live.phase = live.feed.phase_of(live.key)
         if phase.verified or phase.reason:
             return
         self._book.settings.before_forward()
-        self._observed = True
+        self._hook.at_end(lambda output: self._book.settings.after_forward())
         try:
-            with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
-                self._comparison = live, self._observer.observe(live, link, phase, args, kwargs)
+            with apart():
+                compare = self._observer.observe(live, link, args, kwargs)
+            self._hook.at_end(functools.partial(_compare, live, compare))
         except OtherShapeError as error:
-            live.sort_anew(error)
+            live.supply.sort_anew(error)
         except NothingToSkipError as error:
             phase.reason = str(error)
             logger.info("prefix cache off: %s", error)
@@ -238,29 +229,38 @@ class Calls:
         give_back_memory()
 
 
-def _without_history(tensor: torch.Tensor) -> torch.Tensor:
-    """Save a tensor for backward, in place of hooks of the loop's own, such as a checkpoint's.
+def _with_samples(live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of a call with the samples in place of ghosts; None if there are none.
 
-    An operation that saves its own output as it is would keep itself alive for ever.
+    Raises:
+        CacheError: the samples as they were drawn are not at hand.
     """
-    with _disable_current_modes():  # no recording sees it
-        return tensor.detach()
+    if not any(isinstance(leaf, Ghost) for leaf in live.leaves):
+        return None
+    with live.feed.reader.unaffected():  # they were drawn when the batch was made
+        leaves = tensors_in(live.feed.reader.load_now(live.indices))
+    if live.supply.views > 1:
+        for given, loaded in zip(live.leaves, leaves):
+            if not (isinstance(given, Ghost) or same_bits(given.cpu(), loaded)):
+                raise CacheError(
+                    "the model is called in another state (train or eval mode, what learns, autocast) than "
+                    "the batch was made for. With views= its samples cannot be loaded again: another loading "
+                    "is another draw. Set the state before the loop asks for the batch."
+                )
+    return link.build(leaves, (args, kwargs))
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def told(phase: Phase | None) -> str:
-    """Return what was chosen for a phase, for people."""
-    if phase is None or phase.reason or phase.cut is None or phase.decision is None:
-        return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
-    cut, decision = phase.cut, phase.decision
-    sites = shorten(cut.frontier, _TOLD)
-    text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
-    if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
-        text += (
-            f"; {format_bytes(cut.returned_bytes_per_sample)} a sample are stored only because the model "
-            f"returns or keeps frozen values (of a decoder's keys and values: model.config.use_cache = False)"
-        )
-    return text
+def _compare(live: Live, compare: Callable[[Any], None], output: Any) -> None:
+    """Compare the output of an observed call with that of its replay."""
+    if output is RAISED:
+        return
+    try:
+        if not tensors_in(output):
+            raise CacheError(
+                "the model returns no tensor, so a replay cannot be compared with the plain call."
+            )
+        with normal_tensors():
+            compare(output)
+        logger.info("prefix cache: %s", told(live.phase))
+    except (CacheError, OSError) as error:
+        live.supply.refuse(str(error), live.phase)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from layerwise.cache.cutting.book import OtherStateError
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.replay.link import versions_of
-from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
+from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.reading import DRAWS, LoaderReader, Order
 from layerwise.cache.samples.supply import Raised, Supply
@@ -23,10 +21,7 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
-_AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
-_REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
 _AT_ONCE = 8  # batches that are made at once: the first after a training step takes by far the longest
-_PATIENCE = 2  # epochs of which nothing came to the model
 
 
 class Epoch(Iterator[Any]):
@@ -102,10 +97,11 @@ class Dealer:
         """Return the state in which a batch will probably come to the model; it is looked at anew then.
 
         That of now, unless no batch of this loader ever came in it: some loops change the modes between
-        asking for a batch and calling the model, above all after a validation.
+        asking for a batch and calling the model, above all after a validation. Where nothing is cached in the
+        state in which the last one came, there is nothing to lose.
         """
         now, last = self._book.last_state, supply.called_in
-        if last is None or any(now in feed.phases for feed in supply.feeds):
+        if last is None or any(now in feed.phases for feed in supply.feeds) or supply.is_off(last):
             return now
         return last if self._book.differ_in_modes(now, last) else now
 
@@ -127,12 +123,18 @@ class Dealer:
             if not supply.reason:
                 supply.refuse(str(error))
             feed = supply.feeds[0]
-            live = Live(supply, feed, torch.empty(0, dtype=torch.int64), indices, key)
+            rows = torch.empty(0, dtype=torch.int64)
         else:
-            live = Live(supply, feed, feed.rows_of(indices, view), indices, key)
-        phase = live.phase = feed.phases.get(key)
-        usable = not supply.reason and phase is not None and phase.verified and not phase.reason
-        if usable and phase is not None and feed.fits(len(indices)) and self._replayed(live, phase, batch):
+            rows = feed.rows_of(indices, view)
+        phase = feed.phases.get(key)
+        live = Live(supply, feed, rows, indices, key, phase)
+        if (
+            phase is not None
+            and phase.verified
+            and not supply.reason
+            and feed.fits(len(indices))
+            and self._replayed(live, phase, batch)
+        ):
             return live
         sorted_anew = not (supply.reason or any(feed is one for one in supply.feeds))
         if sorted_anew or self.expected_state(supply) != key:
@@ -142,7 +144,8 @@ class Dealer:
         live.versions = versions_of(live.leaves)
         settled = phase is not None and (phase.verified or phase.reason)
         size = feed.reader.batch_size or len(indices)  # a smaller last batch tells less
-        if not (supply.reason or settled) and len(indices) >= min(size, feed.size):
+        tells = len(indices) >= min(size, feed.size) and (not feed.sizes or feed.fits(len(indices)))
+        if tells and not (supply.reason or settled):
             try:
                 live.shape = BatchShape.of(live.batch, len(indices))
             except CacheError as error:
@@ -152,16 +155,11 @@ class Dealer:
     def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
-            batch = self._frozen.complete(live.feed, phase, live, batch)
+            batch = self._frozen.complete(live, batch)
             load = functools.cache(functools.partial(_load, live.feed.reader, live.indices))
             live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
-        except OtherShapeError as error:
-            live.sort_anew(error)
-            return False
-        except OtherStateError:
-            return False
         except (CacheError, OSError) as error:
-            live.supply.refuse(str(error), phase)
+            live.not_completed(error)
             return False
         live.versions, live.replayed = versions_of(live.leaves), True
         return True
@@ -174,28 +172,6 @@ class Dealer:
     def _missing_frac(self, supply: Supply, view: int) -> float:
         """Return the share of the samples that still have to be loaded in this epoch."""
         return supply.missing_frac(self.expected_state(supply), view)
-
-    def drop_used(self, supply: Supply, at_hand: deque[Live], *, over: bool = False) -> None:
-        """Drop the batches with which the loop is done; give up where none ever comes to the model.
-
-        Loops that ask for batches ahead (a prefetcher, Accelerate) have some at hand that are still to come.
-
-        Args:
-            supply: whose batches.
-            at_hand: what was handed out and not dropped, in order.
-            over: none of them comes any more.
-        """
-        if any(live.seen for live in at_hand):
-            supply.came = True
-            supply.asks_ahead |= not at_hand[-1].seen
-        awaited = [live for live in at_hand if live.is_awaited]
-        real = [live for live in awaited if not live.replayed]
-        dropped = {*awaited} if over else {*awaited[:-_AHEAD], *real[:-_REAL_AHEAD]}
-        at_hand.clear()
-        at_hand.extend(live for live in awaited if live not in dropped)
-        supply.unseen += over and not supply.came
-        if supply.unseen >= _PATIENCE and supply.called_in is None and not supply.reason:
-            supply.refuse("the loop does not pass the loader's batches to this model as they are")
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 
@@ -116,6 +117,7 @@ def _fill(
 ) -> int:
     """Compute the samples of which something is missing, in batches of `size`; return how many there were."""
     assert phase.cut is not None
+    frozen.thread = get_ident()
     batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
     rows = [feed.rows_of(batch, view) for batch in batches]
     absent = [int(feed.missing(phase.cut, phase.ghosts, some).sum()) for some in rows]
@@ -123,25 +125,18 @@ def _fill(
     loaded = feed.reader.load(iter([batches[number] for number in wanted]))
     for number, batch in zip(wanted, loaded):
         with folding or contextlib.nullcontext():
-            live = Live(supply, feed, rows[number], batches[number], frozen.book.state())
-            frozen.complete(feed, phase, live, batch)
+            live = Live(supply, feed, rows[number], batches[number], frozen.book.state(), phase)
+            frozen.complete(live, batch)
         if folding is not None:
             folding.check()
     return sum(absent)
-
-
-def _cuts(frozen: FrozenPart, feed: Feed, cut: Cut) -> list[Cut]:
-    """Return the cuts whose values are stored: the present one, and later ones for which there is room."""
-    assert feed.link is not None
-    later = [other for _, other in frozen.book.later(feed.link.form)]
-    return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
 
 def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, samples: list[int]) -> str:
     """Return how a batch of all `samples` differs from what is stored of them; ``""`` if no bit does."""
     assert feed.link is not None
     assert feed.shape is not None
-    cuts, rows = _cuts(frozen, feed, cut), feed.rows_of(samples, 0)
+    cuts, rows = frozen.stored_cuts(feed, cut), feed.rows_of(samples, 0)
     leaves = feed.shape.check(feed.reader.load_now(samples), len(samples))
     runs: list[ElementwiseLog] = []
 
@@ -167,7 +162,7 @@ def _try_folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding | No
     """Return the folding, its relative difference on the first batch, and what is to be said of it."""
     assert feed.link is not None
     assert feed.shape is not None
-    cuts, link, count = _cuts(frozen, feed, cut), feed.link, feed.full
+    cuts, link, count = frozen.stored_cuts(feed, cut), feed.link, feed.full
     args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
     with torch.no_grad():
         pairs = find_pairs(record(frozen.model, args, kwargs), cuts)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import get_ident
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -18,16 +19,19 @@ from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.replay.link import Link, backend_state
 from layerwise.cache.replay.passes import Captured, capture
-from layerwise.cache.samples.feed import Feed, Phase, padded
+from layerwise.cache.samples.feed import Feed, padded
 from layerwise.cache.samples.supply import Supply
+from layerwise.cache.store.column import Column
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
+from layerwise.layers.holding import told
 from layerwise.layers.isolation import uncompiled
 from layerwise.layers.randomness import drawn_outside_torch, seed_everything
+from layerwise.layers.snapshot import Snapshot
 
 logger = logging.getLogger("layerwise.cache")
 
-_BUSY: WeakSet[nn.Module] = WeakSet()  # models that run for a cache
+_BUSY: set[nn.Module] = set()  # models that run for a cache
 
 MOVING = "the frozen weights change while an epoch runs"
 
@@ -39,10 +43,13 @@ class FrozenPart:
         model: the model.
         book: knows its cuts, and whether its weights move.
 
+    Attributes:
+        thread: in which the loop calls the model; None before it did.
     """
 
     def __init__(self, model: nn.Module, book: CutBook) -> None:
         self.model, self.book = model, book
+        self.thread: int | None = None
 
     @property
     def busy(self) -> bool:
@@ -89,13 +96,13 @@ class FrozenPart:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 seed_everything(seed)
-            before = drawn_outside_torch() if log is not None else ()
+            before = self._drawn() if log is not None else ()
             with contextlib.ExitStack() as watching:
                 if log is not None:  # it does not see what compiled functions do
                     watching.enter_context(uncompiled())
                     watching.enter_context(log)
                 found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
-            if log is not None and drawn_outside_torch() != before:
+            if log is not None and self._drawn() != before:
                 raise CacheError(
                     "the frozen part draws random numbers of Python's or numpy's, and what they decide "
                     "cannot be seen."
@@ -106,22 +113,30 @@ class FrozenPart:
             )
         return found
 
-    def complete(self, feed: Feed, phase: Phase, live: Live, batch: Any) -> Any:
+    def _drawn(self) -> tuple[Any, ...]:
+        """Return what Python's and numpy's generators have drawn, the model's own ones included."""
+        own = Snapshot(self.model.modules(), generators_only=True).generators
+        return *drawn_outside_torch(), *(
+            str(told(one)) for one in own if not isinstance(one, torch.Generator)
+        )
+
+    def complete(self, live: Live, batch: Any) -> Any:
         """Compute and store what is missing of a batch's samples.
 
         Args:
-            feed: whose samples.
-            phase: under way, and verified.
-            live: names the samples.
+            live: names the samples; its phase is under way, and verified.
             batch: the loaded batch; None if it was not loaded.
 
         Returns:
             The loaded batch if one must be handed out, else None.
 
         Raises:
-            OtherStateError: something is missing, and the model would now compute something else.
+            OtherStateError: something is missing, and the model would now compute something else, or may be
+                running in another thread.
             CacheError: a batch cannot be taken apart as the first one could.
         """
+        feed, phase = live.feed, live.phase
+        assert phase is not None
         assert phase.cut is not None
         assert feed.shape is not None
         count = len(live.indices)
@@ -134,6 +149,8 @@ class FrozenPart:
         if feed.reload and batch is None:
             batch = feed.reader.load_now(live.indices)
         if absent.any():
+            if self.thread not in (None, get_ident()):  # the batch is completed when it comes
+                raise OtherStateError("the model may be running")
             if self.book.state() != live.key:
                 raise OtherStateError("values of a former state would be computed")
             if self.weights_moved(live.supply):
@@ -152,15 +169,24 @@ class FrozenPart:
                 part, leaves = batch, feed.shape.check(batch, count)
                 leaves = leaves if len(where) == count else [leaf[where] for leaf in leaves]
             if not feed.reload and feed.shape.has_other_values(part):
+                if feed.views > 1:
+                    raise CacheError(
+                        "batches hold numbers or texts that are no tensors and differ from batch to batch. "
+                        "They would be loaded again, and with views= that is another draw. Leave them out."
+                    )
                 feed.reload = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
-            later = [cut for _, cut in self.book.later(feed.link.form)]
-            cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
-            found = self._captured(feed, cuts, leaves, len(where))
+            found = self._captured(feed, self.stored_cuts(feed, phase.cut), leaves, len(where))
             self.put(feed, found.values, leaves, live.rows[absent])
         elif feed.reload:
             feed.shape.check(batch, count)
         return batch if feed.reload else None
+
+    def stored_cuts(self, feed: Feed, cut: Cut) -> list[Cut]:
+        """Return the cuts whose values are stored: this one, and later ones for which there is room."""
+        assert feed.link is not None
+        later = [other for _, other in self.book.later(feed.link.form)]
+        return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
     def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
         """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""
@@ -186,15 +212,25 @@ class FrozenPart:
         rows: torch.Tensor,
     ) -> None:
         """Store what is not there yet of the values and tensors of a batch of `rows` (int64)."""
+        feed.forget_draws(rows)
+        wanted = torch.ones(len(rows), dtype=torch.bool)
+        if feed.views > 1:  # a sample that stands there twice was drawn twice
+            first = {row: place for place, row in reversed([*enumerate(rows.tolist())])}
+            wanted = torch.tensor([first[row] == place for place, row in enumerate(rows.tolist())])
+
+        def store(
+            column: Column, to_rows: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor
+        ) -> None:
+            absent = column.missing(rows) & wanted
+            if absent.any():
+                taken = to_rows(value)
+                column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
+
         for site, value in values.items():
-            stored = feed.sites.get(site)
-            if stored is not None:
-                absent = stored.column.missing(rows)
-                if absent.any():
-                    taken = stored.layout.to_rows(value)
-                    stored.column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
+            if site in feed.sites:
+                store(feed.sites[site].column, feed.sites[site].layout.to_rows, value)
         for number, column in feed.leaves.items():
-            column.put(rows, leaves[number].detach().cpu())
+            store(column, torch.Tensor.detach, leaves[number])
 
     def weights_moved(self, supply: Supply) -> bool:
         """Return whether frozen weights changed since this was last asked; what is stale is forgotten."""
@@ -202,28 +238,22 @@ class FrozenPart:
         if moves == supply.moves:
             return False
         supply.moves = moves  # they may have been written with what they held, as DDP does at its start
-        return any([self.drop_stale(feed) for feed in supply.feeds])
+        return self.drop_stale(supply.feeds)
 
-    def drop_stale(self, feed: Feed) -> bool:
+    def drop_stale(self, feeds: Iterable[Feed]) -> bool:
         """Forget stored values whose weights changed since they were computed; return whether some were."""
-        behind = {site: stored.weights for site, stored in feed.sites.items()} | feed.constant_weights
+        behind = [(feed, states) for feed in feeds if (states := feed.weights)]
         if not behind:
             return False
-        names = {name for weights in behind.values() for name, *_ in weights}
         tensors = named_tensors(self.model)
-        looked = behind, joint_state([tensors[name] for name in sorted(names & tensors.keys())])
-        if looked == feed.looked:
-            return False
-        now = {item[0]: item for item in quick_state(tensors, names & tensors.keys())}
-        stale = [
-            site for site, weights in behind.items() if any(now.get(item[0]) != item for item in weights)
-        ]
-        feed.looked = None if stale else looked
-        for site in stale:
-            logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
-            feed.sites.pop(site, None)
-        if stale:
-            feed.constants.clear()
-            feed.constant_weights.clear()
-            feed.unverify()
-        return bool(stale)
+        jointly = functools.cache(lambda names: joint_state([tensors[name] for name in sorted(names)]))
+        each = functools.cache(lambda names: {item[0]: item for item in quick_state(tensors, names)})
+        stale = False
+        for feed, states in behind:  # most of them have the same weights behind
+            names = frozenset(name for state in states for name, *_ in state if name in tensors)
+            looked = states, jointly(names)
+            if looked != feed.looked:
+                found = feed.forget_stale(each(names))
+                feed.looked = None if found else looked
+                stale |= found
+        return stale

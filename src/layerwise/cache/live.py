@@ -1,4 +1,4 @@
-"""`Live`: a batch that was handed out, until the loop is done with it."""
+"""`Live`: a batch that was handed out, until the loop is done with it; `AtHand`: those of an epoch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,31 @@ from typing import Any
 
 import torch
 
+from layerwise.cache.cutting.book import OtherStateError
 from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
 from layerwise.cache.samples.feed import Feed, Phase
-from layerwise.cache.samples.supply import NOT_LOADED, Supply, one_line
+from layerwise.cache.samples.supply import Supply
+from layerwise.errors import CacheError
+
+_AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
+_REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
+_PATIENCE = 2  # epochs of which nothing came to the model
 
 
 class Live:
     """A batch that was handed out, until the loop asks for the next one."""
 
-    def __init__(self, supply: Supply, feed: Feed, rows: torch.Tensor, indices: list[int], key: Any) -> None:
-        self.supply, self.feed, self.rows, self.indices, self.key = supply, feed, rows, indices, key
+    def __init__(
+        self,
+        supply: Supply,
+        feed: Feed,
+        rows: torch.Tensor,
+        indices: list[int],
+        key: Any,
+        phase: Phase | None,
+    ) -> None:
+        self.supply, self.feed, self.rows, self.indices = supply, feed, rows, indices
+        self.key, self.phase = key, phase
         self.tag = object()  # of its ghosts; not the batch itself, which would keep itself alive
         self.batch: Any = None
         self.leaves: list[torch.Tensor] = []
@@ -23,19 +38,52 @@ class Live:
         self.shape: BatchShape | None = None  # of a real one that is looked at when it reaches the model
         self.replayed = False  # with ghosts
         self.seen = False  # it reached the model
-        self.phase: Phase | None = None
 
     @property
     def is_awaited(self) -> bool:
         """Whether something is to be done when it comes to the model, as it has not yet."""
-        to_complete = self.phase is not None and self.phase.verified and not self.phase.reason
+        to_complete = self.phase is not None and self.phase.verified
         return not (self.seen or self.supply.reason) and (self.shape is not None or to_complete)
 
-    def sort_anew(self, other: OtherShapeError) -> None:
-        """Have the loader's samples sorted by shape, as this batch has another; refuse it if that fails."""
-        try:
-            reason = "" if self.supply.sort() else str(other)
-        except Exception as error:  # the dataset's own code; the loop may pass over what it cannot load
-            reason = NOT_LOADED + one_line(error)
-        if reason:
-            self.supply.refuse(reason)
+    def not_completed(self, error: CacheError | OSError) -> None:
+        """Act on what was raised when its missing values were to be computed."""
+        if isinstance(error, OtherShapeError):
+            self.supply.sort_anew(error)
+        elif not isinstance(error, OtherStateError):
+            self.supply.refuse(str(error), self.phase)
+
+
+class AtHand(list[Live]):
+    """What a loop has got of an epoch's batches and is still to pass to the model, in order.
+
+    Loops that ask for batches ahead (a prefetcher, Accelerate) have several.
+
+    Args:
+        supply: whose batches.
+    """
+
+    def __init__(self, supply: Supply) -> None:
+        super().__init__()
+        self._supply = supply
+
+    def drop_used(self, *, over: bool = False) -> None:
+        """Drop the batches with which the loop is done; give up where none ever comes to the model.
+
+        Args:
+            over: none of them comes any more.
+        """
+        supply = self._supply
+        if len(self) == 1 and self[0].seen and not over:  # most loops: a step has no time for the rest
+            supply.came = True
+            self.clear()
+            return
+        if any(live.seen for live in self):
+            supply.came = True
+            supply.asks_ahead |= not self[-1].seen
+        awaited = [live for live in self if live.is_awaited]
+        real = [live for live in awaited if not live.replayed]
+        dropped = {*awaited} if over else {*awaited[:-_AHEAD], *real[:-_REAL_AHEAD]}
+        self[:] = [live for live in awaited if live not in dropped]
+        supply.unseen += over and not supply.came
+        if supply.unseen >= _PATIENCE and supply.called_in is None and not supply.reason:
+            supply.refuse("the loop does not pass the loader's batches to this model as they are")

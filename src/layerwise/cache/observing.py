@@ -10,20 +10,22 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.cache.changes.fingerprint import named_tensors, quick_state
+from layerwise.cache.changes.fingerprint import named_tensors
 from layerwise.cache.comparing import is_near, same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.proof.mixing import MixedError
-from layerwise.cache.proof.outputs import Flow, check_backward, difference, is_checkpointed
+from layerwise.cache.proof.outputs import Result, check_backward, is_checkpointed
 from layerwise.cache.proof.proving import prove
+from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import copied, memory_order
 from layerwise.cache.replay.link import Link, versions_of
@@ -33,11 +35,40 @@ from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import map_tensors
 
 
 class OtherValuesError(CacheError):
     """The frozen part gives other values now than those that an earlier phase stored."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The call of the model that is looked at.
+
+    Attributes:
+        live: the batch.
+        link: how it reached the model.
+        given: ``(args, kwargs)``.
+        here: the circumstances.
+        later: cuts of later phases and runs, with the epochs that each lasts.
+    """
+
+    live: Live
+    link: Link
+    given: tuple[tuple[Any, ...], dict[str, Any]]
+    here: Circumstances
+    later: list[tuple[int, Cut]]
+
+    @property
+    def phase(self) -> Phase:
+        """The one that is under way."""
+        assert self.live.phase is not None
+        return self.live.phase
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return ``(args, kwargs)`` for a pass of the cache's, which may write to them."""
+        return self.link.apart(*self.given)
 
 
 class Observer:
@@ -64,7 +95,7 @@ class Observer:
         self._keep_inputs, self._exact, self._epochs = keep_inputs, exact, epochs
 
     def observe(
-        self, live: Live, link: Link, phase: Phase, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[Any], None]:
         """Find the cut, compute the batch's values, and run a replay.
 
@@ -74,24 +105,28 @@ class Observer:
         Raises:
             CacheError: this phase cannot be cached. So may the returned function, and OSError.
         """
-        feed, count = live.feed, len(live.indices)
+        feed = live.feed
         if versions_of(live.leaves) != live.versions:
             raise CacheError(
                 "the loop writes into the batch before the model gets it, and may write something else next "
                 "time. Do that in the dataset's transform."
             )
         assert live.shape is not None
-        self._frozen.drop_stale(feed)
+        self._frozen.drop_stale([feed])
         if feed.shape is None:
             live.shape.require(feed.kind or live.shape.rows)
-            feed.shape, feed.full = live.shape, count
+            feed.shape, feed.full = live.shape, len(live.indices)
         live.shape.require(feed.shape.rows)
         if feed.link is not None and feed.sites and not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
+        feed.forget_draws(live.rows)
         find = functools.partial(self._book.find, form=link.form, changing=link.changing)
         cut = find(*link.apart(args, kwargs))
-        later = [other for _, other in self._book.later(link.form)]
+        awake = frozenset(module for module in self._model.modules() if module.training)
+        here = Circumstances(link, awake)
+        seen = _Seen(live, link, (args, kwargs), here, self._book.later(link.form))
+        later = [other for _, other in seen.later]
         feed.forget_other([cut, *later])
         self._stock.release_unused(feed, [cut, *later])
 
@@ -100,19 +135,19 @@ class Observer:
             if later:  # a later phase's value may be at fault
                 yield [cut]
             if cut.entered:  # code between modules may need values
-                yield [find(*link.apart(args, kwargs), at_inputs=False)]
+                yield [find(*seen.arguments(), at_inputs=False)]
 
         problem: CacheError | None = None
         for cuts in tried():
             try:
-                return self._prepared(live, link, phase, cuts, args, kwargs)
+                return self._prepared(seen, cuts)
             except OtherValuesError:
                 raise
             except MixedError as error:
                 problem = error
                 if self._book.note_mixed(link.form, error.site):
                     try:
-                        return self.observe(live, link, phase, args, kwargs)
+                        return self.observe(live, link, args, kwargs)
                     except MixedError:  # nearer to where the mixing begins
                         raise
                     except CacheError:  # what mixes may be all there is
@@ -122,70 +157,56 @@ class Observer:
         assert problem is not None
         raise problem
 
-    def _prepared(
-        self,
-        live: Live,
-        link: Link,
-        phase: Phase,
-        cuts: list[Cut],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Callable[[Any], None]:
+    def _prepared(self, seen: _Seen, cuts: list[Cut]) -> Callable[[Any], None]:
         """Compute the batch's values at the first of `cuts`, and at the others on the way; replay it."""
-        feed, count, cut = live.feed, len(live.indices), cuts[0]
-        phase.cut = cut
-        as_stored = self._is_as_stored(feed, link, cut)
+        live, link, here, phase, cut = seen.live, seen.link, seen.here, seen.phase, cuts[0]
+        feed, phase.cut = live.feed, cut
+        around = set[nn.Module]().union(*map(self._book.in_or_around, cuts))
+        as_stored = any(here.agree(one, around) for one in feed.holds_under)
         if not feed.sites or not (as_stored or all(site in feed.sites for site in cut.frontier)):
-            self._compute_under(feed, link)
+            self._compute_under(feed, here)
             as_stored = True
         phase.ghosts = feed.ghosts_of(cut, self._keep_inputs)
+        fixed = Fixed(here)
+        for known in feed.fixed:
+            if here.agree(known.circumstances, around):
+                fixed.take(known, cuts)
+        phase.fixed = fixed
         prefix_s = 0.0
-        if as_stored and self._is_stored(feed, cut, live.rows):
-            values = feed.values(cut, live.rows, link.device)
+        if as_stored and self._is_stored(feed, phase, live.rows):
+            values = feed.values(cut, fixed, live.rows, link.device)
         else:
             started = time.perf_counter()
-            log, run = ElementwiseLog(), self._frozen.run
-            found = run(link, cuts, args, kwargs, batch=count, skeletons=True, log=log)
+            log, run, count = ElementwiseLog(), self._frozen.run, len(live.indices)
+            found = run(link, cuts, *seen.given, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
             agrees = self._agrees_with_stored(feed, values, live.rows)
             if agrees and not as_stored:
-                feed.holds_under.append((link, self._awake()))
+                feed.holds_under.append(here)
             elif not as_stored:
-                self._compute_under(feed, link)
+                self._compute_under(feed, here)
             prove(feed, link, cuts, found, log, live.indices, live.leaves, run, exact=self._exact)
             feed.forget_moved(live.rows)
-            self._note_constants(feed, cuts)
+            fixed.note(cuts, found, named_tensors(self._model))
             self._stock.adopt(feed, cuts, values, live.rows)
-            missing = [site for site in (*cut.frontier, *cut.constants) if site not in values]
-            if missing:
-                raise CacheError(f"{missing[0]} was not reached when the model ran again.")
         started = time.perf_counter()
-        expected, flow = self._replayed(live, link, phase, values, args, kwargs)
+        expected = self._replayed(seen, values)
         suffix_s = time.perf_counter() - started
         leaves = list(live.leaves)
 
         def compare(output: Any) -> None:
-            problem = difference(expected, output) or flow.difference(output)
+            problem = expected.difference(output)
             if problem:
                 raise CacheError(f"a replayed batch is not the plain one: {problem}.")
-            self._store(feed, phase, values, leaves, live.rows, prefix_s, suffix_s)
+            self._store(seen, values, leaves, prefix_s, suffix_s)
 
         return compare
 
-    def _is_as_stored(self, feed: Feed, link: Link, cut: Cut) -> bool:
-        """Return whether modes, autocast, gradients and kernels are some for which what is stored holds."""
-        around = self._book.in_or_around(cut)
-        awake = {module for module in around if module.training}
-        return any(link.is_called_as(one) and awake == around & modules for one, modules in feed.holds_under)
-
-    def _compute_under(self, feed: Feed, link: Link) -> None:
+    def _compute_under(self, feed: Feed, here: Circumstances) -> None:
         """Have the values of a feed computed as the loop calls the model now; forget the others."""
         self._stock.release_unused(feed, ())
-        feed.link, feed.holds_under = link, [(link, self._awake())]
-
-    def _awake(self) -> frozenset[nn.Module]:
-        return frozenset(module for module in self._model.modules() if module.training)
+        feed.link, feed.holds_under = here.link, [here]
 
     def _agrees_with_stored(
         self, feed: Feed, values: Mapping[Site, torch.Tensor], rows: torch.Tensor
@@ -212,38 +233,23 @@ class Observer:
             compared |= bool(there.any())
         return compared
 
-    def _note_constants(self, feed: Feed, cuts: list[Cut]) -> None:
-        """Note the state of the weights behind values that do not depend on the input."""
-        tensors = named_tensors(self._model)
-        for cut in cuts:
-            for site in cut.constants:
-                feed.constant_weights[site] = quick_state(tensors, cut.sources[site].tensors)
-
-    def _is_stored(self, feed: Feed, cut: Cut, rows: torch.Tensor) -> bool:
+    def _is_stored(self, feed: Feed, phase: Phase, rows: torch.Tensor) -> bool:
         """Whether a batch can be replayed from what was stored in an earlier phase."""
-        return (
-            all(site in feed.constants for site in cut.constants)
-            and all(call in feed.skeletons for call in cut.skipped)
-            and all(
-                site in feed.sites and not feed.sites[site].column.missing(rows).any()
-                for site in cut.frontier
-            )
+        assert phase.cut is not None
+        assert phase.fixed is not None
+        return phase.fixed.has_all(phase.cut) and all(
+            site in feed.sites and not feed.sites[site].column.missing(rows).any()
+            for site in phase.cut.frontier
         )
 
-    def _replayed(
-        self,
-        live: Live,
-        link: Link,
-        phase: Phase,
-        values: Mapping[Site, torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[list[torch.Tensor], Flow]:
+    def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> Result:
         """Return what the model gives for this batch when it is replayed; undo all side effects."""
+        link, phase = seen.link, seen.phase
         assert phase.cut is not None
+        assert phase.fixed is not None
         numbers = iter(link.leaves)
         args, kwargs = map_tensors(
-            link.apart(args, kwargs),
+            seen.arguments(),
             lambda t: (
                 ghost(tuple(t.shape), t.dtype, t.device, order=memory_order(t))
                 if next(numbers) in phase.ghosts
@@ -255,7 +261,7 @@ class Observer:
         with traceless(self._model):
             try:
                 with replaying(
-                    phase.cut, fresh, live.feed.skeletons, batch=len(live.indices), device=link.device,
+                    phase.cut, fresh, phase.fixed.skeletons, batch=len(seen.live.indices), device=link.device,
                     answered=lambda: checkpointed.append(is_checkpointed()),
                 ) as not_come:  # fmt: skip
                     output = self._model(*args, **kwargs)
@@ -267,22 +273,19 @@ class Observer:
                 why = " ".join(str(error).split())[:200]
                 raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
         check_replayed(output, not_come)
-        return [tensor.detach() for tensor in tensors_in(output)], Flow.of(output)
+        return Result.of(output)
 
     def _store(
         self,
-        feed: Feed,
-        phase: Phase,
+        seen: _Seen,
         values: Mapping[Site, torch.Tensor],
         leaves: list[torch.Tensor],
-        rows: torch.Tensor,
         prefix_s: float,
         suffix_s: float,
     ) -> None:
+        feed, rows, phase, later = seen.live.feed, seen.live.rows, seen.phase, seen.later
         assert phase.cut is not None
-        assert feed.link is not None
-        later = self._book.later(feed.link.form)
-        if self._is_stored(feed, phase.cut, rows):
+        if self._is_stored(feed, phase, rows):
             phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)
         else:
             epochs = self._book.epochs_now() or self._epochs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from layerwise.cache.calls import Calls, told
+from layerwise.cache.calls import Calls
 from layerwise.cache.cutting.book import CutBook, PhaseSource
 from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.frozen import FrozenPart
-from layerwise.cache.live import Live
+from layerwise.cache.live import AtHand
 from layerwise.cache.observing import Observer
 from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.opening import open_supply
@@ -29,6 +28,7 @@ from layerwise.cache.samples.reading import Order
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.store.decision import Decision, Storage
+from layerwise.cache.telling import decided, described
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.isolation import unwrap
@@ -173,13 +173,12 @@ class PrefixCache:
         if changed and supply.changes > _CHANGES:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         supply.moves = self._book.moves
-        for feed in supply.feeds:
-            self._frozen.drop_stale(feed)
+        self._frozen.drop_stale(supply.feeds)
         assert supply.reader is not None
         return supply.begun(self._deal(supply, supply.reader.order()))
 
     def _deal(self, supply: Supply, order: Order) -> Iterator[Any]:
-        at_hand: deque[Live] = deque()
+        at_hand = AtHand(supply)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._calls.expecting(at_hand))
             for live in self._dealer.epoch(supply, order):
@@ -188,8 +187,8 @@ class PrefixCache:
                     continue
                 at_hand.append(live)
                 yield live.batch
-                self._dealer.drop_used(supply, at_hand)
-            stack.callback(self._dealer.drop_used, supply, at_hand, over=True)
+                at_hand.drop_used()
+            stack.callback(at_hand.drop_used, over=True)
             if supply.asks_ahead or not supply.came:
                 self._calls.leave(at_hand, stack.pop_all())
         self.stock.shelf.publish_complete()
@@ -245,41 +244,13 @@ class PrefixCache:
 
     def describe(self) -> str:
         """Return, for people, what is cached, where, why, and what it is expected to gain."""
-        if not self._supplies:
-            return "prefix cache: nothing seen yet"
-        lines = []
-        for number, supply in enumerate(self._supplies):
-            name = "" if len(self._supplies) == 1 else f" (loader {number + 1})"
-            if supply.reason:
-                lines.append(f"prefix cache{name}: off: {supply.reason}")
-            phases = supply.phases()
-            when = "until then: " if supply.reason else ""
-            shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
-            lines += dict.fromkeys(f"prefix cache{name}: {when}{told(phase)}" for phase in shown)
-            key = next(reversed(phases), None)
-            stored, samples = supply.stored(key), supply.samples
-            if 0 < stored < samples:
-                lines.append(f"prefix cache{name}: {stored:,} of {samples:,} samples stored so far")
-            if supply.is_idle(key):
-                lines.append(
-                    f"prefix cache{name}: no batch of this epoch was replayed: the model is called with "
-                    f"other arguments, or in another state (train or eval, what learns, autocast), than when "
-                    f"it was looked at"
-                )
-        return "\n".join(lines) or "prefix cache: waiting for the first batch"
+        return described(self._supplies)
 
     @property
     def decision(self) -> Decision | None:
         """What was chosen last for the class's own loader; None before its first batch."""
         supply = self._known_supply(inner(self.loader))
-        if supply is None:
-            return None
-        if supply.reason:
-            return Decision("off", supply.reason)
-        phases = [p for p in supply.phases().values() if p.decision is not None or p.reason]
-        if not phases:
-            return None
-        return phases[-1].decision or Decision("off", phases[-1].reason)
+        return None if supply is None else decided(supply)
 
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""
@@ -340,7 +311,7 @@ class PrefixCache:
         self._book.refresh()
         why, found = supply.reason, []
         for feed in supply.feeds if not why else ():
-            self._frozen.drop_stale(feed)
+            self._frozen.drop_stale([feed])
             phase = feed.phases.get(self._book.state())
             if phase is None or not (phase.verified or phase.reason):
                 samples = feed.members or range(feed.size)

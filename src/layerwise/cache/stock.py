@@ -146,7 +146,7 @@ class Stock:
         Args:
             feed: whose samples.
             cuts: whose sites.
-            values: just computed for `rows`: what is stored for these must be the same, bit for bit.
+            values: just computed for `rows`: what is stored for some of these must be the same, bit for bit.
             rows: int64.
         """
         if not self._shares:
@@ -162,6 +162,8 @@ class Stock:
                 if column is None:
                     continue
                 there = column.filled[rows]
+                if not there.any():
+                    continue  # its name does not tell in which modes it was computed
                 fresh = layout.to_rows(values[site])[there].to(spec.stored).to(spec.dtype).cpu()
                 if torch.equal(column.get(rows[there]), fresh):
                     logger.info("prefix cache: found the values at %s, computed before", site)

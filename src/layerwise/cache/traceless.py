@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.layers.isolation import untouched
 from layerwise.layers.snapshot import plain_tensors
@@ -39,3 +41,23 @@ def normal_tensors() -> Iterator[None]:
     grad = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within: a pass of the cache's own amid the loop; hooks of the loop's own see nothing of it."""
+    with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
+        yield
+
+
+def _without_history(tensor: torch.Tensor) -> torch.Tensor:
+    """Save a tensor for backward, in place of hooks of the loop's own, such as a checkpoint's.
+
+    An operation that saves its own output as it is would keep itself alive for ever.
+    """
+    with _disable_current_modes():  # no recording sees it
+        return tensor.detach()
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

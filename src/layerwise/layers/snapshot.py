@@ -3,7 +3,8 @@
 A forward pass, its hooks or a data set may keep state anywhere. What is found: attributes of objects and of
 the modules' classes, the content of lists, dictionaries, sets, deques and arrays, iterators, and generators
 of random numbers (torch's, numpy's and Python's own), a few objects deep; of a hook also what it was given,
-what its closure holds, and the globals that its code names. Globals that other functions write are not.
+what its closure holds, and the globals that its code names. Of the globals that other functions write, random
+generators in the file of a module's class are found, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, FunctionType, MethodType
@@ -44,6 +46,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _LIBRARIES = ("torch.", "layerwise.")  # what their hooks write is their own affair
 _HELPERS = 2  # functions that a hook calls, and those that they call
 
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
 _Restore = Callable[[], None]
 
 
@@ -70,8 +74,13 @@ class Snapshot:
         modules = [root for root in roots if isinstance(root, nn.Module)]
         for module in modules:
             self._keep_module(module)
-        for kind in classes_of(modules):
+        kinds = classes_of(modules)
+        for kind in kinds:
             self._keep_class(kind)
+        for name in dict.fromkeys(kind.__module__ for kind in kinds):
+            for value in getattr(sys.modules.get(name), "__dict__", {}).values():
+                if isinstance(value, _GENERATORS):
+                    self._keep(value, 1)
         for root in roots:
             if not isinstance(root, nn.Module):
                 self._keep_used(root)

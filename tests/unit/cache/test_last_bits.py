@@ -202,3 +202,49 @@ def test_a_sample_that_stands_twice_in_a_batch_tells_nothing_new(indices, more) 
     layouts, part = {site: Layout(0, 1, (0, 1))}, {site: values[[3, 2]]}
     assert not size_sensitive(layouts, {site: values}, 4, part, [3, 2], run, indices)
     assert len(runs) == more
+
+
+class InTurn(Sampler[list[int]]):
+    """Batches of several sizes."""
+
+    def __init__(self, *epochs: list[list[int]]) -> None:
+        self.epochs, self.begun = epochs, 0
+
+    def __iter__(self):
+        self.begun += 1
+        return iter(self.epochs[self.begun - 1])
+
+    def __len__(self) -> int:
+        return 3
+
+
+class Scheduled(nn.Module):
+    """Each epoch is another state of what learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.scale = nn.Linear(192, 64), nn.Linear(64, 4), 1.0
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(1))) * self.scale
+
+
+@pytest.mark.parametrize("large", [[4, 5, 6, 7], [4, 5, 6]])
+def test_a_state_that_begins_with_a_batch_of_another_size(large) -> None:
+    # one sample alone meets another kernel: what is stored of larger batches must not be handed out for it
+    epochs = [[0, 1, 2, 3], large], [[8], [0], large], [[9], [0], [1], large], [[2], large, [3]]
+
+    def run(cached: bool):
+        return train(
+            Scheduled, images(12), "head", cached=cached, epochs=4,
+            before_epoch=lambda model, epoch: setattr(model, "scale", 1.0 + epoch),
+            loader_options={"batch_size": 1, "shuffle": False, "batch_sampler": InTurn(*epochs)},
+        )  # fmt: skip
+
+    one = nn.Linear(192, 64)
+    x = torch.randn(4, 192)
+    if torch.equal(one(x[:1]), one(x)[:1]):
+        pytest.skip("this processor has one kernel for both")
+    cached = run(True)
+    assert_same(run(False), cached)
+    assert "off" not in cached.text  # looked at is a batch of the same size, if one comes

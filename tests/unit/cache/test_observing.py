@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+import layerwise
 from cache_loops import both, images, off, unfreeze_gradually
+from layerwise.cache.replay.ghost import Ghost
 
 
 class Pooling(nn.Module):
@@ -157,3 +159,149 @@ class ByDLPack(nn.Module):
 def test_memory_that_a_recording_does_not_have() -> None:
     # an operation on what DLPack hands on would read address 0, and end the process
     assert "hands Python a value of the batch" in off(ByDLPack, images, "fc", warns=False)
+
+
+# -- what is the same for all batches, but not in all states of the model ------------------------------
+
+
+class Scaled(nn.Module):
+    """Returns a value of the input, and a weight and a number that depend on its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(4)), 1.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        number = self.scale + self.training
+        return self.linear(x), self.table * number, number
+
+
+class ByConstant(nn.Module):
+    """Adds the value of the weight behind what learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Scaled(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        features, table, _ = self.body(x)
+        return self.head(features) + table
+
+
+class ByNumber(ByConstant):
+    """Multiplies by the number."""
+
+    def forward(self, x: Tensor) -> Any:
+        features, _, number = self.body(x)
+        return self.head(features) * number
+
+
+class Returning(ByConstant):
+    """Returns the number with the logits."""
+
+    def forward(self, x: Tensor) -> Any:
+        features, _, number = self.body(x)
+        return self.head(features), number
+
+
+def set_scale(model: Any, number: int) -> None:
+    model.body.scale = float(number)
+
+
+def set_mode(model: Any, number: int) -> None:
+    model.body.train(number == 2)
+
+
+def trained_in_turn(
+    make: Callable[[], Any],
+    change: Callable[[Any, int], None],
+    epochs: Sequence[tuple[int, ...]],
+    *,
+    cached: bool,
+    **options: Any,
+) -> tuple[list[Tensor], int]:
+    """Train while a state changes; return losses and weights, and how often batches were replayed.
+
+    Args:
+        epochs: the state at each batch.
+        options: of the cache.
+    """
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    model.body.requires_grad_(False)
+    loader = DataLoader(TensorDataset(x, torch.arange(12) % 4), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader, storage="memory", **options)
+    optimizer, found, replays = torch.optim.SGD(model.parameters(), lr=0.1), [], 0
+    for states in epochs:
+        batches = iter(cache.batches() if cached else loader)
+        for state in states:
+            change(model, state)
+            x, y = next(batches)
+            replays += type(x) is Ghost
+            output = model(x)
+            logits, number = output if isinstance(output, tuple) else (output, 1.0)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(logits, y) * number
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+    return [*found, *model.parameters()], replays
+
+
+@pytest.mark.parametrize("change", [set_scale, set_mode])
+@pytest.mark.parametrize("make", [ByConstant, ByNumber, Returning])
+@pytest.mark.parametrize(
+    ("epochs", "least"),
+    [
+        ([(1, 1, 1), (1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 1, 1)], 11),
+        ([(1, 2, 1), (1, 2, 1), (2, 1, 2)], 5),
+    ],
+)
+def test_what_is_the_same_for_all_batches_is_kept_for_each_state(make, change, epochs, least) -> None:
+    plain, _ = trained_in_turn(make, change, epochs, cached=False)
+    cached, replays = trained_in_turn(make, change, epochs, cached=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, cached, strict=True))
+    assert replays >= least
+
+
+class Scheduled(Pooling):
+    """What learns has a number that follows a schedule."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_a_schedule_of_what_learns_asks_for_no_other_proof() -> None:
+    # each epoch is another state, in which the frozen part gives what is known: one batch is loaded, once
+    def step_up(model: Any, epoch: int) -> None:
+        model.scale = 1.0 + epoch
+
+    assert both(Scheduled, images, "head", epochs=4, before_epoch=step_up).loads[1:] == [4, 4, 4]
+
+
+class ScaledValue(Scaled):
+    """Its value of the input depends on its state, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        value, table, number = super().forward(x)
+        return value * number, table, number
+
+
+class ByValue(ByConstant):
+    """Reads that value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = ScaledValue()
+
+
+@pytest.mark.parametrize("change", [set_scale, set_mode])
+def test_a_pool_does_not_mix_values_of_two_states(change) -> None:
+    # the name of a column does not tell the mode: what has no sample in common cannot be compared
+    epochs = [(2, 1, 1), (1, 1, 1), (1, 1, 1)]
+    plain, _ = trained_in_turn(ByValue, change, epochs, cached=False)
+    cached, replays = trained_in_turn(ByValue, change, epochs, cached=True, pool=layerwise.CachePool())
+    assert all(torch.equal(one, other) for one, other in zip(plain, cached, strict=True))
+    assert replays >= 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import random
 import weakref
 
 import numpy as np
@@ -17,6 +18,7 @@ import layerwise
 from cache_loops import Counted, assert_same, both, freeze_prefix, images, off, train
 from helpers import TinyCNN
 from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.store.column import Column
 from layerwise.errors import CacheError
 
 LAST = ("layer2", "fc")
@@ -72,6 +74,40 @@ def test_gradient_accumulation_and_two_forwards_of_one_batch() -> None:
             self.layer2 = nn.Sequential(self.layer2, nn.Dropout(0.5))
 
     both(Net, images, *LAST, step=step)
+
+
+NUMPY = PYTHON = TORCH = None  # generators, as a model's file may hold them beside its classes
+
+
+class DrawsFromGlobals(TinyCNN):
+    """Draws random numbers from generators that are no attribute of anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        globals()["NUMPY"] = np.random.default_rng(0)
+        globals()["PYTHON"] = random.Random(0)
+        globals()["TORCH"] = torch.Generator().manual_seed(0)
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        return NUMPY.random() + PYTHON.random() + torch.rand(like.shape, generator=TORCH)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.layer1(self.stem(images))
+        return self.fc(self.layer2(features + self.noise(features)).mean((2, 3)))
+
+
+class DrawsFromGlobalsFirst(DrawsFromGlobals):
+    def noise(self, like: torch.Tensor) -> float:
+        return NUMPY.random()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.layer2(self.layer1(self.stem(images + self.noise(images)))).mean((2, 3)))
+
+
+def test_generators_among_the_globals_of_a_models_file() -> None:
+    # passes of the cache's own draw from them as well, and leave them as they were
+    assert "cut at layer1" in both(DrawsFromGlobals, images, *LAST).text
+    assert "draws random numbers of Python's or numpy's" in off(DrawsFromGlobalsFirst, images, *LAST)
 
 
 def test_channels_last_survives() -> None:
@@ -445,14 +481,17 @@ def test_half_precision_storage() -> None:
 # -- sharing --------------------------------------------------------------------------------------
 
 
-def test_a_later_run_finds_the_files(tmp_path) -> None:
+def test_a_later_run_finds_the_files(tmp_path, monkeypatch) -> None:
     first = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # the value and the labels
+    written = []
+    monkeypatch.setattr(Column, "put", lambda column, rows, values: written.append(rows))
     again = train(TinyCNN, images(), *LAST, cached=True, storage="disk", folder=tmp_path)
     assert_same(first, again)
     assert again.loads[0] < 22 + 22 * 2  # the fingerprint and one batch, and no epoch of loading
     ((feed,),) = (s.feeds for s in again.cache._supplies)
     assert all(bool(stored.column.filled.all()) for stored in feed.sites.values())
+    assert not written  # it would take memory of this process's own
 
 
 def test_other_weights_data_or_transform_do_not_find_them(tmp_path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,6 +293,15 @@ def called_in_compiled_form(run: Run) -> None:
             run.model = model
 
 
+def compiled_in_place_on_the_way(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            if len(run.losses) == 9:
+                run.model.compile(backend="eager")
+            run.step(batch)
+
+
 class RarelyFlipped(Counted):
     """Augments three samples, by numpy's global generator."""
 
@@ -572,6 +584,124 @@ def train_mode_set_in_the_step(run: Run) -> None:
     assert run.data.loads - before == (0 if run.cached else 22)
 
 
+def gradients_of_the_model_hooked(run: Run) -> None:
+    run.model.register_full_backward_hook(lambda module, to_inputs, of_outputs: run.losses.append(1.0))
+    simple(run)
+
+
+def outputs_changed_by_a_hook_from_the_first_step_on(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            if not run.losses:
+                run.model.register_forward_hook(lambda module, args, output: output * 0.5)
+            run.step(batch)
+
+
+def inputs_changed_by_a_hook_in_the_middle_of_an_epoch(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            if len(run.losses) == 8:
+                handle = run.model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+            if len(run.losses) == 10:
+                handle.remove()
+            run.step(batch)
+
+
+THREADS: set[int] = set()
+
+
+class NotesThreads(Transposed):
+    def forward(self, x: Tensor) -> Tensor:
+        THREADS.add(threading.get_ident())
+        return super().forward(x)
+
+
+def fetched_by_another_thread(run: Run) -> None:
+    """The model may be in the middle of a step when a batch is made, so it must not run for that."""
+    run.take(NotesThreads())
+    loader = run.loader(images(60))
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(EPOCHS):
+            batches = run.batches(loader)
+            while (batch := pool.submit(next, batches, None).result()) is not None:
+                run.step(batch)
+    assert {threading.get_ident()} == THREADS
+    assert run.cache is None or run.cache._supplies[0].replays == 15
+
+
+class CallsItself(Net):
+    """Its own output decides how it goes on, as in some recurrent models."""
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        if not again:
+            return self.body(x)
+        return self.head(self.tail(self(x, again=False)).mean((2, 3)))
+
+
+def a_model_that_calls_itself(run: Run) -> None:
+    run.take(CallsItself())
+    simple(run)
+    assert not run.cached or run.data.loads <= 2 * len(run.data)  # the look at first samples counted
+
+
+class ClassesInEvalMode(Net):
+    """Cannot be compared in eval mode: it returns plain numbers there."""
+
+    def forward(self, x: Tensor) -> Any:
+        output = super().forward(x)
+        return output if self.training else output.argmax(1).tolist()
+
+
+def validated_on_the_same_loader_first(run: Run) -> None:
+    run.take(ClassesInEvalMode())
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        run.model.eval()
+        with torch.no_grad():
+            for x, _ in run.batches(loader):
+                run.losses += run.model(x)
+        run.model.train(epoch != 0)  # or in the loop, as some trainers do
+        for batch in run.batches(loader):
+            run.model.train()
+            run.step(batch)
+
+
+class ReturnsNothing(Net):
+    def forward(self, x: Tensor) -> None:
+        self.kept = [super().forward(x)]
+
+
+def outputs_kept_in_an_attribute(run: Run) -> None:
+    run.take(ReturnsNothing())
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.model(x)
+            loss = nn.functional.cross_entropy(run.model.kept.pop(), y)
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+            run.losses.append(loss.item())
+
+
+def a_copy_of_the_model_trained_next(run: Run) -> None:
+    """It was made while an epoch ran, and that epoch goes on."""
+    first, loader = run.model, run.loader()
+    batches = run.batches(loader)
+    run.step(next(batches))
+    run.take(copy.deepcopy(first))
+    cache, run.cache = run.cache, None
+    simple(run)
+    run.take(first)
+    for batch in batches:
+        run.step(batch)
+    assert "_call_impl" not in vars(first)
+    cache, run.cache = run.cache, cache
+    simple(run)
+
+
 CACHED = "cut at body"
 LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
@@ -593,6 +723,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     function_transform: "off: a transform of torch.func",
     negative_indices: r"off: .* gives \[-1, -2, -3\]",
     called_in_compiled_form: "off: the model is compiled",
+    compiled_in_place_on_the_way: "off: the model is compiled",
     compiled_in_part: "off: the model is compiled",
     global_generator: "off: .* draws random numbers",
     few_samples_augmented: "off: .* draws random numbers",
@@ -614,13 +745,23 @@ LOOPS: dict[Callable[[Run], None], str] = {
     frozen_weights_change_and_an_epoch_begins: "cut at body|off: the frozen weights",
     train_mode_set_in_the_step: CACHED,
     in_two_modes: CACHED,
+    gradients_of_the_model_hooked: CACHED,
+    outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
+    inputs_changed_by_a_hook_in_the_middle_of_an_epoch: CACHED,
+    fetched_by_another_thread: "cut at",
+    a_model_that_calls_itself: CACHED,
+    validated_on_the_same_loader_first: CACHED,
+    outputs_kept_in_an_attribute: "off: ",
+    a_copy_of_the_model_trained_next: CACHED,
     under_autocast_later: "no batch of this epoch was replayed",
     workers_live_on_and_the_loop_changes_the_batch: "off: ",
 }
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-@pytest.mark.filterwarnings("ignore:The prefix cache is off", "ignore:TF32")
+@pytest.mark.filterwarnings(
+    "ignore:The prefix cache is off", "ignore:TF32", "ignore:Full backward hook is firing"
+)
 def test_ends_as_with_the_loader_alone(loop: Callable[[Run], None]) -> None:
     runs = []
     for cached in (False, True):

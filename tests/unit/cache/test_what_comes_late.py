@@ -272,12 +272,13 @@ def set_to_train(model: nn.Module, batch: Any) -> Tensor:
 
 
 def test_a_rare_shape_then() -> None:
-    # it goes through the plain model; only a batch of which all is known when it is made sorts the samples
+    # it goes through the plain model, and the samples are sorted, as by a batch of which all was known before
     options = given([[0, 1], [6, 7]], [[2, 3], [0, 1], *REST], [[2, 3], *REST])
     text = both(
         TinyCNN, Rare, *LAST, loader_options=options, before_epoch=in_eval_mode, step=set_to_train
     ).text
-    assert "38 of 40 samples stored" in text
+    assert "samples have 2 shapes" in text
+    assert "samples stored so far" not in text
 
 
 class Bright(Counted):

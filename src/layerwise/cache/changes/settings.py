@@ -3,15 +3,16 @@
 A temperature that follows a schedule, an adapter's scale, another activation, a hook that was added, a domain
 that is chosen before each batch: attributes and buffers of modules decide what a forward pass does, and so
 do attributes of their classes, and what is in containers and objects that they hold. They are compared at
-every batch, those of torch's own layers, what a class declares constant and the numbers of large arrays and
-tensors at every epoch. Where nothing changed that costs next to nothing: lists of objects are compared, all
-of them the same ones.
+every batch, those of torch's own layers, what a class declares constant, its methods, and the numbers of
+large arrays and tensors at every epoch. Where nothing changed that costs next to nothing: lists of objects
+are compared, all of them the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -161,8 +162,12 @@ class Settings:
                 look.at_length(vars(module))
             look.at_length(module._buffers)
             self._at_batches.at_tables(module)
+        self._at_epochs.at_told(_kinds, self._modules)
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
+            for name, value in vars(kind).items():
+                if isinstance(value, FunctionType):
+                    self._at_epochs.at_item(vars(kind), name)
         for owner, name, key in self._items():
             if key not in self._moving and not _is_ours(owner[name]):
                 (self._at_epochs if self._is_constant(key) else self._at_batches).at_item(owner, name)
@@ -221,10 +226,15 @@ class Settings:
             key: _known(owner[name], memo) for owner, name, key in self._items() if not _is_ours(owner[name])
         }
         for index, module in enumerate(self._modules):
+            found[index, "__class__"] = type(module)
             found[index, "_modules"] = tuple(map(id, module._modules.values()))
             found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
             hooks = (module._forward_hooks, module._forward_pre_hooks) if index else GLOBAL_HOOKS
             found[index, "_forward_hooks"] = (*hooks[0], -1, *hooks[1])
+        for index, kind in enumerate(self._classes):
+            found[-1 - index, "__dict__"] = tuple(
+                v for v in vars(kind).values() if isinstance(v, FunctionType)
+            )
         return found
 
 
@@ -324,6 +334,10 @@ def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
     else:
         return f"{name} {id(value)}"
     return f"{name} {[f'{key!r}: {_known(item, memo, depth + 1)}' for key, item in items.items()]}"
+
+
+def _kinds(modules: Iterable[nn.Module]) -> list[type]:
+    return list(map(type, modules))
 
 
 def _own_length(attributes: Mapping[str, Any]) -> int:

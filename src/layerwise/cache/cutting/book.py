@@ -60,18 +60,26 @@ class OtherStateError(CacheError):
 
 
 @dataclass(frozen=True)
-class _Foreseen:
-    """What a recording in an earlier phase told of a later one.
+class _Known:
+    """What a recording told of some set of parameters that learn.
 
     Attributes:
-        modes: of each module when it was recorded.
-        settings: of the modules, as a number, when it was recorded.
-        cut: of the later phase, or why there is nothing to skip.
+        modes: of the modules on which it depends, when it was recorded.
+        cut: where the pass is cut, or why there is nothing to skip.
     """
 
     modes: Modes
-    settings: int
     cut: Cut | str
+
+    def holds(self) -> bool:
+        """Return whether it is so in the present modes.
+
+        A cut that was found in train mode also holds in eval mode: with fewer modules training, fewer
+        operations are random. The reverse is not true.
+        """
+        if isinstance(self.cut, str):
+            return all(module.training >= mode for module, mode in self.modes.items())
+        return all(module.training <= mode for module, mode in self.modes.items())
 
 
 class CutBook:
@@ -97,8 +105,7 @@ class CutBook:
         self.last_state = 0
         self._states: dict[Any, int] = {}
         self._seen: Any = None  # what `last_state` stands for
-        self._found: dict[tuple[frozenset[str], Form, int], list[tuple[Modes, Cut]]] = {}
-        self._foreseen: dict[tuple[frozenset[str], Form], _Foreseen] = {}
+        self._cuts: defaultdict[tuple[frozenset[str], Form, int], list[_Known]] = defaultdict(list)
         self._mixed: defaultdict[Form, set[Site]] = defaultdict(set)
         self.settings = Settings(model.modules())
         self._all = list(model.modules())
@@ -147,17 +154,6 @@ class CutBook:
             self.moves += 1
         return self.moves
 
-    def known(self, form: Form) -> Cut | None:
-        """Return a cut that holds in the present state, if one was found before.
-
-        A cut that was found in train mode also holds in eval mode: with fewer modules training, fewer
-        operations are random. The reverse is not true.
-        """
-        for recorded, cut in self._found.get((self._trainable(), form, self.settings.number()), ()):
-            if not any(module.training and not recorded.get(module, False) for module in self._modules):
-                return cut
-        return None
-
     def find(
         self,
         args: tuple[Any, ...],
@@ -183,32 +179,30 @@ class CutBook:
             RecordingError: the forward pass cannot be recorded.
             CacheError: it writes to a parameter.
         """
-        cut = self.known(form)
-        if cut is not None and at_inputs:
-            return cut
+        trainable = self._trainable()
+        known = self._known(trainable, form) if at_inputs else None
+        if isinstance(known, Cut):
+            return known
         if self._tuner is not None and getattr(self._phase, "sample_groups", None):
             raise NothingToSkipError(
                 "the phase draws anew every few steps which groups learn, so no prefix stays frozen for long."
             )
-        trainable = self._trainable()
-        cut = self._told_before(trainable, form) if at_inputs else None
-        if cut is None:
-            recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
-            self.settings.remembers(recording.remembering, recording.keeping)
-            if recording.rewritten:
-                raise CacheError(
-                    f"the forward pass itself changes the parameter {min(recording.rewritten)!r}, and passes "
-                    f"of the cache's own would change it as well."
-                )
-            values = recording.values
-            if any(values[key].input in changing for op in recording.ops for key in op.mutates):
-                raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
-            if at_inputs:
-                self._foresee(recording, form, changing)
-            cut = find_cut(
-                recording, trainable, changing=changing, mixed=self._mixed[form], at_inputs=at_inputs
+        if isinstance(known, str):
+            raise NothingToSkipError(known)
+        recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
+        self.settings.remembers(recording.remembering, recording.keeping)
+        if recording.rewritten:
+            raise CacheError(
+                f"the forward pass itself changes the parameter {min(recording.rewritten)!r}, and passes "
+                f"of the cache's own would change it as well."
             )
-        self._found.setdefault((trainable, form, self.settings.number()), []).insert(0, (self._modes(), cut))
+        values = recording.values
+        if any(values[key].input in changing for op in recording.ops for key in op.mutates):
+            raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
+        if at_inputs:
+            self._foresee(recording, form, changing)
+        cut = find_cut(recording, trainable, changing=changing, mixed=self._mixed[form], at_inputs=at_inputs)
+        self._note(trainable, form, _Known(self._modes(), cut))
         return cut
 
     def note_mixed(self, form: Form, site: Site) -> bool:
@@ -221,39 +215,35 @@ class CutBook:
         if site in mixed or len(mixed) == _MIXED:
             return False
         mixed.add(site)
-        self._found = {key: cuts for key, cuts in self._found.items() if key[1] != form}
-        self._foreseen = {key: one for key, one in self._foreseen.items() if key[1] != form}
+        for key in [key for key in self._cuts if key[1] == form]:
+            del self._cuts[key]
         return True
 
-    def _foresee(self, recording: Recording, form: Form, changing: frozenset[int]) -> None:
-        """Find the cuts of the later phases, which spares them a recording of their own."""
-        modes, settings = self._modes(), self.settings.number()
-        for names in self._lengths():
-            try:
-                found: Cut | str = find_cut(recording, names, changing=changing, mixed=self._mixed[form])
-            except NothingToSkipError as error:
-                found = str(error)
-            self._foreseen[names, form] = _Foreseen(modes, settings, found)
+    def _known(self, trainable: frozenset[str], form: Form) -> Cut | str | None:
+        """Return a cut that holds in the present state, or why there is none, if that was found before."""
+        found = self._cuts.get((trainable, form, self.settings.number()), ())
+        return next((one.cut for one in found if one.holds()), None)
 
-    def _told_before(self, trainable: frozenset[str], form: Form) -> Cut | None:
-        """Return the cut that an earlier phase's recording told for now, if it still holds.
+    def _note(self, trainable: frozenset[str], form: Form, known: _Known) -> None:
+        self._cuts[trainable, form, self.settings.number()].insert(0, known)
+
+    def _foresee(self, recording: Recording, form: Form, changing: frozenset[int]) -> None:
+        """Find the cuts of the later phases, which spares them a recording of their own.
 
         A phase that unfreezes a group puts it into train mode. That makes nothing random or dependent on
         the batch in what the cut skips, unless it is a module there, or one around it, that went from eval
         to train mode since.
-
-        Raises:
-            NothingToSkipError: there was nothing to skip then, and no fewer modules train now.
         """
-        told = self._foreseen.get((trainable, form))
-        if told is None or told.settings != self.settings.number():
-            return None
-        if isinstance(told.cut, str):
-            if all(module.training >= told.modes.get(module, True) for module in self._modules):
-                raise NothingToSkipError(told.cut)
-            return None
-        awake = {m for m in self._modules if m.training and not told.modes.get(m, False)}
-        return None if awake and not awake.isdisjoint(self.in_or_around(told.cut)) else told.cut
+        modes = self._modes()
+        for names in self._lengths():
+            try:
+                cut = find_cut(recording, names, changing=changing, mixed=self._mixed[form])
+            except NothingToSkipError as error:
+                known = _Known(modes, str(error))
+            else:
+                around = self.in_or_around(cut)
+                known = _Known({module: mode for module, mode in modes.items() if module in around}, cut)
+            self._note(names, form, known)
 
     def in_or_around(self, cut: Cut) -> set[nn.Module]:
         """Return the modules of the skipped calls, what is in them, and what they are in.
@@ -268,9 +258,12 @@ class CutBook:
         return {module for module in found if type(module).forward is not nn.Sequential.forward}
 
     def later(self, form: Form) -> list[tuple[int, Cut]]:
-        """Return the foreseen cuts of later phases and runs, with the epochs that each lasts."""
-        told = ((epochs, self._foreseen.get((names, form))) for names, epochs in self._lengths().items())
-        return [(epochs, one.cut) for epochs, one in told if one is not None and isinstance(one.cut, Cut)]
+        """Return the cuts of later phases and runs, with the epochs that each lasts.
+
+        Those that hold in the present state: what is computed now is to be used then.
+        """
+        known = ((epochs, self._known(names, form)) for names, epochs in self._lengths().items())
+        return [(epochs, cut) for epochs, cut in known if isinstance(cut, Cut)]
 
     def _lengths(self) -> dict[frozenset[str], int]:
         """Return what trains in later phases and runs -> for how many epochs.

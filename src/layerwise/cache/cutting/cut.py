@@ -50,6 +50,7 @@ class Cut:
         constants: sites of needed values that do not depend on the input: the same for all batches.
         inputs: the model's inputs that are still read.
         sources: of each site.
+        outlines: what each skipped call returned, all but what its tensors hold, as text.
         bytes_per_sample: size of `frontier`, as recorded.
         returned_bytes_per_sample: how much less it would be if the model returned and kept no frozen values.
         flops: of the recorded pass; `skipped_flops`: of the operations that are not run any more.
@@ -65,6 +66,7 @@ class Cut:
     constants: tuple[Site, ...]
     inputs: frozenset[int]
     sources: dict[Site, Source] = field(repr=False)
+    outlines: dict[CallId, str] = field(repr=False)
     bytes_per_sample: int = 0
     returned_bytes_per_sample: int = 0
     flops: int = 0

@@ -20,8 +20,10 @@ from collections import Counter
 from collections.abc import Container, Set
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from layerwise.cache.changes.outlines import outline
 from layerwise.cache.cutting.cut import CallId, Cut, NothingToSkipError, Site
 from layerwise.cache.cutting.dirty import find_dirty
 from layerwise.cache.cutting.doors import (
@@ -150,6 +152,7 @@ class _Search:
             span = range(call.start, call.end)
             if (
                 call not in unskippable
+                and not self._is_of_model(call)
                 and call not in self.keeping
                 and not any(self.dirty[index] for index in span)
                 and any(self.depends[index] for index in span)
@@ -160,6 +163,10 @@ class _Search:
             else:
                 to_visit += reversed(call.children)
         return owner
+
+    def _is_of_model(self, call: Call) -> bool:
+        """Whether a call is one of the model itself, which may call itself: a replay begins in such a one."""
+        return call.module is self.recording.root.module
 
     def _needs(self, owner: dict[int, Call], returned: Set[Read], entered: tuple[Call, ...] = ()) -> _Needs:
         """Return what a replay needs.
@@ -266,7 +273,7 @@ class _Search:
         """Return running calls with a clean argument that a dirty operation inside reads, smallest first."""
         sized = []
         for call in self.recording.calls:
-            if call.parent is None or call.start in owner or has_grown(call):
+            if self._is_of_model(call) or call.start in owner or has_grown(call):
                 continue
             clean = {read for read in taken(call) if self._is_storable(read)}
             dirty = (index for index in range(call.start, call.end) if self.dirty[index])
@@ -307,6 +314,7 @@ class _Search:
             frontier=tuple(map(_site, frontier)),
             constants=tuple(_site(door) for door in doors if door not in frontier),
             inputs=self.kept_inputs | needs.inputs,
+            outlines={_id(call): _outline(call) for call in skipped},
             sources={_site(door): source_of(self.recording, needs.doors[door]) for door in doors},
             bytes_per_sample=sum(door.nbytes for door in frontier) // batch,
             returned_bytes_per_sample=only_returned // batch,
@@ -346,6 +354,17 @@ def _is_collected_outside(call: Call, around: Call) -> bool:
         if collects_below(call.module):
             return False
     return True
+
+
+def _outline(call: Call) -> str:
+    """Return what a call returned as text: other objects are told by who they are."""
+    return " ".join(outline(call.output, _lying, lambda thing: f"{type(thing).__name__} {id(thing)}"))
+
+
+def _lying(tensor: torch.Tensor) -> str:
+    """Return how a tensor lies in memory; of one without strides its type."""
+    is_plain = tensor.layout == torch.strided and not tensor.is_nested
+    return f"{tensor.dtype} {(tuple(tensor.shape), tensor.stride()) if is_plain else tensor.layout}"
 
 
 def _id(call: Call) -> CallId:

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 
+from layerwise.cache.changes.outlines import outline
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import CacheError
@@ -110,17 +112,46 @@ class Flow:
         return f"gradients take another way ({names})" if names else ""
 
 
-def difference(expected: list[torch.Tensor], output: Any) -> str:
-    """Return what is not bit for bit equal in two outputs of a model; ``""`` if nothing is."""
-    found = tensors_in(output)
-    if len(found) != len(expected):
-        return f"{len(expected)} tensors in its output, and {len(found)} in the plain one"
-    for number, (one, other) in enumerate(zip(expected, found)):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return (
-                f"output {number} is {tuple(one.shape)} {one.dtype}, not {tuple(other.shape)} {other.dtype}"
-            )
-        if not same_bits(one, other.detach()):
-            gap = float((one.double() - other.detach().double()).abs().max())
-            return f"output {number} differs by up to {gap:.3g}"
-    return ""
+@dataclass(frozen=True)
+class Result:
+    """What a replay gave.
+
+    Attributes:
+        tensors: in its output, detached.
+        rest: what else is in it, as text.
+        flow: of its gradients.
+    """
+
+    tensors: list[torch.Tensor]
+    rest: list[str]
+    flow: Flow
+
+    @classmethod
+    def of(cls, output: Any) -> Result:
+        """Return that of a model's output."""
+        tensors = [tensor.detach() for tensor in tensors_in(output)]
+        return cls(tensors, _told(output), Flow.of(output))
+
+    def difference(self, output: Any) -> str:
+        """Return what is not the same, bit for bit, in the plain model's output; ``""`` if nothing is."""
+        found = tensors_in(output)
+        if len(found) != len(self.tensors):
+            return f"{len(self.tensors)} tensors in its output, and {len(found)} in the plain one"
+        for mine, plain in zip_longest(self.rest, _told(output), fillvalue="nothing more"):
+            if mine != plain:
+                return f"its output holds {mine}, and the plain one {plain}"
+        for number, (one, other) in enumerate(zip(self.tensors, found)):
+            if one.shape != other.shape or one.dtype != other.dtype:
+                return (
+                    f"output {number} is {tuple(one.shape)} {one.dtype}, not {tuple(other.shape)} "
+                    f"{other.dtype}"
+                )
+            if not same_bits(one, other.detach()):
+                gap = float((one.double() - other.detach().double()).abs().max())
+                return f"output {number} differs by up to {gap:.3g}"
+        return self.flow.difference(output)
+
+
+def _told(output: Any) -> list[str]:
+    """Return what an output is made of, as text; of what cannot be compared (a function) the class."""
+    return list(outline(output, lambda tensor: "a tensor", lambda thing: type(thing).__name__))

@@ -14,7 +14,7 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.proof.mixing import PlaceError, find_layouts, sites_of, size_sensitive
+from layerwise.cache.proof.mixing import PlaceError, find_layouts, size_sensitive
 from layerwise.cache.replay.link import Link
 from layerwise.cache.replay.passes import Captured, compare_skeletons
 from layerwise.cache.samples.feed import Feed
@@ -33,13 +33,13 @@ def prove(
     *,
     exact: bool,
 ) -> None:
-    """Note in `feed` the layouts, skeletons and constants of some cuts, and where their bits hold.
+    """Note in `feed` the layouts of some cuts' values, and where their bits hold.
 
     Args:
         feed: whose samples.
         link: how the model is called.
         cuts: of this phase, and of later ones.
-        found: what the prefix gave for the whole batch.
+        found: what the prefix gave for the whole batch; gets the layouts of its skeletons.
         log: of that pass.
         indices: of the batch's samples.
         leaves: the batch's tensors.
@@ -64,16 +64,18 @@ def prove(
         link, cuts, *link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
     )
     compare_skeletons(found.skeletons, part.skeletons)
-    constants = {site: found.values[site] for cut in cuts for site in cut.constants if site in found.values}
-    for site, value in constants.items():
-        if not same_bits(value, part.values[site]):
+    sites = dict.fromkeys(site for cut in cuts for site in cut.frontier)
+    constants = dict.fromkeys(site for cut in cuts for site in cut.constants)
+    for site in (*sites, *constants):
+        if site not in found.values or site not in part.values:
+            raise CacheError(f"{site} is not reached each time the model runs.")
+    for site in constants:
+        if not same_bits(found.values[site], part.values[site]):
             raise CacheError(
                 f"the value at {site} differs from batch to batch, although no operation that torch sees "
                 f"links it to the input (numpy?)."
             )
-    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
-    feed.constants |= constants
-    feed.skeletons |= found.skeletons
+    layouts = find_layouts(sites, found.values, count, part.values, part_count, chosen)
     feed.layouts |= layouts
 
     def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:
@@ -102,9 +104,8 @@ def prove(
         if exact:
             feed.keep_places(str(error), count)
     else:
-        if exact and feed.sizes is not None:
-            proved = {count} if sensitive or between else {count, part_count}
-            feed.sizes = feed.sizes & proved if feed.sizes else proved
+        if exact:
+            feed.keep_sizes({count} if sensitive or between else {count, part_count})
     if not exact:
         feed.sizes = None
 
@@ -114,22 +115,25 @@ def _loaded_again(
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Return some of the batch's samples, loaded once more, and which positions of the batch they are.
 
+    A sample that is a batch by itself gets another one beside it, which is not of the batch.
+
     Raises:
         CacheError: they are not the same this time.
     """
     assert feed.shape is not None
-    if len(indices) == 1:
-        batch = feed.reader.load_now([indices[0], feed.neighbour(indices[0])])
-        return feed.shape.check(batch, 2), [0]
-    chosen = _positions(feed, len(indices))
-    if feed.views > 1:  # each loading draws anew
-        return [leaf[chosen] for leaf in leaves], chosen
+    chosen = _positions(feed, len(indices)) if len(indices) > 1 else [0]
+    beside = [feed.neighbour(indices[0])] if len(indices) == 1 else []
+    drawn = [leaf[chosen] for leaf in leaves]
+    if feed.views > 1 and not beside:  # each loading draws anew
+        return drawn, chosen
     with feed.reader.unaffected():
-        batch = feed.reader.load_now([indices[position] for position in chosen])
-    again = feed.shape.check(batch, len(chosen))
+        batch = feed.reader.load_now([indices[position] for position in chosen] + beside)
+    again = feed.shape.check(batch, len(chosen) + len(beside))
+    if feed.views > 1:
+        return [torch.cat([leaf, part[1:]]) for leaf, part in zip(drawn, again)], chosen
     if feed.shape.has_other_values(batch):
         feed.reload = True  # per-sample values that are not tensors (names, strings)
-    if not all(same_bits(leaf[chosen], part) for leaf, part in zip(leaves, again)):
+    if not all(same_bits(leaf, part[: len(chosen)]) for leaf, part in zip(drawn, again)):
         raise CacheError("a sample of a batch depends on the other samples that are collated with it.")
     return again, chosen
 

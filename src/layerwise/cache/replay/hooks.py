@@ -3,112 +3,150 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Before = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-After = Callable[[Any], None]
+Due = Callable[[Any], None]
+
+RAISED = object()
+"""Stands for the output of a call that raised."""
 
 
-class _OnlyHere:
+class OnlyHere:
     """A hook that works on one model; deepcopies and pickles of the model carry a dead one."""
 
     def __init__(self, model: nn.Module | None, function: Callable[..., Any] | None) -> None:
         self.model, self.function = model, function
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        """Call the function."""
         if self.function is None or module is not self.model:
             return None
         return self.function(*arguments)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OnlyHere:
-        return _OnlyHere(None, None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnlyHere:
+        return OnlyHere(None, None)
 
     def __reduce__(self) -> Any:
-        return _OnlyHere, (None, None)
+        return OnlyHere, (None, None)
 
 
+@dataclass
 class _Call:
-    """A model's ``_call_impl``, which tells when a call raised: torch's hooks do not hear of Ctrl-C.
-
-    It is bound to the model as a method of that name, so a copy or pickle of the model has its class's own.
+    """What a model's call under way has to do at its end.
 
     Attributes:
-        listeners: what to call then, of all hooks on the model; copies of it keep this, and nothing else.
+        due: what to call with the output, or with `RAISED`.
+        hooks: number of `RootHook` on the model.
     """
 
-    __name__ = "_call_impl"
+    due: list[Due] = field(default_factory=list)
+    hooks: int = 0
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self.listeners: list[After] = []
 
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        try:
+_CALLS: WeakKeyDictionary[nn.Module, _Call] = WeakKeyDictionary()
+
+
+def _seen(model: nn.Module, call: _Call) -> MethodType:
+    """Return a ``_call_impl`` of a model that does what is due when a call ends, also by Ctrl-C.
+
+    It sees the output that the caller gets, after all of torch's hooks. It is a method of that name, so
+    pickles of the model have its class's own. Copies carry it, and it does nothing there.
+    """
+    original = ref(model)
+
+    def _call_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module is not original():
             return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
-        except BaseException:
-            for after in self.listeners if module is self._model() else ():
-                after(None)
-            raise
+        around, call.due = call.due, []  # a model may call itself
+        output = RAISED
+        try:
+            output = type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            due, call.due = call.due, around
+            if due:
+                _do(due, output)
+        return output
 
-    @classmethod
-    def of(cls, model: nn.Module) -> _Call | None:
-        """Return that of a model; None if it has none."""
-        found = getattr(vars(model).get("_call_impl"), "__func__", None)
-        return found if isinstance(found, cls) else None
+    return MethodType(_call_impl, model)
+
+
+def _do(due: list[Due], output: Any) -> None:
+    """Do all that is due, the first thing first, also where one raises."""
+    try:
+        due.pop(0)(output)
+    finally:
+        if due:
+            _do(due, output)
 
 
 class RootHook:
-    """Has two functions called around every call of a model, while at least one ``with`` block is open."""
+    """Has a function called before every call of a model, while at least one ``with`` block is open.
+
+    Attributes:
+        hook: the hook on the model; None while no block is open.
+    """
 
     def __init__(self) -> None:
+        self.hook: OnlyHere | None = None
         self._open = 0
-        self._handles: list[RemovableHandle] = []
+        self._handle: RemovableHandle | None = None
+        self._call: _Call | None = None
 
     @contextlib.contextmanager
-    def attached(self, model: nn.Module, before: Before, after: After) -> Iterator[None]:
+    def attached(self, model: nn.Module, before: Before) -> Iterator[None]:
         """Attach to `model`; of several blocks that are open, in whatever order they end, the first counts.
 
         Args:
             model: whose calls.
             before: gets the arguments; returns them changed (with every tensor replaced, for example), or
                 None to leave them.
-            after: gets the output, or None if the call raised.
         """
         self._open += 1
         if self._open == 1:
-            on_call = _OnlyHere(model, before)
-            on_output = _OnlyHere(model, lambda args, kwargs, output: after(output))
-            self._handles = [
-                model.register_forward_pre_hook(on_call, with_kwargs=True),
-                model.register_forward_hook(on_output, with_kwargs=True),
-            ]
-            call = _Call.of(model)
-            if call is None:
-                call = _Call(model)
-                vars(model)["_call_impl"] = MethodType(call, model)
-            call.listeners.append(after)
+            # a hook of torch's: the compiler goes past `_call_impl`, and it comes after the user's own
+            self.hook = OnlyHere(model, before)
+            self._handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
+            self._call = _CALLS.setdefault(model, _Call())
+            if not self._call.hooks:
+                vars(model)["_call_impl"] = _seen(model, self._call)
+            self._call.hooks += 1
         try:
             yield
         finally:
             self._open -= 1
             if not self._open:
-                for handle in self._handles:
-                    handle.remove()
-                self._handles = []
-                call = _Call.of(model)
-                assert call is not None
-                call.listeners.remove(after)
-                if not call.listeners:
-                    del vars(model)["_call_impl"]
+                assert self._handle is not None
+                assert self._call is not None
+                self._handle.remove()
+                self.hook = None
+                self._call.hooks -= 1
+                if not self._call.hooks:
+                    del vars(model)["_call_impl"], _CALLS[model]
+
+    def come_last(self, model: nn.Module) -> None:
+        """Have `before` called after all hooks that the model has by now, from its next call on."""
+        assert self._handle is not None
+        hooks: Any = model._forward_pre_hooks  # an OrderedDict
+        hooks.move_to_end(self._handle.id)
+
+    def at_end(self, due: Due) -> None:
+        """Have `due` called when the call ends of which `before` was told last.
+
+        Args:
+            due: gets the output, or `RAISED`. What it raises reaches the caller of the model.
+        """
+        assert self._call is not None
+        self._call.due.append(due)
 
 
 def hook_count(model: nn.Module) -> int:
     """Return how many `RootHook` are attached to a model."""
-    call = _Call.of(model)
-    return 0 if call is None else len(call.listeners)
+    return _CALLS[model].hooks if model in _CALLS else 0

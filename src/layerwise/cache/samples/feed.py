@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.ghost import Ghost, ghost
 from layerwise.cache.replay.layout import Layout, copied
 from layerwise.cache.replay.link import Link, in_order
-from layerwise.cache.replay.passes import Skeleton
 from layerwise.cache.samples.batchshape import BatchShape, Kind
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.column import Column
@@ -24,6 +24,8 @@ from layerwise.cache.store.decision import Decision
 from layerwise.cache.store.room import format_bytes
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
+
+logger = logging.getLogger("layerwise.cache")
 
 _PHASES = 32  # a schedule of an attribute makes one in each epoch
 _GHOSTS = 16  # made at once
@@ -56,8 +58,9 @@ class Phase:
     Attributes:
         cut: where the pass is cut; None before the first batch was seen, or if it cannot be.
         reason: why it is not cached; ``""`` if it is.
-        verified: a replayed batch was bit for bit the plain one.
+        verified: a replayed batch was bit for bit the plain one; False again if it is refused later.
         ghosts: leaves of the batch that are not loaded.
+        fixed: what the skipped calls give for every batch alike; None before the first one was seen.
         decision: what was chosen.
     """
 
@@ -65,6 +68,7 @@ class Phase:
     reason: str = ""
     verified: bool = False
     ghosts: frozenset[int] = frozenset()
+    fixed: Fixed | None = None
     decision: Decision | None = None
 
 
@@ -79,8 +83,7 @@ class Feed:
         members: their indices in the data set; None for all.
         shape: of the batches, once known.
         link: how its batches reached the model when what is stored was first computed; None before.
-        holds_under: ways of calling the model, and the modules in train mode, in which a frozen part is known
-            to give what is stored.
+        holds_under: circumstances in which a frozen part is known to give what is stored.
         full: number of samples in the batches in which values are computed.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
             Values are computed in batches of such a size, and other batches go through the plain model.
@@ -89,9 +92,6 @@ class Feed:
             int64[rows, 2]. Values count only for that place: there the last bits depend on it. None
             where they do not.
         reload: batches hold something that is not stored: samples are loaded again each epoch.
-        skeletons: of the skipped calls of all phases.
-        constants: values that do not depend on the input.
-        constant_weights: `quick_state` of the weights behind them.
         looked: what weights were expected, and how they were, when none was found changed.
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
@@ -105,14 +105,11 @@ class Feed:
     members: list[int] | None = None
     shape: BatchShape | None = None
     link: Link | None = None
-    holds_under: list[tuple[Link, frozenset[nn.Module]]] = field(default_factory=list)
+    holds_under: list[Circumstances] = field(default_factory=list)
     full: int = 0
     sizes: set[int] | None = field(default_factory=set)
     places: torch.Tensor | None = None
     reload: bool = False
-    skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
-    constants: dict[Site, torch.Tensor] = field(default_factory=dict)
-    constant_weights: dict[Site, tuple[Any, ...]] = field(default_factory=dict)
     looked: Any = None
     layouts: dict[Site, Layout] = field(default_factory=dict)
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
@@ -169,22 +166,52 @@ class Feed:
 
     def forget(self) -> None:
         """Forget all that is stored."""
-        for kept in (self.sites, self.leaves, self.constants, self.phases):
+        for kept in (self.sites, self.leaves, self.phases):
             kept.clear()
 
     def unverify(self) -> None:
         """Have the phases looked at again whose values are not all kept any more."""
         for phase in self.phases.values():
-            cut = phase.cut
-            if cut is not None and not (
-                all(self.holds(cut, site) for site in cut.frontier)
-                and all(site in self.constants for site in cut.constants)
-            ):
+            cut, fixed = phase.cut, phase.fixed
+            if cut is None or fixed is None:
+                continue
+            if not (fixed.has_constants(cut) and all(self.holds(cut, site) for site in cut.frontier)):
                 phase.verified = False
+
+    @property
+    def fixed(self) -> list[Fixed]:
+        """What is known of each phase that is the same for every batch."""
+        return [phase.fixed for phase in self.phases.values() if phase.fixed is not None]
 
     def holds(self, cut: Cut, site: Site) -> bool:
         """Return whether what is stored at a site was made by the operations that `cut` saw."""
         return site in self.sites and self.sites[site].structure == cut.sources[site].structure
+
+    @property
+    def weights(self) -> list[tuple[Any, ...]]:
+        """`quick_state` of the weights behind all that is kept, as it was when that was computed."""
+        constants = (constant for fixed in self.fixed for constant in fixed.constants.values())
+        return [*(stored.weights for stored in self.sites.values()), *(weights for _, weights in constants)]
+
+    def forget_stale(self, now: Mapping[str, tuple[Any, ...]]) -> bool:
+        """Forget what was computed with other weights; return whether there was some.
+
+        Args:
+            now: `quick_state` of the weights, by their names.
+        """
+
+        def is_stale(weights: tuple[Any, ...]) -> bool:
+            return any(now.get(item[0]) != item for item in weights)
+
+        if not any(map(is_stale, self.weights)):
+            return False
+        for site in [site for site, stored in self.sites.items() if is_stale(stored.weights)]:
+            logger.info("prefix cache: the frozen weights before %s changed; computed again", site)
+            del self.sites[site]
+        for fixed in self.fixed:
+            fixed.constants.clear()
+        self.unverify()
+        return True
 
     def forget_other(self, cuts: Sequence[Cut]) -> None:
         """Forget what other operations made at the sites of `cuts`: modules compute something else now."""
@@ -215,6 +242,24 @@ class Feed:
         if self.places is None:
             self.places = torch.full((self.rows, 2), -1)
 
+    def keep_sizes(self, proved: set[int]) -> None:
+        """Keep the batch sizes that are also among those that were proved to give a sample the same bits.
+
+        Raises:
+            CacheError: there is none.
+        """
+        if self.sizes is None:
+            return
+        sizes = self.sizes & proved if self.sizes else proved
+        if not sizes:
+            raise CacheError(
+                "batches have several sizes, and the first one of this phase gives samples other last bits "
+                "than those of which values are stored."
+            )
+        self.sizes = sizes
+        if self.full not in sizes:
+            self.full = max(sizes)
+
     def forget_moved(self, rows: torch.Tensor) -> None:
         """Forget what is stored for `rows`, one batch, if one of them stood elsewhere when it was computed.
 
@@ -230,6 +275,12 @@ class Feed:
             self.places[rows] = here
             if not torch.equal(self.places[rows], here):
                 raise CacheError("a batch holds a sample twice, and its last bits depend on the place.")
+
+    def forget_draws(self, rows: torch.Tensor) -> None:
+        """Forget what is stored for `rows` of a former draw, as each loading of a sample is another one."""
+        if self.views > 1:
+            for column in (*(stored.column for stored in self.sites.values()), *self.leaves.values()):
+                column.forget(rows)
 
     def fits(self, size: int) -> bool:
         """Whether a batch of `size` samples may be replayed."""
@@ -263,15 +314,18 @@ class Feed:
             absent |= column.missing(rows)
         return absent
 
-    def has_all(self, cut: Cut, ghosts: frozenset[int], rows: torch.Tensor) -> bool:
-        """Return whether nothing is missing of `rows` (int64)."""
-        if any(site not in self.constants for site in cut.constants):
+    def has_all(self, phase: Phase, rows: torch.Tensor) -> bool:
+        """Return whether nothing is missing of `rows` (int64) that replaying them in a phase needs."""
+        cut, ghosts, fixed = phase.cut, phase.ghosts, phase.fixed
+        if cut is None or fixed is None or not fixed.has_constants(cut):
             return False
         return self.is_whole(cut, ghosts) or not self.missing(cut, ghosts, rows).any()
 
-    def values(self, cut: Cut, rows: torch.Tensor, device: torch.device) -> dict[Site, torch.Tensor]:
+    def values(
+        self, cut: Cut, fixed: Fixed, rows: torch.Tensor, device: torch.device
+    ) -> dict[Site, torch.Tensor]:
         """Return what the sites of `cut` hold for a batch of `rows`."""
-        found = {site: copied(self.constants[site]) for site in cut.constants}  # may be written to
+        found = {site: copied(fixed.constants[site][0]) for site in cut.constants}  # may be written to
         for site in cut.frontier:
             stored = self.sites[site]
             found[site] = stored.layout.from_rows(stored.column.get(rows, device))
@@ -351,7 +405,8 @@ class Feed:
             if number not in ghosts
         }
         used = set(self.link.leaves) if self.link is not None else set()
-        if any(size > _LARGE_BYTES and number in used for number, size in sizes.items()):
+        large = any(size > _LARGE_BYTES and number in used for number, size in sizes.items())
+        if large and self.views == 1:  # another loading is another draw
             self.reload = True
             return {}
         return sizes

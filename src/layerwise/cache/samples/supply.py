@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from layerwise.cache.changes.alike import reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
 from layerwise.cache.remedies import STORE_VIEWS
-from layerwise.cache.samples.batchshape import Kind
+from layerwise.cache.samples.batchshape import Kind, OtherShapeError
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader, Order
 from layerwise.errors import CacheError, LayerwiseWarning
@@ -85,7 +85,7 @@ class Supply:
     def refuse(self, reason: str, phase: Phase | None = None) -> None:
         """Note why this loader is not cached, or one of its phases."""
         if phase is not None:
-            phase.reason = reason
+            phase.reason, phase.verified = reason, False
         else:
             self.reason = reason
         logger.info("prefix cache off: %s", reason)
@@ -167,6 +167,15 @@ class Supply:
             for shape, number in numbers.items()
         ]
         return True
+
+    def sort_anew(self, other: OtherShapeError) -> None:
+        """Sort the samples by shape, as a batch has another than was thought; refuse them if that fails."""
+        try:
+            reason = "" if self.sort() else str(other)
+        except Exception as error:  # the dataset's own code; the loop may pass over what it cannot load
+            reason = NOT_LOADED + one_line(error)
+        if reason:
+            self.refuse(reason)
 
     def looks_ragged(self) -> bool:
         """Return whether a few samples, each collated alone, have different shapes."""

@@ -15,6 +15,8 @@ from torch import nn
 from cache_loops import both, images
 from layerwise.cache.changes.settings import Settings, Stillness
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+
 
 class Slotted:
     """Has no dictionary."""
@@ -29,6 +31,9 @@ class Base(nn.Module):
     """Its attributes are inherited."""
 
     limit = 1.0
+
+    def helper(self) -> None:
+        """Do nothing."""
 
 
 class Layer(Base):
@@ -51,6 +56,15 @@ class Layer(Base):
         self.count, self.ring = itertools.count(), deque([0], maxlen=2)
         self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
         self.register_buffer("later", None)
+        self.act = nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x)
+
+
+class Other(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
 
 
 def quantised(value: float) -> torch.Tensor:
@@ -91,6 +105,10 @@ AT_EPOCHS = {
     "large tensor through numpy": lambda m: m.large.numpy().__imul__(2),
     "large tensor in a tuple": lambda m: m.tensors["pair"][0].data.mul_(2),
     "sparse through its values": lambda m: m.graph._values().mul_(2),
+    "another class": lambda m: setattr(m, "__class__", Other),
+    "another class of torch's": lambda m: setattr(m.act, "__class__", nn.Sigmoid),
+    "another method of the class": lambda m: setattr(Layer, "forward", Other.forward),
+    "another method of a base class": lambda m: setattr(Base, "helper", Other.forward),
 }
 
 
@@ -102,6 +120,8 @@ def layer(monkeypatch) -> nn.Module:
     monkeypatch.setattr(Base, "limit", 1.0)
     monkeypatch.setattr(Layer, "limit", 1.0, raising=False)
     monkeypatch.delattr(Layer, "limit")
+    monkeypatch.setattr(Layer, "forward", Layer.forward)
+    monkeypatch.setattr(Base, "helper", Base.helper)
     made = Layer()
     made.hook = made.linear.register_forward_hook(lambda *a: None)
     return made

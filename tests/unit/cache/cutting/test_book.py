@@ -7,10 +7,10 @@ import inspect
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
-from cache_loops import images, unfreeze_gradually
+from cache_loops import freeze_prefix, images, unfreeze_gradually
 from layerwise.cache.cutting import book as books
 from layerwise.choosing.space import names_by_depth
 
@@ -160,3 +160,92 @@ def test_a_cut_found_in_eval_mode_does_not_hold_in_train_mode() -> None:
     assert skipped(training=False) == ["0", "1"]
     assert skipped(training=True) == ["0"]
     assert skipped(training=False) == ["0"]
+
+
+class Domain(nn.Module):
+    """A layer whose result is multiplied by a number that the loop chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class Deep(nn.Module):
+    """A stem that depends on the domain, a block, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = Domain(), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)))
+
+
+LATER = frozenset({"block.weight", "block.bias", "head.weight", "head.bias"})
+
+
+def test_the_cut_of_a_later_phase_is_that_of_the_present_settings() -> None:
+    # a domain that comes back: the recording in the other one came last, and tells nothing of this one
+    model, given = Deep(), (torch.randn(3, 8),)
+    freeze_prefix(model, "head")
+    book = books.CutBook(model, None, {LATER: 2})
+
+    def structure(scale: float) -> str:
+        model.stem.scale = scale
+        book.find(given, {}, form="")
+        ((epochs, cut),) = book.later("")
+        assert epochs == 2
+        return cut.sources[cut.frontier[0]].structure
+
+    first, second = structure(1.0), structure(2.0)
+    assert first != second
+    assert structure(1.0) == first
+    model.stem.scale = 3.0
+    assert book.later("") == []
+
+
+def test_the_cut_of_a_later_phase_holds_in_the_present_modes() -> None:
+    # found where a frozen batch-norm was in eval mode; in train mode its values are those of one batch
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 4))
+    model[:3].requires_grad_(False)
+    given = (torch.randn(3, 8),)
+    book = books.CutBook(model, None, {frozenset({"2.weight", "2.bias", "3.weight", "3.bias"}): 1})
+    model.eval()
+    book.find(given, {}, form="")
+    (found,) = book.later("")
+    assert [call.path for call in found[1].skipped] == ["0", "1"]
+    model[1].train()
+    assert book.later("") == []
+    book.find(given, {}, form="")
+    (found,) = book.later("")
+    assert [call.path for call in found[1].skipped] == ["0"]
+
+
+def in_domains(cached: bool) -> dict[str, Tensor]:
+    """Train the head for two epochs in changing domains, then the block with it for two in the second one."""
+    torch.manual_seed(0)
+    model, inputs = Deep(), torch.randn(12, 8, generator=torch.Generator().manual_seed(1))
+    freeze_prefix(model, "head")
+    loader = DataLoader(TensorDataset(inputs, torch.arange(12) % 4), batch_size=4)
+    pool = layerwise.CachePool(upcoming={LATER: 2})
+    cache = layerwise.PrefixCache(model, loader, storage="memory", pool=pool)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for scales in [(1, 2, 1), (2, 1, 1), (2, 2, 2), (2, 2, 2)]:
+        model.block.requires_grad_(scales == (2, 2, 2))
+        batches = iter(cache.batches() if cached else loader)
+        for scale in scales:
+            model.stem.scale = float(scale)
+            x, y = next(batches)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_what_a_later_phase_needs_is_not_stored_of_another_domain() -> None:
+    plain, cached = in_domains(False), in_domains(True)
+    assert all(torch.equal(value, cached[name]) for name, value in plain.items())

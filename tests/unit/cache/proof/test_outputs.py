@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cache_loops import both, images
-from layerwise.cache.proof.outputs import Flow, difference
+from cache_loops import both, images, off
+from layerwise.cache.proof.outputs import Flow, Result
 
 
 @pytest.mark.parametrize(
@@ -22,11 +27,46 @@ from layerwise.cache.proof.outputs import Flow, difference
         ([torch.ones(2), torch.ones(4)], r"output 1 is \(3,\) torch.float32, not \(4,\) torch.float32"),
         ([torch.ones(2).double(), torch.ones(3)], "output 0 is .* not .* torch.float64"),
         ([torch.ones(2), torch.ones(3) * 1.5], "output 1 differs by up to 0.5"),
+        ((torch.ones(2), torch.ones(3)), "its output holds list of 2, and the plain one tuple of 2"),
+        ([torch.ones(2), torch.ones(3), 1], "its output holds list of 2, and the plain one list of 3"),
     ],
 )
 def test_what_differs_is_told(found, says) -> None:
-    expected = [torch.ones(2), torch.ones(3)]
-    assert re.fullmatch(says, difference(expected, {"maps": found}))
+    expected = Result.of({"maps": [torch.ones(2), torch.ones(3)]})
+    assert re.fullmatch(says, expected.difference({"maps": found}))
+
+
+class Held:
+    """An object without an equality of its own."""
+
+    def __init__(self, *held: Any) -> None:
+        self.held, self.within = held, SimpleNamespace(held=held)
+
+
+class Kind(Enum):
+    ONE, OTHER = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 2), (1, True), (0.0, -0.0), ("a", "b"), (None, 0), (torch.float32, torch.float64),
+        (Kind.ONE, Kind.OTHER), ({"a": 1}, {"b": 1}), ({"a": 1, "b": 1}, {"b": 1, "a": 1}), ({1, 2}, {1, 3}),
+        ([1, [2]], [1, 2]), (np.arange(3), np.arange(3) * 2), (np.arange(3), np.arange(3.0)),
+        (Held(1), Held(2)), (Held(np.ones(2)), Held(np.zeros(2))), (range(3), range(4)),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_counts(one, other) -> None:
+    expected = Result.of((torch.ones(2), one))
+    assert expected.difference((torch.ones(2), copy.deepcopy(one))) == ""
+    assert "and the plain one" in expected.difference((torch.ones(2), other))
+
+
+def test_what_cannot_be_compared_is_left_out() -> None:
+    # functions, and what torch's own state is kept in
+    assert Result.of(lambda: 1).difference(lambda: 1) == ""
+    assert Result.of(float("nan")).difference(float("nan")) == ""
+    assert Result.of([torch.Generator()]).difference([torch.Generator()]) == ""
 
 
 def test_gradients_that_reach_other_parameters() -> None:
@@ -80,3 +120,25 @@ def test_frozen_and_learning_layers_in_one_checkpoint(run) -> None:
     # they run again in the backward pass, when nothing is skipped
     text = both(lambda: Checkpointed(run), images, "neck", "head").text
     assert "off: gradient checkpointing runs frozen and learning layers together" in text
+
+
+class Naming(nn.Module):
+    """Returns the class of what it got with the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(192, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        return self.head(self.body(x.flatten(1))), type(x).__name__
+
+
+def by_first(model: nn.Module, batch: Any) -> Tensor:
+    logits, name = model(batch[0])
+    assert name == "Tensor"
+    return nn.functional.cross_entropy(logits, batch[1])
+
+
+def test_a_text_that_tells_of_the_replay() -> None:
+    text = off(Naming, images, "head", step=by_first)
+    assert "its output holds 'Ghost', and the plain one 'Tensor'" in text

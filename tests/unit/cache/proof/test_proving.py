@@ -193,3 +193,44 @@ def test_a_head_that_is_called_the_first_time_only() -> None:
         return Net(lambda model, x: heads(model)(model.body(x)[:, :4]))
 
     assert "cut at body " in train(make, images(), "head", "second", cached=True).text
+
+
+class DrawingRarely(Counted):
+    """One of 60 samples draws a random number, and makes nothing of it."""
+
+    def __init__(self, rare: int) -> None:
+        base = images(60)
+        super().__init__(base.inputs, base.labels)
+        self.rare = rare
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == self.rare:
+            torch.rand(1)
+        return super().__getitem__(index)
+
+
+def test_a_sample_that_is_loaded_beside_the_only_one_of_a_batch_draws_nothing() -> None:
+    # random numbers of the loop go on as if it had not been loaded; the loop itself leaves it out
+    order = [0, *range(2, 20)]
+    options = {"shuffle": False, "sampler": order, "batch_size": 1}
+    cached = both(giving(lambda x: (x,)), lambda: DrawingRarely(1), "1", loader_options=options)
+    assert "memory, cut at" in cached.text
+
+
+@pytest.mark.parametrize("rare", [3, 5])
+def test_a_sample_that_draws_is_drawn_once(rare) -> None:
+    # it is noticed when its batch was made, and the batch is then loaded again
+    options = {"shuffle": False, "batch_size": 4}
+    text = off(giving(lambda x: (x,)), lambda: DrawingRarely(rare), "1", loader_options=options)
+    assert "draws random numbers" in text
+
+
+def test_draws_of_samples_that_are_a_batch_each() -> None:
+    # what was drawn is compared, and not what a second loading draws
+    data = images(12)
+    data.transform = lambda x: x + 0.1 * torch.randn_like(x)
+    options = {"batch_size": 1, "shuffle": False}
+    text = train(
+        giving(lambda x: (x,)), data, "1", cached=True, views=2, epochs=4, loader_options=options
+    ).text
+    assert "memory, cut at" in text

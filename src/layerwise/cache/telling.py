@@ -1,0 +1,63 @@
+"""What people are told of a cache: what is stored, where, why, and what it is expected to gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.supply import Supply
+from layerwise.cache.store.decision import Decision
+from layerwise.cache.store.room import format_bytes
+from layerwise.errors import shorten
+
+_TOLD = 4  # sites that are named
+
+
+def described(supplies: Sequence[Supply]) -> str:
+    """Return what is known of all loaders that a cache has seen."""
+    if not supplies:
+        return "prefix cache: nothing seen yet"
+    lines = []
+    for number, supply in enumerate(supplies):
+        name = "prefix cache" if len(supplies) == 1 else f"prefix cache (loader {number + 1})"
+        if supply.reason:
+            lines.append(f"{name}: off: {supply.reason}")
+        phases = supply.phases()
+        when = "until then: " if supply.reason else ""
+        shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
+        lines += dict.fromkeys(f"{name}: {when}{told(phase)}" for phase in shown)
+        key = next(reversed(phases), None)
+        stored, samples = supply.stored(key), supply.samples
+        if 0 < stored < samples:
+            lines.append(f"{name}: {stored:,} of {samples:,} samples stored so far")
+        if supply.is_idle(key):
+            lines.append(
+                f"{name}: no batch of this epoch was replayed: the model is called with other arguments, or "
+                f"in another state (train or eval, what learns, autocast), than when it was looked at"
+            )
+    return "\n".join(lines) or "prefix cache: waiting for the first batch"
+
+
+def decided(supply: Supply) -> Decision | None:
+    """Return what was chosen last for a loader; None before its first batch."""
+    if supply.reason:
+        return Decision("off", supply.reason)
+    phases = [p for p in supply.phases().values() if p.decision is not None or p.reason]
+    if not phases:
+        return None
+    return phases[-1].decision or Decision("off", phases[-1].reason)
+
+
+def told(phase: Phase | None) -> str:
+    """Return what was chosen for a phase, for people."""
+    if phase is None or phase.reason or phase.cut is None or phase.decision is None:
+        return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
+    cut, decision = phase.cut, phase.decision
+    sites = shorten(cut.frontier, _TOLD)
+    text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
+    if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
+        text += (
+            f"; {format_bytes(cut.returned_bytes_per_sample)} a sample are stored only because the model "
+            f"returns or keeps frozen values (of a decoder's keys and values: model.config.use_cache = False)"
+        )
+    return text
