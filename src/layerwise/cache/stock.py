@@ -165,11 +165,11 @@ class Stock:
                 fresh = layout.to_rows(values[site])[there].to(spec.stored).to(spec.dtype).cpu()
                 if torch.equal(column.get(rows[there]), fresh):
                     logger.info("prefix cache: found the values at %s, computed before", site)
-                    feed.sites[site] = self._site_column(column, layout, cut.sources[site], key)
+                    feed.sites[site] = self._site_column(column, layout, cut.sources[site])
 
-    def _site_column(self, column: Column, layout: Layout, source: Source, key: str) -> SiteColumn:
+    def _site_column(self, column: Column, layout: Layout, source: Source) -> SiteColumn:
         weights = quick_state(named_tensors(self._model), source.tensors)
-        return SiteColumn(column, layout, source.structure, weights, key)
+        return SiteColumn(column, layout, source.structure, weights)
 
     # -- making -------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Stock:
                 spec = self.spec(feed.layouts[site], values[site])
                 key = self._key(feed, cut.sources[site], str(site), spec)
                 column = self._made(key, feed.rows, spec, where, f"{type(self._model).__name__} {site}")
-                feed.sites[site] = self._site_column(column, feed.layouts[site], cut.sources[site], key)
+                feed.sites[site] = self._site_column(column, feed.layouts[site], cut.sources[site])
         for number in feed.stored_leaves(ghosts):
             if number not in feed.leaves:
                 shape, dtype = feed.shape.rows[number]

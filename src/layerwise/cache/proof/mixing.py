@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from layerwise.cache.comparing import is_near, same_bits
-from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.cut import Site
 from layerwise.cache.replay.layout import Layout, find_layout
 from layerwise.errors import CacheError
 
@@ -169,12 +169,3 @@ def _few_numbers(
         and int(layout.to_rows(full[site])[positions].count_nonzero()) < _TELLING
         for site, layout in layouts.items()
     )
-
-
-def sites_of(cuts: Iterable[Cut]) -> dict[Site, Cut]:
-    """Return the frontier sites of several cuts, each with the first cut that has it."""
-    found: dict[Site, Cut] = {}
-    for cut in cuts:
-        for site in cut.frontier:
-            found.setdefault(site, cut)
-    return found

@@ -14,7 +14,7 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.proof.mixing import PlaceError, find_layouts, sites_of, size_sensitive
+from layerwise.cache.proof.mixing import PlaceError, find_layouts, size_sensitive
 from layerwise.cache.replay.link import Link
 from layerwise.cache.replay.passes import Captured, compare_skeletons
 from layerwise.cache.samples.feed import Feed
@@ -71,7 +71,8 @@ def prove(
                 f"the value at {site} differs from batch to batch, although no operation that torch sees "
                 f"links it to the input (numpy?)."
             )
-    layouts = find_layouts(sites_of(cuts), found.values, count, part.values, part_count, chosen)
+    sites = dict.fromkeys(site for cut in cuts for site in cut.frontier)
+    layouts = find_layouts(sites, found.values, count, part.values, part_count, chosen)
     feed.constants |= constants
     feed.skeletons |= found.skeletons
     feed.layouts |= layouts

@@ -39,14 +39,12 @@ class SiteColumn:
         layout: how rows make a batch.
         structure: hash of the operations behind the value.
         weights: `quick_state` of the weights behind it when it was filled.
-        key: name under which it can be shared; ``""`` if it is not.
     """
 
     column: Column
     layout: Layout
     structure: str
     weights: tuple[Any, ...]
-    key: str = ""
 
 
 @dataclass

@@ -102,7 +102,7 @@ class LoaderReader:
             return map(self.load_now, batches)
         inner: DataLoader[Any] = DataLoader(
             self.loader.dataset,
-            batch_sampler=_Fed(batches),
+            batch_sampler=batches,
             num_workers=self.loader.num_workers,
             collate_fn=self.loader.collate_fn,
             pin_memory=self.loader.pin_memory,
@@ -249,16 +249,6 @@ def _next_epoch(dataset: Any) -> Iterator[None]:
         yield
     finally:
         dataset.epoch = epoch
-
-
-class _Fed:
-    """A batch sampler that hands through what it is fed, one epoch long."""
-
-    def __init__(self, batches: Iterator[list[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batches
 
 
 def _unreadable(loader: Any) -> str:
