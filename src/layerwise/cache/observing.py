@@ -92,8 +92,7 @@ class Observer:
         find = functools.partial(self._book.find, form=link.form, changing=link.changing)
         cut = find(*link.apart(args, kwargs))
         later = [other for _, other in self._book.later(link.form)]
-        feed.forget_other([cut, *later])
-        self._stock.release_unused(feed, [cut, *later])
+        feed.keep_only([cut, *later])
 
         def tried() -> Iterator[list[Cut]]:
             yield [cut, *later]
@@ -181,7 +180,7 @@ class Observer:
 
     def _compute_under(self, feed: Feed, link: Link) -> None:
         """Have the values of a feed computed as the loop calls the model now; forget the others."""
-        self._stock.release_unused(feed, ())
+        feed.keep_only([])
         feed.link, feed.holds_under = link, [(link, self._awake())]
 
     def _awake(self) -> frozenset[nn.Module]:

@@ -278,13 +278,6 @@ class Stock:
                     format_bytes(size),
                 )
 
-    def release_unused(self, feed: Feed, cuts: Iterable[Cut]) -> None:
-        """Give back the memory of this feed's sites that none of `cuts` reads, unless others share them."""
-        wanted = {site for cut in cuts for site in cut.frontier}
-        for site in [site for site in feed.sites if site not in wanted]:
-            del feed.sites[site]
-        feed.unverify()
-
     def forget(self, feeds: Iterable[Feed]) -> None:
         """Forget the names and values of samples that are others now; what is shared keeps its old name."""
         for feed in feeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,22 +176,18 @@ class Feed:
         for phase in self.phases.values():
             cut = phase.cut
             if cut is not None and not (
-                all(self.holds(cut, site) for site in cut.frontier)
+                all(site in self.sites for site in cut.frontier)
                 and all(site in self.constants for site in cut.constants)
             ):
                 phase.verified = False
 
-    def holds(self, cut: Cut, site: Site) -> bool:
-        """Return whether what is stored at a site was made by the operations that `cut` saw."""
-        return site in self.sites and self.sites[site].structure == cut.sources[site].structure
-
-    def forget_other(self, cuts: Sequence[Cut]) -> None:
-        """Forget what other operations made at the sites of `cuts`: modules compute something else now."""
+    def keep_only(self, cuts: Sequence[Cut]) -> None:
+        """Forget the values that none of `cuts` reads, and those that other operations made."""
+        made_by: defaultdict[Site, set[str]] = defaultdict(set)
         for cut in cuts:
             for site in cut.frontier:
-                if site in self.sites and not self.holds(cut, site):
-                    del self.sites[site]
-                    self.layouts.pop(site, None)
+                made_by[site].add(cut.sources[site].structure)
+        self.sites = {s: one for s, one in self.sites.items() if made_by.get(s) == {one.structure}}
         self.unverify()
 
     def keep_places(self, what: str, count: int) -> None:
