@@ -126,12 +126,13 @@ class FrozenPart:
         assert feed.shape is not None
         count = len(live.indices)
         feed.forget_moved(live.rows)
-        if not feed.reload and feed.is_whole(phase.cut, phase.ghosts):
+        loads = feed.loads_again(phase.ghosts)
+        if not loads and feed.is_whole(phase.cut, phase.ghosts):
             return None
         absent = feed.missing(phase.cut, phase.ghosts, live.rows)
         if feed.places is not None and absent.any():
             absent[:] = True  # each at its place
-        if feed.reload and batch is None:
+        if loads and batch is None:
             batch = feed.reader.load_now(live.indices)
         if absent.any():
             if self.book.state() != live.key:
@@ -152,15 +153,15 @@ class FrozenPart:
                 part, leaves = batch, feed.shape.check(batch, count)
                 leaves = leaves if len(where) == count else [leaf[where] for leaf in leaves]
             if not feed.reload and feed.shape.has_other_values(part):
-                feed.reload = True  # numbers or texts that differ from batch to batch
+                feed.reload = loads = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
             later = [cut for _, cut in self.book.later(feed.link.form)]
             cuts = [phase.cut, *(cut for cut in later if all(site in feed.sites for site in cut.frontier))]
             found = self._captured(feed, cuts, leaves, len(where))
             self.put(feed, found.values, leaves, live.rows[absent])
-        elif feed.reload:
+        elif loads:
             feed.shape.check(batch, count)
-        return batch if feed.reload else None
+        return batch if loads else None
 
     def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
         """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""

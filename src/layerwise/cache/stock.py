@@ -191,7 +191,9 @@ class Stock:
             for site in cut.frontier
             if site not in feed.sites
         ]
-        sizes += [size for number, size in feed.stored_leaves(ghosts).items() if number not in feed.leaves]
+        assert feed.shape is not None
+        rows = [feed.shape.rows[number] for number in feed.stored_leaves(ghosts) if number not in feed.leaves]
+        sizes += [RowSpec(shape, dtype, dtype).row_bytes for shape, dtype in rows]
         choice = decide(
             self._storage,
             bytes_per_sample=sum(sizes),

@@ -87,7 +87,8 @@ class Feed:
         places: where in a batch, and in one of how many samples, the values of each row were computed;
             int64[rows, 2]. Values count only for that place: there the last bits depend on it. None
             where they do not.
-        reload: batches hold something that is not stored: samples are loaded again each epoch.
+        reload: batches hold something that is not stored: samples are loaded again each epoch. See
+            `loads_again`.
         skeletons: of the skipped calls of all phases.
         constants: values that do not depend on the input.
         constant_weights: `quick_state` of the weights behind them.
@@ -236,12 +237,10 @@ class Feed:
         if any(site not in self.sites for site in cut.frontier):
             return None
         columns = [self.sites[site].column for site in cut.frontier]
-        if not self.reload:
-            wanted = [number for number in range(len(self.shape.rows)) if number not in ghosts]
-            if any(number not in self.leaves for number in wanted):
-                return None
-            columns += [self.leaves[number] for number in wanted]
-        return columns
+        wanted = self.stored_leaves(ghosts)
+        if any(number not in self.leaves for number in wanted):
+            return None
+        return columns + [self.leaves[number] for number in wanted]
 
     def is_whole(self, cut: Cut, ghosts: frozenset[int]) -> bool:
         """Return whether nothing is missing of any row."""
@@ -335,21 +334,28 @@ class Feed:
             if number is not None and number not in read and self.shape.rows[number][1].is_floating_point
         )
 
-    def stored_leaves(self, ghosts: frozenset[int]) -> dict[int, int]:
-        """Return the leaves to store -> their bytes a sample; none if samples are loaded again."""
+    def loads_again(self, ghosts: frozenset[int]) -> bool:
+        """Return whether samples are loaded in each epoch in which these leaves of the batch are ghosts.
+
+        So they are where batches hold something that is not stored, or a real input is large.
+        """
+        assert self.link is not None
         assert self.shape is not None
-        if self.reload:
-            return {}
-        sizes = {
-            number: torch.Size(shape).numel() * dtype.itemsize
-            for number, (shape, dtype) in enumerate(self.shape.rows)
-            if number not in ghosts
-        }
-        used = set(self.link.leaves) if self.link is not None else set()
-        if any(size > _LARGE_BYTES and number in used for number, size in sizes.items()):
-            self.reload = True
-            return {}
-        return sizes
+        return self.reload or not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts
+
+    def stored_leaves(self, ghosts: frozenset[int]) -> list[int]:
+        """Return the leaves of the batch that are stored; none if samples are loaded again."""
+        assert self.shape is not None
+        if self.loads_again(ghosts):
+            return []
+        return [number for number in range(len(self.shape.rows)) if number not in ghosts]
+
+
+@functools.lru_cache(maxsize=64)
+def _large_inputs(rows: Kind, inputs: tuple[int | None, ...]) -> frozenset[int]:
+    """Return which tensors of a batch reach the model and are too large to be stored."""
+    sizes = (torch.Size(shape).numel() * dtype.itemsize for shape, dtype in rows)
+    return frozenset(number for number, size in enumerate(sizes) if number in inputs and size > _LARGE_BYTES)
 
 
 def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:

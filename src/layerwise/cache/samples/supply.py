@@ -224,7 +224,7 @@ class Supply:
         count = 0.0
         for feed in self.feeds:
             phase = feed.phases.get(key)
-            if phase is None or phase.cut is None or not phase.verified or feed.reload:
+            if phase is None or phase.cut is None or not phase.verified or feed.loads_again(phase.ghosts):
                 count += feed.size
             else:
                 rows = torch.arange(feed.size) + view * feed.size

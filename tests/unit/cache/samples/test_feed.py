@@ -11,15 +11,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cache_loops import both, images
 from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader
+from layerwise.cache.stock import CachePool
 from layerwise.cache.store.decision import Decision
 
 
 def feed_of(count: int = 4) -> Feed:
     feed = Feed(LoaderReader(DataLoader(TensorDataset(torch.arange(count)), 2)))
-    feed.shape = BatchShape.of([torch.arange(2)], 2)
+    batch = [torch.arange(2)]
+    feed.shape, feed.link = BatchShape.of(batch, 2), find_link(batch, batch, {})
     return feed
 
 
@@ -70,6 +73,32 @@ def test_large_inputs_that_the_loop_wants_are_loaded_and_not_stored(size, again)
     cached = both(Wide, lambda: images(6, size), "head", step=step, keep_inputs=True)
     assert "memory, cut at" in cached.text
     assert cached.loads[1:] == [again, again]
+
+
+class Branches(nn.Module):
+    """Two branches read the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 2, 8, 8), nn.Conv2d(3, 2, 8, 8)
+        self.head = nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.one(x) * self.other(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("size", "again"), [(72, 0), (80, 6)])
+def test_large_inputs_of_a_later_phase_are_not_loaded_before_it(size, again) -> None:
+    # at 80 x 80 the images are too large to be stored; the second phase reads them, the first does not
+    def unfreeze(model: nn.Module, epoch: int) -> None:
+        model.get_submodule("other").requires_grad_(epoch > 2)
+
+    learning = frozenset(f"{name}.{kind}" for name in ("other", "head") for kind in ("weight", "bias"))
+    pool = CachePool(upcoming={learning: 3})
+    cached = both(Branches, lambda: images(6, size), "head", epochs=6, before_epoch=unfreeze, pool=pool)
+    assert "off" not in cached.text
+    assert cached.loads[1:3] == [0, 0]
+    assert cached.loads[4:] == [again, again]
 
 
 def test_phases_of_several_shapes_are_told_as_one() -> None:
