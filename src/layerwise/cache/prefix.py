@@ -164,12 +164,9 @@ class PrefixCache:
         self._book.refresh()
         if supply.is_off(self._dealer.expected_state(supply)):
             return supply.plain()
-        feeds = supply.feeds
         changed = supply.forget_changed()
         if supply.reason:
             return supply.plain()
-        if changed:
-            self.stock.forget(feeds)
         if changed and supply.changes > _CHANGES:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         supply.moves = self._book.moves

@@ -42,6 +42,7 @@ class LoaderReader:
         loader: as given, or another one of the same samples.
         size: number of samples in the dataset.
         has_drawn: loading a batch in this process drew random numbers.
+        digest: names the content of the dataset; ``""`` until somebody needs it, and where it was changed.
 
     Raises:
         CacheError: samples cannot be told apart by an index; says why.
@@ -54,6 +55,7 @@ class LoaderReader:
             raise CacheError(reason)
         self.size = len(loader.dataset)  # type: ignore[arg-type]
         self.has_drawn = False
+        self.digest = ""
         self._seeded: WeakSet[DataLoader[Any]] = WeakSet()
 
     @property

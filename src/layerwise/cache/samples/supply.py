@@ -134,7 +134,7 @@ class Supply:
                 return ""
         if what:
             self.changes += 1
-            self.kinds = None
+            self.kinds, self.reader.digest = None, ""
             self.read(self.reader)
         return what
 
