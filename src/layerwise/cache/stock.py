@@ -20,11 +20,12 @@ from layerwise.cache.changes.fingerprint import (
     quick_state,
     weights_digest,
 )
+from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.cutting.source import Source
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
-from layerwise.cache.store.column import Column, RowSpec
+from layerwise.cache.store.column import Column, RowSpec, narrowed
 from layerwise.cache.store.decision import Decision, Storage, decide, process_count
 from layerwise.cache.store.room import format_bytes, free_disk_bytes, free_memory_bytes
 from layerwise.cache.store.shelf import Shelf
@@ -162,8 +163,10 @@ class Stock:
                 if column is None:
                     continue
                 there = column.filled[rows]
-                fresh = layout.to_rows(values[site])[there].to(spec.stored).to(spec.dtype).cpu()
-                if torch.equal(column.get(rows[there]), fresh):
+                fresh = layout.to_rows(values[site])[there]
+                if spec.stored != spec.dtype:
+                    fresh = narrowed(fresh, spec.stored).to(spec.dtype)
+                if same_bits(column.get(rows[there]), fresh.cpu()):
                     logger.info("prefix cache: found the values at %s, computed before", site)
                     feed.sites[site] = self._site_column(column, layout, cut.sources[site])
 

@@ -45,6 +45,32 @@ def test_values_of_another_kind_of_processor_have_a_name_of_their_own(tmp_path: 
     assert len(list(tmp_path.iterdir())) == 4  # the value and the labels, twice
 
 
+class Roots(nn.Module):
+    """Its frozen values hold missing numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.head = nn.Sequential(nn.Flatten(), Roots.Root(), nn.Linear(192, 8)), nn.Linear(8, 4)
+
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 3, torch.nan, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.low(x).nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_missing_numbers_are_no_other_values_than_those_found(tmp_path, caplog, dtype) -> None:
+    caplog.set_level("INFO", logger="layerwise.cache")
+    for _ in range(2):
+        options = {"storage": "disk", "folder": tmp_path, "dtype": dtype, "exact": dtype is None}
+        cached = train(Roots, images(), "head", cached=True, **options)
+        assert "disk, cut at low" in cached.text
+    assert "found the values at low, computed before" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 class Narrowing(nn.Module):
     """The value that a later phase needs is eight times as large as that of the first."""
 
