@@ -21,8 +21,7 @@ from layerwise.cache.changes.fingerprint import (
     weights_digest,
 )
 from layerwise.cache.comparing import same_bits
-from layerwise.cache.cutting.cut import Cut, Site
-from layerwise.cache.cutting.source import Source
+from layerwise.cache.cutting.cut import Cut, Site, Source
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
 from layerwise.cache.store.column import Column, RowSpec, narrowed

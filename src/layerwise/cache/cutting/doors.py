@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Mapping, Set
 from enum import Enum
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from layerwise.cache.cutting.cut import Source
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -48,6 +50,30 @@ def reads_of(recording: Recording) -> tuple[list[tuple[Read, ...]], list[Read]]:
         reads.append(tuple(Read(key, writer.get(key)) for key in op.reads))
         writer.update(dict.fromkeys(op.writes, op.index))
     return reads, [Read(key, writer.get(key)) for key in recording.output_keys]
+
+
+def source_of(recording: Recording, value: Read) -> Source:
+    """Return what a value of a recorded pass is made of."""
+    ancestors: set[int] = set()
+    stack = [value.writer]
+    while stack:
+        index = stack.pop()
+        if index is not None and index not in ancestors:
+            ancestors.add(index)
+            stack.extend(recording.ops[index].sources)
+    position = {index: number for number, index in enumerate(sorted(ancestors))}
+    digest = hashlib.sha256()
+    tensors: set[str] = set()
+    for index, number in position.items():
+        op = recording.ops[index]
+        tensors |= {*op.parameters, *op.buffers}
+        sources = [position[source] for source in op.sources]
+        where = op.call.path if op.call is not None else ""
+        constants = [recording.values[key].content for key in op.reads if recording.values[key].content]
+        read = f"{op.inputs} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
+        digest.update(f"{number} {op.name} {where} {read}\n".encode())
+    digest.update(str(position.get(value.writer if value.writer is not None else -1)).encode())
+    return Source(tuple(sorted(tensors)), digest.hexdigest())
 
 
 def taken(call: Call) -> list[Read]:
