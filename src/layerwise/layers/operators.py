@@ -98,17 +98,23 @@ def effect_of(facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ef
 
 
 def constants_of(facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return the arguments as text: of tensors, what part of their memory they are, the samples left out."""
+    """Return the arguments as text: of tensors, which of them are one, and what part of its memory each is.
+
+    The number of samples is left out.
+    """
     given = (*zip(facts.arguments, args), *sorted(kwargs.items()))
-    return ", ".join(f"{name}={_text(value)}" for name, value in given)
+    met: dict[int, int] = {}
+    return ", ".join(f"{name}={_text(value, met)}" for name, value in given)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, met: dict[int, int]) -> str:
     if isinstance(value, torch.Tensor):
-        strided = value.layout == torch.strided
-        return f"{tuple(value.shape[1:])} {value.stride()} {value.storage_offset()}" if strided else "tensor"
+        number = met.setdefault(id(value), len(met))
+        if value.layout != torch.strided:
+            return f"tensor {number}"
+        return f"tensor {number} {tuple(value.shape[1:])} {value.stride()} {value.storage_offset()}"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(_text(item, met) for item in value)}]"
     return "generator" if isinstance(value, torch.Generator) else str(value)
 
 

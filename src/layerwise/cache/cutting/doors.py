@@ -62,17 +62,24 @@ def source_of(recording: Recording, value: Read) -> Source:
             ancestors.add(index)
             stack.extend(recording.ops[index].sources)
     position = {index: number for number, index in enumerate(sorted(ancestors))}
+
+    def made_by(read: Read) -> tuple[int, int] | None:
+        """Return which operation made a value, and which of its results it is."""
+        if read.writer is None:
+            return None
+        return position[read.writer], recording.ops[read.writer].writes.index(read.key)
+
     digest = hashlib.sha256()
     tensors: set[str] = set()
     for index, number in position.items():
         op = recording.ops[index]
         tensors |= {*op.parameters, *op.buffers}
-        sources = [position[source] for source in op.sources]
+        sources = [made_by(Read(*pair)) for pair in zip(op.reads, op.read_ops, strict=True)]
         where = op.call.path if op.call is not None else ""
         constants = [recording.values[key].content for key in op.reads if recording.values[key].content]
         read = f"{op.inputs} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
         digest.update(f"{number} {op.name} {where} {read}\n".encode())
-    digest.update(str(position.get(value.writer if value.writer is not None else -1)).encode())
+    digest.update(str(made_by(value)).encode())
     return Source(tuple(sorted(tensors)), digest.hexdigest())
 
 
