@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from layerwise.layers.flops import COUNTED
+from layerwise.layers.forms import tensor_digest
 from layerwise.layers.graph import Effect
 
 TRAINING_ARGUMENTS = ("training", "train", "use_input_stats")
@@ -120,12 +120,10 @@ def _text(value: Any, met: dict[int, int]) -> str:
 
 def content_of(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's data; ``""`` if it has none to look at."""
-    if type(tensor) is FakeTensor or tensor.device.type == "meta" or tensor.layout != torch.strided:
+    if type(tensor) is FakeTensor or tensor.device.type == "meta":
         return ""
     with torch.no_grad(), _disable_current_modes():
-        data = tensor.detach().cpu().contiguous().reshape(-1).resolve_conj().resolve_neg()
-        raw = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + raw).hexdigest()
+        return tensor_digest(tensor)
 
 
 def factory_size(func: Any, args: tuple[Any, ...]) -> float:
