@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from layerwise.layers.forms import dense
+from layerwise.layers.forms import dense, is_plain
 from layerwise.layers.isolation import untouched
 from layerwise.layers.snapshot import plain_tensors
 
@@ -35,7 +35,7 @@ def _put_back(tensor: torch.Tensor, content: torch.Tensor) -> None:
 
     The version does not tell whether it does: batch-norm's kernel does not count.
     """
-    if tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested):
+    if is_plain(tensor):
         if not torch.equal(tensor, content):
             tensor.data.copy_(content)  # `data` has a version of its own
     elif not all(map(torch.equal, dense(tensor), dense(content))):

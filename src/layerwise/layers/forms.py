@@ -28,6 +28,11 @@ def dense(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.resolve_neg()]
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is an array of numbers: not sparse, nested or quantised."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
 def shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a tensor's shape; of a nested one, which has none, those of its parts."""
     return tuple(map(shape_of, tensor.unbind())) if tensor.is_nested else tuple(tensor.shape)

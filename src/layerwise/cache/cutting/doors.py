@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.cutting.cut import Source
+from layerwise.layers.forms import is_plain
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -113,7 +114,7 @@ def handed_through(call: Call) -> dict[int, int]:
 
 
 def is_rebuildable(call: Call) -> bool:
-    """Whether the call's output can be built anew around other tensors: none is hidden in an object.
+    """Whether the call's output can be built anew around other tensors: plain ones, none hidden in an object.
 
     Nor may it hold another object that could be changed: each replay would hand out the same one.
     """
@@ -121,7 +122,7 @@ def is_rebuildable(call: Call) -> bool:
 
     def without_data(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal seen
-        seen += 1
+        seen += is_plain(tensor)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
     try:
