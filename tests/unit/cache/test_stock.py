@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,27 @@ def test_values_of_another_kind_of_processor_have_a_name_of_their_own(tmp_path: 
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
     train(TinyCNN, images(), *LAST, **options)
     assert len(list(tmp_path.iterdir())) == 4  # the value and the labels, twice
+
+
+class Activated(TinyCNN):
+    def forward(self, images: Tensor, activation: Any) -> Tensor:  # type: ignore[override]
+        return activation(super().forward(images))
+
+
+def test_a_function_that_the_model_is_given_has_the_same_name_in_each_run(tmp_path, caplog) -> None:
+    # and not that of its place in memory
+    caplog.set_level("INFO", logger="layerwise.cache")
+    for _ in range(2):
+
+        def double(x: Tensor) -> Tensor:
+            return 2 * x
+
+        def step(model: nn.Module, batch: Any, activation: Any = double) -> Tensor:
+            return nn.functional.cross_entropy(model(batch[0], activation), batch[1])
+
+        train(Activated, images(), *LAST, cached=True, storage="disk", folder=tmp_path, step=step)
+    assert "found the values at layer1, computed before" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 class Roots(nn.Module):
