@@ -240,15 +240,16 @@ def entries(folder: Path) -> list[Entry]:
             continue
         meta = _meta(path)
         data = path / "rows.bin"
-        found.append(
-            Entry(
-                key=path.name,
-                nbytes=data.stat().st_size if data.is_file() else 0,
-                rows=int(meta.get("rows", 0)) if meta else 0,
-                what=str(meta.get("what", "")) if meta else "damaged",
-                modified_s=path.stat().st_mtime,
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            found.append(
+                Entry(
+                    key=path.name,
+                    nbytes=data.stat().st_size if data.is_file() else 0,
+                    rows=int(meta.get("rows", 0)) if meta else 0,
+                    what=str(meta.get("what", "")) if meta else "damaged",
+                    modified_s=path.stat().st_mtime,
+                )
             )
-        )
     return sorted(found, key=lambda entry: (entry.modified_s, entry.key))
 
 
@@ -272,7 +273,8 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
             )
         chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]
     for entry in chosen:
-        shutil.rmtree(folder / entry.key)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder / entry.key)
     remove_leftovers(folder)
     return chosen
 

@@ -100,6 +100,24 @@ def test_what_another_process_removes_meanwhile_is_not_found(tmp_path, monkeypat
     assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
 
 
+def test_a_list_leaves_out_what_another_process_removes_meanwhile(tmp_path, monkeypatch) -> None:
+    published(tmp_path)
+    published(tmp_path, "b" * 40)
+    read, gone = shelf_module._meta, tmp_path / KEY
+
+    def read_late(folder: Path) -> object:
+        shutil.rmtree(gone, ignore_errors=True)
+        return read(folder)
+
+    monkeypatch.setattr(shelf_module, "_meta", read_late)
+    assert [entry.key for entry in entries(tmp_path)] == ["b" * 40]
+    monkeypatch.undo()
+    listed = entries(tmp_path)
+    monkeypatch.setattr(shelf_module, "entries", lambda folder: listed)
+    shutil.rmtree(tmp_path / ("b" * 40))
+    assert remove(tmp_path) == listed
+
+
 def test_a_disk_that_is_full_at_the_end_costs_the_name_and_not_the_values(tmp_path, monkeypatch) -> None:
     def full(path: Path, data: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
