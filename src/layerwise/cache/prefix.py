@@ -64,7 +64,8 @@ class PrefixCache:
         folder: where to keep files. They are named by what they depend on, so that later runs and other
             processes find them. Default: a temporary folder, removed at the end.
         views: for random augmentation: store this many draws of each sample and go round. The result is
-            not that of the plain loop, which draws anew each epoch. Default 1: random data is not cached.
+            not that of the plain loop, which draws anew each epoch. Draws are for this cache alone, whatever
+            `folder` and `pool` say. Default 1: random data is not cached.
         dtype: ``torch.bfloat16`` or ``torch.float16`` to store floating-point values in half the space.
             Not exact. Default None: as they are computed.
         keep_inputs: hand out the real inputs although the model does not read them, loaded anew each epoch

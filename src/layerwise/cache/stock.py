@@ -116,8 +116,11 @@ class Stock:
         return reader.digest
 
     def _key(self, feed: Feed, source: Source | None, what: str, spec: RowSpec) -> str:
-        """Return the name of a column: all that its values depend on. ``""`` if nothing is shared."""
-        if not self._shares or feed.places is not None:
+        """Return the name of a column: all that its values depend on. ``""`` if nothing is shared.
+
+        Nor are draws: values of one, and labels of another, do not belong together.
+        """
+        if not self._shares or feed.places is not None or feed.views > 1:
             return ""
         assert feed.link is not None
         weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
@@ -127,7 +130,7 @@ class Stock:
             weights,
             source.structure if source is not None else "",
             self._data_digest(feed) + feed.digest,
-            f"{spec} views {feed.views}",
+            str(spec),
             f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.orders}",
             re.sub(" at 0x[0-9a-f]+", "", str(feed.link.arguments)),  # functions: another place in each run
             _bits_of(feed),

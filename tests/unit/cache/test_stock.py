@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import layerwise
 from cache_loops import assert_same, images, train
 from helpers import TinyCNN
+from layerwise.cache.stock import CachePool
 from layerwise.cache.store import decision
 from layerwise.files import sha256
 
@@ -44,6 +45,46 @@ def test_values_of_another_kind_of_processor_have_a_name_of_their_own(tmp_path: 
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
     train(TinyCNN, images(), *LAST, **options)
     assert len(list(tmp_path.iterdir())) == 4  # the value and the labels, twice
+
+
+class Drawn(Dataset[Any]):
+    """Each sample is drawn in one of seven kinds, which its label tells, as a mask tells of a crop."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        kind = torch.randint(0, 7, ())
+        return torch.full((8,), float(kind)), kind
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_each_cache_has_draws_of_its_own(tmp_path, lasting) -> None:
+    # else one would find labels that belong to the draws of another
+    data, pool = Drawn(), None if lasting else CachePool()
+    caches = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 7))
+        model[0].weight.data.copy_(torch.eye(8))
+        model[0].requires_grad_(False)
+        loader = DataLoader(data, 4, shuffle=True)
+        cache = layerwise.PrefixCache(
+            model, loader, storage="disk" if lasting else "memory", views=2, pool=pool,
+            folder=tmp_path if lasting else None,
+        )  # fmt: skip
+
+        caches.append((model, cache))
+    kinds: list[Tensor] = []
+    for model, _ in caches:
+        model[1].register_forward_pre_hook(lambda _, args: kinds.append(args[0][:, 0].round().long()))
+    for _ in range(4):
+        for model, cache in caches:
+            for x, y in cache.batches():
+                nn.functional.cross_entropy(model(x), y).backward()
+                assert torch.equal(kinds[-1], y)
+            assert "cut at" in cache.describe()
+    assert not list(tmp_path.glob("[0-9a-f]*"))
 
 
 class Activated(TinyCNN):

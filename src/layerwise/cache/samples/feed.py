@@ -337,11 +337,13 @@ class Feed:
     def loads_again(self, ghosts: frozenset[int]) -> bool:
         """Return whether samples are loaded in each epoch in which these leaves of the batch are ghosts.
 
-        So they are where batches hold something that is not stored, or a real input is large.
+        So they are where batches hold something that is not stored, or a real input is large. Of several
+        draws large inputs are stored as well: another loading is another draw.
         """
         assert self.link is not None
         assert self.shape is not None
-        return self.reload or not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts
+        is_large = self.views == 1 and not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts
+        return self.reload or is_large
 
     def stored_leaves(self, ghosts: frozenset[int]) -> list[int]:
         """Return the leaves of the batch that are stored; none if samples are loaded again."""
