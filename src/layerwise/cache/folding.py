@@ -171,10 +171,12 @@ class Folding(TorchFunctionMode):
 def relative_difference(
     one: Mapping[Site, torch.Tensor], other: Mapping[Site, torch.Tensor], sites: Iterable[Site]
 ) -> float:
-    """Return the largest difference at `sites`, relative to the largest number of each value."""
-    found = 0.0
+    """Return the largest difference at `sites`, relative to the largest number of each value; NaN of NaN."""
+    found = [0.0]
     for site in sites:
-        scale = float(one[site].abs().max())
-        gap = float((one[site].double() - other[site].double()).abs().max())
-        found = max(found, gap / scale if scale else gap)
-    return found
+        wide = torch.complex128 if one[site].is_complex() else torch.float64
+        a, b = one[site].to(wide), other[site].to(wide)
+        gaps, sizes = (a - b).abs()[a != b], a.abs()[a.isfinite()]
+        gap, scale = (float(part.max()) if part.numel() else 0.0 for part in (gaps, sizes))
+        found.append(gap / scale if scale else gap)
+    return float(torch.tensor(found, dtype=torch.float64).max())  # Python's max may pass over NaN

@@ -141,12 +141,13 @@ class FrozenPart:
         assert feed.shape is not None
         count = len(live.indices)
         feed.forget_moved(live.rows)
-        if not feed.reload and feed.is_whole(phase.cut, phase.ghosts):
+        loads = feed.loads_again(phase.ghosts)
+        if not loads and feed.is_whole(phase.cut, phase.ghosts):
             return None
         absent = feed.missing(phase.cut, phase.ghosts, live.rows)
         if feed.places is not None and absent.any():
             absent[:] = True  # each at its place
-        if feed.reload and batch is None:
+        if loads and batch is None:
             batch = feed.reader.load_now(live.indices)
         if absent.any():
             if self.thread not in (None, get_ident()):  # the batch is completed when it comes
@@ -174,13 +175,13 @@ class FrozenPart:
                         "batches hold numbers or texts that are no tensors and differ from batch to batch. "
                         "They would be loaded again, and with views= that is another draw. Leave them out."
                     )
-                feed.reload = True  # numbers or texts that differ from batch to batch
+                feed.reload = loads = True  # numbers or texts that differ from batch to batch
                 batch = batch if batch is not None else feed.reader.load_now(live.indices)
             found = self._captured(feed, self.stored_cuts(feed, phase.cut), leaves, len(where))
             self.put(feed, found.values, leaves, live.rows[absent])
-        elif feed.reload:
+        elif loads:
             feed.shape.check(batch, count)
-        return batch if feed.reload else None
+        return batch if loads else None
 
     def stored_cuts(self, feed: Feed, cut: Cut) -> list[Cut]:
         """Return the cuts whose values are stored: this one, and later ones for which there is room."""

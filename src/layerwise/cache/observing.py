@@ -127,8 +127,7 @@ class Observer:
         here = Circumstances(link, awake)
         seen = _Seen(live, link, (args, kwargs), here, self._book.later(link.form))
         later = [other for _, other in seen.later]
-        feed.forget_other([cut, *later])
-        self._stock.release_unused(feed, [cut, *later])
+        feed.keep_only([cut, *later])
 
         def tried() -> Iterator[list[Cut]]:
             yield [cut, *later]
@@ -205,7 +204,7 @@ class Observer:
 
     def _compute_under(self, feed: Feed, here: Circumstances) -> None:
         """Have the values of a feed computed as the loop calls the model now; forget the others."""
-        self._stock.release_unused(feed, ())
+        feed.keep_only([])
         feed.link, feed.holds_under = here.link, [here]
 
     def _agrees_with_stored(

@@ -64,7 +64,8 @@ class PrefixCache:
         folder: where to keep files. They are named by what they depend on, so that later runs and other
             processes find them. Default: a temporary folder, removed at the end.
         views: for random augmentation: store this many draws of each sample and go round. The result is
-            not that of the plain loop, which draws anew each epoch. Default 1: random data is not cached.
+            not that of the plain loop, which draws anew each epoch. Draws are for this cache alone, whatever
+            `folder` and `pool` say. Default 1: random data is not cached.
         dtype: ``torch.bfloat16`` or ``torch.float16`` to store floating-point values in half the space.
             Not exact. Default None: as they are computed.
         keep_inputs: hand out the real inputs although the model does not read them, loaded anew each epoch
@@ -164,12 +165,9 @@ class PrefixCache:
         self._book.refresh()
         if supply.is_off(self._dealer.expected_state(supply)):
             return supply.plain()
-        feeds = supply.feeds
         changed = supply.forget_changed()
         if supply.reason:
             return supply.plain()
-        if changed:
-            self.stock.forget(feeds)
         if changed and supply.changes > _CHANGES:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         supply.moves = self._book.moves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,11 @@ from layerwise.cache.changes.fingerprint import (
     quick_state,
     weights_digest,
 )
-from layerwise.cache.cutting.cut import Cut, Site
-from layerwise.cache.cutting.source import Source
+from layerwise.cache.comparing import same_bits
+from layerwise.cache.cutting.cut import Cut, Site, Source
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
-from layerwise.cache.samples.reading import LoaderReader
-from layerwise.cache.store.column import Column, RowSpec
+from layerwise.cache.store.column import Column, RowSpec, narrowed
 from layerwise.cache.store.decision import Decision, Storage, decide, process_count
 from layerwise.cache.store.room import format_bytes, free_disk_bytes, free_memory_bytes
 from layerwise.cache.store.shelf import Shelf
@@ -82,7 +82,6 @@ class Stock:
         self._memory_bytes = int(free_memory_bytes() * _MEMORY_FRAC) if budget_bytes is None else budget_bytes
         self._disk_bytes = budget_bytes
         self._held: WeakSet[Column] = WeakSet()
-        self._data: dict[LoaderReader, str] = {}
 
     def _spare(self, where: Literal["memory", "disk"]) -> int:
         columns: set[Column] = {*self._held, *(self._pool.columns.values() if self._pool is not None else ())}
@@ -104,19 +103,24 @@ class Stock:
         return self._pool is not None or self.shelf.lasting
 
     def _data_digest(self, feed: Feed) -> str:
-        if feed.reader not in self._data:
-            loader, load, size = feed.reader.loader, feed.reader.load_now, feed.reader.size
-            dataset, collate = loader.dataset, loader.collate_fn
+        reader = feed.reader
+        if not reader.digest:
+            dataset, collate = reader.loader.dataset, reader.loader.collate_fn
             names = DataNames() if self._pool is None else self._pool.names
-            with feed.reader.unaffected():
-                self._data[feed.reader] = names.name_of(
-                    _inner(dataset), collate, lambda: data_digest(dataset, load, size, collate)
+            with reader.unaffected():
+                reader.digest = names.name_of(
+                    _inner(dataset),
+                    collate,
+                    lambda: data_digest(dataset, reader.load_now, reader.size, collate),
                 )
-        return self._data[feed.reader]
+        return reader.digest
 
     def _key(self, feed: Feed, source: Source | None, what: str, spec: RowSpec) -> str:
-        """Return the name of a column: all that its values depend on. ``""`` if nothing is shared."""
-        if not self._shares or feed.places is not None:
+        """Return the name of a column: all that its values depend on. ``""`` if nothing is shared.
+
+        Nor are draws: values of one, and labels of another, do not belong together.
+        """
+        if not self._shares or feed.places is not None or feed.views > 1:
             return ""
         assert feed.link is not None
         weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
@@ -126,9 +130,9 @@ class Stock:
             weights,
             source.structure if source is not None else "",
             self._data_digest(feed) + feed.digest,
-            f"{spec} views {feed.views}",
-            f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.orders} "
-            f"{feed.link.arguments}",
+            str(spec),
+            f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.orders}",
+            re.sub(" at 0x[0-9a-f]+", "", str(feed.link.arguments)),  # functions: another place in each run
             _bits_of(feed),
         )
 
@@ -164,16 +168,34 @@ class Stock:
                 there = column.filled[rows]
                 if not there.any():
                     continue  # its name does not tell in which modes it was computed
-                fresh = layout.to_rows(values[site])[there].to(spec.stored).to(spec.dtype).cpu()
-                if torch.equal(column.get(rows[there]), fresh):
+                fresh = layout.to_rows(values[site])[there]
+                if spec.stored != spec.dtype:
+                    fresh = narrowed(fresh, spec.stored).to(spec.dtype)
+                if same_bits(column.get(rows[there]), fresh.cpu()):
                     logger.info("prefix cache: found the values at %s, computed before", site)
-                    feed.sites[site] = self._site_column(column, layout, cut.sources[site], key)
+                    feed.sites[site] = self._site_column(column, layout, cut.sources[site])
 
-    def _site_column(self, column: Column, layout: Layout, source: Source, key: str) -> SiteColumn:
+    def _site_column(self, column: Column, layout: Layout, source: Source) -> SiteColumn:
         weights = quick_state(named_tensors(self._model), source.tensors)
-        return SiteColumn(column, layout, source.structure, weights, key)
+        return SiteColumn(column, layout, source.structure, weights)
 
     # -- making -------------------------------------------------------------------------------
+
+    def _lacking(
+        self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor]
+    ) -> dict[Site | int, RowSpec]:
+        """Return what `cut` needs and has no column: sites, and numbers of the batch's own tensors."""
+        assert feed.shape is not None
+        found: dict[Site | int, RowSpec] = {
+            site: self.spec(feed.layouts[site], values[site])
+            for site in cut.frontier
+            if site not in feed.sites
+        }
+        for number in feed.stored_leaves(ghosts):
+            if number not in feed.leaves:
+                shape, dtype = feed.shape.rows[number]
+                found[number] = RowSpec(shape, dtype, dtype)
+        return found
 
     def decide(
         self,
@@ -188,15 +210,9 @@ class Stock:
         epochs: int | None,
     ) -> Decision:
         """Choose whether and where to store what `cut` needs; see `decide`."""
-        sizes = [
-            self.spec(feed.layouts[site], values[site]).row_bytes
-            for site in cut.frontier
-            if site not in feed.sites
-        ]
-        sizes += [size for number, size in feed.stored_leaves(ghosts).items() if number not in feed.leaves]
         choice = decide(
             self._storage,
-            bytes_per_sample=sum(sizes),
+            bytes_per_sample=_row_bytes(self._lacking(feed, cut, ghosts, values)),
             samples=feed.rows,
             batch=batch,
             prefix_s=prefix_s,
@@ -225,21 +241,17 @@ class Stock:
         Raises:
             OSError: the disk is full.
         """
-        assert feed.shape is not None
-        for site in cut.frontier:
-            if site not in feed.sites:
-                spec = self.spec(feed.layouts[site], values[site])
-                key = self._key(feed, cut.sources[site], str(site), spec)
-                column = self._made(key, feed.rows, spec, where, f"{type(self._model).__name__} {site}")
-                feed.sites[site] = self._site_column(column, feed.layouts[site], cut.sources[site], key)
-        for number in feed.stored_leaves(ghosts):
-            if number not in feed.leaves:
-                shape, dtype = feed.shape.rows[number]
-                spec = RowSpec(shape, dtype, dtype)
-                key = self._key(feed, None, f"batch tensor {number}", spec)
+        for place, spec in self._lacking(feed, cut, ghosts, values).items():
+            if isinstance(place, int):
+                what = f"batch tensor {place}"
+                key = self._key(feed, None, what, spec)
                 shared = self._shared(key, feed.rows, spec)
-                made = shared or self._made(key, feed.rows, spec, where, f"batch tensor {number}")
-                feed.leaves[number] = made
+                feed.leaves[place] = shared or self._made(key, feed.rows, spec, where, what)
+            else:
+                source, what = cut.sources[place], f"{type(self._model).__name__} {place}"
+                key = self._key(feed, source, str(place), spec)
+                column = self._made(key, feed.rows, spec, where, what)
+                feed.sites[place] = self._site_column(column, feed.layouts[place], source)
 
     def _made(
         self, key: str, rows: int, spec: RowSpec, where: Literal["memory", "disk"], what: str
@@ -260,16 +272,12 @@ class Stock:
         """Make columns for the phases to come, those first that save most work per byte, while they fit."""
         ranked = []
         for epochs, cut in later:
-            if any(site not in values for site in cut.frontier):
-                continue
-            ghosts = feed.ghosts_of(cut, keep_inputs=False)
-            sizes = sum(
-                self.spec(feed.layouts[site], values[site]).row_bytes
-                for site in cut.frontier
-                if site not in feed.sites
-            )
-            ranked.append((epochs * cut.skipped_flops / max(sizes, 1), sizes * feed.rows, cut, ghosts))
-        for _, size, cut, ghosts in sorted(ranked, key=lambda item: -item[0]):
+            if all(site in values for site in cut.frontier):
+                ghosts = feed.ghosts_of(cut, keep_inputs=False)
+                size = _row_bytes(self._lacking(feed, cut, ghosts, values))
+                ranked.append((epochs * cut.skipped_flops / max(size, 1), cut, ghosts))
+        for _, cut, ghosts in sorted(ranked, key=lambda item: -item[0]):
+            size = _row_bytes(self._lacking(feed, cut, ghosts, values)) * feed.rows  # some are made by now
             if size <= self._spare(where):
                 self.provide(feed, cut, ghosts, values, where)
             elif where == "memory" and self._storage == "auto" and size <= self._spare("disk"):
@@ -280,21 +288,13 @@ class Stock:
                     format_bytes(size),
                 )
 
-    def release_unused(self, feed: Feed, cuts: Iterable[Cut]) -> None:
-        """Give back the memory of this feed's sites that none of `cuts` reads, unless others share them."""
-        wanted = {site for cut in cuts for site in cut.frontier}
-        for site in [site for site in feed.sites if site not in wanted]:
-            del feed.sites[site]
-        feed.unverify()
-
-    def forget(self, feeds: Iterable[Feed]) -> None:
-        """Forget the names and values of samples that are others now; what is shared keeps its old name."""
-        for feed in feeds:
-            self._data.pop(feed.reader, None)
-
     def close(self) -> None:
         """Remove temporary files."""
         self.shelf.close()
+
+
+def _row_bytes(columns: Mapping[Any, RowSpec]) -> int:
+    return sum(spec.row_bytes for spec in columns.values())
 
 
 def _inner(dataset: Any) -> Any:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
+from layerwise.layers.forms import dense, is_plain
 from layerwise.layers.isolation import untouched
 from layerwise.layers.snapshot import plain_tensors
 
@@ -22,14 +24,25 @@ def traceless(model: nn.Module) -> Iterator[None]:
     """
     with untouched(model):
         tensors = [*model.buffers(), *plain_tensors(model)]
-        tensors = [tensor for tensor in tensors if tensor.layout == torch.strided and not tensor.is_quantized]
         saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
         try:
             yield
         finally:
             for tensor, content in saved:
-                if not torch.equal(tensor, content):  # batch-norm's kernel does not bump `_version`
-                    tensor.data.copy_(content)  # nor may this: an earlier pass may still need its backward
+                _put_back(tensor, content)
+
+
+def _put_back(tensor: torch.Tensor, content: torch.Tensor) -> None:
+    """Write `content` into a tensor that holds something else; an earlier pass may still need its backward.
+
+    The version does not tell whether it does: batch-norm's kernel does not count.
+    """
+    if is_plain(tensor):
+        if not torch.equal(tensor, content):
+            tensor.data.copy_(content)  # `data` has a version of its own
+    elif not all(map(torch.equal, dense(tensor), dense(content))):
+        with torch.no_grad(), _unsafe_preserve_version_counter(tensor):
+            tensor.copy_(content)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from layerwise.layers.flops import COUNTED
+from layerwise.layers.forms import tensor_digest
 from layerwise.layers.graph import Effect
 
 TRAINING_ARGUMENTS = ("training", "train", "use_input_stats")
@@ -98,28 +98,32 @@ def effect_of(facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ef
 
 
 def constants_of(facts: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return the arguments as text: of tensors, what part of their memory they are, the samples left out."""
+    """Return the arguments as text: of tensors, which of them are one, and what part of its memory each is.
+
+    The number of samples is left out.
+    """
     given = (*zip(facts.arguments, args), *sorted(kwargs.items()))
-    return ", ".join(f"{name}={_text(value)}" for name, value in given)
+    met: dict[int, int] = {}
+    return ", ".join(f"{name}={_text(value, met)}" for name, value in given)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, met: dict[int, int]) -> str:
     if isinstance(value, torch.Tensor):
-        strided = value.layout == torch.strided
-        return f"{tuple(value.shape[1:])} {value.stride()} {value.storage_offset()}" if strided else "tensor"
+        number = met.setdefault(id(value), len(met))
+        if value.layout != torch.strided:
+            return f"tensor {number}"
+        return f"tensor {number} {tuple(value.shape[1:])} {value.stride()} {value.storage_offset()}"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(_text(item, met) for item in value)}]"
     return "generator" if isinstance(value, torch.Generator) else str(value)
 
 
 def content_of(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's data; ``""`` if it has none to look at."""
-    if type(tensor) is FakeTensor or tensor.device.type == "meta" or tensor.layout != torch.strided:
+    if type(tensor) is FakeTensor or tensor.device.type == "meta":
         return ""
     with torch.no_grad(), _disable_current_modes():
-        data = tensor.detach().cpu().contiguous().reshape(-1).resolve_conj().resolve_neg()
-        raw = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + raw).hexdigest()
+        return tensor_digest(tensor)
 
 
 def factory_size(func: Any, args: tuple[Any, ...]) -> float:

@@ -99,6 +99,9 @@ MODELS: dict[str, Callable[[], Net]] = {
     "constant that is written to": lambda: Net(lambda e, x, y: e.ones.cos(), write_to),
     "the same tensor twice": lambda: Net(lambda e, x, y: y, adapt_in_place),
     "a tensor and its view": lambda: Net(lambda e, x, y: y.view(-1, 2, SIZE // 2), adapt_in_place),
+    "a tensor and another in its memory": lambda: Net(
+        lambda e, x, y: torch.empty(0).set_(y.detach()), adapt_in_place
+    ),
     "view of what learning layers made": lambda: Net(lambda e, x, y, start: start[:, :4], of_learning),
     "what learning layers made, detached": lambda: Net(lambda e, x, y, start: start.detach(), of_learning),
     "appended to a list": lambda: Net(lambda e, x, y, kept: kept.append(y), side_adapters),

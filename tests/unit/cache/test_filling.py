@@ -12,8 +12,9 @@ import layerwise
 from cache_loops import freeze_prefix, images
 from gated import Gated, silu_is_uneven
 from helpers import TinyCNN
+from layerwise.cache.cutting.cut import CallId, Site
 from layerwise.cache.cutting.search import find_cut
-from layerwise.cache.folding import Folding, find_pairs
+from layerwise.cache.folding import Folding, find_pairs, relative_difference
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.recording import record
 
@@ -181,6 +182,28 @@ def test_folding_is_refused_where_values_move() -> None:
         done = folded.fill(fold=True)
     assert (done.folded, done.difference) == (0, 0.0)
     assert torch.equal(stored(plain), stored(folded))
+
+
+SITE = Site(CallId("norm", 0), "out", 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "difference"),
+    [
+        ([1.0, 4.0], [1.0, 4.4], 0.1),
+        ([0.0, 0.0], [0.0, 0.5], 0.5),
+        ([1.0, 4.0], [1.0, torch.nan], torch.nan),
+        ([1.0, torch.inf], [1.5, torch.inf], 0.5),
+        ([1.0, -torch.inf], [1.0, 3.0], torch.inf),
+        ([True, False], [True, True], 1.0),
+        ([1j, 2.0], [0.0, 2.0], 0.5),
+        ([], [], 0.0),
+    ],
+)
+def test_how_far_folded_values_are_from_plain_ones(one, other, difference) -> None:
+    # what is not a number is not near, infinities are compared with each other, masks and indices as numbers
+    values = ({SITE: torch.tensor(numbers)} for numbers in (one, other))
+    assert relative_difference(*values, [SITE]) == pytest.approx(difference, nan_ok=True)
 
 
 def test_nothing_to_fold_is_told() -> None:

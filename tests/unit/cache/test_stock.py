@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import layerwise
 from cache_loops import assert_same, images, train
 from helpers import TinyCNN
+from layerwise.cache.stock import CachePool
 from layerwise.cache.store import decision
 from layerwise.files import sha256
 
@@ -43,6 +45,93 @@ def test_values_of_another_kind_of_processor_have_a_name_of_their_own(tmp_path: 
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
     train(TinyCNN, images(), *LAST, **options)
     assert len(list(tmp_path.iterdir())) == 4  # the value and the labels, twice
+
+
+class Drawn(Dataset[Any]):
+    """Each sample is drawn in one of seven kinds, which its label tells, as a mask tells of a crop."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        kind = torch.randint(0, 7, ())
+        return torch.full((8,), float(kind)), kind
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_each_cache_has_draws_of_its_own(tmp_path, lasting) -> None:
+    # else one would find labels that belong to the draws of another
+    data, pool = Drawn(), None if lasting else CachePool()
+    caches = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 7))
+        model[0].weight.data.copy_(torch.eye(8))
+        model[0].requires_grad_(False)
+        loader = DataLoader(data, 4, shuffle=True)
+        cache = layerwise.PrefixCache(
+            model, loader, storage="disk" if lasting else "memory", views=2, pool=pool,
+            folder=tmp_path if lasting else None,
+        )  # fmt: skip
+
+        caches.append((model, cache))
+    kinds: list[Tensor] = []
+    for model, _ in caches:
+        model[1].register_forward_pre_hook(lambda _, args: kinds.append(args[0][:, 0].round().long()))
+    for _ in range(4):
+        for model, cache in caches:
+            for x, y in cache.batches():
+                nn.functional.cross_entropy(model(x), y).backward()
+                assert torch.equal(kinds[-1], y)
+            assert "cut at" in cache.describe()
+    assert not list(tmp_path.glob("[0-9a-f]*"))
+
+
+class Activated(TinyCNN):
+    def forward(self, images: Tensor, activation: Any) -> Tensor:  # type: ignore[override]
+        return activation(super().forward(images))
+
+
+def test_a_function_that_the_model_is_given_has_the_same_name_in_each_run(tmp_path, caplog) -> None:
+    # and not that of its place in memory
+    caplog.set_level("INFO", logger="layerwise.cache")
+    for _ in range(2):
+
+        def double(x: Tensor) -> Tensor:
+            return 2 * x
+
+        def step(model: nn.Module, batch: Any, activation: Any = double) -> Tensor:
+            return nn.functional.cross_entropy(model(batch[0], activation), batch[1])
+
+        train(Activated, images(), *LAST, cached=True, storage="disk", folder=tmp_path, step=step)
+    assert "found the values at layer1, computed before" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Roots(nn.Module):
+    """Its frozen values hold missing numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.head = nn.Sequential(nn.Flatten(), Roots.Root(), nn.Linear(192, 8)), nn.Linear(8, 4)
+
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x > 3, torch.nan, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.low(x).nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_missing_numbers_are_no_other_values_than_those_found(tmp_path, caplog, dtype) -> None:
+    caplog.set_level("INFO", logger="layerwise.cache")
+    for _ in range(2):
+        options = {"storage": "disk", "folder": tmp_path, "dtype": dtype, "exact": dtype is None}
+        cached = train(Roots, images(), "head", cached=True, **options)
+        assert "disk, cut at low" in cached.text
+    assert "found the values at low, computed before" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 class Narrowing(nn.Module):

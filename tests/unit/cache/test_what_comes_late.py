@@ -318,3 +318,26 @@ def test_less_learns_from_the_middle_of_each_epoch_on(keeps) -> None:
         loader_options={"shuffle": False, "sampler": sampler},
     )
     assert run.loads[-2:] == [8, 8]  # the first batch of each state, since nobody told it
+
+
+class Turned(nn.Module):
+    """Subtracts what another attribute says of what it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.is_turned = nn.Linear(192, 8), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.low(x.flatten(1))
+        a, b = x.sin(), x.cos()
+        return b - a if self.is_turned else a - b
+
+
+def test_the_same_operations_then_on_exchanged_values() -> None:
+    # what is stored is known to be of the others, and is computed again
+    def turn(model: nn.Module, epoch: int) -> None:
+        model[0].is_turned = epoch >= 3
+
+    cached = both(lambda: nn.Sequential(Turned(), nn.Linear(8, 4)), images, "1", epochs=6, before_epoch=turn)
+    assert "off" not in cached.text
+    assert [loads > 0 for loads in cached.loads] == [True, False, False, True, False, False]

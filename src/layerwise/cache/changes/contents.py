@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layerwise.cache.changes.forms import dense
+from layerwise.layers.forms import dense
 from layerwise.layers.holding import slots_of
 
 _DEPTH = 10  # objects and containers in others: a Subset of a data set with a Compose of transforms

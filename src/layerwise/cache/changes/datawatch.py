@@ -12,7 +12,7 @@ from typing import Any
 
 from layerwise.cache.changes.alike import does_the_same
 from layerwise.cache.changes.contents import Contents
-from layerwise.cache.changes.fingerprint import tensor_digest
+from layerwise.layers.forms import tensor_digest
 from layerwise.layers.structures import tensors_in
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.contents import Contents
-from layerwise.cache.changes.forms import dense, shape_of
+from layerwise.layers.forms import dense, shape_of, tensor_digest
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 32  # samples hashed to see what transforms make of them
@@ -34,16 +34,6 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """Return the SHA-256 of a tensor's type, shape and content."""
-    digest = hashlib.sha256(f"{tensor.dtype} {shape_of(tensor)}".encode())
-    for part in dense(tensor):
-        data = part.cpu().contiguous().reshape(-1)
-        if data.numel():
-            digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
-    return digest.hexdigest()
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:

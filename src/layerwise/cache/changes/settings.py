@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.cache.changes.fingerprint import checksum
-from layerwise.cache.changes.forms import shape_of
+from layerwise.layers.forms import shape_of
 from layerwise.layers.holding import (
     CONTAINERS,
     DEPTH,

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from layerwise.cache.cutting.source import Source
 from layerwise.errors import CacheError
 
 
@@ -34,6 +33,19 @@ class Site(NamedTuple):
         nth = f"#{self.call.nth}" if self.call.nth else ""
         slot = f"[{self.slot}]" if self.slot else ""
         return f"{'input of ' if self.side == 'in' else ''}{self.call.path}{nth}{slot}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the value at a site is made of: the basis of its fingerprint.
+
+    Attributes:
+        tensors: names of the parameters and buffers that it depends on.
+        structure: hash of the operations that it depends on, with their order, inputs and module calls.
+    """
+
+    tensors: tuple[str, ...]
+    structure: str
 
 
 @dataclass(frozen=True)

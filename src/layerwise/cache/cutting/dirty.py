@@ -11,6 +11,7 @@ An operation is *dirty* if it
   (`layerwise.layers.memory`),
 - hands Python a number or a shape that the network computed, or runs after such an operation: Python may
   decide by it what runs, and no recording shows that,
+- puts a tensor into the memory of another (``set_``), or runs after that: who writes to one writes to both,
 - or is fed by a dirty one.
 
 Whether a result requires grad is no test for this: a detached branch would go stale.
@@ -63,6 +64,9 @@ def find_dirty(
     first = decided = ""
     for op in recording.ops:
         why = _own_reason(recording, op, learning, changing, changed) or decided
+        if op.name == "set_":
+            why = why or "puts a tensor into the memory of another"
+            decided = decided or "runs after a tensor was put into the memory of another"
         if not why and op.index in mixing:
             why = "gives a value that mixes the samples of a batch"
         if op.syncs and (why or computed[op.index] or any(flags[source] for source in op.sources)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Mapping, Set
 from enum import Enum
@@ -11,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from layerwise.cache.cutting.cut import Source
+from layerwise.layers.forms import is_plain
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -50,6 +53,37 @@ def reads_of(recording: Recording) -> tuple[list[tuple[Read, ...]], list[Read]]:
     return reads, [Read(key, writer.get(key)) for key in recording.output_keys]
 
 
+def source_of(recording: Recording, value: Read) -> Source:
+    """Return what a value of a recorded pass is made of."""
+    ancestors: set[int] = set()
+    stack = [value.writer]
+    while stack:
+        index = stack.pop()
+        if index is not None and index not in ancestors:
+            ancestors.add(index)
+            stack.extend(recording.ops[index].sources)
+    position = {index: number for number, index in enumerate(sorted(ancestors))}
+
+    def made_by(read: Read) -> tuple[int, int] | None:
+        """Return which operation made a value, and which of its results it is."""
+        if read.writer is None:
+            return None
+        return position[read.writer], recording.ops[read.writer].writes.index(read.key)
+
+    digest = hashlib.sha256()
+    tensors: set[str] = set()
+    for index, number in position.items():
+        op = recording.ops[index]
+        tensors |= {*op.parameters, *op.buffers}
+        sources = [made_by(Read(*pair)) for pair in zip(op.reads, op.read_ops, strict=True)]
+        where = op.call.path if op.call is not None else ""
+        constants = [recording.values[key].content for key in op.reads if recording.values[key].content]
+        read = f"{op.inputs} {op.parameters} {op.buffers} {sources} {op.constants} {constants}"
+        digest.update(f"{number} {op.name} {where} {read}\n".encode())
+    digest.update(str(made_by(value)).encode())
+    return Source(tuple(sorted(tensors)), digest.hexdigest())
+
+
 def taken(call: Call) -> list[Read]:
     """Return the tensors that the call got as arguments, in the order of `tensors_in`."""
     return [Read(key, writer) for key, writer in zip(call.input_keys, call.input_ops, strict=True)]
@@ -80,7 +114,7 @@ def handed_through(call: Call) -> dict[int, int]:
 
 
 def is_rebuildable(call: Call) -> bool:
-    """Whether the call's output can be built anew around other tensors: none is hidden in an object.
+    """Whether the call's output can be built anew around other tensors: plain ones, none hidden in an object.
 
     Nor may it hold another object that could be changed: each replay would hand out the same one.
     """
@@ -88,7 +122,7 @@ def is_rebuildable(call: Call) -> bool:
 
     def without_data(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal seen
-        seen += 1
+        seen += is_plain(tensor)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
     try:

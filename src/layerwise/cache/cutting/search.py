@@ -36,9 +36,9 @@ from layerwise.cache.cutting.doors import (
     is_rebuildable,
     reads_of,
     returns_numbers,
+    source_of,
     taken,
 )
-from layerwise.cache.cutting.source import source_of
 from layerwise.cache.remedies import FREEZE_BEFORE
 from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.operators import SHAPE_ONLY

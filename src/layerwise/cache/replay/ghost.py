@@ -349,22 +349,12 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 def _factory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation that reads only a tensor's shape, with a real tensor in place of the ghost."""
-    ghosts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Ghost)]
-    one = torch.empty((), dtype=ghosts[0].dtype, device=ghosts[0].device)
-    like = tree_map_only(Ghost, lambda g: one.expand(g.shape), (args, kwargs))
-    name = str(func.__name__).split(".")[0]
-    if name.startswith("new_") or kwargs.get("memory_format") not in (None, torch.preserve_format):
-        return func(*like[0], **like[1])
-    meta = func(*tree_map_only(Ghost, lambda g: g._meta, args), **{**kwargs, "device": torch.device("meta")})
-    result = torch.empty_strided(
-        meta.shape, meta.stride(), dtype=meta.dtype, device=kwargs.get("device") or ghosts[0].device
-    )
-    fill: dict[str, Any] = {"zeros_like": 0, "ones_like": 1}
-    if name in fill:
-        result.fill_(fill[name])
-    elif name == "full_like":
-        result.fill_(args[1] if len(args) > 1 else kwargs["fill_value"])
-    return result
+    args, kwargs = tree_map_only(Ghost, _without_values, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _without_values(phantom: Ghost) -> torch.Tensor:
+    return torch.empty_strided(phantom.shape, phantom.stride(), dtype=phantom.dtype, device=phantom.device)
 
 
 @functools.cache

@@ -166,14 +166,18 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     """Return how the arguments come from the batch's tensors; None if the call is not about this batch.
 
     A tensor argument is a leaf of the batch if it is the same object or has the same values (after a
-    move to another device, a cast, or a change of memory format). Others are the loop's own: a number of
-    labels, a mixing weight.
+    move to another device, a cast, or a change of memory format). Where several leaves have these values, it
+    is the first that is no other argument. Others are the loop's own: a number of labels, a mixing weight.
 
     Raises:
         CacheError: an argument learns, or is one that cannot be compared with that of the next call.
     """
     tensors = tensors_in((args, kwargs))
-    found = [_position(tensor, leaves) for tensor in tensors]
+    found = [_number_of(tensor, leaves) for tensor in tensors]
+    for place, tensor in enumerate(tensors):
+        if found[place] is None:
+            alike = _numbers_alike(tensor, leaves)
+            found[place] = next((number for number in alike if number not in found), next(iter(alike), None))
     device = next((tensor.device for tensor, number in zip(tensors, found) if number is not None), None)
     if device is None:
         return None
@@ -216,7 +220,10 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
 
 def known_arguments(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> int:
     """Return how many arguments of a call are tensors of a batch."""
-    return sum(_position(tensor, leaves) is not None for tensor in tensors_in((args, kwargs)))
+    return sum(
+        _number_of(tensor, leaves) is not None or bool(_numbers_alike(tensor, leaves))
+        for tensor in tensors_in((args, kwargs))
+    )
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -266,16 +273,21 @@ def _outline(value: Any) -> Hashable:
     return (type(value), repr(value)) if isinstance(value, _PLAIN) else None  # True is not 1, nor 0.0 -0.0
 
 
-def _position(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
-    for number, leaf in enumerate(leaves):
-        if tensor is leaf:
-            return number
-    for number, leaf in enumerate(leaves if _is_dense(tensor) else ()):
-        if tensor.shape == leaf.shape and not isinstance(tensor, Ghost):
-            moved = leaf.detach().to(tensor.device, tensor.dtype)
-            if same_bits(moved, tensor.detach()):
-                return number
-    return None
+def _number_of(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
+    """Return which leaf a tensor is; None if it is another object."""
+    return next((number for number, leaf in enumerate(leaves) if tensor is leaf), None)
+
+
+def _numbers_alike(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[int]:
+    """Return the leaves that have the values of a tensor, once they are moved and cast as it is."""
+    if isinstance(tensor, Ghost) or not _is_dense(tensor):
+        return []
+    return [
+        number
+        for number, leaf in enumerate(leaves)
+        if leaf.shape == tensor.shape
+        and same_bits(leaf.detach().to(tensor.device, tensor.dtype), tensor.detach())
+    ]
 
 
 def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, tag: object, version: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from layerwise.cache.replay.layout import memory_order
 from layerwise.errors import CacheError
+from layerwise.layers.forms import is_plain
 from layerwise.layers.structures import map_tensors, tensors_in
 
 Kind = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -34,7 +35,7 @@ def leaves_of(batch: Any) -> list[torch.Tensor]:
         CacheError: one of them is of a form that is not stored, or another cannot be put in its place.
     """
     leaves = tensors_in(batch)
-    if not all(map(_is_plain, leaves)):
+    if not all(map(_is_storable, leaves)):
         raise CacheError(
             "a batch holds a tensor that is sparse, nested, quantised or on meta, or requires gradients. Let "
             "the loop or the model make it of a plain one."
@@ -54,9 +55,8 @@ def _with(batch: Any, function: Callable[[torch.Tensor], Any]) -> Any:
         raise CacheError(_FIXED) from error
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    has_numbers = tensor.layout == torch.strided and tensor.device.type != "meta"
-    return has_numbers and not (tensor.is_nested or tensor.is_quantized or tensor.requires_grad)
+def _is_storable(tensor: torch.Tensor) -> bool:
+    return is_plain(tensor) and tensor.device.type != "meta" and not tensor.requires_grad
 
 
 @dataclass

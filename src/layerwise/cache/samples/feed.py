@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,14 +42,12 @@ class SiteColumn:
         layout: how rows make a batch.
         structure: hash of the operations behind the value.
         weights: `quick_state` of the weights behind it when it was filled.
-        key: name under which it can be shared; ``""`` if it is not.
     """
 
     column: Column
     layout: Layout
     structure: str
     weights: tuple[Any, ...]
-    key: str = ""
 
 
 @dataclass
@@ -91,7 +90,8 @@ class Feed:
         places: where in a batch, and in one of how many samples, the values of each row were computed;
             int64[rows, 2]. Values count only for that place: there the last bits depend on it. None
             where they do not.
-        reload: batches hold something that is not stored: samples are loaded again each epoch.
+        reload: batches hold something that is not stored: samples are loaded again each epoch. See
+            `loads_again`.
         looked: what weights were expected, and how they were, when none was found changed.
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
@@ -175,17 +175,13 @@ class Feed:
             cut, fixed = phase.cut, phase.fixed
             if cut is None or fixed is None:
                 continue
-            if not (fixed.has_constants(cut) and all(self.holds(cut, site) for site in cut.frontier)):
+            if not (fixed.has_constants(cut) and all(site in self.sites for site in cut.frontier)):
                 phase.verified = False
 
     @property
     def fixed(self) -> list[Fixed]:
         """What is known of each phase that is the same for every batch."""
         return [phase.fixed for phase in self.phases.values() if phase.fixed is not None]
-
-    def holds(self, cut: Cut, site: Site) -> bool:
-        """Return whether what is stored at a site was made by the operations that `cut` saw."""
-        return site in self.sites and self.sites[site].structure == cut.sources[site].structure
 
     @property
     def weights(self) -> list[tuple[Any, ...]]:
@@ -213,13 +209,13 @@ class Feed:
         self.unverify()
         return True
 
-    def forget_other(self, cuts: Sequence[Cut]) -> None:
-        """Forget what other operations made at the sites of `cuts`: modules compute something else now."""
+    def keep_only(self, cuts: Sequence[Cut]) -> None:
+        """Forget the values that none of `cuts` reads, and those that other operations made."""
+        made_by: defaultdict[Site, set[str]] = defaultdict(set)
         for cut in cuts:
             for site in cut.frontier:
-                if site in self.sites and not self.holds(cut, site):
-                    del self.sites[site]
-                    self.layouts.pop(site, None)
+                made_by[site].add(cut.sources[site].structure)
+        self.sites = {s: one for s, one in self.sites.items() if made_by.get(s) == {one.structure}}
         self.unverify()
 
     def keep_places(self, what: str, count: int) -> None:
@@ -292,12 +288,10 @@ class Feed:
         if any(site not in self.sites for site in cut.frontier):
             return None
         columns = [self.sites[site].column for site in cut.frontier]
-        if not self.reload:
-            wanted = [number for number in range(len(self.shape.rows)) if number not in ghosts]
-            if any(number not in self.leaves for number in wanted):
-                return None
-            columns += [self.leaves[number] for number in wanted]
-        return columns
+        wanted = self.stored_leaves(ghosts)
+        if any(number not in self.leaves for number in wanted):
+            return None
+        return columns + [self.leaves[number] for number in wanted]
 
     def is_whole(self, cut: Cut, ghosts: frozenset[int]) -> bool:
         """Return whether nothing is missing of any row."""
@@ -394,22 +388,30 @@ class Feed:
             if number is not None and number not in read and self.shape.rows[number][1].is_floating_point
         )
 
-    def stored_leaves(self, ghosts: frozenset[int]) -> dict[int, int]:
-        """Return the leaves to store -> their bytes a sample; none if samples are loaded again."""
+    def loads_again(self, ghosts: frozenset[int]) -> bool:
+        """Return whether samples are loaded in each epoch in which these leaves of the batch are ghosts.
+
+        So they are where batches hold something that is not stored, or a real input is large. Of several
+        draws large inputs are stored as well: another loading is another draw.
+        """
+        assert self.link is not None
         assert self.shape is not None
-        if self.reload:
-            return {}
-        sizes = {
-            number: torch.Size(shape).numel() * dtype.itemsize
-            for number, (shape, dtype) in enumerate(self.shape.rows)
-            if number not in ghosts
-        }
-        used = set(self.link.leaves) if self.link is not None else set()
-        large = any(size > _LARGE_BYTES and number in used for number, size in sizes.items())
-        if large and self.views == 1:  # another loading is another draw
-            self.reload = True
-            return {}
-        return sizes
+        is_large = self.views == 1 and not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts
+        return self.reload or is_large
+
+    def stored_leaves(self, ghosts: frozenset[int]) -> list[int]:
+        """Return the leaves of the batch that are stored; none if samples are loaded again."""
+        assert self.shape is not None
+        if self.loads_again(ghosts):
+            return []
+        return [number for number in range(len(self.shape.rows)) if number not in ghosts]
+
+
+@functools.lru_cache(maxsize=64)
+def _large_inputs(rows: Kind, inputs: tuple[int | None, ...]) -> frozenset[int]:
+    """Return which tensors of a batch reach the model and are too large to be stored."""
+    sizes = (torch.Size(shape).numel() * dtype.itemsize for shape, dtype in rows)
+    return frozenset(number for number, size in enumerate(sizes) if number in inputs and size > _LARGE_BYTES)
 
 
 def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:

@@ -43,6 +43,7 @@ class LoaderReader:
         loader: as given, or another one of the same samples.
         size: number of samples in the dataset.
         has_drawn: loading a batch in this process drew random numbers.
+        digest: names the content of the dataset; ``""`` until somebody needs it, and where it was changed.
 
     Raises:
         CacheError: samples cannot be told apart by an index; says why.
@@ -55,6 +56,7 @@ class LoaderReader:
             raise CacheError(reason)
         self.size = len(loader.dataset)  # type: ignore[arg-type]
         self.has_drawn = False
+        self.digest = ""
         self._seeded: WeakSet[DataLoader[Any]] = WeakSet()
 
     @property
@@ -103,7 +105,7 @@ class LoaderReader:
             return map(self.load_now, batches)
         inner: DataLoader[Any] = DataLoader(
             self.loader.dataset,
-            batch_sampler=_Fed(batches),
+            batch_sampler=batches,
             num_workers=self.loader.num_workers,
             collate_fn=self.loader.collate_fn,
             pin_memory=self.loader.pin_memory,
@@ -259,16 +261,6 @@ def _next_epoch(dataset: Any) -> Iterator[None]:
         yield
     finally:
         dataset.epoch = epoch
-
-
-class _Fed:
-    """A batch sampler that hands through what it is fed, one epoch long."""
-
-    def __init__(self, batches: Iterator[list[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.batches
 
 
 def _unreadable(loader: Any) -> str:

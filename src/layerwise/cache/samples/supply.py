@@ -134,7 +134,7 @@ class Supply:
                 return ""
         if what:
             self.changes += 1
-            self.kinds = None
+            self.kinds, self.reader.digest = None, ""
             self.read(self.reader)
         return what
 
@@ -233,7 +233,7 @@ class Supply:
         count = 0.0
         for feed in self.feeds:
             phase = feed.phases.get(key)
-            if phase is None or phase.cut is None or not phase.verified or feed.reload:
+            if phase is None or phase.cut is None or not phase.verified or feed.loads_again(phase.ghosts):
                 count += feed.size
             elif not feed.is_whole(phase.cut, phase.ghosts):
                 rows = torch.arange(feed.size) + view * feed.size

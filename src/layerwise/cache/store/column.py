@@ -20,7 +20,6 @@ from layerwise.errors import CacheError
 
 Where = Literal["memory", "disk"]
 _CPU = torch.device("cpu")
-_FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,11 @@ class Column:
         return map_file(self._file, shape, self.spec.stored, writable=True)
 
     @classmethod
-    def opened(cls, file: Path, rows: int, spec: RowSpec, filled: torch.Tensor) -> Column:
-        """Return a read-only column on a file that a former column wrote."""
+    def opened(cls, file: Path, rows: int, spec: RowSpec) -> Column:
+        """Return a read-only column on a file that a former column filled."""
         column = cls.__new__(cls)
-        column.spec, column._file, column.filled, column._whole = spec, file, filled, None
+        column.spec, column._file, column._whole = spec, file, True
+        column.filled = torch.ones(rows, dtype=torch.bool)
         column._data = map_file(file, (rows, *spec.shape), spec.stored, writable=False)
         return column
 
@@ -116,7 +116,7 @@ class Column:
             CacheError: a value is too large for the type in which it is to be stored.
         """
         if self.spec.stored != values.dtype:
-            values = _narrowed(values, self.spec.stored)
+            values = narrowed(values, self.spec.stored)
         self._data[rows] = values.to(self._data.device)
         self.filled[rows] = True
         self._whole = None
@@ -162,10 +162,21 @@ def map_file(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable
     return torch.from_file(str(file), shared=writable, size=count, dtype=dtype).view(shape)
 
 
-def _narrowed(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    if stored == torch.float16 and values.numel() and float(values.abs().max()) > _FP16_MAX:
+def narrowed(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Return floating-point values in a narrower type; what is finite stays so.
+
+    Raises:
+        CacheError: one of them is too large for it, and not only by rounding.
+    """
+    narrow = values.to(stored)
+    if not narrow.isinf().any():
+        return narrow
+    finite, limit = values.isfinite(), torch.finfo(stored)
+    largest = float(values.abs().masked_fill(~finite, 0).max())
+    if largest > limit.max * (1 + limit.eps):
+        name = str(stored).removeprefix("torch.")
         raise CacheError(
-            f"a frozen activation of {float(values.abs().max()):.3g} does not fit into float16 (largest "
-            f"value {_FP16_MAX:g}). Store it as bfloat16, or in its own type."
+            f"a frozen activation of {largest:.3g} does not fit into {name} (largest value {limit.max:g}). "
+            f"Store it {'as bfloat16, or ' if stored == torch.float16 else ''}in its own type."
         )
-    return values.to(stored)
+    return narrow.clamp(limit.min, limit.max).where(finite, narrow)

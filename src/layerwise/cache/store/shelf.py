@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -25,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from layerwise.cache.store.column import Column, RowSpec
 from layerwise.errors import CacheError
 from layerwise.files import sha256, write_json
+
+logger = logging.getLogger("layerwise.cache")
 
 FORMAT = 1
 _KEY = re.compile(r"[0-9a-f]{40}")
@@ -108,11 +109,13 @@ class Shelf:
         folder = self._open() / key
         if not folder.is_dir():
             return None
-        problem = _problem(folder, rows, spec)
-        if problem:
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            if not _problem(folder, rows, spec):
+                return Column.opened(folder / "rows.bin", rows, spec)
+        except (OSError, RuntimeError):  # torch's, of a file that is gone: another process removes it
             return None
-        return Column.opened(folder / "rows.bin", rows, spec, torch.ones(rows, dtype=torch.bool))
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
     def create(self, key: str, rows: int, spec: RowSpec, what: str) -> Column:
         """Return a new column in a file of its own, not yet to be seen by others.
@@ -151,17 +154,21 @@ class Shelf:
             column = filling.column()
             if column is None or not filling.key or not column.is_whole:
                 continue
-            column.flush()
-            meta = {
-                "format": FORMAT,
-                "shape": list(column.spec.shape),
-                "dtype": str(column.spec.dtype),
-                "stored": str(column.spec.stored),
-                "rows": len(column.filled),
-                "sha256": sha256(part / "rows.bin"),
-                "what": filling.what,
-            }
-            write_json(part / "meta.json", meta)
+            try:
+                column.flush()
+                meta = {
+                    "format": FORMAT,
+                    "shape": list(column.spec.shape),
+                    "dtype": str(column.spec.dtype),
+                    "stored": str(column.spec.stored),
+                    "rows": len(column.filled),
+                    "sha256": sha256(part / "rows.bin"),
+                    "what": filling.what,
+                }
+                write_json(part / "meta.json", meta)
+            except OSError as error:  # a full disk; this run has its values all the same
+                logger.info("prefix cache: the values at %s are not kept for later: %s", filling.what, error)
+                continue
             target = self.root / filling.key
             try:
                 os.rename(part, target)  # fails if somebody else was first: his is as good
@@ -233,15 +240,16 @@ def entries(folder: Path) -> list[Entry]:
             continue
         meta = _meta(path)
         data = path / "rows.bin"
-        found.append(
-            Entry(
-                key=path.name,
-                nbytes=data.stat().st_size if data.is_file() else 0,
-                rows=int(meta.get("rows", 0)) if meta else 0,
-                what=str(meta.get("what", "")) if meta else "damaged",
-                modified_s=path.stat().st_mtime,
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            found.append(
+                Entry(
+                    key=path.name,
+                    nbytes=data.stat().st_size if data.is_file() else 0,
+                    rows=int(meta.get("rows", 0)) if meta else 0,
+                    what=str(meta.get("what", "")) if meta else "damaged",
+                    modified_s=path.stat().st_mtime,
+                )
             )
-        )
     return sorted(found, key=lambda entry: (entry.modified_s, entry.key))
 
 
@@ -265,7 +273,8 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
             )
         chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]
     for entry in chosen:
-        shutil.rmtree(folder / entry.key)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder / entry.key)
     remove_leftovers(folder)
     return chosen
 

@@ -42,9 +42,17 @@ SPECIAL: dict[str, Callable[[float], torch.Tensor]] = {
     "negative": lambda v: torch.full((4,), complex(1, v)).conj().imag,
     "complex": lambda v: torch.full((3, 2), complex(1, v), dtype=torch.complex128).t(),
     "quantised": lambda v: torch.quantize_per_tensor(torch.full((8, 8), v), 0.5, 0, torch.qint8),
+    "quantised in other steps": lambda v: torch.quantize_per_tensor(torch.full((8,), v), v, 0, torch.qint8),
+    "quantised from another zero": lambda v: torch.quantize_per_tensor(
+        torch.full((8,), -v), 1.0, int(v), torch.quint8
+    ),
+    "quantised by rows": lambda v: torch.quantize_per_channel(
+        torch.full((2, 3), v), torch.tensor([v, v]), torch.zeros(2), 0, torch.qint8
+    ),
     "sparse": lambda v: torch.full((3, 3), v).to_sparse(),
     "sparse rows": lambda v: torch.full((3, 3), v).to_sparse_csr(),
     "sparse columns": lambda v: torch.full((3, 3), v).to_sparse_csc(),
+    "of mkldnn": lambda v: torch.full((4,), v).to_mkldnn(),
     "nested": lambda v: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), v)]),
 }
 

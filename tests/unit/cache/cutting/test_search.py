@@ -81,6 +81,54 @@ def test_another_input_has_another_structure() -> None:
     assert one == same != other
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda a, b, low, high: a - b, lambda a, b, low, high: b - a),
+        (lambda a, b, low, high: torch.stack([a, b, a]), lambda a, b, low, high: torch.stack([a, b, b])),
+        (lambda a, b, low, high: low / high, lambda a, b, low, high: high / low),  # results of one operation
+        (lambda a, b, low, high: low, lambda a, b, low, high: high),
+    ],
+)
+def test_arguments_and_results_in_another_order_have_another_structure(one, other) -> None:
+    class Inner(nn.Module):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.low, self.function = nn.Linear(6, 6), function
+
+        def forward(self, x):
+            x = self.low(x)
+            return self.function(x.sin(), x.cos(), *torch.aminmax(x, dim=-1))
+
+    def structures(function) -> set[str]:
+        model = nn.Sequential(Inner(function), nn.LazyLinear(3))
+        model(X)
+        return {source.structure for source in cut(model, X, "1").sources.values()}
+
+    assert structures(one) == structures(one) != structures(other)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_another_constant_has_another_structure(form) -> None:
+    # a graph along which features are mixed; it is no buffer
+    class Mixed(nn.Module):
+        def __init__(self, graph: torch.Tensor) -> None:
+            super().__init__()
+            self.graph = form(graph)
+
+        def forward(self, x):
+            graph = self.graph.to_dense() if self.graph.is_mkldnn else self.graph
+            return (graph @ x.flatten(1).T).T
+
+    def structures(graph: torch.Tensor) -> set[str]:
+        model = nn.Sequential(nn.Linear(6, 6), Mixed(graph), nn.Linear(60, 3))
+        return {source.structure for source in cut(model, X, "2").sources.values()}
+
+    one, other = torch.eye(60), torch.eye(60).roll(1, 0)
+    assert structures(one) == structures(one) != structures(other)
+
+
 def test_other_operations_have_another_structure() -> None:
     # the same weights in another order of layers must not share a cache
     class Swapped(Tokens):

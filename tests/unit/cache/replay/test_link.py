@@ -152,3 +152,14 @@ def test_the_fast_path_of_attention_chooses_kernels() -> None:
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
     assert backend_state(torch.device("cpu")) == before
+
+
+def test_tensors_that_are_equal_in_the_first_batch_are_told_apart() -> None:
+    # masks of a batch without padding, or token numbers and labels: the loop moves or casts them
+    leaves = [torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 3)]
+    found = find_link(leaves, (leaves[1].double(), leaves[2].double(), leaves[0]), {})
+    assert found is not None
+    assert found.leaves == (1, 2, 0)  # in their order, but for one that is known by who it is
+    found = find_link(leaves[:1], (leaves[0].double(), leaves[0].double()), {})
+    assert found is not None
+    assert found.leaves == (0, 0)

@@ -12,16 +12,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from cache_loops import both, images
 from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
+from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader
+from layerwise.cache.stock import CachePool
 from layerwise.cache.store.decision import Decision
 from layerwise.errors import CacheError
 
 
 def feed_of(count: int = 4) -> Feed:
     feed = Feed(LoaderReader(DataLoader(TensorDataset(torch.arange(count)), 2)))
-    feed.shape = BatchShape.of([torch.arange(2)], 2)
+    batch = [torch.arange(2)]
+    feed.shape, feed.link = BatchShape.of(batch, 2), find_link(batch, batch, {})
     return feed
 
 
@@ -95,6 +98,43 @@ def test_large_inputs_that_the_loop_wants_are_loaded_and_not_stored(size, again)
     cached = both(Wide, lambda: images(6, size), "head", step=step, keep_inputs=True)
     assert "memory, cut at" in cached.text
     assert cached.loads[1:] == [again, again]
+
+
+class Branches(nn.Module):
+    """Two branches read the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 2, 8, 8), nn.Conv2d(3, 2, 8, 8)
+        self.head = nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.one(x) * self.other(x)).mean((2, 3)))
+
+
+def learning_later() -> frozenset[str]:
+    return frozenset(name for name, _ in Branches().named_parameters() if not name.startswith("one"))
+
+
+@pytest.mark.parametrize(("size", "again"), [(72, 0), (80, 6)])
+def test_large_inputs_of_a_later_phase_are_not_loaded_before_it(size, again) -> None:
+    # at 80 x 80 the images are too large to be stored; the second phase reads them, the first does not
+    def unfreeze(model: nn.Module, epoch: int) -> None:
+        model.get_submodule("other").requires_grad_(epoch > 2)
+
+    pool = CachePool(upcoming={learning_later(): 3})
+    cached = both(Branches, lambda: images(6, size), "head", epochs=6, before_epoch=unfreeze, pool=pool)
+    assert "off" not in cached.text
+    assert cached.loads[1:3] == [0, 0]
+    assert cached.loads[4:] == [again, again]
+
+
+@pytest.mark.parametrize(("budget_bytes", "held"), [(12_000, 6 * (4 * 2 + 8)), (400_000, 377_232)])
+def test_inputs_that_a_later_phase_reads_count_as_what_it_needs(budget_bytes, held) -> None:
+    # with those of 62 KB a sample it does not fit, and so is looked at again when it comes
+    pool = CachePool(upcoming={learning_later(): 3})
+    cached = both(Branches, lambda: images(6, 72), "head", budget_bytes=budget_bytes, pool=pool)
+    assert sum(column.nbytes for column in cached.cache.stock._held) == held
 
 
 def test_phases_of_several_shapes_are_told_as_one() -> None:

@@ -41,7 +41,7 @@ def test_a_file_is_read_by_another_column(tmp_path) -> None:
     column = Column(4, SPEC, file=tmp_path / "rows.bin")
     column.put(torch.arange(4), values)
     column.flush()
-    again = Column.opened(tmp_path / "rows.bin", 4, SPEC, torch.ones(4, dtype=torch.bool))
+    again = Column.opened(tmp_path / "rows.bin", 4, SPEC)
     assert torch.equal(again.get(torch.arange(4)), values)
 
 
@@ -60,6 +60,20 @@ def test_float16_refuses_what_does_not_fit() -> None:
     column = Column(1, RowSpec((1,), torch.float32, torch.float16))
     with pytest.raises(CacheError, match=r"7e\+04 does not fit into float16"):
         column.put(torch.tensor([0]), torch.tensor([[7e4]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_infinite_stays_and_what_is_not_does_not_become_it(dtype) -> None:
+    # masks hold -inf, or the least float32, which lies beyond the least bfloat16 but for rounding
+    infinite = torch.tensor([-torch.inf, torch.inf, torch.nan, 1.0])
+    column = Column(2, RowSpec((4,), torch.float32, dtype))
+    column.put(torch.tensor([0]), infinite[None])
+    assert torch.equal(column.get(torch.tensor([0]))[0].nan_to_num(7.0), infinite.nan_to_num(7.0))
+    least = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).min
+    column.put(torch.tensor([1]), torch.tensor([[least, least * -1, -torch.inf, 0.0]]))
+    got = column.get(torch.tensor([1]))[0]
+    assert got.isfinite().tolist() == [True, True, False, True]
+    assert got[:2].tolist() == [torch.finfo(dtype).min, torch.finfo(dtype).max]
 
 
 def test_no_room_raises_before_anything_is_written(tmp_path) -> None:
@@ -99,7 +113,7 @@ def test_rows_without_numbers(tmp_path) -> None:
     column = Column(3, spec, file=tmp_path / "rows.bin")
     column.put(torch.arange(3), torch.empty(3, 0))
     column.flush()
-    again = Column.opened(tmp_path / "rows.bin", 3, spec, torch.ones(3, dtype=torch.bool))
+    again = Column.opened(tmp_path / "rows.bin", 3, spec)
     assert again.get(torch.tensor([2, 0])).shape == (2, 0)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerwise.cache.store import shelf as shelf_module
 from layerwise.cache.store.column import Column, RowSpec
 from layerwise.cache.store.shelf import Shelf, entries, remove
 from layerwise.errors import CacheError
@@ -77,6 +80,58 @@ def test_what_cannot_be_trusted_is_refused_and_removed(tmp_path, damage, rows, s
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 0}))
     assert Shelf(tmp_path).find(KEY, rows, spec) is None
     assert not (tmp_path / KEY).exists()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "rows.bin", ""])
+def test_what_another_process_removes_meanwhile_is_not_found(tmp_path, monkeypatch, name) -> None:
+    # `layerwise cache rm` in another terminal, between any two looks at the folder
+    published(tmp_path)
+    look = shelf_module._problem
+
+    def looked_at(folder: Path, rows: int, spec: RowSpec) -> str:
+        if name:
+            (folder / name).unlink()
+            return look(folder, rows, spec)
+        problem = look(folder, rows, spec)
+        shutil.rmtree(folder)
+        return problem
+
+    monkeypatch.setattr(shelf_module, "_problem", looked_at)
+    assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
+
+
+def test_a_list_leaves_out_what_another_process_removes_meanwhile(tmp_path, monkeypatch) -> None:
+    published(tmp_path)
+    published(tmp_path, "b" * 40)
+    read, gone = shelf_module._meta, tmp_path / KEY
+
+    def read_late(folder: Path) -> object:
+        shutil.rmtree(gone, ignore_errors=True)
+        return read(folder)
+
+    monkeypatch.setattr(shelf_module, "_meta", read_late)
+    assert [entry.key for entry in entries(tmp_path)] == ["b" * 40]
+    monkeypatch.undo()
+    listed = entries(tmp_path)
+    monkeypatch.setattr(shelf_module, "entries", lambda folder: listed)
+    shutil.rmtree(tmp_path / ("b" * 40))
+    assert remove(tmp_path) == listed
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_name_and_not_the_values(tmp_path, monkeypatch) -> None:
+    def full(path: Path, data: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shelf_module, "write_json", full)
+    shelf = Shelf(tmp_path)
+    column = shelf.create(KEY, 3, SPEC, "x")
+    column.put(torch.arange(3), VALUES)
+    shelf.publish_complete()
+    assert torch.equal(column.get(torch.arange(3)), VALUES)
+    assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
+    monkeypatch.undo()
+    shelf.publish_complete()  # it is tried again after the next epoch
+    assert Shelf(tmp_path).find(KEY, 3, SPEC) is not None
 
 
 def test_two_who_fill_the_same_column(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ def dense(tensor: torch.Tensor) -> list[torch.Tensor]:
     if tensor.is_nested:
         return [part for one in tensor.unbind() for part in dense(one)]
     if tensor.is_quantized:
-        return [tensor.int_repr()]
+        return [tensor.int_repr(), *_steps(tensor)]
+    if tensor.is_mkldnn:
+        return [tensor.to_dense()]
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), *dense(tensor._values())]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -25,6 +28,28 @@ def dense(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.resolve_neg()]
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is an array of numbers: not sparse, nested or quantised."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
 def shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a tensor's shape; of a nested one, which has none, those of its parts."""
     return tuple(map(shape_of, tensor.unbind())) if tensor.is_nested else tuple(tensor.shape)
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's type, shape and content."""
+    digest = hashlib.sha256(f"{tensor.dtype} {shape_of(tensor)}".encode())
+    for part in dense(tensor):
+        data = part.cpu().contiguous().reshape(-1)
+        if data.numel():
+            digest.update(data.view(torch.uint8).numpy().data)  # a view: no copy is made
+    return digest.hexdigest()
+
+
+def _steps(quantised: torch.Tensor) -> list[torch.Tensor]:
+    """Return which numbers the integers of a quantised tensor stand for."""
+    if quantised.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [torch.tensor([quantised.q_scale(), quantised.q_zero_point()], dtype=torch.float64)]
+    return [quantised.q_per_channel_scales(), quantised.q_per_channel_zero_points()]

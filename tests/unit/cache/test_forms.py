@@ -1,0 +1,62 @@
+"""Frozen values in forms that are not stored (sparse, mkldnn), or in an unusual place in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cache_loops import both, images
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Low(nn.Module):
+    """A layer, and a form in which it gives its output."""
+
+    def __init__(self, form: Function) -> None:
+        super().__init__()
+        self.linear, self.form = nn.Linear(192, 8), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(self.linear(x.flatten(1)))
+
+
+class Net(nn.Module):
+    """What learns is made of plain tensors."""
+
+    def __init__(self, form: Function, plain: Function) -> None:
+        super().__init__()
+        self.low, self.plain, self.head = Low(form), plain, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.plain(self.low(x)))
+
+
+def rotated(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.view(-1, 4, 2)).conj()
+
+
+FORMS: dict[str, tuple[Function, Function, str]] = {
+    "sparse": (lambda x: x.relu().to_sparse(), Tensor.to_dense, "low.linear"),
+    "sparse rows": (lambda x: x.relu().to_sparse_csr(), Tensor.to_dense, "low.linear"),
+    "mkldnn": (Tensor.to_mkldnn, Tensor.to_dense, "low.linear"),
+    "complex": (rotated, lambda x: torch.view_as_real(x.resolve_conj()).flatten(1), "low"),
+    "negative": (lambda x: rotated(x).imag.repeat(1, 2), lambda x: x + 0, "low"),
+    "other bits": (lambda x: x.view(torch.int32), lambda x: x.view(torch.float32), "low"),
+    "repeated": (lambda x: x[:, None].expand(-1, 3, -1), lambda x: x.sum(1), "input of head"),
+    "part of a larger one": (lambda x: torch.stack([x, x], 2)[:, :, 0], lambda x: x, "low"),
+    "turned": (Tensor.t, Tensor.t, "low"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_exact_in_whatever_form_a_frozen_module_gives_values(name) -> None:
+    # what cannot be stored is made anew of what can
+    form, plain, site = FORMS[name]
+    cached = both(lambda: Net(form, plain), images, "head")
+    assert f"memory, cut at {site} " in cached.text
+    assert cached.loads[1:] == [0, 0]
