@@ -21,7 +21,7 @@ from layerwise.layers.structures import tensors_in
 
 _MISSING_FRAC = 0.1  # above this, the loader's workers load whole batches in place of single samples
 _SETTINGS = 16  # new combinations of the modules' attributes: each is looked at by itself
-_AT_ONCE = 8  # batches that are made at once: the first after a training step takes by far the longest
+_AT_ONCE = 16  # batches that are made at once: the first after a training step takes by far the longest
 
 
 class Epoch(Iterator[Any]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,21 +22,23 @@ def tensors_in(structure: Any) -> list[torch.Tensor]:
     >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), None]})]
     [1, 2]
     """
-    return list(_walk(structure, 0))
+    found: list[torch.Tensor] = []
+    _collect(structure, found, 0)
+    return found
 
 
-def _walk(structure: Any, depth: int) -> Iterator[torch.Tensor]:
+def _collect(structure: Any, found: list[torch.Tensor], depth: int) -> None:
     if isinstance(structure, torch.Tensor):
-        yield structure
+        found.append(structure)
     elif isinstance(structure, tuple | list):
         for item in structure:
-            yield from _walk(item, depth)
+            _collect(item, found, depth)
     elif isinstance(structure, Mapping):
         for item in structure.values():
-            yield from _walk(item, depth)
+            _collect(item, found, depth)
     elif depth < _OBJECT_DEPTH and hasattr(structure, "__dict__") and not _opaque(structure):
         for item in vars(structure).values():
-            yield from _walk(item, depth + 1)
+            _collect(item, found, depth + 1)
 
 
 def _opaque(thing: Any) -> bool:

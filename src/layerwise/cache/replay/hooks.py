@@ -129,7 +129,10 @@ class RootHook:
                 self.hook = None
                 self._call.hooks -= 1
                 if not self._call.hooks:
-                    del vars(model)["_call_impl"], _CALLS[model]
+                    del vars(model)["_call_impl"]
+                    _CALLS.pop(
+                        model, None
+                    )  # not there when garbage is collected: its weak references are dead
 
     def come_last(self, model: nn.Module) -> None:
         """Have `before` called after all hooks that the model has by now, from its next call on."""

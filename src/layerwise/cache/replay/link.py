@@ -159,7 +159,8 @@ class Link:
 
     def same_constants(self, args: Any, kwargs: Any) -> bool:
         """Return whether the structure, and all that is not a tensor, is as in the first call."""
-        return _outline((args, kwargs)) == self.arguments
+        is_one_tensor = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)  # told fast
+        return (_ONE_TENSOR if is_one_tensor else _outline((args, kwargs))) == self.arguments
 
 
 def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | None:
@@ -271,6 +272,9 @@ def _outline(value: Any) -> Hashable:
     if isinstance(value, _NAMED):
         return value
     return (type(value), repr(value)) if isinstance(value, _PLAIN) else None  # True is not 1, nor 0.0 -0.0
+
+
+_ONE_TENSOR = _outline(((torch.empty(0),), {}))
 
 
 def _number_of(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | None:
