@@ -65,10 +65,6 @@ class Ghost(torch.Tensor):
         self._meta = meta
         self._content = Content() if content is None else content
 
-    def stands_for(self, tag: Any, load: Callable[[], torch.Tensor] | None) -> None:
-        """Say what a new ghost stands for."""
-        self._content.tag, self._content.load = tag, load
-
     @property
     def tag(self) -> Any:
         """What it stands for; None if it was written to."""

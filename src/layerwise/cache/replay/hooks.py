@@ -130,9 +130,7 @@ class RootHook:
                 self._call.hooks -= 1
                 if not self._call.hooks:
                     del vars(model)["_call_impl"]
-                    _CALLS.pop(
-                        model, None
-                    )  # not there when garbage is collected: its weak references are dead
+                    _CALLS.pop(model, None)  # it has gone where both are collected as garbage
 
     def come_last(self, model: nn.Module) -> None:
         """Have `before` called after all hooks that the model has by now, from its next call on."""

@@ -15,7 +15,7 @@ import torch
 
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
-from layerwise.cache.replay.ghost import Ghost, ghost
+from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import Layout, copied
 from layerwise.cache.replay.link import Link, in_order
 from layerwise.cache.samples.batchshape import BatchShape, Kind
@@ -29,7 +29,6 @@ from layerwise.layers.structures import map_tensors, tensors_in
 logger = logging.getLogger("layerwise.cache")
 
 _PHASES = 32  # a schedule of an attribute makes one in each epoch
-_GHOSTS = 16  # made at once
 _LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
 
 
@@ -115,7 +114,6 @@ class Feed:
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
     leaves: dict[int, Column] = field(default_factory=dict)
     phases: dict[Any, Phase] = field(default_factory=dict)
-    _spare: dict[tuple[int, int], list[Ghost]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -345,13 +343,10 @@ class Feed:
         assert self.shape is not None
         real = tensors_in(batch) if batch is not None else None
         leaves: list[torch.Tensor] = []
-        for number, order in enumerate(self.shape.orders):
+        for number, ((shape, dtype), order) in enumerate(zip(self.shape.rows, self.shape.orders)):
             if number in ghosts:
-                made = self._ghost(number, len(rows))
-                made.stands_for(
-                    (tag, number), None if self.views > 1 else functools.partial(_item, load, number)
-                )
-                leaves.append(made)
+                own = None if self.views > 1 else functools.partial(_item, load, number)
+                leaves.append(ghost((len(rows), *shape), dtype, order=order, tag=(tag, number), load=own))
             elif real is not None:
                 leaves.append(real[number])
             else:
@@ -361,19 +356,6 @@ class Feed:
         source = iter(leaves)
         template = batch if batch is not None else self.shape.template
         return map_tensors(template, lambda _: next(source)), leaves
-
-    def _ghost(self, number: int, count: int) -> Ghost:
-        """Return a new ghost in place of a tensor of the batch.
-
-        Several are made at once: between two training steps the processor has forgotten how, and the first
-        one takes ten times as long as those after it.
-        """
-        assert self.shape is not None
-        spare = self._spare.setdefault((number, count), [])
-        if not spare:
-            (shape, dtype), order = self.shape.rows[number], self.shape.orders[number]
-            spare += [ghost((count, *shape), dtype, order=order) for _ in range(_GHOSTS)]
-        return spare.pop()
 
     def ghosts_of(self, cut: Cut, keep_inputs: bool) -> frozenset[int]:
         """Return the leaves of the batch that reach the model and that nothing after the cut reads."""
