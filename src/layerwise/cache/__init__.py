@@ -4,8 +4,9 @@ The mechanism, in the order in which to read it:
 
 - `cutting`: what a forward pass makes anew in each epoch (`dirty`), which calls can be skipped and what is to
   be kept of them (`search`, told by `doors`), and the cuts of a model as it is now (`book`);
-- `replay`: the model's own forward with these calls answered (`passes`), tensors without data (`ghost`), how
-  a batch comes to the model (`link`) and lies in memory (`layout`);
+- `replay`: the model's own forward with these calls answered (`passes`), what they give for every batch alike
+  (`fixed`), tensors without data (`ghost`), how a batch comes to the model (`link`) and lies in memory
+  (`layout`);
 - `proof`: that samples do not touch each other (`mixing`, `companions`), to the last bit (`evenness`), and
   that a replayed batch is the plain one (`outputs`).
 
@@ -18,7 +19,7 @@ What it works on:
 
 How it comes together: users call `prefix`; `dealing` makes an epoch's batches, `calls` sees them reach the
 model, `observing` looks at the first one of a phase, `frozen` runs the frozen part, `stock` keeps what it
-gives. `filling` and `folding` are a recording pass of its own.
+gives, and `telling` says what became of it. `filling` and `folding` are a recording pass of its own.
 
 Each folder imports only from those that `tests/unit/test_imports.py` lists before it.
 """
