@@ -10,7 +10,8 @@ from torch import nn
 from cache_loops import Counted, assert_same, train
 from layerwise.cache.cutting.cut import NothingToSkipError
 from layerwise.cache.cutting.search import find_cut
-from layerwise.cache.replay.passes import capture, compare_skeletons, replaying
+from layerwise.cache.replay.capturing import capture, compare_skeletons
+from layerwise.cache.replay.replaying import Replay
 from layerwise.layers.recording import record
 
 WIDTH = 4
@@ -118,7 +119,7 @@ def test_poison(case) -> None:
     given_input = poison if 0 not in cut.inputs else x
 
     def replay(values):
-        with replaying(cut, values, whole.skeletons, batch=4, device=x.device):
+        with Replay(cut, values, whole.skeletons, batch=4, device=x.device):
             return model(given_input)
 
     assert torch.equal(replay({site: value.clone() for site, value in whole.values.items()}), expected)

@@ -4,9 +4,9 @@ The mechanism, in the order in which to read it:
 
 - `cutting`: what a forward pass makes anew in each epoch (`dirty`), which calls can be skipped and what is to
   be kept of them (`search`, told by `doors`), and the cuts of a model as it is now (`book`);
-- `replay`: the model's own forward with these calls answered (`passes`), what they give for every batch alike
-  (`fixed`), tensors without data (`ghost`), how a batch comes to the model (`link`) and lies in memory
-  (`layout`);
+- `replay`: the model's own forward up to the cut (`capturing`) and without what is before it (`replaying`),
+  what skipped calls give for every batch alike (`fixed`), tensors without data (`ghost`), how a batch comes
+  to the model (`link`) and lies in memory (`layout`);
 - `proof`: that samples do not touch each other (`mixing`, `companions`), to the last bit (`evenness`), and
   that a replayed batch is the plain one (`outputs`).
 

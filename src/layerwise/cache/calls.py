@@ -19,14 +19,14 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 
 from layerwise.cache.comparing import same_bits
-from layerwise.cache.cutting.cut import CallId, NothingToSkipError
+from layerwise.cache.cutting.cut import NothingToSkipError
 from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
 from layerwise.cache.replay.ghost import Ghost, real
 from layerwise.cache.replay.hooks import RAISED, OnlyHere, RootHook, hook_count
 from layerwise.cache.replay.link import Link, autocast_state, backend_state, find_link, known_arguments
-from layerwise.cache.replay.passes import check_replayed, replaying
+from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.batchshape import OtherShapeError
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.opening import COMPILED
@@ -166,18 +166,16 @@ class Calls:
         values = feed.values(phase.cut, phase.fixed, live.rows, link.device)
         live.supply.replays += 1
         skeletons = phase.fixed.skeletons
-        replay = replaying(phase.cut, values, skeletons, batch=len(live.rows), device=link.device)
-        not_come, self._replaying = replay.__enter__(), True
-        self._hook.at_end(functools.partial(self._end_replay, replay, not_come))
+        replay = Replay(phase.cut, values, skeletons, batch=len(live.rows), device=link.device).__enter__()
+        self._replaying = True
+        self._hook.at_end(functools.partial(self._end_replay, replay))
         return None
 
-    def _end_replay(
-        self, replay: contextlib.AbstractContextManager[Any], not_come: set[CallId], output: Any
-    ) -> None:
+    def _end_replay(self, replay: Replay, output: Any) -> None:
         self._replaying = False
-        replay.__exit__(None, None, None)
+        replay.__exit__()
         if output is not RAISED:
-            check_replayed(output, not_come)
+            check_replayed(output, replay.not_come)
 
     def _is_completed(self, live: Live, phase: Phase) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""

@@ -29,7 +29,7 @@ from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import copied, memory_order
 from layerwise.cache.replay.link import Link, versions_of
-from layerwise.cache.replay.passes import check_replayed, replaying
+from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
@@ -259,10 +259,10 @@ class Observer:
         checkpointed: list[bool] = []
         with traceless(self._model):
             try:
-                with replaying(
+                with Replay(
                     phase.cut, fresh, phase.fixed.skeletons, batch=len(seen.live.indices), device=link.device,
                     answered=lambda: checkpointed.append(is_checkpointed()),
-                ) as not_come:  # fmt: skip
+                ) as replay:  # fmt: skip
                     output = self._model(*args, **kwargs)
                 if any(checkpointed):
                     check_backward(output, self._model.parameters())
@@ -271,7 +271,7 @@ class Observer:
             except Exception as error:  # code between modules reads a ghost in a way of its own (numpy)
                 why = " ".join(str(error).split())[:200]
                 raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
-        check_replayed(output, not_come)
+        check_replayed(output, replay.not_come)
         return Result.of(output)
 
     def _store(

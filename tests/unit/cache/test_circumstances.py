@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
 from layerwise.cache.cutting.search import find_cut
-from layerwise.cache.replay.passes import capture, check_replayed, compare_skeletons, replaying
+from layerwise.cache.replay.capturing import capture, compare_skeletons
+from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.errors import CacheError
 from layerwise.layers.recording import record
 from layerwise.tuning.modes import pin_eval
@@ -421,9 +422,9 @@ def test_other_frozen_modules_than_were_recorded_are_an_error() -> None:
     found, part = (capture(model, [cut], (x[:n], mask[:n]), {}, batch=n) for n in (4, 2))
     compare_skeletons(found.skeletons, part.skeletons)
     options = {"batch": 4, "device": torch.device("cpu")}
-    with replaying(cut, found.values, found.skeletons, **options) as not_come:
-        check_replayed(model(x, mask), not_come)
-    with replaying(cut, found.values, found.skeletons, **options) as not_come:
+    with Replay(cut, found.values, found.skeletons, **options) as replay:
+        check_replayed(model(x, mask), replay.not_come)
+    with Replay(cut, found.values, found.skeletons, **options) as replay:
         output = model(x, torch.ones_like(mask))
     with pytest.raises(CacheError, match=r"took another way than on the first batch: 'body' was not called"):
-        check_replayed(output, not_come)
+        check_replayed(output, replay.not_come)

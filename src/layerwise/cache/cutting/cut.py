@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -90,3 +91,12 @@ class Cut:
     def paths(self) -> dict[nn.Module, str]:
         """The modules whose calls are skipped, or take a cached argument -> their paths."""
         return {module: call.path for call, module in (self.skipped | self.entered).items()}
+
+    @functools.cached_property
+    def entries(self) -> dict[CallId, list[Site]]:
+        """The calls that take a cached argument -> which."""
+        found: defaultdict[CallId, list[Site]] = defaultdict(list)
+        for site in self.frontier:
+            if site.side == "in":
+                found[site.call].append(site)
+        return dict(found)

@@ -11,8 +11,8 @@ from torch import nn
 
 from layerwise.cache.changes.fingerprint import quick_state
 from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.replay.capturing import Captured, Skeleton
 from layerwise.cache.replay.link import Link
-from layerwise.cache.replay.passes import Captured, Skeleton
 
 
 @dataclass(frozen=True)

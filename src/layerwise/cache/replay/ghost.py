@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -282,14 +282,17 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@contextlib.contextmanager
-def only_shapes() -> Iterator[None]:
+class OnlyShapes:
     """Within, ghosts load nothing: a replayed forward pass shows by that what it needs."""
-    global _replays
-    _replays += 1
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        """Begin."""
+        global _replays
+        _replays += 1
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        global _replays
         _replays -= 1
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.cache.replay.ghost import Ghost, ghost, only_shapes, real
-from layerwise.cache.replay.passes import Skeleton
+from layerwise.cache.replay.capturing import Skeleton
+from layerwise.cache.replay.ghost import Ghost, OnlyShapes, ghost, real
 from layerwise.errors import CacheError
 
 
@@ -285,7 +285,7 @@ def test_nothing_is_read_during_a_replay() -> None:
     # what the loop has read before does not count
     phantom, _ = pair()
     assert phantom[0].sum() == 3
-    with only_shapes():
+    with OnlyShapes():
         for read in (
             phantom.numpy,
             phantom.tolist,
@@ -301,7 +301,7 @@ def test_what_a_replay_wrote_is_not_read_afterwards(write: Callable[[Any], Any])
     # nobody knows what it would be; a copy made before is what it was
     phantom, plain = pair()
     before = phantom.clone()
-    with only_shapes():
+    with OnlyShapes():
         write(phantom)
         after = phantom.clone()
     assert phantom.tag is after.tag is None

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import layerwise
 from cache_loops import both, freeze_prefix, images
 from layerwise.cache.replay.ghost import ghost
-from layerwise.cache.replay.passes import check_replayed
+from layerwise.cache.replay.replaying import check_replayed
 from layerwise.errors import CacheError
 
 

@@ -1,0 +1,163 @@
+"""`capture`: run a model up to its cut, and note what is to be stored and what skipped calls return."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.cache.cutting.cut import CallId, Cut, Site
+from layerwise.cache.replay.ghost import Ghost, ghost
+from layerwise.cache.replay.intercepting import Forward, Intercepted
+from layerwise.cache.replay.layout import Layout, copied, find_layout, memory_order
+from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors, tensors_in
+
+
+class _Stop(BaseException):
+    """Ends a forward pass of which nothing more is needed; no model catches it by ``except Exception``."""
+
+
+@dataclass
+class Skeleton:
+    """What a skipped call returned, without the data.
+
+    Attributes:
+        output: the structure, with a meta tensor in place of each tensor.
+        batch: number of samples when it was taken.
+        layouts: for each tensor, how it depends on the batch size; None where it does not.
+    """
+
+    output: Any
+    batch: int
+    layouts: list[Layout | None] = field(default_factory=list)
+    _ghosts: dict[Any, Ghost] = field(default_factory=dict)
+
+    def ghost(self, slot: int, batch: int, device: torch.device) -> Ghost:
+        """Return what stands for a tensor of the output: the same in each step, as nothing is in it."""
+        made = self._ghosts.get((slot, batch, device))
+        if made is None or made.was_written:
+            layout, meta = self.layouts[slot], tensors_in(self.output)[slot]
+            shape = tuple(meta.shape) if layout is None else layout.shape(tuple(meta.shape), batch)
+            order = memory_order(meta) if layout is None else layout.order
+            made = self._ghosts[slot, batch, device] = ghost(shape, meta.dtype, device, order=order)
+        return made
+
+
+@dataclass
+class Captured:
+    """What one recording pass saw.
+
+    Attributes:
+        values: at each site.
+        skeletons: of each skipped call.
+        not_come: calls that lead to the values and did not come: the model took another way.
+    """
+
+    values: dict[Site, torch.Tensor]
+    skeletons: dict[CallId, Skeleton]
+    not_come: set[CallId] = field(default_factory=set)
+
+
+def capture(
+    model: nn.Module,
+    cuts: Iterable[Cut],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    batch: int,
+    skeletons: bool = True,
+) -> Captured:
+    """Run the model until the values at all sites of all `cuts` are there.
+
+    Args:
+        model: the model, in the modes in which it trains.
+        cuts: of one phase, or of several: one pass serves them all.
+        args: positional arguments of its forward.
+        kwargs: keyword arguments.
+        batch: number of samples in them.
+        skeletons: also note what each skipped call returns (needed once for each shape of input).
+
+    Returns:
+        Copies of the values, detached; sites that this pass did not reach are missing.
+    """
+    watch = _Watch(list(cuts), batch, skeletons)
+    with watch, contextlib.suppress(_Stop):
+        model(*args, **kwargs)
+    return watch.found
+
+
+class _Watch(Intercepted):
+    """Sees the values at the sites of `cuts`, and stops the pass when all of them are there."""
+
+    def __init__(self, cuts: list[Cut], batch: int, skeletons: bool) -> None:
+        super().__init__({module: path for cut in cuts for module, path in cut.paths.items()})
+        self.found = Captured({}, {}, {call for cut in cuts for call in cut.leading})
+        self._batch = batch
+        self._wanted: defaultdict[CallId, set[Site]] = defaultdict(set)
+        for site in (site for cut in cuts for site in (*cut.frontier, *cut.constants)):
+            self._wanted[site.call].add(site)
+        self._shaped = {call for cut in cuts for call in cut.skipped} if skeletons else set()
+        self._waiting: set[CallId | Site] = {*chain.from_iterable(self._wanted.values()), *self._shaped}
+
+    def answer(self, call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call, and look at its arguments and its output."""
+        self.found.not_come.discard(call)
+        if call in self._wanted:
+            self._take(call, "in", tensors_in((args, kwargs)))
+        output = original(*args, **kwargs)
+        if call in self._shaped:
+            self.found.skeletons[call] = Skeleton(map_tensors(output, _without_data), self._batch)
+            self._waiting.discard(call)
+        if call in self._wanted or call in self._shaped:
+            self._take(call, "out", tensors_in(output))
+        return output
+
+    def _take(self, call: CallId, side: str, tensors: list[torch.Tensor]) -> None:
+        for site in self._wanted.get(call, ()):
+            if site.side == side and site.slot < len(tensors):
+                self.found.values[site] = copied(tensors[site.slot])
+                self._waiting.discard(site)
+        if not self._waiting:
+            raise _Stop
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Skeleton]) -> None:
+    """Fill in the layouts of `one` from what the same calls returned at another batch size.
+
+    Raises:
+        CacheError: an output is not made of samples side by side, or holds a number that depends on the
+            batch size.
+    """
+    for call, skeleton in one.items():
+        twin = other.get(call)
+        if twin is None:
+            raise CacheError(f"{call.path} runs at one batch size and not at another.")
+        where = f"the output of {call.path}"
+        pairs = list(zip(tensors_in(skeleton.output), tensors_in(twin.output)))
+        if len(tensors_in(twin.output)) != len(tensors_in(skeleton.output)):
+            raise CacheError(f"{where} has a different structure at another batch size.")
+        if not _same_constants(skeleton.output, twin.output):
+            raise CacheError(
+                f"{where} holds a number that depends on the batch size, or what cannot be compared."
+            )
+        skeleton.layouts = [find_layout(a, skeleton.batch, b, twin.batch, where=where) for a, b in pairs]
+
+
+def _same_constants(one: Any, other: Any) -> bool:
+    """Whether two structures are equal, their tensors left aside."""
+    blank = [map_tensors(structure, lambda tensor: None) for structure in (one, other)]
+    try:
+        return bool(blank[0] == blank[1])
+    except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
+        return False
