@@ -3,7 +3,7 @@
 The mechanism, in the order in which to read it:
 
 - `cutting`: what a forward pass makes anew in each epoch (`dirty`), which calls can be skipped and what is to
-  be kept of them (`search`, told by `doors`), and the cuts of a model as it is now (`book`);
+  be kept of them (`search`, told by `doors`), and the cuts of a model in this phase and the next (`book`);
 - `replay`: the model's own forward up to the cut (`capturing`) and without what is before it (`replaying`),
   what skipped calls give for every batch alike (`fixed`), tensors without data (`ghost`), how a batch comes
   to the model (`link`) and lies in memory (`layout`);
@@ -12,7 +12,7 @@ The mechanism, in the order in which to read it:
 
 What it works on:
 
-- `changes`: whether a data set, a module or a weight is what it was;
+- `changes`: whether a data set (`datawatch`) or a model (`modelstate`) is what it was;
 - `samples`: a loader read by index (`reading`), its samples sorted by shape (`supply`), what is stored of
   those of one shape (`feed`);
 - `store`: memory and files (`column`, `shelf`), and whether caching pays (`decision`).

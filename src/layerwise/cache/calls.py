@@ -50,7 +50,7 @@ class Calls:
 
     def __init__(self, frozen: FrozenPart, observer: Observer) -> None:
         self._frozen, self._observer = frozen, observer
-        self._model, self._book = frozen.model, frozen.book
+        self._model, self._state = frozen.model, frozen.state
         self._hook = RootHook()
         self._at_hand: list[Collection[Live]] = []
         self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
@@ -152,7 +152,7 @@ class Calls:
             return None  # it was handed out real
         if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
-        state = live.supply.called_in = self._book.state()
+        state = live.supply.called_in = self._state.number()
         changed = (
             bool(live.supply.reason)
             or live.key != state
@@ -180,7 +180,7 @@ class Calls:
     def _is_completed(self, live: Live, phase: Phase) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""
         usable = phase.verified and not live.supply.reason and live.feed.fits(len(live.indices))
-        if not usable or live.supply.views > 1 or self._book.state() != live.key:
+        if not usable or live.supply.views > 1 or self._state.number() != live.key:
             return False
         try:
             with apart():
@@ -205,12 +205,12 @@ class Calls:
         if link is None:
             return
         live.seen, self._frozen.thread = True, get_ident()
-        live.key = live.supply.called_in = self._book.state()  # modes may have changed since it was made
+        live.key = live.supply.called_in = self._state.number()  # modes may have changed since it was made
         phase = live.phase = live.feed.phase_of(live.key)
         if phase.verified or phase.reason:
             return
-        self._book.settings.before_forward()
-        self._hook.at_end(lambda output: self._book.settings.after_forward())
+        self._state.settings.before_forward()
+        self._hook.at_end(lambda output: self._state.settings.after_forward())
         try:
             with apart():
                 compare = self._observer.observe(live, link, args, kwargs)

@@ -59,7 +59,7 @@ class Dealer:
     """
 
     def __init__(self, frozen: FrozenPart) -> None:
-        self._frozen, self._book = frozen, frozen.book
+        self._frozen, self._state = frozen, frozen.state
 
     def epoch(self, supply: Supply, order: Order) -> Iterator[Live | Raised]:
         """Yield the batches of one epoch, in the order given, and what was raised in place of them."""
@@ -100,10 +100,10 @@ class Dealer:
         asking for a batch and calling the model, above all after a validation. Where nothing is cached in the
         state in which the last one came, there is nothing to lose.
         """
-        now, last = self._book.last_state, supply.called_in
+        now, last = self._state.last, supply.called_in
         if last is None or any(now in feed.phases for feed in supply.feeds) or supply.is_off(last):
             return now
-        return last if self._book.differ_in_modes(now, last) else now
+        return last if self._state.differ_in_modes(now, last) else now
 
     def deal(self, supply: Supply, indices: list[int], batch: Any, *, view: int) -> Live:
         """Return one batch.
@@ -115,7 +115,7 @@ class Dealer:
             view: which draw of the samples.
         """
         key = self.expected_state(supply)
-        if self._book.settings.new > _SETTINGS and not supply.reason:
+        if self._state.settings.new > _SETTINGS and not supply.reason:
             supply.refuse("the attributes of the model's modules change from batch to batch")
         try:
             feed = supply.feed_of(indices)

@@ -125,7 +125,7 @@ def _fill(
     loaded = feed.reader.load(iter([batches[number] for number in wanted]))
     for number, batch in zip(wanted, loaded):
         with folding or contextlib.nullcontext():
-            live = Live(supply, feed, rows[number], batches[number], frozen.book.state(), phase)
+            live = Live(supply, feed, rows[number], batches[number], frozen.state.number(), phase)
             frozen.complete(live, batch)
         if folding is not None:
             folding.check()

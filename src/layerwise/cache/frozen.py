@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.fingerprint import joint_state, named_tensors, quick_state
-from layerwise.cache.cutting.book import CutBook, OtherStateError
+from layerwise.cache.changes.modelstate import OtherStateError
+from layerwise.cache.cutting.book import CutBook
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
@@ -41,14 +42,14 @@ class FrozenPart:
 
     Args:
         model: the model.
-        book: knows its cuts, and whether its weights move.
+        book: knows its cuts and its state.
 
     Attributes:
         thread: in which the loop calls the model; None before it did.
     """
 
     def __init__(self, model: nn.Module, book: CutBook) -> None:
-        self.model, self.book = model, book
+        self.model, self.book, self.state = model, book, book.state
         self.thread: int | None = None
 
     @property
@@ -152,7 +153,7 @@ class FrozenPart:
         if absent.any():
             if self.thread not in (None, get_ident()):  # the batch is completed when it comes
                 raise OtherStateError("the model may be running")
-            if self.book.state() != live.key:
+            if self.state.number() != live.key:
                 raise OtherStateError("values of a former state would be computed")
             if self.weights_moved(live.supply):
                 raise CacheError(MOVING)
@@ -235,7 +236,7 @@ class FrozenPart:
 
     def weights_moved(self, supply: Supply) -> bool:
         """Return whether frozen weights changed since this was last asked; what is stale is forgotten."""
-        moves = self.book.look_at_weights()
+        moves = self.state.look_at_weights()
         if moves == supply.moves:
             return False
         supply.moves = moves  # they may have been written with what they held, as DDP does at its start

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from layerwise.cache.cutting.book import OtherStateError
+from layerwise.cache.changes.modelstate import OtherStateError
 from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
 from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.supply import Supply

@@ -287,7 +287,7 @@ class Observer:
         if self._is_stored(feed, phase, rows):
             phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)
         else:
-            epochs = self._book.epochs_now() or self._epochs
+            epochs = self._book.phases.epochs_now() or self._epochs
             if later and epochs is not None:  # the same pass serves later phases as well
                 epochs += sum(length for length, _ in later)
             phase.decision = self._stock.decide(

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.calls import Calls
-from layerwise.cache.cutting.book import CutBook, PhaseSource
+from layerwise.cache.cutting.book import CutBook
+from layerwise.cache.cutting.phases import Phases, PhaseSource
 from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.frozen import FrozenPart
@@ -119,8 +120,9 @@ class PrefixCache:
         self._given = model  # wrappers included
         self._exact = exact
         self._supplies: list[Supply] = []
-        self._book = CutBook(self.model, tuner, pool.upcoming if pool is not None else {})
-        self._frozen = FrozenPart(self.model, self._book)
+        phases = Phases(tuner, pool.upcoming if pool is not None else {})
+        self._frozen = FrozenPart(self.model, CutBook(self.model, phases))
+        self._state = self._frozen.state
         observer = Observer(self._frozen, self.stock, keep_inputs=keep_inputs, exact=exact, epochs=epochs)
         self._dealer = Dealer(self._frozen)
         self._calls = Calls(self._frozen, observer)
@@ -162,7 +164,7 @@ class PrefixCache:
         """Begin an epoch, random draws included."""
         supply = self._supply(loader)
         self._calls.end_leavers(seen_or_not=True)
-        self._book.refresh()
+        self._state.refresh()
         if supply.is_off(self._dealer.expected_state(supply)):
             return supply.plain()
         changed = supply.forget_changed()
@@ -170,7 +172,7 @@ class PrefixCache:
             return supply.plain()
         if changed and supply.changes > _CHANGES:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
-        supply.moves = self._book.moves
+        supply.moves = self._state.moves
         self._frozen.drop_stale(supply.feeds)
         assert supply.reader is not None
         return supply.begun(self._deal(supply, supply.reader.order()))
@@ -306,18 +308,18 @@ class PrefixCache:
         Raises:
             CacheError: none of them can be cached.
         """
-        self._book.refresh()
+        self._state.refresh()
         why, found = supply.reason, []
         for feed in supply.feeds if not why else ():
             self._frozen.drop_stale([feed])
-            phase = feed.phases.get(self._book.state())
+            phase = feed.phases.get(self._state.number())
             if phase is None or not (phase.verified or phase.reason):
                 samples = feed.members or range(feed.size)
                 size = min(feed.reader.batch_size or feed.full or 1, feed.size)
                 live = self._dealer.deal(supply, list(samples[:size]), None, view=0)
                 with self._calls.expecting([live]), traceless(self.model):
                     call(live.batch)
-                phase = feed.phases.get(self._book.state())
+                phase = feed.phases.get(self._state.number())
             if supply.reason or phase is None or phase.reason:
                 why = supply.reason or (phase.reason if phase else "the model was not called")
             else:

@@ -55,7 +55,7 @@ _Owner = Mapping[str, Any]
 class Settings:
     """The attributes of a model's modules, buffers, children and hooks included, as a small number.
 
-    Statistics of batch-norms are left out: a forward pass writes them, and `CutBook` knows the modes.
+    Statistics of batch-norms are left out: a forward pass writes them, and `ModelState` knows the modes.
 
     Args:
         modules: of the model, itself first.
@@ -364,5 +364,5 @@ def _is_of_torch(module: nn.Module) -> bool:
 
 
 def _is_ours(value: Any) -> bool:
-    """Whether layerwise put it there: what pins a frozen module's mode, which `CutBook.state` looks at."""
+    """Whether layerwise put it there: what pins a frozen module's mode, which `ModelState` looks at."""
     return callable(value) and home(value).startswith("layerwise.")

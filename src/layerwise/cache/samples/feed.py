@@ -95,7 +95,7 @@ class Feed:
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
         leaves: stored tensors of the batch, by number.
-        phases: by the state of the model (`CutBook.state`).
+        phases: by the state of the model (`ModelState`).
     """
 
     reader: LoaderReader

@@ -54,7 +54,7 @@ class Supply:
         epochs: epochs that began.
         handed_out: batches of the epoch under way, or of the last one.
         replays: calls of the model among them that were replayed.
-        moves: `CutBook.moves` when what is stored was last compared with the weights.
+        moves: `ModelState.moves` when what is stored was last compared with the weights.
         called_in: state of the model when it was last called with a batch of this loader.
         came: a batch of the epoch under way, or of the last one, came to the model.
         asks_ahead: the loop asked for a batch before it passed on the one before.

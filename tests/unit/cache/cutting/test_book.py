@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import layerwise
 from cache_loops import freeze_prefix, images, unfreeze_gradually
 from layerwise.cache.cutting import book as books
+from layerwise.cache.cutting.phases import Phases
 from layerwise.choosing.space import names_by_depth
 
 
@@ -112,46 +111,11 @@ def test_a_pool_fills_what_upcoming_runs_need_in_the_first_pass(order) -> None:
     assert spared == ([True, True] if order == (1, 2, 3) else [False, False])
 
 
-def test_layers_whose_mode_is_not_looked_at_have_none() -> None:
-    for layer in books._MODELESS:
-        for base in layer.__mro__[: layer.__mro__.index(nn.Module)]:
-            assert "self.training" not in inspect.getsource(base), layer
-
-
-def test_the_mode_of_a_layer_counts_where_a_hook_may_read_it() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    handle = model[0].register_forward_pre_hook(
-        lambda module, args: (args[0] * (2 if module.training else 1),)
-    )
-    book = books.CutBook(model, None, {})
-    before = book.state()
-    model[0].eval()
-    assert book.state() != before
-    model[0].train()
-    assert book.state() == before
-    handle.remove()
-    book.refresh()
-    plain = book.state()
-    model.eval()
-    assert book.state() == plain  # no hook, no dropout, no batch-norm
-
-
-def test_a_state_comes_back_with_the_content_of_a_buffer() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    model.register_buffer("table", torch.arange(100.0))
-    book = books.CutBook(model, None, {})
-    before = book.state()
-    model.table.add_(1)
-    assert book.state() != before
-    model.table.sub_(1)
-    assert book.state() == before
-
-
 def test_a_cut_found_in_eval_mode_does_not_hold_in_train_mode() -> None:
     # a validation that comes first skips a batch-norm; the reverse holds, as less depends on the batch then
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[:2].requires_grad_(False)
-    book, given = books.CutBook(model, None, {}), (torch.randn(3, 4),)
+    book, given = books.CutBook(model, Phases(None, {})), (torch.randn(3, 4),)
 
     def skipped(training: bool) -> list[str]:
         model.train(training)
@@ -191,7 +155,7 @@ def test_the_cut_of_a_later_phase_is_that_of_the_present_settings() -> None:
     # a domain that comes back: the recording in the other one came last, and tells nothing of this one
     model, given = Deep(), (torch.randn(3, 8),)
     freeze_prefix(model, "head")
-    book = books.CutBook(model, None, {LATER: 2})
+    book = books.CutBook(model, Phases(None, {LATER: 2}))
 
     def structure(scale: float) -> str:
         model.stem.scale = scale
@@ -212,7 +176,7 @@ def test_the_cut_of_a_later_phase_holds_in_the_present_modes() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 4))
     model[:3].requires_grad_(False)
     given = (torch.randn(3, 8),)
-    book = books.CutBook(model, None, {frozenset({"2.weight", "2.bias", "3.weight", "3.bias"}): 1})
+    book = books.CutBook(model, Phases(None, {frozenset({"2.weight", "2.bias", "3.weight", "3.bias"}): 1}))
     model.eval()
     book.find(given, {}, form="")
     (found,) = book.later("")
