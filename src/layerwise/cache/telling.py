@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.supply import Supply
@@ -22,7 +24,7 @@ def described(supplies: Sequence[Supply]) -> str:
         name = "prefix cache" if len(supplies) == 1 else f"prefix cache (loader {number + 1})"
         if supply.reason:
             lines.append(f"{name}: off: {supply.reason}")
-        phases = supply.phases()
+        phases = _phases(supply)
         when = "until then: " if supply.reason else ""
         shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
         lines += dict.fromkeys(f"{name}: {when}{told(phase)}" for phase in shown)
@@ -42,7 +44,7 @@ def decided(supply: Supply) -> Decision | None:
     """Return what was chosen last for a loader; None before its first batch."""
     if supply.reason:
         return Decision("off", supply.reason)
-    phases = [p for p in supply.phases().values() if p.decision is not None or p.reason]
+    phases = [p for p in _phases(supply).values() if p.decision is not None or p.reason]
     if not phases:
         return None
     return phases[-1].decision or Decision("off", phases[-1].reason)
@@ -61,3 +63,31 @@ def told(phase: Phase | None) -> str:
             f"returns or keeps frozen values (of a decoder's keys and values: model.config.use_cache = False)"
         )
     return text
+
+
+def _phases(supply: Supply) -> dict[Any, Phase]:
+    """Return, by the state of the model, what was found for all shapes of a loader's samples together."""
+    feeds = supply.feeds
+    keys = dict.fromkeys(key for feed in feeds for key in feed.phases)
+    return {key: merged([feed.phases[key] for feed in feeds if key in feed.phases]) for key in keys}
+
+
+def merged(phases: Sequence[Phase]) -> Phase:
+    """Return the phases of several shapes as one: what was chosen for all samples together."""
+    chosen = [phase for phase in phases if phase.decision is not None and not phase.reason]
+    if len(phases) == 1 or not chosen:
+        return phases[0]
+    first = max(chosen, key=lambda phase: phase.decision.total_bytes if phase.decision else 0)
+    assert first.decision is not None
+    samples = sum(phase.decision.samples for phase in chosen if phase.decision is not None)
+    total = sum(phase.decision.total_bytes for phase in chosen if phase.decision is not None)
+    reason = f"{first.decision.reason}; samples have {len(phases)} shapes"
+    if total:
+        reason += f", {format_bytes(total)} in all"
+    if len(chosen) < len(phases):
+        reason += f"; {len(phases) - len(chosen)} of them not cached: "
+        reason += next(phase.reason for phase in phases if phase.reason)
+    decision = dataclasses.replace(
+        first.decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples
+    )
+    return dataclasses.replace(first, decision=decision)

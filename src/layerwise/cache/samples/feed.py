@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -22,7 +21,6 @@ from layerwise.cache.samples.batchshape import BatchShape, Kind
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.column import Column
 from layerwise.cache.store.decision import Decision
-from layerwise.cache.store.room import format_bytes
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -398,27 +396,6 @@ def _large_inputs(rows: Kind, inputs: tuple[int | None, ...]) -> frozenset[int]:
 
 def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:
     return load()[number]
-
-
-def merged(phases: Sequence[Phase]) -> Phase:
-    """Return the phases of several shapes as one, for people: what was chosen for all samples together."""
-    chosen = [phase for phase in phases if phase.decision is not None and not phase.reason]
-    if len(phases) == 1 or not chosen:
-        return phases[0]
-    first = max(chosen, key=lambda phase: phase.decision.total_bytes if phase.decision else 0)
-    assert first.decision is not None
-    samples = sum(phase.decision.samples for phase in chosen if phase.decision is not None)
-    total = sum(phase.decision.total_bytes for phase in chosen if phase.decision is not None)
-    reason = f"{first.decision.reason}; samples have {len(phases)} shapes"
-    if total:
-        reason += f", {format_bytes(total)} in all"
-    if len(chosen) < len(phases):
-        reason += f"; {len(phases) - len(chosen)} of them not cached: "
-        reason += next(phase.reason for phase in phases if phase.reason)
-    decision = dataclasses.replace(
-        first.decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples
-    )
-    return dataclasses.replace(first, decision=decision)
 
 
 def padded(rows: Sequence[int], size: int) -> list[int]:

@@ -18,7 +18,7 @@ from layerwise.cache.changes.alike import reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
 from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError
-from layerwise.cache.samples.feed import Feed, Phase, merged
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.reading import LoaderReader, Order
 from layerwise.errors import CacheError, LayerwiseWarning
 from layerwise.layers.structures import tensors_in
@@ -198,11 +198,6 @@ class Supply:
         if len(numbers) > 1:
             raise CacheError(_MIXED)
         return self.feeds[numbers.pop()]
-
-    def phases(self) -> dict[Any, Phase]:
-        """Return, by the state of the model, what was found for all shapes together."""
-        keys = dict.fromkeys(key for feed in self.feeds for key in feed.phases)
-        return {key: merged([feed.phases[key] for feed in self.feeds if key in feed.phases]) for key in keys}
 
     @property
     def samples(self) -> int:

@@ -14,10 +14,9 @@ from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
-from layerwise.cache.samples.feed import Feed, Phase, merged
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.stock import CachePool
-from layerwise.cache.store.decision import Decision
 from layerwise.errors import CacheError
 
 
@@ -135,19 +134,3 @@ def test_inputs_that_a_later_phase_reads_count_as_what_it_needs(budget_bytes, he
     pool = CachePool(upcoming={learning_later(): 3})
     cached = both(Branches, lambda: images(6, 72), "head", budget_bytes=budget_bytes, pool=pool)
     assert sum(column.nbytes for column in cached.cache.stock._held) == held
-
-
-def test_phases_of_several_shapes_are_told_as_one() -> None:
-    cached = Phase(decision=Decision("memory", "asked for", 10, 6))
-    stored = Phase(decision=Decision("memory", "stored in an earlier pass", 0, 2))
-    alone = Phase(reason="only one sample has this shape")
-    assert merged([alone]) is alone
-    told = merged([cached, stored, alone]).decision
-    assert told is not None
-    assert (told.bytes_per_sample, told.samples) == (8, 8)
-    assert told.reason == (
-        "asked for; samples have 3 shapes, 60 B in all; 1 of them not cached: only one sample has this shape"
-    )
-    told = merged([stored, stored]).decision
-    assert told is not None
-    assert told.reason == "stored in an earlier pass; samples have 2 shapes"
