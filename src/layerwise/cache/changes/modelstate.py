@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.cache.changes.settings import Settings, Stillness, parameters_in
+from layerwise.cache.changes.settings import Settings
+from layerwise.cache.changes.stillness import Stillness, parameters_in
 from layerwise.errors import CacheError
 
 Modes = Mapping[nn.Module, bool]

@@ -10,7 +10,7 @@ are compared, all of them the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -42,8 +42,6 @@ from layerwise.layers.holding import (
 from layerwise.layers.look import Look
 from layerwise.layers.memory import GLOBAL_HOOKS
 
-_SENTINELS = 8  # tensors whose content is compared
-_PROBED = 1024  # numbers of each of them
 _TINY = 16  # numbers: a tensor or an array of so many is compared by content, as a number is
 
 _NOTHING = repr(None)
@@ -236,60 +234,6 @@ class Settings:
                 v for v in vars(kind).values() if isinstance(v, FunctionType)
             )
         return found
-
-
-class Stillness:
-    """Tells cheaply that frozen weights move while an epoch runs, as a momentum encoder's do.
-
-    Autograd's version counters show most ways of writing, and the place in memory shows ``p.data = ...``. The
-    content of a few small tensors, one in each part of the model, shows ``p.data.mul_``, as what moves the
-    weights of a part moves all of them. Of batch-norms in eval mode the count of batches is watched: it tells
-    that a pass in train mode has adapted their statistics.
-
-    Args:
-        modules: of the model, itself first.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        frozen = [p for p in parameters_in(modules) if not p.requires_grad]
-        counts = [m.num_batches_tracked for m in modules if isinstance(m, _NormBase) and not m.training]
-        written = [*frozen, *(count for count in counts if count is not None)]
-        self._versioned = [tensor for tensor in written if not tensor.is_inference()]  # those have none
-        self._versions = [tensor._version for tensor in self._versioned]
-        self._placed = [p for p in frozen if type(p) is nn.Parameter and p.device.type != "meta"]
-        self._places = [p.data_ptr() for p in self._placed]
-        self._contents = [(probe, probe.clone()) for probe in map(_probe, _sentinels(frozen, modules[0]))]
-
-    def holds(self) -> bool:
-        """Return whether no weight that was frozen has changed since."""
-        return (
-            [tensor._version for tensor in self._versioned] == self._versions
-            and [p.data_ptr() for p in self._placed] == self._places
-            and all([torch.equal(now, before) for now, before in self._contents])
-        )
-
-
-def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return the parameters of modules, each once."""
-    return list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
-
-
-def _sentinels(frozen: list[nn.Parameter], model: nn.Module) -> list[nn.Parameter]:
-    """Return a few small tensors among the frozen ones: the smallest of each child of the model first."""
-    small = sorted((p for p in frozen if p.numel() and p.device.type != "meta"), key=torch.Tensor.numel)
-    order = {id(p): number for number, p in enumerate(small)}
-    parts = [model]
-    while len(parts) == 1 and any(True for _ in parts[0].children()):
-        parts = list(parts[0].children())
-    own = (min((order[id(p)] for p in part.parameters() if id(p) in order), default=None) for part in parts)
-    chosen = sorted({number for number in own if number is not None})
-    return [small[number] for number in dict.fromkeys((*chosen, 0, 1)) if number < len(small)][:_SENTINELS]
-
-
-def _probe(tensor: torch.Tensor) -> torch.Tensor:
-    """Return some of a tensor's numbers, spread evenly."""
-    tensor = tensor.detach()
-    return tensor if tensor.numel() <= _PROBED else tensor.flatten()[:: tensor.numel() // _PROBED]
 
 
 def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:
