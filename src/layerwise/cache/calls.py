@@ -25,7 +25,8 @@ from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
 from layerwise.cache.replay.ghost import Ghost, real
 from layerwise.cache.replay.hooks import RAISED, OnlyHere, RootHook, hook_count
-from layerwise.cache.replay.link import Link, autocast_state, backend_state, find_link, known_arguments
+from layerwise.cache.replay.kernels import autocast_state, backend_state
+from layerwise.cache.replay.link import Link, find_link, known_arguments
 from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.batchshape import OtherShapeError
 from layerwise.cache.samples.feed import Phase

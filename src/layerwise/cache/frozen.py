@@ -19,7 +19,8 @@ from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.replay.capturing import Captured, capture
-from layerwise.cache.replay.link import Link, backend_state
+from layerwise.cache.replay.kernels import backend_state
+from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.feed import Feed, padded
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.store.column import Column

@@ -81,6 +81,22 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
 
 
+def lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
+    """Return whether the dimensions lie in memory in this order; of one of size 1 nobody can tell."""
+    strides, shape = tensor.stride(), tensor.shape
+    if len(strides) != len(order):
+        return False
+    lying = [strides[dim] for dim in order if shape[dim] != 1]
+    return lying == sorted(lying, reverse=True)
+
+
+def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Return the same values with the dimensions in this order in memory."""
+    if lies_in(tensor, order):
+        return tensor
+    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
+
+
 def has_gaps(tensor: torch.Tensor) -> bool:
     """Return whether numbers of other tensors lie between those of a tensor, none of which is repeated."""
     innermost = [dim for dim in memory_order(tensor)[::-1] if tensor.shape[dim] > 1]

@@ -16,7 +16,8 @@ import torch
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.replay.ghost import Ghost
-from layerwise.cache.replay.layout import memory_order
+from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
+from layerwise.cache.replay.layout import in_order, lies_in, memory_order
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -24,8 +25,6 @@ _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device
 _TENSOR = "a tensor"
 _NAMED = (FunctionType, BuiltinFunctionType, type)
 """What is told by who it is."""
-
-Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class Link:
                 if own is None or not _is_like(tensor, own, length):
                     return False
                 continue
-            if tensor.dtype != dtype or not (tensor.stride() == strides or _lies_in(tensor, order)):
+            if tensor.dtype != dtype or not (tensor.stride() == strides or lies_in(tensor, order)):
                 return False
             if not _is_handed_out(tensor, leaves[number], (tag, number), versions[number]):
                 return False
@@ -315,49 +314,3 @@ def versions_of(leaves: Sequence[torch.Tensor]) -> list[int]:
 
 def _version(leaf: torch.Tensor) -> int:
     return 0 if leaf.is_inference() else leaf._version
-
-
-def _lies_in(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
-    """Whether the dimensions lie in memory in this order; where one of size 1 lies, nobody can tell."""
-    strides, shape = tensor.stride(), tensor.shape
-    if len(strides) != len(order):
-        return False
-    lying = [strides[dim] for dim in order if shape[dim] != 1]
-    return lying == sorted(lying, reverse=True)
-
-
-def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """Return the same values with the dimensions in this order in memory."""
-    if _lies_in(tensor, order):
-        return tensor
-    return tensor.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
-
-
-def backend_state(device: torch.device) -> list[Any]:
-    """Return the settings by which torch chooses kernels on `device`, and so last bits."""
-    return [get() for get in (_CHOOSING if device.type == "cpu" else (*_CHOOSING, *_CHOOSING_CUDNN))]
-
-
-_CHOOSING = (
-    torch._C._get_flash_sdp_enabled,
-    torch._C._get_mem_efficient_sdp_enabled,
-    torch._C._get_math_sdp_enabled,
-    torch._C._get_mkldnn_enabled,
-    torch._C._get_deterministic_algorithms,
-    torch._C._get_float32_matmul_precision,
-    torch.get_num_threads,
-    torch.get_default_dtype,
-    torch.backends.mha.get_fastpath_enabled,
-)
-_CHOOSING_CUDNN = (
-    torch._C._get_cudnn_enabled,
-    torch._C._get_cudnn_benchmark,
-    torch._C._get_cudnn_deterministic,
-    torch._C._get_cudnn_allow_tf32,
-)
-
-
-def autocast_state(device: torch.device) -> Autocast:
-    """Return the state of autocast on the CPU and on `device`."""
-    kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
-    return tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])

@@ -15,8 +15,8 @@ import torch
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.ghost import ghost
-from layerwise.cache.replay.layout import Layout, copied
-from layerwise.cache.replay.link import Link, in_order
+from layerwise.cache.replay.layout import Layout, copied, in_order
+from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.batchshape import BatchShape, Kind
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.column import Column

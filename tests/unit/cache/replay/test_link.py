@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from layerwise.cache.replay.ghost import Ghost, ghost
+from layerwise.cache.replay.kernels import backend_state
 from layerwise.cache.replay.layout import memory_order
-from layerwise.cache.replay.link import Link, backend_state, find_link, versions_of
+from layerwise.cache.replay.link import Link, find_link, versions_of
 
 
 def images() -> torch.Tensor:

@@ -1,0 +1,40 @@
+"""What torch chooses kernels by, and so the last bits that they give: autocast, settings of backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+"""Kind of device, whether it is on, its type."""
+
+
+def backend_state(device: torch.device) -> list[Any]:
+    """Return the settings by which torch chooses kernels on `device`, and so last bits."""
+    return [get() for get in (_CHOOSING if device.type == "cpu" else (*_CHOOSING, *_CHOOSING_CUDNN))]
+
+
+_CHOOSING = (
+    torch._C._get_flash_sdp_enabled,
+    torch._C._get_mem_efficient_sdp_enabled,
+    torch._C._get_math_sdp_enabled,
+    torch._C._get_mkldnn_enabled,
+    torch._C._get_deterministic_algorithms,
+    torch._C._get_float32_matmul_precision,
+    torch.get_num_threads,
+    torch.get_default_dtype,
+    torch.backends.mha.get_fastpath_enabled,
+)
+_CHOOSING_CUDNN = (
+    torch._C._get_cudnn_enabled,
+    torch._C._get_cudnn_benchmark,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_cudnn_allow_tf32,
+)
+
+
+def autocast_state(device: torch.device) -> Autocast:
+    """Return the state of autocast on the CPU and on `device`."""
+    kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
+    return tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
