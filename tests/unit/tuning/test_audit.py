@@ -31,6 +31,11 @@ class Output:
     logits: torch.Tensor
 
 
+@dataclass(slots=True)
+class Slotted:
+    logits: torch.Tensor
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -575,7 +580,7 @@ def test_every_code_stands_in_the_guide():
     assert {code for code in codes if f"`{code}`" not in guide} == set()
 
 
-@pytest.mark.parametrize("wrap", [lambda y: (y.sum(), {"logits": [y]}), Output])
+@pytest.mark.parametrize("wrap", [lambda y: (y.sum(), {"logits": [y]}), Output, Slotted])
 def test_gradients_are_looked_for_wherever_an_output_holds_tensors(wrap):
     # In tuples, mappings, lists and dataclasses; a part that no tensor reaches is still found.
     class Wrapped(Net):
