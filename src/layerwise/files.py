@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -46,32 +48,43 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     """Make the folder `path` hold what `fill` puts into the folder it is given, or leave it as it was.
 
     A folder that is there already is moved aside first and removed last: a kill between the two leaves
-    no `path`, never a mixed one. Where `path` is a link, the folder it points to is written.
+    no `path`, never a mixed one. Of several writers at once each puts its whole folder there, and that of
+    the last one stays. Where `path` is a link, the folder it points to is written.
 
     Raises:
         OSError: as for `write_file`.
     """
     path = Path(os.path.realpath(path))
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
-    replaced = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-replaced"
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        if path.exists():
-            path.rename(replaced)
-        try:
-            temporary.rename(path)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        while not _put(temporary, path):
+            pass  # another writer was faster between the two renames, so there is a folder to replace again
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
+
+
+def _put(temporary: Path, path: Path) -> bool:
+    """Rename a folder to `path`, what is there moved aside; return whether nobody else came in between."""
+    replaced = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-replaced"
+    with contextlib.suppress(FileNotFoundError):  # none is there, or another writer has it aside
+        path.rename(replaced)
+    try:
+        temporary.rename(path)
+        done = True
+    except BaseException as error:
+        if not isinstance(error, OSError) or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        done = False
+    shutil.rmtree(replaced, ignore_errors=True)
+    return done
 
 
 def write_text(path: Path, text: str) -> None:

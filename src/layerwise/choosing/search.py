@@ -71,7 +71,9 @@ def search(
     choice, rate and decay together, and trials that are worse than the median at the same epoch are pruned.
     All trials of one process share the outputs of the frozen prefix, so a depth costs little more than the
     part it trains. With ``seeds`` above 1 the best setting of each choice is run again with other seeds
-    before the winner is named: the best of many noisy trials looks better than it is.
+    before the winner is named: the best of many noisy trials looks better than it is. A setting that is
+    drawn again is a trial, but is not trained again; where the ranges leave one setting to each choice, the
+    search ends when all have been tried.
 
     Interrupted (Ctrl-C, SIGKILL) and called again with the same `out` or `storage`, it goes on: finished
     trials are kept, the one that was cut off is run again. Several processes called with the same `storage`
@@ -161,7 +163,11 @@ def search(
         while not budget.spent:
             with lock:  # so that two workers do not both begin the last trial
                 take_over_lost()
-                if not budget.allows(rows_of(study)):
+                rows = rows_of(study)
+                if not budget.allows(rows):
+                    break
+                if _exhausted(experiment, rows):
+                    notes.append("every setting that the ranges allow has been tried")
                     break
                 drawn = begin_trial(experiment, study)
             run_trial(experiment, study, drawn, say, time_over=lambda: budget.overrun)
@@ -208,6 +214,18 @@ def _opened(
             study.enqueue_trial(params, user_attrs={"seed": experiment.seed}, skip_if_exists=True)
     notes = [f"{lost} trial{'s' * (lost > 1)} cut off before will be run again"] if lost else []
     return study, take_over_lost, notes
+
+
+def _exhausted(experiment: Experiment, rows: Sequence[TrialRow]) -> bool:
+    """Return whether the ranges leave one setting to each choice, and all have been tried."""
+    space, layers = experiment.space, experiment.layers
+    if space.lr[0] < space.lr[1]:
+        return False
+    tried = {row.choice for row in rows if row.state == "complete" or row.error}
+    return tried.issuperset(space.choices) and all(
+        space.plan(layers, choice, space.decay[0]) == space.plan(layers, choice, space.decay[1])
+        for choice in space.choices
+    )
 
 
 def _unconfirmed(

@@ -150,6 +150,9 @@ def run_trial(
 ) -> None:
     """Train by the settings of a trial that has begun, and tell the study how it ended.
 
+    A trial that would train by the same plan, rate and seed as one that has ended is not trained: it ends
+    as that one did. A sampler draws a setting again where the ranges leave it few.
+
     Args:
         found: what all trials have in common.
         study: Optuna's.
@@ -165,6 +168,11 @@ def run_trial(
     """
     optuna = optuna_module()
     trial, settings = drawn.trial, f"{drawn.choice}, lr {drawn.lr:.2g}, decay {drawn.decay:.2f}"
+    if (same := _ended_alike(found, rows_of(study), drawn)) is not None:
+        pruned = same.state == "pruned"
+        study.tell(trial, same.value, optuna.trial.TrialState.PRUNED if pruned else None)
+        say(f"trial {trial.number}: {settings}, seed {drawn.seed}: as trial {same.number}, not trained again")
+        return
     # the first trial of a choice is finished, so that the curve is whole; so are confirming ones
     known = any(row.choice == drawn.choice and row.state == "complete" for row in rows_of(study))
     may_prune = known and drawn.seed == found.seed
@@ -200,6 +208,22 @@ def run_trial(
     else:
         study.tell(trial, value)
         say(f"trial {trial.number}: {settings}, seed {drawn.seed}: {found.metric} {value:.4f}")
+
+
+def _ended_alike(found: Experiment, rows: Sequence[TrialRow], drawn: Drawn) -> TrialRow | None:
+    """Return the first trial that has ended and was trained as this one would be; None without one.
+
+    The plans are compared, as some have no decay (a linear probe, a named strategy).
+    """
+    alike = [
+        row
+        for row in rows
+        if row.state in ("complete", "pruned") and (row.lr, row.seed) == (drawn.lr, drawn.seed)
+    ]
+    if not alike:
+        return None
+    plan = found.space.plan(found.layers, drawn.choice, drawn.decay)
+    return next((r for r in alike if found.space.plan(found.layers, r.choice, r.decay) == plan), None)
 
 
 def _hopeless(rows: Sequence[TrialRow]) -> bool:

@@ -6,7 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import SequentialSampler
 
+from layerwise.cache.samples.prepared import is_stand_in
 from layerwise.errors import MissingExtraError, ModelError
 from layerwise.integrations.framework import Driver
 from layerwise.tuning.stall import Mode
@@ -14,11 +16,35 @@ from layerwise.tuning.tuner import Tuner
 
 if TYPE_CHECKING:
     _Base: Any = object
+    CombinedLoader: Any = object
 else:
     try:
         from lightning.pytorch import Callback as _Base
+        from lightning.pytorch.utilities import CombinedLoader
     except ImportError as error:
         raise MissingExtraError("lightning", "lightning", "layerwise.integrations.lightning") from error
+
+
+def _check_overfitted(trainer: Any) -> None:
+    """Refuse a cache's loader that shuffles: Lightning would make it anew, in sequence, and cannot.
+
+    Loaders that hooks of the module return are not known yet; Lightning's own error names them.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
+        given = getattr(getattr(loop, "_data_source", None), "instance", None)
+        if given is None or hasattr(given, "train_dataloader"):  # a module or a data module
+            continue
+        for loader in CombinedLoader(given).flattened:
+            if is_stand_in(loader) and not isinstance(loader.sampler, SequentialSampler):
+                sampler = type(loader.sampler).__name__
+                raise ModelError(
+                    f"overfit_batches={trainer.overfit_batches} turns shuffling off, which Lightning cannot "
+                    f"do in a cache's loader (its sampler is a {sampler}). Give the cache a loader that "
+                    "does not shuffle: cache.as_loader(DataLoader(data, batch_size))."
+                )
 
 
 class TunerCallback(_Base):  # type: ignore[misc]
@@ -32,6 +58,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
 
     Frozen groups stay in eval mode whatever Lightning does to modes. The Tuner's state is saved inside the
     optimiser's, so ``fit(ckpt_path=...)`` resumes in the phase that was interrupted, with its moments.
+    With ``overfit_batches=n`` an epoch has n batches; what a cache makes of a loader may not shuffle then.
     With DDP use ``strategy="ddp_find_unused_parameters_true"``; what will learn later is known to it from the
     start. Automatic optimisation with one optimiser only.
 
@@ -79,6 +106,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
                 "configure_optimizers returned a scheduler, which would overwrite the plan's rates. Return "
                 "tuner.optimizer alone, and put the schedule into the plan."
             )
+        if trainer.overfit_batches > 0:
+            _check_overfitted(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Compare the lengths of Lightning's loop and the plan."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.layers.holding import LEAVES, slots_of
+
 _OBJECT_DEPTH = 3  # objects in objects: enough for key-value caches, and ends on circular references
 
 
@@ -17,7 +19,8 @@ def tensors_in(structure: Any) -> list[torch.Tensor]:
     """Return the tensors of a nested structure, depth first, in order; a tensor met twice stands twice.
 
     Looks into tuples, lists, mappings (values, in order) and, at most three deep, into the attributes of
-    other objects such as dataclasses and key-value caches. Modules are not looked into.
+    other objects such as dataclasses (their fields first, in order) and key-value caches, with and without
+    ``__slots__``. Modules are not looked into.
 
     >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), None]})]
     [1, 2]
@@ -36,13 +39,21 @@ def _collect(structure: Any, found: list[torch.Tensor], depth: int) -> None:
     elif isinstance(structure, Mapping):
         for item in structure.values():
             _collect(item, found, depth)
-    elif depth < _OBJECT_DEPTH and hasattr(structure, "__dict__") and not _opaque(structure):
-        for item in vars(structure).values():
+    elif depth < _OBJECT_DEPTH and not _opaque(structure):
+        for item in _attributes(structure).values():
             _collect(item, found, depth + 1)
 
 
 def _opaque(thing: Any) -> bool:
-    return isinstance(thing, nn.Module | type) or callable(thing)
+    return type(thing) in LEAVES or isinstance(thing, nn.Module | type) or callable(thing)
+
+
+def _attributes(thing: Any) -> dict[str, Any]:
+    own = getattr(thing, "__dict__", {}) | slots_of(thing)
+    if not dataclasses.is_dataclass(thing):
+        return own
+    # where some fields are slots and some are not, or bases have slots, the order is that of `map_tensors`
+    return {f.name: own[f.name] for f in dataclasses.fields(thing) if f.name in own} | own
 
 
 def map_tensors(structure: Any, function: Callable[[torch.Tensor], Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
-from layerwise.tuning import audit_graph, audit_modes, audit_optimizer
+from layerwise.tuning import audit_graph, audit_modes, audit_optimizer, audit_schedulers
 from layerwise.tuning.audit_probe import probe
 from layerwise.tuning.audit_setup import Finding, Setup, optimizers_of
 from layerwise.tuning.passes import Forward, feed
@@ -30,7 +30,7 @@ CHECKS: tuple[Callable[[Setup], Iterator[Finding]], ...] = (
     audit_optimizer.broken_ratios,
     audit_optimizer.head_slower_than_backbone,
     audit_optimizer.uneven_decay,
-    audit_optimizer.schedulers_and_new_groups,
+    audit_schedulers.schedulers_and_new_groups,
     audit_optimizer.without_state,
     audit_optimizer.decay_on_norms_and_biases,
     audit_graph.split_ties,

@@ -1,24 +1,11 @@
-"""Checks of the optimiser and the schedulers: who is in it, at which rate, and what comes of it."""
+"""Checks of the optimiser: who is in it, at which rate, and what comes of it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
-
-from torch.optim import lr_scheduler
 
 from layerwise.tuning.audit_setup import Finding, Setup
-
-CANNOT_GROW = (
-    lr_scheduler.LambdaLR,
-    lr_scheduler.MultiplicativeLR,
-    lr_scheduler.OneCycleLR,
-    lr_scheduler.CyclicLR,
-    lr_scheduler.CosineAnnealingWarmRestarts,
-    lr_scheduler.SequentialLR,
-)
-"""Schedulers of torch whose next step raises when the optimiser got a param group that they do not know."""
 
 
 def nothing_trains(setup: Setup) -> Iterator[Finding]:
@@ -246,48 +233,6 @@ def broken_ratios(setup: Setup) -> Iterator[Finding]:
             "or a shape with steps counted from the start does this.",
             advice,
         )
-
-
-def schedulers_and_new_groups(setup: Setup) -> Iterator[Finding]:
-    """Schedulers that crash on the next step, or will once a group is unfrozen into the optimiser."""
-    waiting = {
-        name
-        for name, p in setup.parameters.items()
-        if not p.requires_grad and all(p is not q for _, g in setup.param_groups for q in g["params"])
-    }
-    for given in setup.schedulers:
-        scheduler = getattr(given, "scheduler", given)  # accelerate wraps it
-        kind = type(scheduler).__name__
-        crashing = [part for part in _parts(scheduler) if isinstance(part, CANNOT_GROW)]
-        groups = len(scheduler.optimizer.param_groups) if hasattr(scheduler, "optimizer") else 0
-        known = min(
-            (len(part.base_lrs) for part in _parts(scheduler) if hasattr(part, "base_lrs")), default=groups
-        )
-        if known != groups and crashing:
-            yield Finding(
-                "error",
-                "scheduler-will-crash",
-                (kind,),
-                f"The optimiser has {groups} param groups, but {kind} was made for {known}: its next step "
-                "raises.",
-                "make the scheduler anew after unfreezing, or let layerwise.Tuner schedule",
-            )
-        elif crashing and waiting:
-            yield Finding(
-                "warning",
-                "scheduler-cannot-grow",
-                (kind,),
-                f"{len(waiting)} parameters are frozen and not in the optimiser. Unfreezing them with "
-                f"add_param_group will make the next step of {kind} raise, as of 6 of torch's 12 "
-                "schedulers; the other 6 lose the ratio between groups.",
-                "let layerwise.Tuner unfreeze and schedule, or make the scheduler anew at each unfreezing",
-            )
-
-
-def _parts(scheduler: Any) -> list[Any]:
-    """Return a scheduler and those that it is made of."""
-    inner = getattr(scheduler, "_schedulers", None) or []
-    return [scheduler, *(part for child in inner for part in _parts(child))]
 
 
 def without_state(setup: Setup) -> Iterator[Finding]:

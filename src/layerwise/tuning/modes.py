@@ -3,7 +3,8 @@
 ``model.train()`` is called by every trainer, some of them at every step, and it reaches every module. A
 frozen layer must not listen: in train mode its dropout is noise and its batch-norm statistics drift. So a
 pinned module carries a stand-in for its ``train`` method as an *instance* attribute. The class, the
-module tree and the state-dict keys stay as they are, and copies and pickles keep the pin.
+module tree and the state-dict keys stay as they are, and copies and pickles keep the pin. A pinned norm
+carries a second one for ``reset_running_stats``, by which ``update_bn`` would empty what it cannot refill.
 
 Who looks at the ``training`` attribute alone is safe; who *assigns* ``module.training = True`` by hand
 goes round the pin (`layerwise.audit` reports it).
@@ -19,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from layerwise.errors import LayerwiseWarning
+
+_RESET = "reset_running_stats"  # what batch-norm and instance-norm call it
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +49,21 @@ class _Pin:
         return self.module
 
 
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """Stands in for ``module.reset_running_stats`` of a pinned norm, and keeps the statistics.
+
+    ``torch.optim.swa_utils.update_bn`` resets every batch-norm and then measures in train mode, where a
+    pinned one is not: it would be left with mean 0 and variance 1.
+    """
+
+    module: nn.Module
+
+    def __call__(self) -> None:
+        if isinstance(self.module, LazyModuleMixin):  # it is getting its shape, and has no values yet
+            type(self.module).reset_running_stats(self.module)  # type: ignore[attr-defined]
+
+
 def _pin_of(module: nn.Module) -> _Pin | None:
     found = module.__dict__.get("train")
     # A shallow copy shares the attribute of its original; that is not a pin of the copy.
@@ -63,7 +82,8 @@ def pin_eval(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     The pin survives ``model.train()``, ``copy.deepcopy``, pickling (``torch.save`` of a whole module),
     ``load_state_dict``, ``torch.compile``, DistributedDataParallel, autocast and checkpointing.
     A class that overrides ``train`` has its override called once with False, and is left alone until
-    `unpin`.
+    `unpin`. The statistics of a pinned norm stay as they are in ``reset_running_stats`` too, and so in
+    ``update_bn`` and in its ``reset_parameters``.
 
     Recurrent layers (``nn.LSTM`` and kin) without dropout between their layers are passed over: train
     and eval mode compute the same there, and cuDNN refuses to send gradients through one in eval mode.
@@ -104,6 +124,8 @@ def pin_eval(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
                 module.train(False)
         module.training = False
         module.__dict__["train"] = _Pin(module, wanted, module.__dict__.get("train"))
+        if hasattr(type(module), _RESET):
+            module.__dict__.setdefault(_RESET, _Kept(module))
     return new
 
 
@@ -122,6 +144,8 @@ def unpin(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
         if pin is None:
             continue
         del module.__dict__["train"]
+        if isinstance(module.__dict__.get(_RESET), _Kept):
+            del module.__dict__[_RESET]
         if pin.hidden is not None:
             module.__dict__["train"] = pin.hidden
         if pin.hidden is not None or type(module).train is not nn.Module.train:

@@ -101,7 +101,7 @@ def restore_statistics(module: nn.Module, statistics: dict[str, Tensor] | None) 
     """Put back what `clone_statistics` returned."""
     if statistics is None:
         if not isinstance(module._buffers["running_mean"], nn.UninitializedBuffer):
-            module.reset_running_stats()  # type: ignore[operator]
+            type(module).reset_running_stats(module)  # type: ignore[attr-defined]  # also of one that is held
         return
     for name, value in statistics.items():
         module._buffers[name].copy_(value)  # type: ignore[union-attr]

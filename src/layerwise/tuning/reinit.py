@@ -10,6 +10,7 @@ from torch import nn
 
 from layerwise.errors import LayerwiseWarning, ModelError
 from layerwise.layers.layermap import LayerMap
+from layerwise.tuning.modes import pin_eval, unpin
 
 
 def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed: int) -> tuple[str, ...]:
@@ -65,18 +66,22 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
             stacklevel=2,
         )
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        for module, _ in modules:
-            if init_weights is not None:
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    if hasattr(tensor, "_is_hf_initialized"):
-                        del tensor._is_hf_initialized  # or transformers passes the tensor over
-                init_weights(module)
-            else:
-                initialise = _initialiser(module)
-                assert initialise is not None
-                initialise()
+    held = unpin(module for module, _ in modules)  # a held norm keeps its statistics in reset_parameters
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            for module, _ in modules:
+                if init_weights is not None:
+                    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                        if hasattr(tensor, "_is_hf_initialized"):
+                            del tensor._is_hf_initialized  # or transformers passes the tensor over
+                    init_weights(module)
+                else:
+                    initialise = _initialiser(module)
+                    assert initialise is not None
+                    initialise()
+    finally:
+        pin_eval(held)
     return tuple(name for _, own in modules for name in own)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, PlanError
+from layerwise.errors import LayerwiseWarning, PlanError, plural, shorten
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining, learning
@@ -265,8 +265,8 @@ class Tuner:
         """Take one optimiser step: check, regularise, step, zero the gradients, move the schedule on.
 
         Called once per optimiser step, so after the last of the accumulated batches. When a plan by steps
-        ends in the middle of an epoch, further calls in that epoch drop the gradients and change nothing:
-        leave the loop when `done`.
+        ends in the middle of an epoch, further calls in that epoch drop the gradients and change nothing;
+        the batches before them still move the statistics of norms that learn. Leave the loop when `done`.
 
         Args:
             scaler: scales the gradients (mixed precision in fp16); None where there is none, or where the
@@ -565,10 +565,18 @@ class Tuner:
     def _after_the_end(self) -> None:
         if not self._open:
             raise PlanError(_over(self.plan))
+        moving = self.norms.adapting
         self._warn(
             "end",
             f"the plan ended at step {self.step_count}, in the middle of an epoch; this and further "
-            "tuner.step() calls change nothing. Leave the loop when tuner.done",
+            "tuner.step() calls change nothing"
+            + (
+                f", but batches in train mode move the statistics of {plural(len(moving), 'norm')} that "
+                f"learn ({shorten(moving)}) all the same"
+                if moving
+                else ""
+            )
+            + ". Leave the loop when tuner.done",
         )
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -628,6 +628,71 @@ def test_a_setting_drawn_twice_with_one_seed_is_one_seed():
     assert depth_curve(rows, SPACE, layers, "max", seeds=2) == curve
 
 
+def counted_fits(monkeypatch):
+    """Return the list that grows by a plan and rate with each training."""
+    made, fit = [], module.fit
+
+    def counting(*args, **options):
+        made.append((options["plan"], options["lr"]))
+        return fit(*args, **options)
+
+    monkeypatch.setattr(module, "fit", counting)
+    return made
+
+
+@pytest.mark.parametrize("limit", [{"trials": 8}, {"minutes": 1.0}])
+def test_a_search_ends_when_its_ranges_leave_no_other_setting(model, data, monkeypatch, limit):
+    # one rate, one decay and three depths are three settings, whatever the budget
+    made = counted_fits(monkeypatch)
+    found = searched(model, data, lr=(1e-3, 1e-3), decay=(0.9, 0.9), refit="none", **limit)
+    assert len(made) == len(found.trials) == 3
+    assert "every setting" in str(found)
+
+
+def test_a_setting_that_is_drawn_again_is_not_trained_again(model, data, monkeypatch):
+    # a probe has no decay, so with one rate all its trials are one; other depths have a decay to be drawn
+    made, said = counted_fits(monkeypatch), []
+    found = searched(model, data, depths=(1, 3), lr=(1e-3, 1e-3), trials=12, refit="none", say=said.append)
+    probes = [row for row in found.trials if row.choice == "last 1"]
+    assert len(found.trials) == 12
+    assert len(probes) > 1
+    assert len(made) == 12 - len(probes) + 1
+    assert {(row.state, row.value) for row in probes} == {("complete", probes[0].value)}
+    assert sum("not trained again" in line for line in said) == len(probes) - 1
+    (point,) = (point for point in found.curve if point.choice == "last 1")
+    assert (point.seeds, point.error) == (1, 0.0)
+
+
+@pytest.mark.parametrize(("state", "outcome"), [("PRUNED", "pruned"), ("FAIL", "complete")])
+def test_a_setting_that_was_pruned_is_pruned_again_and_one_that_was_cut_off_is_trained(
+    model, data, monkeypatch, tmp_path, state, outcome
+):
+    # a trial that failed, without an error, is one that was cut off
+    optuna, made = optuna_module(), counted_fits(monkeypatch)
+    options = {"depths": (1, 2), "storage": tmp_path / "j.log", "refit": "none"}
+    searched(model, data, trials=2, **options)
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "j.log"))
+    )
+    with quiet():
+        study = optuna.load_study(study_name="search", storage=storage)
+    params = {"choice": "last 2", "lr": 2e-3, "decay": 0.8}
+    ranges = study.trials[0].distributions
+    study.add_trial(
+        optuna.trial.create_trial(
+            params=params,
+            distributions=ranges,
+            state=optuna.trial.TrialState[state],
+            user_attrs={"seed": 0},
+        )
+    )
+    study.enqueue_trial(params, user_attrs={"seed": 0})
+    found = searched(model, data, trials=4 if state == "PRUNED" else 3, **options)
+    assert found.trials[-1].setting == ("last 2", 2e-3, 0.8)
+    assert found.trials[-1].state == outcome
+    assert len(made) == 2 + (outcome == "complete")
+
+
 def test_only_settings_with_all_seeds_are_compared():
     # a lucky single run does not stand before a mean of two, and of two confirmed ones the better mean does
     layers = map_of(pretrained(norm=False, widths=(4, 4, 6, 6)))

@@ -305,6 +305,40 @@ def test_lightning_trains_from_a_cache(data, tmp_path, accumulated):
     assert supply.replays == 3
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_few_batches_can_be_overfitted(data, tmp_path, cached):
+    # an epoch has so many steps; the same batches in each
+    net = start()
+    plan = layerwise.top_k(layerwise.layer_map(net, torch.randn(2, 3)), k=1, epochs=3)
+    tuner = tuner_of(net, data, plan, steps_per_epoch=2)
+    cache = layerwise.PrefixCache(net, tuner=tuner, storage="memory") if cached else None
+    fit(tuner, net, data, tmp_path, cache=cache, overfit_batches=2)
+    assert (tuner.done, tuner.step_count) == (True, 6)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+@pytest.mark.parametrize("part", ["train", "val", "hook"])
+def test_shuffled_batches_of_a_cache_are_not_overfitted_and_the_error_says_so(data, tmp_path, part):
+    # Lightning makes the loader anew, without shuffling; what stands for a loader it cannot make
+    net = start()
+    tuner = tuner_of(net, data, steps_per_epoch=2)
+    cache = layerwise.PrefixCache(net, tuner=tuner, storage="memory")
+    shuffled, plain = cache.as_loader(DataLoader(data, 8, shuffle=True)), DataLoader(data, 8)
+    module = Module(net, tuner)
+    if part == "hook":
+        module.train_dataloader = lambda: shuffled
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path, overfit_batches=2,
+        callbacks=[lightning.TunerCallback(tuner)],
+    )  # fmt: skip
+    given = {"train": (shuffled, None), "val": (plain, shuffled), "hook": ()}[part]
+    error, message = (ValueError, "PrefixCache.as_loader") if part == "hook" else (ModelError, "not shuffle")
+    with pytest.raises(error, match=message):
+        trainer.fit(module, *given)
+
+
 def test_accumulated_batches_count_as_one_step(data, tmp_path):
     net = start()
     tuner = tuner_of(net, data, steps_per_epoch=2)

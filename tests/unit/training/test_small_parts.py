@@ -2,6 +2,9 @@
 
 import gc
 import io
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -92,6 +95,62 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
     del calls[1:]
     with pytest.raises(OSError, match="Input/output"):
         files.write_folder(tmp_path / "new", lambda path: (path / "a").write_text("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_folder_is_put_in_place_though_another_writer_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, moment: int
+) -> None:
+    # The other one comes before our first rename, or between the two; ours is the last, and stays.
+    folder, rename, calls = tmp_path / "run", Path.rename, []
+
+    def fill(text: str) -> Callable[[Path], object]:
+        return lambda path: [(path / name).write_text(text) for name in "ab"]
+
+    def raced(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == moment:
+            monkeypatch.setattr(Path, "rename", rename)
+            files.write_folder(folder, fill("theirs"))
+        return rename(self, target)
+
+    if there:
+        files.write_folder(folder, fill("old"))
+    monkeypatch.setattr(Path, "rename", raced)
+    files.write_folder(folder, fill("ours"))
+    assert [(folder / name).read_text() for name in "ab"] == ["ours", "ours"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_vanishes_before_it_is_moved_aside_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another writer has it aside; what we put there will be replaced by theirs in turn.
+    folder, rename = tmp_path / "run", Path.rename
+    files.write_folder(folder, lambda path: (path / "a").write_text("old"))
+
+    def raced(self: Path, target: Path) -> Path:
+        if self == folder:
+            shutil.rmtree(folder)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", raced)
+    files.write_folder(folder, lambda path: (path / "a").write_text("new"))
+    assert (folder / "a").read_text() == "new"
+
+
+def test_many_writers_of_one_folder_leave_it_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def write(number: int) -> None:
+        text = str(number)
+        files.write_folder(folder, lambda path: [(path / name).write_text(text) for name in "ab"])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(80)))
+    assert (folder / "a").read_text() == (folder / "b").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise.errors import LayerwiseWarning
@@ -91,6 +92,41 @@ def test_state_dict_keys_classes_and_module_tree_are_unchanged(net):
     assert [(n, type(m)) for n, m in net.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
     net.load_state_dict(plain.state_dict())
     assert body_is_still(net)
+
+
+@pytest.mark.parametrize("clone", [lambda net: net, copy.deepcopy], ids=["itself", "deepcopy"])
+def test_update_bn_measures_the_free_norms_and_keeps_the_held_ones(net, clone):
+    # it resets all batch-norms first, and a held one is not measured in train mode afterwards
+    net.fc = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    net.body[1].running_mean.fill_(2.0)
+    twin = clone(net)
+    update_bn([torch.randn(8, 3)], twin)
+    assert torch.equal(twin.body[1].running_mean, torch.full((4,), 2.0))
+    assert not torch.equal(twin.fc[0].running_mean, torch.zeros(4))
+    unpin(twin.modules())
+    update_bn([torch.randn(8, 3)], twin)
+    assert not torch.equal(twin.body[1].running_mean, torch.full((4,), 2.0))
+
+
+def test_a_held_norm_that_gets_its_shape_gets_statistics():
+    # a lazy norm makes them in reset_running_stats, whatever holds it
+    norm = nn.LazyBatchNorm1d()
+    pin_eval([norm])
+    norm(torch.randn(4, 3))
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    norm.running_mean.fill_(2.0)
+    norm.reset_running_stats()
+    assert torch.equal(norm.running_mean, torch.full((3,), 2.0))
+
+
+def test_somebody_elses_instance_reset_stays():
+    norm = nn.BatchNorm1d(3)
+    calls = []
+    norm.reset_running_stats = lambda: calls.append(1)
+    pin_eval([norm])
+    unpin([norm])
+    norm.reset_running_stats()
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import changed, map_by_children, snapshot, tiny_cnn
 from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.tuning.norms import freeze_batchnorm
 from layerwise.tuning.reinit import reinit
 
 
@@ -21,6 +22,16 @@ def test_parameters_and_statistics_of_the_groups_start_anew() -> None:
     assert set(names) == {name for name, _ in model.named_parameters() if name.startswith(("layer2", "fc"))}
     assert {name.split(".")[0] for name in moved} == {"layer2", "fc"}
     assert torch.equal(model.layer2[1].running_mean, torch.zeros(4))
+
+
+def test_statistics_that_are_held_start_anew_too_and_stay_held() -> None:
+    """A phase that freezes the norms of a group it starts anew leaves no statistics of the old weights."""
+    model = tiny_cnn()
+    model(torch.randn(4, 3, 8, 8))
+    freeze_batchnorm(model)
+    reinit(model, map_by_children(model), ("layer2",), seed=3)
+    assert torch.equal(model.layer2[1].running_mean, torch.zeros(4))
+    assert not model.train().layer2[1].training
 
 
 def test_the_seed_alone_decides() -> None:

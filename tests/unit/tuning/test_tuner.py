@@ -357,6 +357,29 @@ def test_phases_by_steps_change_in_the_middle_of_an_epoch() -> None:
     assert (tuner.step_count, tuner.epoch, tuner.done) == (10, 4, True)
 
 
+def test_a_loop_that_goes_on_is_told_which_norms_still_move() -> None:
+    """tuner.step() cannot undo a batch: the norms that learn have moved by it, and the warning names them."""
+    model = tiny_cnn()
+    tuner = make(lambda layers: strategies.full(layers, steps=1), model=model)
+    tuner.begin_epoch()
+    seen = []
+    for inputs, labels in batches(2, (3, 8, 8), classes=3):
+        F.cross_entropy(model(inputs), labels).backward()
+        if tuner.done:
+            with pytest.warns(
+                LayerwiseWarning, match=r"statistics of 3 norms that learn \(stem.1, .*\) all the"
+            ):
+                tuner.step()
+        else:
+            tuner.step()
+        seen.append(snapshot(model))
+    assert {name.rpartition(".")[2] for name in changed(*seen)} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+
+
 def test_totals_hold_at_every_step() -> None:
     """total_steps and total_epochs are the same at every step of a run in which no phase ends early."""
     tuner = make(lambda layers: gradual(layers, steps_per_group=2, last_steps=4, last_epochs=None))

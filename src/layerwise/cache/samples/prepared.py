@@ -53,6 +53,11 @@ def stand_in(loader: Any, begin: Callable[[], Iterator[Any]]) -> Any:
     return made
 
 
+def is_stand_in(loader: Any) -> bool:
+    """Return whether a loader is what `stand_in` made of one, Accelerate's aside."""
+    return isinstance(loader, _Instead)
+
+
 class _Instead:
     """A loader with other batches; in all else it is the loader.
 
@@ -69,6 +74,9 @@ class _Instead:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def __repr__(self) -> str:  # frameworks that want to make it anew with another sampler name it in errors
+        return f"<PrefixCache.as_loader of {self._loader!r}: its order is that loader's>"
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # a copy that is being made has none yet
