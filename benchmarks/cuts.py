@@ -33,6 +33,7 @@ import layerwise
 from benchmarks.oracles import timm_family, timm_names
 from benchmarks.other_models import other_models
 from benchmarks.transformers_models import SMALL, Small
+from layerwise.cache.telling import phases_of
 from layerwise.errors import CacheError
 from layerwise.layers.randomness import seed_everything
 from layerwise.layers.structures import tensors_in
@@ -108,7 +109,7 @@ def examine(found: Examined, make: Make) -> None:
         first = epoch(cache.batches())
         second = epoch(_watched(cache, replays))
         (supply,) = cache._supplies
-        phases, reason = list(supply.phases().values()), supply.reason
+        phases, reason = list(phases_of(supply).values()), supply.reason
         found.why = cache.describe()
     unequal = [what for what, *others in zip(plain, first, second, strict=True) if {what} != set(others)]
     if unequal:

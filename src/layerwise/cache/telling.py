@@ -24,7 +24,7 @@ def described(supplies: Sequence[Supply]) -> str:
         name = "prefix cache" if len(supplies) == 1 else f"prefix cache (loader {number + 1})"
         if supply.reason:
             lines.append(f"{name}: off: {supply.reason}")
-        phases = _phases(supply)
+        phases = phases_of(supply)
         when = "until then: " if supply.reason else ""
         shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
         lines += dict.fromkeys(f"{name}: {when}{told(phase)}" for phase in shown)
@@ -44,7 +44,7 @@ def decided(supply: Supply) -> Decision | None:
     """Return what was chosen last for a loader; None before its first batch."""
     if supply.reason:
         return Decision("off", supply.reason)
-    phases = [p for p in _phases(supply).values() if p.decision is not None or p.reason]
+    phases = [p for p in phases_of(supply).values() if p.decision is not None or p.reason]
     if not phases:
         return None
     return phases[-1].decision or Decision("off", phases[-1].reason)
@@ -65,7 +65,7 @@ def told(phase: Phase | None) -> str:
     return text
 
 
-def _phases(supply: Supply) -> dict[Any, Phase]:
+def phases_of(supply: Supply) -> dict[Any, Phase]:
     """Return, by the state of the model, what was found for all shapes of a loader's samples together."""
     feeds = supply.feeds
     keys = dict.fromkeys(key for feed in feeds for key in feed.phases)
