@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.fingerprint import named_tensors, weights_digest
 from layerwise.errors import DataError
-from layerwise.training.tasks import Classification
-from layerwise.training.text_tasks import task_of
+from layerwise.training.classification import Classification
+from layerwise.training.known_tasks import task_of
 from layerwise.tuning.stall import Mode
 
 LOWER_IS_BETTER = ("loss", "val_loss", "rmse", "mae", "perplexity")

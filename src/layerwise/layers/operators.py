@@ -126,7 +126,7 @@ def content_of(tensor: torch.Tensor) -> str:
         return tensor_digest(tensor)
 
 
-def factory_size(func: Any, args: tuple[Any, ...]) -> float:
+def factory_size(args: tuple[Any, ...]) -> float:
     """Return how many elements an operation without tensor arguments makes; inf if it cannot be told."""
     if args and isinstance(args[0], tuple | list):
         return math.prod(int(length) for length in args[0])

@@ -156,11 +156,11 @@ def _attempt(
             how="fake" if fake else "real",
             ops=recorder.ops,
             calls=recorder.calls,
-            values=recorder.values,
+            values=recorder.values.all,
             inputs=inputs,
             output=output,
-            output_keys=tuple(recorder.key(tensor) for tensor in tensors_in(output)),
-            names=recorder.names,
+            output_keys=tuple(recorder.values.key(tensor) for tensor in tensors_in(output)),
+            names=recorder.values.names,
             batch_size=_batch_size(arguments),
             remembering={
                 module: max(names, key=names.__getitem__)
@@ -168,7 +168,7 @@ def _attempt(
                 if module not in keeping
             },
             keeping=keeping,
-            kept_keys=tuple(recorder.key(tensor) for tensor in kept if recorder.is_of_batch(tensor)),
+            kept_keys=tuple(recorder.values.key(tensor) for tensor in kept if recorder.is_of_batch(tensor)),
             watched=hooked,
             rewritten=recorder.rewritten()
             | {name for name, (parameter, content) in contents.items() if was_replaced(parameter, content)},

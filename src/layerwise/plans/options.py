@@ -110,13 +110,11 @@ def one_phase(
     strategy: str,
     rates: Mapping[str, float],
     options: PhaseOptions,
-    *,
-    name: str = "train",
     **fields: Any,
 ) -> Plan:
     """Return a plan of one phase with `rates`, its length and settings from `options`."""
     phase = Phase(
-        name=name,
+        name="train",
         rates={group: rate for group, rate in rates.items() if rate != 0},
         **{**length(options), **settings(options), **fields},
     )

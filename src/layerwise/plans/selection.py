@@ -76,7 +76,7 @@ def _named(layers: LayerMap, name: str) -> list[str]:
     return [layers[name].name]
 
 
-def match_names(patterns: Sequence[str], names: Iterable[str], *, what: str = "parameter") -> list[str]:
+def match_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
     """Return those of `names` that at least one of `patterns` matches, in the order of `names`.
 
     Args:
@@ -89,8 +89,7 @@ def match_names(patterns: Sequence[str], names: Iterable[str], *, what: str = "p
               ``"bn*"`` matches ``layer1.bn1.weight``, ``"*.bias"`` every bias
             - ``re:`` and a regular expression that is searched for in the name
 
-        names: dotted names.
-        what: what the names name, for messages.
+        names: dotted names of parameters.
 
     Raises:
         PlanError: a pattern matches nothing (closest names are listed), or is not a valid regular
@@ -114,7 +113,7 @@ def match_names(patterns: Sequence[str], names: Iterable[str], *, what: str = "p
             continue
         chosen.update(found)
         if not found:
-            problems.append(f"pattern {pattern!r} matches no {what}.{_close(pattern, names)}")
+            problems.append(f"pattern {pattern!r} matches no parameter.{_close(pattern, names)}")
     if problems:
         raise PlanError(
             "; ".join(problems)

@@ -55,9 +55,9 @@ def open_model(
     import torch
 
     transformers = _transformers(spec)
-    folder = _local_folder(spec, name)
+    folder = _local_folder(name)
     config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
-    task = task or _task_of(spec, config, transformers)
+    task = task or _task_of(spec, config)
     if task not in TASKS:
         raise ModelError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
     if problem not in (None, *PROBLEMS):
@@ -82,7 +82,7 @@ def open_model(
     download = pretrained and weights is None
     if download:
         if folder is not None:
-            _require_weights(spec, folder)
+            _require_weights(folder)
         model, info = _read(
             spec,
             lambda: auto.from_pretrained(
@@ -150,9 +150,9 @@ def task_of(spec: str, name: str) -> Task:
         ModelError: there is none, or it classifies neither images nor texts.
     """
     transformers = _transformers(spec)
-    _local_folder(spec, name)
+    _local_folder(name)
     config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
-    return _task_of(spec, config, transformers)
+    return _task_of(spec, config)
 
 
 def max_length_of(model: nn.Module, tokenizer: Any) -> int:
@@ -238,7 +238,7 @@ def _transformers(spec: str) -> Any:
     return transformers
 
 
-def _local_folder(spec: str, name: str) -> Path | None:
+def _local_folder(name: str) -> Path | None:
     """Return the folder that `name` means, None for a hub id."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -299,7 +299,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _task_of(spec: str, config: Any, transformers: Any) -> Task:
+def _task_of(spec: str, config: Any) -> Task:
     """Return what a configuration's model is for, as its library's own tables say."""
     from transformers.models.auto import modeling_auto as tables
 
@@ -321,7 +321,7 @@ def _task_of(spec: str, config: Any, transformers: Any) -> Task:
     )
 
 
-def _require_weights(spec: str, folder: Path) -> None:
+def _require_weights(folder: Path) -> None:
     if any(found for pattern in WEIGHT_FILES for found in folder.glob(pattern)):
         return
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])

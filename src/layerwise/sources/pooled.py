@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from layerwise.errors import ModelError
 from layerwise.sources.opened import OpenedModel, ReplacedHead
 
-POOLINGS = ("model", "mean")
-
 
 class MeanPooledClassifier(nn.Module):
     """A transformers body, the mean of its token vectors, and one linear output layer.

@@ -265,7 +265,6 @@ def text_list(
     *,
     max_length: int,
     pairs: Sequence[str] | None = None,
-    classes: Sequence[str] = (),
 ) -> TextSet:
     """Return texts without labels, for prediction; cut to `max_length`.
 
@@ -278,7 +277,7 @@ def text_list(
             f"texts {', '.join(empty[:10])} are empty; remove them." if empty else "there are no texts."
         )
     found = encode_texts(tokenizer, texts, pairs, max_length=max_length)
-    return TextSet(found.samples, task="text_classification", tokenizer=tokenizer, classes=classes)
+    return TextSet(found.samples, task="text_classification", tokenizer=tokenizer)
 
 
 def _encode_part(

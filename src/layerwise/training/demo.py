@@ -108,7 +108,6 @@ def run_demo(
     seed: int = SEED,
     image_size: int = 128,
     on_arm: Callable[[Arm, Prepared], None] = lambda _arm, _prepared: None,
-    progress: bool = True,
 ) -> DemoResult:
     """Train every arm into a folder of its own below `out`; return the closing table.
 
@@ -119,7 +118,6 @@ def run_demo(
         seed: of drawing, split, head and order; the same for all arms.
         image_size: side in pixels.
         on_arm: called with each arm once its model, data and plan are open, before it trains.
-        progress: whether to report each epoch.
 
     Raises:
         MissingExtraError: the packages with weights and images are not installed.
@@ -131,7 +129,7 @@ def run_demo(
         prepared = prepare(demo_job(arm, sizes=sizes, epochs=epochs, seed=seed, image_size=image_size))
         on_arm(arm, prepared)
         folder = out / arm.name.replace(" ", "-")
-        rows.append(row_of(arm, prepared.fit(out=folder, progress=progress), folder))
+        rows.append(row_of(arm, prepared.fit(out=folder), folder))
         examples = () if prepared.data.test is None else prepared.data.test.paths[:3]
     return DemoResult(tuple(rows), examples)
 

@@ -15,6 +15,7 @@ from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches
 from layerwise.training.tasks import Scores, Task
 from layerwise.tuning.modes import held_modes
+from layerwise.tuning.processes import distributed
 
 
 def evaluate(
@@ -60,7 +61,7 @@ def evaluate(
             total += torch.tensor([float(loss) * size, size], dtype=torch.float64)
             task.update(metrics, output.float(), batch)
             on_batch()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if distributed():
         total = total.to(device)
         torch.distributed.all_reduce(total)
     if not total[1]:

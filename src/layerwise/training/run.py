@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from layerwise.errors import ModelError, RunError, shorten
 from layerwise.files import remove_leftovers, sha256, with_nulls, write_file, write_json
 from layerwise.plans.plan import Plan
-from layerwise.training.tasks import Task, task_from_dict
+from layerwise.training.known_tasks import task_from_dict
+from layerwise.training.tasks import Task
 
 FORMAT = 1
 """Version of the format of ``run.json``."""

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -21,17 +21,14 @@ from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
 from layerwise.training.evaluate import first_output
 from layerwise.training.fingerprint import fingerprint
+from layerwise.training.known_tasks import infer_task, task_of
 from layerwise.training.labels import balanced_class_weights, labels_of
 from layerwise.training.options import CacheMode
-from layerwise.training.tasks import Batch, Task, infer_task, run_model
-from layerwise.training.text_tasks import task_of
+from layerwise.training.tasks import Batch, Task, run_model
 from layerwise.tuning.audit import Audit, audit
 from layerwise.tuning.norm_layers import small_batch_warning
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import Watch, WatchReport
-
-if TYPE_CHECKING:
-    pass
 
 REMEMBERED = (
     "lr",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from layerwise.errors import ModelError
@@ -49,7 +49,6 @@ def text_demo_job(
     seed: int,
     model: str | None = None,
     pooling: str = "mean",
-    max_length: int = MAX_LENGTH,
     cache: str = "auto",
     padding: str = "auto",
 ) -> Job:
@@ -62,7 +61,7 @@ def text_demo_job(
         schedule="linear",
         test_frac=0.25,
         options={"lr": arm.lr, "seed": seed, "cache": cache},
-        text={"max_length": max_length, "pooling": pooling, "padding": padding},
+        text={"max_length": MAX_LENGTH, "pooling": pooling, "padding": padding},
     )
 
 
@@ -74,9 +73,7 @@ def run_text_demo(
     seed: int = SEED,
     data: str | None = None,
     model: str | None = None,
-    arms: Sequence[Arm] = TEXT_ARMS,
     on_arm: Callable[[Arm, PreparedText], None] = lambda _arm, _prepared: None,
-    progress: bool = True,
 ) -> DemoResult:
     """Train every arm into a folder of its own below `out`; return the closing table.
 
@@ -87,9 +84,7 @@ def run_text_demo(
         seed: of drawing, split, head and order; the same for all arms.
         data: a table with ``text`` and ``label`` instead of Debian's package descriptions.
         model: spec of another encoder than the packaged MiniLM.
-        arms: what to compare.
         on_arm: called with each arm once its model, data and plan are open, before it trains.
-        progress: whether to report each epoch.
 
     Raises:
         ModelError: the package with the weights is not installed.
@@ -98,12 +93,12 @@ def run_text_demo(
     """
     rows: list[Row] = []
     examples: tuple[str, ...] = ()
-    for arm in arms:
+    for arm in TEXT_ARMS:
         job = text_demo_job(arm, data=data or f"{DEBIAN}:{per_topic}", epochs=epochs, seed=seed, model=model)
         prepared = prepare_text(job)
         on_arm(arm, prepared)
         folder = out / arm.name.replace(" ", "-")
-        rows.append(row_of(arm, prepared.fit(out=folder, progress=progress), folder))
+        rows.append(row_of(arm, prepared.fit(out=folder), folder))
         test = prepared.table.parts.get("test")
         examples = () if test is None else tuple(test.texts[:3])
     return DemoResult(tuple(rows), examples)

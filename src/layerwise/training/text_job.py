@@ -14,11 +14,11 @@ from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
+from layerwise.training.known_tasks import task_of
 from layerwise.training.progress import Reporter
 from layerwise.training.result import Result
 from layerwise.training.run import read_run
 from layerwise.training.tasks import Task
-from layerwise.training.text_tasks import task_of
 from layerwise.training.transformers_folder import FOLDER, save_transformers
 
 if TYPE_CHECKING:

@@ -160,13 +160,13 @@ def predict_texts(
         elif isinstance(run.task, LanguageModelling):
             found = _fill(run, tokenizer, part, length)
         else:
-            found = run.predict(_encode(run, tokenizer, part, length))
+            found = run.predict(_encode(tokenizer, part, length))
         rows |= dict(zip(indices, found, strict=True))
     shown = ({"text": t.text} if t.pair is None else {"text": t.text, "pair": t.pair} for t in asked)
     return [{**text, **rows[index]} for index, text in enumerate(shown)]
 
 
-def _encode(run: Run, tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
+def _encode(tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
     pairs = [text.pair for text in part]
     if any(pair is not None for pair in pairs):
         options["text_pair"] = [pair or "" for pair in pairs]
@@ -246,7 +246,7 @@ def _complete(
 
 def _fill(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list[dict[str, Any]]:
     """Return the most likely token at each mask of each text, with its probability."""
-    batch = _encode(run, tokenizer, part, length)
+    batch = _encode(tokenizer, part, length)
     masks = batch["input_ids"] == tokenizer.mask_token_id
     found = []
     for row, decoded in zip(masks, run.predict(batch), strict=True):

@@ -1,4 +1,4 @@
-"""Tasks beside one class a sample: several labels, or numbers; and the table of all tasks of text.
+"""Tasks beside one class a sample: several labels, or numbers.
 
 Each is a frozen dataclass with the members of `layerwise.training.tasks.Task`. Those whose labels belong
 to tokens are in `layerwise.training.token_tasks`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.errors import DataError
-from layerwise.training.tasks import Batch, Scores, Task, run_model, settle_mode, split_batch
-from layerwise.training.token_tasks import LanguageModelling, TokenClassification, kind_of, raise_found
+from layerwise.training.tasks import Batch, Scores, kind_of, raise_found, run_model, settle_mode, split_batch
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -37,7 +35,7 @@ class MultiLabel:
         monitor: metric that picks the best epoch. Macro F1 by default: with many labels nearly all of
             which are off, exact match and accuracy say little.
         mode: ``"max"``; always ``"min"`` where `monitor` is ``"loss"``.
-        name: key in `layerwise.training.tasks.TASKS`.
+        name: key in `layerwise.training.known_tasks.TASKS`.
     """
 
     classes: tuple[str, ...]
@@ -155,7 +153,7 @@ class Regression:
         monitor: metric that picks the best epoch: ``"rmse"``, ``"mae"`` (both the mean over the
             numbers), ``"loss"``, ``"r2"`` or ``"pearson"``.
         mode: that of the monitor: ``"max"`` for R2 and the correlation, else ``"min"``.
-        name: key in `layerwise.training.tasks.TASKS`.
+        name: key in `layerwise.training.known_tasks.TASKS`.
     """
 
     classes: tuple[str, ...] = ("value",)
@@ -305,43 +303,6 @@ class Regression:
     def to_dict(self) -> dict[str, Any]:
         """Return the task as plain data."""
         return dataclasses.asdict(self)
-
-
-def _from_dict(build: Callable[..., Task]) -> Callable[[dict[str, Any]], Task]:
-    def from_dict(data: dict[str, Any]) -> Task:
-        # JSON knows no tuples
-        return build(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
-
-    return from_dict
-
-
-TEXT_TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {
-    "multi_label": _from_dict(MultiLabel),
-    "regression": _from_dict(Regression),
-    "token_classification": _from_dict(TokenClassification),
-    "causal_lm": _from_dict(LanguageModelling),
-    "masked_lm": _from_dict(LanguageModelling),
-}
-"""Task name -> function that builds the task from what its ``to_dict`` returned."""
-
-
-def task_of(data: Any) -> Task | None:
-    """Return the task that a data set of texts names itself, None for other data sets.
-
-    Args:
-        data: a `layerwise.sources.text.TextSet`, or any object with a ``task`` that is a key of
-            `TEXT_TASKS`, and ``classes``. Mean and scale of numbers are taken from its ``labels``.
-    """
-    kind = getattr(data, "task", None)
-    if kind not in TEXT_TASKS:
-        return None
-    if kind == "regression":
-        labels = torch.tensor([data[index]["labels"] for index in range(len(data))], dtype=torch.float64)
-        return Regression.fitted(labels)
-    if kind in ("causal_lm", "masked_lm"):
-        return LanguageModelling(kind)
-    build = MultiLabel if kind == "multi_label" else TokenClassification
-    return build(tuple(data.classes))
 
 
 def _wrong_width(output: Tensor, width: int, what: str) -> list[str]:

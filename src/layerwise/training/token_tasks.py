@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.errors import DataError
-from layerwise.training.tasks import Batch, Scores, run_model, split_batch
+from layerwise.training.tasks import Batch, Scores, kind_of, raise_found, run_model, split_batch
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -35,7 +34,7 @@ class TokenClassification:
 
     Attributes:
         classes: the tags, in the order of the model's outputs.
-        name: key in `layerwise.training.tasks.TASKS`.
+        name: key in `layerwise.training.known_tasks.TASKS`.
     """
 
     classes: tuple[str, ...]
@@ -276,16 +275,3 @@ def _wrong_tokens(output: Tensor, labels: Any, width: int, what: str) -> list[st
             f"or {IGNORED} for what is not scored"
         ]
     return []
-
-
-def kind_of(labels: Any) -> str:
-    """Return dtype and shape of labels, for messages."""
-    if not isinstance(labels, Tensor):
-        return f"a {type(labels).__name__}"
-    return f"{labels.dtype} of shape {tuple(labels.shape)}"
-
-
-def raise_found(found: list[str]) -> None:
-    """Raise one `DataError` that tells all problems, if there are any."""
-    if found:
-        raise DataError("; ".join(found) + ".")

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError, ModelError, did_you_mean, shorten
 from layerwise.tuning.modes import held_modes
-from layerwise.tuning.moments import Moments, clone_statistics, distributed, mean_shift, restore_statistics
+from layerwise.tuning.moments import Moments, clone_statistics, mean_shift, restore_statistics
 from layerwise.tuning.norm_layers import NormLayer, find_norms
 from layerwise.tuning.passes import Enough, Forward, Passes, before_forward, feed
+from layerwise.tuning.processes import distributed
 from layerwise.tuning.wrappers import unwrapped
 
 Method = Literal["exact", "one_pass", "moving"]

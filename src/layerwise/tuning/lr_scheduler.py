@@ -78,9 +78,7 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
         """
         if self.schedule.shape != "plateau":
             return
-        if self._stall.update(metric, mode) > self.schedule.patience_epochs:
-            self.stalls += 1
-            self._stall.bad_epochs = 0
+        self.stalls += self._stall.runs_out(metric, mode, self.schedule.patience_epochs)
         self._set_rates()
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from layerwise.errors import DataError
 from layerwise.tuning.norm_layers import NormLayer
+from layerwise.tuning.processes import distributed
 
 
 class Moments:
@@ -113,8 +114,3 @@ def mean_shift(module: nn.Module, before: dict[str, Tensor] | None) -> float:
         return 0.0
     moved = (module._buffers["running_mean"] - before["running_mean"]).abs()  # type: ignore[operator]
     return float((moved / (before["running_var"] + float(getattr(module, "eps", 1e-5))).sqrt()).mean())
-
-
-def distributed() -> bool:
-    """Return whether this process is one of a group."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

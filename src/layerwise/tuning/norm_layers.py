@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from layerwise.errors import shorten
 from layerwise.tuning.modes import pinned
+from layerwise.tuning.processes import distributed
 
 Kind = Literal["running", "batch", "plain"]
 
@@ -141,7 +142,7 @@ def small_batch_warning(model: nn.Module, batch_size: int) -> str | None:
         model: as it will be trained (after the phase was entered).
         batch_size: samples per forward pass and process.
     """
-    world = torch.distributed.get_world_size() if _distributed() else 1
+    world = torch.distributed.get_world_size() if distributed() else 1
     at_rest = {norm.module for norm in frozen_norms(model)}
     names = [
         norm.name
@@ -158,7 +159,3 @@ def small_batch_warning(model: nn.Module, batch_size: int) -> str | None:
         "give statistics that eval mode never sees. Use the policy 'freeze' (Norms(policy='freeze')) or "
         f"'calibrate', or batches above {SMALL_BATCH}; accumulating gradients does not help."
     )
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

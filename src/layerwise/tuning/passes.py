@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import DataError
 from layerwise.layers.randomness import RandomState, random_state, restore_random_state
-from layerwise.tuning.moments import distributed
+from layerwise.tuning.processes import distributed
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -7,11 +7,28 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Plan
+
 
 def has_finite_gradients(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether no gradient holds infinity or NaN, as one does whose loss was scaled too far."""
     gradients = [p.grad for p in parameters if p.grad is not None and p.grad.layout == torch.strided]
     return not gradients or bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+
+def pretrained_names(plan: Plan, number: int, layers: LayerMap) -> frozenset[str]:
+    """Return the parameters whose pretrained weights are there in a phase: no head, nothing started anew.
+
+    Args:
+        plan: says what is started anew.
+        number: of the phase.
+        layers: the model's layer map.
+    """
+    new = {name for phase in plan.phases[: number + 1] for name in phase.reinit}
+    if layers.head is not None:
+        new.add(layers.head.name)
+    return frozenset(name for group in layers if group.name not in new for name in group.parameters)
 
 
 class L2SP:

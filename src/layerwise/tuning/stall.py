@@ -39,3 +39,15 @@ class Stall:
             self.best = metric
         self.bad_epochs = 0 if better else self.bad_epochs + 1
         return self.bad_epochs
+
+    def runs_out(self, metric: float, mode: Mode, patience_epochs: int) -> bool:
+        """Take in the metric of one epoch; return whether patience is over, and then count anew.
+
+        >>> stall = Stall()
+        >>> [stall.runs_out(0.5, "max", 1) for _ in range(6)]
+        [False, False, True, False, True, False]
+        """
+        over = self.update(metric, mode) > patience_epochs
+        if over:
+            self.bad_epochs = 0
+        return over

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
+import torch
 from torch import nn
 
 from layerwise.layers.layermap import LayerMap
@@ -38,6 +39,24 @@ def set_modes(
                 pin_eval([norm.module])
     values |= dict.fromkeys(record.frozen, 0.0) | dict.fromkeys(record.trainable, record.rate)
     return {name: 0.0 if name in held else value for name, value in values.items()}, record
+
+
+def draw_groups(layers: LayerMap, phase: Phase, learning: Set[str], generator: torch.Generator) -> list[str]:
+    """Return the trunk groups that learn until the next draw (LISA), input -> output.
+
+    Args:
+        layers: the model's layer map.
+        phase: tells how many are drawn, and from which.
+        learning: names of the parameters that may learn in the phase; a group without any is not drawn.
+        generator: moves on.
+    """
+    trunk = [
+        group.name
+        for group in layers
+        if group.role == "trunk" and phase.trains(group.name) and not learning.isdisjoint(group.parameters)
+    ]
+    order = torch.randperm(len(trunk), generator=generator).tolist()
+    return sorted((trunk[i] for i in order[: phase.sample_groups]), key=trunk.index)
 
 
 def _planned(

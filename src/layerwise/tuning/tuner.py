@@ -7,9 +7,10 @@
             tuner.step()                    # optimiser, schedule, zero_grad, phases by steps
         tuner.end_epoch(accuracy)           # only where a phase or a schedule waits for validation
 
-At each phase change, in this order: groups to be started anew are; modes and norms follow the phase's policy
-(`layerwise.tuning.norms`); ``requires_grad`` says who learns; the optimiser's param groups become those of
-the phase. There is one optimiser for the whole plan, so moments of groups that go on learning go on too.
+At each phase change, in this order: modes and norms follow the phase's policy (`layerwise.tuning.norms`);
+``requires_grad`` says who learns; the optimiser's param groups become those of the phase; and when its first
+epoch begins, groups to be started anew are. There is one optimiser for the whole plan, so moments of groups
+that go on learning go on too.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
 from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
 from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates, rates_by_name
-from layerwise.tuning.regularisers import L2SP, has_finite_gradients
+from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained_names
 from layerwise.tuning.reinit import reinit
 from layerwise.tuning.stall import Mode, Stall
-from layerwise.tuning.trainability import set_modes
+from layerwise.tuning.trainability import draw_groups, set_modes
 from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
 from layerwise.tuning.wrappers import unwrapped
 
@@ -314,10 +315,18 @@ class Tuner:
 
     def after_step(self) -> None:
         """Move the schedule and the phases on after an optimiser step that a framework took itself."""
-        self._progress.step += 1
-        self._progress.step_in_phase += 1
-        self._progress.step_in_epoch += 1
-        self._after_step()
+        progress, phase = self._progress, self.phase
+        progress.step += 1
+        progress.step_in_phase += 1
+        progress.step_in_epoch += 1
+        if not progress.whole_epochs and progress.step_in_phase >= phase.length_steps(self._steps_per_epoch):
+            self._next_phase()
+            return
+        if phase.sample_every_steps and progress.step_in_phase % phase.sample_every_steps == 0:
+            self._draw()
+            self._builder.sync(self.optimizer, self._set_trainable())
+            self._take_references()
+        self._set_rates()
 
     def end_epoch(self, metric: float | None = None, *, mode: Mode = "max") -> None:
         """End the running epoch; needed only where a phase or a plateau schedule waits for validation.
@@ -455,15 +464,8 @@ class Tuner:
             )
         )
         self._l2_sp.forget([name for name in self._l2_sp.references if name not in pulled])
-        wanted = pulled & self.trainable_names() & self._pretrained()
+        wanted = pulled & self.trainable_names() & pretrained_names(self.plan, first, self.layers)
         self._l2_sp.remember({name: p for name, p in self._parameters.items() if name in wanted})
-
-    def _pretrained(self) -> frozenset[str]:
-        """Return the parameters with pretrained weights to be pulled to: no head, nothing started anew."""
-        new = {name for phase in self.plan.phases[: self._progress.phase + 1] for name in phase.reinit}
-        if self.layers.head is not None:
-            new.add(self.layers.head.name)
-        return frozenset(name for group in self.layers if group.name not in new for name in group.parameters)
 
     def _next_phase(self) -> None:
         progress = self._progress
@@ -486,18 +488,6 @@ class Tuner:
             self._begin_phase()
         self._set_rates()
 
-    def _after_step(self) -> None:
-        """Change the phase, or LISA's groups, when it is time; then set the rates of the next step."""
-        progress, phase = self._progress, self.phase
-        if not progress.whole_epochs and progress.step_in_phase >= phase.length_steps(self._steps_per_epoch):
-            self._next_phase()
-            return
-        if phase.sample_every_steps and progress.step_in_phase % phase.sample_every_steps == 0:
-            self._draw()
-            self._builder.sync(self.optimizer, self._set_trainable())
-            self._take_references()
-        self._set_rates()
-
     def _take_in(self, metric: float | None, mode: Mode) -> bool:
         """Count epochs without improvement; return whether the phase is to end because of them."""
         schedule, patience = self.phase.schedule, self.phase.patience_epochs
@@ -510,24 +500,16 @@ class Tuner:
                     "tuner.end_epoch(metric) at the end of each epoch",
                 )
             return False
-        if schedule.shape == "plateau" and self._plateau.update(metric, mode) > schedule.patience_epochs:
-            self._progress.stalls += 1
-            self._plateau.bad_epochs = 0
+        if schedule.shape == "plateau":
+            self._progress.stalls += self._plateau.runs_out(metric, mode, schedule.patience_epochs)
         return self._stall.update(metric, mode) >= (patience or math.inf)
 
     def _draw(self) -> None:
-        """Draw the trunk groups that learn until the next draw."""
-        phase = self.phase
-        if phase.sample_groups is None:
+        """Draw the trunk groups that learn until the next draw, where the phase draws some."""
+        if self.phase.sample_groups is None:
             return
         learning = self.trainable_names(self._progress.phase)
-        trunk = [
-            group.name
-            for group in self.layers
-            if group.role == "trunk" and phase.trains(group.name) and learning.intersection(group.parameters)
-        ]
-        order = torch.randperm(len(trunk), generator=self._generator).tolist()
-        self._progress.drawn = sorted((trunk[i] for i in order[: phase.sample_groups]), key=trunk.index)
+        self._progress.drawn = draw_groups(self.layers, self.phase, learning, self._generator)
 
     # ------------------------------------------------------------------ who learns
 

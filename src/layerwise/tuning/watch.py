@@ -150,7 +150,7 @@ class Watch:
     ) -> None:
         assert self._before is not None  # __enter__ ran
         after = _snapshot(self._model, self._optimizer)
-        self._report = _compare(self._model, self._before, after, self._trained, self._adapting)
+        self._report = _compare(self._before, after, self._trained, self._adapting)
 
 
 def watch(
@@ -231,9 +231,7 @@ def _held_buffers(model: nn.Module) -> frozenset[str]:
     return frozenset(held)
 
 
-def _compare(
-    model: nn.Module, before: _Snapshot, after: _Snapshot, trained: set[str], adapting: set[str]
-) -> WatchReport:
+def _compare(before: _Snapshot, after: _Snapshot, trained: set[str], adapting: set[str]) -> WatchReport:
     both = [name for name in before.digests if name in after.digests]
     moved = [name for name in both if before.digests[name] != after.digests[name]]
     learning = {

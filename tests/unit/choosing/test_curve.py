@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from layerwise.choosing import curve as module
 from layerwise.choosing.curve import cut_plan, transfer_curve
 from layerwise.errors import DataError, PlanError, RunError
-from layerwise.training.tasks import Classification
+from layerwise.training.classification import Classification
 
 from .small import images, map_of, pretrained
 

@@ -35,8 +35,9 @@ from layerwise.errors import DataError, PlanError, RunError, TrainingError
 from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
 from layerwise.report.page import write_report
+from layerwise.training.classification import Classification
 from layerwise.training.run import read_run
-from layerwise.training.tasks import Classification, Scores
+from layerwise.training.tasks import Scores
 from layerwise.training.text_tasks import Regression
 
 from .small import images, map_of, pretrained

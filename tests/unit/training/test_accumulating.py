@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from layerwise.training.accumulating import Window
+from layerwise.training.classification import Classification
 from layerwise.training.evaluate import evaluate
-from layerwise.training.tasks import Classification
 from layerwise.training.token_tasks import IGNORED, LanguageModelling, TokenClassification
 
 

@@ -21,11 +21,11 @@ from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, T
 from layerwise.plans.plan import Plan
 from layerwise.training import checkpoint
 from layerwise.training.checkpoint import list_checkpoints, load_latest
+from layerwise.training.classification import Classification
 from layerwise.training.fit import fit
 from layerwise.training.history import read_history
 from layerwise.training.result import Result
 from layerwise.training.run import load_run, read_run
-from layerwise.training.tasks import Classification
 from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 

@@ -10,9 +10,9 @@ from torch import nn
 from image_folders import make_images
 from layerwise.errors import DataError, RunError
 from layerwise.sources.preprocessing import Preprocessing
+from layerwise.training.classification import Classification
 from layerwise.training.predict import predict_images
 from layerwise.training.run import Run
-from layerwise.training.tasks import Classification
 
 
 class Channels(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.training.tasks import Classification
+from layerwise.training.classification import Classification
 from layerwise.training.token_tasks import LanguageModelling
 from layerwise.tuning.tuner import Tuner
 from tiny_text import CONFIGS, DECODERS, ENCODERS, tiny_model, tiny_tokenizer

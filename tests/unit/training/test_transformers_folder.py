@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import ModelError, RunError
-from layerwise.training.tasks import Classification
+from layerwise.training.classification import Classification
 from layerwise.training.text_tasks import MultiLabel, Regression
 from layerwise.training.token_tasks import TokenClassification
 from layerwise.training.transformers_folder import move_body, save_transformers

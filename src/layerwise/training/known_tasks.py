@@ -1,0 +1,101 @@
+"""Which task it is: of a name in ``run.json``, of a data set that tells it, of a first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import DataError, did_you_mean
+from layerwise.training.classification import Classification
+from layerwise.training.tasks import Batch, Task, split_batch
+from layerwise.training.text_tasks import MultiLabel, Regression
+from layerwise.training.token_tasks import LanguageModelling, TokenClassification
+
+
+def _from_dict(build: Callable[..., Task]) -> Callable[[dict[str, Any]], Task]:
+    def from_dict(data: dict[str, Any]) -> Task:
+        # JSON knows no tuples
+        return build(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+
+    return from_dict
+
+
+TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {
+    "image_classification": _from_dict(Classification),
+    "text_classification": _from_dict(Classification),
+    "multi_label": _from_dict(MultiLabel),
+    "regression": _from_dict(Regression),
+    "token_classification": _from_dict(TokenClassification),
+    "causal_lm": _from_dict(LanguageModelling),
+    "masked_lm": _from_dict(LanguageModelling),
+}
+"""Task name -> function that builds the task from what its ``to_dict`` returned."""
+
+
+def task_from_dict(data: dict[str, Any]) -> Task:
+    """Return the task that `Task.to_dict` described.
+
+    Raises:
+        DataError: its name is not in `TASKS`.
+    """
+    try:
+        build = TASKS[data["name"]]
+    except KeyError:
+        raise DataError(
+            f"task {data.get('name')!r} is not known ({', '.join(TASKS)})."
+            f"{did_you_mean(str(data.get('name')), TASKS)}"
+        ) from None
+    return build(data)
+
+
+def task_of(data: Any) -> Task | None:
+    """Return the task that a data set of texts names itself, None for other data sets.
+
+    Args:
+        data: a `layerwise.sources.text.TextSet`, or any object with a ``task`` that is a key of `TASKS`, and
+            ``classes``. Mean and scale of numbers are taken from its ``labels``. One class a text is left
+            to `infer_task`.
+    """
+    match getattr(data, "task", None):
+        case "multi_label":
+            return MultiLabel(tuple(data.classes))
+        case "token_classification":
+            return TokenClassification(tuple(data.classes))
+        case "causal_lm" | "masked_lm" as kind:
+            return LanguageModelling(kind)
+        case "regression":
+            labels = torch.tensor([data[index]["labels"] for index in range(len(data))], dtype=torch.float64)
+            return Regression.fitted(labels)
+    return None
+
+
+def infer_task(batch: Batch, *, classes: Sequence[str] | None, outputs: int, **options: Any) -> Task:
+    """Return the task that a first batch speaks for.
+
+    Integer labels, one for each sample, mean classification; ``"text_classification"`` where the
+    batch is a mapping, ``"image_classification"`` where it is a pair.
+
+    Args:
+        batch: the first batch.
+        classes: names of the classes; None names them by number.
+        outputs: width of the model's output, the number of classes where `classes` is None.
+        options: further fields of the task.
+
+    Raises:
+        DataError: labels are of another kind.
+    """
+    _, kwargs, labels = split_batch(batch)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        kind = (
+            f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
+        )
+        raise DataError(
+            f"labels of the first batch are {kind}; task='auto' knows one integer for each sample. "
+            "Give fit a task object that says what they mean: fit(..., task=...)."
+        )
+    names = tuple(classes) if classes is not None else tuple(str(i) for i in range(outputs))
+    name = "text_classification" if kwargs else "image_classification"
+    return Classification(names, name, **options)
