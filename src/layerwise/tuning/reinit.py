@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.errors import ModelError, warn
 from layerwise.layers.layermap import LayerMap
 
 
@@ -58,11 +57,9 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
             f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
         )
     if kept:
-        warnings.warn(
+        warn(
             f"started anew: {', '.join(groups)}, but {len(kept)} vectors keep their values, as their "
             f"modules have no reset_parameters(): {', '.join(kept)}",
-            LayerwiseWarning,
-            stacklevel=2,
         )
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Frozen values in forms that are not stored (sparse, mkldnn, quantised), or in an unusual place in memory."""
+"""Frozen values in forms that are not stored (sparse, quantised), or in an unusual place in memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,11 @@ FORMS: dict[str, tuple[Function, Function, str]] = {
     "unsigned": (lambda x: x.view(torch.uint32), lambda x: x.view(torch.float32), "low"),
     "float8": (lambda x: x.to(torch.float8_e4m3fn), Tensor.float, "low"),
     "powers of two": (lambda x: x.to(torch.float8_e8m0fnu), Tensor.float, "low"),
-    "quantised": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), Tensor.dequantize, "low.linear"),
+    "quantised": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        Tensor.dequantize,
+        "low.linear",
+    ),
     "repeated": (lambda x: x[:, None].expand(-1, 3, -1), lambda x: x.sum(1), "input of head"),
     "part of a larger one": (lambda x: torch.stack([x, x], 2)[:, :, 0], lambda x: x, "low"),
     "turned": (Tensor.t, Tensor.t, "low"),

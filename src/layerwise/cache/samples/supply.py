@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError
 from layerwise.cache.samples.feed import Feed, Phase, merged
 from layerwise.cache.samples.reading import LoaderReader, Order
-from layerwise.errors import CacheError, LayerwiseWarning
+from layerwise.errors import CacheError, warn
 from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
@@ -90,7 +89,7 @@ class Supply:
             self.reason = reason
         logger.info("prefix cache off: %s", reason)
         if self.asked:
-            warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
+            warn(f"The prefix cache is off: {reason.rstrip('.')}.")
 
     def refuse_random(self, reason: str) -> None:
         """Note that samples are not the same each time they are loaded."""
