@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -65,7 +66,9 @@ def _seen(model: nn.Module, call: _Call) -> MethodType:
     original = ref(model)
 
     def _call_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        caller: Any = sys._getframe(1).f_locals.get("self")  # of `nn.Module.__call__`
+        caller: Any = None
+        if not torch.compiler.is_dynamo_compiling():  # the compiler cannot follow this
+            caller = sys._getframe(1).f_locals.get("self")  # of `nn.Module.__call__`
         if getattr(getattr(caller, "__dict__", {}).get("_call_impl"), "__func__", None) is _call_impl:
             module = caller
         if module is not original():
