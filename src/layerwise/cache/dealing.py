@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -89,8 +90,12 @@ class Dealer:
                 live = self.deal(supply, indices, batch, view=view)
         except Exception as error:
             return Raised(error)
-        if live.feed.reader.has_drawn and supply.views == 1 and not supply.reason:
-            supply.refuse_random(DRAWS)  # the first samples did not
+        reader = live.feed.reader
+        if reader.has_drawn and supply.views == 1 and not supply.reason:
+            reader.has_drawn = False
+            is_alone = self._frozen.thread in (None, get_ident())  # else the model may have drawn them
+            if is_alone or reader.draws(indices):
+                supply.refuse_random(DRAWS)  # the first samples did not
         return live
 
     def expected_state(self, supply: Supply) -> int:

@@ -631,6 +631,32 @@ def fetched_by_another_thread(run: Run) -> None:
     assert run.cache is None or run.cache._supplies[0].replays == 15
 
 
+class DrawnMeanwhile(Counted):
+    """While some samples are loaded, something else in the program draws random numbers."""
+
+    soon = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.soon:
+            self.soon -= 1
+            other = threading.Thread(target=torch.rand, args=(1,))
+            other.start()
+            other.join()
+        return super().__getitem__(index)
+
+
+def loaded_by_another_thread_while_the_model_draws(run: Run) -> None:
+    data = DrawnMeanwhile(run.data.inputs, run.data.labels)
+    loader = run.loader(data)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(EPOCHS):
+            batches = run.batches(loader)
+            while (batch := pool.submit(next, batches, None).result()) is not None:
+                run.step(batch)
+                data.soon = 4 * (len(run.losses) == 2)
+    assert run.cache is None or not run.cache._supplies[0].reason
+
+
 class CallsItself(Net):
     """Its own output decides how it goes on, as in some recurrent models."""
 
@@ -749,6 +775,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
     inputs_changed_by_a_hook_in_the_middle_of_an_epoch: CACHED,
     fetched_by_another_thread: "cut at",
+    loaded_by_another_thread_while_the_model_draws: "cut at",
     a_model_that_calls_itself: CACHED,
     validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",
