@@ -146,6 +146,9 @@ class Calls:
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase, self._frozen.thread = live.feed, live.phase, get_ident()
+        if phase is not None and phase.reason and not live.replayed:
+            live.supply.called_in = self._book.state()  # it may have come in other modes than it was made for
+            return None
         if phase is None or phase.cut is None or phase.fixed is None:
             return None
         if not (live.replayed or self._is_completed(live, phase)):

@@ -110,6 +110,16 @@ class Dealer:
             return now
         return last if self._book.differ_in_modes(now, last) else now
 
+    def is_off(self, supply: Supply) -> bool:
+        """Return whether nothing of an epoch that begins now will be cached.
+
+        Where nothing is cached in the present modes, the loop may change them before it calls the model.
+        """
+        now = self.expected_state(supply)
+        used = {key for feed in supply.feeds for key, phase in feed.phases.items() if phase.verified}
+        late = any(self._book.differ_in_modes(now, key) for key in used)
+        return supply.is_off(now) and not (late and not supply.reason)
+
     def deal(self, supply: Supply, indices: list[int], batch: Any, *, view: int) -> Live:
         """Return one batch.
 

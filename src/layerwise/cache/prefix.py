@@ -162,7 +162,7 @@ class PrefixCache:
         supply = self._supply(loader)
         self._calls.end_leavers(seen_or_not=True)
         self._book.refresh()
-        if supply.is_off(self._dealer.expected_state(supply)):
+        if self._dealer.is_off(supply):
             return supply.plain()
         changed = supply.forget_changed()
         if supply.reason:

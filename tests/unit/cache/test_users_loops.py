@@ -694,6 +694,24 @@ def validated_on_the_same_loader_first(run: Run) -> None:
             run.step(batch)
 
 
+def set_to_train_late_after_a_validation(run: Run) -> None:
+    run.take(ClassesInEvalMode())
+    loader = run.loader()
+    replays = 0
+    for epoch in range(EPOCHS + 1):
+        run.model.train(epoch == 1)
+        for batch in run.batches(loader) if epoch else ():
+            run.model.train()
+            run.step(batch)
+        replays = run.cache._supplies[0].replays if run.cache is not None else 0
+        run.model.eval()
+        with torch.no_grad():
+            for x, _ in run.batches(loader):
+                run.losses += run.model(x)
+    assert run.cache is None or replays == 5  # all but the first batch
+    assert run.cache is None or "no batch of this epoch was replayed" not in run.cache.describe()
+
+
 class ReturnsNothing(Net):
     def forward(self, x: Tensor) -> None:
         self.kept = [super().forward(x)]
@@ -777,6 +795,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     fetched_by_another_thread: "cut at",
     loaded_by_another_thread_while_the_model_draws: "cut at",
     a_model_that_calls_itself: CACHED,
+    set_to_train_late_after_a_validation: "cut at",
     validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",
     a_copy_of_the_model_trained_next: CACHED,

@@ -221,7 +221,8 @@ class Supply:
     def is_idle(self, key: Any) -> bool:
         """Whether nothing was replayed in this epoch, although values of the phase `key` are stored."""
         several = self.epochs > 1 and self.handed_out > 2
-        return several and not self.replays and not self.is_off(key) and self.stored(key) > 0
+        is_off = self.is_off(key) or self.is_off(self.called_in)
+        return several and not self.replays and not is_off and self.stored(key) > 0
 
     def is_off(self, key: Any) -> bool:
         """Whether nothing of this loader is cached in the phase `key`."""
