@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,8 +152,10 @@ def off(
     shared = {k: options.pop(k) for k in keys if k in options}
     plain = train(make, data(), *learning, cached=False, **shared)
     if warns:
-        with pytest.warns(LayerwiseWarning, match="The prefix cache is off"):
+        with pytest.warns(LayerwiseWarning, match="The prefix cache is off") as found:
             cached = train(make, data(), *learning, cached=True, **shared, **options)
+        ours = [one.filename for one in found if one.category is LayerwiseWarning]
+        assert not any(Path(file).is_relative_to(Path(layerwise.__file__).parent) for file in ours), ours
     else:
         cached = train(make, data(), *learning, cached=True, **shared, **options)
     assert_same(plain, cached)

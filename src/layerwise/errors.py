@@ -18,7 +18,12 @@ Every message says what was wrong with the value received, what was expected, an
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+
+_LIBRARIES = (os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep, "<frozen ")
 
 
 class LayerwiseError(Exception):
@@ -65,6 +70,29 @@ class MissingExtraError(LayerwiseError, ImportError):
 
 class LayerwiseWarning(UserWarning):
     """What was asked for can be done, but is likely not what was meant."""
+
+
+def warn(message: str) -> None:
+    """Give a `LayerwiseWarning` that shows the line of the user's own code that led here.
+
+    Passes over layerwise, Python's library and whatever is installed, such as torch; where there is nothing
+    else, it shows where the program began.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        LayerwiseWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or "-packages" in file
 
 
 def named_kind(value: object) -> str:

@@ -147,6 +147,9 @@ class Calls:
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase, self._frozen.thread = live.feed, live.phase, get_ident()
+        if phase is not None and phase.reason and not live.replayed:
+            live.supply.called_in = self._state.number()  # perhaps not that for which it was made
+            return None
         if phase is None or phase.cut is None or phase.fixed is None:
             return None
         if not (live.replayed or self._is_completed(live, phase)):

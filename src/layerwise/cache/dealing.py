@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -89,8 +90,12 @@ class Dealer:
                 live = self.deal(supply, indices, batch, view=view)
         except Exception as error:
             return Raised(error)
-        if live.feed.reader.has_drawn and supply.views == 1 and not supply.reason:
-            supply.refuse_random(DRAWS)  # the first samples did not
+        reader = live.feed.reader
+        if reader.has_drawn and supply.views == 1 and not supply.reason:
+            reader.has_drawn = False
+            is_alone = self._frozen.thread in (None, get_ident())  # else the model may have drawn them
+            if is_alone or reader.draws(indices):
+                supply.refuse_random(DRAWS)  # the first samples did not
         return live
 
     def expected_state(self, supply: Supply) -> int:
@@ -104,6 +109,16 @@ class Dealer:
         if last is None or any(now in feed.phases for feed in supply.feeds) or supply.is_off(last):
             return now
         return last if self._state.differ_in_modes(now, last) else now
+
+    def is_off(self, supply: Supply) -> bool:
+        """Return whether nothing of an epoch that begins now will be cached.
+
+        Where nothing is cached in the present modes, the loop may change them before it calls the model.
+        """
+        now = self.expected_state(supply)
+        used = {key for feed in supply.feeds for key, phase in feed.phases.items() if phase.verified}
+        late = any(self._state.differ_in_modes(now, key) for key in used)
+        return supply.is_off(now) and not (late and not supply.reason)
 
     def deal(self, supply: Supply, indices: list[int], batch: Any, *, view: int) -> Live:
         """Return one batch.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -31,7 +30,7 @@ from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.store.decision import Decision, Storage
 from layerwise.cache.telling import decided, described
 from layerwise.cache.traceless import traceless
-from layerwise.errors import CacheError, LayerwiseWarning
+from layerwise.errors import CacheError, warn
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.randomness import kept_random_state
 
@@ -165,7 +164,7 @@ class PrefixCache:
         supply = self._supply(loader)
         self._calls.end_leavers(seen_or_not=True)
         self._state.refresh()
-        if supply.is_off(self._dealer.expected_state(supply)):
+        if self._dealer.is_off(supply):
             return supply.plain()
         changed = supply.forget_changed()
         if supply.reason:
@@ -239,7 +238,7 @@ class PrefixCache:
         self.stock.shelf.publish_complete()
         filled = total(done)
         for note in filled.notes:
-            warnings.warn(f"prefix cache: {note}.", LayerwiseWarning, stacklevel=2)
+            warn(f"prefix cache: {note}.")
         return filled
 
     def describe(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +131,7 @@ class Stock:
             self._data_digest(feed) + feed.digest,
             str(spec),
             f"{feed.link.autocast} {feed.link.device.type} {feed.link.dtypes} {feed.link.orders}",
-            re.sub(" at 0x[0-9a-f]+", "", str(feed.link.arguments)),  # functions: another place in each run
+            feed.link.name,
             _bits_of(feed),
         )
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any
 
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.errors import ModelError, warn
 from layerwise.integrations.resume import save_with_optimizer
 from layerwise.tuning.stall import Mode
 from layerwise.tuning.tuner import Tuner
@@ -77,11 +76,9 @@ class Driver:
                 f"Make the Tuner with steps_per_epoch={steps_per_epoch}."
             )
         if tuner.total_steps > steps:
-            warnings.warn(
+            warn(
                 f"{framework} stops after {steps:g} optimiser steps, but the plan {tuner.plan.strategy!r} "
                 f"takes {tuner.total_steps}: its end will not be reached.",
-                LayerwiseWarning,
-                stacklevel=3,
             )
 
     def begin_epoch(self) -> None:

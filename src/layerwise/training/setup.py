@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch.utils.data import IterableDataset
 from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, LayerwiseWarning, ModelError, TrainingError
+from layerwise.errors import DataError, ModelError, TrainingError, warn
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
@@ -85,11 +84,9 @@ def batch_count(batches: Batches) -> int:
 
 def warn_of_more_batches(count: int) -> None:
     """Warn that the training loader gives more batches than it told; the epoch ends without them."""
-    warnings.warn(
+    warn(
         f"the training loader gives more than the {count} batches that its length tells; the epoch ends "
         "without the others. Correct the __len__ of its data set, or give each worker a share of the data.",
-        LayerwiseWarning,
-        stacklevel=3,
     )
 
 
@@ -174,7 +171,7 @@ def enter_phase(
         return
     told = small_batch_warning(model, getattr(train, "batch_size", None) or share["batch_size"])
     if told is not None:
-        warnings.warn(f"phase {tuner.phase.name!r}: {told}", LayerwiseWarning, stacklevel=3)
+        warn(f"phase {tuner.phase.name!r}: {told}")
     if not tuner.norms.calibrate:
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
@@ -250,7 +247,7 @@ def report_watch(report: WatchReport, out: Path | None) -> list[str]:
     try:
         report.raise_if_frozen_moved()
     except ModelError as error:
-        warnings.warn(str(error), LayerwiseWarning, stacklevel=3)
+        warn(str(error))
         return [str(error)]
     return []
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.errors import ModelError, warn
 from layerwise.tuning.calibration import CALIBRATED
 from layerwise.tuning.matching import some
 from layerwise.tuning.modes import pinned
@@ -56,11 +55,9 @@ def check_first_step(
     new = [name for name in idle if name not in told]
     if new:
         told.update(new)
-        warnings.warn(
+        warn(
             f"phase {phase!r}: {len(new)} parameters should learn but have no gradient at its first step: "
             f"{some(new)}. The forward pass does not use them, or is cut from the loss",
-            LayerwiseWarning,
-            stacklevel=3,
         )
 
 
@@ -89,10 +86,8 @@ def check_calibrated(phase: str, model: nn.Module, norms: NormRecord) -> None:
     """
     held = (model.get_submodule(path) for path in norms.fixed)
     if norms.calibrate and norms.fixed and not any(module in CALIBRATED for module in held):
-        warnings.warn(
+        warn(
             f"phase {phase!r} has the norm policy 'calibrate', but nobody measured the statistics: "
             "layerwise.fit does it; in other loops call layerwise.calibrate_batchnorm(model, loader) before "
             "the phase's first step",
-            LayerwiseWarning,
-            stacklevel=3,
         )

@@ -12,7 +12,6 @@ goes round the pin (`layerwise.audit` reports it).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from layerwise.errors import LayerwiseWarning
+from layerwise.errors import warn
 
 _RESET = "reset_running_stats"  # what batch-norm and instance-norm call it
 
@@ -110,12 +109,10 @@ def pin_eval(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     )
     scripted = sum(isinstance(module, torch.jit.ScriptModule) for module in new)
     if scripted:
-        warnings.warn(
+        warn(
             f"{scripted} TorchScript modules are held in eval mode in this process, but a deepcopy or a "
             "saved file of them forgets it, and traced ones keep the mode in which they were traced. "
             "Train the Python model, and script it after training.",
-            LayerwiseWarning,
-            stacklevel=2,
         )
     for module in new:
         wanted = module.training

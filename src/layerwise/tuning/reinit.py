@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.errors import ModelError, warn
 from layerwise.layers.layermap import LayerMap
 from layerwise.tuning.modes import pin_eval, unpin
 
@@ -59,11 +58,9 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
             f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
         )
     if kept:
-        warnings.warn(
+        warn(
             f"started anew: {', '.join(groups)}, but {len(kept)} vectors keep their values, as their "
             f"modules have no reset_parameters(): {', '.join(kept)}",
-            LayerwiseWarning,
-            stacklevel=2,
         )
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     held = unpin(module for module, _ in modules)  # a held norm keeps its statistics in reset_parameters

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import LayerwiseWarning, PlanError, plural, shorten
+from layerwise.errors import PlanError, plural, shorten, warn
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining, learning
@@ -566,7 +565,7 @@ class Tuner:
         """Warn once of each kind."""
         if f"!{key}" not in self._warned:
             self._warned.add(f"!{key}")
-            warnings.warn(message, LayerwiseWarning, stacklevel=4)
+            warn(message)
 
 
 def _over(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Frozen values in forms that are not stored (sparse, mkldnn), or in an unusual place in memory."""
+"""Frozen values in forms that are not stored (sparse, quantised), or in an unusual place in memory."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ FORMS: dict[str, tuple[Function, Function, str]] = {
     "complex": (rotated, lambda x: torch.view_as_real(x.resolve_conj()).flatten(1), "low"),
     "negative": (lambda x: rotated(x).imag.repeat(1, 2), lambda x: x + 0, "low"),
     "other bits": (lambda x: x.view(torch.int32), lambda x: x.view(torch.float32), "low"),
+    "unsigned": (lambda x: x.view(torch.uint32), lambda x: x.view(torch.float32), "low"),
+    "float8": (lambda x: x.to(torch.float8_e4m3fn), Tensor.float, "low"),
+    "powers of two": (lambda x: x.to(torch.float8_e8m0fnu), Tensor.float, "low"),
+    "quantised": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        Tensor.dequantize,
+        "low.linear",
+    ),
     "repeated": (lambda x: x[:, None].expand(-1, 3, -1), lambda x: x.sum(1), "input of head"),
     "part of a larger one": (lambda x: torch.stack([x, x], 2)[:, :, 0], lambda x: x, "low"),
     "turned": (Tensor.t, Tensor.t, "low"),
@@ -53,7 +61,7 @@ FORMS: dict[str, tuple[Function, Function, str]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
 def test_exact_in_whatever_form_a_frozen_module_gives_values(name) -> None:
     # what cannot be stored is made anew of what can
     form, plain, site = FORMS[name]

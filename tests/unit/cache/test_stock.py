@@ -108,6 +108,20 @@ def test_a_function_that_the_model_is_given_has_the_same_name_in_each_run(tmp_pa
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_two_functions_of_one_name_are_told_apart(tmp_path) -> None:
+    # by their code, and by what they hold
+    def times(count: int) -> Any:
+        return lambda x: count * x
+
+    for activation in (times(2), times(3), *(lambda x: x + 1, lambda x: x + 2), times(2)):
+
+        def step(model: nn.Module, batch: Any, activation: Any = activation) -> Tensor:
+            return nn.functional.cross_entropy(model(batch[0], activation), batch[1])
+
+        train(Activated, images(), *LAST, cached=True, storage="disk", folder=tmp_path, step=step)
+    assert len(list(tmp_path.iterdir())) == 4 * 2  # the value and the labels
+
+
 class Roots(nn.Module):
     """Its frozen values hold missing numbers."""
 

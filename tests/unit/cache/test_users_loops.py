@@ -631,6 +631,32 @@ def fetched_by_another_thread(run: Run) -> None:
     assert run.cache is None or run.cache._supplies[0].replays == 15
 
 
+class DrawnMeanwhile(Counted):
+    """While some samples are loaded, something else in the program draws random numbers."""
+
+    soon = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.soon:
+            self.soon -= 1
+            other = threading.Thread(target=torch.rand, args=(1,))
+            other.start()
+            other.join()
+        return super().__getitem__(index)
+
+
+def loaded_by_another_thread_while_the_model_draws(run: Run) -> None:
+    data = DrawnMeanwhile(run.data.inputs, run.data.labels)
+    loader = run.loader(data)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(EPOCHS):
+            batches = run.batches(loader)
+            while (batch := pool.submit(next, batches, None).result()) is not None:
+                run.step(batch)
+                data.soon = 4 * (len(run.losses) == 2)
+    assert run.cache is None or not run.cache._supplies[0].reason
+
+
 class CallsItself(Net):
     """Its own output decides how it goes on, as in some recurrent models."""
 
@@ -666,6 +692,24 @@ def validated_on_the_same_loader_first(run: Run) -> None:
         for batch in run.batches(loader):
             run.model.train()
             run.step(batch)
+
+
+def set_to_train_late_after_a_validation(run: Run) -> None:
+    run.take(ClassesInEvalMode())
+    loader = run.loader()
+    replays = 0
+    for epoch in range(EPOCHS + 1):
+        run.model.train(epoch == 1)
+        for batch in run.batches(loader) if epoch else ():
+            run.model.train()
+            run.step(batch)
+        replays = run.cache._supplies[0].replays if run.cache is not None else 0
+        run.model.eval()
+        with torch.no_grad():
+            for x, _ in run.batches(loader):
+                run.losses += run.model(x)
+    assert run.cache is None or replays == 5  # all but the first batch
+    assert run.cache is None or "no batch of this epoch was replayed" not in run.cache.describe()
 
 
 class ReturnsNothing(Net):
@@ -749,7 +793,9 @@ LOOPS: dict[Callable[[Run], None], str] = {
     outputs_changed_by_a_hook_from_the_first_step_on: CACHED,
     inputs_changed_by_a_hook_in_the_middle_of_an_epoch: CACHED,
     fetched_by_another_thread: "cut at",
+    loaded_by_another_thread_while_the_model_draws: "cut at",
     a_model_that_calls_itself: CACHED,
+    set_to_train_late_after_a_validation: "cut at",
     validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",
     a_copy_of_the_model_trained_next: CACHED,

@@ -162,7 +162,6 @@ def _few_numbers(
 ) -> bool:
     """Return whether some site has too few numbers at these positions; zeros have no bits to differ in."""
     return any(
-        full[site].is_floating_point()
-        and int(layout.to_rows(full[site])[positions].count_nonzero()) < _TELLING
+        full[site].is_floating_point() and int((layout.to_rows(full[site])[positions] != 0).sum()) < _TELLING
         for site, layout in layouts.items()
     )

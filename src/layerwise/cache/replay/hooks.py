@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -58,11 +60,17 @@ def _seen(model: nn.Module, call: _Call) -> MethodType:
     """Return a ``_call_impl`` of a model that does what is due when a call ends, also by Ctrl-C.
 
     It sees the output that the caller gets, after all of torch's hooks. It is a method of that name, so
-    pickles of the model have its class's own. Copies carry it, and it does nothing there.
+    pickles of the model have its class's own. Copies carry it, and it does nothing there; in a shallow one
+    (``copy.copy``, a replica of DataParallel) it is bound to the model, and only who calls it tells.
     """
     original = ref(model)
 
     def _call_impl(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        caller: Any = None
+        if not torch.compiler.is_dynamo_compiling():  # the compiler cannot follow this
+            caller = sys._getframe(1).f_locals.get("self")  # of `nn.Module.__call__`
+        if getattr(getattr(caller, "__dict__", {}).get("_call_impl"), "__func__", None) is _call_impl:
+            module = caller
         if module is not original():
             return type(module)._call_impl(module, *args, **kwargs)  # type: ignore[no-untyped-call]
         around, call.due = call.due, []  # a model may call itself

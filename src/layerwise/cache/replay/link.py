@@ -6,6 +6,8 @@ first call is watched, and each tensor argument is recognised among the tensors 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 
+from layerwise.cache.changes.contents import Contents
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
@@ -66,6 +69,15 @@ class Link:
     def changing(self) -> frozenset[int]:
         """Numbers of the arguments that the loop made."""
         return frozenset(number for number, leaf in enumerate(self.leaves) if leaf is None)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Whatever of the arguments is no tensor, as text that tells it from others in other processes, too.
+
+        Functions by what they do and hold, and not by where they lie.
+        """
+        held = Contents(self.arguments, "anywhere")
+        return re.sub(" at 0x[0-9a-f]+", "", f"{self.arguments} {held.texts} {held.data}")
 
     def build(
         self, leaves: Sequence[torch.Tensor], like: Any = None

@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from layerwise.cache.changes.alike import draws_at_once, keeps_order
@@ -25,7 +26,7 @@ from layerwise.cache.changes.fingerprint import datasets_in
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
 from layerwise.errors import CacheError
-from layerwise.layers.randomness import drawn, kept_random_state, seed_everything
+from layerwise.layers.randomness import drawn, drawn_outside_torch, kept_random_state, seed_everything
 from layerwise.layers.snapshot import Snapshot
 from layerwise.layers.structures import tensors_in
 
@@ -42,7 +43,7 @@ class LoaderReader:
     Attributes:
         loader: as given, or another one of the same samples.
         size: number of samples in the dataset.
-        has_drawn: loading a batch in this process drew random numbers.
+        has_drawn: while a batch was loaded in this process, random numbers were drawn.
         digest: names the content of the dataset; ``""`` until somebody needs it, and where it was changed.
 
     Raises:
@@ -131,6 +132,13 @@ class LoaderReader:
         self.has_drawn |= drawn() != before
         return batch
 
+    def draws(self, indices: Sequence[int]) -> bool:
+        """Load a batch once more; return whether that draws, whatever another thread draws meanwhile."""
+        before, watch = drawn_outside_torch(), _Draws()  # type: ignore[no-untyped-call]
+        with watch:
+            self.load_now(indices)
+        return watch.seen or drawn_outside_torch() != before
+
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[Snapshot]:
         """Within: random numbers that are drawn, the dataset's own generators' included, are undone after."""
@@ -180,6 +188,17 @@ class LoaderReader:
         ):
             return "the same sample is different each time it is loaded (a random augmentation)", first
         return "", first
+
+
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether this thread draws from torch's global generators."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        return func(*args, **kwargs)
 
 
 def loading_code(dataset: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError
 from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.reading import LoaderReader, Order
-from layerwise.errors import CacheError, LayerwiseWarning
+from layerwise.errors import CacheError, warn
 from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
@@ -90,7 +89,7 @@ class Supply:
             self.reason = reason
         logger.info("prefix cache off: %s", reason)
         if self.asked:
-            warnings.warn(f"The prefix cache is off: {reason.rstrip('.')}.", LayerwiseWarning, stacklevel=4)
+            warn(f"The prefix cache is off: {reason.rstrip('.')}.")
 
     def refuse_random(self, reason: str) -> None:
         """Note that samples are not the same each time they are loaded."""
@@ -217,7 +216,8 @@ class Supply:
     def is_idle(self, key: Any) -> bool:
         """Whether nothing was replayed in this epoch, although values of the phase `key` are stored."""
         several = self.epochs > 1 and self.handed_out > 2
-        return several and not self.replays and not self.is_off(key) and self.stored(key) > 0
+        is_off = self.is_off(key) or self.is_off(self.called_in)
+        return several and not self.replays and not is_off and self.stored(key) > 0
 
     def is_off(self, key: Any) -> bool:
         """Whether nothing of this loader is cached in the phase `key`."""

@@ -20,6 +20,7 @@ from layerwise.errors import CacheError
 
 Where = Literal["memory", "disk"]
 _CPU = torch.device("cpu")
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Column:
         """
         if self.spec.stored != values.dtype:
             values = narrowed(values, self.spec.stored)
-        self._data[rows] = values.to(self._data.device)
+        _words(self._data)[rows] = _words(values.to(self._data.device))
         self.filled[rows] = True
         self._whole = None
 
@@ -138,6 +139,13 @@ class Column:
         assert self._file is not None
         with open(self._file, "rb+") as file:
             os.fsync(file.fileno())
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    """Return a view as integers that torch writes to by index, of types of which it does not."""
+    kind = values.dtype
+    is_bare = kind.itemsize == 1 if kind.is_floating_point else not (kind.is_signed or kind == torch.bool)
+    return values.view(_WORDS[kind.itemsize]) if is_bare else values
 
 
 def reserve_file(descriptor: int, size: int, folder: Path) -> None:

@@ -245,7 +245,7 @@ def entries(folder: Path) -> list[Entry]:
                 Entry(
                     key=path.name,
                     nbytes=data.stat().st_size if data.is_file() else 0,
-                    rows=int(meta.get("rows", 0)) if meta else 0,
+                    rows=meta["rows"] if meta else 0,
                     what=str(meta.get("what", "")) if meta else "damaged",
                     modified_s=path.stat().st_mtime,
                 )
@@ -284,7 +284,7 @@ def _meta(folder: Path) -> dict[str, Any] | None:
         meta = json.loads((folder / "meta.json").read_text())
     except (OSError, ValueError):
         return None
-    return meta if isinstance(meta, dict) else None
+    return meta if isinstance(meta, dict) and type(meta.get("rows")) is int else None
 
 
 def _problem(folder: Path, rows: int, spec: RowSpec) -> str:

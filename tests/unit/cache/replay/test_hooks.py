@@ -95,6 +95,27 @@ def test_a_copy_takes_nothing_along_and_has_hooks_of_its_own(net: nn.Module, see
     assert seen == [1, 2]
 
 
+class Scaled(nn.Module):
+    scale = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize("copied", [copy.copy, nn.Module._replicate_for_data_parallel])
+def test_a_shallow_copy_is_called_by_itself(copied: Any, seen: list[Any]) -> None:
+    # though it has all that is in the model's __dict__; and also when the epoch is over
+    model, hook = Scaled(), RootHook()
+    with hook.attached(model, lambda args, kwargs: hook.at_end(seen.append)):
+        twin = copied(model)
+        twin.scale = 3
+        assert twin(torch.ones(1)).item() == 3
+        assert not seen
+        assert model(torch.ones(1)).item() == 2
+        assert seen == [2]
+    assert twin(torch.ones(1)).item() == 3
+
+
 def test_it_comes_last_also_of_hooks_that_came_later(net: nn.Module) -> None:
     hook, order = RootHook(), []
     with hook.attached(net, lambda args, kwargs: order.append("ours")):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import threading
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -162,3 +166,35 @@ def test_loaders_of_another_kind() -> None:
     ):
         with pytest.raises(CacheError, match=why):
             LoaderReader(loader)
+
+
+GENERATOR = torch.Generator()
+
+
+def elsewhere() -> None:
+    thread = threading.Thread(target=torch.rand, args=(1,))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("draw", "draws"),
+    [
+        (lambda: torch.rand(1), True),
+        (lambda: torch.zeros(2).bernoulli_(), True),
+        (lambda: np.random.rand(), True),
+        (random.random, True),
+        (lambda: torch.rand(1, generator=GENERATOR), False),
+        (elsewhere, False),
+        (lambda: None, False),
+    ],
+)
+def test_who_draws_is_told_by_thread(draw, draws) -> None:
+    # the state of a global generator does not tell it
+    class Drawing(TensorDataset):
+        def __getitem__(self, index):
+            draw()
+            return super().__getitem__(index)
+
+    reader = LoaderReader(DataLoader(Drawing(torch.arange(8.0)), 4))
+    assert reader.draws([1, 2]) is draws

@@ -100,6 +100,14 @@ def test_what_another_process_removes_meanwhile_is_not_found(tmp_path, monkeypat
     assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
 
 
+@pytest.mark.parametrize("rows", ["many", [3], None, float("inf"), True])
+def test_a_description_whose_rows_are_no_number_is_listed_as_damaged(tmp_path, rows) -> None:
+    published(tmp_path)
+    meta = tmp_path / KEY / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"rows": rows}))
+    assert [(entry.rows, entry.what) for entry in entries(tmp_path)] == [(0, "damaged")]
+
+
 def test_a_list_leaves_out_what_another_process_removes_meanwhile(tmp_path, monkeypatch) -> None:
     published(tmp_path)
     published(tmp_path, "b" * 40)
