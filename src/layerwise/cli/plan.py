@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from layerwise.cli.output import JsonFlag, check_output, friendly, given_options, print_json
+from layerwise.cli.output import JsonFlag, check_output, friendly, given_options, print_json, print_table
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -75,6 +75,9 @@ def plan(
 
     layerwise plan timm:resnet18 --plan plan.yaml --lr 1e-3 --steps-per-epoch 25
     """
+    for name, value in (("--steps-per-epoch", steps_per_epoch), ("--lr", lr)):
+        if value is not None and not value > 0:
+            raise typer.BadParameter(f"{name} is {value}; expected a number above 0.")
     if rate_table:
         _rate_table(layers, lr, decay, as_json)
         return
@@ -82,9 +85,6 @@ def plan(
         raise typer.BadParameter("MODEL is missing (or give --rate-table).")
     if (strategy is None) == (plan_file is None):
         raise typer.BadParameter("give exactly one of --strategy and --plan.")
-    for name, value in (("--steps-per-epoch", steps_per_epoch), ("--lr", lr)):
-        if value is not None and not value > 0:
-            raise typer.BadParameter(f"{name} is {value}; expected a number above 0.")
     if plan_file is not None and "granularity" in given_options(ctx):
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
     check_output(out, "-o", new=True)
@@ -125,9 +125,7 @@ def _show(
     if as_json:
         print_json({"plan": plan.to_dict(), "timeline": explanation.to_dict(), "out": out})
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(explanation)
+    print_table(explanation)
     if out is not None:
         name = shlex.quote(str(out))
         typer.echo(f"Written to {out}. Run it: layerwise fit --plan {name} --model ... --data ... --out ...")
@@ -147,8 +145,6 @@ def _rate_table(layers: int, lr: float | None, decay: str, as_json: bool) -> Non
     if as_json:
         print_json({"layers": layers, "lr": eta, "rates": {str(alpha): row for alpha, row in table.items()}})
         return
-    from rich.console import Console
-
     from layerwise.cli.tables import new_table
 
     shown = new_table(
@@ -157,4 +153,4 @@ def _rate_table(layers: int, lr: float | None, decay: str, as_json: bool) -> Non
     )
     for layer in range(layers, 0, -1):
         shown.add_row(str(layer), *(f"{table[alpha][layer]:.2e}" for alpha in alphas))
-    Console(highlight=False).print(shown)
+    print_table(shown)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,8 @@ JOINING = "joining groups warm up for"
 _SHADES = "·░▒▓█"
 _MOST_ROWS = 40
 _MOST_ROWS_OF_GROUPS = 80
+_PHASE_WIDTH, _LEAST_PHASE_WIDTH = 44, 20
+_FIRST_TO_GO = ("start", "end", "highest peak", "length")
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,24 @@ class Explanation:
         return {**asdict(self), "steps": self.steps}
 
     def __str__(self) -> str:
-        """Return the text of `__rich__` without colours, 110 columns wide."""
+        """Return the text of `__rich_console__` without colours, 110 columns wide."""
         console = Console(file=io.StringIO(), width=110, no_color=True, force_terminal=False)
         console.print(self)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
 
-    def __rich__(self) -> Group:
-        """Return the timeline and the heat map for a Rich console."""
-        return Group(
-            Text(self._title()), self._table(), self._heat_map(), Text(self._footnote(), style="dim")
-        )
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the timeline, with as many columns as there is room for, and the heat map."""
+        unbounded = options.update(width=10_000)
+        for count in range(len(_FIRST_TO_GO) + 1):
+            without = _FIRST_TO_GO[:count]
+            least = self._table(without, phase_width=_LEAST_PHASE_WIDTH)
+            if console.measure(least, options=unbounded).maximum <= options.max_width:
+                break
+        yield Text(self._title())
+        yield self._table(without)
+        yield self._heat_map()
+        yield Text(self._footnote(), style="dim")
 
     def _title(self) -> str:
         epochs = math.ceil(self.steps / self.steps_per_epoch)
@@ -141,20 +151,25 @@ class Explanation:
         """Whether a row for each phase and group would be too many: they grow with the square of groups."""
         return len(self.phases) > 2 and sum(len(phase.groups) for phase in self.phases) > _MOST_ROWS
 
-    def _table(self) -> Table:
-        """Return a row for each phase and group that learns; for a long plan a row for each phase."""
+    def _table(self, without: Collection[str] = (), *, phase_width: int = _PHASE_WIDTH) -> Table:
+        """Return a row for each phase and group that learns; for a long plan a row for each phase.
+
+        Args:
+            without: titles of columns to leave out.
+            phase_width: of the first column at most; its words go on in the next line.
+        """
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("phase", max_width=44)
-        for title in ("length", "trainable"):
-            table.add_column(title, justify="right", no_wrap=True)
-        if self._is_long:
-            table.add_column("groups that learn", no_wrap=True)
-            rates = ["highest peak", "lowest peak"]
-        else:
-            table.add_column("group", no_wrap=True)
-            rates = ["start", "peak", "end"]
-        for title in rates:
-            table.add_column(title, justify="right", no_wrap=True)
+        words = "groups that learn" if self._is_long else "group"
+        rates = ["highest peak", "lowest peak"] if self._is_long else ["start", "peak", "end"]
+        titles = ["phase", "length", "trainable", words, *rates]
+        shown = [title for title in titles if title not in without]
+        for title in shown:
+            if title == "phase":
+                table.add_column(title, max_width=phase_width, overflow="fold")
+            elif title == words:
+                table.add_column(title, no_wrap=not self._is_long, overflow="fold")
+            else:
+                table.add_column(title, justify="right", no_wrap=True)
         common = self._common_notes()
         for number, phase in enumerate(self.phases):
             length = f"{phase.steps:,} steps"
@@ -167,9 +182,12 @@ class Explanation:
             nothing = [""] * (1 + len(rates))
             last = number + 1 == len(self.phases)
             for row in range(max(len(left), len(right))):
-                table.add_row(
+                cells = [
                     *(left[row] if row < len(left) else ["", "", ""]),
                     *(right[row] if row < len(right) else nothing),
+                ]
+                table.add_row(
+                    *(cell for title, cell in zip(titles, cells) if title in shown),
                     end_section=row + 1 == max(len(left), len(right)) and not last and not self._is_long,
                 )
         return table
@@ -217,7 +235,8 @@ class Explanation:
         for number, phase in enumerate(self.phases):
             column = next((i for i, step in enumerate(self.heat_steps) if step >= phase.first_step), None)
             label = str(number + 1)
-            if column is not None and all(cell == " " for cell in line[column : column + len(label)]):
+            # a blank before each, or two numbers would read as one
+            if column is not None and all(c == " " for c in line[max(column - 1, 0) : column + len(label)]):
                 line[column : column + len(label)] = label
         return "".join(line[: len(self.heat_steps)])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from layerwise.errors import PlanError
+from layerwise.errors import PlanError, did_you_mean
 from layerwise.files import write_text
 from layerwise.plans.plan import Plan
 
@@ -73,6 +73,12 @@ def load(path: Path) -> Plan:
     """Read a plan from `path`; see `Plan.load`."""
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise PlanError(
+            f"the plan file {str(path)!r} does not exist.{did_you_mean(path.name, siblings)} "
+            "Make one: layerwise plan MODEL --strategy NAME -o FILE"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"the plan file {str(path)!r} cannot be read: {error}") from error
     return parse(text, str(path))

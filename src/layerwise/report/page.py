@@ -55,7 +55,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
     elif (folder / "search.json").exists():
         title, sections = _search(folder)
     elif not folder.is_dir():
-        raise RunError(f"{folder} does not exist.{runs_beside(folder)} Give the folder of a run or a search.")
+        there = "is a file" if folder.exists() else "does not exist"
+        raise RunError(f"{folder} {there}.{runs_beside(folder)} Give the folder of a run or a search.")
     else:
         raise RunError(
             f"{folder} holds neither a run (run.json) nor a search (search.json). Give the folder that "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ _PANELS = {
     "mae": "validation error",
     "perplexity": "validation perplexity",
 }
+_INPUT_FIRST = "layer group, input to output"
+_LABEL_LIMIT = 200
 _FIGURE_TITLES = {
     "norms": "squared shift of norm inputs, in source variances",
     "frechet": "Fréchet distance of features, in source variances",
@@ -118,7 +121,7 @@ def shift_picture(shift: Mapping[str, Any]) -> Chart:
         {"group": group["group"], **group[figure]} for group in shift["groups"] if group[figure] is not None
     ]
     order = [row["group"] for row in rows]
-    x = alt.X("group:N", sort=order, title="layer group, input to output", axis=alt.Axis(labelAngle=-40))
+    x = alt.X("group:N", sort=order, title=_INPUT_FIRST, axis=_axis(order, -40))
     base = alt.Chart(alt.Data(values=rows))
     scale = alt.Scale(zero=True, nice=True)
     y = alt.Y("value:Q", title=_FIGURE_TITLES[figure], scale=scale)
@@ -130,7 +133,8 @@ def shift_picture(shift: Mapping[str, Any]) -> Chart:
     ]
     return _finished(
         alt.layer(*parts),
-        f"Domain shift per layer group ({shift['samples']} samples, {shift['level']:.0%} intervals)",
+        "Domain shift per layer group",
+        f"{shift['samples']} samples, {shift['level']:.0%} intervals",
         width=max(360, 44 * len(rows)),
     )
 
@@ -149,13 +153,14 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
         for name, rates in zip(explanation["groups"], explanation["heat"])
         for start, end, rate in zip(edges, edges[1:], rates)
     ]
+    order = list(reversed(explanation["groups"]))
     title = "rate" if explanation["lr"] is not None else "multiple of the rate"
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X(
             "from:Q", title="optimiser step", scale=alt.Scale(domain=[0, explanation["steps"]], nice=False)
         ),
         x2="to:Q",
-        y=alt.Y("group:N", sort=list(reversed(explanation["groups"])), title="layer group"),
+        y=alt.Y("group:N", sort=order, title="layer group", axis=_axis(order, 0)),
     )
     cells = base.mark_rect().encode(
         color=alt.Color(
@@ -171,7 +176,8 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
     rules = alt.Chart(alt.Data(values=limits)).mark_rule(color=ORANGE, strokeDash=[4, 3]).encode(x="step:Q")
     return _finished(
         alt.layer(frozen, learning, rules),
-        f"{explanation['strategy']}: who learns when (grey: frozen)",
+        f"{explanation['strategy']}: who learns when",
+        "grey: frozen",
         width=560,
         height=max(140, 26 * len(explanation["groups"])),
     )
@@ -270,7 +276,7 @@ def depth_picture(
     colour = alt.value(BLUE)
     if len(series) > 1:
         colour = alt.Color("series:N", title=None, sort=series, scale=alt.Scale(range=[BLUE, ORANGE, GREY]))
-    x = alt.X("label:N", sort=order, title=counted, axis=alt.Axis(labelAngle=-30))
+    x = alt.X("label:N", sort=order, title=counted, axis=_axis(order, -30))
     scale = alt.Scale(zero=False, padding=12)
     y = alt.Y("mean:Q", title=metric, scale=scale)
     low = alt.Y("low:Q", title=metric, scale=scale)
@@ -284,9 +290,9 @@ def depth_picture(
             base.mark_rule(strokeWidth=1.5, xOffset=aside).encode(y=low, y2="high:Q"),
             base.mark_point(filled=True, size=60, opacity=1, xOffset=aside, tooltip=True).encode(y=y),
         ]
-    bars = " (bars: one standard error)" if any(row["error"] for row in rows) else ""
+    bars = "bars: one standard error" if any(row["error"] for row in rows) else ""
     return _finished(
-        alt.layer(*parts), f"{metric.capitalize()} by depth{bars}", width=max(360, 72 * len(order))
+        alt.layer(*parts), f"{metric.capitalize()} by depth", bars, width=max(360, 72 * len(order))
     )
 
 
@@ -308,9 +314,7 @@ def transfer_picture(transfer: Mapping[str, Any]) -> Chart:
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=alt.OverlayMarkDef(size=50, filled=True), strokeWidth=2)
         .encode(
-            x=alt.X(
-                "group:N", sort=order, title="layer group, input to output", axis=alt.Axis(labelAngle=-40)
-            ),
+            x=alt.X("group:N", sort=order, title=_INPUT_FIRST, axis=_axis(order, -40)),
             y=alt.Y("accuracy:Q", title="held-out accuracy", scale=alt.Scale(zero=False, padding=10)),
             color=alt.Color("features:N", title=None, scale=alt.Scale(range=[BLUE, ORANGE])),
         )
@@ -322,13 +326,26 @@ def transfer_picture(transfer: Mapping[str, Any]) -> Chart:
     )
     return _finished(
         alt.layer(lines, chance),
-        "What frozen features tell at each depth (dashed: always the largest class)",
+        "What frozen features tell at each depth",
+        "dashed: always the largest class",
         width=max(360, 44 * len(order)),
     )
 
 
-def _finished(chart: Chart, title: str, *, width: int, height: int = 260) -> Chart:
-    return _styled(chart.properties(title=title, width=width, height=height, padding=12))
+def _axis(labels: Sequence[str], angle: int) -> Any:
+    """Return an axis whose title keeps clear of its labels, turned by `angle` degrees, in any font.
+
+    The picture is laid out in one font and may be looked at in a wider one.
+    """
+    length = min(_LABEL_LIMIT, 7.0 * max(map(len, labels), default=0))  # pixels, of a wide font at 12
+    side = abs(math.sin(math.radians(angle))) if angle else 1.0  # turned labels stand below the picture
+    return _altair().Axis(labelAngle=angle, labelLimit=_LABEL_LIMIT, minExtent=round(length * side + 16))
+
+
+def _finished(chart: Chart, title: str, subtitle: str, *, width: int, height: int = 260) -> Chart:
+    """Return a chart with its titles, in two lines: one long line would be cut where the font is wide."""
+    titles = {"text": title, **({"subtitle": subtitle} if subtitle else {})}
+    return _styled(chart.properties(title=titles, width=width, height=height, padding=12))
 
 
 def _styled(chart: Chart) -> Chart:

@@ -69,7 +69,9 @@ def read_rows(
         raise DataError(f"table {str(path)!r} ends in {path.suffix!r}; expected one of {', '.join(TABLES)}.")
     require_columns(f"table {str(path)!r}", names, columns, hint=hint)
     if not rows:
-        raise DataError(f"table {str(path)!r} has no rows.")
+        raise DataError(
+            f"table {str(path)!r} has no rows; expected one a sample below a line of column names."
+        )
     return rows
 
 

@@ -134,6 +134,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
     file = folder / "run.json"
     if not file.is_file():
         there = "is not a run (it has no run.json)" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            there = "is a file, and a run is a folder"
         raise RunError(f"{folder} {there}." + runs_beside(folder) + " Make one: layerwise fit --out FOLDER")
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def test_the_rate_table_is_the_one_in_the_docs():
         ([MODEL, "--strategy", "topk:2"], 1, "Did you mean 'top_k'"),
         ([MODEL, "--strategy", "top_k:99"], 1, "k is a whole number from 1 to"),
         ([MODEL, "--strategy", "full", "--lr", "-1"], 2, "expected a number above 0"),
-        ([MODEL, "--plan", "nowhere.yaml"], 1, "cannot be read"),
+        ([MODEL, "--plan", "nowhere.yaml"], 1, "does not exist"),
         ([MODEL, "--strategy", "lp_ft:epochs=3", "--epochs", "6"], 1, "epochs is given twice: 3 and 6"),
         ([MODEL, "--plan", "p.yaml", "--epochs", "6"], 1, "epochs and a plan file are both given"),
         ([MODEL, "--plan", "p.yaml", "--norms", "freeze"], 1, "norms and a plan file are both given"),
@@ -71,6 +71,7 @@ def test_the_rate_table_is_the_one_in_the_docs():
         ([MODEL, "--strategy", "full", "-o", "/nowhere/p.yaml"], 2, "/nowhere does not exist"),
         (["--rate-table", "--decay", "0.9,x"], 2, "expected numbers with commas"),
         (["--rate-table", "--decay", "-1"], 1, "decay is -1.0"),
+        (["--rate-table", "--lr", "-1"], 2, "--lr is -1.0; expected a number above 0"),
     ],
 )
 def test_mistakes_get_one_message(arguments: list[str], code: int, told: str):

@@ -213,8 +213,8 @@ def test_files_that_are_no_plan_are_refused(text: str, told: str, tmp_path: Path
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    """The path and the reason stand in the message."""
-    with pytest.raises(PlanError, match=r"nowhere\.yaml.* cannot be read: .*No such file"):
+    """The path and the next step stand in the message."""
+    with pytest.raises(PlanError, match=r"nowhere\.yaml.* does not exist.*layerwise plan MODEL"):
         Plan.load(tmp_path / "nowhere.yaml")
 
 
@@ -346,6 +346,31 @@ def test_explain_prints_a_timeline_and_a_heat_map() -> None:
     assert set(stem.split()[1]) > {"·", "░"}
     assert "\x1b" not in text
     assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize("count", [8, 40])
+def test_explain_is_whole_on_a_narrow_terminal(count: int) -> None:
+    """At 80 columns some columns go; no name or figure is cut, and words wrap."""
+    import io
+
+    from rich.console import Console
+
+    layers = named_map(*(f"bert.encoder.layer.{i}" for i in range(count)))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(ulmfit(layers).explain(layers))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "lowest peak" in text if count == 40 else " peak" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_numbers_of_phases_do_not_run_together() -> None:
+    """Under the heat map each number of a phase has a blank before it."""
+    layers = named_map(*(f"layer.{i}" for i in range(18)))
+    told = ulmfit(layers).explain(layers)
+    numbers = told._axis().split()
+    assert set(numbers) <= {str(i) for i in range(1, len(told.phases) + 1)}
+    assert "10" in numbers
 
 
 @pytest.mark.parametrize(

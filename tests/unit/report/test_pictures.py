@@ -119,6 +119,15 @@ def test_a_history_without_epochs_has_no_curves():
         pictures.history_picture([])
 
 
+def test_titles_of_axes_keep_clear_of_long_names():
+    # a browser's font may be wider than the one the picture was laid out in: seven pixels a letter
+    long = {**explanation(), "groups": ["bert.encoder.layer.5", *GROUPS[1:]]}
+    text = json.dumps(pictures.plan_picture(long).to_dict())
+    assert f'"minExtent": {20 * 7 + 16}' in text
+    narrow = json.dumps(pictures.plan_picture(explanation()).to_dict())
+    assert f'"minExtent": {6 * 7 + 16}' in narrow
+
+
 def test_transfer_picture_skips_a_probe_that_could_not_be_measured():
     # null accuracies are left out, the neighbours stay
     depth = {"group": "fc", "probe": None, "knn": 0.5}
@@ -137,7 +146,7 @@ def test_every_format_is_written(tmp_path, name, start):
     assert content.startswith(start)
     assert len(content) > 500
     if name == "a.json":
-        assert json.loads(content)["title"].startswith("top_k(k=2)")
+        assert json.loads(content)["title"]["text"].startswith("top_k(k=2)")
 
 
 def test_html_opens_without_a_network(tmp_path):

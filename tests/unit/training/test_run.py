@@ -53,6 +53,14 @@ def test_a_record_that_cannot_be_read_is_told(content: str | bytes, told: str, t
     assert "Error" not in str(caught.value)
 
 
+def test_a_file_in_place_of_a_run_is_not_called_missing(tmp_path: Path) -> None:
+    # Whoever names a table where a run is expected is told what it is.
+    table = tmp_path / "texts.csv"
+    table.touch()
+    with pytest.raises(RunError, match="is a file, and a run is a folder"):
+        read_run(table)
+
+
 def test_a_record_of_another_format_is_told(tmp_path: Path) -> None:
     # Both versions are named.
     (tmp_path / "run.json").write_text('{"format": 2}')
