@@ -42,7 +42,7 @@ def demo(
 ) -> None:
     """Compare a linear probe, full fine-tuning and a selective plan on photos of solar cells, or on texts."""
     from layerwise.errors import plural
-    from layerwise.sources.demo import DEMO_MODEL
+    from layerwise.sources.demo import DEMO_MODEL, elpv_sizes
     from layerwise.training.demo import EPOCHS, run_demo
 
     if what == "text":
@@ -63,6 +63,8 @@ def demo(
         )
         return
     epochs = epochs or EPOCHS
+    asked = (train, val, test)
+    train, val, test = elpv_sizes(asked, seed=seed)  # classes keep their shares, so not quite what is asked
     say(
         f"Model: {DEMO_MODEL}, pretrained on ImageNet. Images: ELPV, electroluminescence photos of solar "
         f"cells, functional or defective; {image_size} px, {train} to train on, {val} to validate, {test} to "
@@ -70,7 +72,7 @@ def demo(
     )
     done = run_demo(
         folder,
-        sizes=(train, val, test),
+        sizes=asked,
         epochs=epochs,
         seed=seed,
         image_size=image_size,
