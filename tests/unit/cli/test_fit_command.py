@@ -388,6 +388,11 @@ def test_numbers_out_of_range_are_usage_errors(images: Path, tmp_path: Path) -> 
         ("--epochs", "0"),
         ("--workers", "-1"),
         ("--accumulate", "0"),
+        ("--lm-epochs", "-1"),
+        ("--lm-lr", "0"),
+        ("--max-length", "1"),
+        ("--val-frac", "1"),
+        ("--test-frac", "-0.1"),
     ):
         arguments = [
             "--model",
