@@ -407,6 +407,16 @@ def test_numbers_out_of_range_are_usage_errors(images: Path, tmp_path: Path) -> 
         assert option in usage(command("fit", *arguments, option, value))
 
 
+@pytest.mark.parametrize("model", ["timm:nosuch", "torchvision:nosuch", "nosuch.py:build", "nosuch"])
+def test_a_wrong_model_is_told_before_wrong_data(tmp_path: Path, model: str) -> None:
+    # It is quick to look up; data may take long to read.
+    where = ["--data", tmp_path / "none", "--out", tmp_path / "x"]
+    result = command("fit", "--model", model, "--strategy", "full", *where)
+    assert result.exit_code == 1
+    assert "nosuch" in result.stderr
+    assert "none" not in result.stderr
+
+
 def test_commands_to_go_on_with_can_be_pasted(images: Path, tmp_path: Path) -> None:
     # Paths with blanks are quoted.
     out = tmp_path / "my run"
