@@ -6,6 +6,7 @@ layer for the classes at hand, and the preprocessing that the weights were train
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,12 +239,29 @@ def _split(spec: str) -> tuple[str, str]:
     elif Path(spec).is_dir():
         hint = f"For a transformers folder: hf:{spec}"
     else:
-        close = did_you_mean(kind, SOURCES, count=1) if colon else ""
-        hint = close.strip() or f"For a model of timm: timm:{spec}"
+        hint = (did_you_mean(kind, SOURCES, count=1) if colon else _named_alone(spec)).strip()
     raise ModelError(
         f"model {spec!r} is not understood; expected timm:NAME, torchvision:NAME, hf:FOLDER_OR_ID or "
-        f"FILE.py:FUNCTION. {hint}"
+        f"FILE.py:FUNCTION. {hint}".rstrip()
     )
+
+
+def _named_alone(name: str) -> str:
+    """Return what a name without a source may stand for: models that there are, or how to write hf:."""
+    try:
+        import timm
+        from torchvision import models
+    except ImportError:
+        return f"For a model of timm: timm:{name}"
+    if "/" in name:
+        return f"For a model of the Hugging Face hub: hf:{name}"
+    known = {"timm": timm.list_models(), "torchvision": models.list_models(module=models)}
+    if same := [source for source, names in known.items() if name.partition(".")[0] in names]:
+        return f"Did you mean {' or '.join(repr(f'{source}:{name}') for source in same)}?"
+    longer = [found for found in known["timm"] if found.startswith(name)]
+    if close := longer[:3] or difflib.get_close_matches(name, known["timm"], n=3, cutoff=0.6):
+        return f"Did you mean {' or '.join(repr(f'timm:{found}') for found in close)}?"
+    return f"Neither timm nor torchvision has a model {name!r}; for one of transformers: hf:FOLDER_OR_ID"
 
 
 def _check_timm(spec: str, name: str, *, download: bool) -> None:
