@@ -120,6 +120,9 @@ def test_results_are_printed_for_people_and_for_machines(images: Path, tmp_path:
     assert table.exit_code == 0, table.output
     for part in ("test balanced_accuracy", "trained parameters", "Per class (test)", "Confusion", "predict"):
         assert part in table.stdout
+    title, blank, first, *_ = [line.strip() for line in table.stdout.splitlines()]
+    assert (title, blank) == ("Result", "")
+    assert first.startswith("validation ")
     assert "epoch 2/2" in table.stderr
     machine = fit("--data", images, "--out", tmp_path / "b", "--json")
     data = json.loads(machine.stdout)
