@@ -59,7 +59,9 @@ class TaskOptions:
     pretrained: Annotated[bool, typer.Option(help="Take the library's pretrained weights.")] = True
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None
     granularity: Annotated[
-        Literal["stages", "blocks", "layers"], typer.Option(help="What one layer group is.")
+        Literal["stages", "blocks", "layers"],
+        # typer's own stages|blocks|layers does not fit into 80 columns beside the longest option
+        typer.Option(help="What one layer group is: stages, blocks or layers.", metavar="<name>"),
     ] = "stages"
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0
 

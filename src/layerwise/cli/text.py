@@ -24,7 +24,14 @@ TextTask = Literal[
 ]
 Task = Annotated[
     TextTask | None,
-    typer.Option("--task", help="What the labels are; one class a text by default.", rich_help_panel=_TEXT),
+    typer.Option(
+        "--task",
+        metavar="<kind>",  # all six are too wide for their column
+        help="What the labels are: text_classification (one class a text), multi_label, regression, "
+        "token_classification, causal_lm or masked_lm.",
+        show_default="text_classification",
+        rich_help_panel=_TEXT,
+    ),
 ]
 
 
