@@ -78,7 +78,6 @@ def demo(
         image_size=image_size,
         on_arm=_describe,
     )
-    images = " ".join(map(shlex.quote, done.examples))
     show_demo(
         done.rows,
         about={
@@ -90,7 +89,8 @@ def demo(
         what="images",
         seconds=time.monotonic() - began_s,
         where=f"The runs are in {folder}.",
-        command=f"layerwise predict {shlex.quote(done.rows[-1].run)} {images}",
+        command=f"layerwise predict {shlex.quote(done.rows[-1].run)}",
+        files=done.examples,
         as_json=as_json,
     )
 
