@@ -28,10 +28,12 @@ def main() -> int:
     if run.returncode:
         sys.stderr.write(run.stderr)
         return run.returncode
+    shown = Text.from_ansi(run.stdout)
+    width = max(WIDTH_COLUMNS, *(line.cell_len for line in shown.split()))  # a command is never broken
     with open(os.devnull, "w") as nowhere:
-        console = Console(record=True, width=WIDTH_COLUMNS, file=nowhere, force_terminal=True)
+        console = Console(record=True, width=width, file=nowhere, force_terminal=True)
         console.print(Text("$ " + " ".join(command), style="bold"))
-        console.print(Text.from_ansi(run.stdout))
+        console.print(shown)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(target, title=" ".join(command[:2]))
     return 0

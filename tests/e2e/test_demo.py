@@ -33,8 +33,11 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     assert full["trained_parameters"] == full["total_parameters"]
     assert probe["trained_parameters"] < selective["trained_parameters"] < full["trained_parameters"]
     assert all(0 <= row["balanced_accuracy"] <= 1 and row["seconds"] > 0 for row in data["rows"])
+    samples = json.loads((tmp_path / probe["run"] / "run.json").read_text())["data"]["samples"]
+    assert samples == {part: data["images"][part] for part in ("train", "val", "test")}
+    train, val, test = samples.values()
     for part in (
-        "64 px, 24 to train on",
+        f"64 px, {train} to train on, {val} to validate, {test} to test",
         "frozen: conv_stem",
         "33 of 49 keep",
         "49 of 49 keep",

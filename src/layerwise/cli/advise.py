@@ -30,7 +30,10 @@ def advise(
     source: SourceOption = None,
     signature: SignatureOption = None,
     pretraining: Annotated[
-        Literal["supervised", "self_supervised", "unknown"], typer.Option(help="Sets the decay of the rates.")
+        Literal["supervised", "self_supervised", "unknown"],
+        typer.Option(
+            metavar="<kind>", help="supervised, self_supervised or unknown: sets the decay of the rates."
+        ),
     ] = "unknown",
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Length of the plan; by the number of samples.")

@@ -42,7 +42,7 @@ def demo(
 ) -> None:
     """Compare a linear probe, full fine-tuning and a selective plan on photos of solar cells, or on texts."""
     from layerwise.errors import plural
-    from layerwise.sources.demo import DEMO_MODEL
+    from layerwise.sources.demo import DEMO_MODEL, elpv_sizes
     from layerwise.training.demo import EPOCHS, run_demo
 
     if what == "text":
@@ -63,6 +63,8 @@ def demo(
         )
         return
     epochs = epochs or EPOCHS
+    asked = (train, val, test)
+    train, val, test = elpv_sizes(asked, seed=seed)  # classes keep their shares, so not quite what is asked
     say(
         f"Model: {DEMO_MODEL}, pretrained on ImageNet. Images: ELPV, electroluminescence photos of solar "
         f"cells, functional or defective; {image_size} px, {train} to train on, {val} to validate, {test} to "
@@ -70,13 +72,12 @@ def demo(
     )
     done = run_demo(
         folder,
-        sizes=(train, val, test),
+        sizes=asked,
         epochs=epochs,
         seed=seed,
         image_size=image_size,
         on_arm=_describe,
     )
-    images = " ".join(map(shlex.quote, done.examples))
     show_demo(
         done.rows,
         about={
@@ -88,7 +89,8 @@ def demo(
         what="images",
         seconds=time.monotonic() - began_s,
         where=f"The runs are in {folder}.",
-        command=f"layerwise predict {shlex.quote(done.rows[-1].run)} {images}",
+        command=f"layerwise predict {shlex.quote(done.rows[-1].run)}",
+        files=done.examples,
         as_json=as_json,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -36,6 +38,7 @@ def show_demo(
     seconds: float,
     where: str,
     command: str,
+    files: Sequence[str] = (),
     as_json: bool,
 ) -> None:
     """Print the closing table, or everything as JSON.
@@ -47,15 +50,17 @@ def show_demo(
         seconds: of the whole demo.
         where: a sentence about the runs' folder.
         command: that predicts with the last run.
+        files: to end it with; each is printed on a line of its own, so that a terminal breaks none.
         as_json: JSON in place of the table.
     """
+    names = [shlex.quote(_from_here(file)) for file in files]
     if as_json:
         print_json(
             {
                 **about,
                 "rows": [row.to_dict() for row in rows],
                 "seconds": round(seconds, 1),
-                "predict": command,
+                "predict": " ".join([command, *names]),
             }
         )
         return
@@ -69,4 +74,10 @@ def show_demo(
         table.add_row(row.arm, *scores, f"{row.trained_parameters:,} ({share:.1%})", f"{row.seconds:.0f}")
     print_table(table)
     print_table(f"All of it took {seconds:.0f} seconds. {where} Predict with one of them:")
-    typer.echo(f"  {command}")
+    typer.echo("  " + " \\\n    ".join([command, *names]))
+
+
+def _from_here(file: str) -> str:
+    """Return the path of a file below the current folder as seen from there, of any other as it is."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file

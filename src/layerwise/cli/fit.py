@@ -10,7 +10,7 @@ import typer
 
 from layerwise.cli import text
 from layerwise.cli.options import refuse
-from layerwise.cli.output import JsonFlag, friendly, given_options, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, friendly, given_options, print_json, print_table, say, share
 
 if TYPE_CHECKING:
     from layerwise.training.job import Job
@@ -56,10 +56,16 @@ def fit(
         ),
     ] = None,
     val_frac: Annotated[
-        float, typer.Option(help="Share to validate on, where there is no val folder.", rich_help_panel=_DATA)
+        float,
+        typer.Option(
+            help="Share to validate on, where there is no val folder.", callback=share, rich_help_panel=_DATA
+        ),
     ] = 0.2,
     test_frac: Annotated[
-        float, typer.Option(help="Share to test on, where there is no test folder.", rich_help_panel=_DATA)
+        float,
+        typer.Option(
+            help="Share to test on, where there is no test folder.", callback=share, rich_help_panel=_DATA
+        ),
     ] = 0.0,
     augment: Annotated[
         str, typer.Option(help="none, flip, light, randaugment, trivialaugment.", rich_help_panel=_DATA)

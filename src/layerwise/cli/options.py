@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
-from layerwise.cli.output import say
+from layerwise.cli.output import say, share
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -29,7 +29,9 @@ SignatureOption = Annotated[
     Path | None, typer.Option(help="Signature of the source domain, from layerwise signature.")
 ]
 SamplesOption = Annotated[int, typer.Option(min=2, help="Measure so many samples at most.")]
-ValFracOption = Annotated[float, typer.Option(help="Share to validate on, where there is no val folder.")]
+ValFracOption = Annotated[
+    float, typer.Option(help="Share to validate on, where there is no val folder.", callback=share)
+]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Of training.")]
 MetricOption = Annotated[str | None, typer.Option(help="Of the validation data; the task's own.")]
 
@@ -57,7 +59,9 @@ class TaskOptions:
     pretrained: Annotated[bool, typer.Option(help="Take the library's pretrained weights.")] = True
     input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None
     granularity: Annotated[
-        Literal["stages", "blocks", "layers"], typer.Option(help="What one layer group is.")
+        Literal["stages", "blocks", "layers"],
+        # typer's own stages|blocks|layers does not fit into 80 columns beside the longest option
+        typer.Option(help="What one layer group is: stages, blocks or layers.", metavar="<name>"),
     ] = "stages"
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0
 

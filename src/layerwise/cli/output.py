@@ -66,6 +66,28 @@ def given_options(ctx: typer.Context) -> dict[str, str]:
     return found
 
 
+def above_zero(value: float | None) -> float | None:
+    """Return the number of an option.
+
+    Raises:
+        BadParameter: it is not above 0.
+    """
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"{value} is given; expected a number above 0.")
+    return value
+
+
+def share(value: float) -> float:
+    """Return the number of an option that is a share of the data.
+
+    Raises:
+        BadParameter: it is below 0, or not below 1.
+    """
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{value} is given; expected a share of at least 0 and below 1.")
+    return value
+
+
 def check_output(path: Path | None, option: str, *, new: bool = False, folder: bool = False) -> None:
     """Look whether a file can be written to `path`, before any long work.
 

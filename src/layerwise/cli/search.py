@@ -15,7 +15,7 @@ from layerwise.cli.options import (
     numbers,
     with_task,
 )
-from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say, share
 
 _BUDGET = "Budget"
 _SPACE = "What is tried"
@@ -60,7 +60,9 @@ def search(
         Literal["balanced"] | None, typer.Option(help="Weigh rare classes more.")
     ] = None,
     val_frac: ValFracOption = 0.2,
-    test_frac: Annotated[float, typer.Option(help="Share to test on, without a test folder.")] = 0.0,
+    test_frac: Annotated[
+        float, typer.Option(help="Share to test on, without a test folder.", callback=share)
+    ] = 0.0,
     plot: Annotated[Path | None, typer.Option(help="Also draw accuracy against depth (.png, .svg).")] = None,
     as_json: JsonFlag = False,
 ) -> None:

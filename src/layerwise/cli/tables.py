@@ -21,6 +21,7 @@ def new_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        show_header=any(columns),
         pad_edge=False,
         min_width=len(title),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from layerwise.cli.output import print_json, print_table
+from layerwise.cli.output import above_zero, print_json, print_table
 
 if TYPE_CHECKING:
     from layerwise.training.run import Run
@@ -24,12 +24,19 @@ TextTask = Literal[
 ]
 Task = Annotated[
     TextTask | None,
-    typer.Option("--task", help="What the labels are; one class a text by default.", rich_help_panel=_TEXT),
+    typer.Option(
+        "--task",
+        metavar="<kind>",  # all six are too wide for their column
+        help="What the labels are: text_classification (one class a text), multi_label, regression, "
+        "token_classification, causal_lm or masked_lm.",
+        show_default="text_classification",
+        rich_help_panel=_TEXT,
+    ),
 ]
 
 
-def _option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=_TEXT)
+def _option(help: str, **limits: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=_TEXT, **limits)
 
 
 TextColumn = Annotated[str | None, _option("Column of the text; text.")]
@@ -59,7 +66,7 @@ SkipBadRows = Annotated[
         "--skip-bad-rows", help="Leave out rows without path, text or label.", rich_help_panel=_TABLE
     ),
 ]
-MaxLength = Annotated[int | None, _option("Tokens of a text at most; 256.")]
+MaxLength = Annotated[int | None, _option("Tokens of a text at most; 256.", min=2)]
 Padding = Annotated[
     Literal["auto", "batch", "all"] | None,
     _option("To one of a few lengths (auto), to the longest text of a batch (not cached), or of all."),
@@ -69,9 +76,9 @@ Pooling = Annotated[
     _option("Classify as the model's class does, or by the mean of all tokens (sentence encoders)."),
 ]
 LmEpochs = Annotated[
-    int | None, _option("First tune the language model on the texts for so many epochs (ULMFiT).")
+    int | None, _option("First tune the language model on the texts for so many epochs (ULMFiT).", min=0)
 ]
-LmLr = Annotated[float | None, _option("Base learning rate of that; 5e-5.")]
+LmLr = Annotated[float | None, _option("Base learning rate of that; 5e-5.", callback=above_zero)]
 LmStrategy = Annotated[str | None, _option("Strategy of that; discriminative:decay=0.9.")]
 
 

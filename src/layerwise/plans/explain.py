@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from layerwise.errors import PlanError, plural
 from layerwise.layers.layermap import LayerGroup, LayerMap
@@ -25,7 +26,8 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
     assumed = steps_per_epoch is None
     per_epoch = ASSUMED_STEPS_PER_EPOCH if steps_per_epoch is None else steps_per_epoch
     summaries = []
-    heat_steps = _heat_steps(plan.total_steps(per_epoch))
+    edges = _heat_edges([phase.length_steps(per_epoch) for phase in plan.phases])
+    heat_steps = tuple((left + right) // 2 for left, right in pairwise(edges))
     heat: dict[str, list[float]] = {name: [] for name in layers.names}
     start = 0
     for number, phase in enumerate(plan.phases):
@@ -70,6 +72,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
         total=layers.numel,
         phases=tuple(summaries),
         groups=layers.names,
+        heat_edges=edges,
         heat_steps=heat_steps,
         heat=tuple(tuple(rates) for rates in heat.values()),
     )
@@ -125,9 +128,23 @@ def _telling_steps(plan: Plan, phase: int, steps_per_epoch: int) -> list[int]:
     return sorted({*range(0, length, stride), peak, length - 1})
 
 
-def _heat_steps(total: int) -> tuple[int, ...]:
-    count = min(total, COLUMNS)
-    return tuple(int((column + 0.5) * total / count) for column in range(count))
+def _heat_edges(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Return the steps at which the columns of the heat map begin, and the last step's end.
+
+    A column begins at the start of each phase, so that none shows two of them; of more phases than columns
+    the columns are of one width.
+    """
+    total = sum(lengths)
+    room = COLUMNS - len(lengths)  # besides one for each phase
+    if room < 0:
+        return tuple(total * column // COLUMNS for column in range(COLUMNS + 1))
+    edges, start, column = [], 0, 0
+    for number, length in enumerate(lengths, start=1):
+        end = number + room * (start + length) // total
+        count = min(length, end - column)
+        edges += [start + length * i // count for i in range(count)]
+        start, column = start + length, end
+    return (*edges, total)
 
 
 def _notes(phase: Phase, *, first: bool) -> tuple[str, ...]:

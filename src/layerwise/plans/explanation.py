@@ -79,7 +79,8 @@ class Explanation:
         total: number of scalars in the model.
         phases: in order.
         groups: all groups, input -> output.
-        heat_steps: the steps at which `heat` was read.
+        heat_edges: the steps at which the columns of the heat map begin, and the end.
+        heat_steps: the steps at which `heat` was read, one in each column.
         heat: for each group its rate at each of `heat_steps`.
     """
 
@@ -90,6 +91,7 @@ class Explanation:
     total: int
     phases: tuple[PhaseSummary, ...]
     groups: tuple[str, ...]
+    heat_edges: tuple[int, ...]
     heat_steps: tuple[int, ...]
     heat: tuple[tuple[float, ...], ...]
 

@@ -192,7 +192,7 @@ def _rates(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]], lr: fl
         "strategy": plan["strategy"],
         "lr": lr,
         "steps": history[-1]["step"],
-        "heat_steps": [entry["step"] for entry in history],
+        "heat_edges": starts,
         "groups": plan["groups"],
         "heat": [[entry["rates"].get(name, 0.0) for entry in history] for name in plan["groups"]],
         "phases": phases,

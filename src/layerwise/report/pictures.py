@@ -146,8 +146,7 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
         explanation: what ``plan.explain(layers).to_dict()`` returned.
     """
     alt = _altair()
-    columns = len(explanation["heat_steps"])
-    edges = [explanation["steps"] * i / columns for i in range(columns + 1)]
+    edges = explanation["heat_edges"]
     rows = [
         {"group": name, "from": start, "to": end, "rate": rate if rate > 0 else None}
         for name, rates in zip(explanation["groups"], explanation["heat"])

@@ -11,6 +11,7 @@ et al. 2018, A benchmark for visual identification of defective solar cells.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from layerwise.errors import DataError, MissingExtraError
@@ -50,19 +51,7 @@ def elpv_images(
         DataError: more images are asked for than there are.
     """
     rows = elpv_rows()
-    sizes = (train_samples, val_samples, test_samples)
-    if min(sizes) < 4 or sum(sizes) > len(rows):
-        raise DataError(
-            f"{train_samples} + {val_samples} + {test_samples} images are asked for; expected at least 4 of "
-            f"each, and at most {len(rows)} in all."
-        )
-    strata = [f"{label} {kind}" for _, label, kind in rows]
-    fracs = [size / len(rows) for size in sizes]
-    # What is left over comes first, as the part that no share is named for.
-    if sum(sizes) == len(rows):
-        chosen = stratified_split(strata, fracs[1:], seed=seed)
-    else:
-        _, *chosen = stratified_split(strata, fracs, seed=seed, names=("train", "val", "test"))
+    chosen = _elpv_parts(rows, (train_samples, val_samples, test_samples), seed)
     train, val, test = (
         ImageSet(
             [rows[index][0] for index in part],
@@ -75,6 +64,34 @@ def elpv_images(
     )
     note = f"ELPV: {len(train)} train, {len(val)} val, {len(test)} test of {len(rows)} images, seed {seed}"
     return ImageData(train, val, test, CLASSES, notes=(note,))
+
+
+def elpv_sizes(sizes: tuple[int, int, int], *, seed: int = 0) -> tuple[int, int, int]:
+    """Return how many images `elpv_images` reads for train, val and test where `sizes` are asked for.
+
+    Raises:
+        MissingExtraError: the package ``elpv-dataset`` is not installed.
+        DataError: more images are asked for than there are.
+    """
+    train, val, test = map(len, _elpv_parts(elpv_rows(), sizes, seed))
+    return train, val, test
+
+
+def _elpv_parts(
+    rows: Sequence[tuple[Path, int, str]], sizes: tuple[int, int, int], seed: int
+) -> list[list[int]]:
+    """Return the indices of train, val and test in `rows`."""
+    if min(sizes) < 4 or sum(sizes) > len(rows):
+        raise DataError(
+            f"{' + '.join(map(str, sizes))} images are asked for; expected at least 4 of each, and at most "
+            f"{len(rows)} in all."
+        )
+    strata = [f"{label} {kind}" for _, label, kind in rows]
+    fracs = [size / len(rows) for size in sizes]
+    if sum(sizes) == len(rows):
+        return stratified_split(strata, fracs[1:], seed=seed)
+    # What is left over comes first, as the part that no share is named for.
+    return stratified_split(strata, fracs, seed=seed, names=("train", "val", "test"))[1:]
 
 
 def elpv_rows() -> list[tuple[Path, int, str]]:

@@ -6,6 +6,7 @@ layer for the classes at hand, and the preprocessing that the weights were train
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from layerwise.sources.fetching import fetch
 from layerwise.sources.fitting import Mismatched, fit_head, load_file, output_layers, replace_head
 from layerwise.sources.opened import OpenedModel, Task, example_image
 from layerwise.sources.preprocessing import Preprocessing, from_timm, from_torchvision
-from layerwise.sources.userfile import call_function
+from layerwise.sources.userfile import call_function, check_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -152,6 +153,27 @@ def takes_texts(spec: str) -> bool:
     return huggingface.task_of(spec, name) != "image_classification"
 
 
+def check_name(spec: str, *, pretrained: bool = False) -> None:
+    """Check what is quick to check of the name of a model, before anything is opened.
+
+    Args:
+        spec: as `open_model` takes it.
+        pretrained: the library's own weights are wanted.
+
+    Raises:
+        ModelError: the name is not understood, timm or torchvision knows no such model, timm has no weights
+            for it, or there is no such file. Of ``hf:`` the configuration would have to be read.
+        MissingExtraError: the library is not installed.
+    """
+    kind, name = _split(spec)
+    if kind == "timm":
+        _check_timm(spec, name, download=pretrained)
+    elif kind == "torchvision":
+        _check_torchvision(spec, name)
+    elif kind == "file":
+        check_file(spec)
+
+
 def reopen(record: Mapping[str, Any], *, spec: str | None = None) -> OpenedModel:
     """Return the network that `OpenedModel.to_dict` described, with random weights for a run's to go in.
 
@@ -217,38 +239,60 @@ def _split(spec: str) -> tuple[str, str]:
     elif Path(spec).is_dir():
         hint = f"For a transformers folder: hf:{spec}"
     else:
-        close = did_you_mean(kind, SOURCES, count=1) if colon else ""
-        hint = close.strip() or f"For a model of timm: timm:{spec}"
+        hint = (did_you_mean(kind, SOURCES, count=1) if colon else _named_alone(spec)).strip()
     raise ModelError(
         f"model {spec!r} is not understood; expected timm:NAME, torchvision:NAME, hf:FOLDER_OR_ID or "
-        f"FILE.py:FUNCTION. {hint}"
+        f"FILE.py:FUNCTION. {hint}".rstrip()
     )
 
 
-def _open_timm(wanted: _Wanted) -> _Found:
+def _named_alone(name: str) -> str:
+    """Return what a name without a source may stand for: models that there are, or how to write hf:."""
+    try:
+        import timm
+        from torchvision import models
+    except ImportError:
+        return f"For a model of timm: timm:{name}"
+    if "/" in name:
+        return f"For a model of the Hugging Face hub: hf:{name}"
+    known = {"timm": timm.list_models(), "torchvision": models.list_models(module=models)}
+    if same := [source for source, names in known.items() if name.partition(".")[0] in names]:
+        return f"Did you mean {' or '.join(repr(f'{source}:{name}') for source in same)}?"
+    longer = [found for found in known["timm"] if found.startswith(name)]
+    if close := longer[:3] or difflib.get_close_matches(name, known["timm"], n=3, cutoff=0.6):
+        return f"Did you mean {' or '.join(repr(f'timm:{found}') for found in close)}?"
+    return f"Neither timm nor torchvision has a model {name!r}; for one of transformers: hf:FOLDER_OR_ID"
+
+
+def _check_timm(spec: str, name: str, *, download: bool) -> None:
     try:
         import timm
     except ImportError as error:
-        raise MissingExtraError("timm", "vision", f"The model {wanted.spec!r}") from error
+        raise MissingExtraError("timm", "vision", f"The model {spec!r}") from error
 
-    name = wanted.name
     architecture, _, tag = name.partition(".")
     elsewhere = name.startswith(TIMM_ELSEWHERE)  # names a place, not an architecture
     if name.startswith("local-dir:") and not (Path(name.partition(":")[2]) / "config.json").is_file():
         raise ModelError(
-            f"{wanted.spec!r} names a folder without config.json; expected one that timm's save_for_hf wrote."
+            f"{spec!r} names a folder without config.json; expected one that timm's save_for_hf wrote."
         )
     if not elsewhere and not timm.is_model(architecture):
-        raise _unknown(wanted.spec, architecture, timm.list_models(), "timm")
+        raise _unknown(spec, architecture, timm.list_models(), "timm")
     tags = [] if elsewhere else [n for n in timm.list_pretrained(f"{architecture}.*") if "." in n]
     if tag and not elsewhere and name not in tags:
-        raise _unknown(wanted.spec, name, tags, "timm")
-    if wanted.download and not tags and not elsewhere:
+        raise _unknown(spec, name, tags, "timm")
+    if download and not tags and not elsewhere:
         raise ModelError(
             f"timm has no pretrained weights for {name!r}. Give a file (--weights FILE, weights= in "
             f"Python), or start from random weights: --no-pretrained (pretrained=False)."
         )
-    model = fetch(wanted.spec, lambda: timm.create_model(name, pretrained=wanted.download))
+
+
+def _open_timm(wanted: _Wanted) -> _Found:
+    _check_timm(wanted.spec, wanted.name, download=wanted.download)
+    import timm
+
+    model = fetch(wanted.spec, lambda: timm.create_model(wanted.name, pretrained=wanted.download))
     own = None
     try:
         own = from_timm(model)
@@ -263,13 +307,13 @@ def _open_timm(wanted: _Wanted) -> _Found:
     )
 
 
-def _open_torchvision(wanted: _Wanted) -> _Found:
+def _check_torchvision(spec: str, name: str) -> None:
     try:
         from torchvision import models
     except ImportError as error:
-        raise MissingExtraError("torchvision", "vision", f"The model {wanted.spec!r}") from error
+        raise MissingExtraError("torchvision", "vision", f"The model {spec!r}") from error
 
-    name = wanted.name.lower()
+    name = name.lower()
     known = models.list_models(module=models)
     if name not in known:
         if name in models.list_models():
@@ -277,7 +321,14 @@ def _open_torchvision(wanted: _Wanted) -> _Found:
                 f"torchvision's {name!r} is not an image classifier, so it cannot be opened by name. "
                 f"Write a function that returns it, and give FILE.py:FUNCTION."
             )
-        raise _unknown(wanted.spec, name, known, "torchvision")
+        raise _unknown(spec, name, known, "torchvision")
+
+
+def _open_torchvision(wanted: _Wanted) -> _Found:
+    _check_torchvision(wanted.spec, wanted.name)
+    from torchvision import models
+
+    name = wanted.name.lower()
     entry = models.get_model_weights(name).DEFAULT
     options: dict[str, Any] = {"weights": entry if wanted.download else None}
     if name in ("googlenet", "inception_v3") and not wanted.download:

@@ -53,13 +53,13 @@ def call_function(spec: str, num_classes: int | None) -> tuple[nn.Module, Prepro
     return model, preprocessing
 
 
-def find_function(spec: str) -> Callable[..., Any]:
-    """Run the file of ``path/to/file.py:function`` and return the function.
+def check_file(spec: str) -> Path:
+    """Return the file of ``path/to/file.py:function``; it is not run.
 
     Raises:
-        ModelError: the file or function is missing, or running the file raises.
+        ModelError: there is none.
     """
-    text, _, function_name = spec.rpartition(":")
+    text, _, _ = spec.rpartition(":")
     path = Path(text)
     if not text:
         raise ModelError(f"{spec!r} names no function. Give FILE.py:FUNCTION.")
@@ -69,6 +69,17 @@ def find_function(spec: str) -> Callable[..., Any]:
             f"model file {text!r} does not exist.{did_you_mean(path.name, siblings)} "
             f"Give FILE.py:FUNCTION, where the function returns an nn.Module."
         )
+    return path
+
+
+def find_function(spec: str) -> Callable[..., Any]:
+    """Run the file of ``path/to/file.py:function`` and return the function.
+
+    Raises:
+        ModelError: the file or function is missing, or running the file raises.
+    """
+    path = check_file(spec)
+    text, _, function_name = spec.rpartition(":")
     module = _import_file(path.resolve())
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -54,14 +54,14 @@ def language_model_of(spec: str, config: Any) -> Literal["masked_lm", "causal_lm
     if config.is_encoder_decoder:
         raise ModelError(
             f"{spec!r} is an encoder-decoder ({config.model_type}), whose pretraining is neither masked nor "
-            "causal language modelling of one text. Leave lm_epochs out, or take an encoder or a decoder."
+            "causal language modelling of one text. Leave --lm-epochs out, or take an encoder or a decoder."
         )
     if config.model_type in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "masked_lm"
     if config.model_type in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "causal_lm"
     raise ModelError(
-        f"transformers has no language model of kind {config.model_type!r}. Leave lm_epochs out."
+        f"transformers has no language model of kind {config.model_type!r}. Leave --lm-epochs out."
     )
 
 
@@ -102,7 +102,7 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     if prepared.data.task in ("causal_lm", "masked_lm"):
         raise ModelError(
             f"the task is {prepared.data.task!r} already, so there is nothing to tune first. "
-            "Leave lm_epochs out."
+            "Leave --lm-epochs out."
         )
     target = prepared.opened.model
     classifier: Any = target.body if isinstance(target, MeanPooledClassifier) else target

@@ -303,7 +303,7 @@ def length_for(options: TextOptions, opened: OpenedModel) -> int:
         return MAX_LENGTH if limit is None else min(MAX_LENGTH, limit)
     if limit is not None and options.max_length > limit:
         raise DataError(
-            f"max_length is {options.max_length}, and {opened.spec!r} takes {limit} tokens at most. "
+            f"--max-length is {options.max_length}, and {opened.spec!r} takes {limit} tokens at most. "
             f"Give {limit} or fewer."
         )
     return options.max_length

@@ -50,7 +50,7 @@ def test_usage(folder) -> None:
     assert RUN.invoke(app, ["cache", "rm", str(folder), "aa", "--all"]).exit_code == 2
     unknown = RUN.invoke(app, ["cache", "rm", str(folder), "ff"])
     assert unknown.exit_code == 1
-    assert "no cached column" in unknown.output
+    assert "no cached value" in unknown.output
     assert len(list(folder.iterdir())) == 2
     for arguments in (["ls"], ["rm", "--all"]):
         missing = RUN.invoke(app, ["cache", *arguments, str(folder / "nowhere")])

@@ -120,6 +120,9 @@ def test_results_are_printed_for_people_and_for_machines(images: Path, tmp_path:
     assert table.exit_code == 0, table.output
     for part in ("test balanced_accuracy", "trained parameters", "Per class (test)", "Confusion", "predict"):
         assert part in table.stdout
+    title, blank, first, *_ = [line.strip() for line in table.stdout.splitlines()]
+    assert (title, blank) == ("Result", "")
+    assert first.startswith("validation ")
     assert "epoch 2/2" in table.stderr
     machine = fit("--data", images, "--out", tmp_path / "b", "--json")
     data = json.loads(machine.stdout)
@@ -388,6 +391,11 @@ def test_numbers_out_of_range_are_usage_errors(images: Path, tmp_path: Path) -> 
         ("--epochs", "0"),
         ("--workers", "-1"),
         ("--accumulate", "0"),
+        ("--lm-epochs", "-1"),
+        ("--lm-lr", "0"),
+        ("--max-length", "1"),
+        ("--val-frac", "1"),
+        ("--test-frac", "-0.1"),
     ):
         arguments = [
             "--model",
@@ -400,6 +408,16 @@ def test_numbers_out_of_range_are_usage_errors(images: Path, tmp_path: Path) -> 
             "full",
         ]
         assert option in usage(command("fit", *arguments, option, value))
+
+
+@pytest.mark.parametrize("model", ["timm:nosuch", "torchvision:nosuch", "nosuch.py:build", "nosuch"])
+def test_a_wrong_model_is_told_before_wrong_data(tmp_path: Path, model: str) -> None:
+    # It is quick to look up; data may take long to read.
+    where = ["--data", tmp_path / "none", "--out", tmp_path / "x"]
+    result = command("fit", "--model", model, "--strategy", "full", *where)
+    assert result.exit_code == 1
+    assert "nosuch" in result.stderr
+    assert "none" not in result.stderr
 
 
 def test_commands_to_go_on_with_can_be_pasted(images: Path, tmp_path: Path) -> None:

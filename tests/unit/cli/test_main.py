@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -107,3 +108,14 @@ def test_errors_of_the_system_are_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert CliRunner().invoke(app, ["--ours"]).stderr == "disk is full\n"
     monkeypatch.setattr(output, "debug", True)
     assert isinstance(CliRunner().invoke(app, []).exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "name", ["inspect", "plan", "fit", "search", "curve", "advise", "diagnose", "signature"]
+)
+def test_help_is_whole_at_80_columns(name: str) -> None:
+    # The kind of an option, as in <a|b>, is not broken over two lines.
+    shown = CliRunner().invoke(main.app, [name, "--help"], env={"COLUMNS": "80"}).stdout
+    assert "--granularity" in shown
+    assert max(map(len, shown.splitlines())) == 80
+    assert [line for line in shown.splitlines() if re.search(r"<\w[^>]*$", line)] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from helpers import named_map, resnet_map
 from layerwise.errors import PlanError
+from layerwise.plans.explain import _heat_edges
 from layerwise.plans.plan import Norms, Phase, Plan, Schedule
 from layerwise.plans.storage import parse, to_yaml
 from layerwise.plans.strategies import discriminative, linear_probe
@@ -362,6 +364,18 @@ def test_explain_is_whole_on_a_narrow_terminal(count: int) -> None:
     assert "…" not in text
     assert "lowest peak" in text if count == 40 else " peak" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 2], [48], [24, 24], [1, 1, 1000], [700, 1, 3], [1] * 60])
+def test_columns_of_the_heat_map_begin_at_phases(lengths: list[int]) -> None:
+    """At most 48 columns, each of a step at least; every phase begins one, unless there are more phases."""
+    edges = _heat_edges(lengths)
+    assert edges[0] == 0
+    assert edges[-1] == sum(lengths)
+    assert all(left < right for left, right in itertools.pairwise(edges))
+    assert len(edges) - 1 <= 48
+    if len(lengths) <= 48:
+        assert set(itertools.accumulate(lengths)) <= set(edges)
 
 
 def test_numbers_of_phases_do_not_run_together() -> None:

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from helpers import named_map
 from layerwise.errors import DataError
+from layerwise.plans.unfreezing import ulmfit
 from layerwise.report import pictures
 
 GROUPS = ["stem", "layer1", "layer2", "fc"]
@@ -16,7 +18,7 @@ def explanation():
         "strategy": "top_k(k=2)",
         "lr": 0.1,
         "steps": 20,
-        "heat_steps": [5, 15],
+        "heat_edges": [0, 10, 20],
         "groups": GROUPS,
         "heat": [[0.0, 0.0], [0.0, 0.0], [0.05, 0.02], [0.1, 0.04]],
         "phases": [{"name": "a", "first_step": 0}, {"name": "b", "first_step": 10}],
@@ -49,6 +51,19 @@ def test_plan_picture_shows_every_group_at_every_time():
     assert cells["stem", 0] is None
     assert cells["layer2", 10] == 0.02
     assert [row["step"] for row in rows if "step" in row] == [10]
+
+
+def test_no_column_of_a_plan_shows_two_phases():
+    # a group learns from the line of its phase on, no sooner or later
+    told = ulmfit(named_map("a", "b", "c")).explain(named_map("a", "b", "c"), steps_per_epoch=37).to_dict()
+    rows = values_of(pictures.plan_picture(told))
+    firsts = [phase["first_step"] for phase in told["phases"]]
+    assert [row["step"] for row in rows if "step" in row] == firsts[1:]
+    assert set(firsts) <= set(told["heat_edges"])
+    for name, first in zip(("c", "b", "a"), firsts):
+        cells = [row for row in rows if row.get("group") == name]
+        assert all((row["rate"] is not None) == (row["from"] >= first) for row in cells)
+        assert cells[-1]["to"] == told["steps"]
 
 
 def test_shift_picture_takes_the_figure_that_was_measured():

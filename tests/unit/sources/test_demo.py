@@ -38,6 +38,18 @@ def test_split_is_stratified_disjoint_and_seeded():
 
 
 @needs_elpv
+@pytest.mark.parametrize("asked", [(800, 300, 600), (80, 40, 60), (1624, 500, 500)])
+def test_the_sizes_told_are_those_read(asked):
+    # the split keeps the shares of the classes, so a part has an image more or less than asked for
+    data = demo.elpv_images(
+        SMALL, train_samples=asked[0], val_samples=asked[1], test_samples=asked[2], seed=3
+    )
+    told = demo.elpv_sizes(asked, seed=3)
+    assert told == tuple(len(part) for part in data.parts().values())
+    assert all(abs(size - wanted) <= 2 for size, wanted in zip(told, asked, strict=True))
+
+
+@needs_elpv
 def test_all_images_can_be_used():
     data = demo.elpv_images(SMALL, train_samples=1624, val_samples=500, test_samples=500)
     assert sum(len(part) for part in data.parts().values()) == 2624

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 import textwrap
 import urllib.error
@@ -153,6 +154,28 @@ def test_unknown_names_list_the_closest():
     ):
         with pytest.raises(ModelError, match=f"Did you mean.*{hint}"):
             open_model(spec, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("resnet18", "Did you mean 'timm:resnet18' or 'torchvision:resnet18'?"),
+        ("resnet18.a1_in1k", "Did you mean 'timm:resnet18.a1_in1k'"),
+        ("resnet5", "Did you mean 'timm:resnet50'"),
+        ("tf_eficientnet_lite0", "Did you mean 'timm:tf_efficientnet_lite0'"),
+        ("bert", "Neither timm nor torchvision has a model 'bert'; for one of transformers: hf:"),
+        ("google/bert_tiny", "hub: hf:google/bert_tiny"),
+    ],
+)
+def test_a_name_without_a_source_gets_a_hint_at_what_there_is(spec, hint):
+    with pytest.raises(ModelError, match=re.escape(hint)):
+        open_model(spec)
+
+
+def test_a_name_without_a_source_and_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModelError, match="For a model of timm: timm:resnet18"):
+        open_model("resnet18")
 
 
 @pytest.mark.parametrize("spec", ["resnet18", "", ":", "timm:", "net.py", "net.py:", "unknown:x"])

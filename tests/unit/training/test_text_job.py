@@ -135,7 +135,7 @@ def test_padding_does_not_change_what_is_learned(work):
 
 
 def test_a_length_above_that_of_the_model_is_refused(work):
-    with pytest.raises(DataError, match="max_length is 999"):
+    with pytest.raises(DataError, match="--max-length is 999"):
         open_job(job(work, max_length=999))
 
 
@@ -231,9 +231,9 @@ def test_a_model_without_a_language_model_of_its_kind_is_told():
     # An encoder-decoder, and a kind that transformers has no language model of.
     from transformers import T5Config, ViTConfig
 
-    with pytest.raises(ModelError, match=r"'hf:a' is an encoder-decoder \(t5\).*Leave lm_epochs out"):
+    with pytest.raises(ModelError, match=r"'hf:a' is an encoder-decoder \(t5\).*Leave --lm-epochs out"):
         language_model_of("hf:a", T5Config())
-    with pytest.raises(ModelError, match=r"no language model of kind 'vit'. Leave lm_epochs out"):
+    with pytest.raises(ModelError, match=r"no language model of kind 'vit'. Leave --lm-epochs out"):
         language_model_of("hf:a", ViTConfig())
 
 

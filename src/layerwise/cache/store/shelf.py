@@ -268,7 +268,7 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
         unknown = [key for key in keys if not key or not any(e.key.startswith(key) for e in present)]
         if unknown:
             raise CacheError(
-                f"no cached column in {folder} has a key that begins with {unknown[0]!r}. List them: "
+                f"no cached value in {folder} has a key that begins with {unknown[0]!r}. List them: "
                 f"layerwise cache ls {folder}"
             )
         chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]

@@ -235,7 +235,7 @@ def test_list_and_remove(tmp_path) -> None:
         (KEY, 3, 24, "layer3"),
         ("b" * 40, 3, 24, "layer3"),
     }
-    with pytest.raises(CacheError, match=r"no cached column .* begins with 'zz'"):
+    with pytest.raises(CacheError, match=r"no cached value .* begins with 'zz'"):
         remove(tmp_path, ["zz"])
     assert [e.key for e in remove(tmp_path, ["aaa"])] == [KEY]
     assert [e.key for e in remove(tmp_path)] == ["b" * 40]
