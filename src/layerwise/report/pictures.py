@@ -25,8 +25,8 @@ _PANELS = {
 _INPUT_FIRST = "layer group, input to output"
 _LABEL_LIMIT = 200
 _FIGURE_TITLES = {
-    "norms": "squared shift of norm inputs, in source variances",
-    "frechet": "Fréchet distance of features, in source variances",
+    "norms": "shift of norm inputs, in source variances",
+    "frechet": "Fréchet distance, in source variances",
 }
 
 
