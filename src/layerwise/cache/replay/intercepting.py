@@ -9,6 +9,7 @@ output after them), yet is no hook: modules that take another path when hooks ar
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from layerwise.cache.cutting.cut import CallId
 Forward = Callable[..., Any]
 
 
-class Intercepted:
+class Intercepted(ABC):
     """Within: every call of some modules is answered by `answer`.
 
     Args:
@@ -34,6 +35,7 @@ class Intercepted:
         self._modules = modules
         self._before: list[tuple[dict[str, Any], Any]] = []
 
+    @abstractmethod
     def answer(self, call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output of a call.
 
@@ -43,7 +45,6 @@ class Intercepted:
             args: its arguments.
             kwargs: its keyword arguments.
         """
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         """Begin."""
