@@ -24,6 +24,7 @@ _PANELS = {
 }
 _INPUT_FIRST = "layer group, input to output"
 _LABEL_LIMIT = 200
+_NUMBER_ROOM = 44  # pixels: a number such as 0.76 in a wide font, and space to the axis' title
 _FIGURE_TITLES = {
     "norms": "shift of norm inputs, in source variances",
     "frechet": "Fréchet distance, in source variances",
@@ -350,6 +351,7 @@ def _finished(chart: Chart, title: str, subtitle: str, *, width: int, height: in
 def _styled(chart: Chart) -> Chart:
     return (
         chart.configure_axis(labelFontSize=12, titleFontSize=12, titleFontWeight="normal", gridOpacity=0.5)
+        .configure_axisY(minExtent=_NUMBER_ROOM)  # where no names stand
         .configure_title(fontSize=14, anchor="start", offset=12)
         .configure_legend(labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
         .configure_view(stroke=None)
