@@ -8,7 +8,9 @@ the median over the rounds and their range. Real weights where a package has the
 Each work has a process of its own, because the speed of the plain loop depends on what ran before it: glibc
 gives the memory of large freed tensors back to the system, and getting it again costs the plain loop of
 EfficientNet-Lite0 as much as computing does. Once something larger was freed, glibc keeps such memory. So
-that work is also measured with glibc told to keep it from the start (*memory kept*).
+that work is also measured with glibc told to keep it from the start (*memory kept*). Its steps are by far
+the shortest, so what the cache does in each of them shows most: it is also measured in batches of 32,
+`layerwise.fit`'s own, in place of 8.
 
     python -m benchmarks cache [resnet50|vit|lite0|minilm ...] [--rounds 7] [--resume]
 """
@@ -18,8 +20,8 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -33,7 +35,9 @@ from layerwise.tuning.modes import pin_eval
 
 CLOSE = 4  # rounds against the floor for one against the plain loop: they differ by little
 NETWORKS = ("resnet50", "vit", "lite0", "minilm")
-KEEP_MEMORY = "glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295"
+KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295"
+}
 
 
 @dataclass
@@ -269,12 +273,38 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def measure_named(name: str, part: Literal["blocks", "head"], rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Variant:
+    """A way to measure the networks."""
+
+    part: Literal["blocks", "head"]
+    """What learns."""
+    label: str = ""
+    """What is unusual about it; then it is measured of EfficientNet-Lite0 alone."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    batch: int | None = None
+
+    def is_for(self, name: str) -> bool:
+        """Return whether a network is measured in this way."""
+        return not self.label or name == "lite0"
+
+
+VARIANTS = (
+    Variant("blocks"),
+    Variant("blocks", "memory kept", KEEP_MEMORY),
+    Variant("blocks", "batches of 32", batch=32),
+    Variant("head"),
+)
+
+
+def measure_named(name: str, variant: Variant, rounds: int) -> dict[str, Any]:
     """Measure one case by the name of its network; for a new process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    (case,) = cases([name], head_only=part == "head")
-    return {"work": case.name, **measure(case, rounds=rounds)}
+    (case,) = cases([name], head_only=variant.part == "head")
+    case.batch = variant.batch or case.batch
+    work = ", ".join(filter(None, (case.name, variant.label)))
+    return {"work": work, **measure(case, rounds=rounds)}
 
 
 def main(arguments: list[str]) -> None:
@@ -285,13 +315,10 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     results = Results("cache")
     print("cached epoch: CPU time over the floor's and over the plain loop's; median (range)")
-    for part, allocator in (("blocks", ""), ("blocks", "memory kept"), ("head", "")):
-        for name in options.what or NETWORKS:
-            if allocator and name != "lite0":
-                continue
-            key = " ".join(filter(None, (name, part, allocator)))
+    for variant in VARIANTS:
+        for name in filter(variant.is_for, options.what or NETWORKS):
+            key = " ".join(filter(None, (name, variant.part, variant.label)))
             if not (options.resume and key in results.rows):
-                environment = {"GLIBC_TUNABLES": KEEP_MEMORY} if allocator else {}
-                row = in_new_process(measure_named, name, part, options.rounds, environment=environment)
-                results.save(key, {**row, "work": ", ".join(filter(None, (row["work"], allocator)))})
+                given = name, variant, options.rounds
+                results.save(key, in_new_process(measure_named, *given, environment=variant.environment))
             print(line(results.rows[key]), flush=True)
