@@ -112,6 +112,21 @@ SHARED = """
     assert outcome.losses == plain.losses
 """
 
+LEFT = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from torch.utils.data import DataLoader
+    import layerwise
+    from cache_loops import freeze_prefix, images
+    from helpers import TinyCNN
+
+    model = TinyCNN()
+    freeze_prefix(model, "layer2", "fc")
+    cache = layerwise.PrefixCache(model, DataLoader(images(), batch_size=4), storage="memory")
+    batches = iter(cache.batches())
+    model(next(batches)[0])
+"""
+
 
 def run(code: str, *arguments: list[str]) -> None:
     """Run one process for each list of arguments; all must end well."""
@@ -144,3 +159,10 @@ def test_two_processes_share_a_folder(tmp_path) -> None:
     run(SHARED, [str(tmp_path)], [str(tmp_path)])
     assert len(list(tmp_path.iterdir())) == 2
     assert all((entry / "meta.json").is_file() for entry in tmp_path.iterdir())
+
+
+def test_a_process_that_ends_amid_an_epoch_ends_in_silence() -> None:
+    # Python then closes what is left of the epoch, when there are no global names any more
+    code = textwrap.dedent(LEFT.format(tests=str(TESTS)))
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ended.stderr == ""

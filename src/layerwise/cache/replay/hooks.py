@@ -105,6 +105,7 @@ class RootHook:
     def __init__(self) -> None:
         self.hook: OnlyHere | None = None
         self._open = 0
+        self._calls = _CALLS  # while Python ends, there are no global names any more
         self._handle: RemovableHandle | None = None
         self._call: _Call | None = None
 
@@ -122,7 +123,7 @@ class RootHook:
             # a hook of torch's: the compiler goes past `_call_impl`, and it comes after the user's own
             self.hook = OnlyHere(model, before)
             self._handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
-            self._call = _CALLS.setdefault(model, _Call())
+            self._call = self._calls.setdefault(model, _Call())
             if not self._call.hooks:
                 vars(model)["_call_impl"] = _seen(model, self._call)
             self._call.hooks += 1
@@ -138,7 +139,7 @@ class RootHook:
                 self._call.hooks -= 1
                 if not self._call.hooks:
                     del vars(model)["_call_impl"]
-                    _CALLS.pop(model, None)  # it has gone where both are collected as garbage
+                    self._calls.pop(model, None)  # it has gone where both are collected as garbage
 
     def come_last(self, model: nn.Module) -> None:
         """Have `before` called after all hooks that the model has by now, from its next call on."""
