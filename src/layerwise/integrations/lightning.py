@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import SequentialSampler
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from layerwise.cache.samples.prepared import is_stand_in
 from layerwise.errors import MissingExtraError, ModelError
@@ -37,14 +37,34 @@ def _check_overfitted(trainer: Any) -> None:
         given = getattr(getattr(loop, "_data_source", None), "instance", None)
         if given is None or hasattr(given, "train_dataloader"):  # a module or a data module
             continue
-        for loader in CombinedLoader(given).flattened:
-            if is_stand_in(loader) and not isinstance(loader.sampler, SequentialSampler):
+        for loader in _of_caches(given):
+            if not isinstance(loader.sampler, SequentialSampler):
                 sampler = type(loader.sampler).__name__
                 raise ModelError(
                     f"overfit_batches={trainer.overfit_batches} turns shuffling off, which Lightning cannot "
                     f"do in a cache's loader (its sampler is a {sampler}). Give the cache a loader that "
                     "does not shuffle: cache.as_loader(DataLoader(data, batch_size))."
                 )
+
+
+def _check_sharded(loaders: Any) -> None:
+    """Refuse a cache's loader that gives every process all samples: Lightning cannot put a sampler into it.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for loader in _of_caches(loaders):
+        if isinstance(loader.sampler, RandomSampler | SequentialSampler):
+            raise ModelError(
+                f"each process would train on all {len(loader.dataset):,} samples: Lightning gives each one "
+                "its share of a plain loader, and cannot of a cache's. Have the module's train_dataloader "
+                "return cache.as_loader(DataLoader(data, batch_size, sampler=DistributedSampler(data)))."
+            )
+
+
+def _of_caches(loaders: Any) -> list[Any]:
+    """Return those of some loaders that a `layerwise.PrefixCache` made."""
+    return [loader for loader in CombinedLoader(loaders).flattened if is_stand_in(loader)]
 
 
 class TunerCallback(_Base):  # type: ignore[misc]
@@ -60,7 +80,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
     optimiser's, so ``fit(ckpt_path=...)`` resumes in the phase that was interrupted, with its moments.
     With ``overfit_batches=n`` an epoch has n batches; what a cache makes of a loader may not shuffle then.
     With DDP use ``strategy="ddp_find_unused_parameters_true"``; what will learn later is known to it from the
-    start. Automatic optimisation with one optimiser only.
+    start. A cache's loader then needs a ``DistributedSampler`` of its own. Automatic optimisation with one
+    optimiser only.
 
     The statistics of the norm policy ``"calibrate"`` are not measured here: call
     `layerwise.calibrate_batchnorm` at the start of the phase.
@@ -110,7 +131,9 @@ class TunerCallback(_Base):  # type: ignore[misc]
             _check_overfitted(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compare the lengths of Lightning's loop and the plan."""
+        """Compare the lengths of Lightning's loop and the plan; look at what a cache's loader gives."""
+        if trainer.world_size > 1:
+            _check_sharded(trainer.train_dataloader)
         self._steps = trainer.global_step
         batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
         per_epoch = None if math.isinf(batches) else -(-batches // accumulated)

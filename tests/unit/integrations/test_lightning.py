@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -337,6 +340,56 @@ def test_shuffled_batches_of_a_cache_are_not_overfitted_and_the_error_says_so(da
     error, message = (ValueError, "PrefixCache.as_loader") if part == "hook" else (ModelError, "not shuffle")
     with pytest.raises(error, match=message):
         trainer.fit(module, *given)
+
+
+TWO_PROCESSES = """
+    import sys
+    import torch
+    import lightning.pytorch as pl
+    from torch import nn
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+    import layerwise
+    from layerwise.integrations.lightning import TunerCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, index):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return tuner.optimizer
+
+        def train_dataloader(self):
+            shares = {"all": None, "share": DistributedSampler(data)}
+            return cache.as_loader(DataLoader(data, 4, sampler=shares[sys.argv[1]]))
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(16, 3), torch.arange(16) % 2)
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    plan = layerwise.top_k(layerwise.layer_map(net, torch.randn(4, 3)), k=1, epochs=2)
+    tuner = layerwise.Tuner(net, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=2)
+    cache = layerwise.PrefixCache(net, tuner=tuner, storage="memory")
+    pl.Trainer(
+        max_epochs=2, accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", logger=False,
+        enable_progress_bar=False, enable_checkpointing=False, callbacks=[TunerCallback(tuner)],
+    ).fit(Module())
+    print(tuner.step_count, "steps;", cache.describe())
+"""
+
+
+@pytest.mark.parametrize("gets", ["all", "share"])
+def test_a_cache_gives_each_process_its_share_or_says_how(gets, tmp_path):
+    # Lightning puts a DistributedSampler into a plain loader, and leaves any other one as it is
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(TWO_PROCESSES))
+    ended = subprocess.run([sys.executable, script, gets], cwd=tmp_path, capture_output=True, text=True)
+    if gets == "share":
+        assert "4 steps; prefix cache: memory" in ended.stdout
+    else:
+        assert "each process would train on all 16 samples" in ended.stderr
 
 
 def test_accumulated_batches_count_as_one_step(data, tmp_path):
