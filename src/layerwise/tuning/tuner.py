@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,26 +30,16 @@ from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining, learning
 from layerwise.tuning.checks import check_calibrated, check_first_step, check_norms
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
-from layerwise.tuning.matching import (
-    check_ddp,
-    check_learning,
-    check_numbers,
-    check_plan,
-    check_trains,
-    layers_for,
-    never_trained,
-    parameters_of,
-    phases_of_norms_alone,
-)
+from layerwise.tuning.learners import Learners
+from layerwise.tuning.matching import check_ddp, check_numbers, check_plan, layers_for
 from layerwise.tuning.norms import NormRecord
 from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
-from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
+from layerwise.tuning.param_groups import GroupSpec
 from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates, rates_by_name
 from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained_names
 from layerwise.tuning.reinit import reinit
 from layerwise.tuning.stall import Mode, Stall
-from layerwise.tuning.trainability import draw_groups, set_modes
 from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
 from layerwise.tuning.wrappers import unwrapped
 
@@ -78,7 +68,6 @@ class Tuner:
             accelerator.prepare(tuner.optimizer)``.
         layers: the layer map.
         plan: the plan.
-        norms: what the norms do in this phase.
 
     Raises:
         PlanError: the plan was made for another model; `lr` or `steps_per_epoch` is out of range; the
@@ -127,31 +116,25 @@ class Tuner:
         self._lr = lr
         self._steps_per_epoch = steps_per_epoch
         self._seed = seed
-        self._parameters = parameters_of(self._model, self.layers)
-        self._held = never_trained(self._model, self.layers, self._parameters)
-        check_learning(plan, self.layers, self._held)
-        self._exempt = no_decay_names(self._model, self.layers)
+        self._builder = OptimizerBuilder(
+            optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
+        )
+        check_ddp(model, plan)
+        self._learners = Learners(self._model, plan, self.layers)
+        self._parameters = self._learners.parameters
         self._generator = torch.Generator().manual_seed(seed)
         self._progress = Progress()
         self._rates = Rates(plan, lr, steps_per_epoch)
         self._stall, self._plateau = Stall(), Stall()
         self._l2_sp = L2SP()
         self._rgn = RelativeGradientNorms()
-        self._names_of_phase: dict[int, frozenset[str]] = {}
         self._warned: set[str] = set()
         self._open = False  # inside an epoch
         self._unchecked = True  # the next step is the first since groups changed
 
-        self._builder = OptimizerBuilder(
-            optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
-        )
         self._progress.enter(0, plan)
-        for number in phases_of_norms_alone(self._model, plan, self.layers, self._held):
-            check_trains(plan.phases[number], self.trainable_names(number))
         self._draw()
-        specs = self._set_trainable()
-        check_ddp(model, plan)
-        self.optimizer = self._builder.build(specs)
+        self.optimizer = self._builder.build(self._set_learners())
         self._set_rates()
 
     # ------------------------------------------------------------------ where the run stands
@@ -206,6 +189,11 @@ class Tuner:
         """Whether the plan is over."""
         return self._progress.done
 
+    @property
+    def norms(self) -> NormRecord:
+        """What the norms do in this phase."""
+        return self._learners.norms
+
     def rates(self) -> dict[str, float]:
         """Return the learning rate of the next step by layer group, input -> output; 0 is frozen.
 
@@ -226,13 +214,8 @@ class Tuner:
             phase_index: number of the phase; None is now.
         """
         if phase_index is None:
-            return frozenset(name for name, parameter in self._parameters.items() if parameter.requires_grad)
-        if phase_index not in self._names_of_phase:
-            multipliers, _ = self._multipliers(phase_index, None)
-            self._multipliers(self._progress.phase, self._progress.drawn)  # asking must not change the model
-            learning = frozenset(name for name, value in multipliers.items() if value > 0)
-            self._names_of_phase[phase_index] = learning
-        return self._names_of_phase[phase_index]
+            return self._learners.names_now()
+        return self._learners.names_in(phase_index)
 
     # ------------------------------------------------------------------ the loop
 
@@ -323,7 +306,7 @@ class Tuner:
             return
         if phase.sample_every_steps and progress.step_in_phase % phase.sample_every_steps == 0:
             self._draw()
-            self._builder.sync(self.optimizer, self._set_trainable())
+            self._builder.sync(self.optimizer, self._set_learners())
             self._take_references()
         self._set_rates()
 
@@ -366,25 +349,14 @@ class Tuner:
         else:
             self._set_rates()
 
-    @contextmanager
-    def all_phases(self) -> Iterator[None]:
+    def all_phases(self) -> AbstractContextManager[None]:
         """Let everything that any phase trains require gradients inside the context.
 
         For wrapping the model in a DistributedDataParallel that lives through all phases: it only ever
         averages the gradients of what required them when it was built. Give it
         ``find_unused_parameters=True``, as frozen parameters take no part in the backward pass.
         """
-        ever = frozenset[str]().union(
-            *(self.trainable_names(index) for index in range(len(self.plan.phases)))
-        )
-        before = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
-        for name in ever:
-            self._parameters[name].requires_grad = True
-        try:
-            yield
-        finally:
-            for name, wanted in before.items():
-                self._parameters[name].requires_grad = wanted
+        return self._learners.all_phases()
 
     # ------------------------------------------------------------------ save and go on
 
@@ -424,7 +396,7 @@ class Tuner:
             name: value.to(self._parameters[name].device, copy=True)
             for name, value in state["references"].items()
         }
-        self._builder.sync(self.optimizer, self._set_trainable())
+        self._builder.sync(self.optimizer, self._set_learners())
         check_param_groups(list(state["names"]), [group["name"] for group in self.optimizer.param_groups])
         self.optimizer.load_state_dict(state["optimizer"])
         self._unchecked = True
@@ -482,7 +454,7 @@ class Tuner:
             self._plateau = Stall()
         self._rgn = RelativeGradientNorms()
         self._draw()
-        self._builder.sync(self.optimizer, self._set_trainable())
+        self._builder.sync(self.optimizer, self._set_learners())
         if self._open:  # in the middle of an epoch there is no begin_epoch to wait for
             self._begin_phase()
         self._set_rates()
@@ -503,32 +475,18 @@ class Tuner:
             self._progress.stalls += self._plateau.runs_out(metric, mode, schedule.patience_epochs)
         return self._stall.update(metric, mode) >= (patience or math.inf)
 
-    def _draw(self) -> None:
-        """Draw the trunk groups that learn until the next draw, where the phase draws some."""
-        if self.phase.sample_groups is None:
-            return
-        learning = self.trainable_names(self._progress.phase)
-        self._progress.drawn = draw_groups(self.layers, self.phase, learning, self._generator)
-
     # ------------------------------------------------------------------ who learns
 
-    def _set_trainable(self) -> list[GroupSpec]:
-        """Make the model's modes and ``requires_grad`` those of the phase; return its param groups."""
-        multipliers, self.norms = self._multipliers(self._progress.phase, self._progress.drawn)
-        for name, parameter in self._parameters.items():
-            wanted = multipliers[name] > 0
-            if parameter.requires_grad != wanted:
-                parameter.requires_grad = wanted
-            if not wanted:
-                parameter.grad = None
-        self._unchecked = True
-        specs = group_specs(self.layers, self._parameters, multipliers, self._exempt)
-        self._rates.multipliers = {spec.name: spec.multiplier for spec in specs}
-        return specs
+    def _draw(self) -> None:
+        """Draw the trunk groups that learn until the next draw, where the phase draws some."""
+        self._progress.drawn = self._learners.draw(self._progress.phase, self._generator)
 
-    def _multipliers(self, number: int, drawn: list[str] | None) -> tuple[dict[str, float], NormRecord]:
-        """Return each parameter's multiplier in a phase, and give the model that phase's modes."""
-        return set_modes(self._model, self.layers, self.plan.phases[number], drawn, self._held)
+    def _set_learners(self) -> list[GroupSpec]:
+        """Make those learn that the phase trains; return its param groups."""
+        specs = self._learners.set(self._progress.phase, self._progress.drawn)
+        self._rates.multipliers = {spec.name: spec.multiplier for spec in specs}
+        self._unchecked = True
+        return specs
 
     def _learning(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that learn, by layer group."""

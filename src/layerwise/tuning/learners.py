@@ -1,0 +1,154 @@
+"""`Learners`: who learns in each phase of a plan and at which multiplier, the norm policy included."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.rates import multipliers
+from layerwise.tuning.matching import (
+    check_learning,
+    check_trains,
+    never_trained,
+    parameters_of,
+    phases_of_norms_alone,
+)
+from layerwise.tuning.modes import pin_eval
+from layerwise.tuning.norm_layers import find_norms
+from layerwise.tuning.norms import NormRecord, apply_norms
+from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
+
+
+class Learners:
+    """Makes those parameters of a live model learn that a phase of a plan trains.
+
+    Args:
+        model: changed in place: it gets the modes of the first phase.
+        plan: fits `layers`.
+        layers: the model's layer map.
+
+    Attributes:
+        parameters: the live parameters, by their names in the map.
+        norms: what the norms do in the phase that was set last.
+
+    Raises:
+        ModelError: the model has other parameters than the map; or a phase trains nothing but what cannot be
+            trained.
+        PlanError: the norm policy of a phase holds all that its rates would let learn.
+    """
+
+    norms: NormRecord
+
+    def __init__(self, model: nn.Module, plan: Plan, layers: LayerMap) -> None:
+        self.parameters = parameters_of(model, layers)
+        self._model, self._plan, self._layers = model, plan, layers
+        self._held = never_trained(model, layers, self.parameters)
+        self._exempt = no_decay_names(model, layers)
+        self._names: dict[int, frozenset[str]] = {}  # by phase
+        self._standing: tuple[int, list[str] | None] = 0, None  # the phase and the draw that are set
+        check_learning(plan, layers, self._held)
+        for number in phases_of_norms_alone(model, plan, layers, self._held):
+            check_trains(plan.phases[number], self.names_in(number))
+
+    def names_now(self) -> frozenset[str]:
+        """Return the names of the parameters that learn now."""
+        return frozenset(name for name, parameter in self.parameters.items() if parameter.requires_grad)
+
+    def names_in(self, number: int) -> frozenset[str]:
+        """Return the names of the parameters that learn in a phase, or may be drawn in it (LISA)."""
+        if number not in self._names:
+            values, _ = self._multipliers(number, None)
+            self._multipliers(*self._standing)  # asking must not change the model
+            self._names[number] = frozenset(name for name, value in values.items() if value > 0)
+        return self._names[number]
+
+    def draw(self, number: int, generator: torch.Generator) -> list[str] | None:
+        """Return the trunk groups that learn until the next draw (LISA), input -> output.
+
+        A group of which nothing may learn in the phase is not drawn.
+
+        Args:
+            number: of the phase.
+            generator: moves on.
+
+        Returns:
+            Their names; None where the phase draws none, so that all of its groups learn.
+        """
+        phase = self._plan.phases[number]
+        if phase.sample_groups is None:
+            return None
+        learning = self.names_in(number)
+        trunk = [
+            group.name
+            for group in self._layers
+            if group.role == "trunk"
+            and phase.trains(group.name)
+            and not learning.isdisjoint(group.parameters)
+        ]
+        order = torch.randperm(len(trunk), generator=generator).tolist()
+        return sorted((trunk[i] for i in order[: phase.sample_groups]), key=trunk.index)
+
+    def set(self, number: int, drawn: list[str] | None) -> list[GroupSpec]:
+        """Make the model's modes and ``requires_grad`` those of a phase; return its param groups.
+
+        What does not learn loses its gradient.
+
+        Args:
+            number: of the phase.
+            drawn: see `draw`.
+        """
+        self._standing = number, drawn
+        values, self.norms = self._multipliers(number, drawn)
+        for name, parameter in self.parameters.items():
+            learns = values[name] > 0
+            if parameter.requires_grad != learns:
+                parameter.requires_grad = learns
+            if not learns:
+                parameter.grad = None
+        return group_specs(self._layers, self.parameters, values, self._exempt)
+
+    @contextmanager
+    def all_phases(self) -> Iterator[None]:
+        """Within: everything that any phase trains requires gradients."""
+        numbers = range(len(self._plan.phases))
+        ever = frozenset[str]().union(*map(self.names_in, numbers))
+        before = {name: parameter.requires_grad for name, parameter in self.parameters.items()}
+        for name in ever:
+            self.parameters[name].requires_grad = True
+        try:
+            yield
+        finally:
+            for name, wanted in before.items():
+                self.parameters[name].requires_grad = wanted
+
+    def _multipliers(self, number: int, drawn: list[str] | None) -> tuple[dict[str, float], NormRecord]:
+        """Return each parameter's multiplier in a phase, and give the model that phase's modes and pins."""
+        phase, model, held = self._plan.phases[number], self._model, self._held
+        values = _planned(self._layers, phase, drawn, held)
+        frozen = {group.name for group in self._layers if not any(values[name] for name in group.parameters)}
+        record = apply_norms(model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout)
+        if phase.norms.policy in ("follow", "calibrate"):
+            # A norm frozen by its parameters' names, in a group that learns, is frozen with its statistics.
+            still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
+            for norm in find_norms(model):
+                own = list(norm.module.parameters(recurse=False))
+                if norm.kind == "running" and own and still.issuperset(map(id, own)):
+                    pin_eval([norm.module])
+        values |= dict.fromkeys(record.frozen, 0.0) | dict.fromkeys(record.trainable, record.rate)
+        return {name: 0.0 if name in held else value for name, value in values.items()}, record
+
+
+def _planned(
+    layers: LayerMap, phase: Phase, drawn: Collection[str] | None, held: Collection[str]
+) -> dict[str, float]:
+    """Return the multipliers of the plan alone."""
+    resting: set[str] = set()
+    if phase.sample_groups is not None and drawn is not None:
+        resting = {group.name for group in layers if group.role == "trunk"} - set(drawn)
+    still = {name for group in layers if group.name in resting for name in group.parameters} | set(held)
+    return {name: 0.0 if name in still else value for name, value in multipliers(phase, layers).items()}
