@@ -17,6 +17,15 @@ import layerwise
 SIZE, COUNT, BATCH = 8, 16, 4
 
 
+class Slotted:
+    """An object whose state is in slots."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 1
+
+
 class Encoder(nn.Module):
     """A frozen layer, and what `more(encoder, input, output, *others)` returns beside its output."""
 
@@ -106,6 +115,7 @@ MODELS: dict[str, Callable[[], Net]] = {
     "what learning layers made, detached": lambda: Net(lambda e, x, y, start: start.detach(), of_learning),
     "appended to a list": lambda: Net(lambda e, x, y, kept: kept.append(y), side_adapters),
     "object with a state": lambda: Net(lambda e, x, y: SimpleNamespace(count=1), counted),
+    "object with slots": lambda: Net(lambda e, x, y: Slotted(), counted),
     "deque": lambda: Net(lambda e, x, y: deque([1]), counted),
     "tolist": lambda: Net(nothing, by_python(Tensor.tolist)),
     "numpy": lambda: Net(nothing, by_python(Tensor.numpy)),
@@ -147,6 +157,12 @@ def test_exact_whatever_a_frozen_module_hands_out(name: str) -> None:
     cached, text = trained(MODELS[name], learning, cached=True)
     assert_same(plain, cached)
     assert text
+
+
+@pytest.mark.parametrize("name", ["object with a state", "object with slots", "deque"])
+def test_a_module_that_hands_out_what_can_change_runs_and_what_is_in_it_is_skipped(name: str) -> None:
+    _, text = trained(MODELS[name], ("zero", "head"), cached=True)
+    assert "cut at encoder.linear" in text
 
 
 class Recurrent(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 
 from layerwise.cache.cutting.cut import Source
 from layerwise.layers.forms import is_plain
+from layerwise.layers.holding import slots_of
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -156,7 +157,9 @@ def _can_change(output: Any) -> bool:
         return any(map(_can_change, output.values()))
     if dataclasses.is_dataclass(output):
         return any(_can_change(getattr(output, field.name)) for field in dataclasses.fields(output))
-    return hasattr(output, "__dict__") or isinstance(output, set | deque | bytearray)
+    return (
+        hasattr(output, "__dict__") or bool(slots_of(output)) or isinstance(output, set | deque | bytearray)
+    )
 
 
 def _has_numbers(output: Any) -> bool:
