@@ -47,7 +47,8 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.parsing import parse_strategy
-from layerwise.plans.plan import Plan, Schedule
+from layerwise.plans.plan import Plan
+from layerwise.plans.settings import Schedule
 from layerwise.training.fit import fit
 
 RESULTS = Path(__file__).parent / "results" / "advice"

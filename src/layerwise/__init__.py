@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap as LayerMap
     from layerwise.layers.mapping import layer_map as layer_map
     from layerwise.plans.parsing import parse_strategy as parse_strategy
-    from layerwise.plans.plan import Norms as Norms
     from layerwise.plans.plan import Phase as Phase
     from layerwise.plans.plan import Plan as Plan
-    from layerwise.plans.plan import Schedule as Schedule
     from layerwise.plans.recipes import auto_rgn as auto_rgn
     from layerwise.plans.recipes import lisa as lisa
     from layerwise.plans.recipes import reinit_last as reinit_last
+    from layerwise.plans.settings import Norms as Norms
+    from layerwise.plans.settings import Schedule as Schedule
     from layerwise.plans.strategies import blocks as blocks
     from layerwise.plans.strategies import discriminative as discriminative
     from layerwise.plans.strategies import freeze_embeddings as freeze_embeddings
@@ -73,14 +73,14 @@ _HOME = {
     "LayerwiseError": "layerwise.errors",
     "LayerwiseLR": "layerwise.tuning.lr_scheduler",
     "LayerwiseWarning": "layerwise.errors",
-    "Norms": "layerwise.plans.plan",
+    "Norms": "layerwise.plans.settings",
     "Phase": "layerwise.plans.plan",
     "Plan": "layerwise.plans.plan",
     "PrefixCache": "layerwise.cache.prefix",
     "Preprocessing": "layerwise.sources.preprocessing",
     "Result": "layerwise.training.result",
     "Run": "layerwise.training.run",
-    "Schedule": "layerwise.plans.plan",
+    "Schedule": "layerwise.plans.settings",
     "Shift": "layerwise.choosing.shift_result",
     "Signature": "layerwise.choosing.signature",
     "Tuner": "layerwise.tuning.tuner",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers import map_by_children
-from layerwise.plans.plan import Norms
+from layerwise.plans.settings import Norms
 from layerwise.tuning.calibration import calibrate_batchnorm
 from layerwise.tuning.norms import apply_norms, release_norms
 

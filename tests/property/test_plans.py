@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import map_by_children, tiny_mlp
-from layerwise.plans.plan import Norms, Phase, Plan, Schedule
+from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.schedules import factor, join_factor
+from layerwise.plans.settings import Norms, Schedule
 from layerwise.plans.storage import parse, to_yaml
 from layerwise.tuning.tuner import Tuner
 

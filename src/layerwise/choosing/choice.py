@@ -7,7 +7,8 @@ from typing import Any
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.parsing import parse_strategy
-from layerwise.plans.plan import Norms, Plan, Schedule
+from layerwise.plans.plan import Plan
+from layerwise.plans.settings import Norms, Schedule
 
 HEAD_RATE, BODY_RATE = 1e-2, 1e-3
 """Base rates for AdamW: a linear probe bears, and in few epochs needs, a larger one than a network.

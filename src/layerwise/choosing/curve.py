@@ -22,7 +22,8 @@ from layerwise.choosing.terms import SET_FOR_ALL, check_fit_options, metric_and_
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.settings import Schedule
 from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 

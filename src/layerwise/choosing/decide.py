@@ -8,7 +8,7 @@ from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice, full, last_g
 from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, thresholds
 from layerwise.choosing.matrix import DECAY, MOST, calibrated, matrix_cell, size_of
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import Norms
+from layerwise.plans.settings import Norms
 
 SMALL_BATCH = 16
 SATURATED = 0.97

@@ -8,7 +8,7 @@ from typing import Literal
 from layerwise.choosing.choice import Choice, full, last_groups, probe
 from layerwise.choosing.evidence import Evidence, Pretraining
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import Norms
+from layerwise.plans.settings import Norms
 
 Size = Literal["< 1K", "1K-10K", "10K-100K", "> 100K"]
 DECAY: dict[Pretraining, float] = {"supervised": 0.9, "self_supervised": 0.75, "unknown": 0.9}

@@ -33,7 +33,8 @@ from layerwise.choosing.trials import Experiment, begin_trial, run_trial
 from layerwise.errors import DataError, RunError, plural
 from layerwise.files import with_nulls, write_json
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import NormKind, Plan
+from layerwise.plans.plan import Plan
+from layerwise.plans.settings import NormKind
 from layerwise.training.result import Result
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.parsing import parse_strategy
-from layerwise.plans.plan import NormKind, Plan, Schedule
+from layerwise.plans.plan import Plan
+from layerwise.plans.settings import NormKind, Schedule
 
 _HEAD_ALONE = ("last 1", "linear_probe")
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 from layerwise.errors import PlanError, plural
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.explanation import JOINING, Explanation, GroupRates, PhaseSummary
-from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
 from layerwise.plans.schedules import join_factor
+from layerwise.plans.settings import Schedule
 from layerwise.plans.timeline import joins, phase_factor
 
 ASSUMED_STEPS_PER_EPOCH = 100

@@ -8,7 +8,8 @@ from typing import Any, TypedDict, TypeVar, cast, get_args
 
 from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import NormKind, Norms, Phase, Plan, Schedule, Shape
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.settings import NormKind, Norms, Schedule, Shape
 
 DEFAULT_EPOCHS = 5
 """Length of a plan where neither epochs nor steps are given: fine-tuning, not training from scratch."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 
 from layerwise.errors import PlanError
-from layerwise.plans.plan import Schedule
+from layerwise.plans.settings import Schedule
 
 
 def factor(schedule: Schedule, step: int, total_steps: int, *, stalls: int = 0) -> float:

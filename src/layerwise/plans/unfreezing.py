@@ -18,8 +18,9 @@ from layerwise.plans.options import (
     settings,
     strategy,
 )
-from layerwise.plans.plan import Phase, Plan, Schedule
+from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import check_decay, decayed
+from layerwise.plans.settings import Schedule
 
 ULMFIT_DECAY = 1 / 2.6
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from layerwise.errors import PlanError
-from layerwise.plans.plan import Schedule, Shape
 from layerwise.plans.schedules import factor, join_factor
+from layerwise.plans.settings import Schedule, Shape
 from layerwise.tuning.optimizers import set_rate
 from layerwise.tuning.stall import Mode, Stall
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.plan import Norms
+from layerwise.plans.settings import Norms
 from layerwise.tuning.modes import held_modes, pin_eval, pinned, unpin
 from layerwise.tuning.norm_layers import find_norms, frozen_norms
 

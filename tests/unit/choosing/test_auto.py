@@ -11,7 +11,7 @@ from layerwise.choosing.auto import choose_plan, expected_s, pick, space_around
 from layerwise.choosing.search_result import CurvePoint
 from layerwise.errors import DataError
 from layerwise.plans.parsing import parse_strategy
-from layerwise.plans.plan import Norms
+from layerwise.plans.settings import Norms
 
 from .small import images, map_of, pretrained
 

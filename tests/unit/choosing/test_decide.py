@@ -14,7 +14,7 @@ from layerwise.choosing.evidence import Evidence, Weighting, chance_of, similari
 from layerwise.choosing.matrix import default_epochs, matrix_cell, size_of
 from layerwise.choosing.shift_result import GroupShift, InputShift, Shift
 from layerwise.layers.layermap import LayerGroup, LayerMap
-from layerwise.plans.plan import Norms
+from layerwise.plans.settings import Norms
 
 LEVELS = ("similar", "somewhat", "dissimilar", "unknown")
 SIZES = (300, 3_000, 30_000, 300_000)

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from helpers import named_map, resnet_map
 from layerwise.errors import PlanError
 from layerwise.plans.explain import _heat_edges
-from layerwise.plans.plan import Norms, Phase, Plan, Schedule
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.settings import Norms, Schedule
 from layerwise.plans.storage import parse, to_yaml
 from layerwise.plans.strategies import discriminative, linear_probe
 from layerwise.plans.unfreezing import ulmfit

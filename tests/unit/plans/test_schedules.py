@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from layerwise.errors import PlanError
-from layerwise.plans.plan import Schedule
 from layerwise.plans.schedules import factor, join_factor
+from layerwise.plans.settings import Schedule
 
 T = 100
 

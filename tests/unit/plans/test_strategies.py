@@ -13,7 +13,8 @@ from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans import recipes, strategies, unfreezing
 from layerwise.plans.parsing import STRATEGIES, parse_strategy
-from layerwise.plans.plan import Norms, Plan, Schedule
+from layerwise.plans.plan import Plan
+from layerwise.plans.settings import Norms, Schedule
 
 NAMES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from layerwise.errors import PlanError
-from layerwise.plans.plan import Schedule
 from layerwise.plans.schedules import factor
+from layerwise.plans.settings import Schedule
 from layerwise.tuning.lr_scheduler import LayerwiseLR
 
 

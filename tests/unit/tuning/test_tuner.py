@@ -17,7 +17,8 @@ import layerwise
 from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import LayerwiseWarning, ModelError, PlanError
 from layerwise.plans import recipes, strategies, unfreezing
-from layerwise.plans.plan import Norms, Phase, Plan, Schedule
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.settings import Norms, Schedule
 from layerwise.tuning.gradient_norms import MEASURED_STEPS, RelativeGradientNorms
 from layerwise.tuning.tuner import Tuner
 

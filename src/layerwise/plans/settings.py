@@ -1,0 +1,94 @@
+"""`Schedule` and `Norms`: settings that each phase of a plan may have of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from layerwise.plans.data import Data
+
+Multiplier = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+Shape = Literal["constant", "linear", "cosine", "slanted_triangular", "one_cycle", "plateau"]
+NormKind = Literal["follow", "freeze", "freeze_until", "calibrate", "adapt"]
+
+
+class Schedule(Data):
+    """One factor in [0, 1] over time, times each group's own rate; so ratios between groups hold.
+
+    Attributes:
+        shape: how the factor falls (`layerwise.plans.schedules` has the formulas).
+        warmup_frac: share of the span over which the factor first rises linearly to where the shape starts,
+            in w steps from 1 / (w + 1) of it.
+        warmup_steps: the same in optimiser steps; at most one of the two is above 0.
+        floor: lowest value the factor falls to after its peak, as a share of the peak.
+        span: ``"phase"`` starts anew at each phase, ``"run"`` goes once over the whole plan.
+        cut_frac: share of the span in which the slanted triangle and the one-cycle rise.
+        ratio: how much smaller than its peak the factor is at both ends of the slanted triangle and at
+            the start of the one-cycle.
+        patience_epochs: the plateau shape multiplies by `factor` after so many epochs without
+            improvement of the validation metric.
+        factor: what it multiplies by.
+    """
+
+    shape: Shape = "constant"
+    warmup_frac: Fraction = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    floor: Fraction = 0.0
+    span: Literal["phase", "run"] = "phase"
+    cut_frac: Fraction = 0.1
+    ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 32.0
+    patience_epochs: Annotated[int, Field(ge=0)] = 2
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @classmethod
+    def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        if data.get("warmup_frac") and data.get("warmup_steps"):
+            return [
+                f"warmup_frac ({data['warmup_frac']!r}) and warmup_steps ({data['warmup_steps']!r}) are both "
+                "given; keep one"
+            ]
+        return []
+
+
+class Norms(Data):
+    """What batch-norm (and its kin with running statistics) does during a phase.
+
+    Attributes:
+        policy: ``"follow"``: frozen where its group is frozen, trained where it trains.
+            ``"freeze"``: affine parameters and statistics fixed everywhere.
+            ``"freeze_until"``: fixed in all groups before `until`, trained from there on.
+            ``"calibrate"``: statistics measured anew on target data before the phase, then fixed.
+            ``"adapt"``: statistics and affine parameters adapt everywhere, frozen groups included.
+        until: first group whose norms adapt, for ``"freeze_until"``.
+        samples: how many samples ``"calibrate"`` averages over; None is the whole training set.
+        momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
+            freeze_until).
+        rate: multiplier of the norms' affine parameters where they train in a frozen group
+            (``"adapt"``), as a share of the base rate.
+        tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
+    """
+
+    policy: NormKind = "follow"
+    until: str | None = None
+    samples: Annotated[int, Field(gt=0)] | None = None
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+    rate: Multiplier = 1.0
+    tune: bool = False
+
+    @classmethod
+    def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        policy, until = data.get("policy", "follow"), data.get("until")
+        if policy == "freeze_until" and until is None:
+            return ["policy 'freeze_until' needs `until`, the first group whose norms adapt"]
+        if policy != "freeze_until" and until is not None:
+            return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
+        used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}
+        return [
+            f"{name} is {data[name]!r}, which is only for policy {' or '.join(map(repr, by))}, not {policy!r}"
+            for name, by in used.items()
+            if data.get(name) is not None and policy not in by
+        ]
