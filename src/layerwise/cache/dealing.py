@@ -13,7 +13,7 @@ from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.replay.link import versions_of
 from layerwise.cache.samples.batchshape import BatchShape
-from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.reading import DRAWS, LoaderReader, Order
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.traceless import normal_tensors

@@ -8,7 +8,8 @@ import torch
 
 from layerwise.cache.changes.modelstate import OtherStateError
 from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
-from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.feed import Feed
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.supply import Supply
 from layerwise.errors import CacheError
 

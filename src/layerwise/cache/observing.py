@@ -30,7 +30,8 @@ from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import copied, memory_order
 from layerwise.cache.replay.link import Link, versions_of
 from layerwise.cache.replay.replaying import Replay, check_replayed
-from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.feed import Feed
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless

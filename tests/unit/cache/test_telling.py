@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.store.decision import Decision
 from layerwise.cache.telling import merged
 

@@ -18,9 +18,9 @@ from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import Layout, copied, in_order
 from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.batchshape import BatchShape, Kind
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.column import Column
-from layerwise.cache.store.decision import Decision
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -45,27 +45,6 @@ class SiteColumn:
     layout: Layout
     structure: str
     weights: tuple[Any, ...]
-
-
-@dataclass
-class Phase:
-    """One combination of trainable parameters and train/eval modes, for one loader.
-
-    Attributes:
-        cut: where the pass is cut; None before the first batch was seen, or if it cannot be.
-        reason: why it is not cached; ``""`` if it is.
-        verified: a replayed batch was bit for bit the plain one; False again if it is refused later.
-        ghosts: leaves of the batch that are not loaded.
-        fixed: what the skipped calls give for every batch alike; None before the first one was seen.
-        decision: what was chosen.
-    """
-
-    cut: Cut | None = None
-    reason: str = ""
-    verified: bool = False
-    ghosts: frozenset[int] = frozenset()
-    fixed: Fixed | None = None
-    decision: Decision | None = None
 
 
 @dataclass(eq=False)

@@ -17,7 +17,8 @@ from layerwise.cache.changes.alike import reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
 from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError
-from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.feed import Feed
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.reading import LoaderReader, Order
 from layerwise.errors import CacheError, warn
 from layerwise.layers.structures import tensors_in

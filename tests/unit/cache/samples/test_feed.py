@@ -14,7 +14,8 @@ from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
-from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.feed import Feed
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.stock import CachePool
 from layerwise.errors import CacheError
