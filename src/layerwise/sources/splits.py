@@ -25,15 +25,22 @@ def fracs_to_split(
         test_frac: share for testing.
 
     Raises:
-        DataError: a share is out of range, whether it is used or not.
+        DataError: a share is out of range, whether it is used or not, or those that are leave no train.
     """
     fracs, notes = [], []
     for name, frac, default in (("val", val_frac, VAL_FRAC), ("test", test_frac, 0.0)):
         if not 0 <= frac < 1:
             raise DataError(f"{name}_frac is {frac}; expected a share of at least 0 and below 1.")
         if name in parts and frac not in (0.0, default):
-            notes.append(f"{name}_frac={frac} is not used: the data have a {name} part of their own")
+            notes.append(
+                f"--{name}-frac {frac} ({name}_frac=) is not used: the data have a {name} part of their own"
+            )
         fracs.append(0.0 if name in parts else frac)
+    if sum(fracs) >= 1:
+        raise DataError(
+            f"--val-frac {val_frac}, --test-frac {test_frac} (val_frac=, test_frac=): expected shares whose "
+            "sum is below 1, so that something is left to train on."
+        )
     return fracs, notes
 
 
