@@ -13,6 +13,7 @@ from layerwise.cli.options import refuse
 from layerwise.cli.output import (
     JsonFlag,
     above_zero,
+    check_output,
     friendly,
     given_options,
     print_json,
@@ -333,6 +334,7 @@ def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
     from layerwise.training.run import require_free
 
     require_free(out, data=job.data)  # before a model is downloaded or an image is read
+    check_output(out, "--out", folder=True)
     auto = job.strategy == "auto"
     # The thresholds of the advice were measured by stages; the strategy is only a place holder.
     prepared = open_job(dataclasses.replace(job, strategy="full", granularity="stages") if auto else job)

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 
-from layerwise.errors import DataError, plural
+from layerwise.errors import DataError, plural, shorten
 
 VAL_FRAC = 0.2
 """Share of train to validate on, where nothing else is said."""
@@ -77,11 +77,11 @@ def stratified_split(
     wanted = sum(frac > 0 for frac in fracs) + 1
     small = {label: len(indices) for label, indices in members.items() if len(indices) < wanted}
     if small:
-        listed = ", ".join(f"{label!r} has {count}" for label, count in sorted(small.items(), key=str))
+        listed = shorten((f"{label!r} has {count}" for label, count in sorted(small.items(), key=str)), 10)
         raise DataError(
             f"{plural(len(small), 'class is', 'classes are')} too small to be split into {wanted} parts "
             f"({listed}); expected at least {wanted} samples of each class. Add samples, leave "
-            "the classes out, or set a share to 0."
+            "the classes out, or set a share to 0: --val-frac, --test-frac."
         )
     parts: list[list[int]] = [[] for _ in range(len(fracs) + 1)]
     generator = random.Random(seed)

@@ -38,6 +38,14 @@ def test_small_classes_are_all_named():
         stratified_split(["a"] * 5 + ["b"] + ["c"] * 2, [0.2, 0.2], seed=0)
 
 
+def test_many_small_classes_are_ten_and_a_number():
+    # A column of numbers taken for labels makes as many classes as rows.
+    with pytest.raises(
+        DataError, match=r"500 classes are too small.*, '106' has 1 and 490 more\).*--val-frac"
+    ):
+        stratified_split([str(number) for number in range(500)], [0.2], seed=0)
+
+
 def test_one_class_too_small_is_told_in_the_singular():
     # Words follow the number.
     with pytest.raises(DataError, match=r"^1 class is too small"):
