@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from layerwise.errors import ModelError
+from layerwise.errors import DataError, ModelError
 from layerwise.sources.fetching import hub_if_found
 from layerwise.sources.models import open_model
+from layerwise.sources.texttable import read_texts
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
@@ -42,6 +43,16 @@ def test_a_hub_that_is_not_found_is_asked_once(
         open_model(spec)
     assert caplog.messages == []
     assert before == constants.HF_HUB_OFFLINE
+
+
+def test_data_of_a_hub_that_is_not_found_are_asked_for_once(
+    no_network: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As of models: one message.
+    pytest.importorskip("datasets")
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match="'hf:nobody/nothing' cannot be op"):
+        read_texts("hf:nobody/nothing")
+    assert caplog.messages == []
 
 
 def test_a_hub_behind_a_proxy_is_asked_as_ever(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
