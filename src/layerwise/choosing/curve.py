@@ -130,7 +130,10 @@ def transfer_curve(
     are the curves BnB, AnB (here "frozen") and AnB+ ("fine-tuned") over layers.
     """
     if val is None:
-        raise DataError("the curve is of a validation metric, and val is None. Split some off train.")
+        raise DataError(
+            "the curve is of a validation metric, and val is None. Split some off train: --val-frac "
+            "(in Python, give val)."
+        )
     options = dict(fit_options or {})
     check_fit_options(options, SET_FOR_ALL, "transfer_curve")
     metric, _ = metric_and_mode(metric, train, options)

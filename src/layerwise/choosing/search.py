@@ -128,7 +128,10 @@ def search(
     2019.
     """
     if val is None:
-        raise DataError("a search compares plans on validation data, and val is None. Split some off train.")
+        raise DataError(
+            "a search compares plans on validation data, and val is None. Split some off train: --val-frac "
+            "(in Python, give val)."
+        )
     if (trials is not None and trials < 1) or (minutes is not None and not minutes > 0) or seeds < 1:
         raise DataError(
             f"trials is {trials}, minutes {minutes}, seeds {seeds}; expected numbers above 0 (or None for no "

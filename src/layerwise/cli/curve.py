@@ -15,7 +15,7 @@ from layerwise.cli.options import (
     numbers,
     with_task,
 )
-from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say
+from layerwise.cli.output import JsonFlag, above_zero, check_output, friendly, print_json, print_table, say
 
 
 @friendly
@@ -29,7 +29,7 @@ def curve(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of every training.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of every point.")] = 1,
-    lr: Annotated[float, typer.Option(help="Base rate of all trainings.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="Base rate of all trainings.", callback=above_zero)] = 1e-3,
     metric: MetricOption = None,
     batch_size: BatchSizeOption = 32,
     val_frac: ValFracOption = 0.2,

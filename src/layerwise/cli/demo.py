@@ -12,7 +12,7 @@ import typer
 from layerwise.cli.demo_output import describe_arm, show_demo
 from layerwise.cli.demo_text import demo_text
 from layerwise.cli.options import refuse
-from layerwise.cli.output import JsonFlag, friendly, say
+from layerwise.cli.output import JsonFlag, friendly, say, seed_of_all
 
 if TYPE_CHECKING:
     from layerwise.training.demo import Arm
@@ -37,7 +37,7 @@ def demo(
     per_topic: Annotated[int, typer.Option(min=8, help="text: texts of each of the 20 topics.")] = 60,
     data: Annotated[Path | None, typer.Option(help="text: a table with the columns text and label.")] = None,
     model: Annotated[str | None, typer.Option(help="text: another encoder, as hf:FOLDER.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of split, head and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of split, head and order.", callback=seed_of_all)] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare a linear probe, full fine-tuning and a selective plan on photos of solar cells, or on texts."""

@@ -10,7 +10,18 @@ import typer
 
 from layerwise.cli import text
 from layerwise.cli.options import refuse
-from layerwise.cli.output import JsonFlag, friendly, given_options, print_json, print_table, say, share
+from layerwise.cli.output import (
+    JsonFlag,
+    above_zero,
+    check_output,
+    friendly,
+    given_options,
+    print_json,
+    print_table,
+    say,
+    seed_of_all,
+    share,
+)
 
 if TYPE_CHECKING:
     from layerwise.training.job import Job
@@ -142,7 +153,9 @@ def fit(
             "--dry-run", help="Print what would learn when, time and memory.", rich_help_panel=_TRAINING
         ),
     ] = False,
-    lr: Annotated[float, typer.Option(help="Base learning rate.", rich_help_panel=_TRAINING)] = 1e-3,
+    lr: Annotated[
+        float, typer.Option(help="Base learning rate.", callback=above_zero, rich_help_panel=_TRAINING)
+    ] = 1e-3,
     optimizer: Annotated[
         str,
         typer.Option(help="adamw, adam, sgd, nadam, radam, rmsprop, adafactor.", rich_help_panel=_TRAINING),
@@ -161,7 +174,11 @@ def fit(
     ] = False,
     seed: Annotated[
         int,
-        typer.Option(help="Of split, new head, order and augmentation.", min=0, rich_help_panel=_TRAINING),
+        typer.Option(
+            help="Of split, new head, order and augmentation.",
+            callback=seed_of_all,
+            rich_help_panel=_TRAINING,
+        ),
     ] = 0,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
@@ -171,7 +188,8 @@ def fit(
         int, typer.Option(help="Batches for one optimiser step.", min=1, rich_help_panel=_TRAINING)
     ] = 1,
     clip_norm: Annotated[
-        float | None, typer.Option(help="Largest norm of all gradients.", rich_help_panel=_TRAINING)
+        float | None,
+        typer.Option(help="Largest norm of all gradients.", callback=above_zero, rich_help_panel=_TRAINING),
     ] = None,
     class_weights: Annotated[
         Literal["balanced"] | None, typer.Option(help="Weigh rare classes more.", rich_help_panel=_TRAINING)
@@ -181,7 +199,10 @@ def fit(
         typer.Option(help="Draw all classes equally often.", rich_help_panel=_TRAINING),
     ] = None,
     label_smoothing: Annotated[
-        float, typer.Option(help="Share of each target spread over all classes.", rich_help_panel=_TRAINING)
+        float,
+        typer.Option(
+            help="Share of each target spread over all classes.", callback=share, rich_help_panel=_TRAINING
+        ),
     ] = 0.0,
     early_stopping: Annotated[
         int | None,
@@ -236,8 +257,6 @@ def fit(
         raise typer.BadParameter("give exactly one of --strategy and --plan.")
     if plan is not None and "granularity" in given_options(context):
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
-    if not lr > 0:
-        raise typer.BadParameter(f"--lr is {lr}; expected a number above 0.")
     if strategy != "auto":
         refuse(context, ["budget_minutes", "search_share"], "only --strategy auto searches")
 
@@ -315,6 +334,7 @@ def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
     from layerwise.training.run import require_free
 
     require_free(out, data=job.data)  # before a model is downloaded or an image is read
+    check_output(out, "--out", folder=True)
     auto = job.strategy == "auto"
     # The thresholds of the advice were measured by stages; the strategy is only a place holder.
     prepared = open_job(dataclasses.replace(job, strategy="full", granularity="stages") if auto else job)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from layerwise import __version__
 from layerwise.cli import (
@@ -26,7 +27,24 @@ from layerwise.cli import (
     signature,
 )
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; what typer says of an illegal value lacks the value, which is put in."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            from pydantic import ValidationError
+
+            if isinstance(error.__cause__, ValidationError):
+                found = error.__cause__.errors()[0]
+                message = found["msg"].replace("Input should be", f"{found['input']!r} is given; expected")
+                error.message = message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Selective fine-tuning: which layers learn, when, how fast, and what their normalisation does.",

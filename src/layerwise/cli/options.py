@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
-from layerwise.cli.output import say, share
+from layerwise.cli.output import say, seed_of_all, share
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -63,7 +63,7 @@ class TaskOptions:
         # typer's own stages|blocks|layers does not fit into 80 columns beside the longest option
         typer.Option(help="What one layer group is: stages, blocks or layers.", metavar="<name>"),
     ] = "stages"
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", callback=seed_of_all)] = 0
 
     @property
     def weights_file(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import sys
 import warnings
@@ -70,10 +71,21 @@ def above_zero(value: float | None) -> float | None:
     """Return the number of an option.
 
     Raises:
-        BadParameter: it is not above 0.
+        BadParameter: it is not above 0, or infinite.
     """
-    if value is not None and not value > 0:
-        raise typer.BadParameter(f"{value} is given; expected a number above 0.")
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is given; expected a finite number above 0.")
+    return value
+
+
+def seed_of_all(value: int) -> int:
+    """Return the number of ``--seed``; numpy takes no others.
+
+    Raises:
+        BadParameter: it is below 0, or not below 2**32.
+    """
+    if not 0 <= value < 2**32:
+        raise typer.BadParameter(f"{value} is given; expected a whole number from 0 to 2**32 - 1.")
     return value
 
 

@@ -36,7 +36,9 @@ def plan(
         Literal["stages", "blocks", "layers"],
         typer.Option(help="What one layer group is.", rich_help_panel=_SOURCE),
     ] = "blocks",
-    epochs: Annotated[int | None, typer.Option(help="Length of the plan.", rich_help_panel=_SOURCE)] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Length of the plan.", min=1, rich_help_panel=_SOURCE)
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="constant, linear, cosine, ...", rich_help_panel=_SOURCE)
     ] = None,
@@ -44,7 +46,7 @@ def plan(
         str | None, typer.Option(help="Batch-norm policy: follow, freeze, ...", rich_help_panel=_SOURCE)
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Outputs of a new head.", rich_help_panel=_SOURCE)
+        int | None, typer.Option(help="Outputs of a new head.", min=1, rich_help_panel=_SOURCE)
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the plan to this file.", rich_help_panel=_SHOW)

@@ -15,7 +15,16 @@ from layerwise.cli.options import (
     numbers,
     with_task,
 )
-from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, print_table, say, share
+from layerwise.cli.output import (
+    JsonFlag,
+    above_zero,
+    check_output,
+    friendly,
+    print_json,
+    print_table,
+    say,
+    share,
+)
 
 _BUDGET = "Budget"
 _SPACE = "What is tried"
@@ -30,7 +39,8 @@ def search(
         int | None, typer.Option(min=1, help="Stop after so many trials; 20.", rich_help_panel=_BUDGET)
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Stop this process after so long.", rich_help_panel=_BUDGET)
+        float | None,
+        typer.Option(help="Stop this process after so long.", callback=above_zero, rich_help_panel=_BUDGET),
     ] = None,
     seeds: Annotated[
         int, typer.Option(min=1, help="Runs of each depth's best setting.", rich_help_panel=_BUDGET)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         out: file to write; None is ``report.html`` in the folder.
 
     Raises:
-        RunError: there is neither a run nor a search.
+        RunError: there is neither a run nor a search, or a file of it cannot be read.
         DataError: the folder of `out` is not there.
         MissingExtraError: Altair or vl-convert is not installed.
     """
@@ -73,7 +73,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
 
 def _run(folder: Path) -> tuple[str, list[Section]]:
     about = read_run(folder)
-    history = read_history(folder / "history.jsonl") if (folder / "history.jsonl").exists() else []
+    lines = folder / "history.jsonl"
+    history = _read(lines, read_history) if lines.exists() else []
     result = about.get("result") or {}
     plan = about["plan"]
     sections: list[Section] = []
@@ -117,7 +118,7 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
         cells = [[name, *map(str, row)] for name, row in zip(classes, confusion)]
         sections.append(("Confusion (rows: true class, columns: predicted)", _table(["", *classes], cells)))
     if (folder / "audit.json").exists():
-        sections.append(("Audit", _audit(json.loads((folder / "audit.json").read_text(encoding="utf-8")))))
+        sections.append(("Audit", _audit(_read(folder / "audit.json"))))
     known = {key: about[key] for key in ("settings", "data", "versions", "git", "created") if key in about}
     sections.append(
         ("Settings", f"<pre>{html.escape(json.dumps(known, indent=1, ensure_ascii=False))}</pre>")
@@ -129,7 +130,7 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
 
 
 def _search(folder: Path) -> tuple[str, list[Section]]:
-    found = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    found = _read(folder / "search.json")
     best, metric = found["best"], found["metric"]
     summary = [
         [
@@ -179,6 +180,19 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
             ("Notes", "".join(f"<p class=note>{html.escape(note)}</p>" for note in found["notes"]))
         )
     return f"Search {folder.name}", sections
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _read(file: Path, read: Callable[[Path], Any] = _read_json) -> Any:
+    try:
+        return read(file)
+    except ValueError as error:
+        raise RunError(
+            f"{file} cannot be read: {error}. It was altered or cut short; put the old one back."
+        ) from error
 
 
 def _rates(plan: Mapping[str, Any], history: Sequence[Mapping[str, Any]], lr: float) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from layerwise.errors import ModelError
 
@@ -26,6 +30,31 @@ def fetch(spec: str, create: Callable[[], T]) -> T:
             f"file on a machine with a network and give it: --weights FILE (weights= in Python). Random "
             f"weights: --no-pretrained (pretrained=False)."
         ) from error
+
+
+@contextmanager
+def hub_if_found() -> Iterator[None]:
+    """Keep huggingface_hub to its local store while the name of its host cannot be resolved.
+
+    It would ask six times for each file, for half a minute and with two warnings a time. A proxy resolves
+    names itself, so behind one nothing is changed. The library's setting is put back at the end.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    behind_proxy = bool({"http", "https", "all"} & getproxies().keys())
+    constants.HF_HUB_OFFLINE = before or not (behind_proxy or _is_found(constants.ENDPOINT))
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _is_found(address: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(urlsplit(address).hostname, None))
+    except OSError:
+        return False
 
 
 def is_download_error(error: BaseException) -> bool:

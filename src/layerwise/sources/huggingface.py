@@ -6,12 +6,12 @@ Code that comes with a model on a hub is never run: ``trust_remote_code`` stays 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import MissingExtraError, ModelError, did_you_mean
-from layerwise.sources.fetching import first_line, is_download_error
+from layerwise.sources.fetching import first_line, hub_if_found, is_download_error
 from layerwise.sources.fitting import Mismatched, load_file
 from layerwise.sources.image_processors import check_pixels, from_image_processor
 from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, example_image
@@ -261,8 +261,9 @@ def _local_folder(name: str) -> Path | None:
 
 def _read(spec: str, call: Any, what: str = "model") -> Any:
     """Return what `call` reads; the library's errors become one that says what to do."""
+    local = Path(spec.partition(":")[2]).expanduser().is_dir()
     try:
-        with _quiet():
+        with _quiet(), nullcontext() if local else hub_if_found():
             return call()
     except Exception as error:  # the library, its formats and its downloads raise all kinds
         reason = first_line(error)
@@ -271,7 +272,6 @@ def _read(spec: str, call: Any, what: str = "model") -> Any:
                 f"{spec!r} brings its own Python code, which layerwise never runs. Open the model yourself "
                 f"in a function after reading that code, and give FILE.py:FUNCTION."
             ) from error
-        local = Path(spec.partition(":")[2]).expanduser().is_dir()
         if is_download_error(error) and not local:
             raise ModelError(
                 f"the {what} of {spec!r} could not be downloaded ({reason}). Check the id; without a "

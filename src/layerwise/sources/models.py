@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.errors import MissingExtraError, ModelError, did_you_mean
-from layerwise.sources.fetching import fetch
+from layerwise.sources.fetching import fetch, hub_if_found
 from layerwise.sources.fitting import Mismatched, fit_head, load_file, output_layers, replace_head
 from layerwise.sources.opened import OpenedModel, Task, example_image
 from layerwise.sources.preprocessing import Preprocessing, from_timm, from_torchvision
@@ -292,7 +293,9 @@ def _open_timm(wanted: _Wanted) -> _Found:
     _check_timm(wanted.spec, wanted.name, download=wanted.download)
     import timm
 
-    model = fetch(wanted.spec, lambda: timm.create_model(wanted.name, pretrained=wanted.download))
+    asks = wanted.download or wanted.name.startswith(TIMM_ELSEWHERE)
+    with hub_if_found() if asks else nullcontext():
+        model = fetch(wanted.spec, lambda: timm.create_model(wanted.name, pretrained=wanted.download))
     own = None
     try:
         own = from_timm(model)

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
 
-from layerwise.errors import DataError, plural
+from layerwise.errors import DataError, plural, shorten
 
 VAL_FRAC = 0.2
 """Share of train to validate on, where nothing else is said."""
@@ -25,15 +25,22 @@ def fracs_to_split(
         test_frac: share for testing.
 
     Raises:
-        DataError: a share is out of range, whether it is used or not.
+        DataError: a share is out of range, whether it is used or not, or those that are leave no train.
     """
     fracs, notes = [], []
     for name, frac, default in (("val", val_frac, VAL_FRAC), ("test", test_frac, 0.0)):
         if not 0 <= frac < 1:
             raise DataError(f"{name}_frac is {frac}; expected a share of at least 0 and below 1.")
         if name in parts and frac not in (0.0, default):
-            notes.append(f"{name}_frac={frac} is not used: the data have a {name} part of their own")
+            notes.append(
+                f"--{name}-frac {frac} ({name}_frac=) is not used: the data have a {name} part of their own"
+            )
         fracs.append(0.0 if name in parts else frac)
+    if sum(fracs) >= 1:
+        raise DataError(
+            f"--val-frac {val_frac}, --test-frac {test_frac} (val_frac=, test_frac=): expected shares whose "
+            "sum is below 1, so that something is left to train on."
+        )
     return fracs, notes
 
 
@@ -70,11 +77,11 @@ def stratified_split(
     wanted = sum(frac > 0 for frac in fracs) + 1
     small = {label: len(indices) for label, indices in members.items() if len(indices) < wanted}
     if small:
-        listed = ", ".join(f"{label!r} has {count}" for label, count in sorted(small.items(), key=str))
+        listed = shorten((f"{label!r} has {count}" for label, count in sorted(small.items(), key=str)), 10)
         raise DataError(
             f"{plural(len(small), 'class is', 'classes are')} too small to be split into {wanted} parts "
             f"({listed}); expected at least {wanted} samples of each class. Add samples, leave "
-            "the classes out, or set a share to 0."
+            "the classes out, or set a share to 0: --val-frac, --test-frac."
         )
     parts: list[list[int]] = [[] for _ in range(len(fracs) + 1)]
     generator = random.Random(seed)

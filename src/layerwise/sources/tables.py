@@ -67,6 +67,8 @@ def read_rows(
         names, rows = _read_parquet(path)
     else:
         raise DataError(f"table {str(path)!r} ends in {path.suffix!r}; expected one of {', '.join(TABLES)}.")
+    if not names:
+        raise DataError(f"table {str(path)!r} is empty; expected rows of named columns.")
     require_columns(f"table {str(path)!r}", names, columns, hint=hint)
     if not rows:
         raise DataError(
@@ -124,8 +126,8 @@ def read_text(path: Path, encoding: str) -> str:
         name = "utf-16" if utf16 else "cp1252"
         raise DataError(
             f"table {str(path)!r} is not {error.encoding.replace('-sig', '')}: line {line} has the byte "
-            f"0x{content[error.start]:02x}. Name its encoding: --encoding {name} (encoding={name!r}"
-            f"{'' if utf16 else ', Western Windows'}), or save it as UTF-8."
+            f"0x{content[error.start]:02x}. Save it as UTF-8; of texts the encoding can be named: --encoding "
+            f"{name} (encoding={name!r}{'' if utf16 else ', Western Windows'})."
         ) from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError, did_you_mean
-from layerwise.sources.fetching import first_line
+from layerwise.sources.fetching import first_line, hub_if_found
 from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text
 
 CONLL = (".conll", ".bio", ".iob", ".iob2")
@@ -183,7 +183,8 @@ def _read_hub(name: str) -> TextRows:
     datasets = _datasets(f"The data set {name!r}")
     repository, _, subset = name.partition("@")
     try:
-        loaded = datasets.load_dataset(repository, subset or None)
+        with hub_if_found():
+            loaded = datasets.load_dataset(repository, subset or None)
     except Exception as error:  # downloads and formats raise all kinds
         raise DataError(
             f"data set 'hf:{name}' cannot be opened ({first_line(error)}). Expected an id on the hub (hf:ID "

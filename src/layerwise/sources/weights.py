@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,25 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ModelError: the file is missing, damaged, of another kind, holds no tensors, or is a pickle that
             asks for more than tensors and plain containers; in the last case nothing of it was run.
     """
+    path = _weights_file(path)
+    return _read_safetensors(path) if path.suffix in SAFETENSORS else _unwrap(_read_pickle(path), path)
+
+
+def check_weights(path: str | Path) -> None:
+    """Look whether `read_weights` can read a file, without its tensors where its form allows that.
+
+    Raises:
+        ModelError: as `read_weights`.
+    """
+    path = _weights_file(path)
+    if path.suffix in SAFETENSORS:
+        _read_safetensors(path, header=True)
+    else:
+        _unwrap(_read_pickle(path, mmap=zipfile.is_zipfile(path)), path)
+
+
+def _weights_file(path: str | Path) -> Path:
+    """Return `path` if it is a file of a kind that can be read."""
     path = Path(path)
     if path.is_dir():
         inside = sorted(file.name for file in path.iterdir() if file.suffix in SAFETENSORS + PICKLES)
@@ -50,21 +70,22 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"weights file {str(path)!r} does not exist.{did_you_mean(path.name, siblings)} "
             f"Give the path of a .safetensors or .pth file."
         )
-    if path.suffix in SAFETENSORS:
-        return _read_safetensors(path)
-    if path.suffix in PICKLES:
-        return _unwrap(_read_pickle(path), path)
-    raise ModelError(
-        f"weights file {str(path)!r} ends in {path.suffix!r}; expected one of "
-        f"{', '.join(SAFETENSORS + PICKLES)}."
-    )
+    if path.suffix not in SAFETENSORS + PICKLES:
+        raise ModelError(
+            f"weights file {str(path)!r} ends in {path.suffix!r}; expected one of "
+            f"{', '.join(SAFETENSORS + PICKLES)}."
+        )
+    return path
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, *, header: bool = False) -> dict[str, Tensor]:
     import safetensors
     import safetensors.torch
 
     try:
+        if header:
+            with safetensors.safe_open(path, framework="pt"):
+                return {}
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(
@@ -72,17 +93,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, *, mmap: bool = False) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
+            # torch's own message begins with the advice to let the file run code
+            reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
             raise ModelError(
-                f"weights file {str(path)!r} cannot be read as a torch file "
-                f"({str(error).splitlines()[0]}). Fetch it again, or save it as safetensors."
+                f"weights file {str(path)!r} cannot be read as a torch file"
+                f"{f' ({reason[1]})' if reason else ''}. Fetch it again, or save it as safetensors."
             ) from error
         raise ModelError(
             f"weights file {str(path)!r} was refused: it is a pickle that asks for {refused[1]!r}, and to "

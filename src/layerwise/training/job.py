@@ -140,9 +140,12 @@ def open_job(job: Job, *, plan: Plan | None = None) -> Prepared | PreparedText:
     See `prepare` and `prepare_text`.
     """
     from layerwise.sources.models import check_name, takes_texts
+    from layerwise.sources.weights import check_weights
 
     plan = plan if plan is not None else _named_plan(job)
     check_name(job.model, pretrained=job.pretrained and job.weights is None)  # data may take long to read
+    if job.weights is not None:
+        check_weights(job.weights)
     if not takes_texts(job.model):
         return prepare(job, plan=plan)
     from layerwise.training.text_job import prepare_text

@@ -95,7 +95,7 @@ def test_bad_depths_and_missing_validation(model, data):
     # nothing is trained
     with pytest.raises(PlanError, match=r"\[0, 9\]"):
         curve(model, data, depths=(0, 9))
-    with pytest.raises(DataError, match="val is None"):
+    with pytest.raises(DataError, match=r"val is None.*--val-frac"):
         transfer_curve(model, data[0], None, layers=map_of(model))
 
 

@@ -314,7 +314,7 @@ def test_bad_budgets_metrics_and_missing_validation(model, data):
         searched(model, data, trials=0)
     with pytest.raises(DataError, match="'speed' is not measured"):
         searched(model, data, trials=1, metric="speed")
-    with pytest.raises(DataError, match="val is None"):
+    with pytest.raises(DataError, match=r"val is None.*--val-frac"):
         search(model, data[0], None)
 
 

@@ -229,6 +229,14 @@ def test_broken_images_are_named_or_left_out(tmp_path: Path) -> None:
     assert "1.png" in left.stderr
 
 
+def test_a_folder_that_cannot_be_made_is_told_first(tmp_path: Path) -> None:
+    # Before the data, which are not there, are looked for.
+    (tmp_path / "file").write_text("")
+    told = fit("--data", tmp_path / "nowhere", "--out", tmp_path / "file" / "run")
+    assert told.exit_code == 2
+    assert "cannot be written" in told.stderr
+
+
 def test_wrong_numbers_are_told(images: Path, tmp_path: Path) -> None:
     # k larger than the number of groups, negative and NaN rates, on the command line and in a file.
     data = ["--data", images, "--out", tmp_path / "run"]
@@ -236,7 +244,7 @@ def test_wrong_numbers_are_told(images: Path, tmp_path: Path) -> None:
     for rate in ("-1", "nan", "0"):
         told = fit(*data, "--lr", rate)
         assert told.exit_code == 2
-        assert "--lr is" in told.stderr
+        assert "'--lr'" in told.stderr
     fails(fit(*data, strategy="full:epochs=3"), "epochs is given twice: 3 and 2")
     made = tmp_path / "plan.yaml"
     text = "granularity: blocks\ngroups: [a, b]\nphases:\n- {name: p, epochs: 1, rates: {a: -1.0, b: .nan}}\n"

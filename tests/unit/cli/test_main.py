@@ -119,3 +119,31 @@ def test_help_is_whole_at_80_columns(name: str) -> None:
     assert "--granularity" in shown
     assert max(map(len, shown.splitlines())) == 80
     assert [line for line in shown.splitlines() if re.search(r"<\w[^>]*$", line)] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "--epochs", "-1"], "'--epochs': '-1' is given; expected greater than or equal to 1"),
+        (["fit", "--batch-size", "0"], "'--batch-size': '0' is given; expected greater than or equal to 1"),
+        (["fit", "--search-share", "2"], "'--search-share': '2' is given; expected less than or equal to 1"),
+        (["fit", "--epochs", "two"], "'--epochs': 'two' is given; expected a valid integer"),
+        (["fit", "--seed", "4294967296"], "'--seed': 4294967296 is given; expected a whole number from 0 to"),
+        (["advise", "m", "--data", "d", "--seed", "-1"], "'--seed': -1 is given; expected a whole number"),
+        (["search", "m", "--data", "d", "--out", "o", "--minutes", "0"], "0.0 is given; expected a finite"),
+        (
+            ["curve", "m", "--data", "d", "--out", "o", "--lr", "inf"],
+            "inf is given; expected a finite number",
+        ),
+        (["fit", "--lr", "nan"], "'--lr': nan is given; expected a finite number above 0"),
+        (["fit", "--clip-norm", "-1"], "'--clip-norm': -1.0 is given; expected a finite number above 0"),
+        (["fit", "--label-smoothing", "1"], "'--label-smoothing': 1.0 is given; expected a share"),
+        (["plan", "m", "--epochs", "0"], "'--epochs': '0' is given; expected greater than or equal to 1"),
+        (["fit", "--keep", "all"], "'--keep': 'all' is not one of 'best', 'last'."),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_its_option(arguments: list[str], said: str) -> None:
+    # The value too, and what is legal; before a model is opened.
+    result = CliRunner().invoke(main.app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert said in result.stderr

@@ -165,7 +165,58 @@ def test_page_of_a_search_of_named_strategies_has_no_curve(data, tmp_path):
     assert "<p class=note>1 trial &amp; more</p>" in page
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    # the message says what was looked for
-    with pytest.raises(RunError, match=r"run\.json.*search\.json"):
-        write_report(tmp_path)
+def test_page_of_a_run_without_metrics_has_no_tables_of_them(run, tmp_path):
+    # nothing to validate on: the summary says what there is, and no heading stands above nothing
+    import shutil
+
+    shutil.copytree(run, tmp_path / "bare")
+    about = json.loads((run / "run.json").read_text())
+    about["result"] |= {"metrics": {}, "tables": {}, "test": None, "test_tables": None}
+    (tmp_path / "bare" / "run.json").write_text(json.dumps(about))
+    (tmp_path / "bare" / "history.jsonl").write_text("")
+    page = write_report(tmp_path / "bare").read_text()
+    headings = re.findall("<h2>(.*)</h2>", page)
+    assert headings == ["Summary", "Why this plan", "Audit", "Settings", "Plan file"]
+    kept = f"{about['result']['best_epoch'] + 1} of 4 ({about['result']['stopped']})"
+    assert f"<td class=words>{kept}</td>" in page
+    assert "validation " not in page
+
+
+def test_a_wrong_path_is_told_with_what_is_there(run, tmp_path):
+    # a folder of something else, a file, nothing; runs beside it are named
+    beside = f"Runs in {run.parent}: a."
+    for path, told in (
+        (
+            tmp_path,
+            f"{tmp_path} holds neither a run (run.json) nor a search (search.json). Give the folder that "
+            "layerwise fit --out or layerwise search --out wrote.",
+        ),
+        (
+            run / "run.json",
+            f"{run / 'run.json'} is a file. Give the folder of a run or a search.",
+        ),
+        (
+            run.parent / "b",
+            f"{run.parent / 'b'} does not exist. {beside} Give the folder of a run or a search.",
+        ),
+        (
+            tmp_path / "b",
+            f"{tmp_path / 'b'} does not exist. Give the folder of a run or a search.",
+        ),
+    ):
+        with pytest.raises(RunError) as caught:
+            write_report(path)
+        assert str(caught.value) == told
+
+
+@pytest.mark.parametrize("name", ["search.json", "audit.json", "history.jsonl"])
+def test_a_damaged_file_is_told(run, tmp_path, name):
+    # which one it is, and why, without a traceback
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / name).write_text('{"cut')
+    if name == "search.json":
+        (tmp_path / "r" / "run.json").unlink()
+    with pytest.raises(RunError, match=rf"{name} cannot be read: Unterminated string"):
+        write_report(tmp_path / "r")

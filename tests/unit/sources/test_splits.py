@@ -38,6 +38,14 @@ def test_small_classes_are_all_named():
         stratified_split(["a"] * 5 + ["b"] + ["c"] * 2, [0.2, 0.2], seed=0)
 
 
+def test_many_small_classes_are_ten_and_a_number():
+    # A column of numbers taken for labels makes as many classes as rows.
+    with pytest.raises(
+        DataError, match=r"500 classes are too small.*, '106' has 1 and 490 more\).*--val-frac"
+    ):
+        stratified_split([str(number) for number in range(500)], [0.2], seed=0)
+
+
 def test_one_class_too_small_is_told_in_the_singular():
     # Words follow the number.
     with pytest.raises(DataError, match=r"^1 class is too small"):
@@ -74,7 +82,12 @@ def test_a_share_is_checked_and_told_where_the_part_is_there() -> None:
     # A share out of range is an error although nothing is split; one not used is told.
     with pytest.raises(DataError, match="val_frac is 2; expected"):
         fracs_to_split({"train", "val"}, val_frac=2, test_frac=0.0)
+    both = (
+        r"^--val-frac 0\.6, --test-frac 0\.4 \(val_frac=, test_frac=\): expected shares whose sum is below 1"
+    )
+    with pytest.raises(DataError, match=both):
+        fracs_to_split({"train"}, val_frac=0.6, test_frac=0.4)
     fracs, notes = fracs_to_split({"train", "test"}, val_frac=0.3, test_frac=0.99)
     assert fracs == [0.3, 0.0]
-    assert notes == ["test_frac=0.99 is not used: the data have a test part of their own"]
+    assert notes == ["--test-frac 0.99 (test_frac=) is not used: the data have a test part of their own"]
     assert fracs_to_split({"train", "val", "test"}, val_frac=0.2, test_frac=0.0) == ([0.0, 0.0], [])

@@ -66,7 +66,8 @@ def test_wrong_encoding_names_the_line(tmp_path):
     path = tmp_path / "w.csv"
     path.write_bytes("text,label\nplain,a\nfür,b\n".encode("cp1252"))
     with pytest.raises(
-        DataError, match=r"not utf-8: line 3 has the byte 0xfc.*--encoding cp1252 .encoding='cp1252'"
+        DataError,
+        match=r"not utf-8: line 3 has the byte 0xfc. Save it as UTF-8; of texts .*--encoding cp1252 \(encod",
     ):
         read_rows(path)
     assert read_rows(path, encoding="cp1252")[1]["text"] == "für"
@@ -75,6 +76,14 @@ def test_wrong_encoding_names_the_line(tmp_path):
         read_rows(path)
     with pytest.raises(DataError, match="encoding 'utf8000' is not known"):
         read_rows(path, encoding="utf8000")
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_table_with_nothing_in_it_is_called_empty(tmp_path, name):
+    # Its columns are not what is wrong.
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(DataError, match=rf"{name}' is empty; expected"):
+        read_rows(tmp_path / name, ["path", "label"], hint=" Name yours.")
 
 
 def test_an_empty_line_is_no_row(tmp_path):
@@ -89,7 +98,7 @@ def test_an_empty_line_is_no_row(tmp_path):
         ("b.csv", 'a,b\n"open,2\n', "malformed"),
         ("c.csv", "a,a\n1,2\n", "two columns of one name"),
         ("d.csv", "a,b\n", "no rows"),
-        ("e.csv", "", "no rows"),
+        ("e.csv", "", "is empty"),
         ("f.jsonl", '{"a": 1}\nnope\n', "line 2"),
         ("g.jsonl", '{"a": 1}\n3\n', "line 2 is a int"),
         ("h.json", "[1, 2", "not JSON"),

@@ -1,6 +1,7 @@
 """Weight files are read without running code, and fitted by name or in order."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_safetensors_and_pth_hold_the_same(tmp_path):
     model = small_net()
     safetensors.torch.save_file(model.state_dict(), tmp_path / "m.safetensors")
     torch.save(model.state_dict(), tmp_path / "m.pt")
+    for name in ("m.safetensors", "m.pt"):
+        weights.check_weights(tmp_path / name)
     one, two = (weights.read_weights(tmp_path / name) for name in ("m.safetensors", "m.pt"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -86,6 +89,9 @@ def test_damaged_files_are_named(tmp_path):
         with pytest.raises(ModelError, match=path.name) as caught:
             weights.read_weights(path)
         assert "again" in str(caught.value)
+        assert "weights_only" not in str(caught.value)  # torch's advice to let the file run code
+        with pytest.raises(ModelError, match=re.escape(str(caught.value))):
+            weights.check_weights(path)
 
 
 def test_paths_that_are_no_weight_files(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.errors import DataError, RunError
+from layerwise.errors import DataError, ModelError, RunError
 from layerwise.training.fit import fit
 from layerwise.training.job import Job, open_job, resume_job
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
@@ -59,3 +59,16 @@ def test_numbers_of_demo_images_are_three(counts: str) -> None:
 def test_data_that_an_image_model_cannot_take_by_name(name: str) -> None:
     with pytest.raises(DataError, match=f"data '{name}' is no set of images: named are demo:elpv alone"):
         open_job(Job(model="timm:resnet18", data=name, strategy="full", pretrained=False))
+
+
+@pytest.mark.parametrize("file", ["missing.pt", "folder", "notes.txt", "cut.pt", "cut.safetensors"])
+def test_wrong_weights_are_told_before_the_data_are_read(tmp_path: Path, file: str) -> None:
+    # Data may take minutes; here they would be found wrong too.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("no weights")
+    torch.save({"fc.weight": torch.ones(50, 50)}, tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    (tmp_path / "cut.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    job = Job("timm:resnet10t", str(tmp_path / "nowhere"), strategy="full", weights=str(tmp_path / file))
+    with pytest.raises(ModelError, match=f"weights .*{file}"):
+        open_job(job)
