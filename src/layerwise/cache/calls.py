@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import NothingToSkipError
@@ -94,8 +95,8 @@ class Calls:
             for live in self._lives:
                 live.supply.reason = COMPILED
             return None
-        if self._replaying or self._frozen.busy:  # the model calls itself, or the cache calls it
-            return None
+        if self._replaying or self._frozen.busy or torch.compiler.is_exporting():
+            return None  # the model calls itself, the cache calls it, or torch.export with tensors of its own
         for hook in reversed(self._model._forward_pre_hooks.values()):
             if hook is self._hook.hook:
                 break
@@ -104,11 +105,13 @@ class Calls:
                 return self._with_real(args, kwargs)
         if self._leaving:
             self._hook.at_end(lambda output: self.end_leavers())
-        if peek_interpreter_stack() is not None:
+        if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             for live in self._lives:  # their tensors have no memory that could be looked at
                 live.seen = True
                 if not live.supply.reason:
-                    live.supply.refuse("a transform of torch.func calls the model")
+                    live.supply.refuse(
+                        "a transform of torch.func, or forward differentiation, calls the model"
+                    )
             return self._with_real(args, kwargs)
         lives = self._lives[::-1]
         for live in lives:

@@ -182,6 +182,8 @@ class Recording:
         kept_keys: these values.
         watched: modules that carry a hook of the user's -> the hook's name.
         rewritten: parameters that the forward pass itself writes to, or gives other data.
+        drawn_from: the first operation that ran after the model had drawn from Python's or numpy's global
+            generators: what they decide is not seen. None if it did not.
         notes: for people: why a recording fell back to real samples.
     """
 
@@ -200,6 +202,7 @@ class Recording:
     kept_keys: tuple[int, ...] = ()
     watched: dict[nn.Module, str] = field(default_factory=dict)
     rewritten: Set[str] = frozenset()
+    drawn_from: int | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -25,6 +25,7 @@ from layerwise.layers.operators import (
     is_shaped_by_data,
     run_inside,
 )
+from layerwise.layers.randomness import drawn_outside_torch
 from layerwise.layers.running import FakeRun, RealRun
 from layerwise.layers.structures import map_tensors, tensors_in
 from layerwise.layers.values import Values
@@ -43,20 +44,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         model: whose forward pass it is.
         fake: operations run on fake tensors, so nothing is computed; else for real
             (`layerwise.layers.running`).
+        draws: look before each operation whether Python's or numpy's generators have drawn; that takes longer
+            than to record it.
 
     Attributes:
         ops: the operations so far.
         calls: the module calls so far.
         values: what these read and write.
+        drawn_from: see `Recording`.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, *, fake: bool) -> None:
+    def __init__(self, model: nn.Module, *, fake: bool, draws: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.values = Values(model)
+        self.drawn_from: int | None = None
+        self._undrawn = drawn_outside_torch() if draws else None
         self._model = model
         self._running = FakeRun(self.values, model) if fake else RealRun(self.values)
         self._stack: list[Call] = []
@@ -152,6 +158,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
     ) -> None:
         """Add an operation of the innermost call to `ops`; its fields are those of `Op`."""
         index = len(self.ops)
+        if self._undrawn is not None and self.drawn_from is None and drawn_outside_torch() != self._undrawn:
+            self.drawn_from = index
         values = [self.values.all[key] for key in reads]
         read_ops = tuple(value.writer for value in values)
         sources = {op for op in read_ops if op is not None}

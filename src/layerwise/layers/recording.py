@@ -22,6 +22,7 @@ from layerwise.layers.isolation import (
     was_replaced,
 )
 from layerwise.layers.memory import Attributes, Change, kept_tensors, watched
+from layerwise.layers.randomness import drawn_outside_torch
 from layerwise.layers.recorder import Recorder
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -129,7 +130,9 @@ def _attempt(
     fake: bool,
     grad: bool,
     mode: Literal["keep", "eval"],
+    draws: bool = False,
 ) -> Recording:
+    given = arguments
     arguments = map_tensors(arguments, lambda tensor: _on_device_of(model, tensor))
     with untouched(model), plain_execution(model):
         if not fake:
@@ -144,14 +147,16 @@ def _attempt(
             for tensor in tensors_in(arguments)
         ]
         contents = {name: (p, p.detach()) for name, p in model.named_parameters()}
-        recorder, output, changes = _pass(model, arguments, fake=fake, grad=grad)
+        undrawn = drawn_outside_torch()
+        recorder, output, changes = _pass(model, arguments, fake=fake, grad=grad, draws=draws)
+        has_drawn = drawn_outside_torch() != undrawn
         keeping = {
             module: tuple(names) for module, names in changes.items() if Change.MOVED not in names.values()
         }
         kept = [t for module, names in keeping.items() for t in kept_tensors(module, names)]
         if keeping and not _only_keeps(model, arguments, recorder, set(keeping), fake=fake, grad=grad):
             keeping, kept = {}, []
-        return Recording(
+        recording = Recording(
             model=model,
             how="fake" if fake else "real",
             ops=recorder.ops,
@@ -172,14 +177,23 @@ def _attempt(
             watched=hooked,
             rewritten=recorder.rewritten()
             | {name for name, (parameter, content) in contents.items() if was_replaced(parameter, content)},
+            drawn_from=recorder.drawn_from,
         )
+    if has_drawn and not draws:
+        return _attempt(model, given, fake=fake, grad=grad, mode=mode, draws=True)
+    return recording
 
 
 def _pass(
-    model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], *, fake: bool, grad: bool
+    model: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    fake: bool,
+    grad: bool,
+    draws: bool = False,
 ) -> tuple[Recorder, Any, dict[nn.Module, dict[str, Change]]]:
     """Return a recorder that has seen one forward pass, its output, and what became of attributes."""
-    recorder = Recorder(model, fake=fake)
+    recorder = Recorder(model, fake=fake, draws=draws)
     args, kwargs = map_tensors(arguments, recorder.add_input)
     attributes = Attributes(model)
     with contextlib.ExitStack() as stack:

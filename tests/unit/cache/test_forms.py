@@ -68,3 +68,30 @@ def test_exact_in_whatever_form_a_frozen_module_gives_values(name) -> None:
     cached = both(lambda: Net(form, plain), images, "head")
     assert f"memory, cut at {site} " in cached.text
     assert cached.loads[1:] == [0, 0]
+
+
+class Written(nn.Module):
+    """Writes what learns into what a frozen layer gives."""
+
+    def __init__(self, form: Function) -> None:
+        super().__init__()
+        self.low, self.place, self.head = Low(form), nn.ParameterList([torch.randn(8)]), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.low(x)
+        x += self.place[0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("form", [lambda x: x.view(-1, 8), lambda x: x.t().contiguous().t(), Tensor.relu])
+def test_what_learns_is_written_into_a_view_or_into_a_tensor_of_its_own(form) -> None:
+    # gradients take another way through a view, in a phase that has its values from another one as well
+    cached = both(
+        lambda: Written(form),
+        images,
+        "place",
+        "head",
+        before_epoch=lambda model, epoch: model.head.bias.requires_grad_(epoch == 0),
+    )
+    assert "memory, cut at low " in cached.text
+    assert cached.loads[1:] == [4, 0]  # the first batch of the second state is looked at

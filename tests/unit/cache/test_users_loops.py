@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import threading
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, default_collate
 
 import layerwise
@@ -746,6 +749,53 @@ def a_copy_of_the_model_trained_next(run: Run) -> None:
     simple(run)
 
 
+class Doubling(TorchFunctionMode):
+    """Doubles what a ReLU gives, as a mode that emulates other numbers might."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        return output * 2 if func is torch.relu else output
+
+
+def under_a_mode_later(run: Run) -> None:
+    """Another mode for each epoch but the first changes what functions of torch give."""
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        with Doubling() if epoch else contextlib.nullcontext():
+            for batch in run.batches(loader):
+                run.step(batch)
+
+
+def inputs_put_into_other_tensors(run: Run) -> None:
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for x, y in run.batches(loader):
+            run.losses.append(torch.empty(0).set_(x.clone()).sum().item())
+            run.step((x, y))
+
+
+def exported_on_the_way(run: Run) -> None:
+    """The model is exported with a batch as its example."""
+    loader = run.loader(drop_last=True)
+    for _ in range(2):
+        for number, (x, y) in enumerate(run.batches(loader)):
+            if number == 1:
+                run.losses.append(torch.export.export(run.model, (x,)).module()(x).sum().item())
+            run.step((x, y))
+
+
+def differentiated_forward(run: Run) -> None:
+    """In the second epoch the derivative in a direction of the input is logged."""
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for x, y in run.batches(loader):
+            if epoch:
+                with forward_ad.dual_level():
+                    output = run.model(forward_ad.make_dual(x, torch.ones_like(x)))
+                    run.losses.append(forward_ad.unpack_dual(output).tangent.sum().item())
+            run.step((x, y))
+
+
 CACHED = "cut at body"
 LOOPS: dict[Callable[[Run], None], str] = {
     validated_in_inference_mode: CACHED,
@@ -799,6 +849,10 @@ LOOPS: dict[Callable[[Run], None], str] = {
     validated_on_the_same_loader_first: CACHED,
     outputs_kept_in_an_attribute: "off: ",
     a_copy_of_the_model_trained_next: CACHED,
+    under_a_mode_later: "no batch of this epoch was replayed",
+    inputs_put_into_other_tensors: CACHED,
+    exported_on_the_way: CACHED,
+    differentiated_forward: "off: a transform of torch.func, or forward",
     under_autocast_later: "no batch of this epoch was replayed",
     workers_live_on_and_the_loop_changes_the_batch: "off: ",
 }
@@ -806,7 +860,10 @@ LOOPS: dict[Callable[[Run], None], str] = {
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 @pytest.mark.filterwarnings(
-    "ignore:The prefix cache is off", "ignore:TF32", "ignore:Full backward hook is firing"
+    "ignore:The prefix cache is off",
+    "ignore:TF32",
+    "ignore:Full backward hook is firing",
+    "ignore:.torch.jit.script. is deprecated",  # torch uses it to differentiate forward
 )
 def test_ends_as_with_the_loader_alone(loop: Callable[[Run], None]) -> None:
     runs = []

@@ -3,7 +3,7 @@
 An operation is *dirty* if it
 
 - reads a parameter that learns, or a tensor that lies in the memory of one,
-- draws random numbers,
+- draws random numbers, or runs after the model drew some of Python's or numpy's: Python may decide by them,
 - depends on the other samples of the batch, by its kind or as its value showed,
 - changes a tensor that outlives the pass, or reads one that the pass changes,
 - reads a tensor that learns without being a parameter of the model, or an argument that the loop computes,
@@ -67,6 +67,8 @@ def find_dirty(
         if op.name == "set_":
             why = why or "puts a tensor into the memory of another"
             decided = decided or "runs after a tensor was put into the memory of another"
+        if recording.drawn_from is not None and op.index >= recording.drawn_from:
+            why = why or "runs after the model drew random numbers of Python's or numpy's"
         if not why and op.index in mixing:
             why = "gives a value that mixes the samples of a batch"
         if op.syncs and (why or computed[op.index] or any(flags[source] for source in op.sources)):

@@ -3,7 +3,9 @@
 Some operations mix samples for some inputs only: an expert passes over tokens once it is full, a missing
 value is filled with the batch's mean, a batch is scaled down where a number in it is large. The first batch
 need not show it. So some of its samples are computed again beside copies of themselves, beside a sample of
-missing values (NaN) and beside one of large numbers.
+missing values (NaN) and beside one of large numbers. The compiled code of other libraries than torch need not
+survive such numbers (torchvision's deformable convolution reads at a place that it computes of a NaN): where
+it runs, there are only the copies.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def check_companions(
     leaves: Sequence[torch.Tensor],
     inputs: Sequence[int | None],
     run: Callable[[list[torch.Tensor], int], Mapping[Site, torch.Tensor]],
+    *,
+    copies_only: bool,
 ) -> None:
     """Compute samples beside strange ones, and compare; last bits do not count.
 
@@ -42,11 +46,15 @@ def check_companions(
         leaves: the tensors of these samples.
         inputs: which of them reach the model.
         run: gives the values for other samples, under a seed.
+        copies_only: have nothing but copies of the samples beside them.
 
     Raises:
         MixedError: a sample's values depend on its companions.
     """
-    kinds = [_kinds(leaf) if number in inputs else leaf[[0, -1, 0, -1]] for number, leaf in enumerate(leaves)]
+    kinds = [
+        _kinds(leaf) if number in inputs and not copies_only else leaf[[0, -1, 0, -1]]
+        for number, leaf in enumerate(leaves)
+    ]
     try:
         one, other = (run([kind[list(batch)] for kind in kinds], 4) for batch in (_ONE_BATCH, _OTHER_BATCH))
     except CacheError:

@@ -25,6 +25,7 @@ from layerwise.errors import CacheError
 from layerwise.layers.operators import run_inside
 
 _PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_padded_sequence"})
+_OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "profiler"})
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
 _TELLING = 4  # of those that differ, how many are used
@@ -79,6 +80,7 @@ class ElementwiseLog(TorchDispatchMode):
     Attributes:
         runs: in order.
         packing: the first operation that lays samples of several lengths end to end; ``""`` if none does.
+        foreign: the first operation of a library other than torch; ``""`` if there is none.
     """
 
     supports_higher_order_operators = True
@@ -86,7 +88,7 @@ class ElementwiseLog(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.runs: list[Elementwise] = []
-        self.packing = ""
+        self.packing = self.foreign = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,6 +101,8 @@ class ElementwiseLog(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in _PACKING:
             self.packing = self.packing or name
+        if func.namespace not in _OF_TORCH:
+            self.foreign = self.foreign or func._schema.name
         if torch.Tag.pointwise in func.tags and isinstance(output, torch.Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             if tensors and (output.is_floating_point() or output.is_complex()):

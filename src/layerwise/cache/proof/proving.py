@@ -96,7 +96,8 @@ def prove(
             if site in layouts
         }
         sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run, indices)
-        check_companions(layouts, seen, [leaf[: len(chosen)] for leaf in part_leaves], link.leaves, run_batch)
+        few = [leaf[: len(chosen)] for leaf in part_leaves]
+        check_companions(layouts, seen, few, link.leaves, run_batch, copies_only=bool(log.foreign))
         within, between = uneven_places(log.runs, count, part_log.runs, part_count)
         if within:
             raise PlaceError(within)

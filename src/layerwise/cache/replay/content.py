@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.cache.comparing import same_bits
 
@@ -52,14 +53,14 @@ class Content:
         """Return what was loaded, whatever was written since; to be read only."""
         if self.loaded is None:
             assert self.load is not None
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _disable_current_modes():  # torch.export makes all fake
                 self.loaded = self.load()
         return self.loaded
 
     def writable(self) -> torch.Tensor:
         """Return the memory that the loop may write to."""
         if self.memory is None:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), _disable_current_modes():
                 self.memory = self.original().clone()
         return self.memory
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from layerwise.cache.replay.content import Content
@@ -247,7 +248,7 @@ def _run_for_real(func: Any, args: Any, kwargs: Any, ghosts: list[Ghost]) -> Any
     """Run an operation of the loop's own on loaded tensors in the place of ghosts."""
     written = _written(func, args, kwargs) if func._schema.is_mutable else []
     shares = bool(written) or func.is_view  # what shares memory may be written to later
-    if torch.Tag.inplace_view in func.tags:  # aliases keep their shape
+    if torch.Tag.inplace_view in func.tags and isinstance(args[0], Ghost):  # aliases keep their shape
         args[0]._content = Content(memory=args[0].memory().detach())
     take = Ghost.memory if shares else Ghost.value
     output = func(*tree_map_only(Ghost, take, args), **tree_map_only(Ghost, take, kwargs))
@@ -279,7 +280,8 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, Ghost):
         return tensor
     found: torch.Tensor = _Loaded.apply(tensor) if tensor.requires_grad else tensor.memory()
-    return found
+    tangent = forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call]
+    return found if tangent is None else forward_ad.make_dual(found, tangent)  # type: ignore[no-untyped-call]
 
 
 class OnlyShapes:

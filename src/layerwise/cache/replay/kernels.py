@@ -1,17 +1,19 @@
-"""What torch chooses kernels by, and so the last bits that they give: autocast, settings of backends."""
+"""What decides on the numbers that torch's operations give: autocast, settings of backends, modes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """Kind of device, whether it is on, its type."""
 
 
 def backend_state(device: torch.device) -> list[Any]:
-    """Return the settings by which torch chooses kernels on `device`, and so last bits."""
+    """Return the settings by which torch chooses kernels on `device`, and the modes that see operations."""
     return [get() for get in (_CHOOSING if device.type == "cpu" else (*_CHOOSING, *_CHOOSING_CUDNN))]
 
 
@@ -25,6 +27,8 @@ _CHOOSING = (
     torch.get_num_threads,
     torch.get_default_dtype,
     torch.backends.mha.get_fastpath_enabled,
+    _get_current_function_mode_stack,
+    _get_current_dispatch_mode_stack,
 )
 _CHOOSING_CUDNN = (
     torch._C._get_cudnn_enabled,

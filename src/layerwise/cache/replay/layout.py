@@ -26,6 +26,7 @@ class Layout:
         order: dimensions from the outermost in memory to the innermost.
         strides: of a tensor with gaps in memory, such as a slice of a longer sequence; None without gaps.
         repeated: dimensions along which one number stands for all, as ``expand`` makes them -> their size.
+        is_view: the tensor is a view of another: gradients take another way through what is written into it.
     """
 
     dim: int
@@ -34,6 +35,7 @@ class Layout:
     strides: tuple[int, ...] | None = None
     repeated: tuple[tuple[int, int], ...] = ()
     apart: bool = False
+    is_view: bool = False
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as (batch, per_sample, ...): the other dimensions in memory order; a view.
@@ -116,17 +118,22 @@ def repeated_dims(tensor: torch.Tensor) -> list[int]:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a detached copy that lies in memory as the tensor does: kernels look at gaps and repetitions."""
-    tensor = tensor.detach()
+    """Return a detached copy that lies in memory as the tensor does: kernels look at gaps and repetitions.
+
+    Of a view it is a view, see `Layout`.
+    """
+    was_view, tensor = tensor._is_view(), tensor.detach()
     repeated = repeated_dims(tensor)
     if repeated:
         once = tensor
         for dim in repeated:
             once = once.narrow(dim, 0, 1)
         return once.clone().expand(tensor.shape)
-    if not has_gaps(tensor):
-        return tensor.clone()
-    return tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    if has_gaps(tensor):
+        made = tensor.new_empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    else:
+        made = tensor.clone()
+    return made.view_as(made) if was_view else made
 
 
 def find_layout(
@@ -157,9 +164,10 @@ def find_layout(
             order = memory_order(one)
             repeated = tuple((d, one.shape[d]) for d in repeated_dims(one) if d != dim)
             if repeated and repeated_dims(other) == repeated_dims(one):
-                return Layout(dim, per_sample, order, None, repeated)
+                return Layout(dim, per_sample, order, None, repeated, is_view=True)
             keeps = has_gaps(one) and order[0] == dim  # else strides depend on the batch size
-            return Layout(dim, per_sample, order, one.stride() if keeps else None)
+            strides = one.stride() if keeps else None
+            return Layout(dim, per_sample, order, strides, is_view=one._is_view())
     raise CacheError(
         f"{where} has the shape {tuple(one.shape)} for {batch} samples and {tuple(other.shape)} for "
         f"{other_batch}: it cannot be taken apart into samples."

@@ -297,7 +297,8 @@ class Feed:
         found = {site: copied(fixed.constants[site][0]) for site in cut.constants}  # may be written to
         for site in cut.frontier:
             stored = self.sites[site]
-            found[site] = stored.layout.from_rows(stored.column.get(rows, device))
+            value = stored.layout.from_rows(stored.column.get(rows, device))
+            found[site] = value if stored.layout.is_view else value.detach()
         return found
 
     def handed_out(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from layerwise.cache.cutting.dirty import find_dirty
+from layerwise.layers.randomness import drawn_outside_torch
 from layerwise.layers.recording import record
 
 
@@ -44,6 +48,14 @@ def test_a_branch_by_a_weight_that_learns_makes_all_after_it_dirty() -> None:
 def test_a_branch_by_integer_inputs_is_trusted() -> None:
     # "is there any padding?", which most language models ask
     assert dirty_calls(lambda model, ids, x: bool((ids == 0).any())) == []
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_what_runs_after_a_draw_outside_of_torch_is_dirty(draw) -> None:
+    # Python may decide by it what runs, and numpy's arrays come back as constants
+    before = drawn_outside_torch()
+    assert dirty_calls(lambda model, ids, x: draw() < 2) == ["second"]
+    assert drawn_outside_torch() == before
 
 
 def test_the_first_reason_is_told() -> None:
