@@ -83,7 +83,7 @@ class Norms(Data):
         momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
             freeze_until).
         rate: multiplier of the norms' affine parameters where they train in a frozen group
-            (``"adapt"``), as a share of the base rate.
+            (``"adapt"``, ``"freeze_until"``, `tune`), as a share of the base rate.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
     """
 
@@ -102,11 +102,16 @@ class Norms(Data):
         if policy != "freeze_until" and until is not None:
             return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
         used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}
-        return [
+        found = [
             f"{name} is {data[name]!r}, which is only for policy {' or '.join(map(repr, by))}, not {policy!r}"
             for name, by in used.items()
             if data.get(name) is not None and policy not in by
         ]
+        rate = data.get("rate", 1.0)
+        if rate != 1.0 and not data.get("tune") and policy not in ("adapt", "freeze_until"):
+            only = "'adapt' or 'freeze_until', or with tune"
+            found.append(f"rate is {rate!r}, which is only for policy {only}, not {policy!r}")
+        return found
 
 
 def _by_name(part: type[Data], field: str, known: Any, example: str) -> BeforeValidator:
