@@ -39,13 +39,15 @@ class Schedule(Data):
         warmup_frac: share of the span over which the factor first rises linearly to where the shape starts,
             in w steps from 1 / (w + 1) of it.
         warmup_steps: the same in optimiser steps; at most one of the two is above 0.
-        floor: lowest value the factor falls to after its peak, as a share of the peak.
+        floor: lowest value the factor falls to after its peak, as a share of the peak; the slanted triangle
+            does not begin below it either.
         span: ``"phase"`` starts anew at each phase, ``"run"`` goes once over the whole plan.
-        cut_frac: share of the span in which the slanted triangle and the one-cycle rise.
+        cut_frac: share of the span in which the slanted triangle (in whole steps, rounded down) and the
+            one-cycle rise.
         ratio: how much smaller than its peak the factor is at both ends of the slanted triangle and at
             the start of the one-cycle.
-        patience_epochs: the plateau shape multiplies by `factor` after so many epochs without
-            improvement of the validation metric.
+        patience_epochs: the plateau shape multiplies by `factor` after more than so many epochs in a row
+            without improvement of the validation metric, as torch's ``ReduceLROnPlateau`` does.
         factor: what it multiplies by.
     """
 
