@@ -58,7 +58,13 @@ def phases(draw: st.DrawFn, number: int) -> Phase:
         rates={name: draw(multipliers) for name in sorted(learning)},
         schedule=draw(schedules()),
         join_steps=draw(st.integers(0, 7)),
-        norms=draw(st.builds(Norms, policy=st.sampled_from(["follow", "freeze", "adapt"]), rate=multipliers)),
+        norms=draw(
+            st.one_of(
+                st.builds(Norms, policy=st.sampled_from(["follow", "freeze"])),
+                st.builds(Norms, policy=st.just("adapt"), rate=multipliers),
+                st.builds(Norms, policy=st.just("freeze"), tune=st.just(True), rate=multipliers),
+            )
+        ),
         frozen_dropout=draw(st.booleans()),
         l2_sp=draw(st.floats(0, 10)),
         reinit=tuple(draw(st.lists(st.sampled_from(GROUPS), unique=True, max_size=2))),

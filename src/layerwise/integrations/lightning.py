@@ -11,6 +11,7 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from layerwise.cache.samples.prepared import is_stand_in
 from layerwise.errors import MissingExtraError, ModelError
 from layerwise.integrations.framework import Driver
+from layerwise.tuning.modes import asked_modes, note_modes
 from layerwise.tuning.stall import Mode
 from layerwise.tuning.tuner import Tuner
 
@@ -101,9 +102,11 @@ class TunerCallback(_Base):  # type: ignore[misc]
         self._log_rates = log_rates
         self._driver = Driver(tuner, mode, waits=monitor is not None)
         self._steps = 0
+        self._asked: dict[torch.nn.Module, bool] = {}  # modes outside of validation, held modules' too
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before the strategy wraps the model: let it see everything that will ever learn."""
+        self._asked = asked_modes(pl_module)
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
@@ -144,6 +147,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the Tuner's epoch, or stop where the plan is over."""
+        self._asked = asked_modes(pl_module)
         self._driver.begin_epoch()
         trainer.should_stop = trainer.should_stop or self.tuner.done
 
@@ -170,7 +174,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
         trainer.should_stop = trainer.should_stop or self.tuner.done
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the metric in."""
+        """Take the metric in; Lightning then puts back the modes that it saw."""
+        note_modes(self._asked)
         if self._monitor is None or trainer.sanity_checking:
             return
         if self._monitor not in trainer.callback_metrics:
@@ -180,6 +185,14 @@ class TunerCallback(_Base):  # type: ignore[misc]
             )
         self._driver.take(float(trainer.callback_metrics[self._monitor]))
         trainer.should_stop = trainer.should_stop or self.tuner.done
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """As after validation."""
+        note_modes(self._asked)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """As after validation."""
+        note_modes(self._asked)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """End the Tuner's epoch, after validation; stop where the plan is over."""

@@ -14,8 +14,8 @@ u = (t - w) / (T - w) the progress after it:
 
 The floor is reached at t = T, the step after the last one, so no step is wasted at rate 0: the last step
 of a linear schedule without warm-up and floor has f = 1 / T, the first one of a warm-up f(w) / (w + 1).
-f(w) is where the shape starts: 1 / ratio for the slanted triangle and one-cycle, else 1 (until validation
-stalls).
+f(w) is where the shape starts: 1 / ratio for the slanted triangle (not below the floor; 1 where cut is 0) and
+the one-cycle (1 where cut_frac is 0), else 1 (until validation stalls).
 """
 
 from __future__ import annotations

@@ -24,13 +24,15 @@ class Schedule(Data):
         warmup_frac: share of the span over which the factor first rises linearly to where the shape starts,
             in w steps from 1 / (w + 1) of it.
         warmup_steps: the same in optimiser steps; at most one of the two is above 0.
-        floor: lowest value the factor falls to after its peak, as a share of the peak.
+        floor: lowest value the factor falls to after its peak, as a share of the peak; the slanted triangle
+            does not begin below it either.
         span: ``"phase"`` starts anew at each phase, ``"run"`` goes once over the whole plan.
-        cut_frac: share of the span in which the slanted triangle and the one-cycle rise.
+        cut_frac: share of the span in which the slanted triangle (in whole steps, rounded down) and the
+            one-cycle rise.
         ratio: how much smaller than its peak the factor is at both ends of the slanted triangle and at
             the start of the one-cycle.
-        patience_epochs: the plateau shape multiplies by `factor` after so many epochs without
-            improvement of the validation metric.
+        patience_epochs: the plateau shape multiplies by `factor` after more than so many epochs in a row
+            without improvement of the validation metric, as torch's ``ReduceLROnPlateau`` does.
         factor: what it multiplies by.
     """
 
@@ -68,7 +70,7 @@ class Norms(Data):
         momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
             freeze_until).
         rate: multiplier of the norms' affine parameters where they train in a frozen group
-            (``"adapt"``), as a share of the base rate.
+            (``"adapt"``, ``"freeze_until"``, `tune`), as a share of the base rate.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
     """
 
@@ -87,8 +89,13 @@ class Norms(Data):
         if policy != "freeze_until" and until is not None:
             return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
         used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}
-        return [
+        found = [
             f"{name} is {data[name]!r}, which is only for policy {' or '.join(map(repr, by))}, not {policy!r}"
             for name, by in used.items()
             if data.get(name) is not None and policy not in by
         ]
+        rate = data.get("rate", 1.0)
+        if rate != 1.0 and not data.get("tune") and policy not in ("adapt", "freeze_until"):
+            only = "'adapt' or 'freeze_until', or with tune"
+            found.append(f"rate is {rate!r}, which is only for policy {only}, not {policy!r}")
+        return found

@@ -46,7 +46,8 @@ def gradual_unfreezing(
     By steps: `steps_per_group` and `last_steps`.
     When validation stalls: `patience_epochs`; `epochs_per_group` is then the limit (10 where not given).
     By total length: `epochs` or `steps` alone. Half of them unfreeze, in as many phases as there are groups
-    or, where that is more than half of the epochs, several groups a phase; the rest trains everything.
+    or, where that is more than half of the epochs, several groups a phase; the rest trains everything. With
+    `last_epochs` (`last_steps`) as well, all before the last phase unfreezes, in equal phases.
 
     Args:
         layers: the model's layer map.
@@ -125,6 +126,7 @@ def ulmfit(
     Source: Howard and Ruder 2018, sections 3.2 and 3.3. Their classifier starts from a language model tuned
     on the target's text, which is a step of its own; and they train forwards and backwards models.
     """
+    require_head(layers, "ulmfit")
     recipe: PhaseOptions = {
         "schedule": Schedule(shape="slanted_triangular", cut_frac=0.1, ratio=32),
         "join_steps": 0,
@@ -328,7 +330,13 @@ def _lengths(
                 + (f", which is asked to take {last}" if last is not None else "")
                 + "; give more, or shorter phases"
             )
-        last = left if last is None else last
+        if last is not None and last < left:
+            raise PlanError(
+                f"gradual_unfreezing: {phases} phases of {each} and a last one of {last} make "
+                f"{total - left + last} {unit}, not {total}; give last_{unit}={left}, or "
+                f"{unit}={total - left + last}"
+            )
+        last = left
     if last is None:
         last = 3 if unit == "epochs" else 3 * each
     size: dict[str, Any] = {unit: each}

@@ -55,14 +55,14 @@ class OpenedModel:
         problem: transformers' ``problem_type`` where one was asked for.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     spec: str
     task: Task
     weights: str
     num_classes: int | None = None
     preprocessing: Preprocessing | None = None
     tokenizer: Any = None
-    example_input: Any = None
+    example_input: Any = field(default=None, repr=False)
     replaced_head: ReplacedHead | None = None
     notes: tuple[str, ...] = field(default=())
     max_length: int | None = None

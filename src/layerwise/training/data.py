@@ -286,6 +286,11 @@ def open_batches(
                 f"{what} is an iterable data set ({type(data).__name__}); expected a map-style data set or a "
                 f"DataLoader. Wrap it: DataLoader({what}, batch_size=...)."
             )
+        if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(p, Tensor) for p in data):
+            raise DataError(
+                f"{what} is a pair of tensors; expected a map-style data set or a DataLoader. Make one: "
+                f"torch.utils.data.TensorDataset(inputs, labels)."
+            )
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise DataError(
                 f"{what} is a {type(data).__name__}; expected a map-style data set (with __len__ and "

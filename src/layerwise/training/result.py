@@ -33,9 +33,9 @@ class Result:
         notes: what was chosen or met on the way, for people.
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     task: Task
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]] = field(repr=False)
     best_epoch: int
     metrics: dict[str, float]
     tables: dict[str, Any]
@@ -48,6 +48,18 @@ class Result:
     seconds: float
     out: Path | None
     notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        ended = "stopped early" if self.stopped == "early" else "finished"
+        lines = [
+            f"{ended} after {len(self.history)} epochs, {self.steps} steps, {self.seconds:.0f} s",
+            f"{self.trained_parameters:,} of {self.total_parameters:,} parameters trained",
+        ]
+        for data, metrics in (("validation", self.metrics), ("test", self.test or {})):
+            if metrics:
+                figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+                lines.append(f"{data}, weights of epoch {self.best_epoch + 1}: {figures}")
+        return "\n".join([*lines, *self.notes, *([f"in {self.out}"] if self.out else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """Return all but the model and the history as plain data, for JSON."""

@@ -234,7 +234,7 @@ class Run:
     """
 
     path: Path
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     task: Task
     about: dict[str, Any] = field(repr=False)
     preprocessing: Any = None

@@ -51,6 +51,9 @@ def raises_on_new_group(kind: type) -> bool:
 
 
 def _cannot_grow(scheduler: Any) -> bool:
+    milestones = scheduler._milestones if isinstance(scheduler, lr_scheduler.SequentialLR) else []
+    if milestones and scheduler.last_epoch >= max(milestones):
+        return False  # it starts no other schedule any more
     return any(isinstance(scheduler, kind) and raises_on_new_group(kind) for kind in KEEP_BY_GROUP)
 
 
@@ -69,13 +72,14 @@ def schedulers_and_new_groups(setup: Setup) -> Iterator[Finding]:
         known = min(
             (len(part.base_lrs) for part in _parts(scheduler) if hasattr(part, "base_lrs")), default=groups
         )
+        in_turn = isinstance(scheduler, lr_scheduler.SequentialLR)
+        when = "one of the next steps" if in_turn else "the next step"
         if known != groups and crashing:
             yield Finding(
                 "error",
                 "scheduler-will-crash",
                 (kind,),
-                f"The optimiser has {groups} param groups, but {kind} was made for {known}: its next step "
-                "raises.",
+                f"The optimiser has {groups} param groups, but {kind} was made for {known}: {when} raises.",
                 "make the scheduler anew after unfreezing, or let layerwise.Tuner schedule",
             )
         elif crashing and waiting:
@@ -84,7 +88,7 @@ def schedulers_and_new_groups(setup: Setup) -> Iterator[Finding]:
                 "scheduler-cannot-grow",
                 (kind,),
                 f"{len(waiting)} parameters are frozen and not in the optimiser. Unfreezing them with "
-                f"add_param_group will make the next step of {kind} raise, as tried with torch "
+                f"add_param_group will make {when} of {kind} raise, as tried with torch "
                 f"{torch.__version__}. Schedulers that do not raise lose the ratio between groups.",
                 "let layerwise.Tuner unfreeze and schedule, or make the scheduler anew at each unfreezing",
             )

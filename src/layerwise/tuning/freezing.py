@@ -35,6 +35,11 @@ class FreezeRecord:
     _parameters: tuple[nn.Parameter, ...] = dataclasses.field(default=(), repr=False, compare=False)
     _modules: tuple[nn.Module, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
+    def __str__(self) -> str:
+        what, how = ("froze", "held in eval mode") if self.action == "freeze" else ("unfroze", "let go")
+        what += f" {self.numel:,} parameters in {len(self.names)} tensors"
+        return f"{what}; modules {how}: {len(self.modules)}"
+
     def undo(self) -> None:
         """Give the switched parameters and modules the state that they had before the call."""
         for parameter in self._parameters:

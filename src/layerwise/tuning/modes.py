@@ -12,7 +12,7 @@ goes round the pin (`layerwise.audit` reports it).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +151,22 @@ def unpin(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
         module.training = pin.wanted
         freed.append(module)
     return tuple(freed)
+
+
+def asked_modes(model: nn.Module) -> dict[nn.Module, bool]:
+    """Return the mode of every module of `model`; of a pinned one, the mode that it was last asked for."""
+    return {m: m.training if (pin := _pin_of(m)) is None else pin.wanted for m in model.modules()}
+
+
+def note_modes(asked: Mapping[nn.Module, bool]) -> None:
+    """Let the pinned ones of the modules have been asked for these modes last; see `asked_modes`.
+
+    For frameworks that call ``eval()``, and then put back the modes that they saw by assigning ``training``:
+    of that a pin hears the first half only.
+    """
+    for module, mode in asked.items():
+        if (pin := _pin_of(module)) is not None:
+            pin.wanted = mode
 
 
 @contextmanager

@@ -142,6 +142,57 @@ def test_lightning_ends_in_the_weights_of_the_plain_loop(data, tmp_path):
     assert_same(net.state_dict(), plain(data))
 
 
+class Quiet(Module):
+    """Leaves the modes to Lightning, as most modules do."""
+
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def test_step(self, batch, index):
+        self.net(batch[0])
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+@pytest.mark.parametrize("first", [None, "validate", "test"])
+def test_a_group_that_joins_after_validation_is_in_train_mode(data, tmp_path, first, sanity_steps):
+    # Lightning's validation calls eval(), and then assigns the modes that it saw, of which a held module does
+    # not hear; its batch-norm has to move all the same once it is unfrozen
+    net = start()
+    tuner = tuner_of(net, data)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path, num_sanity_val_steps=sanity_steps,
+        callbacks=[lightning.TunerCallback(tuner)],
+    )  # fmt: skip
+    module = Quiet(net, tuner)
+    module.scores = itertools.repeat(0.5)
+    loader = DataLoader(data, 8)
+    if first is not None:
+        getattr(trainer, first)(module, loader, verbose=False)
+    trainer.fit(module, loader, loader)
+    assert tuner.done
+    assert net.body[1].training
+    assert net.body[1].num_batches_tracked == 6
+    assert_same(net.state_dict(), plain(data))
+
+
+def test_what_the_user_holds_in_eval_mode_stays_there(data, tmp_path):
+    # a batch-norm in eval mode from before the run keeps its statistics in the phase that unfreezes it
+    net = start()
+    net.body[1].eval()
+    tuner = tuner_of(net, data)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path, callbacks=[lightning.TunerCallback(tuner)],
+    )  # fmt: skip
+    module = Quiet(net, tuner)
+    module.scores = itertools.repeat(0.5)
+    trainer.fit(module, DataLoader(data, 8), DataLoader(data, 8))
+    assert tuner.done
+    assert not net.body[1].training
+    assert net.body[1].num_batches_tracked == 0
+
+
 class Endless(IterableDataset):
     """The same samples again and again, without a length."""
 

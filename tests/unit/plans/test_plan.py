@@ -61,6 +61,10 @@ def test_missing_groups_are_one_problem() -> None:
         ({"norms": {"policy": "freeze_until", "until": "fx"}}, "norms.until: group 'fx'"),
         ({"norms": {"policy": "freeze_until"}}, "needs `until`"),
         ({"norms": {"until": "fc"}}, "only policy 'freeze_until' uses"),
+        (
+            {"norms": {"policy": "calibrate", "rate": 0.5}},
+            "rate is 0.5, which is only for policy 'adapt' or 'freeze_until', or with tune, not 'calibrate'",
+        ),
         ({"norms": {"policy": "frezee"}}, "norms: policy is 'frezee'; expected 'follow', 'freeze'"),
         ({"ephocs": 3}, r"there is no setting 'ephocs' .* Did you mean 'epochs'"),
         ({"schedule": {"warmup_frac": 0.1, "warmup_steps": 3}}, "are both given; keep one"),
@@ -124,6 +128,14 @@ def test_parts_raise_a_plan_error_of_their_own() -> None:
 def test_norms_alone_can_be_what_trains() -> None:
     """A phase with all groups frozen is allowed where its norm layers learn."""
     assert Plan(**one(rates={}, norms={"policy": "adapt"})).phases[0].norms.policy == "adapt"
+
+
+def test_a_rate_of_norms_is_taken_where_norms_of_frozen_groups_learn() -> None:
+    """`rate` is for what `adapt`, `freeze_until` and `tune` train in frozen groups; 1 is the same as none."""
+    assert Norms(policy="adapt", rate=0.5).rate == 0.5
+    assert Norms(policy="freeze_until", until="fc", rate=0.5).rate == 0.5
+    assert Norms(policy="freeze", tune=True, rate=0.5).rate == 0.5
+    assert Norms(policy="freeze", rate=1) == Norms(policy="freeze")
 
 
 def test_with_changes_checks() -> None:

@@ -205,6 +205,14 @@ REFUSED: dict[str, tuple[Callable[[LayerMap], Plan], str]] = {
         lambda m: unfreezing.gradual_unfreezing(m, epochs_per_group=2, epochs=10),
         "leave 0 of 10",
     ),
+    "shorter than asked": (
+        lambda m: unfreezing.gradual_unfreezing(m, epochs=10, last_epochs=2),
+        "5 phases of 1 and a last one of 2 make 7 epochs, not 10.*last_epochs=5.*epochs=7",
+    ),
+    "shorter than asked, in steps": (
+        lambda m: unfreezing.gradual_unfreezing(m, steps=100, steps_per_group=10, last_steps=20),
+        "make 70 steps, not 100.*last_steps=50.*steps=70",
+    ),
     "probe takes all": (
         lambda m: unfreezing.lp_ft(m, probe_epochs=3, epochs=3),
         "leaves 0 for the second phase",
@@ -241,6 +249,8 @@ def test_models_without_the_needed_parts_are_refused() -> None:
     )
     with pytest.raises(PlanError, match="this layer map has none"):
         strategies.linear_probe(headless)
+    with pytest.raises(PlanError, match="ulmfit trains the head"):
+        unfreezing.ulmfit(headless)
     with pytest.raises(PlanError, match="nothing before its first block"):
         strategies.freeze_embeddings(headless)
     with pytest.raises(PlanError, match="finer granularity"):

@@ -150,6 +150,11 @@ def test_data_that_cannot_be_used_is_told() -> None:
     # Empty sets, things that are no data, weights on a foreign sampler.
     with pytest.raises(DataError, match="no samples"):
         open_batches(numbers(0), train=True, batch_size=2)
+    pair = (torch.zeros(4, 2), torch.zeros(4))  # what shift and advise take; its items are no samples
+    with pytest.raises(
+        DataError, match=r"train is a pair of tensors; .* torch.utils.data.TensorDataset\(inputs, labels\)"
+    ):
+        open_batches(pair, train=True, batch_size=2)
     with pytest.raises(DataError, match="train is a int"):
         open_batches(3, train=True, batch_size=2)
 

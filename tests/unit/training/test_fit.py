@@ -75,6 +75,18 @@ def test_it_learns_what_the_plan_says_and_nothing_else() -> None:
     assert result.steps == 4 * 25
 
 
+def test_a_result_prints_what_came_of_it_and_not_the_network(tmp_path: Path) -> None:
+    # Epochs, steps, trained parameters, metrics and the folder; neither print nor repr spells the model out.
+    result = run(Tiny(), tiny_data(40), tiny_data(20), out=tmp_path / "run")
+    lines = str(result).splitlines()
+    assert lines[0].startswith(f"finished after 4 epochs, {result.steps} steps, ")
+    assert lines[1] == f"{result.trained_parameters:,} of {result.total_parameters:,} parameters trained"
+    assert lines[2].startswith(f"validation, weights of epoch {result.best_epoch + 1}: loss ")
+    assert lines[-1] == f"in {tmp_path / 'run'}"
+    for shown in (repr(result), repr(load_run(tmp_path / "run", model=Tiny()))):
+        assert "Linear" not in shown
+
+
 def test_small_batches_of_training_batch_norm_are_warned_of_in_the_phase_that_trains_it() -> None:
     # The head's phase trains no batch-norm; the next one trains the body's, and larger batches are fine.
     with pytest.warns(

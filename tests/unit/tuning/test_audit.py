@@ -386,6 +386,31 @@ def test_what_is_said_of_each_scheduler_is_what_torch_does(net, name, version):
     )  # else it is not what it stands for
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_sequence_raises_at_its_milestones_and_not_after_the_last(net, steps, version):
+    # a group that joins is met at the milestone of step 3; once that is over nothing is said
+    frozen(net, "stem", "mid")
+    optimizer = SGD(net.fc.parameters(), lr=0.1, momentum=0.9)
+    schedule = SCHEDULERS["SequentialLR"](optimizer)
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+    foretold = "scheduler-cannot-grow" in audit(net, optimizer, scheduler=schedule).codes
+    net.mid.requires_grad_(True)
+    optimizer.add_param_group({"params": list(net.mid.parameters()), "lr": 0.01})
+    told = [found.why for found in audit(net, optimizer, scheduler=schedule) if "will-crash" in found.code]
+    crashes = False
+    try:
+        for _ in range(4):
+            optimizer.step()
+            schedule.step()
+    except (ValueError, KeyError, IndexError):
+        crashes = True
+    assert foretold == bool(told) == crashes
+    assert crashes == (steps == 1 and version == "installed torch")
+    assert all("one of the next steps raises" in why for why in told)
+
+
 def test_every_scheduler_of_torch_is_in_the_table_above():
     known = {
         name

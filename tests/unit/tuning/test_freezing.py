@@ -169,3 +169,10 @@ def test_the_record_is_plain_data() -> None:
     assert told["action"] == "freeze"
     assert told["names"] == list(record.names)
     assert sorted(told) == ["action", "modules", "names", "numel", "skipped"]
+
+
+def test_the_record_prints_as_one_line() -> None:
+    """A long list of names is for undo() and to_dict(); printed, a record tells how much it changed."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
+    assert str(freeze(model, "0")) == "froze 6 parameters in 2 tensors; modules held in eval mode: 1"
+    assert str(unfreeze(model)) == "unfroze 6 parameters in 2 tensors; modules let go: 1"

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise.errors import LayerwiseWarning
-from layerwise.tuning.modes import held_modes, pin_eval, pinned, unpin
+from layerwise.tuning.modes import asked_modes, held_modes, note_modes, pin_eval, pinned, unpin
 
 
 class Net(nn.Module):
@@ -187,6 +187,21 @@ def test_unpin_gives_the_mode_that_was_asked_for_meanwhile():
     assert all(module.training for module in net.modules())
     assert "train" not in net.body[1].__dict__
     assert not body_is_still(net)
+
+
+def test_what_a_pin_was_asked_for_is_told_and_noted():
+    # eval() and modes that are put back by assignment: the pin has heard of the first half, and is told
+    layer = nn.Sequential(nn.Dropout(), nn.Dropout())
+    pin_eval([layer[0]])
+    asked = asked_modes(layer)
+    assert asked == {layer: True, layer[0]: True, layer[1]: True}
+    layer.eval()
+    layer.training = layer[1].training = True
+    assert asked_modes(layer)[layer[0]] is False
+    note_modes(asked)
+    assert not layer[0].training
+    unpin([layer[0]])
+    assert layer[0].training
 
 
 def test_pinning_twice_and_unpinning_what_is_free_do_nothing(net):
