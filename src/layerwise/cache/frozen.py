@@ -162,7 +162,8 @@ class FrozenPart:
             if backend_state(feed.link.device) != feed.link.backends:
                 raise CacheError(
                     "the model is called under other settings of torch (sdpa_kernel, torch.backends, "
-                    "threads) than those under which batches are made. Put them around the whole loop."
+                    "threads, a TorchFunctionMode) than those under which batches are made. Put them around "
+                    "the whole loop."
                 )
             where = absent.nonzero().flatten().tolist()
             if batch is None:

@@ -766,6 +766,15 @@ def under_a_mode_later(run: Run) -> None:
                 run.step(batch)
 
 
+def on_a_device_by_default(run: Run) -> None:
+    """Each call of the model is made in a context of its own, which says where new tensors lie."""
+    loader = run.loader()
+    for _ in range(EPOCHS):
+        for batch in run.batches(loader):
+            with torch.device("cpu"):
+                run.step(batch)
+
+
 def inputs_put_into_other_tensors(run: Run) -> None:
     loader = run.loader()
     for _ in range(EPOCHS):
@@ -850,6 +859,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     outputs_kept_in_an_attribute: "off: ",
     a_copy_of_the_model_trained_next: CACHED,
     under_a_mode_later: "no batch of this epoch was replayed",
+    on_a_device_by_default: CACHED,
     inputs_put_into_other_tensors: CACHED,
     exported_on_the_way: CACHED,
     differentiated_forward: "off: a transform of torch.func, or forward",

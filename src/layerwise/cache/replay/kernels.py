@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
@@ -15,6 +16,11 @@ Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 def backend_state(device: torch.device) -> list[Any]:
     """Return the settings by which torch chooses kernels on `device`, and the modes that see operations."""
     return [get() for get in (_CHOOSING if device.type == "cpu" else (*_CHOOSING, *_CHOOSING_CUDNN))]
+
+
+def _function_modes() -> list[Any]:
+    """Return the modes that see functions of torch; ``with torch.device(...)`` changes no numbers."""
+    return [mode for mode in _get_current_function_mode_stack() if type(mode) is not DeviceContext]
 
 
 _CHOOSING = (
@@ -27,7 +33,7 @@ _CHOOSING = (
     torch.get_num_threads,
     torch.get_default_dtype,
     torch.backends.mha.get_fastpath_enabled,
-    _get_current_function_mode_stack,
+    _function_modes,
     _get_current_dispatch_mode_stack,
 )
 _CHOOSING_CUDNN = (
