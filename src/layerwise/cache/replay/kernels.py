@@ -20,7 +20,8 @@ def backend_state(device: torch.device) -> list[Any]:
 
 def _function_modes() -> list[Any]:
     """Return the modes that see functions of torch; ``with torch.device(...)`` changes no numbers."""
-    return [mode for mode in _get_current_function_mode_stack() if type(mode) is not DeviceContext]
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return [mode for mode in modes if type(mode) is not DeviceContext]
 
 
 _CHOOSING = (
