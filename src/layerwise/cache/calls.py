@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import NothingToSkipError
@@ -212,6 +213,8 @@ class Calls:
         if link is None:
             return
         live.seen, self._frozen.thread = True, get_ident()
+        if _get_current_dispatch_mode_stack():
+            return  # it would see the cache's own passes, and perhaps count them: a later batch is looked at
         live.key = live.supply.called_in = self._state.number()  # modes may have changed since it was made
         phase = live.phase = live.feed.phase_of(live.key)
         if phase.verified or phase.reason:

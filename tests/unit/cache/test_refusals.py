@@ -121,6 +121,26 @@ def test_a_chain_of_modules_that_read_other_samples_is_given_up() -> None:
     assert "value at body.2 of one sample depends on the other samples" in off(Net, images, "fc")
 
 
+def test_of_many_branches_that_read_other_samples_what_is_before_them_is_cached() -> None:
+    # the fusion layers of GroundingDINO subtract a largest number of the batch, for each of several values
+    class Centred(nn.Conv2d):
+        def forward(self, x):
+            x = super().forward(x)
+            return x - x.mean(0, keepdim=True)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fc = nn.Conv2d(3, 3, 3), nn.Linear(3, 4)
+            self.branches = nn.ModuleList(Centred(3, 3, 1) for _ in range(6))
+
+        def forward(self, x):
+            x = self.body(x)
+            return self.fc(torch.stack([branch(x).relu() for branch in self.branches]).sum((0, 3, 4)))
+
+    assert "cut at body " in both(Net, images, "fc").text
+
+
 def test_where_all_that_is_frozen_mixes_samples_the_value_that_showed_it_is_named() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -21,6 +21,7 @@ from torch.func import functional_call, grad
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise
 from cache_loops import Counted, freeze_prefix, images
@@ -775,6 +776,18 @@ def on_a_device_by_default(run: Run) -> None:
                 run.step(batch)
 
 
+def work_of_some_batches_counted(run: Run) -> None:
+    """The operations of the first call, and of one of each later epoch, are counted: not the cache's own."""
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for number, (x, y) in enumerate(run.batches(loader)):
+            if number == 2 * min(epoch, 1):
+                with FlopCounterMode(display=False) as counter:
+                    run.model(x)
+                run.losses.append(counter.get_total_flops())
+            run.step((x, y))
+
+
 def inputs_put_into_other_tensors(run: Run) -> None:
     loader = run.loader()
     for _ in range(EPOCHS):
@@ -860,6 +873,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     a_copy_of_the_model_trained_next: CACHED,
     under_a_mode_later: "no batch of this epoch was replayed",
     on_a_device_by_default: CACHED,
+    work_of_some_batches_counted: CACHED,
     inputs_put_into_other_tensors: CACHED,
     exported_on_the_way: CACHED,
     differentiated_forward: "off: a transform of torch.func, or forward",

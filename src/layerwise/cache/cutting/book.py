@@ -13,14 +13,12 @@ from torch import nn
 from layerwise.cache.changes.modelstate import ModelState, Modes
 from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site
 from layerwise.cache.cutting.phases import Phases
-from layerwise.cache.cutting.search import find_cut
+from layerwise.cache.cutting.search import MOST_MIXED, find_cut
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 
 Form = Hashable
 """How the model is called: the structure of its arguments, and those that are no tensors (`Link.form`)."""
-
-_MIXED = 4  # values of one form that may mix samples: to find each takes a recording and some passes
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class CutBook:
             False if that is no use: it was known, or there are too many.
         """
         mixed = self._mixed[form]
-        if site in mixed or len(mixed) == _MIXED:
+        if site in mixed or len(mixed) == MOST_MIXED:
             return False
         mixed.add(site)
         for key in [key for key in self._cuts if key[1] == form]:

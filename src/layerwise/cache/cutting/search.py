@@ -46,6 +46,7 @@ from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import tensors_in
 
 _CANDIDATES = 64  # calls tried as cut-at-the-input, smallest first
+MOST_MIXED = 4  # values that are found to mix samples one by one: each takes a recording and some passes
 
 
 def find_cut(
@@ -337,14 +338,14 @@ def _calls_with(recording: Recording, modules: Container[nn.Module]) -> set[Call
 
 
 def _writers(recording: Recording, sites: Set[Site]) -> set[int]:
-    """Return the operations that made the values at some sites."""
+    """Return the operations that made the values at some sites; of the most sites, all later ones as well."""
     found = set()
     for call in recording.calls if sites else ():
         for site in sites:
             if site.call == _id(call):
                 reads = given(call) if site.side == "out" else taken(call)
                 found |= {read.writer for read in reads[site.slot : site.slot + 1] if read.writer is not None}
-    return found
+    return found if len(sites) < MOST_MIXED else {*range(min(found, default=0), len(recording.ops))}
 
 
 def _is_collected_outside(call: Call, around: Call) -> bool:
