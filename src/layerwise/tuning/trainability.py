@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Set
 
 import torch
@@ -33,10 +34,17 @@ def set_modes(
     if phase.norms.policy in ("follow", "calibrate"):
         # A norm frozen by its parameters' names, in a group that learns, is frozen with its statistics.
         still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
+        named = []
         for norm in find_norms(model):
             own = list(norm.module.parameters(recurse=False))
-            if norm.kind == "running" and own and still.issuperset(map(id, own)):
-                pin_eval([norm.module])
+            if norm.kind == "running" and own and still.issuperset(map(id, own)) and pin_eval([norm.module]):
+                named.append(norm.name)
+        record = dataclasses.replace(
+            record,
+            adapting=tuple(name for name in record.adapting if name not in named),
+            fixed=(*record.fixed, *(name for name in named if name not in record.fixed)),
+            pinned=record.pinned + len(named),
+        )
     values |= dict.fromkeys(record.frozen, 0.0) | dict.fromkeys(record.trainable, record.rate)
     return {name: 0.0 if name in held else value for name, value in values.items()}, record
 

@@ -113,6 +113,9 @@ def test_norms_frozen_by_pattern_keep_their_statistics() -> None:
     """A plan that freezes batch-norm by name in groups that learn holds its running statistics too."""
     model = tiny_cnn()
     tuner = make(lambda layers: strategies.pattern(layers, freeze=["re:[.]1[.]"], epochs=1), model=model)
+    assert tuner.norms.adapting == ()
+    assert tuner.norms.fixed == ("stem.1", "layer1.1", "layer2.1")
+    assert tuner.norms.pinned == 3
     before = snapshot(model.train())
     train(tuner, shape=(3, 8, 8), classes=4)
     moved = changed(before, snapshot(model))
