@@ -29,6 +29,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the disk is full or the folder cannot be written; the temporary file is removed.
     """
     path = Path(os.path.realpath(path))
+    if not path.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
     try:

@@ -12,7 +12,7 @@ from layerwise.choosing.choice import Choice
 from layerwise.choosing.decide import Decision, Reason, decide
 from layerwise.choosing.depths import Transferability
 from layerwise.choosing.evidence import Confidence, Evidence, Level, Pretraining, gather_evidence
-from layerwise.choosing.matrix import Size, default_epochs, size_of
+from layerwise.choosing.matrix import DECAY, Size, default_epochs, size_of
 from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, PlanError
 from layerwise.layers.layermap import LayerMap
@@ -146,13 +146,16 @@ def advise(
         seed: of sampling, folds and intervals.
 
     Raises:
-        DataError: no labels, one class, fewer samples than classes, a source of another modality or size.
+        DataError: no labels, one class, fewer samples than classes, a source of another modality or size; a
+            number or a kind of pretraining that is none.
         PlanError: the layer map has fewer than two groups or no head.
         ModelError: a signature of another model.
         MissingExtraError: scikit-learn is not installed.
     """
     if batch_size < 1 or (epochs is not None and epochs < 1):
         raise DataError(f"batch_size is {batch_size} and epochs {epochs}; expected at least 1.")
+    if pretraining not in DECAY:
+        raise DataError(f"pretraining is {pretraining!r}; expected one of {', '.join(DECAY)}.")
     evidence, layers = gather_evidence(
         model,
         train,

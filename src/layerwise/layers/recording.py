@@ -279,7 +279,7 @@ def _batch_size(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removesuffix(".")  # it stands in a sentence of ours
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 

@@ -109,7 +109,7 @@ def match_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
         try:
             found = [name for name in names if _matches(pattern, name)]
         except re.error as error:
-            problems.append(f"{pattern!r} is not a regular expression: {error}")
+            problems.append(f"{pattern!r} is not a regular expression: {error}.")
             continue
         chosen.update(found)
         if not found:

@@ -62,10 +62,13 @@ def check_first_step(
 
 
 def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
-    """Check that the norms whose statistics the phase holds are still held.
+    """Check that the norms whose statistics the phase holds are still held, and that the others move theirs.
 
     Raises:
         ModelError: one of them was replaced by another module since the phase began.
+
+    Warns:
+        LayerwiseWarning: one that should move is in eval mode.
     """
     modules = dict(model.named_modules())
     awake = [path for path in norms.fixed if path not in modules or not pinned(modules[path])]
@@ -75,6 +78,14 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
             "replaced after the Tuner was made, or unpinned (torch.nn.SyncBatchNorm.convert_sync_batchnorm "
             "and Lightning's sync_batchnorm=True make new ones). Convert the model first, then make the "
             "layer map and the Tuner"
+        )
+    moving = (path for path in norms.adapting if path in modules and not pinned(modules[path]))
+    asleep = [path for path in moving if not modules[path].training]
+    if asleep:
+        warn(
+            f"phase {phase!r}: the statistics of {some(asleep)} should move, but these are in eval mode. "
+            "Call model.train() in each epoch: modes put back one by one after validation leave what was "
+            "frozen then in eval mode. To hold the statistics, use the norm policy 'freeze'",
         )
 
 

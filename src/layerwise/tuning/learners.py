@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import dataclasses
+from collections.abc import Collection, Iterator, Set
 from contextlib import contextmanager
 
 import torch
@@ -133,14 +134,35 @@ class Learners:
         frozen = {group.name for group in self._layers if not any(values[name] for name in group.parameters)}
         record = apply_norms(model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout)
         if phase.norms.policy in ("follow", "calibrate"):
-            # A norm frozen by its parameters' names, in a group that learns, is frozen with its statistics.
             still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
-            for norm in find_norms(model):
-                own = list(norm.module.parameters(recurse=False))
-                if norm.kind == "running" and own and still.issuperset(map(id, own)):
-                    pin_eval([norm.module])
+            record = _with_frozen_held(model, still, record)
         values |= dict.fromkeys(record.frozen, 0.0) | dict.fromkeys(record.trainable, record.rate)
         return {name: 0.0 if name in held else value for name, value in values.items()}, record
+
+
+def _with_frozen_held(model: nn.Module, frozen: Set[int], record: NormRecord) -> NormRecord:
+    """Hold the statistics of norms that are frozen by their parameters' names, in a group that learns.
+
+    Args:
+        model: changed in place: pins.
+        frozen: ids of the parameters that do not learn.
+        record: of the other norms.
+
+    Returns:
+        The record with them.
+    """
+    named = []
+    for norm in find_norms(model):
+        own = list(norm.module.parameters(recurse=False))
+        is_frozen = norm.kind == "running" and own and frozen >= set(map(id, own))
+        if is_frozen and pin_eval([norm.module]):
+            named.append(norm.name)
+    return dataclasses.replace(
+        record,
+        adapting=tuple(name for name in record.adapting if name not in named),
+        fixed=(*record.fixed, *(name for name in named if name not in record.fixed)),
+        pinned=record.pinned + len(named),
+    )
 
 
 def _planned(

@@ -12,6 +12,7 @@ from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.plans.rates import multipliers
+from layerwise.tuning.matching import check_plan
 from layerwise.tuning.wrappers import unwrapped
 
 
@@ -123,6 +124,7 @@ def param_groups(
         wanted = {name: 1.0 for group in layers for name in group.parameters}
     else:
         plan = plan_or_layers
+        check_plan(plan)
         if layers is None:
             from layerwise.layers.mapping import layer_map
 

@@ -133,11 +133,15 @@ def test_a_signature_of_another_network_is_refused(model):
 
 
 def test_data_without_labels_and_wrong_options(model):
-    # unlabelled data is sent to shift; batch size 0 is no batch size
+    # unlabelled data is sent to shift; batch size 0 is no batch size, a method no kind
     with pytest.raises(DataError, match=r"layerwise\.shift"):
         advise(model, images(20)[0], layers=map_of(model))
     with pytest.raises(DataError, match="batch_size is 0"):
         advised(model, *images(20), batch_size=0)
+    with pytest.raises(
+        DataError, match="pretraining is 'simclr'; expected one of supervised, self_supervised"
+    ):
+        advised(model, *images(20), pretraining="simclr")
 
 
 def test_model_without_a_head_is_refused():

@@ -177,7 +177,8 @@ def test_a_group_that_joins_after_validation_is_in_train_mode(data, tmp_path, fi
 
 
 def test_what_the_user_holds_in_eval_mode_stays_there(data, tmp_path):
-    # a batch-norm in eval mode from before the run keeps its statistics in the phase that unfreezes it
+    # a batch-norm in eval mode from before the run keeps its statistics in the phase that unfreezes it, and a
+    # warning says so
     net = start()
     net.body[1].eval()
     tuner = tuner_of(net, data)
@@ -187,7 +188,8 @@ def test_what_the_user_holds_in_eval_mode_stays_there(data, tmp_path):
     )  # fmt: skip
     module = Quiet(net, tuner)
     module.scores = itertools.repeat(0.5)
-    trainer.fit(module, DataLoader(data, 8), DataLoader(data, 8))
+    with pytest.warns(LayerwiseWarning, match=r"statistics of 'body\.1' should move, but .* in eval mode"):
+        trainer.fit(module, DataLoader(data, 8), DataLoader(data, 8))
     assert tuner.done
     assert not net.body[1].training
     assert net.body[1].num_batches_tracked == 0

@@ -319,6 +319,21 @@ def test_torch_random_state_is_restored() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_the_message_of_a_model_stands_in_ours_with_one_full_stop() -> None:
+    """timm's assertions end in a full stop of their own."""
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("Input height (224) doesn't match model (64).")
+
+    with pytest.raises(RecordingError, match=r"doesn't match model \(64\)\. Pass example_input="):
+        record(Picky(), (torch.zeros(2, 2),))
+
+
 def test_the_model_is_restored_after_an_error() -> None:
     # a pass that raises in the middle leaves no hooks and the modes as they were
     class Fails(nn.Module):

@@ -52,7 +52,7 @@ def test_patterns_that_match_nothing_are_told_together_with_close_names() -> Non
         match_names(["bm1", "fc", "re:(", "qqqq"], NAMES)
     message = str(caught.value)
     assert "'bm1' matches no parameter. Did you mean 'bn1'" in message
-    assert "'re:(' is not a regular expression" in message
+    assert "'re:(' is not a regular expression: missing ), unterminated subpattern at position 0." in message
     assert (
         "'qqqq' matches no parameter. There are, for example: conv1.weight, layer1.0.bn1.weight, " in message
     )

@@ -30,7 +30,7 @@ class Attack:
 def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path):
     victim = tmp_path / "victim"
     torch.save({"state_dict": Attack(victim)}, tmp_path / "bad.pth")
-    with pytest.raises(ModelError, match=r"was refused.*'io.open'.*Nothing of it was run"):
+    with pytest.raises(ModelError, match=r"was refused.*'_?io.open'.*Nothing of it was run"):
         weights.read_weights(tmp_path / "bad.pth")
     assert not victim.exists()
     # The attack is real: a plain unpickling does run it.

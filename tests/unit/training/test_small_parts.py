@@ -50,6 +50,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_file_in_a_folder_that_is_not_there_is_told_by_the_folder(tmp_path: Path) -> None:
+    # The error names the folder, and not the temporary file that nobody asked for.
+    with pytest.raises(FileNotFoundError, match=r"there is no such folder: .*nowhere'$"):
+        files.write_text(tmp_path / "nowhere" / "plan.yaml", "text")
+
+
 def test_a_written_file_keeps_its_link_and_its_permissions(tmp_path: Path) -> None:
     # A private file stays private, also while it is written, and a link still points to it.
     real, link = tmp_path / "real", tmp_path / "link"

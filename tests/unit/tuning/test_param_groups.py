@@ -62,6 +62,12 @@ def test_a_phase_that_is_not_there_is_an_error() -> None:
         param_groups(model, linear_probe(layers), lr=0.1, layers=layers, phase=1)
 
 
+def test_the_name_of_a_strategy_is_no_plan() -> None:
+    """The error says how a plan is made of it, as the Tuner's does."""
+    with pytest.raises(PlanError, match=r"plan is 'full', a str; expected a layerwise\.Plan"):
+        param_groups(tiny_mlp(), "full", lr=0.1)  # type: ignore[arg-type]
+
+
 def test_the_map_is_made_where_it_is_not_given() -> None:
     """A plan alone is enough; the model is mapped at the plan's granularity."""
     from layerwise.layers.mapping import layer_map

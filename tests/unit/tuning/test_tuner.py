@@ -114,11 +114,40 @@ def test_norms_frozen_by_pattern_keep_their_statistics() -> None:
     """A plan that freezes batch-norm by name in groups that learn holds its running statistics too."""
     model = tiny_cnn()
     tuner = make(lambda layers: strategies.pattern(layers, freeze=["re:[.]1[.]"], epochs=1), model=model)
+    assert tuner.norms.adapting == ()
+    assert tuner.norms.fixed == ("stem.1", "layer1.1", "layer2.1")
+    assert tuner.norms.pinned == 3
     before = snapshot(model.train())
     train(tuner, shape=(3, 8, 8), classes=4)
     moved = changed(before, snapshot(model))
     assert "stem.0.weight" in moved
     assert not {name for name in moved if ".1." in name}
+
+
+def test_norms_that_should_move_and_are_in_eval_mode_are_told() -> None:
+    """A loop that puts modes back one by one after eval() leaves a group that joins asleep, and is told."""
+    model = tiny_cnn().train()
+    tuner = make(lambda layers: gradual(layers), model=model)
+
+    def steps() -> None:
+        for _ in range(tuner.steps_per_epoch):
+            model(torch.randn(4, 3, 8, 8)).sum().backward()
+            tuner.step()
+
+    epochs = tuner.epochs()
+    next(epochs)
+    steps()
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module, mode in modes.items():
+        module.training = mode
+    next(epochs)
+    told = r"statistics of 'layer2\.1' should move, but these are in eval mode\. Call model\.train\(\)"
+    with pytest.warns(LayerwiseWarning, match=told):
+        steps()
+    model.train()
+    next(epochs)
+    steps()  # those of layer1.1 move as well, and nothing is told
 
 
 def test_norm_policies_decide_over_the_affine_parameters() -> None:
