@@ -135,6 +135,10 @@ def test_help_is_whole_at_80_columns(name: str) -> None:
             ["curve", "m", "--data", "d", "--out", "o", "--lr", "inf"],
             "inf is given; expected a finite number",
         ),
+        (
+            ["fit", "--budget-minutes", "0"],
+            "'--budget-minutes': 0.0 is given; expected a finite number above",
+        ),
         (["fit", "--lr", "nan"], "'--lr': nan is given; expected a finite number above 0"),
         (["fit", "--clip-norm", "-1"], "'--clip-norm': -1.0 is given; expected a finite number above 0"),
         (["fit", "--label-smoothing", "1"], "'--label-smoothing': 1.0 is given; expected a share"),
