@@ -41,9 +41,10 @@ def print_table(table: Any) -> None:
     """Print a Rich table (or anything Rich prints) on stdout; 110 columns wide outside of a terminal."""
     from rich.console import Console
 
-    console = Console()
+    plain: Any = {"markup": False, "emoji": False}  # names of classes and texts may hold [red] or :x:
+    console = Console(**plain)
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=110, **plain)
     console.print(table)
 
 
