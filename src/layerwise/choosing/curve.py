@@ -220,7 +220,12 @@ def cut_plan(layers: LayerMap, k: int, series: Series, *, epochs: int) -> Plan:
 def _read(out: str | Path | None, about: Mapping[str, Any]) -> dict[str, float]:
     if out is None or not Path(out).exists():
         return {}
-    found = json.loads(Path(out).read_text(encoding="utf-8"))
+    try:
+        found = json.loads(Path(out).read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "values" not in found:
+        raise RunError(f"{out} is there, and no curve's values are in it; give another file.")
     there = found.get("about") or {}
     if differing := [
         name for name, value in json.loads(json.dumps(about)).items() if there.get(name) != value

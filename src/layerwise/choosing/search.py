@@ -119,7 +119,8 @@ def search(
         PlanError: the search space cannot be used.
         DataError: no validation data, a metric that is unknown or of the training data, a budget that is
             not positive, or `fit_options` that a search sets itself.
-        RunError: the study in the storage is about something else.
+        RunError: the study in the storage is about something else, the storage cannot be opened, or `out`
+            holds a run, or a plan of something else.
         LayerwiseError: the first three trials all failed; the last one's error.
         MissingExtraError: Optuna is not installed.
         KeyboardInterrupt: after Ctrl-C; the trial at hand is queued again.
@@ -137,6 +138,9 @@ def search(
             f"trials is {trials}, minutes {minutes}, seeds {seeds}; expected numbers above 0 (or None for no "
             "limit of that kind)."
         )
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        _require_own(folder)
     budget = Budget(20 if trials is None and minutes is None else trials, minutes, seeds)
     options = dict(fit_options or {})
     check_fit_options(options, SET_BY_SEARCH, "search")
@@ -158,7 +162,6 @@ def search(
     experiment = Experiment(
         model, train, val, test, layers, space, metric, mode, batch_size, seed, options, pool
     )
-    folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         storage = storage if storage is not None else folder / "search.journal"
@@ -188,6 +191,17 @@ def search(
         with lock:  # else a worker that died would be waited for, and nobody would make the winner's run
             take_over_lost()
         return _finished(experiment, study, folder, seeds=seeds, refit=refit, notes=notes, lock=lock, say=say)
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder where the plan that is found would replace another one."""
+    ours = any((folder / name).exists() for name in ("search.journal", "search.json"))
+    if (folder / "run.json").exists() or ((folder / "plan.yaml").exists() and not ours):
+        what = "run" if (folder / "run.json").exists() else "plan.yaml"
+        raise RunError(
+            f"{folder} holds a {what} that is none of a search's, and the search would write its plan.yaml "
+            "there. Name another folder: --out (out=)."
+        )
 
 
 def _opened(

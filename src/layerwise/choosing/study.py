@@ -104,13 +104,21 @@ def open_study(
         seed: of the sampler, besides the number of trials there already.
 
     Raises:
-        RunError: the study there is about something else; the differences are listed.
+        RunError: the storage cannot be opened, or the study there is about something else; the differences
+            are listed.
         MissingExtraError: Optuna is not installed.
     """
     optuna = optuna_module()
     where: Any = None
     if storage is not None and "://" in str(storage):
-        where = str(storage)
+        try:
+            where = optuna.storages.get_storage(str(storage))
+        except Exception as error:  # SQLAlchemy and the drivers of its databases raise all kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RunError(
+                f"the storage {str(storage)!r} cannot be opened ({reason}). Expected the path of a journal "
+                "file, or a URL that Optuna knows, such as sqlite:///search.db."
+            ) from error
     elif storage is not None:
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)

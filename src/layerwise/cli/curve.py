@@ -47,13 +47,14 @@ def curve(
 
     if plot is not None:
         check_picture(plot)
+    counts = None if depths is None else numbers(depths, "--depths")
     prepared = task.open(val_frac=val_frac)
     try:
         found = transfer_curve(
             prepared.opened.model,
             prepared.data.train,
             prepared.data.val,
-            depths=None if depths is None else numbers(depths, "--depths"),
+            depths=counts,
             epochs=epochs,
             seeds=seeds,
             lr=lr,

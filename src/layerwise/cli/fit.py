@@ -114,7 +114,8 @@ def fit(
         ),
     ] = None,
     budget_minutes: Annotated[
-        float | None, typer.Option(help="For auto: what all may take.", min=0, rich_help_panel=_PLAN)
+        float | None,
+        typer.Option(help="For auto: what all may take.", callback=above_zero, rich_help_panel=_PLAN),
     ] = None,
     search_share: Annotated[
         float,

@@ -41,9 +41,10 @@ def print_table(table: Any) -> None:
     """Print a Rich table (or anything Rich prints) on stdout; 110 columns wide outside of a terminal."""
     from rich.console import Console
 
-    console = Console()
+    plain: Any = {"markup": False, "emoji": False}  # names of classes and texts may hold [red] or :x:
+    console = Console(**plain)
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=110, **plain)
     console.print(table)
 
 
@@ -100,7 +101,9 @@ def share(value: float) -> float:
     return value
 
 
-def check_output(path: Path | None, option: str, *, new: bool = False, folder: bool = False) -> None:
+def check_output(
+    path: Path | None, option: str, *, new: bool = False, folder: bool = False, outside: str | None = None
+) -> None:
     """Look whether a file can be written to `path`, before any long work.
 
     Args:
@@ -108,12 +111,18 @@ def check_output(path: Path | None, option: str, *, new: bool = False, folder: b
         option: that names it.
         new: nothing may be there yet.
         folder: a folder is to be made there, with those above it.
+        outside: folder of the data, in which it may not lie.
 
     Raises:
         BadParameter: it cannot be written.
     """
     if path is None:
         return
+    if outside is not None and path.resolve().is_relative_to(Path(outside).resolve()):
+        raise typer.BadParameter(
+            f"{option} {path} lies in the data {outside}, so its files would be taken for data. Name a "
+            "folder outside of the data."
+        )
     above = path.absolute().parent
     if folder:
         above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

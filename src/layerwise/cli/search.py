@@ -80,7 +80,7 @@ def search(
 
     layerwise search timm:resnet18 --data photos --out searches/a --minutes 10 --plot curve.png
     """
-    check_output(out, "--out", folder=True)
+    check_output(out, "--out", folder=True, outside=task.data)
     check_output(plot, "--plot")
     from layerwise.choosing.named import fit_options
     from layerwise.choosing.search import search as run
@@ -88,6 +88,8 @@ def search(
 
     if plot is not None:
         check_picture(plot)
+    counts = None if depths is None else numbers(depths, "--depths")
+    rates, decays = _range(lr, "--lr"), _range(decay, "--decay")
     prepared = task.open(val_frac=val_frac, test_frac=test_frac)
     options = fit_options(prepared)
     if class_weights is not None:
@@ -101,10 +103,10 @@ def search(
             trials=trials,
             minutes=minutes,
             seeds=seeds,
-            depths=None if depths is None else numbers(depths, "--depths"),
+            depths=counts,
             strategies=strategy or (),
-            lr=_range(lr, "--lr"),
-            decay=_range(decay, "--decay"),
+            lr=rates,
+            decay=decays,
             epochs=epochs,
             out=out,
             storage=storage,

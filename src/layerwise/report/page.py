@@ -131,6 +131,11 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
 
 def _search(folder: Path) -> tuple[str, list[Section]]:
     found = _read(folder / "search.json")
+    if not isinstance(found, dict) or not {"best", "metric", "run", "curve", "trials", "notes"} <= set(found):
+        raise RunError(
+            f"{folder / 'search.json'} is not the record of a search, so it was altered; put the old one "
+            "back."
+        )
     best, metric = found["best"], found["metric"]
     summary = [
         [

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.stock import CachePool
-from layerwise.errors import RunError
+from layerwise.errors import RunError, warn
 from layerwise.files import remove_leftovers, write_json
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
@@ -198,6 +198,11 @@ def fit(
     weighted = sampler == "weighted"
     batches = open_batches(train, train=True, weighted=weighted, drop_last=drop_last, **share)
     held_out = None if val is None else open_batches(val, train=False, **share)
+    if early_stopping is not None and val is None:
+        warn(
+            f"early_stopping is {early_stopping}, and without validation data nothing is measured that could "
+            "stop. Give val (--val-frac), or leave it out."
+        )
     test_batches = None if test is None else open_batches(test, train=False, name="test", **share)
     model.to(accelerator.device)
     first = send_to_device(setup.first_batch(batches), accelerator.device)

@@ -77,7 +77,7 @@ def batch_count(batches: Batches) -> int:
     if not count:
         raise DataError(
             "train makes no batch: it has fewer samples than batch_size, and drop_last is set. Take a "
-            "smaller batch_size, or leave drop_last out."
+            "smaller batch_size (--batch-size), or leave drop_last (--drop-last) out."
         )
     return count
 

@@ -468,7 +468,8 @@ class Tuner:
                 self._warn(
                     "metric",
                     f"the plan's {what} validation stalls, but end_epoch() got no metric; call "
-                    "tuner.end_epoch(metric) at the end of each epoch",
+                    "tuner.end_epoch(metric) at the end of each epoch (with layerwise.fit: give val, or "
+                    "--val-frac)",
                 )
             return False
         if schedule.shape == "plateau":

@@ -115,6 +115,16 @@ def test_values_of_other_weights_or_options_are_refused(model, data, tmp_path):
         curve(model, data, **options)
 
 
+@pytest.mark.parametrize("content", ["no JSON", "[1]", "{}"])
+def test_a_file_of_something_else_is_refused(model, data, tmp_path, content):
+    # and left as it is
+    out = tmp_path / "mine.json"
+    out.write_text(content)
+    with pytest.raises(RunError, match=r"mine\.json is there, and no curve's values .* another file"):
+        curve(model, data, depths=(1,), epochs=1, out=out)
+    assert out.read_text() == content
+
+
 def test_options_that_a_curve_sets_itself_are_refused_by_name(model, data):
     # and a metric of the training data; nothing is trained
     with pytest.raises(DataError, match="fit_options has lr, which transfer_curve sets"):

@@ -318,6 +318,22 @@ def test_bad_budgets_metrics_and_missing_validation(model, data):
         search(model, data[0], None)
 
 
+@pytest.mark.parametrize("mine", ["run.json", "plan.yaml"])
+def test_a_search_does_not_write_over_a_run_or_a_plan(model, data, tmp_path, mine):
+    # plan.yaml of a run is what it is resumed with, and of a user what he wrote
+    (tmp_path / mine).write_text("mine")
+    with pytest.raises(RunError, match=r"holds .*Name another folder: --out \(out=\)"):
+        searched(model, data, trials=1, out=tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(mine, "mine")]
+
+
+@pytest.mark.parametrize("storage", ["nothing://x", "sqlite:////no/such/folder/a.db"])
+def test_a_storage_that_cannot_be_opened_is_told(model, data, storage):
+    # which one, and what would do
+    with pytest.raises(RunError, match=f"storage '{storage}' cannot be opened .*sqlite:///search.db"):
+        searched(model, data, trials=1, storage=storage)
+
+
 WORKER = """
 import sys, time
 sys.path.insert(0, {tests!r})

@@ -1,6 +1,7 @@
 """`layerwise diagnose`, `signature`, `advise`, `search`, and `fit --strategy auto`, on images in folders."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,32 @@ def test_bad_input_is_one_message(images, weights, tmp_path, arguments, code, me
     assert result.exit_code == code
     assert message in result.output + result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("inside", [".", "s", "red/s"])
+def test_a_search_is_not_put_into_its_data(images, weights, inside):
+    # its folders would be taken for classes, and the same command could not go on
+    result = command("search", MODEL, "--data", images, "--out", images / inside, *SIZE, *weights)
+    assert result.exit_code == 2
+    assert "lies in the data" in " ".join(re.sub("[│─╭╮╰╯]", " ", result.stderr).split())
+    assert sorted(path.name for path in images.iterdir()) == ["green", "red"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["search", "--depths", "1,x"], "--depths is '1,x'"),
+        (["search", "--lr", "fast"], "--lr is 'fast'"),
+        (["search", "--decay", "1,2,3"], "--decay is '1,2,3'"),
+        (["curve", "--depths", ""], "--depths is ''"),
+    ],
+)
+def test_lists_of_numbers_are_read_before_the_data(tmp_path, arguments, told):
+    # what was typed wrongly is told at once, not after minutes; here there are no data at all
+    name, *given = arguments
+    result = command(name, MODEL, "--data", tmp_path / "nowhere", "--out", tmp_path / "o", *given)
+    assert result.exit_code == 2
+    assert told in result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import layerwise
 from layerwise.cli import main, output
+from layerwise.cli.tables import new_table
 from layerwise.errors import DataError, LayerwiseWarning
 
 
@@ -87,6 +88,17 @@ def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.
     assert json.loads(rest) == {"name": "Übung"}
 
 
+def test_names_of_the_user_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    # Classes, files and texts are shown letter for letter; a closing tag ended in a traceback.
+    names = ["[red]", "[/INST] a", ":smile:", "x [b]"]
+    table = new_table("Per class [bold]", names)
+    table.add_row(*names)
+    output.print_table(table)
+    shown = capsys.readouterr().out
+    assert "Per class [bold]" in shown
+    assert all(shown.count(name) == 2 for name in names)
+
+
 def test_errors_of_the_system_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The file and the reason, exit code 1; the traceback with --debug alone.
     from safetensors import SafetensorError
@@ -134,6 +146,10 @@ def test_help_is_whole_at_80_columns(name: str) -> None:
         (
             ["curve", "m", "--data", "d", "--out", "o", "--lr", "inf"],
             "inf is given; expected a finite number",
+        ),
+        (
+            ["fit", "--budget-minutes", "0"],
+            "'--budget-minutes': 0.0 is given; expected a finite number above",
         ),
         (["fit", "--lr", "nan"], "'--lr': nan is given; expected a finite number above 0"),
         (["fit", "--clip-norm", "-1"], "'--clip-norm': -1.0 is given; expected a finite number above 0"),

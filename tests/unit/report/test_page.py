@@ -209,6 +209,14 @@ def test_a_wrong_path_is_told_with_what_is_there(run, tmp_path):
         assert str(caught.value) == told
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"best": {}, "metric": "accuracy"}'])
+def test_a_search_that_was_altered_is_told(tmp_path, content):
+    # JSON, and yet no search
+    (tmp_path / "search.json").write_text(content)
+    with pytest.raises(RunError, match=r"search\.json is not the record of a search, so it was altered"):
+        write_report(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["search.json", "audit.json", "history.jsonl"])
 def test_a_damaged_file_is_told(run, tmp_path, name):
     # which one it is, and why, without a traceback

@@ -472,6 +472,15 @@ def test_it_stops_early() -> None:
     assert result.best_epoch == 0
 
 
+def test_early_stopping_without_validation_data_is_told() -> None:
+    # Nothing is measured that could get worse, so all epochs are trained.
+    with pytest.warns(
+        LayerwiseWarning, match=r"early_stopping is 1, and without validation data .*--val-frac"
+    ):
+        result = run(val=None, plan=one_phase(epochs=2), early_stopping=1)
+    assert len(result.history) == 2
+
+
 def test_the_loss_can_be_monitored() -> None:
     # The kept epoch is that of the lowest validation loss, and a rising one stops early.
     task = Classification(("0", "1", "2"), monitor="loss")

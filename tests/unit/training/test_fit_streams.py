@@ -117,5 +117,5 @@ def test_a_train_loader_must_tell_its_length() -> None:
 
     with pytest.raises(DataError, match="__len__, or use a map-style data set"):
         run(loader(Endless()))
-    with pytest.raises(DataError, match=r"fewer samples than batch_size.*leave drop_last out"):
+    with pytest.raises(DataError, match=r"fewer samples than batch_size.*--batch-size.*--drop-last.* out"):
         run(tiny_data(5), batch_size=8, drop_last=True)
