@@ -27,11 +27,16 @@ class Noisy(nn.Module):
 @pytest.mark.filterwarnings("ignore:The prefix cache is off")
 @pytest.mark.parametrize(
     ("first", "state", "why"),
-    [(nn.Tanh(), "exact", "2"), (Mixing(), "exact", "0"), (Noisy(), "refused", "random")],
+    [
+        ((nn.Linear(6, 6), nn.Tanh()), "exact", "2"),
+        ((nn.Linear(6, 6), Mixing()), "exact", "0"),
+        ((nn.Linear(6, 6), Noisy()), "exact", "0"),
+        ((Noisy(), nn.Linear(6, 6)), "refused", "random"),
+    ],
 )
 def test_what_became_of_a_model(first, state, why) -> None:
     found = Examined("mine", "layers", 0.75, "failed", batch=4)
-    layers = nn.Sequential(nn.Linear(6, 6), first, nn.Linear(6, 6), nn.Linear(6, 3))
+    layers = nn.Sequential(*first, nn.Linear(6, 6), nn.Linear(6, 3))
     examine(found, lambda batch: (layers, list(torch.randn(2 * batch, 6))))
     assert found.state == state
     assert why in found.why

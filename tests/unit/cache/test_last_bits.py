@@ -183,11 +183,11 @@ def test_values_that_are_random_are_refused_inexact_or_not() -> None:
         def forward(self, x):
             import numpy as np
 
-            return super().forward(x) * float(np.random.rand())
+            return super().forward(x * float(np.random.rand()))
 
-    with pytest.warns(LayerwiseWarning, match="off"):
-        text = train(Net, images(24), "head", cached=True, exact=False).text
-    assert "numpy" in text or "Python" in text
+    text = train(Net, images(24), "head", cached=True, exact=False).text
+    assert "off: " in text
+    assert "numpy" in text
 
 
 @pytest.mark.parametrize(("indices", "more"), [([0, 1, 2, 3], 0), ([0, 1, 5, 5], 1)])
