@@ -21,10 +21,8 @@ def backend_state(device: torch.device) -> list[Any]:
 def _function_modes() -> list[Any]:
     """Return the modes of others that see functions; ``with torch.device(...)`` changes no numbers."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    kinds = zip(modes, map(type, modes))
-    return [
-        m for m, kind in kinds if kind is not DeviceContext and not kind.__module__.startswith("layerwise.")
-    ]
+    others = (mode for mode in modes if not type(mode).__module__.startswith("layerwise."))
+    return [mode for mode in others if type(mode) is not DeviceContext]
 
 
 _CHOOSING = (
