@@ -102,17 +102,20 @@ def test_samples_that_read_each_other() -> None:
     assert "cut at stem.2 (the operation 'sub' in stem.3 gives a value that mixes the samples" in cached.text
 
 
+class CentredConv(nn.Conv2d):
+    """Subtracts from what it gives for a sample the mean over the batch."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x - x.mean(0, keepdim=True)
+
+
 def test_a_chain_of_modules_that_read_other_samples_is_given_up() -> None:
     # each that is found takes a recording and some passes
-    class Centred(nn.Conv2d):
-        def forward(self, x):
-            x = super().forward(x)
-            return x - x.mean(0, keepdim=True)
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Sequential(*(Centred(3, 3, 1) for _ in range(6)))
+            self.body = nn.Sequential(*(CentredConv(3, 3, 1) for _ in range(6)))
             self.fc = nn.Linear(3, 4)
 
         def forward(self, x):
@@ -123,16 +126,11 @@ def test_a_chain_of_modules_that_read_other_samples_is_given_up() -> None:
 
 def test_of_many_branches_that_read_other_samples_what_is_before_them_is_cached() -> None:
     # the fusion layers of GroundingDINO subtract a largest number of the batch, for each of several values
-    class Centred(nn.Conv2d):
-        def forward(self, x):
-            x = super().forward(x)
-            return x - x.mean(0, keepdim=True)
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body, self.fc = nn.Conv2d(3, 3, 3), nn.Linear(3, 4)
-            self.branches = nn.ModuleList(Centred(3, 3, 1) for _ in range(6))
+            self.branches = nn.ModuleList(CentredConv(3, 3, 1) for _ in range(6))
 
         def forward(self, x):
             x = self.body(x)

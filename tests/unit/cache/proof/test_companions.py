@@ -68,6 +68,18 @@ def refuse_missing(module: Any, x: Tensor) -> Tensor:
     return module.linear(x)
 
 
+def described(act) -> str:
+    """Return what a cache tells after an epoch of a model with this frozen part."""
+    torch.manual_seed(0)
+    model = Net(act)
+    freeze_prefix(model, "head")
+    loader = DataLoader(TensorDataset(torch.randn(12, SIZE), torch.arange(12) % 4), batch_size=4)
+    cache = layerwise.PrefixCache(model, loader, storage="memory")
+    for x, y in cache.batches():
+        nn.functional.cross_entropy(model(x), y).backward()
+    return cache.describe()
+
+
 @pytest.mark.parametrize(
     ("act", "says"),
     [
@@ -81,14 +93,8 @@ def refuse_missing(module: Any, x: Tensor) -> Tensor:
 )
 @pytest.mark.filterwarnings("ignore:The prefix cache is off")
 def test_mixing_for_some_inputs(act, says) -> None:
-    torch.manual_seed(0)
-    model = Net(act)
-    freeze_prefix(model, "head")
-    loader = DataLoader(TensorDataset(torch.randn(12, SIZE), torch.arange(12) % 4), batch_size=4)
-    cache = layerwise.PrefixCache(model, loader, storage="memory")
-    for x, y in cache.batches():
-        nn.functional.cross_entropy(model(x), y).backward()
-    assert re.search(says, cache.describe()), cache.describe()
+    text = described(act)
+    assert re.search(says, text), text
 
 
 _GIVEN: list[Tensor] = []
@@ -114,13 +120,7 @@ doubled.register_fake(torch.empty_like)
 def test_compiled_code_of_others_gets_no_strange_numbers(act, says) -> None:
     """Only samples of the data reach it; copies of them still show what mixes."""
     _GIVEN.clear()
-    torch.manual_seed(0)
-    model = Net(act)
-    freeze_prefix(model, "head")
-    loader = DataLoader(TensorDataset(torch.randn(12, SIZE), torch.arange(12) % 4), batch_size=4)
-    cache = layerwise.PrefixCache(model, loader, storage="memory")
-    for x, y in cache.batches():
-        nn.functional.cross_entropy(model(x), y).backward()
-    assert re.search(says, cache.describe()), cache.describe()
+    text = described(act)
+    assert re.search(says, text), text
     assert _GIVEN
     assert all(bool((given.abs() < 100).all()) for given in _GIVEN)
