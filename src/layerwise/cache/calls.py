@@ -167,7 +167,7 @@ class Calls:
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
             or backend_state(link.device) != link.backends
-            or not feed.has_all(phase, live.rows)  # forgotten since, as weights changed
+            or not feed.has_values(phase.cut, phase.fixed, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
             return _with_samples(live, link, args, kwargs)

@@ -237,10 +237,8 @@ class Observer:
         """Whether a batch can be replayed from what was stored in an earlier phase."""
         assert phase.cut is not None
         assert phase.fixed is not None
-        return phase.fixed.has_all(phase.cut) and all(
-            site in feed.sites and not feed.sites[site].column.missing(rows).any()
-            for site in phase.cut.frontier
-        )
+        cut, fixed = phase.cut, phase.fixed
+        return fixed.has_skeletons(cut) and feed.has_values(cut, fixed, rows)
 
     def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> Result:
         """Return what the model gives for this batch when it is replayed; undo all side effects."""

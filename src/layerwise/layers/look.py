@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import chain
+from gc import get_referents
 from operator import getitem
 from typing import Any
 
@@ -49,7 +49,7 @@ class Look:
         for table in (module._modules, module._parameters):
             if table:
                 self._tables.append(table)
-                self._entries += table.values()
+                self._entries += get_referents(table)
                 for name, item in table.items():
                     self._note_box(table, name, item)
 
@@ -98,7 +98,7 @@ class Look:
             return (
                 list(map(getitem, self._owners, self._names)) == self._values
                 and list(map(len, self._sized)) == self._lengths
-                and list(chain.from_iterable(map(dict.values, self._tables))) == self._entries
+                and get_referents(*self._tables) == self._entries  # values, and faster than asking for them
                 and all([owner[key] is item for owner, key, item in self._same])
                 and all([now == before for now, before in self._containers])
                 and all([tensor._version == version for tensor, version in self._versions])

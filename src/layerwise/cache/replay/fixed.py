@@ -55,9 +55,9 @@ class Fixed:
         """Return whether all constants of a cut are known."""
         return all(site in self.constants for site in cut.constants)
 
-    def has_all(self, cut: Cut) -> bool:
-        """Return whether a cut can be replayed, as far as it is the same for every batch."""
-        return self.has_constants(cut) and all(call in self.skeletons for call in cut.skipped)
+    def has_skeletons(self, cut: Cut) -> bool:
+        """Return whether the skeletons of all skipped calls of a cut are known."""
+        return all(call in self.skeletons for call in cut.skipped)
 
     def take(self, known: Fixed, cuts: Iterable[Cut]) -> None:
         """Take what another phase knows and these cuts tell to be the same now."""

@@ -283,17 +283,16 @@ class Feed:
             absent |= column.missing(rows)
         return absent
 
-    def has_all(self, phase: Phase, rows: torch.Tensor) -> bool:
-        """Return whether nothing is missing of `rows` (int64) that replaying them in a phase needs."""
-        cut, ghosts, fixed = phase.cut, phase.ghosts, phase.fixed
-        if cut is None or fixed is None or not fixed.has_constants(cut):
-            return False
-        return self.is_whole(cut, ghosts) or not self.missing(cut, ghosts, rows).any()
+    def has_values(self, cut: Cut, fixed: Fixed, rows: torch.Tensor) -> bool:
+        """Return whether what the sites of `cut` hold is there for all of `rows` (int64)."""
+        return fixed.has_constants(cut) and all(
+            [site in self.sites and self.sites[site].column.has(rows) for site in cut.frontier]
+        )
 
     def values(
         self, cut: Cut, fixed: Fixed, rows: torch.Tensor, device: torch.device
     ) -> dict[Site, torch.Tensor]:
-        """Return what the sites of `cut` hold for a batch of `rows`."""
+        """Return what the sites of `cut` hold for a batch of `rows`, which must be there (`has_values`)."""
         found = {site: copied(fixed.constants[site][0]) for site in cut.constants}  # may be written to
         for site in cut.frontier:
             stored = self.sites[site]

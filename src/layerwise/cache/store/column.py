@@ -106,6 +106,10 @@ class Column:
             self._whole = bool(self.filled.all())
         return self._whole
 
+    def has(self, rows: torch.Tensor) -> bool:
+        """Return whether all of `rows` (int64) are filled."""
+        return self.is_whole or not self.missing(rows).any()
+
     def put(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Store one value a row.
 
