@@ -133,9 +133,8 @@ class Snapshot:
 
     def _keep_dict(self, items: dict[Any, Any]) -> None:
         self._dicts.append((items, items.copy()))
-        for name, item in items.items() if len(items) <= LARGE else ():
-            if type(item) not in LEAVES and name not in OF_EVERY_MODULE:
-                self._use_stand_in(item, functools.partial(items.__setitem__, name))
+        for name, item in _notable(items) if len(items) <= LARGE else ():
+            self._use_stand_in(item, functools.partial(items.__setitem__, name))
 
     def _use_stand_in(self, item: Any, put: Callable[[Any], Any]) -> None:
         """Have an iterator's place taken by one that goes on as it would: it cannot be set back itself."""
@@ -153,9 +152,8 @@ class Snapshot:
             self._keep_dict(attributes)
             own = (attributes[name] for name in _KEPT if name in attributes)
             self._dicts += [(now, now.copy()) for now in own]
-        for name, value in attributes.items():
-            if name not in OF_EVERY_MODULE and type(value) not in LEAVES:
-                self._keep(value, 1)
+        for _, value in _notable(attributes):
+            self._keep(value, 1)
         for name in _HOOKS:
             for hook in attributes.get(name, {}).values():
                 self._keep_used(hook)
@@ -211,6 +209,15 @@ class Snapshot:
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for item in (*contents, *values.values(), *defaults, *vars(function).values()):
             self._keep_found(item, depth)
+
+
+def _notable(attributes: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return what may hold state: not numbers and texts, nor what torch gives every module."""
+    return [
+        (name, value)
+        for name, value in attributes.items()
+        if type(value) not in LEAVES and name not in OF_EVERY_MODULE
+    ]
 
 
 def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
@@ -286,9 +293,8 @@ def plain_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the tensors that modules and their classes hold, which are neither parameters nor buffers."""
     seen: set[int] = set()
     for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in OF_EVERY_MODULE and type(value) not in LEAVES:
-                yield from _tensors_in(value, seen, 0)
+        for _, value in _notable(vars(module)):
+            yield from _tensors_in(value, seen, 0)
     for kind in classes_of(model.modules()):
         for value in class_attributes(kind).values():
             yield from _tensors_in(value, seen, 0)
