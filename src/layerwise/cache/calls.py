@@ -214,6 +214,7 @@ class Calls:
             return
         live.seen, self._frozen.thread = True, get_ident()
         if _get_current_dispatch_mode_stack():
+            live.supply.is_watched = True
             return  # it would see the cache's own passes, and perhaps count them: a later batch is looked at
         live.key = live.supply.called_in = self._state.number()  # modes may have changed since it was made
         phase = live.phase = live.feed.phase_of(live.key)

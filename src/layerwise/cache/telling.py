@@ -37,6 +37,8 @@ def described(supplies: Sequence[Supply]) -> str:
                 f"{name}: no batch of this epoch was replayed: the model is called with other arguments, or "
                 f"in another state (train or eval, what learns, autocast), than when it was looked at"
             )
+    if not lines and any(supply.is_watched for supply in supplies):
+        return "prefix cache: waiting for a batch that comes to the model outside of a TorchDispatchMode"
     return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
 

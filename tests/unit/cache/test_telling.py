@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import layerwise
 from layerwise.cache.samples.phase import Phase
 from layerwise.cache.store.decision import Decision
 from layerwise.cache.telling import merged
@@ -21,3 +27,14 @@ def test_phases_of_several_shapes_are_told_as_one() -> None:
     told = merged([stored, stored]).decision
     assert told is not None
     assert told.reason == "stored in an earlier pass; samples have 2 shapes"
+
+
+def test_a_loop_within_a_mode_is_told_why_nothing_is_looked_at() -> None:
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 2))
+    with layerwise.PrefixCache(model, DataLoader(TensorDataset(torch.randn(4, 4)), 2)) as cache:
+        for (x,) in cache.batches():
+            with FlopCounterMode(display=False):
+                model(x)
+        assert cache.describe().endswith(
+            "waiting for a batch that comes to the model outside of a TorchDispatchMode"
+        )

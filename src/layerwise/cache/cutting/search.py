@@ -40,6 +40,7 @@ from layerwise.cache.cutting.doors import (
     taken,
 )
 from layerwise.cache.remedies import FREEZE_BEFORE
+from layerwise.errors import shorten
 from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.operators import SHAPE_ONLY
 from layerwise.layers.recording import Call, Recording
@@ -118,10 +119,7 @@ class _Search:
     def find(self, at_inputs: bool) -> Cut:
         owner, needs = self._settled(self.returned)
         if not any(op.flops for op in self.recording.ops if op.index in owner):
-            raise NothingToSkipError(
-                f"no part of the forward pass that does any work stays the same from epoch to epoch: "
-                f"{self.dirt.first}{FREEZE_BEFORE}"
-            )
+            raise NothingToSkipError(self._nothing(owner))
         changing = {read for read in self.returned if read.writer is not None and self.dirty[read.writer]}
         only_returned = 0
         if changing < self.returned:
@@ -132,6 +130,18 @@ class _Search:
             if not tried.unskippable and self._stored_bytes(tried) < self._stored_bytes(needs):
                 entered, needs = (*entered, call), tried
         return self._cut(owner, needs, only_returned)
+
+    def _nothing(self, owner: Container[int]) -> str:
+        """Return why nothing that is worth storing can be skipped."""
+        steady = dict.fromkeys(op.name for op in self.recording.ops if op.index in owner)
+        what = "no part of the forward pass that does any work stays the same from epoch to epoch"
+        if steady:
+            what += f" (no work is counted for {shorten(steady)})"
+        named = self.recording.root.module.named_modules()
+        scripted = next((path for path, module in named if isinstance(module, torch.jit.ScriptModule)), "")
+        if scripted:
+            what += f" (calls of a ScriptModule, as {scripted} is, cannot be skipped)"
+        return f"{what}: {self.dirt.first}{FREEZE_BEFORE}"
 
     def _settled(self, returned: Set[Read]) -> tuple[dict[int, Call], _Needs]:
         """Return which call each skipped operation is in, and what a replay needs that returns `returned`."""

@@ -59,6 +59,7 @@ class Supply:
         came: a batch of the epoch under way, or of the last one, came to the model.
         asks_ahead: the loop asked for a batch before it passed on the one before.
         unseen: epochs of which no batch came to the model; another one may have got them.
+        is_watched: a batch came within a ``TorchDispatchMode``, and was not looked at for that.
         watch: notices that the dataset was changed.
         changes: how often it was.
     """
@@ -78,6 +79,7 @@ class Supply:
     came: bool = False
     asks_ahead: bool = False
     unseen: int = 0
+    is_watched: bool = False
     watch: DataWatch | None = None
     changes: int = 0
     _begun: WeakSet[GeneratorType[Any, None, None]] = field(default_factory=WeakSet, repr=False)

@@ -205,6 +205,22 @@ def test_everything_learns() -> None:
         cut(Tokens(), X, "")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(
+    ("frozen", "why"),
+    [
+        (
+            lambda: nn.Sequential(nn.Hardswish(), nn.Softplus()),
+            r"no work is counted for hardswish, softplus\)",
+        ),
+        (lambda: torch.jit.script(nn.Linear(6, 6)), "calls of a ScriptModule, as 0 is, cannot be skipped"),
+    ],
+)
+def test_what_stays_the_same_and_is_not_worth_storing_is_named(frozen, why) -> None:
+    with pytest.raises(NothingToSkipError, match=why):
+        cut(nn.Sequential(frozen(), nn.Linear(6, 2)), X, "1")
+
+
 def test_frozen_output_next_to_a_trained_one() -> None:
     # a frozen by-product of the output is part of the frontier
     class Two(nn.Module):
