@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.layers.forms import dense, is_plain
-from layerwise.layers.isolation import untouched
+from layerwise.layers.isolation import buffers_in, untouched
 from layerwise.layers.snapshot import plain_tensors
 
 
@@ -23,7 +23,8 @@ def traceless(model: nn.Module) -> Iterator[None]:
     More than `untouched`: what it writes into buffers, and into tensors that are attributes, is undone.
     """
     with untouched(model):
-        tensors = [*model.buffers(), *plain_tensors(model)]
+        modules = list(model.modules())
+        tensors = [*buffers_in(modules), *plain_tensors(modules)]
         saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
         try:
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +68,16 @@ def check_ready(model: nn.Module) -> None:
         )
 
 
+def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters of modules, but not of those in them, each once."""
+    return list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
+
+
+def buffers_in(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Return the buffers of modules, but not of those in them, each once."""
+    return list(dict.fromkeys(b for m in modules for b in m._buffers.values() if b is not None))
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put everything back at the end that a forward pass could have changed in `model`.
@@ -78,9 +88,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     the random state of Python, numpy, torch and its CUDA devices. Does not cover writes into a tensor's
     memory: the recorder undoes those.
     """
-    modules = (module for module in model.modules() if not _scripted(module))
-    kept = Snapshot([*modules, *global_hooks()])
-    contents = [(parameter, parameter.detach()) for parameter in model.parameters()]
+    modules = list(model.modules())
+    kept = Snapshot([*(module for module in modules if not _scripted(module)), *global_hooks()])
+    contents = [(parameter, parameter.detach()) for parameter in parameters_in(modules)]
     parametrized, parametrize._cache = parametrize._cache, {}
     try:
         with _no_autocast_cache(), kept_random_state():

@@ -14,7 +14,7 @@ import operator
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -216,7 +216,7 @@ def _notable(attributes: dict[Any, Any]) -> list[tuple[Any, Any]]:
     return [
         (name, value)
         for name, value in attributes.items()
-        if type(value) not in LEAVES and name not in OF_EVERY_MODULE
+        if name not in OF_EVERY_MODULE and type(value) not in LEAVES
     ]
 
 
@@ -289,13 +289,13 @@ def _container_state(thing: Any) -> _Restore:
     return restore
 
 
-def plain_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def plain_tensors(modules: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
     """Yield the tensors that modules and their classes hold, which are neither parameters nor buffers."""
     seen: set[int] = set()
-    for module in model.modules():
+    for module in modules:
         for _, value in _notable(vars(module)):
             yield from _tensors_in(value, seen, 0)
-    for kind in classes_of(model.modules()):
+    for kind in classes_of(modules):
         for value in class_attributes(kind).values():
             yield from _tensors_in(value, seen, 0)
 

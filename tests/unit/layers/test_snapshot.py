@@ -217,4 +217,4 @@ def test_tensors_that_are_no_buffers() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     module[0].centre, module[0].ring = torch.zeros(2), [torch.ones(1), 3]
     module[1].space = SimpleNamespace(table={"a": (torch.zeros(3),)}, again=module[0].centre)
-    assert [tuple(tensor.shape) for tensor in plain_tensors(module)] == [(2,), (1,), (3,)]
+    assert [tuple(tensor.shape) for tensor in plain_tensors([*module.modules()])] == [(2,), (1,), (3,)]

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.settings import Settings
-from layerwise.cache.changes.stillness import Stillness, parameters_in
+from layerwise.cache.changes.stillness import Stillness
 from layerwise.errors import CacheError
+from layerwise.layers.isolation import parameters_in
 
 Modes = Mapping[nn.Module, bool]
 """Module -> whether it is in train mode; without those that do the same in either mode."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from layerwise.layers.isolation import parameters_in
 
 _SENTINELS = 8  # tensors whose content is compared
 _PROBED = 1024  # numbers of each of them
@@ -41,11 +43,6 @@ class Stillness:
             and [p.data_ptr() for p in self._placed] == self._places
             and all([torch.equal(now, before) for now, before in self._contents])
         )
-
-
-def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Return the parameters of modules, each once."""
-    return list(dict.fromkeys(p for m in modules for p in m._parameters.values() if p is not None))
 
 
 def _sentinels(frozen: list[nn.Parameter], model: nn.Module) -> list[nn.Parameter]:
