@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from layerwise.layers.forms import dense
-from layerwise.layers.holding import slots_of
+from layerwise.layers.holding import home, slots_of
 
 _DEPTH = 10  # objects and containers in others: a Subset of a data set with a Compose of transforms
 _WORDS = 2**18  # numbers that are compared of an attribute; of more, a quarter as many, spread evenly
@@ -68,6 +68,8 @@ class Contents:
         texts: by path.
         data: by path.
         files: number of texts that name a file, by path; counted only "anywhere".
+        read: paths of numbers and texts whose last name is read by code that makes samples; libraries' and
+            layerwise's own left out.
     """
 
     def __init__(
@@ -82,12 +84,15 @@ class Contents:
         self._texts: _Hashes = defaultdict(_new_hash)
         self._data: _Hashes = defaultdict(_new_hash)
         self._seen: dict[int, int] = {}
+        self._names: set[str] = set()
+        self._numbers: set[str] = set()
         self.files: dict[str, int] = defaultdict(int)
         words = _WORDS if self._here else sys.maxsize
         self._add(dataset, "", 0, words, None)
         self._add(collate, "collate_fn", 0, words, None)
         self.texts = {path: found.hexdigest() for path, found in self._texts.items()}
         self.data = {path: found.hexdigest() for path, found in self._data.items()}
+        self.read = {path for path in self._numbers if path.rpartition(".")[2] in self._names}
 
     def differing(self, other: Contents) -> tuple[set[str], set[str]]:
         """Return the paths at which texts differ, and those at which data do."""
@@ -109,6 +114,7 @@ class Contents:
         if isinstance(thing, _TEXTS | _NUMBERS):
             found = (self._texts if into is None else into)[path]
             found.update(f"{thing!r}\n".encode())
+            self._numbers.add(path)
             if not self._here and isinstance(thing, str | PurePath):
                 self._add_files([thing], path, found)
         elif isinstance(thing, torch.Tensor):
@@ -159,6 +165,8 @@ class Contents:
             return
         self._seen[id(thing)] = len(self._seen)
         attributes = _attributes(thing)
+        if isinstance(thing, FunctionType) and not _is_of_others(thing):
+            self._names |= _read_by(thing.__code__, "LOAD_ATTR") | attributes.keys()
         if not attributes and not self._here and " at 0x" not in (told := repr(thing)):
             texts.update(told.encode())
         if isinstance(thing, nn.Module | type):
@@ -286,7 +294,7 @@ def _attributes(thing: Any) -> dict[str, Any]:
         found = {f"closure {number}": getattr(cell, "cell_contents", None) for number, cell in cells}
         found |= {"defaults": thing.__defaults__, "named defaults": thing.__kwdefaults__}
         if not _is_library(thing.__module__ or ""):
-            read = _globals_read_by(thing.__code__) & thing.__globals__.keys()
+            read = _read_by(thing.__code__, "LOAD_GLOBAL") & thing.__globals__.keys()
             found |= {f"global {name}": thing.__globals__[name] for name in sorted(read)}
     elif isinstance(thing, functools.partial):
         found = {"func": thing.func, "args": thing.args, "keywords": thing.keywords}
@@ -310,10 +318,10 @@ def _told(code: CodeType) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _globals_read_by(code: CodeType) -> frozenset[str]:
-    """Return the names of the globals that a function, or one that is defined in it, reads."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-    within = (_globals_read_by(inner) for inner in code.co_consts if isinstance(inner, CodeType))
+def _read_by(code: CodeType, kind: Literal["LOAD_GLOBAL", "LOAD_ATTR"]) -> frozenset[str]:
+    """Return the names of the globals, or attributes, that a function, or one defined in it, reads."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == kind}
+    within = (_read_by(inner, kind) for inner in code.co_consts if isinstance(inner, CodeType))
     return frozenset(names).union(*within)
 
 
@@ -322,6 +330,11 @@ def _is_library(module: str) -> bool:
     """Return whether this Python module came with Python or was installed."""
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return module.split(".")[0] in sys.stdlib_module_names or "-packages" in file
+
+
+def _is_of_others(function: FunctionType) -> bool:
+    """Return whether a function is a library's, or layerwise's own."""
+    return _is_library(function.__module__ or "") or home(function).startswith("layerwise.")
 
 
 def _is_table(kind: type) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from layerwise.cache.changes.alike import does_the_same
 from layerwise.cache.changes.contents import Contents
 from layerwise.layers.forms import tensor_digest
+from layerwise.layers.holding import home
 from layerwise.layers.structures import tensors_in
 
 
@@ -26,7 +27,7 @@ class DataWatch:
 
     def __init__(self, dataset: Any, collate: Any = None) -> None:
         self._dataset, self._collate = dataset, collate
-        self._loading = {"epoch"}  # what does not count; `LoaderReader.randomness` has tried another epoch
+        self._loading = {"epoch"} if home(dataset).startswith("layerwise.") else set()  # what does not count
         self._last = self._now()
         self._samples: list[str] = []
 
@@ -38,8 +39,9 @@ class DataWatch:
     def changed(self, load: Callable[[], Any]) -> str:
         """Return what was changed since it was asked last, and samples with it; or ``""``.
 
-        A number or a text that changed counts only if samples that are loaded again differ: it may be an
-        epoch number that nobody uses.
+        A number or a text that changed counts if the data set's own code reads it, as it may decide about
+        few samples. Others may be an epoch number that nobody uses, and count only if samples that are loaded
+        again differ.
 
         Args:
             load: returns the samples of `loaded`, loaded again.
@@ -49,7 +51,8 @@ class DataWatch:
         if not texts and not data:
             return ""
         samples = _digests(load())
-        differ, self._samples = samples != self._samples, samples
+        read = not texts.isdisjoint(now.read | self._last.read)
+        differ, self._samples = read or samples != self._samples, samples
         self._leave_out_changes(now)
         found = sorted(data or texts) if differ else sorted(data)
         return (found[0] or "its items") if found else ""

@@ -72,6 +72,66 @@ def test_what_does_not_matter() -> None:
     assert watch.changed(data.load) == ""
 
 
+class Level:
+    """A curriculum: of 30 samples, the three hardest change with a level."""
+
+    fixed, epoch = 0, 0
+
+    def __init__(self) -> None:
+        self.level, self.options = 0, SimpleNamespace(level=0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def now(self) -> int:
+        return self.level + self.options.level + self.fixed + LEVEL
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([float(index + (self.now if index > 26 else 0))])
+
+
+class Warm(Level):
+    """Only its epoch counts, from the third on."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([float(self.epoch > 1)])
+
+
+LEVEL = 0
+LEVELS = {
+    "attribute": ("level", Level, lambda d: setattr(d, "level", 1)),
+    "of options": ("options.level", Level, lambda d: setattr(d.options, "level", 1)),
+    "of the class": ("__class__.fixed", Level, lambda d: setattr(Level, "fixed", 1)),
+    "global": ("__class__.now.fget.global LEVEL", Level, lambda d: globals().update(LEVEL=1)),
+    "epoch": ("epoch", Warm, lambda d: d.set_epoch(1)),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_number_that_decides_about_few_samples(name, monkeypatch) -> None:
+    # those that are loaded to compare them are not among them, or not yet
+    monkeypatch.setattr(Level, "fixed", 0)
+    monkeypatch.setitem(globals(), "LEVEL", 0)
+    path, kind, change = LEVELS[name]
+    data = kind()
+    load = lambda: [data[index] for index in (0, 13, 26)]  # noqa: E731
+    watch = DataWatch(data)
+    watch.loaded(load())
+    change(data)
+    assert watch.changed(load) == path
+    assert watch.changed(load) == ""
+
+
+def test_an_epoch_that_nobody_reads() -> None:
+    data = Level()
+    load = lambda: [data[0]]  # noqa: E731
+    watch = DataWatch(data)
+    watch.loaded(load())
+    data.set_epoch(3)
+    assert watch.changed(load) == ""
+
+
 def test_an_image_that_is_kept_in_its_record() -> None:
     # what loading a few samples changes of their records, it changes of the others later
     records = [SimpleNamespace(number=i, image=None) for i in range(30)]
