@@ -42,6 +42,7 @@ _WORDS = 2**18  # numbers that are compared of an attribute; of more, a quarter 
 _LEAST_WORDS = 64  # of each item of a container; the items share what an attribute has
 _MAPPED_WORDS = 1024  # numbers of an array in a file: each may be one access to the disk
 _RECORDS = 10_000  # items of a container that are looked into, spread evenly
+_FILES = 64  # of those that a container names, whose sizes and times are compared
 _FEW = 16  # a container of more items holds records: a number in one of them is data of one sample
 _CHUNK = 65_536
 
@@ -58,16 +59,17 @@ class Contents:
 
     Args:
         dataset: whatever a loader reads.
-        valid: "here" tells who an object is by its address, and reads of large things only a part;
-            "anywhere" reads all, and gives an unchanged data set the same hashes in another process:
-            functions and classes are told by their names and code, files by path, size and time.
+        valid: "here" tells who an object is by its address, and reads of large things, and of files that
+            a container names, only a part; "anywhere" reads all, and gives an unchanged data set the same
+            hashes in another process: functions and classes are told by their names and code, files by
+            path, size and time.
         without: paths that are left out, with all below them.
         collate: what makes batches of samples; its path is ``collate_fn``.
 
     Attributes:
         texts: by path.
         data: by path.
-        files: number of texts that name a file, by path; counted only "anywhere".
+        files: number of texts that name a file, by path; "here" of those of which size and time were read.
         read: paths of numbers and texts whose last name is read by code that makes samples; libraries' and
             layerwise's own left out.
     """
@@ -86,6 +88,7 @@ class Contents:
         self._seen: dict[int, int] = {}
         self._names: set[str] = set()
         self._numbers: set[str] = set()
+        self._looked: dict[str, int] = defaultdict(int)
         self.files: dict[str, int] = defaultdict(int)
         words = _WORDS if self._here else sys.maxsize
         self._add(dataset, "", 0, words, None)
@@ -136,6 +139,9 @@ class Contents:
         data, below = self._data if into is None else into, f"{path}[]"
         items = _items(thing)
         data[path].update(f"{len(items)}\n".encode())
+        if self._here and self._looked[path] < _FILES:
+            self._looked[path] += 1  # of records the first ones
+            self._add_files(items[:: -(-len(items) // _FILES) or 1], path, data[path])
         if _all_plain(items):
             for start in range(0, len(items), _CHUNK):
                 data[path].update(marshal.dumps(items[start : start + _CHUNK], 2))  # 2: tells no sharing

@@ -132,6 +132,24 @@ def test_an_epoch_that_nobody_reads() -> None:
     assert watch.changed(load) == ""
 
 
+@pytest.mark.parametrize("form", ["texts", "paths", "pairs", "records"])
+def test_files_that_are_written_anew(form, tmp_path) -> None:
+    # pseudo-labels that a loop writes after an epoch, to be read in the next one
+    paths = [tmp_path / f"{number}.txt" for number in range(6)]
+    named = {
+        "texts": list(map(str, paths)), "paths": paths, "pairs": [(str(path), 1) for path in paths],
+        "records": [{"file": str(path), "label": 1} for path in paths],
+    }  # fmt: skip
+    for path in paths:
+        path.write_text("0")
+    watch = DataWatch(SimpleNamespace(held=named[form]))
+    watch.loaded([])
+    assert watch.changed(list) == ""
+    paths[4].write_text("10")
+    assert watch.changed(list).startswith("held")
+    assert watch.changed(list) == ""
+
+
 def test_an_image_that_is_kept_in_its_record() -> None:
     # what loading a few samples changes of their records, it changes of the others later
     records = [SimpleNamespace(number=i, image=None) for i in range(30)]
