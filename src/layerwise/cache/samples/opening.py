@@ -24,7 +24,7 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
     """Return the supply of a loader; its `reason` says why nothing of it is cached, if so it is.
 
     Loads a few samples, twice, to find random augmentation. Where they differ in shape, loads all samples
-    once to sort them by it.
+    once to sort them by it. Where workers are prepared by a function, one loads them as well.
 
     Args:
         loader: whatever the user gave.
@@ -48,6 +48,8 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
             supply.watch = watch
         if random and views == 1:
             supply.refuse_random(random)
+        elif not random and reader.differ_in_workers(samples):
+            supply.refuse("worker_init_fn makes other samples than are loaded in this process")
         elif supply.looks_ragged():
             supply.sort()
     except CacheError as error:

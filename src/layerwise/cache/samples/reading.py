@@ -182,12 +182,22 @@ class LoaderReader:
             seed_everything(1)
             with _next_epoch(self.loader.dataset):
                 second = self.load_probes()
-        one, other = tensors_in(first), tensors_in(second)
-        if len(one) != len(other) or not all(
-            a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other)
-        ):
+        if not _are_same(first, second):
             return "the same sample is different each time it is loaded (a random augmentation)", first
         return "", first
+
+    def differ_in_workers(self, samples: list[Any]) -> bool:
+        """Return whether ``worker_init_fn`` makes other samples of the probes than `samples`, loaded here."""
+        if not (self.loader.num_workers and self.loader.worker_init_fn):
+            return False
+        with self.unaffected():
+            return not _are_same(samples, list(self.load(iter([[index] for index in self.probes()]))))
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Return whether the tensors of two structures have the same bits."""
+    one, other = tensors_in(one), tensors_in(other)
+    return len(one) == len(other) and all(a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other))
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

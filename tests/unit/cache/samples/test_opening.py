@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,3 +23,19 @@ def test_layers_that_talk_to_other_processes(processes, monkeypatch) -> None:
         return
     with pytest.warns(LayerwiseWarning, match="SyncBatchNorm"):
         assert "SyncBatchNorm" in open_supply(loader, model, views=1, asked=True).reason
+
+
+@pytest.mark.parametrize("what", ["doubles", "seeds"])
+def test_workers_that_are_prepared(what) -> None:
+    # a sample that is loaded in this process must be the one that a worker gives
+    def prepare(worker: int) -> None:
+        torch.manual_seed(worker)
+        if what == "doubles":
+            torch.utils.data.get_worker_info().dataset.inputs *= 2
+
+    model, data = TinyCNN(), images()
+    loader = DataLoader(data, 4, num_workers=2, worker_init_fn=prepare)
+    before = torch.get_rng_state()
+    reason = open_supply(loader, model, views=1, asked=False).reason
+    assert ("worker_init_fn makes other samples" in reason) == (what == "doubles")
+    assert torch.equal(torch.get_rng_state(), before)
