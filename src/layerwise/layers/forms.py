@@ -38,6 +38,11 @@ def shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(map(shape_of, tensor.unbind())) if tensor.is_nested else tuple(tensor.shape)
 
 
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return a tensor's strides, by which kernels are chosen; none of one that has no strides."""
+    return tensor.stride() if is_plain(tensor) else ()
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's type, shape and content."""
     digest = hashlib.sha256(f"{tensor.dtype} {shape_of(tensor)}".encode())

@@ -328,7 +328,7 @@ def test_trainable_set_changes() -> None:
     assert "cut at layer1" in cached.text
 
 
-@pytest.mark.parametrize("way", ["in place", "data", "buffer", "load_state_dict"])
+@pytest.mark.parametrize("way", ["in place", "data", "buffer", "load_state_dict", "order in memory"])
 def test_changed_prefix_weights_are_noticed(way) -> None:
     # stale values are refused and computed again, however the weights were changed
     def change(model, epoch):
@@ -342,6 +342,8 @@ def test_changed_prefix_weights_are_noticed(way) -> None:
             weight.data.mul_(2)
         elif way == "buffer":
             model.stem[1].running_mean.add_(1)
+        elif way == "order in memory":  # another kernel has other last bits
+            model.to(memory_format=torch.channels_last)
         else:
             state = {k: v.clone() for k, v in model.state_dict().items()}
             state["stem.0.weight"] *= 2

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.contents import Contents
-from layerwise.layers.forms import dense, shape_of, tensor_digest
+from layerwise.layers.forms import dense, shape_of, strides_of, tensor_digest
 from layerwise.layers.structures import tensors_in
 
 _PROBES = 32  # samples hashed to see what transforms make of them
@@ -37,10 +37,13 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
-    """Return one hash of the named tensors' contents."""
+    """Return one hash of the named tensors' contents, and of their strides if they are not the usual ones."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        digest.update(f"{name} {tensor_digest(tensors[name])}\n".encode())
+        strides = strides_of(tensors[name])
+        is_usual = not strides or strides == torch.empty(tensors[name].shape, device="meta").stride()
+        lying = "" if is_usual else f" {strides}"
+        digest.update(f"{name} {tensor_digest(tensors[name])}{lying}\n".encode())
     return digest.hexdigest()
 
 
@@ -48,9 +51,10 @@ def quick_state(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> tu
     """Return something small that differs when one of the named tensors was changed.
 
     Holds a checksum of the bits of each tensor, so a change that goes past autograd's version counter
-    (``p.data.copy_``) is seen as well.
+    (``p.data.copy_``) is seen as well, and its strides (channels_last), which may change last bits.
     """
-    return tuple((name, shape_of(tensors[name]), checksum(tensors[name])) for name in sorted(set(names)))
+    named = [(name, tensors[name]) for name in sorted(set(names))]
+    return tuple((name, shape_of(tensor), strides_of(tensor), checksum(tensor)) for name, tensor in named)
 
 
 def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
@@ -68,7 +72,7 @@ def joint_state(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
             else:
                 sums.append(checksum(tensor))
         sums += [checksum(torch.cat(alike)) for alike in together.values()]
-    return [shape_of(tensor) for tensor in tensors], sums
+    return [(shape_of(tensor), strides_of(tensor)) for tensor in tensors], sums
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -37,6 +37,16 @@ def test_one_bit_of_a_weight() -> None:
     assert quick_state(named_tensors(model), names) != state
 
 
+def test_the_order_in_memory_of_a_weight() -> None:
+    weight = torch.randn(4, 3, 2, 2)
+    states = [
+        (weights_digest(held, ["w"]), quick_state(held, ["w"]), joint_state([held["w"]]))
+        for lying in (weight, weight.to(memory_format=torch.channels_last))
+        for held in ({"w": lying},)
+    ]
+    assert [one == other for one, other in zip(*states, strict=True)] == [False] * 3
+
+
 SPECIAL: dict[str, Callable[[float], torch.Tensor]] = {
     "conjugate": lambda v: torch.full((4,), complex(1, v)).conj(),
     "negative": lambda v: torch.full((4,), complex(1, v)).conj().imag,
