@@ -373,6 +373,36 @@ def test_a_few_batches_can_be_overfitted(data, tmp_path, cached):
     assert (tuner.done, tuner.step_count) == (True, 6)
 
 
+@pytest.mark.parametrize("loop", ["one", "two", "anew"])
+def test_batches_of_a_cache_come_in_lightnings_order(data, tmp_path, loop):
+    # also of several loaders, and where Lightning sets them up in every epoch; it tries whether what it does
+    # not know can be iterated over, and that draws nothing
+    def seen(cached):
+        orders = []
+
+        class Seeing(Module):
+            def training_step(self, batch, index):
+                orders.append([labels.tolist() for _, labels in batch])
+                return sum(nn.functional.cross_entropy(self.net(x), y) for x, y in batch)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.net.parameters(), 0.1)
+
+        net = start()
+        net.body.requires_grad_(False).eval()
+        cache = layerwise.PrefixCache(net, storage="memory")
+        loaders = [DataLoader(data, 8, shuffle=True) for _ in range(2 if loop == "two" else 1)]
+        trainer = pl.Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_checkpointing=False, enable_model_summary=False, default_root_dir=tmp_path,
+            reload_dataloaders_every_n_epochs=int(loop == "anew"),
+        )  # fmt: skip
+        trainer.fit(Seeing(net), list(map(cache.as_loader, loaders)) if cached else loaders)
+        return orders, torch.get_rng_state().tolist(), net.fc.weight.tolist()
+
+    assert seen(cached=True) == seen(cached=False)
+
+
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 @pytest.mark.parametrize("part", ["train", "val", "hook"])
 def test_shuffled_batches_of_a_cache_are_not_overfitted_and_the_error_says_so(data, tmp_path, part):

@@ -104,3 +104,17 @@ def test_a_stand_in_can_be_copied(again) -> None:
     assert (len(loader), loader.batch_size) == (3, 2)
     with pytest.raises(AttributeError, match="'DataLoader' object has no attribute 'missing'"):
         _ = loader.missing
+
+
+def test_stand_ins_that_are_iterated_together() -> None:
+    # a loader's iterator draws when it is made: the second one's before the order of the first is drawn
+    def epochs(cached: bool) -> list[Any]:
+        cache = layerwise.PrefixCache(TinyCNN(), storage="memory")
+        plain = [DataLoader(images(count), 4, shuffle=True) for count in (12, 8)]
+        loaders = [cache.as_loader(loader) for loader in plain] if cached else plain
+        torch.manual_seed(3)
+        iterators = list(map(iter, loaders))
+        seen = [next(iterator)[1].tolist() for _ in range(2) for iterator in iterators]
+        return [*seen, torch.get_rng_state().tolist()]
+
+    assert epochs(cached=True) == epochs(cached=False)
