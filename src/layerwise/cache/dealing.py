@@ -96,6 +96,8 @@ class Dealer:
             is_alone = self._frozen.thread in (None, get_ident())  # else the model may have drawn them
             if is_alone or reader.draws(indices):
                 supply.refuse_random(DRAWS)  # the first samples did not
+                if batch is not None:  # loading it again would be another draw
+                    live = self.deal(supply, indices, batch, view=view)
         return live
 
     def expected_state(self, supply: Supply) -> int:

@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from layerwise.errors import DataError
-from layerwise.layers.randomness import kept_random_state
+from layerwise.layers.randomness import drawn, kept_random_state
 from layerwise.training.labels import labels_of, sampling_weights
 from layerwise.training.lengths import order_by_length, padded_lengths
 from layerwise.training.randomness import epoch_seed, sample_randomness, set_random_state
@@ -130,14 +130,20 @@ class SeededSamples(Dataset[Any]):
         data: any map-style data set.
         seed: of the augmentation.
         padded: to how many tokens ``data.pad`` fills up each sample; None leaves them.
+
+    Attributes:
+        has_drawn: a sample that was loaded in this process drew random numbers.
     """
 
     def __init__(self, data: Any, seed: int, padded: Sequence[int] | None = None) -> None:
         self.data, self.seed, self.padded, self.epoch = data, seed, padded, 0
+        self.has_drawn = False
 
     def __getitem__(self, index: int) -> Any:
         with sample_randomness(self.seed, self.epoch, index):
+            before = drawn()
             sample = self.data[index]
+            self.has_drawn |= drawn() != before
         return sample if self.padded is None else self.data.pad(sample, self.padded[index])
 
     def __len__(self) -> int:

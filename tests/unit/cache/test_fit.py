@@ -61,6 +61,23 @@ def test_fit_is_bit_equal(name, settings) -> None:
     assert results["memory"][2] < results["off"][2]  # the cache was at work
 
 
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_augmentation_that_few_samples_show(workers) -> None:
+    # what a sample draws is drawn anew in each epoch, though fit leaves no trace of it
+    def fitted(cache: str):
+        model, layers, plan = parts(PLANS["top_k"])
+        data = images(42)
+        data.transform = lambda x: x * 0 if torch.rand(()) < 0.05 else x
+        result = layerwise.fit(
+            model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2, cache=cache,
+            keep="last", progress=False, device="cpu", workers=workers,
+        )  # fmt: skip
+        return [e["train_loss"] for e in result.history]
+
+    assert fitted("memory") == fitted("off")
+
+
 class Drawn(Sampler[int]):
     """An order of one's own, drawn from the global generator."""
 

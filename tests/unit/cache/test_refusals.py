@@ -50,6 +50,20 @@ def test_random_augmentation(source) -> None:
     assert "views=V" in text
 
 
+def test_one_sample_that_is_augmented() -> None:
+    # its batch has come by then, and holds the draw that the plain loop would have made
+    class OneDraws(Counted):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return (x + torch.rand(()) if index == 9 else x), y
+
+    def data():
+        base = images()
+        return OneDraws(base.inputs, base.labels)
+
+    assert "random augmentation" in off(TinyCNN, data, "layer1", *LAST)
+
+
 def test_augmentation_that_depends_on_the_epoch_alone() -> None:
     # the same within an epoch, another one in the next: a function of the dataset's `epoch`
     class Seeded(Counted):

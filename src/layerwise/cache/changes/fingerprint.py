@@ -116,7 +116,7 @@ def data_digest(dataset: Any, load: Any, size: int, collate: Any = None) -> str:
     _load_into(digest, load, probes)
     left_out = {"epoch"}.union(*Contents(dataset, "here", {"epoch"}).differing(before))
     if type(dataset).__module__.startswith("layerwise."):
-        left_out.add("seed")  # of `SeededSamples`: where it acts, loaded samples show it
+        left_out |= {"seed", "has_drawn"}  # of `SeededSamples`: where they act, loaded samples show it
     code = collate if isinstance(collate, FunctionType | functools.partial) else type(collate)
     held, parts = Contents(dataset, "anywhere", left_out, collate=code), datasets_in(dataset)
     digest.update(repr([sorted(held.texts.items()), sorted(held.data.items())]).encode())

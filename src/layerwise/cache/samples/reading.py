@@ -19,7 +19,7 @@ import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from layerwise.cache.changes.alike import draws_at_once, keeps_order
 from layerwise.cache.changes.fingerprint import datasets_in
@@ -43,7 +43,7 @@ class LoaderReader:
     Attributes:
         loader: as given, or another one of the same samples.
         size: number of samples in the dataset.
-        has_drawn: while a batch was loaded in this process, random numbers were drawn.
+        has_drawn: while a batch was loaded, random numbers were drawn.
         digest: names the content of the dataset; ``""`` until somebody needs it, and where it was changed.
 
     Raises:
@@ -104,19 +104,25 @@ class LoaderReader:
         """
         if not self.loader.num_workers and not self.loader.pin_memory:
             return map(self.load_now, batches)
+        noting = _Noting(self.loader)
         inner: DataLoader[Any] = DataLoader(
             self.loader.dataset,
             batch_sampler=batches,
             num_workers=self.loader.num_workers,
-            collate_fn=self.loader.collate_fn,
+            collate_fn=noting,
             pin_memory=self.loader.pin_memory,
             timeout=self.loader.timeout,
-            worker_init_fn=self.loader.worker_init_fn,
+            worker_init_fn=noting.prepare,
             multiprocessing_context=self.loader.multiprocessing_context,
             generator=torch.Generator(),
             prefetch_factor=self.loader.prefetch_factor,
         )
-        return iter(inner)
+        return map(self._noted, iter(inner))
+
+    def _noted(self, made: tuple[Any, bool]) -> Any:
+        batch, has_drawn = made
+        self.has_drawn |= has_drawn
+        return batch
 
     def load_now(self, indices: Sequence[int]) -> Any:
         """Return one collated batch, loaded in this process; also within a transform of torch.func."""
@@ -129,7 +135,7 @@ class LoaderReader:
         else:
             samples = [dataset[index] for index in indices]
         batch = self.loader.collate_fn(samples)
-        self.has_drawn |= drawn() != before
+        self.has_drawn |= drawn() != before or _says_it_drew(dataset)
         return batch
 
     def draws(self, indices: Sequence[int]) -> bool:
@@ -177,7 +183,7 @@ class LoaderReader:
             seed_everything(0)
             before = drawn(), own.states()
             first = self.load_probes()
-            if (drawn(), own.states()) != before:
+            if self.has_drawn or (drawn(), own.states()) != before:
                 return DRAWS, first
             seed_everything(1)
             with _next_epoch(self.loader.dataset):
@@ -192,6 +198,37 @@ class LoaderReader:
             return False
         with self.unaffected():
             return not _are_same(samples, list(self.load(iter([[index] for index in self.probes()]))))
+
+
+class _Noting:
+    """Collates in a worker, and notes whether it drew random numbers since the batch before.
+
+    Args:
+        loader: whose workers.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._collate, self._prepare = loader.collate_fn, loader.worker_init_fn
+        self._before: tuple[Any, ...] | None = None
+
+    def prepare(self, worker: int) -> None:
+        """Do what the loader's workers do when they begin."""
+        if self._prepare is not None:
+            self._prepare(worker)
+        self._before = drawn()
+
+    def __call__(self, samples: Any) -> tuple[Any, bool]:
+        """Return a batch, and whether loading it drew; False where no worker loads it."""
+        batch, worker = self._collate(samples), get_worker_info()
+        if worker is None:
+            return batch, False
+        before, self._before = self._before, drawn()
+        return batch, self._before != before or _says_it_drew(worker.dataset)
+
+
+def _says_it_drew(dataset: Any) -> bool:
+    """Return whether a dataset that puts the random states back (`SeededSamples`) says that it drew."""
+    return getattr(dataset, "has_drawn", False) is True
 
 
 def _are_same(one: Any, other: Any) -> bool:

@@ -198,3 +198,26 @@ def test_who_draws_is_told_by_thread(draw, draws) -> None:
 
     reader = LoaderReader(DataLoader(Drawing(torch.arange(8.0)), 4))
     assert reader.draws([1, 2]) is draws
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(1), random.random, lambda: None], ids=["torch", "python", "none"]
+)
+def test_draws_of_a_worker_are_told(draw) -> None:
+    # of one sample alone; what the worker drew before it began does not count
+    class Drawing(TensorDataset):
+        def __getitem__(self, index):
+            if index == 6:
+                draw()
+            return super().__getitem__(index)
+
+    def prepare(worker: int) -> None:
+        random.seed(worker)
+
+    loader = DataLoader(Drawing(torch.arange(8)), 2, num_workers=1, worker_init_fn=prepare)
+    reader = LoaderReader(loader)
+    told = []
+    for batch in reader.load(iter([[0, 1], [6, 7], [2, 3]])):
+        told.append((batch[0].tolist(), reader.has_drawn))
+        reader.has_drawn = False
+    assert told == [([0, 1], False), ([6, 7], draw() is not None), ([2, 3], False)]
