@@ -50,16 +50,32 @@ def test_random_augmentation(source) -> None:
     assert "views=V" in text
 
 
-def test_one_sample_that_is_augmented() -> None:
+@pytest.mark.parametrize("source", ["global", "own", "of numpy", "of a transform"])
+def test_one_sample_that_is_augmented(source) -> None:
     # its batch has come by then, and holds the draw that the plain loop would have made
+    class Noise:
+        def __init__(self) -> None:
+            self.generator = random.Random(0)
+
+        def __call__(self) -> float:
+            return self.generator.random()
+
     class OneDraws(Counted):
         def __getitem__(self, index):
             x, y = super().__getitem__(index)
-            return (x + torch.rand(()) if index == 9 else x), y
+            return (x + self.draw() if index == 9 else x), y
 
     def data():
         base = images()
-        return OneDraws(base.inputs, base.labels)
+        made = OneDraws(base.inputs, base.labels)
+        made.generator, made.numpy = torch.Generator().manual_seed(0), np.random.default_rng(0)
+        made.draw = {
+            "global": lambda: torch.rand(()),
+            "own": lambda: torch.rand((), generator=made.generator),
+            "of numpy": lambda: float(made.numpy.random(dtype=np.float32)),
+            "of a transform": Noise(),
+        }[source]
+        return made
 
     assert "random augmentation" in off(TinyCNN, data, "layer1", *LAST)
 

@@ -59,6 +59,7 @@ class LoaderReader:
         self.has_drawn = False
         self.digest = ""
         self._seeded: WeakSet[DataLoader[Any]] = WeakSet()
+        self._own = Snapshot([])  # the dataset's own generators
 
     @property
     def batch_size(self) -> int | None:
@@ -75,6 +76,7 @@ class LoaderReader:
         loader = self.loader
         seeded = loader.persistent_workers and (loader in self._seeded or loader._iterator is not None)
         self._seeded.add(loader)
+        self._own = _own_generators(loader)
         return Order(loader, seeded=seeded)
 
     def plain(self) -> Iterator[Any]:
@@ -129,27 +131,26 @@ class LoaderReader:
         if peek_interpreter_stack() is not None:
             with temporarily_clear_interpreter_stack():
                 return self.load_now(indices)
-        dataset, before = self.loader.dataset, drawn()
+        dataset, before = self.loader.dataset, (drawn(), self._own.states())
         if hasattr(dataset, "__getitems__"):
             samples = dataset.__getitems__(list(indices))
         else:
             samples = [dataset[index] for index in indices]
         batch = self.loader.collate_fn(samples)
-        self.has_drawn |= drawn() != before or _says_it_drew(dataset)
+        self.has_drawn |= (drawn(), self._own.states()) != before or _says_it_drew(dataset)
         return batch
 
     def draws(self, indices: Sequence[int]) -> bool:
         """Load a batch once more; return whether that draws, whatever another thread draws meanwhile."""
-        before, watch = drawn_outside_torch(), _Draws()  # type: ignore[no-untyped-call]
+        before, watch = (drawn_outside_torch(), self._own.states()), _Draws()  # type: ignore[no-untyped-call]
         with watch:
             self.load_now(indices)
-        return watch.seen or drawn_outside_torch() != before
+        return watch.seen or (drawn_outside_torch(), self._own.states()) != before
 
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[Snapshot]:
         """Within: random numbers that are drawn, the dataset's own generators' included, are undone after."""
-        dataset, collate = self.loader.dataset, self.loader.collate_fn
-        kept = Snapshot([dataset, collate, *loading_code(dataset)], generators_only=True)
+        kept = _own_generators(self.loader)
         has_drawn = self.has_drawn
         try:
             with kept_random_state():
@@ -209,21 +210,34 @@ class _Noting:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._collate, self._prepare = loader.collate_fn, loader.worker_init_fn
+        self._own = Snapshot([])
         self._before: tuple[Any, ...] | None = None
 
     def prepare(self, worker: int) -> None:
         """Do what the loader's workers do when they begin."""
         if self._prepare is not None:
             self._prepare(worker)
-        self._before = drawn()
+        self._own = _own_generators(get_worker_info(), self._collate)
+        self._before = drawn(), self._own.states()
 
     def __call__(self, samples: Any) -> tuple[Any, bool]:
         """Return a batch, and whether loading it drew; False where no worker loads it."""
         batch, worker = self._collate(samples), get_worker_info()
         if worker is None:
             return batch, False
-        before, self._before = self._before, drawn()
+        before, self._before = self._before, (drawn(), self._own.states())
         return batch, self._before != before or _says_it_drew(worker.dataset)
+
+
+def _own_generators(loader: Any, collate: Any = None) -> Snapshot:
+    """Return the random generators that loading uses, and that are not the global ones.
+
+    Args:
+        loader: or else what has its dataset.
+        collate: the collate function; None for the loader's.
+    """
+    dataset, collate = loader.dataset, collate or loader.collate_fn
+    return Snapshot([dataset, collate, *loading_code(dataset)], generators_only=True)
 
 
 def _says_it_drew(dataset: Any) -> bool:
