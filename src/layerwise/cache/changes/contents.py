@@ -118,6 +118,8 @@ class Contents:
             found = (self._texts if into is None else into)[path]
             found.update(f"{thing!r}\n".encode())
             self._numbers.add(path)
+            if isinstance(thing, _NUMBERS):  # nobody shares a number that is not read
+                self._names.add(path.rpartition(".")[2])
             if not self._here and isinstance(thing, str | PurePath):
                 self._add_files([thing], path, found)
         elif isinstance(thing, torch.Tensor):

@@ -145,7 +145,8 @@ class LoaderReader:
         before, watch = (drawn_outside_torch(), self._own.states()), _Draws()  # type: ignore[no-untyped-call]
         with watch:
             self.load_now(indices)
-        return watch.seen or (drawn_outside_torch(), self._own.states()) != before
+        has_drawn = watch.seen or (drawn_outside_torch(), self._own.states()) != before
+        return has_drawn or _says_it_drew(self.loader.dataset)
 
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[Snapshot]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import multiprocessing
 import time
 from array import array
 from dataclasses import dataclass
@@ -78,14 +79,14 @@ class Level:
     fixed, epoch = 0, 0
 
     def __init__(self) -> None:
-        self.level, self.options = 0, SimpleNamespace(level=0)
+        self.level, self.options, self.shared = 0, SimpleNamespace(level=0), multiprocessing.Value("i", 0)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     @property
     def now(self) -> int:
-        return self.level + self.options.level + self.fixed + LEVEL
+        return self.level + self.options.level + self.shared.value + self.fixed + LEVEL
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.tensor([float(index + (self.now if index > 26 else 0))])
@@ -102,6 +103,7 @@ LEVEL = 0
 LEVELS = {
     "attribute": ("level", Level, lambda d: setattr(d, "level", 1)),
     "of options": ("options.level", Level, lambda d: setattr(d.options, "level", 1)),
+    "of several processes": ("shared._obj", Level, lambda d: setattr(d.shared, "value", 1)),
     "of the class": ("__class__.fixed", Level, lambda d: setattr(Level, "fixed", 1)),
     "global": ("__class__.now.fget.global LEVEL", Level, lambda d: globals().update(LEVEL=1)),
     "epoch": ("epoch", Warm, lambda d: d.set_epoch(1)),
