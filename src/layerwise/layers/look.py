@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from layerwise.layers.holding import CONTAINERS, LARGE, is_object, slots_of
 
@@ -88,7 +89,8 @@ class Look:
 
     def _note_box(self, owner: Any, key: Any, item: Any) -> None:
         """Compare tensors of one number by identity: two of them are equal if their numbers are."""
-        is_one = isinstance(item, torch.Tensor) and item.numel() == 1  # a nested one has no shape
+        is_made = isinstance(item, torch.Tensor) and not is_lazy(item)
+        is_one = is_made and item.numel() == 1  # a nested one has no shape
         if is_one or (isinstance(item, np.ndarray) and item.size == 1):
             self._same.append((owner, key, item))
 

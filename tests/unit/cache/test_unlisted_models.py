@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+import layerwise
 from cache_loops import assert_same, train
 from unlisted_models import CASES, Net
 
@@ -43,3 +45,25 @@ def test_a_batch_of_two_is_not_proved_by_a_batch_of_one() -> None:
     cached = train(Late, samples, "norm", "head", cached=True, batch=2, epochs=2)
     assert_same(plain, cached)
     assert "late (" in cached.text
+
+
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_layers_that_have_no_shape_yet() -> None:
+    # they take it from the loop's first batch; from then on the model is cached
+    def weights(cached: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(6, 8).requires_grad_(False), nn.ReLU(), nn.LazyBatchNorm1d(), nn.LazyLinear(2)
+        )
+        loader = DataLoader(TensorDataset(torch.randn(12, 6), torch.arange(12) % 2), 4)
+        cache = layerwise.PrefixCache(model, loader, storage="memory")
+        for _ in range(3):
+            for x, y in cache.batches() if cached else loader:
+                loss = nn.functional.cross_entropy(model(x), y)
+                learning = [p for p in model.parameters() if p.requires_grad]
+                for p, gradient in zip(learning, torch.autograd.grad(loss, learning)):
+                    p.data -= gradient
+        assert not cached or "memory, cut at" in cache.describe()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(cached=True), weights(cached=False))
