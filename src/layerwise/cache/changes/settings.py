@@ -72,6 +72,7 @@ class Settings:
         self._keeping: set[tuple[nn.Module, str]] = set()
         self.last = self.new = 0
         self._modules: list[nn.Module] = []
+        self._hidden: list[nn.Module] = []  # in lists and objects: not among the model's modules
         self._classes: list[type] = []
         self._at_batches, self._at_epochs = Look(), Look()
         self._handle = -1  # number of the latest hook of all modules
@@ -151,7 +152,7 @@ class Settings:
         self._hookable = [*tables, *GLOBAL_HOOKS]
         self._hooked = [hooks for hooks in self._hookable if hooks]
         self._hooks, self._handle = list(chain.from_iterable(self._hooked)), RemovableHandle.next_id
-        seen: dict[int, int] = {}
+        self._hidden, seen = [], dict.fromkeys(map(id, self._modules), 0)
         for module in self._modules:
             look = self._at_epochs if _is_of_torch(module) else self._at_batches
             if module is self._modules[0]:  # `RootHook` hangs something on the model itself
@@ -195,7 +196,10 @@ class Settings:
         if type(value) in LEAVES or seen.get(id(value), DEPTH + 1) <= depth:
             return
         seen[id(value)] = depth
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, nn.Module):
+            self._hidden.append(value)
+            self._at_epochs.at_told(self._state_of, value)
+        elif isinstance(value, torch.Tensor):
             if not value.requires_grad:  # what reads such a one is never skipped
                 self._at_batches.at_version(value)
                 if _is_tiny(value):
@@ -229,11 +233,21 @@ class Settings:
             found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
             hooks = (module._forward_hooks, module._forward_pre_hooks) if index else GLOBAL_HOOKS
             found[index, "_forward_hooks"] = (*hooks[0], -1, *hooks[1])
+        for number, module in enumerate(self._hidden):
+            found[-1 - len(self._classes) - number, "hidden"] = self._state_of(module)
         for index, kind in enumerate(self._classes):
             found[-1 - index, "__dict__"] = tuple(
                 v for v in vars(kind).values() if isinstance(v, FunctionType)
             )
         return found
+
+    def _state_of(self, hidden: nn.Module) -> str:
+        """Return the modes in a hidden module, and who learns of its tensors or else their checksums."""
+        others = set(self._modules)
+        own = [module for module in hidden.modules() if module not in others]
+        tensors = [t for m in own for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        sums = [None if t.requires_grad or not _is_readable(t) else checksum(t) for t in tensors]
+        return f"{[module.training for module in own]} {sums}"
 
 
 def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:

@@ -53,6 +53,7 @@ class Layer(Base):
             "pair": (torch.ones(100),),
             "object": SimpleNamespace(t=self.tensor),
         }
+        self.hidden = [nn.BatchNorm1d(2).requires_grad_(False)]
         self.count, self.ring = itertools.count(), deque([0], maxlen=2)
         self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
         self.register_buffer("later", None)
@@ -105,11 +106,44 @@ AT_EPOCHS = {
     "large tensor through numpy": lambda m: m.large.numpy().__imul__(2),
     "large tensor in a tuple": lambda m: m.tensors["pair"][0].data.mul_(2),
     "sparse through its values": lambda m: m.graph._values().mul_(2),
+    "weight of a module in a list": lambda m: m.hidden[0].weight.data.mul_(2),
+    "statistics of a module in a list": lambda m: m.hidden[0].running_mean.add_(1),
+    "mode of a module in a list": lambda m: m.hidden[0].eval(),
+    "who learns of a module in a list": lambda m: m.hidden[0].bias.requires_grad_(True),
     "another class": lambda m: setattr(m, "__class__", Other),
     "another class of torch's": lambda m: setattr(m.act, "__class__", nn.Sigmoid),
     "another method of the class": lambda m: setattr(Layer, "forward", Other.forward),
     "another method of a base class": lambda m: setattr(Base, "helper", Other.forward),
 }
+
+
+class Hiding(nn.Module):
+    """Keeps its backbone out of its own parameters, as some do to save it with nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(3, 4, 3)
+        self.backbone = [nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).requires_grad_(False).eval()]
+        self.neck = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
+        self.head, self.own = nn.Linear(4, 4), [self.neck]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.neck(self.backbone[0](x)))
+
+
+@pytest.mark.parametrize("what", ["weight", "statistics", "mode", "nothing"])
+def test_a_module_that_is_none_of_the_models(what) -> None:
+    def change(model: Any, epoch: int) -> None:
+        hidden = model.backbone[0]
+        if epoch == 2 and what == "weight":
+            hidden[0].weight.data.mul_(2)
+        elif epoch == 2 and what == "statistics":
+            hidden[1].running_mean.add_(1)
+        elif epoch == 2 and what == "mode":
+            hidden.train()
+
+    loads = both(Hiding, images, "head", before_epoch=change, epochs=4, batch=11).loads
+    assert (loads[2] > 0) == (what != "nothing")
 
 
 @pytest.fixture
