@@ -9,6 +9,7 @@ here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import warnings
 from collections import deque
@@ -77,13 +78,19 @@ def slots_of(thing: Any) -> dict[str, Any]:
     return {name: getattr(thing, name) for name in names if hasattr(thing, name)}
 
 
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """Return the attributes of an object, in slots too; of a partial function also what it was given."""
+    given = {"args": thing.args, "keywords": thing.keywords} if isinstance(thing, functools.partial) else {}
+    return getattr(thing, "__dict__", {}) | slots_of(thing) | given
+
+
 def held(thing: Any, most: int = LARGE) -> list[Any]:
     """Return what a container or an object holds and may be looked into; nothing of one with more items."""
     items: Iterable[Any]
     if isinstance(thing, CONTAINERS):
         items = () if len(thing) > most else thing.values() if isinstance(thing, dict) else thing
     elif is_object(thing):
-        items = (*getattr(thing, "__dict__", {}).values(), *slots_of(thing).values())
+        items = attributes_of(thing).values()
     else:
         return []
     return [item for item in items if type(item) not in LEAVES]

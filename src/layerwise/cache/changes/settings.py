@@ -30,13 +30,13 @@ from layerwise.layers.holding import (
     LEAVES,
     OF_EVERY_MODULE,
     SCALARS,
+    attributes_of,
     class_attributes,
     classes_of,
     held,
     home,
     is_fleeting,
     is_object,
-    slots_of,
     told,
 )
 from layerwise.layers.look import Look
@@ -288,7 +288,7 @@ def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
     elif isinstance(value, CONTAINERS):
         return f"{name} {[_known(item, memo, depth + 1) for item in value]}"
     elif is_object(value):
-        name, items = f"{name} {id(value)}", getattr(value, "__dict__", {}) | slots_of(value)
+        name, items = f"{name} {id(value)}", attributes_of(value)
     else:
         return f"{name} {id(value)}"
     return f"{name} {[f'{key!r}: {_known(item, memo, depth + 1)}' for key, item in items.items()]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from types import SimpleNamespace
@@ -55,6 +56,7 @@ class Layer(Base):
         }
         self.hidden = [nn.BatchNorm1d(2).requires_grad_(False)]
         self.count, self.ring = itertools.count(), deque([0], maxlen=2)
+        self.partial = functools.partial(torch.add, [1.0], alpha=1.0)
         self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
         self.register_buffer("later", None)
         self.act = nn.Tanh()
@@ -93,6 +95,8 @@ AT_BATCHES = {
     "dict of the class": lambda m: Layer.table.update(scale=2.0),
     "base class": lambda m: setattr(Base, "limit", 2.0),
     "class hides its base": lambda m: setattr(Layer, "limit", 2.0),
+    "number that a partial function was given": lambda m: m.partial.keywords.update(alpha=2.0),
+    "list that a partial function was given": lambda m: m.partial.args[0].append(2.0),
     "sparse": lambda m: m.graph.mul_(2),
     "quantised": lambda m: m.codes.copy_(quantised(2.0)),
     "buffer that was none": lambda m: setattr(m, "later", torch.ones(1)),
