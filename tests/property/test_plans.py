@@ -34,14 +34,12 @@ def schedules(draw: st.DrawFn, shapes: Any = None) -> Schedule:
             shapes or ["constant", "linear", "cosine", "slanted_triangular", "one_cycle", "plateau"]
         )
     )
-    return Schedule(
-        shape=shape,
-        floor=draw(st.floats(0, 1)),
-        span=draw(st.sampled_from(["phase", "run"])),
-        cut_frac=draw(st.floats(0, 1)),
-        ratio=draw(st.floats(1, 100)),
-        **warmup,
-    )
+    settings: dict[str, Any] = {}
+    if shape != "constant":
+        settings["floor"] = draw(st.floats(0, 1))
+    if shape in ("slanted_triangular", "one_cycle"):
+        settings |= {"cut_frac": draw(st.floats(0, 1)), "ratio": draw(st.floats(1, 100))}
+    return Schedule(shape=shape, span=draw(st.sampled_from(["phase", "run"])), **settings, **warmup)
 
 
 @st.composite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -15,9 +15,20 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Shape = Literal["constant", "linear", "cosine", "slanted_triangular", "one_cycle", "plateau"]
 NormKind = Literal["follow", "freeze", "freeze_until", "calibrate", "adapt"]
 
+_READERS: dict[str, tuple[Shape, ...]] = {
+    "floor": ("linear", "cosine", "slanted_triangular", "one_cycle", "plateau"),
+    "cut_frac": ("slanted_triangular", "one_cycle"),
+    "ratio": ("slanted_triangular", "one_cycle"),
+    "patience_epochs": ("plateau",),
+    "factor": ("plateau",),
+}
+"""The settings that not every shape of a schedule reads, and the shapes that do."""
+
 
 class Schedule(Data):
     """One factor in [0, 1] over time, times each group's own rate; so ratios between groups hold.
+
+    A setting that its shape does not read is refused, unless it is the default.
 
     Attributes:
         shape: how the factor falls (`layerwise.plans.schedules` has the formulas).
@@ -48,12 +59,22 @@ class Schedule(Data):
 
     @classmethod
     def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        found = []
         if data.get("warmup_frac") and data.get("warmup_steps"):
-            return [
+            found.append(
                 f"warmup_frac ({data['warmup_frac']!r}) and warmup_steps ({data['warmup_steps']!r}) are both "
                 "given; keep one"
-            ]
-        return []
+            )
+        shape = data.get("shape", "constant")
+        if shape not in get_args(Shape):  # pydantic tells that
+            return found
+        found += [
+            f"{name} is {data[name]!r}, which is only for shape {' or '.join(map(repr, by))}, not {shape!r}"
+            for name, by in _READERS.items()
+            if shape not in by
+            and data.get(name, cls.model_fields[name].default) != cls.model_fields[name].default
+        ]
+        return found
 
 
 class Norms(Data):

@@ -138,6 +138,28 @@ def test_a_rate_of_norms_is_taken_where_norms_of_frozen_groups_learn() -> None:
     assert Norms(policy="freeze", rate=1) == Norms(policy="freeze")
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"floor": 0.1}, "floor is 0.1, which is only for shape 'linear' or 'cosine' or"),
+        ({"shape": "plateau", "ratio": 25}, "'slanted_triangular' or 'one_cycle', not 'plateau'"),
+        ({"shape": "cosine", "cut_frac": 0.3}, "cut_frac is 0.3, which is only for shape"),
+        (
+            {"shape": "linear", "factor": 0.5},
+            "factor is 0.5, which is only for shape 'plateau', not 'linear'",
+        ),
+        ({"shape": "one_cycle", "patience_epochs": 5}, "patience_epochs is 5, which is"),
+    ],
+)
+def test_a_setting_that_the_shape_does_not_read_is_refused(settings: dict[str, Any], told: str) -> None:
+    """A schedule says which of its settings does nothing, and which shapes read it; a default stays taken."""
+    for build in (lambda: Schedule(**settings), lambda: Plan(**one(schedule=settings))):
+        with pytest.raises(PlanError, match=re.escape(told)):
+            build()
+    shape = settings.get("shape", "constant")
+    assert Schedule(shape=shape, **Schedule().model_dump(exclude={"shape"})).shape == shape
+
+
 def test_with_changes_checks() -> None:
     """A changed copy is checked like a new one; the original stays."""
     plan = Plan(**one())

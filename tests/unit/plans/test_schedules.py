@@ -65,7 +65,7 @@ def test_every_factor_is_in_range_and_no_step_is_wasted() -> None:
     for shape in ("constant", "linear", "cosine", "slanted_triangular", "one_cycle", "plateau"):
         for total in (1, 2, 3, 7, 50):
             for warmup in (0, 1, 5):
-                for cut in (0.0, 0.1, 1.0):
+                for cut in (0.0, 0.1, 1.0) if shape in ("slanted_triangular", "one_cycle") else (0.1,):
                     schedule = Schedule(shape=shape, warmup_steps=warmup, cut_frac=cut)  # type: ignore[arg-type]
                     values = [factor(schedule, step, total) for step in range(total)]
                     assert all(0 < value <= 1 + 1e-12 for value in values), (schedule, total, values)
