@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 
 from layerwise.errors import PlanError, plural
@@ -11,7 +11,7 @@ from layerwise.plans.explanation import JOINING, Explanation, GroupRates, PhaseS
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
 from layerwise.plans.schedules import join_factor
-from layerwise.plans.settings import Schedule
+from layerwise.plans.settings import Norms, Schedule
 from layerwise.plans.timeline import joins, phase_factor
 
 ASSUMED_STEPS_PER_EPOCH = 100
@@ -61,7 +61,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
                 epochs=phase.epochs,
                 groups=groups,
                 trainable=_at_once(phase, layers, groups),
-                notes=_notes(phase, first=number == 0),
+                notes=_notes(phase, layers, {group.name for group in groups}, first=number == 0),
             )
         )
         start += length
@@ -148,8 +148,8 @@ def _heat_edges(lengths: Sequence[int]) -> tuple[int, ...]:
     return (*edges, total)
 
 
-def _notes(phase: Phase, *, first: bool) -> tuple[str, ...]:
-    """Return what is special about `phase`, each in a few words."""
+def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: bool) -> tuple[str, ...]:
+    """Return what is special about `phase`, each in a few words, `learning` being the groups that learn."""
     found = []
     if phase.schedule != Schedule():
         found.append(_schedule(phase.schedule))
@@ -160,8 +160,8 @@ def _notes(phase: Phase, *, first: bool) -> tuple[str, ...]:
     if phase.norms.policy != "follow":
         until = f" {phase.norms.until}" if phase.norms.until else ""
         found.append(f"norms: {phase.norms.policy}{until}")
-    if phase.norms.tune:
-        found.append("norms of frozen groups learn")
+    if set(_groups_of_learning_norms(phase.norms, layers)) - set(learning):
+        found.append("norms of frozen groups learn (not counted)")
     if phase.frozen_dropout:
         found.append("dropout stays active in frozen groups")
     if phase.l2_sp:
@@ -175,6 +175,17 @@ def _notes(phase: Phase, *, first: bool) -> tuple[str, ...]:
             f"{phase.sample_groups} of the blocks at a time, drawn every {phase.sample_every_steps} steps"
         )
     return tuple(found)
+
+
+def _groups_of_learning_norms(norms: Norms, layers: LayerMap) -> tuple[str, ...]:
+    """Return the groups in which the policy lets norms learn, even where the groups are frozen."""
+    if not norms.rate:
+        return ()
+    if norms.tune or norms.policy == "adapt":
+        return layers.names
+    if norms.policy == "freeze_until" and norms.until is not None:
+        return layers.names[layers.names.index(layers[norms.until].name) :]
+    return ()
 
 
 def _schedule(schedule: Schedule) -> str:

@@ -54,7 +54,8 @@ class PhaseSummary:
         epochs: its length in epochs where it is counted in epochs, else None.
         groups: those that learn, input -> output.
         trainable: number of scalars that learn; where groups are drawn, the most that do at a time. A norm
-            policy may add the affine parameters of norms in frozen groups, or take them away in others.
+            policy may add the affine parameters of norms in frozen groups (a note says so), or take them away
+            in others; a layer map does not tell norms apart.
         notes: what else is special: schedule, norms, regularisation.
     """
 

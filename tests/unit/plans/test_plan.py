@@ -466,12 +466,17 @@ def test_explain_tells_what_is_special_about_each_phase() -> None:
 
     layers = named_map("stem", "body", "head")
     shared = {"epochs": 2, "rates": {"head": 1.0}}
-    settings: list[tuple[dict, str]] = [
+    tuned = "norms of frozen groups learn (not counted)"
+    settings: list[tuple[dict, str | tuple[str, ...]]] = [
         ({"patience_epochs": 1}, "ends after 1 epoch without improvement"),
         ({"patience_epochs": 2}, "ends after 2 epochs without improvement"),
         ({"norms": {"policy": "freeze"}}, "norms: freeze"),
-        ({"norms": {"policy": "freeze_until", "until": "body"}}, "norms: freeze_until body"),
-        ({"norms": {"tune": True}}, "norms of frozen groups learn"),
+        ({"norms": {"policy": "freeze_until", "until": "head"}}, "norms: freeze_until head"),
+        ({"norms": {"policy": "freeze_until", "until": "body"}}, ("norms: freeze_until body", tuned)),
+        ({"norms": {"policy": "adapt"}}, ("norms: adapt", tuned)),
+        ({"norms": {"policy": "adapt", "rate": 0}}, "norms: adapt"),
+        ({"norms": {"policy": "adapt"}, "rates": dict.fromkeys(layers.names, 1.0)}, "norms: adapt"),
+        ({"norms": {"tune": True}}, tuned),
         ({"frozen_dropout": True}, "dropout stays active in frozen groups"),
         ({"l2_sp": 0.25}, "L2-SP 0.25"),
         ({"reinit": ["head"]}, "starts anew: head"),
@@ -482,9 +487,10 @@ def test_explain_tells_what_is_special_about_each_phase() -> None:
     phases = [{"name": f"p{i}", **shared, **changes} for i, (changes, _) in enumerate(settings)]
     plan = Plan(strategy="s", granularity="stages", groups=layers.names, phases=phases)
     told = explain(plan, layers, lr=None, steps_per_epoch=10)
-    assert [phase.notes for phase in told.phases] == [(note,) for _, note in settings]
+    expected = [notes if isinstance(notes, tuple) else (notes,) for _, notes in settings]
+    assert [phase.notes for phase in told.phases] == expected
     text = str(told)
-    assert all(note in text for _, note in settings)
+    assert all(note in text for notes in expected for note in notes)
 
 
 def test_explain_of_a_phase_of_norms_alone_names_no_group() -> None:
