@@ -98,8 +98,8 @@ def collect_features(
     Raises:
         DataError: no samples, batches of an unknown kind, labels that are no integers, or features that
             are not finite (as those of inputs with NaN are).
-        ModelError: no layer group hands on one tensor with a row for each sample, or the map is of another
-            model.
+        ModelError: no layer group hands on one tensor with a row for each sample, the model is a single
+            layer, or the map is of another model.
     """
     tokenizer = tokenizer if tokenizer is not None else getattr(dataset_of(data), "tokenizer", None)
     loader, total = open_sample(data, max_samples, batch_size, collate, seed)
@@ -228,6 +228,12 @@ def _gather(
             groups[group.name] = found
     for name, values in groups.items():
         as_features(values, f"features of group {name!r}")  # refuses NaN: no figure of them means anything
+    if not groups and not any(group.modules for group in layers):
+        name = layers.model_class.rpartition(".")[2] or "this model"
+        raise ModelError(
+            f"{name} has no modules inside, so there is no place at which to look at features. "
+            "Put a single layer into a model: nn.Sequential(layer)"
+        )
     if not groups:
         raise ModelError(
             "no layer group of this model hands on a tensor with a row for each sample, so there are no "

@@ -10,7 +10,7 @@ size nor order.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import DataError, ModelError, did_you_mean, shorten
+from layerwise.errors import DataError, ModelError, did_you_mean, named_kind, shorten
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.moments import Moments, clone_statistics, mean_shift, restore_statistics
 from layerwise.tuning.norm_layers import NormLayer, find_norms
@@ -114,8 +114,9 @@ def calibrate_batchnorm(
 
     Raises:
         ModelError: the model has no norm with running statistics, or `names` has an unknown one, or none.
-        DataError: no data, or NaN and infinity in it; one value per channel only; or a one-shot iterator
-            where several passes are needed.
+        DataError: `loader` is no iterable of batches (a tensor is one batch, a mapping too); no data, or NaN
+            and infinity in it; one value per channel only; or a one-shot iterator where several passes are
+            needed.
         ValueError: `samples`, `method` or `momentum` outside its range.
 
     Source: Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
@@ -134,6 +135,12 @@ def calibrate_batchnorm(
         raise ValueError(f"samples must be at least 1 or None for all, got {samples}.")
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum must be in (0, 1], got {momentum}.")
+    if isinstance(loader, Tensor | Mapping | str) or not isinstance(loader, Iterable):
+        shape = f" of shape {tuple(loader.shape)}" if isinstance(loader, Tensor) else ""
+        raise DataError(
+            f"the loader is {named_kind(loader)}{shape}; expected an iterable of batches. "
+            "Give a DataLoader or a list of batches: [tensor] for one batch."
+        )
     if method == "exact" and isinstance(loader, Iterator):
         raise DataError(
             "the loader is an iterator that can be gone through once, but method='exact' needs a pass for "

@@ -421,3 +421,13 @@ def test_a_random_sample_is_the_same_whichever_others_are_drawn():
     )
     nearest = np.abs(whole[None] - some[:, None]).sum(2).min(1)
     np.testing.assert_allclose(nearest, 0, atol=1e-5)
+
+
+def test_a_single_layer_is_told_to_stand_in_a_model():
+    # nothing is wrong with its batch axis; in a Sequential its input is looked at
+    x = torch.randn(9, 4)
+    for layer in (nn.Linear(4, 2), nn.BatchNorm1d(4)):
+        with pytest.raises(ModelError, match=rf"{type(layer).__name__} has no modules inside.*nn.Sequential"):
+            collect_features(layer, x, layer_map(layer, x))
+    model = nn.Sequential(nn.Linear(4, 2))
+    assert collect_features(model, x, layer_map(model, x)).groups["0"].shape == (9, 4)

@@ -297,6 +297,20 @@ def _calibrate_share(rank, folder):
     [
         ([], {}, DataError, "no batch"),
         (iter([]), {}, DataError, "once"),
+        (
+            torch.randn(8, 2, 6, 6),
+            {},
+            DataError,
+            r"a Tensor of shape \(8, 2, 6, 6\).*\[tensor\] for one batch",
+        ),
+        (
+            {"x": torch.randn(8, 2, 6, 6)},
+            {},
+            DataError,
+            "loader is a dict; expected an iterable of batches.*DataLoader",
+        ),
+        (TensorDataset(torch.randn(8, 2, 6, 6)), {}, DataError, "a TensorDataset; expected .*DataLoader"),
+        (None, {}, DataError, "loader is a NoneType; expected"),
         ([torch.randn(1, 2, 3, 3)], {"names": ["last.2"]}, DataError, "one value|1 value"),
         ([torch.randn(4, 2, 6, 6)], {"names": ["one.2"]}, ModelError, "Did you mean"),
         ([torch.randn(4, 2, 6, 6)], {"samples": 0}, ValueError, "at least 1"),
