@@ -68,8 +68,16 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
         ModelError: one of them was replaced by another module since the phase began.
 
     Warns:
-        LayerwiseWarning: one that should move is in eval mode.
+        LayerwiseWarning: one that should move is in eval mode; or the policy asks for norms to adapt, and the
+            model has none that do.
     """
+    asked = norms.policy in ("adapt", "freeze_until", "calibrate")
+    if asked and not (norms.adapting or norms.fixed or norms.trainable):
+        warn(
+            f"phase {phase!r}: the norm policy {norms.policy!r} changes nothing: the model has no norm with "
+            "running statistics (batch-norm). To train LayerNorms, GroupNorms and RMSNorms of frozen groups, "
+            "set tune: Norms(tune=True)",
+        )
     modules = dict(model.named_modules())
     awake = [path for path in norms.fixed if path not in modules or not pinned(modules[path])]
     if awake:

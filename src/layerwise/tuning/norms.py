@@ -59,7 +59,7 @@ def freeze_batchnorm(model: nn.Module, *, affine: bool = True) -> FrozenNorms:
         affine: whether weight and bias are frozen too. False trains them on fixed statistics.
 
     Returns:
-        The record of the change; its ``undo()`` takes it back.
+        The record of the change; its ``undo()`` takes it back. Of a model without such norms it is empty.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     >>> freeze_batchnorm(model).names

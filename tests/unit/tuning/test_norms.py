@@ -301,6 +301,11 @@ def test_freeze_batchnorm_can_leave_the_affine_parameters(net):
     assert moved(net) == ["b.1", "c.1"]
 
 
+def test_freeze_batchnorm_of_a_model_without_norms_returns_an_empty_record():
+    change = freeze_batchnorm(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    assert (change.names, change.modules, change.parameters) == ((), (), ())
+
+
 def test_lazy_norms_stay_frozen_when_they_materialise():
     net = nn.Sequential(nn.LazyBatchNorm2d())
     freeze_batchnorm(net)

@@ -177,6 +177,20 @@ def test_norm_policies_decide_over_the_affine_parameters() -> None:
     assert "stem.0.weight" not in moved
 
 
+def test_policies_that_find_no_norm_are_told_where_they_should_change_something() -> None:
+    """To hold the statistics of no norm is done already; to adapt none is not what was asked for."""
+
+    def step(norms: Any) -> None:
+        tuner = make(lambda layers: strategies.linear_probe(layers, norms=norms, epochs=1))
+        tuner._model.train()(torch.randn(4, 6)).sum().backward()
+        tuner.step()
+
+    step("freeze")
+    for policy in ("adapt", "calibrate"):
+        with pytest.warns(LayerwiseWarning, match=rf"'{policy}' changes nothing.*tune: Norms\(tune=True\)"):
+            step(policy)
+
+
 def test_overrides_get_their_own_rate() -> None:
     """A parameter with an override learns at its own multiple in a param group of its own."""
     model = tiny_mlp(blocks=1)
