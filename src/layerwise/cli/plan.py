@@ -90,13 +90,13 @@ def plan(
     if plan_file is not None and "granularity" in given_options(ctx):
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
     check_output(out, "-o", new=True)
-    from layerwise.plans.parsing import check_given_once, load_alone, parse_strategy
+    from layerwise.plans.parsing import check_strategy, load_alone, parse_strategy
 
     made, common = None, {"epochs": epochs, "schedule": schedule, "norms": norms}
     if plan_file is not None:
         made = load_alone(plan_file, **common)
     else:
-        check_given_once(str(strategy), **common)
+        check_strategy(str(strategy), **common)
     mapped = _map(model, made.granularity if made is not None else granularity, num_classes)
     if made is None:
         assert strategy is not None

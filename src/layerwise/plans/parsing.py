@@ -6,14 +6,14 @@ import inspect
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from layerwise.errors import PlanError, did_you_mean
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans import recipes, strategies, unfreezing
-from layerwise.plans.options import PhaseOptions
+from layerwise.plans.options import PhaseOptions, settings
 from layerwise.plans.plan import Plan
 
 STRATEGIES: dict[str, Callable[..., Plan]] = {
@@ -65,10 +65,7 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             "strategy 'auto' looks at the data, so only fit has it: layerwise fit --strategy auto. For its "
             "plan in a file: layerwise advise MODEL --data DATA -o plan.yaml"
         )
-    if name not in STRATEGIES:
-        raise PlanError(
-            f"strategy {name!r} is not known ({', '.join(STRATEGIES)}).{did_you_mean(name, STRATEGIES)}"
-        )
+    _check_known(name)
     function = STRATEGIES[name]
     hints = _parameters(function)
     if positional:
@@ -102,20 +99,30 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     return function(layers, **arguments)
 
 
-def check_given_once(text: str, **common: Any) -> None:
-    """Look whether a strategy repeats options that are given beside it.
+def check_strategy(text: str, **common: Any) -> None:
+    """Look at a strategy as far as that needs no layer map.
 
     Args:
         text: the strategy, as `parse_strategy` takes it.
-        **common: options such as `epochs`; those that are None are not given.
+        **common: options such as `epochs`, `schedule` and `norms`; those that are None are not given.
 
     Raises:
-        PlanError: an option is given in both.
+        PlanError: the strategy, the schedule or the norm policy is not known; or `text` repeats an option.
     """
-    _, given, _ = _split(text)
+    name, given, _ = _split(text)
+    if name != "auto":
+        _check_known(name)
+    settings(cast(PhaseOptions, common))
     if twice := [name for name in given if common.get(name) is not None]:
         told = "; ".join(f"{name} is given twice: {given[name]} and {common[name]}" for name in twice)
         raise PlanError(f"strategy {text!r}: {told}. Leave one of them out.")
+
+
+def _check_known(name: str) -> None:
+    if name not in STRATEGIES:
+        raise PlanError(
+            f"strategy {name!r} is not known ({', '.join(STRATEGIES)}).{did_you_mean(name, STRATEGIES)}"
+        )
 
 
 def load_alone(path: str | Path, **others: Any) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from layerwise.errors import DataError, ModelError, PlanError, RunError
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training.fit import fit
+from layerwise.training.options import check_options
 from layerwise.training.result import Result
 from layerwise.training.run import read_run
 
@@ -137,12 +139,18 @@ class Prepared:
 def open_job(job: Job, *, plan: Plan | None = None) -> Prepared | PreparedText:
     """Open the model and the data of a job, on texts where the model reads them, else on images.
 
-    See `prepare` and `prepare_text`.
+    See `prepare` and `prepare_text`. Names and options are looked at before the data are read.
+
+    Raises:
+        TrainingError: options of `fit` cannot be used; all are listed.
+        LayerwiseError: as `prepare` says.
     """
     from layerwise.sources.models import check_name, takes_texts
     from layerwise.sources.weights import check_weights
 
     plan = plan if plan is not None else _named_plan(job)
+    defaults = {name: option.default for name, option in inspect.signature(fit).parameters.items()}
+    check_options({**defaults, **job.options})
     check_name(job.model, pretrained=job.pretrained and job.weights is None)  # data may take long to read
     if job.weights is not None:
         check_weights(job.weights)
@@ -162,13 +170,13 @@ def _named_plan(job: Job) -> Plan | None:
     if (job.strategy is None) == (job.plan is None):
         got = "both are given" if job.strategy else "neither is given"
         raise PlanError(f"exactly one of a strategy and a plan file says what learns; {got}.")
-    from layerwise.plans.parsing import check_given_once, load_alone
+    from layerwise.plans.parsing import check_strategy, load_alone
 
     common = {"epochs": job.epochs, "schedule": job.schedule, "norms": job.norms}
     if job.plan is None:
-        check_given_once(str(job.strategy), **common)
+        check_strategy(str(job.strategy), **common)  # what is quick to find wrong comes first
         return None
-    return load_alone(job.plan, **common)  # first, since it is quick to find wrong
+    return load_alone(job.plan, **common)
 
 
 def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
@@ -195,7 +203,9 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
 
     # The data says how many classes the head must tell apart, the model how it wants its images; so the
     # images are opened first and get their preprocessing afterwards.
-    found = _open_data(job, Preprocessing(crop=(32, 32), resize=None))
+    any_size = Preprocessing(crop=(32, 32), resize=None)
+    any_size.transform(cast(Any, job.augment))  # refuses an unknown name before the data are read
+    found = _open_data(job, any_size)
     seed_everything(job.seed)
     opened = open_model(
         job.model,

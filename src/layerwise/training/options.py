@@ -59,10 +59,7 @@ def find_optimizer(
     if not isinstance(optimizer, str):
         return optimizer, dict(options or {}), getattr(optimizer, "__qualname__", repr(optimizer))
     if optimizer not in OPTIMIZERS:
-        raise TrainingError(
-            f"optimizer {optimizer!r} is not known by name ({', '.join(OPTIMIZERS)})."
-            f"{did_you_mean(optimizer, OPTIMIZERS)} In Python, any torch optimiser class can be given."
-        )
+        raise TrainingError(_unknown(optimizer))
     given = dict(options or {})
     defaults = dict(OPTIMIZER_DEFAULTS.get(optimizer, {}))
     if (
@@ -72,6 +69,13 @@ def find_optimizer(
     ):
         defaults["fused"] = True
     return OPTIMIZERS[optimizer], {**defaults, **given}, optimizer
+
+
+def _unknown(optimizer: str) -> str:
+    return (
+        f"optimizer {optimizer!r} is not known by name ({', '.join(OPTIMIZERS)})."
+        f"{did_you_mean(optimizer, OPTIMIZERS)} In Python, any torch optimiser class can be given."
+    )
 
 
 def check_options(values: Mapping[str, Any]) -> None:
@@ -121,6 +125,8 @@ def check_options(values: Mapping[str, Any]) -> None:
         expect("class_weights", legal and any(weights), "finite numbers of at least 0, one above it")
     elif weights is not None:
         expect("class_weights", False, "None, 'balanced' or one number for each class")
+    if isinstance(values["optimizer"], str) and values["optimizer"] not in OPTIMIZERS:
+        found.append(_unknown(values["optimizer"]))
     if values["precision"] == "fp16" and not torch.cuda.is_available():
         found.append("precision is 'fp16', which needs a GPU; there is none here. Take 'fp32' or 'bf16'")
     if found:

@@ -16,6 +16,24 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+def check_trackers(trackers: str | Sequence[str] | None) -> None:
+    """Look whether the trackers are there.
+
+    Raises:
+        TrainingError: a tracker's package is not installed (accelerate itself would leave it out).
+    """
+    from accelerate.tracking import get_available_trackers
+
+    wanted = [trackers] if isinstance(trackers, str) else list(trackers or ())
+    ready = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    if missing := [name for name in wanted if name not in (*ready, "all")]:
+        raise TrainingError(
+            f"tracker {', '.join(map(repr, missing))} is not known, or its package is not installed (ready: "
+            f"{', '.join(ready) or 'none'}). Install the package of that name, or leave trackers out: "
+            "history.jsonl holds the same numbers."
+        )
+
+
 def open_accelerator(
     precision: Precision,
     device: Literal["auto", "cpu"],
@@ -29,17 +47,8 @@ def open_accelerator(
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.tracking import get_available_trackers
 
-    wanted = [trackers] if isinstance(trackers, str) else list(trackers or ())
-    ready = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    if missing := [name for name in wanted if name not in (*ready, "all")]:
-        raise TrainingError(
-            f"tracker {', '.join(map(repr, missing))} is not known, or its package is not installed (ready: "
-            f"{', '.join(ready) or 'none'}). Install the package of that name, or leave trackers out: "
-            "history.jsonl holds the same numbers."
-        )
-
+    check_trackers(trackers)
     shared = AcceleratorState._shared_state  # one for the whole process, so two runs must agree or reset it
     if shared and shared.get("_mixed_precision") != PRECISIONS[precision]:
         AcceleratorState._reset_state()

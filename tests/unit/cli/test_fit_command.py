@@ -471,3 +471,28 @@ def test_near_names_of_runs_come_first(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "zebra")
     fails(command("fit", "--resume", tmp_path / "zebrra"), "Runs in", ": zebra, a00", "and 5 more")
     fails(command("report", tmp_path / "zebrra"), "does not exist", "zebra")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--optimizer", "adam_w"], "Did you mean 'adamw'"),
+        (["--precision", "fp16"], "precision is 'fp16', which needs a GPU"),
+        (["--tracker", "nothing"], "tracker 'nothing' is not known"),
+        (["--schedule", "cosin"], "Did you mean 'cosine'"),
+        (["--norms", "frezze"], "Did you mean 'freeze'"),
+        (["--augment", "flop"], "Did you mean 'flip'"),
+        (["--strategy", "lineer_probe"], "Did you mean 'linear_probe'"),
+    ],
+)
+def test_names_that_are_wrong_are_told_before_data_are_read(
+    options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Reading may take long.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    read = []
+    monkeypatch.setattr("layerwise.training.job._open_data", lambda *args: read.append(args))
+    result = fit("--data", tmp_path / "data", "--out", tmp_path / "run", *options)
+    assert told in result.output.replace("\n", " ")
+    assert result.exit_code == 1
+    assert not read

@@ -12,6 +12,7 @@ from layerwise.training.options import check_options, check_same_run, find_optim
 
 GOOD = {
     "lr": 1e-3,
+    "optimizer": "adamw",
     "batch_size": 8,
     "accumulate": 1,
     "workers": 0,
@@ -44,6 +45,7 @@ def test_good_options_pass() -> None:
         ("lr", math.nan),
         ("lr", math.inf),
         ("lr", "1e-3"),
+        ("optimizer", "adamv"),
         ("batch_size", 0),
         ("batch_size", 2.5),
         ("batch_size", True),
