@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from layerwise.errors import PlanError, did_you_mean
+from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.files import write_text
 from layerwise.plans.plan import Plan
 
@@ -95,9 +95,10 @@ def parse(text: str, source: str) -> Plan:
     except yaml.YAMLError as error:
         raise PlanError(f"{source} is not a YAML file that can be read safely: {error}") from error
     if not isinstance(data, Mapping):
+        held = "it is empty" if data is None else f"it holds {named_kind(data)}"
         raise PlanError(
-            f"{source} is not a plan: expected a mapping with `groups` and `phases`, "
-            f"received {type(data).__name__}. Write one: layerwise plan MODEL --strategy ... -o plan.yaml"
+            f"{source} is not a plan: {held}; expected a mapping with `groups` and `phases`. "
+            "Write one: layerwise plan MODEL --strategy ... -o plan.yaml"
         )
     if unclear := _unclear_key(yaml.compose(text, Loader=yaml.SafeLoader), set()):
         raise PlanError(f"{source}: {unclear}")

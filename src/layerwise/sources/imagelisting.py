@@ -96,9 +96,12 @@ def list_table(
     table: Path, path_column: str, label_column: str, split_column: str | None, skip_bad_rows: bool
 ) -> Listing:
     """Return the images that a table names."""
-    columns = [path_column, label_column, *([split_column] if split_column else [])]
-    hint = " Name yours: --path-column, --label-column; for texts give a model that reads them (hf:)."
-    rows = read_rows(table, columns, hint=hint)
+    columns = {
+        path_column: "--path-column (for texts give a model that reads them, hf:)",
+        label_column: "--label-column",
+        **({split_column: "--split-column"} if split_column else {}),
+    }
+    rows = read_rows(table, columns)
     parts: dict[str, Samples] = {}
     problems, skipped = [], []
     for number, row in enumerate(rows, start=1):
@@ -127,7 +130,7 @@ def list_paths(table: Path, path_column: str) -> list[Path]:
     Raises:
         DataError: it cannot be read, or has rows without a path.
     """
-    rows = read_rows(table, [path_column], hint=" Name yours: --path-column.")
+    rows = read_rows(table, {path_column: "--path-column"})
     without = [number for number, row in enumerate(rows, start=1) if label_name(row[path_column]) is None]
     if without:
         problems = [f"row {number} has no {path_column}" for number in without]

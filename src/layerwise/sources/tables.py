@@ -7,7 +7,7 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ CELL_LIMIT = 2**31 - 1
 
 
 def read_rows(
-    path: str | Path, columns: Sequence[str] = (), *, encoding: str = "utf-8", hint: str = ""
+    path: str | Path, columns: Sequence[str] | Mapping[str, str] = (), *, encoding: str = "utf-8"
 ) -> list[Row]:
     """Return the rows of the table at `path`, all columns of each.
 
@@ -45,9 +45,8 @@ def read_rows(
         path: ``.csv``, ``.tsv``, ``.jsonl`` (or ``.json`` that holds one list), ``.parquet``. CSV and TSV
             begin with a line of column names; where that has no comma (no tab) but a semicolon, a tab or a
             bar, cells are separated by that.
-        columns: that must be there.
+        columns: that must be there; see `require_columns`.
         encoding: of text files; a byte-order mark is skipped.
-        hint: what else to tell where a column is missing.
 
     Raises:
         DataError: the file is missing, of another kind, empty, not in `encoding`, lacks one of
@@ -69,7 +68,7 @@ def read_rows(
         raise DataError(f"table {str(path)!r} ends in {path.suffix!r}; expected one of {', '.join(TABLES)}.")
     if not names:
         raise DataError(f"table {str(path)!r} is empty; expected rows of named columns.")
-    require_columns(f"table {str(path)!r}", names, columns, hint=hint)
+    require_columns(f"table {str(path)!r}", names, columns)
     if not rows:
         raise DataError(
             f"table {str(path)!r} has no rows; expected one a sample below a line of column names."
@@ -85,11 +84,19 @@ def unused_split(rows: Sequence[Row], split_column: str | None) -> tuple[str, ..
     return ("the column 'split' is not used; it is with --split-column split (split_column='split')",)
 
 
-def require_columns(table: str, names: Sequence[str], columns: Sequence[str], *, hint: str = "") -> None:
-    """Raise a `DataError` that names the columns there are, unless all of `columns` are among `names`."""
+def require_columns(table: str, names: Sequence[str], columns: Sequence[str] | Mapping[str, str]) -> None:
+    """Raise a `DataError` that names the columns there are, unless all of `columns` are among `names`.
+
+    Args:
+        table: for the message.
+        names: of the columns there are.
+        columns: that must be there; or a mapping of them to the options by which others are named.
+    """
     missing = [column for column in columns if column not in names]
     if missing:
-        hints = "".join(dict.fromkeys(did_you_mean(column, names, count=1) for column in missing)) + hint
+        hints = "".join(dict.fromkeys(did_you_mean(column, names, count=1) for column in missing))
+        if isinstance(columns, Mapping):
+            hints += f" Name yours: {', '.join(columns[column] for column in missing)}."
         raise DataError(
             f"{table} has no column {', '.join(map(repr, missing))}; its columns are "
             f"{', '.join(map(repr, names)) or 'none'}.{hints}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from layerwise.errors import DataError, MissingExtraError, did_you_mean
 from layerwise.sources.fetching import first_line, hub_if_found
-from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text
+from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text, require_columns
 
 CONLL = (".conll", ".bio", ".iob", ".iob2")
 
@@ -80,11 +80,7 @@ def read_parts(
 
 
 def _split_by_column(source: str, rows: list[Row], column: str) -> dict[str, list[Row]]:
-    if column not in rows[0]:
-        raise DataError(
-            f"data {source!r} has no column {column!r}; its columns are {', '.join(map(repr, rows[0]))}."
-            f"{did_you_mean(column, rows[0], count=1)}"
-        )
+    require_columns(f"data {source!r}", list(rows[0]), {column: "--split-column"})
     parts: dict[str, list[Row]] = {}
     for number, row in enumerate(rows, start=1):
         part = PARTS.get(str(row[column]).strip().lower())

@@ -148,9 +148,14 @@ def read_texts(
     labelled = task not in ("causal_lm", "masked_lm")
     text_column = text_column or ("tokens" if tags else "text")
     label_column = label_column or ("tags" if tags else "label")
-    columns = [text_column]
-    columns += [column for column in (pair_column, response_column, group_column) if column is not None]
-    columns += [label_column] if labelled else []
+    named = {
+        "--text-column": text_column,
+        "--pair-column": pair_column,
+        "--response-column": response_column,
+        "--group-column": group_column,
+        "--label-column": label_column if labelled else None,
+    }
+    columns = {column: option for option, column in named.items() if column is not None}
 
     found = read_parts(source, val=val, test=test, split_column=split_column, encoding=encoding)
     reader = _Reader(
@@ -167,8 +172,7 @@ def read_texts(
     parts: dict[str, TextPart] = {}
     bad: list[tuple[str, str]] = []
     for name, rows in found.parts.items():
-        hint = " Name yours: --text-column, --label-column."
-        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns, hint=hint)
+        require_columns(f"data {str(source)!r} ({name})", list(rows[0]) if rows else [], columns)
         parts[name], problems = reader.read(name, rows)
         bad += problems
     if bad and not skip_bad_rows:

@@ -288,14 +288,15 @@ def fit(
         tuner.load_state_dict(state["tuner"])
         now = Standing.from_state(state)
         over = now.stopped_early or tuner.done
-        if before.get("result") and over:  # a finished run is only read
+        if finished := before.get("result") and over:  # a finished run is only read
             written, now.best.sha256 = None, now.best.sha256 or before.get("weights_sha256")
             notes.append(f"{folder} was finished already: nothing is trained, this is its result")
         if not over and (lost := now.forget_lost_weights(weights_file(cast(Path, folder)))):
             notes.append(lost)
         history = History(None if written is None else written / "history.jsonl", state["history"])
         set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
-        notes += [f"resumed from {previous.path} (step {previous.step})", *previous.skipped]
+        notes += [] if finished else [f"resumed from {previous.path} (step {previous.step})"]
+        notes += previous.skipped
     elif folder is not None:
         history = History(None if written is None else written / "history.jsonl")
         save(inside=False)

@@ -206,6 +206,8 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    if not path.is_file() and expected_sha256 is not None:
+        raise RunError(f"{path} is missing, though the run had kept it. {_PUT_BACK}")
     if not path.is_file():
         raise RunError(f"{path} is missing: the run has kept no weights yet. Go on with it: --resume.")
     if expected_sha256 is not None and sha256(path) != expected_sha256:

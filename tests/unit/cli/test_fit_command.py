@@ -92,6 +92,8 @@ def test_a_table_of_images_by_its_own_column_names(images: Path, tmp_path: Path)
     unnamed = fit("--data", table, "--out", tmp_path / "b")
     assert unnamed.exit_code == 1
     assert "--path-column" in unnamed.stderr
+    wrong = fit("--data", table, "--out", tmp_path / "c", *columns[:-1], "parts")
+    assert "Did you mean 'part'? Name yours: --split-column." in " ".join(wrong.stderr.split())
     folder = fit("--data", images, *columns, "--out", tmp_path / "b")
     assert folder.exit_code == 1
     assert "is no table" in folder.stderr
@@ -367,6 +369,7 @@ def test_a_finished_run_is_only_shown(run: Path) -> None:
     result = command("fit", "--resume", run, "--workers", "0", "--cache", "off")
     assert result.exit_code == 0, result.output
     assert "was finished already" in result.stderr
+    assert "resumed from" not in result.stderr
     assert files_of(run) == before
 
 

@@ -225,8 +225,10 @@ def test_language_model_first_needs_a_language_model(work, tmp_path):
 BAD = {
     "a column that is not there": (
         ["--label-column", "topics"],
-        "no column 'topics'; its columns are 'text', 'topic'. Did you mean 'topic'? Name yours: --text-col",
+        "no column 'topics'; its columns are 'text', 'topic'. Did you mean 'topic'? Name yours: --label-c",
     ),
+    "a column of groups that is not there": (["--group-column", "who"], "Name yours: --group-column."),
+    "a column of parts that is not there": (["--split-column", "part"], "Name yours: --split-column."),
     "a model without a tokenizer": (
         ["--model", "timm:resnet18"],
         "for texts give a model that reads them",

@@ -439,6 +439,13 @@ def test_keys_that_yaml_reads_otherwise_than_they_look_are_told(text: str, told:
         parse(whole, "plan.yaml")
 
 
+@pytest.mark.parametrize(("text", "told"), [("# nothing\n", "it is empty"), ("- a\n", "it holds a list")])
+def test_a_file_that_holds_no_mapping_says_what_it_holds(text: str, told: str) -> None:
+    """In words, not as a class of Python's."""
+    with pytest.raises(PlanError, match=f"is not a plan: {told}; expected a mapping .* Write one"):
+        parse(text, "plan.yaml")
+
+
 @pytest.mark.parametrize("field", [{"samples": 5}, {"momentum": 0.3}])
 def test_settings_that_a_norm_policy_does_not_use_are_refused(field: dict[str, Any]) -> None:
     """They would be ignored."""

@@ -83,7 +83,7 @@ def test_a_table_with_nothing_in_it_is_called_empty(tmp_path, name):
     # Its columns are not what is wrong.
     (tmp_path / name).write_text("\n")
     with pytest.raises(DataError, match=rf"{name}' is empty; expected"):
-        read_rows(tmp_path / name, ["path", "label"], hint=" Name yours.")
+        read_rows(tmp_path / name, {"path": "--path-column"})
 
 
 def test_an_empty_line_is_no_row(tmp_path):

@@ -75,6 +75,10 @@ def test_weights_that_do_not_fit_the_model_are_told(tmp_path: Path) -> None:
         RunError, match=r"is missing: the run has kept no weights yet. Go on with it: --resume"
     ):
         load_weights(nn.Linear(2, 1), file)
+    with pytest.raises(
+        RunError, match=r"is missing, though the run had kept it. Put the run's own file back"
+    ):
+        load_weights(nn.Linear(2, 1), file, expected_sha256="0" * 64)
     save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, file)
     with pytest.raises(RunError, match=r"does not fit Linear: (.|\n)*size mismatch for weight"):
         load_weights(nn.Linear(2, 1), file)
