@@ -14,8 +14,13 @@ from layerwise.errors import ModelError
 T = TypeVar("T")
 
 
-def fetch(spec: str, create: Callable[[], T]) -> T:
+def fetch(spec: str, create: Callable[[], T], *, folder: str | None = None) -> T:
     """Return what `create` makes, which may download pretrained weights.
+
+    Args:
+        spec: for the message.
+        create: makes the model.
+        folder: for a model that is only on a hub, how to give a folder of it instead.
 
     Raises:
         ModelError: the download failed; the message names `spec` and the ways to do without.
@@ -25,10 +30,30 @@ def fetch(spec: str, create: Callable[[], T]) -> T:
     except Exception as error:
         if not is_download_error(error):
             raise
+        if folder is not None:
+            raise ModelError(
+                f"the model of {spec!r} could not be downloaded ({first_line(error)}). Check the id; without "
+                f"a network, fetch the folder elsewhere and give {folder}."
+            ) from error
         raise ModelError(
             f"the pretrained weights of {spec!r} could not be downloaded ({first_line(error)}). Fetch the "
             f"file on a machine with a network and give it: --weights FILE (weights= in Python). Random "
             f"weights: --no-pretrained (pretrained=False)."
+        ) from error
+
+
+def read_folder(spec: str, create: Callable[[], T]) -> T:
+    """Return what `create` makes of a folder that timm's ``save_for_hf`` wrote.
+
+    Raises:
+        ModelError: it fails, whatever the reason: the folder is not as it was written.
+    """
+    try:
+        return create()
+    except Exception as error:  # timm, safetensors and json raise all kinds
+        raise ModelError(
+            f"the model of {spec!r} cannot be opened: {type(error).__name__}: {first_line(error)}. Expected "
+            f"a folder with config.json and weights, as timm's save_for_hf writes it."
         ) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.errors import MissingExtraError, ModelError, did_you_mean
-from layerwise.sources.fetching import fetch, hub_if_found
+from layerwise.sources.fetching import fetch, hub_if_found, read_folder
 from layerwise.sources.fitting import Mismatched, fit_head, load_file, output_layers, replace_head
 from layerwise.sources.opened import OpenedModel, Task, example_image
 from layerwise.sources.preprocessing import Preprocessing, from_timm, from_torchvision
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 SOURCES = ("timm", "torchvision", "hf")
-TIMM_ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+TIMM_HUB = ("hf-hub:", "hf_hub:")
+TIMM_FOLDER = "local-dir:"
+TIMM_ELSEWHERE = (*TIMM_HUB, TIMM_FOLDER)
 DEFAULT_PREPROCESSING = Preprocessing(crop=(224, 224), resize=256)
 
 
@@ -273,7 +275,7 @@ def _check_timm(spec: str, name: str, *, download: bool) -> None:
 
     architecture, _, tag = name.partition(".")
     elsewhere = name.startswith(TIMM_ELSEWHERE)  # names a place, not an architecture
-    if name.startswith("local-dir:") and not (Path(name.partition(":")[2]) / "config.json").is_file():
+    if name.startswith(TIMM_FOLDER) and not (Path(name.partition(":")[2]) / "config.json").is_file():
         raise ModelError(
             f"{spec!r} names a folder without config.json; expected one that timm's save_for_hf wrote."
         )
@@ -293,9 +295,15 @@ def _open_timm(wanted: _Wanted) -> _Found:
     _check_timm(wanted.spec, wanted.name, download=wanted.download)
     import timm
 
-    asks = wanted.download or wanted.name.startswith(TIMM_ELSEWHERE)
-    with hub_if_found() if asks else nullcontext():
-        model = fetch(wanted.spec, lambda: timm.create_model(wanted.name, pretrained=wanted.download))
+    def create() -> Any:
+        return timm.create_model(wanted.name, pretrained=wanted.download)
+
+    on_hub = wanted.name.startswith(TIMM_HUB)  # its configuration too
+    if wanted.name.startswith(TIMM_FOLDER):
+        model = read_folder(wanted.spec, create)
+    else:
+        with hub_if_found() if wanted.download or on_hub else nullcontext():
+            model = fetch(wanted.spec, create, folder="timm:local-dir:FOLDER" if on_hub else None)
     own = None
     try:
         own = from_timm(model)

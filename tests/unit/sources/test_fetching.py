@@ -45,6 +45,13 @@ def test_a_hub_that_is_not_found_is_asked_once(
     assert before == constants.HF_HUB_OFFLINE
 
 
+def test_a_model_that_is_only_on_a_hub_is_replaced_by_a_folder(no_network: None) -> None:
+    # Neither a file of weights nor random ones would do: the configuration is missing too.
+    told = r"the model of 'timm:hf-hub:nobody/nothing' could not .*give timm:local-dir:FOLDER\.$"
+    with pytest.raises(ModelError, match=told):
+        open_model("timm:hf-hub:nobody/nothing", pretrained=False)
+
+
 def test_data_of_a_hub_that_is_not_found_are_asked_for_once(
     no_network: None, caplog: pytest.LogCaptureFixture
 ) -> None:

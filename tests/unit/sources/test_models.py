@@ -210,6 +210,21 @@ def test_a_failed_download_names_the_way_out(monkeypatch, tmp_path):
         open_model("timm:resnet10t")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.json", "{"), ("config.json", "{}"), ("pytorch_model.bin", None), ("model.safetensors", "cut")],
+)
+def test_a_folder_of_timm_that_is_damaged_is_told(name, content, tmp_path):
+    # One message, whatever timm raises; whole, the folder is opened.
+    timm.models.save_for_hf(timm.create_model("test_efficientnet"), tmp_path)
+    open_model(f"timm:local-dir:{tmp_path}")
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ModelError, match=r"local-dir:.* cannot be opened: .*timm's save_for_hf"):
+        open_model(f"timm:local-dir:{tmp_path}")
+
+
 def test_a_model_without_pretrained_weights_says_so():
     with pytest.raises(ModelError, match="no pretrained weights for 'vit_small_patch16_36x1_224'"):
         open_model("timm:vit_small_patch16_36x1_224")
