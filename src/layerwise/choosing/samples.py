@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, named_kind
 from layerwise.training.data import SeededSamples
 from layerwise.training.randomness import sample_randomness
 from layerwise.tuning.passes import generators_of
@@ -67,7 +67,7 @@ def parts_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         return (batch[0],), {}, batch[1]
     size = f" of {len(batch)}" if isinstance(batch, Sized) else ""
     raise DataError(
-        f"a batch is a {type(batch).__name__}{size}; expected inputs, a pair (inputs, labels), or a mapping. "
+        f"a batch is {named_kind(batch)}{size}; expected inputs, a pair (inputs, labels), or a mapping. "
         "Give a loader with a collate_fn that makes one."
     )
 
@@ -166,7 +166,7 @@ def open_sample(
         if hasattr(data, "__iter__") and not isinstance(data, str):
             return data, None
         raise DataError(
-            f"the data is a {type(data).__name__}; expected a data set, a DataLoader, a tensor of inputs, or "
+            f"the data is {named_kind(data)}; expected a data set, a DataLoader, a tensor of inputs, or "
             "a pair (inputs, labels) of tensors."
         )
     total = len(data)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, named_kind
 from layerwise.layers.structures import map_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -40,7 +40,7 @@ def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[Argu
         return (tuple(example_input), {}), ()
     if example_input is not None:
         raise ModelError(
-            f"example_input is a {type(example_input).__name__}; expected a tensor, a tuple of positional "
+            f"example_input is {named_kind(example_input)}; expected a tensor, a tuple of positional "
             f"arguments, or a dict of keyword arguments. Leave it out to have one derived."
         )
     return _with_note(*_derived(model))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, named_kind
 from layerwise.layers.memory import global_hooks
 from layerwise.layers.randomness import kept_random_state
 from layerwise.layers.snapshot import Snapshot
@@ -41,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"model is {model!r}, a {type(model).__name__}; expected a torch.nn.Module. Open one by name: "
+            f"model is {model!r}, {named_kind(model)}; expected a torch.nn.Module. Open one by name: "
             f"layerwise.open_model('timm:resnet18')"
         )
     while True:

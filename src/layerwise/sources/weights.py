@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import ModelError, did_you_mean, shorten
+from layerwise.errors import ModelError, did_you_mean, named_kind, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
                 return tensors
             break
         content = content[inner]
-    found = f"the keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    found = f"the keys {list(content)[:8]}" if isinstance(content, Mapping) else named_kind(content)
     raise ModelError(
         f"weights file {str(path)!r} holds {found}, not a state dict. Expected names with tensors, "
         f"directly or under one of {', '.join(WRAPPERS)}."

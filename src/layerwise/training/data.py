@@ -17,7 +17,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, named_kind
 from layerwise.layers.randomness import drawn, kept_random_state
 from layerwise.training.labels import labels_of, sampling_weights
 from layerwise.training.lengths import order_by_length, padded_lengths
@@ -299,7 +299,7 @@ def open_batches(
             )
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise DataError(
-                f"{what} is a {type(data).__name__}; expected a map-style data set (with __len__ and "
+                f"{what} is {named_kind(data)}; expected a map-style data set (with __len__ and "
                 "__getitem__) or a DataLoader."
             )
         source, shuffle = data, train

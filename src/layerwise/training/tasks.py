@@ -126,7 +126,7 @@ def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         return (batch[0],), {}, batch[1]
     size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
     raise DataError(
-        f"a batch is a {type(batch).__name__}{size}; expected a pair (inputs, labels) or a mapping with "
+        f"a batch is {named_kind(batch)}{size}; expected a pair (inputs, labels) or a mapping with "
         "'labels'. Change the data set or give the loader a collate_fn that makes one."
     )
 
@@ -168,7 +168,7 @@ def settle_mode(task: Any) -> None:
 def kind_of(labels: Any) -> str:
     """Return dtype and shape of labels, for messages."""
     if not isinstance(labels, Tensor):
-        return f"a {type(labels).__name__}"
+        return named_kind(labels)
     return f"{labels.dtype} of shape {tuple(labels.shape)}"
 
 

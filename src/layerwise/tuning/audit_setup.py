@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from layerwise.errors import LayerwiseError, ModelError, shorten
+from layerwise.errors import LayerwiseError, ModelError, named_kind, shorten
 from layerwise.layers.layermap import LayerMap
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.norm_layers import NormLayer, find_norms, frozen_norms
@@ -194,7 +194,7 @@ def optimizers_of(given: Any) -> list[Any]:
         inner = getattr(inner, "opt", None) or getattr(inner, "optimizer", None)
         if inner is None:
             raise ModelError(
-                f"the optimizer is a {type(given).__name__}, which has no param_groups and state; expected a "
+                f"the optimizer is {named_kind(given)}, which has no param_groups and state; expected a "
                 "torch.optim.Optimizer, a list of them, or a wrapper that holds one as .opt or .optimizer."
             )
     return [inner]

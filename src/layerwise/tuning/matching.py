@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from layerwise.errors import ModelError, PlanError, shorten
+from layerwise.errors import ModelError, PlanError, named_kind, shorten
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
@@ -116,7 +116,7 @@ def check_plan(plan: Any) -> None:
     """Raise `PlanError` where something else was given for a plan."""
     if not isinstance(plan, Plan):
         raise PlanError(
-            f"plan is {plan!r}, a {type(plan).__name__}; expected a layerwise.Plan: of a file, "
+            f"plan is {plan!r}, {named_kind(plan)}; expected a layerwise.Plan: of a file, "
             "layerwise.Plan.load(path); of a strategy's name, layerwise.parse_strategy(text, layers)"
         )
 

@@ -155,7 +155,7 @@ def test_data_that_cannot_be_used_is_told() -> None:
         DataError, match=r"train is a pair of tensors; .* torch.utils.data.TensorDataset\(inputs, labels\)"
     ):
         open_batches(pair, train=True, batch_size=2)
-    with pytest.raises(DataError, match="train is a int"):
+    with pytest.raises(DataError, match="train is an int"):
         open_batches(3, train=True, batch_size=2)
 
     class Stream(IterableDataset):
