@@ -14,7 +14,7 @@ from layerwise.choosing.named import fit_options
 from layerwise.choosing.search import search
 from layerwise.choosing.search_result import SearchResult
 from layerwise.choosing.space import spread_depths
-from layerwise.errors import DataError
+from layerwise.errors import DataError, plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 
@@ -91,7 +91,7 @@ def choose_plan(
             advice, searched, val_samples=len(prepared.data.val or ()), tried=_searchable(advice)
         )
         say(why)
-    say(f"chosen: {plan.strategy} at lr {lr:.3g}, {plan.total_epochs(1)} epochs")
+    say(f"chosen: {plan.strategy} at lr {lr:.3g}, {plural(plan.total_epochs(1), 'epoch')}")
     options["lr"] = lr
     changed = dataclasses.replace(job, strategy="auto", plan=None, options=options)
     about = {
@@ -117,13 +117,13 @@ def _in_time(
     if needed_s <= room_s:
         return advice
     said = (
-        f"{length} epochs would take about {needed_s / 60:.1f} min, and {room_s / 60:.1f} are left for them"
+        f"{plural(length, 'epoch')} would take about {needed_s / 60:.1f} min, and {room_s / 60:.1f} are left"
     )
     if prepared.job.epochs is not None or length == 1:
         say(f"warning: {said}")
         return advice
     shorter = advice_from(evidence, prepared.layers, epochs=max(1, int(length * room_s / needed_s)))
-    say(f"{said}: {shorter.plan.total_epochs(1)} epochs of {shorter.described} instead")
+    say(f"{said}: {plural(shorter.plan.total_epochs(1), 'epoch')} of {shorter.described} instead")
     return shorter
 
 

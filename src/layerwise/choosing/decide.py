@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice, full, last_groups, probe
 from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, thresholds
 from layerwise.choosing.matrix import DECAY, MOST, calibrated, matrix_cell, size_of
+from layerwise.errors import plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.settings import Norms
 
@@ -137,8 +138,8 @@ def _enough_steps(
     reasons.append(
         Reason(
             "length",
-            f"{steps} steps in {epochs} epochs are few to unfreeze {len(layers)} groups one after another "
-            f"(below {STEPS_A_GROUP} a group): one phase instead, of the last groups",
+            f"{plural(steps, 'step')} in {plural(epochs, 'epoch')} are few to unfreeze {len(layers)} groups "
+            f"one after another (below {STEPS_A_GROUP} a group): one phase instead, of the last groups",
             "medium",
             float(steps),
         )

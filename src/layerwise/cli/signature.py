@@ -9,6 +9,7 @@ import typer
 
 from layerwise.cli.options import SamplesOption, TaskOptions, with_task
 from layerwise.cli.output import JsonFlag, check_output, friendly, print_json, say
+from layerwise.errors import plural
 
 
 @friendly
@@ -40,4 +41,5 @@ def signature(
     if as_json:
         print_json(about)
     else:
-        say(f"wrote {path}: {made.samples} samples, {len(made.groups)} groups, {about['bytes']:,} bytes")
+        counts = f"{plural(made.samples, 'sample')}, {plural(len(made.groups), 'group')}"
+        say(f"wrote {path}: {counts}, {about['bytes']:,} bytes")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.errors import ModelError, warn
+from layerwise.errors import ModelError, plural, warn
 from layerwise.integrations.resume import save_with_optimizer
 from layerwise.tuning.stall import Mode
 from layerwise.tuning.tuner import Tuner
@@ -71,9 +71,9 @@ class Driver:
         self._counts = steps_per_epoch is None
         if steps_per_epoch not in (None, tuner.steps_per_epoch):
             raise ModelError(
-                f"an epoch of {framework} has {steps_per_epoch} optimiser steps, but the Tuner was made "
-                f"for steps_per_epoch={tuner.steps_per_epoch}, so its phases and schedules would be off. "
-                f"Make the Tuner with steps_per_epoch={steps_per_epoch}."
+                f"an epoch of {framework} has {plural(steps_per_epoch, 'optimiser step')}, but the Tuner "
+                f"was made for steps_per_epoch={tuner.steps_per_epoch}, so its phases and schedules would be "
+                f"off. Make the Tuner with steps_per_epoch={steps_per_epoch}."
             )
         if tuner.total_steps > steps:
             warn(

@@ -48,7 +48,8 @@ class HeadChange:
         )
         also = f"; also {', '.join(self.auxiliary)}" if self.auxiliary else ""
         attributes = f"; set {', '.join(self.attributes)}" if self.attributes else ""
-        return f"new output layer {layers} instead of {self.old_classes} outputs{also}{attributes}"
+        outputs = "output" if self.old_classes == 1 else "outputs"
+        return f"new output layer {layers} instead of {self.old_classes} {outputs}{also}{attributes}"
 
 
 def replace_head(

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from layerwise.errors import shorten
+from layerwise.errors import plural, shorten
 from layerwise.layers.isolation import unwrap
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class LayerTable:
 
 
 def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) -> Table:
-    title = f"{layers.model_class.rpartition('.')[2]}, {len(layers)} {layers.granularity}"
+    title = f"{layers.model_class.rpartition('.')[2]}, {plural(len(layers), layers.granularity[:-1])}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     trainable = {} if model is None else trainable_numel(layers, model)
     flops = sum(group.flops or 0 for group in layers)

@@ -156,7 +156,7 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
     if phase.patience_epochs:
         found.append(f"ends after {plural(phase.patience_epochs, 'epoch')} without improvement")
     if phase.join_steps and not first:
-        found.append(f"{JOINING} {phase.join_steps} steps")
+        found.append(f"{JOINING} {plural(phase.join_steps, 'step')}")
     if phase.norms.policy != "follow":
         until = f" {phase.norms.until}" if phase.norms.until else ""
         found.append(f"norms: {phase.norms.policy}{until}")
@@ -172,7 +172,8 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
         found.append("rates scaled by relative gradient norm")
     if phase.sample_groups:
         found.append(
-            f"{phase.sample_groups} of the blocks at a time, drawn every {phase.sample_every_steps} steps"
+            f"{phase.sample_groups} of the blocks at a time, drawn every "
+            f"{plural(phase.sample_every_steps or 1, 'step')}"
         )
     return tuple(found)
 
@@ -193,6 +194,6 @@ def _schedule(schedule: Schedule) -> str:
     if schedule.warmup_frac:
         warmup = f", warm-up {schedule.warmup_frac:.0%}"
     if schedule.warmup_steps:
-        warmup = f", warm-up {schedule.warmup_steps} steps"
+        warmup = f", warm-up {plural(schedule.warmup_steps, 'step')}"
     run = " over the run" if schedule.span == "run" else ""
     return f"{schedule.shape.replace('_', ' ')}{run}{warmup}"

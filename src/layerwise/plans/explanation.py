@@ -128,7 +128,7 @@ class Explanation:
     def _title(self) -> str:
         epochs = math.ceil(self.steps / self.steps_per_epoch)
         phases, length = plural(len(self.phases), "phase"), plural(epochs, "epoch")
-        title = f"{self.strategy}: {phases}, {length}, {self.steps:,} steps"
+        title = f"{self.strategy}: {phases}, {length}, {plural(self.steps, 'step')}"
         return "\n".join([title, *(f"  {note}" for note in self._common_notes())])
 
     def _common_notes(self) -> list[str]:
@@ -175,7 +175,7 @@ class Explanation:
                 table.add_column(title, justify="right", no_wrap=True)
         common = self._common_notes()
         for number, phase in enumerate(self.phases):
-            length = f"{phase.steps:,} steps"
+            length = plural(phase.steps, "step")
             if phase.epochs is not None:
                 length = plural(phase.epochs, "epoch")
             share = f"{_count(phase.trainable)} {phase.trainable / max(self.total, 1):6.1%}"

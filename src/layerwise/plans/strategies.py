@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, Unpack
 
-from layerwise.errors import PlanError
+from layerwise.errors import PlanError, plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.options import (
     PhaseOptions,
@@ -74,7 +74,8 @@ def top_k(layers: LayerMap, *, k: int, **options: Unpack[PhaseOptions]) -> Plan:
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(layers):
         raise PlanError(
             f"top_k(k={k!r}): k is a whole number from 1 to {len(layers) - 1}; this layer map has "
-            f"{len(layers)} groups ({', '.join(layers.names)}). Another granularity gives more or fewer"
+            f"{plural(len(layers), 'group')} ({', '.join(layers.names)}). Another "
+            "granularity gives more or fewer"
         )
     trained = layers.names[len(layers) - k :]
     require_freezing(layers, list(trained), f"top_k(k={k})")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import RunError
+from layerwise.errors import RunError, plural
 from layerwise.files import write_text
 from layerwise.report import pictures
 from layerwise.training.history import read_history
@@ -230,7 +230,7 @@ def _audit(audit: Mapping[str, Any]) -> str:
     if after is not None:
         moved = len(after.get("moved", []))
         state = "nothing frozen moved" if after.get("ok") else "something frozen moved"
-        parts.append(f"<p>After training: {state}; {moved} tensors changed.</p>")
+        parts.append(f"<p>After training: {state}; {plural(moved, 'tensor')} changed.</p>")
     return "".join(parts) or "<p>Not run.</p>"
 
 

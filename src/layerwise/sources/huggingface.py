@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import MissingExtraError, ModelError, did_you_mean
+from layerwise.errors import MissingExtraError, ModelError, did_you_mean, plural
 from layerwise.sources.fetching import first_line, hub_if_found, is_download_error
 from layerwise.sources.fitting import Mismatched, load_file
 from layerwise.sources.image_processors import check_pixels, from_image_processor
@@ -346,16 +346,17 @@ def _loading_notes(
     body = f"{model.base_model_prefix}."
     in_body = [name for name in new if name.startswith(body) and "pooler" not in name]
     if in_body:
+        count = plural(len(in_body), "tensor of the body is", "tensors of the body are")
         raise ModelError(
-            f"the weights of {spec!r} do not fit its configuration: {len(in_body)} tensors of the body are "
-            f"missing or of another shape ({', '.join(in_body[:5])}). Expected weights and config.json of "
-            f"one model."
+            f"the weights of {spec!r} do not fit its configuration: {count} missing or of another shape "
+            f"({', '.join(in_body[:5])}). Expected weights and config.json of one model."
         )
     notes = []
     unexpected = sorted(info["unexpected_keys"])
     if unexpected:
         shown = ", ".join(unexpected[:3]) + (", ..." if len(unexpected) > 3 else "")
-        notes.append(f"{len(unexpected)} tensors of the file are not used ({shown})")
+        count = plural(len(unexpected), "tensor of the file is", "tensors of the file are")
+        notes.append(f"{count} not used ({shown})")
     modules = tuple(dict.fromkeys(n.rpartition(".")[0] for n in new))
     if not modules:
         return None, notes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerwise.errors import DataError, did_you_mean, listed
+from layerwise.errors import DataError, did_you_mean, listed, plural
 from layerwise.sources.imagefile import EXTENSIONS
 from layerwise.sources.tables import PARTS, label_name, read_rows, unused_split
 
@@ -68,7 +68,11 @@ def list_folders(root: Path) -> Listing:
             f"data folder {str(root)!r} holds images itself; expected a folder for each class, with its "
             f"images inside. Move them into class folders, or give a table of paths and labels."
         )
-    notes = (f"{others} files that are no images were left out",) if others else ()
+    notes = (
+        (f"{plural(others, 'file that is no image was', 'files that are no images were')} left out",)
+        if others
+        else ()
+    )
     return Listing(parts, tuple(problems), notes)
 
 
@@ -117,7 +121,7 @@ def list_table(
         problems += [f"{row} {reason}" for row, reason in skipped]
     if problems:
         raise DataError(
-            listed(f"table {str(table)!r} has {len(problems)} bad rows", problems)
+            listed(f"table {str(table)!r} has {plural(len(problems), 'bad row')}", problems)
             + "\nRepair or remove them; rows without a path or label can be left out: --skip-bad-rows "
             "(skip_bad_rows=True)."
         )
@@ -134,7 +138,7 @@ def list_paths(table: Path, path_column: str) -> list[Path]:
     without = [number for number, row in enumerate(rows, start=1) if label_name(row[path_column]) is None]
     if without:
         problems = [f"row {number} has no {path_column}" for number in without]
-        raise DataError(listed(f"table {str(table)!r} has {len(without)} bad rows", problems))
+        raise DataError(listed(f"table {str(table)!r} has {plural(len(without), 'bad row')}", problems))
     return [table.parent / str(row[path_column]) for row in rows]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.errors import DataError, did_you_mean, listed
+from layerwise.errors import DataError, did_you_mean, listed, plural
 from layerwise.sources.imagefile import find_bad_images
 from layerwise.sources.imagelisting import (
     Samples,
@@ -127,7 +127,7 @@ def open_images(
         for name, frac, indices in zip(("val", "test"), fracs, split[1:], strict=True):
             if frac:
                 parts[name] = [train[index] for index in indices]
-                notes.append(f"{name}: {len(indices)} images split off from train, seed {seed}")
+                notes.append(f"{name}: {plural(len(indices), 'image')} split off from train, seed {seed}")
         parts["train"] = [train[index] for index in split[0]]
     number = {name: index for index, name in enumerate(classes)}
 

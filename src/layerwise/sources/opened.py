@@ -32,7 +32,8 @@ class ReplacedHead:
 
     def __str__(self) -> str:
         old = "" if self.old_classes is None else f"{self.old_classes} -> "
-        return f"new output layer {', '.join(self.modules)}: {old}{self.new_classes} outputs"
+        outputs = "output" if self.new_classes == 1 else "outputs"
+        return f"new output layer {', '.join(self.modules)}: {old}{self.new_classes} {outputs}"
 
 
 @dataclass

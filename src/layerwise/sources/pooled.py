@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, plural
 from layerwise.sources.opened import OpenedModel, ReplacedHead
 
 
@@ -79,6 +79,7 @@ def mean_pooled(opened: OpenedModel) -> OpenedModel:
         replaced_head=ReplacedHead(("classifier",), None, opened.num_classes),
         notes=(
             *(note for note in opened.notes if not note.startswith("new output layer")),
-            f"mean pooling: a linear layer of {opened.num_classes} outputs on the mean of all tokens",
+            f"mean pooling: a linear layer of {plural(opened.num_classes, 'output')} on the mean of "
+            "all tokens",
         ),
     )

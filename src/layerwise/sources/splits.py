@@ -133,7 +133,9 @@ def grouped_split(
         members[group].append(index)
     wanted = sum(frac > 0 for frac in fracs) + 1
     if len(members) < wanted:
-        raise DataError(f"{len(members)} groups cannot be split into {wanted} parts that share none.")
+        raise DataError(
+            f"{plural(len(members), 'group')} cannot be split into {wanted} parts that share none."
+        )
     # By size, ties at random: what is left for the end is small, so that the shares come out close.
     order = sorted(members, key=str)
     random.Random(seed).shuffle(order)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import DataError, MissingExtraError, did_you_mean, shorten
+from layerwise.errors import DataError, MissingExtraError, did_you_mean, named_kind, plural, shorten
 
 Row = dict[str, Any]
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -151,7 +151,7 @@ def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str
                 if len(cells) == len(names):
                     rows.append(dict(zip(names, cells, strict=True)))
                 elif cells:  # an empty line is no row
-                    problems.append(f"line {reader.line_num} has {len(cells)} cells")
+                    problems.append(f"line {reader.line_num} has {plural(len(cells), 'cell')}")
         except csv.Error as error:
             raise DataError(
                 f"table {str(path)!r} is malformed at line {reader.line_num}: {error}. Check its quotes."
@@ -160,7 +160,7 @@ def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str
         raise DataError(f"table {str(path)!r} has two columns of one name: {', '.join(names)}.")
     if problems:
         raise DataError(
-            f"table {str(path)!r} has {len(names)} columns ({', '.join(names)}) but "
+            f"table {str(path)!r} has {plural(len(names), 'column')} ({', '.join(names)}) but "
             f"{shorten(problems, SHOWN)}. Quote cells that hold {delimiter!r}."
         )
     return names, rows
@@ -204,9 +204,7 @@ def _read_json(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
                     f"Expected one object a line."
                 ) from error
     problems = [
-        f"{kind} {number} is a {type(entry).__name__}"
-        for number, entry in entries
-        if not isinstance(entry, dict)
+        f"{kind} {number} is {named_kind(entry)}" for number, entry in entries if not isinstance(entry, dict)
     ]
     if problems:
         raise DataError(f"table {str(path)!r}: expected objects, but {shorten(problems, SHOWN)}.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from layerwise.errors import DataError, did_you_mean, listed
+from layerwise.errors import DataError, did_you_mean, listed, named_kind, plural
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
 from layerwise.sources.tables import Row, label_name, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
@@ -232,7 +232,7 @@ class _Reader:
         response = self._text(row, self.response_column) if self.response_column else None
         target: Any = None if self.label_column is None else self.parse_label(row[self.label_column])
         if words is not None and len(target) != len(words):
-            raise _BadRowError(f"has {len(words)} words and {len(target)} tags")
+            raise _BadRowError(f"has {plural(len(words), 'word')} and {plural(len(target), 'tag')}")
         # Only now that nothing can fail any more, so that all lists stay of one length.
         columns: list[tuple[list[Any] | None, Any]] = [
             (part.words, words),
@@ -254,7 +254,7 @@ class _Reader:
         if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
             raise _BadRowError(f"has an empty {column!r}")
         if not isinstance(value, str):
-            raise _BadRowError(f"has a {type(value).__name__} in {column!r}; expected a text")
+            raise _BadRowError(f"has {named_kind(value)} in {column!r}; expected a text")
         if len(value) > self.max_chars:
             raise _BadRowError(
                 f"has {len(value):,} characters in {column!r}; expected at most {self.max_chars:,} (cut it "
@@ -377,7 +377,7 @@ def _split(
     for name, frac, indices in zip(("val", "test"), fracs, split[1:], strict=True):
         if frac:
             parts[name] = train.take(indices)
-            notes.append(f"{name}: {len(indices)} rows split off from train, {how}, seed {seed}")
+            notes.append(f"{name}: {plural(len(indices), 'row')} split off from train, {how}, seed {seed}")
     parts["train"] = train.take(split[0])
     if lost := _in_order(_labels_in(task, train) - _labels_in(task, parts["train"])):
         kind = "groups" if train.groups is not None else "rows"

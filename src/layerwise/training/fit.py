@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.stock import CachePool
-from layerwise.errors import RunError, warn
+from layerwise.errors import RunError, plural, warn
 from layerwise.files import remove_leftovers, write_json
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
@@ -428,7 +428,8 @@ def fit(
             if on_epoch is not None:
                 on_epoch(entry)
             if now.stopped_early:
-                reporter.say(f"stopped early: {task.monitor} did not improve for {early_stopping} epochs")
+                patience = plural(early_stopping or 0, "epoch")
+                reporter.say(f"stopped early: {task.monitor} did not improve for {patience}")
                 break
 
     # The kept weights, the test data, and the record.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layerwise.errors import plural
 from layerwise.files import with_nulls, write_text
 
 _NOTES = 3
@@ -44,7 +45,9 @@ class History:
         """Return what was noted in the epochs: the first notes, and how many more there are."""
         found = [entry["note"] for entry in self.entries if "note" in entry]
         more = len(found) - _NOTES
-        return found[:_NOTES] + ([f"the same kind of note in {more} more epochs"] if more > 0 else [])
+        return found[:_NOTES] + (
+            [f"the same kind of note in {plural(more, 'more epoch')}"] if more > 0 else []
+        )
 
     def _write(self) -> None:
         if self.path is not None:

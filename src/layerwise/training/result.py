@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from layerwise.errors import plural
 from layerwise.training.tasks import Task
 
 
@@ -52,7 +53,8 @@ class Result:
     def __str__(self) -> str:
         ended = "stopped early" if self.stopped == "early" else "finished"
         lines = [
-            f"{ended} after {len(self.history)} epochs, {self.steps} steps, {self.seconds:.0f} s",
+            f"{ended} after {plural(len(self.history), 'epoch')}, {plural(self.steps, 'step')}, "
+            f"{self.seconds:.0f} s",
             f"{self.trained_parameters:,} of {self.total_parameters:,} parameters trained",
         ]
         for data, metrics in (("validation", self.metrics), ("test", self.test or {})):

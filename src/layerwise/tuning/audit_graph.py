@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.errors import plural
 from layerwise.tuning.audit_setup import Finding, Setup
 
 COMPILE_NOTICES_SINCE = (2, 14)
@@ -174,7 +175,7 @@ def compiled_with_frozen_parts(setup: Setup) -> Iterator[Finding]:
         "warning" if blind else "info",
         "compiled-before-unfreezing",
         tuple(compiled),
-        f"The model is compiled and {frozen} parameters are frozen. "
+        f"The model is compiled and {plural(frozen, 'parameter is', 'parameters are')} frozen. "
         + (
             "Compiled code of this version of torch does not notice a later change of requires_grad: what is "
             "unfrozen after the first step silently gets no gradient (pytorch #139476)."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from layerwise.errors import plural
 from layerwise.tuning.audit_setup import Finding, Setup
 
 
@@ -56,7 +57,8 @@ def membership(setup: Setup) -> Iterator[Finding]:
             "error",
             "optimizer-holds-strangers",
             tuple(dict.fromkeys(foreign)),
-            f"{len(foreign)} tensors in the optimiser are not parameters of the model (any more): a "
+            f"{plural(len(foreign), 'tensor in the optimiser is', 'tensors in the optimiser are')} not "
+            "of the model (any more): a "
             "module was replaced after the optimiser was built (a new head, or timm's freeze and "
             "unfreeze, which make new parameters), so what the optimiser moves is not what the model "
             "uses.",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim import SGD, Optimizer, lr_scheduler
 
+from layerwise.errors import plural
 from layerwise.tuning.audit_setup import Finding, Setup
 
 KEEP_BY_GROUP: dict[type, Callable[[Optimizer], Any]] = {
@@ -79,7 +80,8 @@ def schedulers_and_new_groups(setup: Setup) -> Iterator[Finding]:
                 "error",
                 "scheduler-will-crash",
                 (kind,),
-                f"The optimiser has {groups} param groups, but {kind} was made for {known}: {when} raises.",
+                f"The optimiser has {plural(groups, 'param group')}, but {kind} was made for "
+                f"{known}: {when} raises.",
                 "make the scheduler anew after unfreezing, or let layerwise.Tuner schedule",
             )
         elif crashing and waiting:
@@ -87,8 +89,8 @@ def schedulers_and_new_groups(setup: Setup) -> Iterator[Finding]:
                 "warning",
                 "scheduler-cannot-grow",
                 (kind,),
-                f"{len(waiting)} parameters are frozen and not in the optimiser. Unfreezing them with "
-                f"add_param_group will make {when} of {kind} raise, as tried with torch "
+                f"{plural(len(waiting), 'parameter is', 'parameters are')} frozen and not in the optimiser. "
+                f"Unfreezing with add_param_group will make {when} of {kind} raise, as tried with torch "
                 f"{torch.__version__}. Schedulers that do not raise lose the ratio between groups.",
                 "let layerwise.Tuner unfreeze and schedule, or make the scheduler anew at each unfreezing",
             )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError, warn
+from layerwise.errors import ModelError, plural, warn
 from layerwise.tuning.calibration import CALIBRATED
 from layerwise.tuning.matching import some
 from layerwise.tuning.modes import pinned
@@ -56,8 +56,8 @@ def check_first_step(
     if new:
         told.update(new)
         warn(
-            f"phase {phase!r}: {len(new)} parameters should learn but have no gradient at its first step: "
-            f"{some(new)}. The forward pass does not use them, or is cut from the loss",
+            f"phase {phase!r}: {plural(len(new), 'parameter')} should learn but got no gradient at its "
+            f"first step: {some(new)}. The forward pass does not use them, or is cut from the loss",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, plural
 from layerwise.plans.selection import match_names
 from layerwise.tuning.modes import pin_eval, unpin
 
@@ -37,7 +37,7 @@ class FreezeRecord:
 
     def __str__(self) -> str:
         what, how = ("froze", "held in eval mode") if self.action == "freeze" else ("unfroze", "let go")
-        what += f" {self.numel:,} parameters in {len(self.names)} tensors"
+        what += f" {plural(self.numel, 'parameter')} in {plural(len(self.names), 'tensor')}"
         return f"{what}; modules {how}: {len(self.modules)}"
 
     def undo(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from layerwise.errors import shorten
+from layerwise.errors import plural, shorten
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.processes import distributed
 
@@ -154,8 +154,9 @@ def small_batch_warning(model: nn.Module, batch_size: int) -> str | None:
     ]
     if not names:
         return None
+    train = plural(len(names), "batch-norm layer trains", "batch-norm layers train")
     return (
-        f"{len(names)} batch-norm layers train on batches of {batch_size} ({shorten(names)}): so few samples "
+        f"{train} on batches of {batch_size} ({shorten(names)}): so few samples "
         "give statistics that eval mode never sees. Use the policy 'freeze' (Norms(policy='freeze')) or "
         f"'calibrate', or batches above {SMALL_BATCH}; accumulating gradients does not help."
     )

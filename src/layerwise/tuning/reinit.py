@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError, warn
+from layerwise.errors import ModelError, plural, warn
 from layerwise.layers.layermap import LayerMap
 from layerwise.tuning.modes import pin_eval, unpin
 
@@ -58,8 +58,9 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
             f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
         )
     if kept:
+        keep = plural(len(kept), "vector keeps its", "vectors keep their")
         warn(
-            f"started anew: {', '.join(groups)}, but {len(kept)} vectors keep their values, as their "
+            f"started anew: {', '.join(groups)}, but {keep} values, as their "
             f"modules have no reset_parameters(): {', '.join(kept)}",
         )
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -333,8 +333,9 @@ class Tuner:
         if progress.step_in_epoch != self._steps_per_epoch and not self.done:
             self._warn(
                 "steps",
-                f"epoch {progress.epoch} had {progress.step_in_epoch} optimiser steps, the Tuner was made "
-                f"for steps_per_epoch={self._steps_per_epoch}; schedules are computed for the latter",
+                f"epoch {progress.epoch} had {plural(progress.step_in_epoch, 'optimiser step')}, the "
+                f"Tuner was made for steps_per_epoch={self._steps_per_epoch}; schedules are computed for "
+                "the latter",
             )
         self._open = False
         progress.epoch += 1

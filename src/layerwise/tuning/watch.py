@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from layerwise.errors import ModelError, shorten
+from layerwise.errors import ModelError, plural, shorten
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norm_layers import frozen_norms
 from layerwise.tuning.wrappers import unwrapped
@@ -61,10 +61,12 @@ class WatchReport:
             return
         found = []
         if self.frozen_moved:
-            found.append(f"{len(self.frozen_moved)} frozen parameters moved ({shorten(self.frozen_moved)})")
+            found.append(
+                f"{plural(len(self.frozen_moved), 'frozen parameter')} moved ({shorten(self.frozen_moved)})"
+            )
         if self.frozen_buffers_moved:
             found.append(
-                f"{len(self.frozen_buffers_moved)} buffers of frozen modules moved "
+                f"{plural(len(self.frozen_buffers_moved), 'buffer')} of frozen modules moved "
                 f"({shorten(self.frozen_buffers_moved)})"
             )
         raise ModelError(
@@ -78,7 +80,8 @@ class WatchReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.moved)} parameters moved, {len(self.buffers_moved)} buffers moved",
+            f"{plural(len(self.moved), 'parameter')} moved, "
+            f"{plural(len(self.buffers_moved), 'buffer')} moved",
             f"frozen: {len(self.frozen_moved)} of {self.frozen_tensors} parameters moved, "
             f"{len(self.frozen_buffers_moved)} of {self.frozen_buffers} buffers moved",
         ]
@@ -177,7 +180,7 @@ def watch(
     >>> with watch(model) as watched, torch.no_grad():
     ...     _ = model.weight.add_(1)
     >>> print(watched.report)
-    1 parameters moved, 0 buffers moved
+    1 parameter moved, 0 buffers moved
     frozen: 0 of 1 parameters moved, 0 of 0 buffers moved
     >>> watched.report.raise_if_frozen_moved()
     """

@@ -15,7 +15,7 @@ from helpers import TinyCNN
 from layerwise.cache.replay.ghost import Ghost
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers? trains? on batches")
 
 PLANS = {
     "top_k": lambda layers: layerwise.top_k(layers, k=2, epochs=3),

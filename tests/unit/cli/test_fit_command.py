@@ -21,7 +21,7 @@ from layerwise.sources.models import open_model
 from layerwise.training.history import read_history
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers? trains? on batches")
 
 MODEL = ["--model", "timm:test_efficientnet", "--no-pretrained", "--input-size", "64"]
 SHORT = ["--epochs", "2", "--lr", "1e-2", "--batch-size", "8", "--cache", "off"]

@@ -512,6 +512,18 @@ def test_explain_of_a_phase_of_norms_alone_names_no_group() -> None:
     assert "norms: adapt" in text
 
 
+def test_counts_of_one_are_singular() -> None:
+    """One group, one phase, one step: in the title of the map, in the timeline and in the notes."""
+    layers = named_map("head")
+    assert str(layers).splitlines()[0].endswith(", 1 stage")
+    schedule = {"shape": "linear", "warmup_steps": 1}
+    phase = {"name": "p", "rates": {"head": 1.0}, "steps": 1, "schedule": schedule}
+    text = str(Plan(strategy="s", groups=layers.names, phases=[phase]).explain(layers, steps_per_epoch=1))
+    assert text.startswith("s: 1 phase, 1 epoch, 1 step\n")
+    assert re.search(r"1 p +1 step ", text)
+    assert "warm-up 1 step\n" in text
+
+
 def test_a_rate_that_is_no_number_is_told_once() -> None:
     """Not also as a phase that trains nothing, which may be untrue."""
     for rates, told in (({"a": "fast"}, "rates.a is 'fast'"), (5, "rates is 5")):

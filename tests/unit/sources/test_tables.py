@@ -94,13 +94,13 @@ def test_an_empty_line_is_no_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a,b\n1,2\n1,2,3\n1\n", "line 3 has 3 cells, line 4 has 1 cells"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n1\n", "line 3 has 3 cells, line 4 has 1 cell"),
         ("b.csv", 'a,b\n"open,2\n', "malformed"),
         ("c.csv", "a,a\n1,2\n", "two columns of one name"),
         ("d.csv", "a,b\n", "no rows"),
         ("e.csv", "", "is empty"),
         ("f.jsonl", '{"a": 1}\nnope\n', "line 2"),
-        ("g.jsonl", '{"a": 1}\n3\n', "line 2 is a int"),
+        ("g.jsonl", '{"a": 1}\n3\n', "line 2 is an int"),
         ("h.json", "[1, 2", "not JSON"),
         ("i.parquet", "PAR1", "not a whole Parquet file"),
         ("j.xlsx", "x", "ends in '.xlsx'; expected one of .csv"),

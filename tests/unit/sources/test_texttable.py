@@ -205,7 +205,7 @@ def test_tags_from_conll_and_from_lists(tmp_path):
     assert table.parts["train"].targets == [("B-PER", "O"), ("B-LOC",)]
     assert table.classes == ("B-LOC", "B-PER", "O")
     path = write_jsonl(tmp_path / "t.jsonl", [{"tokens": ["a", "b"], "tags": ["O"]}])
-    with pytest.raises(DataError, match="row 1 of train has 2 words and 1 tags"):
+    with pytest.raises(DataError, match="row 1 of train has 2 words and 1 tag\n"):
         read_texts(path, task="token_classification")
 
 

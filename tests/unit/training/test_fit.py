@@ -30,7 +30,7 @@ from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers? trains? on batches")
 
 VAL = tiny_data(30, seed=5)
 
@@ -728,7 +728,7 @@ def test_the_set_up_is_audited_and_watched(tmp_path: Path) -> None:
             self.stem[0].weight.data.mul_(1.001)
             return super().forward(x)
 
-    with pytest.warns(LayerwiseWarning, match=r"1 frozen parameters moved \(stem\.0\.weight\)"):
+    with pytest.warns(LayerwiseWarning, match=r"1 frozen parameter moved \(stem\.0\.weight\)"):
         result = run(Drifts(), out=tmp_path / "b")
     assert "stem.0.weight" in result.notes[0]
     assert not json.loads((tmp_path / "b" / "audit.json").read_text())["after"]["ok"]

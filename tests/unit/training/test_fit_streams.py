@@ -10,7 +10,7 @@ from layerwise.training.result import Result
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 # Batches are small on purpose here; training/test_fit.py tests that fit warns of it.
-pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers train on batches")
+pytestmark = pytest.mark.filterwarnings("ignore:phase .* batch-norm layers? trains? on batches")
 
 DATA = tiny_data(48)
 

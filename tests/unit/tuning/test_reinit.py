@@ -91,7 +91,7 @@ def test_a_vector_without_initialisation_is_kept_and_told() -> None:
     model.add_module("block", Block())
     model.add_module("head", nn.Linear(3, 2))
     before = snapshot(model)
-    with pytest.warns(LayerwiseWarning, match=r"1 vectors keep their values, .*block\.gamma"):
+    with pytest.warns(LayerwiseWarning, match=r"1 vector keeps its values, .*block\.gamma"):
         names = reinit(model, map_by_children(model), ("block",), seed=0)
     assert changed(before, snapshot(model)) == set(names) == {"block.linear.weight", "block.linear.bias"}
 
