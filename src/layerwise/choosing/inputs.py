@@ -30,8 +30,12 @@ def contrast(images: Tensor) -> Tensor:
 
 
 def colour(images: Tensor) -> Tensor:
-    """Return the mean standard deviation between channels as a share of the contrast, float[N]; 0 is grey."""
-    return images.std(1, correction=0).flatten(1).mean(1) / contrast(images).clamp(min=1e-6)
+    """Return the mean standard deviation between channels as a share of the contrast, float[N]; 0 is grey.
+
+    0 for an image of one colour too: it has no contrast to compare with.
+    """
+    spread, whole = images.std(1, correction=0).flatten(1).mean(1), contrast(images)
+    return torch.where(whole > 1e-6, spread / whole.clamp(min=1e-6), 0.0)
 
 
 def sharpness(images: Tensor) -> Tensor:

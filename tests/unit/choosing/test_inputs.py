@@ -84,6 +84,14 @@ def test_flat_images_give_finite_figures():
     assert inputs.measure_images(torch.full((2, 3, 16, 16), 0.7))["resolution"].tolist() == [0, 0]
 
 
+def test_a_blank_image_has_no_colour_whatever_the_channels_are():
+    # black is normalised to another value in each channel; one such image must not outweigh all others
+    black = torch.tensor([-2.1, -2.0, -1.8])[:, None, None].expand(3, 64, 64)
+    values = inputs.measure_images(torch.stack([black, pictures()[0]]))["colour"]
+    assert values[0] == 0
+    assert values[1] == pytest.approx(inputs.colour(pictures()[:1]).item())
+
+
 def test_other_shapes_are_refused():
     # a single image without a batch axis
     with pytest.raises(DataError, match=r"\(3, 16, 16\)"):
