@@ -28,6 +28,7 @@ def demo_text(
 ) -> None:
     """Compare a linear probe, full fine-tuning and a selective plan on topics of texts, and print it."""
     from layerwise.errors import DataError, plural
+    from layerwise.sources.tables import read_rows
     from layerwise.training.text_demo import EPOCHS, run_text_demo
 
     began_s = time.monotonic()
@@ -43,6 +44,8 @@ def demo_text(
         f"Model: {name}, classified by the mean of its tokens. Texts: {texts}. "
         f"Every run: {plural(epochs, 'epoch')}, seed {seed}."
     )
+    if data is not None and data.is_file():
+        read_rows(data, ("text", "label"))  # what misses here, fit would tell with options of its own
     try:
         done = run_text_demo(
             folder,

@@ -62,7 +62,7 @@ def elpv_images(
         )
         for number, part in enumerate(chosen)
     )
-    note = f"ELPV: {len(train)} train, {len(val)} val, {len(test)} test of {len(rows)} images, seed {seed}"
+    note = f"ELPV: {len(train)} train, {len(val)} val, {len(test)} test of {len(rows):,} images, seed {seed}"
     return ImageData(train, val, test, CLASSES, notes=(note,))
 
 

@@ -49,3 +49,13 @@ def test_without_package_lists_it_says_how_to_go_on(tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert "gone.csv' does not exist" in result.stderr
     assert "Debian" not in result.stderr.split("DataError")[1]
+
+
+def test_a_table_without_the_columns_is_not_told_of_options_of_fit(tmp_path):
+    # The demo has no --label-column.
+    write_csv(tmp_path / "a.csv", topic_rows(9))
+    arguments = ["demo", "text", "--data", str(tmp_path / "a.csv"), "--out", str(tmp_path / "runs")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "no column 'label'; its columns are 'text', 'topic'." in result.stderr
+    assert "--label-column" not in result.stderr
