@@ -48,7 +48,7 @@ def predict_images(
             f"{run.path} does not know how its images were prepared (it was started from Python). Load it "
             "with layerwise.load_run(...) and give its predict() a batch of tensors."
         )
-    data = image_list(images, run.preprocessing, classes=run.classes)
+    data = image_list(images, run.preprocessing, classes=run.classes, option="")
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
     for begin in range(0, len(data), batch_size):

@@ -45,6 +45,13 @@ def test_bad_files_are_left_out_and_listed_whatever_the_batches(batch_size: int,
         predict_images(RUN, images, batch_size=batch_size)
 
 
+def test_a_table_without_the_column_is_not_told_of_an_option_that_there_is_not(tmp_path: Path) -> None:
+    # `layerwise predict` reads the column path and takes no other name.
+    (tmp_path / "t.csv").write_text("file\na.png\n")
+    with pytest.raises(DataError, match=r"no column 'path'; its columns are 'file'\.$"):
+        predict_images(RUN, [tmp_path / "t.csv"])
+
+
 def test_a_run_that_knows_no_preprocessing_is_told(tmp_path: Path) -> None:
     # What to do instead is said.
     with pytest.raises(
