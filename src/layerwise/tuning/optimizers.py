@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, MutableMapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -74,13 +75,14 @@ class OptimizerBuilder:
         for group, spec in zip(optimizer.param_groups, specs):
             self._set_decay(group, spec)
         # Adagrad and some others make the state of all parameters at once, and none for those that join.
-        self._eager = len(optimizer.state) > 0
+        self._eager = any(states_of(optimizer))
         return optimizer
 
     def sync(self, optimizer: torch.optim.Optimizer, specs: Sequence[GroupSpec]) -> None:
         """Make the param groups of `optimizer` those of `specs`, in their order.
 
-        What stays keeps its state, bit for bit, and its group's options. What joins starts without state.
+        What stays keeps its state, bit for bit, and its group's options, also in a group of another name.
+        What joins starts without state.
         What leaves loses its state and its gradients.
         """
         groups: list[dict[str, Any]] = optimizer.param_groups
@@ -88,23 +90,25 @@ class OptimizerBuilder:
         stays = {id(parameter) for spec in specs for parameter in spec.parameters}
         joins = stays - {id(parameter) for group in groups for parameter in group["params"]}
         options: dict[str, dict[str, Any]] = {}
+        former: dict[int, str] = {}  # parameter -> its group, of those that are made anew
         for group in list(groups):
             for parameter in group["params"]:
                 if id(parameter) not in stays:
-                    optimizer.state.pop(parameter, None)
+                    _drop_state(optimizer, parameter)
                     parameter.grad = None
             spec = wanted.get(group["name"])
             if spec is None or [*map(id, group["params"])] != [*map(id, spec.parameters)]:
-                options[group["name"]] = {
-                    key: value for key, value in group.items() if key not in ("params", "param_names")
-                }
+                own = ("params", "param_names", "name", "layer_group")
+                options[group["name"]] = {key: value for key, value in group.items() if key not in own}
+                former |= dict.fromkeys(map(id, group["params"]), group["name"])
                 # by identity: dicts of tensors have no usable equality
                 del groups[next(index for index, other in enumerate(groups) if other is group)]
         present = {group["name"] for group in groups}
         for spec in specs:
             if spec.name not in present:
-                kept = options.get(spec.name, {})
-                optimizer.add_param_group({**as_dict(spec, lr=0.0), **kept, "params": list(spec.parameters)})
+                source = next((former[id(p)] for p in spec.parameters if id(p) in former), spec.name)
+                kept = copy.deepcopy(options.get(source, {}))  # of one group there may be two now
+                optimizer.add_param_group({**as_dict(spec, lr=0.0), **kept})
                 if not kept:
                     self._set_decay(groups[-1], spec)
         place = {spec.name: index for index, spec in enumerate(specs)}
@@ -115,7 +119,7 @@ class OptimizerBuilder:
         """Have parameters lose their state, and go on as those that join."""
         parameters = list(parameters)
         for parameter in parameters:
-            optimizer.state.pop(parameter, None)
+            _drop_state(optimizer, parameter)
         self._start(optimizer, set(map(id, parameters)))
 
     def _start(self, optimizer: torch.optim.Optimizer, parameters: Set[int]) -> None:
@@ -130,7 +134,9 @@ class OptimizerBuilder:
         for group in groups:
             group.pop("param_names", None)
         if groups:
-            optimizer.state.update(self._factory(groups, **self._options).state)
+            made = self._factory(groups, **self._options)
+            for state, new in zip(states_of(optimizer), states_of(made)):
+                state.update(new)
 
     def _set_decay(self, group: dict[str, Any], spec: GroupSpec) -> None:
         if "weight_decay" not in group:
@@ -139,6 +145,18 @@ class OptimizerBuilder:
             group["weight_decay"] = 0.0
         elif self.weight_decay is not None:
             group["weight_decay"] = self.weight_decay
+
+
+def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
+    """Return the state by parameter of `optimizer`, and that of the optimisers inside it (Lookahead, SAM)."""
+    inner = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    found = [optimizer.state, *(state for other in inner for state in states_of(other))]
+    return list({id(state): state for state in found}.values())
+
+
+def _drop_state(optimizer: Any, parameter: nn.Parameter) -> None:
+    for state in states_of(optimizer):
+        state.pop(parameter, None)
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

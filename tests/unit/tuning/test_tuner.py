@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.optim import Lion
+from timm.optim import Lamb, Lion, Lookahead
 from torch import nn
 from torch.nn import functional as F
 from transformers.optimization import Adafactor as HFAdafactor
@@ -316,6 +316,50 @@ def test_refrozen_groups_release_state_and_gradients() -> None:
     assert steps == [(False, True, False), (True, True, False), (True, True, True)]
     assert float(tuner.optimizer.state[weight]["step"]) == 1
     assert float(tuner.optimizer.state[model.head.weight]["step"]) == 3
+
+
+def test_an_optimiser_around_another_starts_refrozen_groups_clean_too() -> None:
+    """Lookahead's weights and the moments of what it wraps: none is left of a group that was frozen again."""
+    model = tiny_mlp(blocks=1)
+    both = {"b0": 1.0, "head": 1.0}
+    rows = [
+        Phase(name="both", rates=both, steps=1),
+        Phase(name="head", rates={"head": 1.0}, steps=1),
+        Phase(name="again", rates=both, steps=1),
+    ]
+
+    def lookahead(groups: Any, lr: float) -> Lookahead:
+        return Lookahead(torch.optim.Adagrad(groups, lr=lr), k=1)
+
+    tuner = make(
+        Plan(groups=map_by_children(model).names, phases=tuple(rows)), model=model, optimizer=lookahead
+    )
+    inner = tuner.optimizer._base_optimizer
+    weight = model.b0[0].weight
+    (inputs, labels), *_ = batches(1, (6,), classes=3)
+    seen = []
+    for _ in range(3):
+        F.cross_entropy(model(inputs), labels).backward()
+        tuner.step()
+        seen.append(sorted(inner.state[weight]) if weight in inner.state else [])
+        assert len(tuner.state_dict()["optimizer"]["state"]) == len(inner.state)
+    assert seen == [[], ["step", "sum"], ["lookahead_slow_buff", "step", "sum"]]
+    assert float(inner.state[weight]["step"]) == 1
+    assert float(inner.state[model.head.weight]["step"]) == 3
+
+
+def test_what_an_optimiser_keeps_in_a_group_stays_where_its_multiplier_changes() -> None:
+    """Lamb counts the steps of a group, by which it corrects the moments: as long as those it counts on."""
+    rates = {"b0": 1.0, "b1": 1.0, "b2": 1.0, "head": 1.0}
+    rows = [
+        Phase(name="a", rates=rates, epochs=1),
+        Phase(name="b", rates=rates, overrides={"b0.0.weight": 0.5}, epochs=1),
+    ]
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows), optimizer=Lamb)
+    train(tuner, stop=STEPS + 1)
+    groups = {group["name"]: group for group in tuner.optimizer.param_groups}
+    assert groups["b0 x0.5"]["lr"] == 0.005
+    assert {int(group["step"]) for group in groups.values()} == {STEPS + 1}
 
 
 def test_weight_decay_applies_to_matrices_alone() -> None:
