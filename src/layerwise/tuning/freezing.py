@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 from torch import nn
 
 from layerwise.errors import ModelError, plural
 from layerwise.plans.selection import match_names
 from layerwise.tuning.modes import pin_eval, unpin
+
+_SWITCHED: WeakSet[nn.Module] = WeakSet()
+"""Modules that `freeze` pinned or `unfreeze` let go, in this process: not those that somebody else pinned."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class FreezeRecord:
     numel: int
     modules: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    _model: nn.Module = dataclasses.field(default_factory=nn.Module, repr=False, compare=False)
     _parameters: tuple[nn.Parameter, ...] = dataclasses.field(default=(), repr=False, compare=False)
     _modules: tuple[nn.Module, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
@@ -41,13 +46,20 @@ class FreezeRecord:
         return f"{what}; modules {how}: {len(self.modules)}"
 
     def undo(self) -> None:
-        """Give the switched parameters and modules the state that they had before the call."""
+        """Give the switched parameters and modules the state that they had before the call.
+
+        Records may be undone in any order: a module that several of them stilled is held as long as all its
+        parameters are frozen.
+        """
+        before = {module for module, _ in _wholly_frozen(self._model)}
         for parameter in self._parameters:
             parameter.requires_grad = self.action == "freeze"
+        after = {module for module, _ in _wholly_frozen(self._model)}
+        others = (module for module in before ^ after if module in _SWITCHED)
         if self.action == "freeze":
-            unpin(self._modules)
+            unpin((*self._modules, *others))
         else:
-            pin_eval(self._modules)
+            pin_eval((*(module for module in self._modules if module in after), *others))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data for JSON."""
@@ -175,6 +187,7 @@ def _switch(
         changed = unpin(module for module in still_before if module not in still)
     else:
         changed = pin_eval(module for module in still if module not in still_before)
+    _SWITCHED.update(changed)
     paths = still_before if wanted else still
     return FreezeRecord(
         action=action,
@@ -184,6 +197,7 @@ def _switch(
         ),
         modules=tuple(paths[module] for module in changed),
         skipped=tuple(skipped),
+        _model=model,
         _parameters=tuple(parameter for _, parameter in switched.values()),
         _modules=changed,
     )

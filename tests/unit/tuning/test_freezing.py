@@ -15,6 +15,7 @@ from helpers import changed, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import ModelError, PlanError
 from layerwise.tuning.freezing import count_parameters, freeze, unfreeze
 from layerwise.tuning.modes import pinned
+from layerwise.tuning.norms import freeze_batchnorm
 
 NAMES = [name for name, _ in tiny_cnn().named_parameters()]
 
@@ -109,6 +110,31 @@ def test_undo_is_the_inverse(first: list[str], second: list[str]) -> None:
         record = action(model, *second)
         record.undo()
         assert state(model) == before
+
+
+def test_records_are_undone_in_any_order() -> None:
+    """After each undo exactly the wholly frozen modules are held; dropout beside what learns is not."""
+    for action, other in ((freeze, unfreeze), (unfreeze, freeze)):
+        model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2)), nn.Linear(2, 2))
+        other(model)
+        before = state(model.train())
+        first, second = action(model, "0.0"), action(model, "0.2")
+        first.undo()
+        part = [pinned(module) for module in (model, model[0], *model[0])]
+        assert part == (
+            [False, False, False, False, True] if action is freeze else [False, False, True, False, False]
+        )
+        second.undo()
+        assert state(model) == before
+
+
+def test_undo_leaves_other_peoples_pins() -> None:
+    """A norm that was held before by itself is held after the record of its surroundings is undone."""
+    model = tiny_cnn()
+    freeze_batchnorm(model, affine=False)
+    before = state(model)
+    freeze(model).undo()
+    assert state(model) == before
 
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
