@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from layerwise.errors import plural
 from layerwise.tuning.audit_setup import Finding, Setup
@@ -224,7 +224,9 @@ def broken_ratios(setup: Setup) -> Iterator[Finding]:
             "so the ratio between groups is not the one that was asked for.",
             advice,
         )
-    if factors and max(factors.values()) - min(factors.values()) > 1e-6 * max(1.0, *factors.values()):
+    # timm's schedulers multiply lr_scale into lr, and leave initial_lr without it
+    scaled = {name: factors[name] / (float(group.get("lr_scale", 1)) or 1.0) for name, group in known}
+    if _differ(factors) and _differ(scaled):
         low, high = min(factors, key=factors.__getitem__), max(factors, key=factors.__getitem__)
         yield Finding(
             "warning",
@@ -235,6 +237,11 @@ def broken_ratios(setup: Setup) -> Iterator[Finding]:
             "or a shape with steps counted from the start does this.",
             advice,
         )
+
+
+def _differ(factors: Mapping[str, float]) -> bool:
+    values = factors.values()
+    return bool(values) and max(values) - min(values) > 1e-6 * max(1.0, *values)
 
 
 def without_state(setup: Setup) -> Iterator[Finding]:

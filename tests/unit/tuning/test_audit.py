@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils.checkpoint import checkpoint
@@ -256,6 +257,21 @@ def test_lr_scales_that_nobody_reads(net):
     assert audit(net, SGD(groups([1.0, 1.0, 1.0]), lr=0.1)).codes == {"layer-decay-without-effect"}
     applied = SGD([{**g, "lr": 0.1 * g["lr_scale"]} for g in groups([0.25, 0.5, 1.0])], lr=0.1)
     assert audit(net, applied).findings == ()
+
+
+def test_timms_schedulers_that_read_the_scales_keep_the_ratio(net):
+    """They leave ``initial_lr`` as it is and multiply the scale into ``lr``: no ratio is broken by that."""
+    groups = [
+        {"params": list(child.parameters()), "lr_scale": scale}
+        for child, scale in zip(net.children(), (0.25, 0.5, 1.0))
+    ]
+    optimizer = SGD(groups, lr=0.1)
+    schedule = CosineLRScheduler(optimizer, 10, warmup_t=2, warmup_lr_init=1e-3)
+    for epoch in (0, 1, 5):
+        schedule.step(epoch)
+        assert audit(net, optimizer, layers=map_by_children(net)).findings == ()
+    optimizer.param_groups[0]["lr"] *= 2
+    assert audit(net, optimizer, layers=map_by_children(net)).codes == {"ratio-broken"}
 
 
 def two_groups(net, late_lr):
