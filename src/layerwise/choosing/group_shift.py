@@ -38,8 +38,8 @@ def shift_of_norms(
         parts = len(entry.sizes)
         drawn: Array = np.vstack([np.ones((1, parts)), _weights(parts, draws, seed)]) * entry.sizes
         weights = drawn / drawn.sum(1, keepdims=True)  # a chunk counts by its samples
-        mean = weights @ entry.mean.astype(np.float64)
-        var = np.maximum(weights @ entry.square.astype(np.float64) - mean**2, 0)
+        mean = weights @ entry.mean
+        var = np.maximum(weights @ entry.square - mean**2, 0)
         ref_mean, ref_var = entry.running_mean.astype(np.float64), entry.running_var.astype(np.float64)
         gaps.append(_gap(mean, var, ref_mean, ref_var, spread(ref_var)))
         divergences.append(_kl(mean, var, ref_mean, ref_var))

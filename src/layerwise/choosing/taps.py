@@ -30,7 +30,7 @@ class NormInputs:
     Attributes:
         group: name of its layer group.
         sizes: samples of each chunk, int64[chunks].
-        mean: per chunk of samples and channel, float32[chunks, channels].
+        mean: per chunk of samples and channel, float64[chunks, channels].
         square: mean of the squares, likewise.
         running_mean: of the source domain, float32[channels].
         running_var: likewise.
@@ -38,8 +38,8 @@ class NormInputs:
 
     group: str
     sizes: npt.NDArray[np.int64]
-    mean: Floats
-    square: Floats
+    mean: npt.NDArray[np.float64]
+    square: npt.NDArray[np.float64]
     running_mean: Floats
     running_var: Floats
 
@@ -147,7 +147,8 @@ class Taps:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             value = next(tensors((args, kwargs)))
             rows = value.detach().float().flatten(2) if value.ndim > 2 else value.detach().float()[..., None]
-            self._sums[name].append((rows.mean(2).cpu(), (rows**2).mean(2).cpu()))
+            variance, mean = (part.cpu().double() for part in torch.var_mean(rows, dim=2, correction=0))
+            self._sums[name].append((mean, variance + mean**2))  # float32 would lose a variance far from 0
 
         return hook
 
@@ -176,8 +177,8 @@ def _chunks(rows: Tensor) -> list[Tensor]:
     return [rows[order[first::CHUNKS]] for first in range(min(CHUNKS, len(rows)))]
 
 
-def _means(parts: list[Tensor]) -> Floats:
-    result: Floats = torch.stack([part.mean(0) for part in parts]).numpy()
+def _means(parts: list[Tensor]) -> npt.NDArray[np.float64]:
+    result: npt.NDArray[np.float64] = torch.stack([part.mean(0) for part in parts]).numpy()
     return result
 
 

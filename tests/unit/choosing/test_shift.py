@@ -293,6 +293,17 @@ def test_one_standard_deviation_off_is_as_documented():
     assert found.kl.value == pytest.approx(0.5 / 1.1, rel=0.01)
 
 
+def test_values_far_from_zero_are_no_shift():
+    # years, say: the variance is small beside the square of the mean, of which float32 has seven digits
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([2015.0, 1e4, -3e3])
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    model[0].running_mean.copy_(x.double().mean(0))
+    model[0].running_var.copy_(x.double().var(0))
+    found = shift(model, x, layers=layer_map(model, x[:2], granularity="layers")).groups[0]
+    assert found.norms.value < 1e-4
+    assert found.kl.value < 1e-4
+
+
 def test_a_norm_that_does_not_run_is_left_out(model):
     # a spare one beside those that run: the same figures as without it
     x, _ = images(60, seed=2)
