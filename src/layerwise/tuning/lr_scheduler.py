@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from layerwise.errors import PlanError
 from layerwise.plans.schedules import factor, join_factor
@@ -13,6 +16,7 @@ from layerwise.tuning.optimizers import set_rate
 from layerwise.tuning.stall import Mode, Stall
 
 _BASE, _JOINED = "initial_lr", "layerwise_joined_at"
+_HOOKS: WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = WeakKeyDictionary()
 
 
 class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
@@ -62,11 +66,13 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
         self.stalls = 0
         self._stall = Stall()
         super().__init__(optimizer, last_epoch)
-        optimizer.register_step_pre_hook(self._scale_joiners)
+        if optimizer in _HOOKS:
+            _HOOKS[optimizer].remove()  # joiners are this schedule's now
+        _HOOKS[optimizer] = optimizer.register_step_pre_hook(self._scale_joiners)
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """Return the rate of each group for the next step."""
-        value = factor(self.schedule, max(self.last_epoch, 0), self.total_steps, stalls=self.stalls)
+        value = factor(self.schedule, self._now, self.total_steps, stalls=self.stalls)
         return [self._rate(group, value) for group in self.optimizer.param_groups]
 
     def end_epoch(self, metric: float, *, mode: Mode = "max") -> None:
@@ -98,6 +104,10 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
         self._stall = Stall(state_dict["best"], state_dict["bad_epochs"])
         self._set_rates()
 
+    @property
+    def _now(self) -> int:
+        return max(self.last_epoch, 0)
+
     def _set_rates(self) -> None:
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr):
@@ -106,12 +116,15 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
     def _rate(self, group: dict[str, Any], value: float) -> float:
         if _BASE not in group:
             group[_BASE] = float(group["lr"])
-            group[_JOINED] = max(self.last_epoch, 0)
-        if _JOINED in group:
-            value *= join_factor(max(self.last_epoch, 0) - group[_JOINED], self.join_steps)
+            group[_JOINED] = self._now
+        if group.get(_JOINED, math.inf) <= self._now:
+            value *= join_factor(self._now - group[_JOINED], self.join_steps)
         return float(group[_BASE]) * value
 
     def _scale_joiners(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Scale groups that were added since the last step, before the optimiser uses their rate."""
+        for group in optimizer.param_groups:
+            if group.get(_JOINED, 0) > self._now:
+                del group[_JOINED]  # it joined under another schedule, before this one
         if any(_BASE not in group for group in optimizer.param_groups):
             self._set_rates()

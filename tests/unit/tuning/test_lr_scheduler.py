@@ -63,6 +63,24 @@ def test_a_joiner_may_warm_up() -> None:
     assert used == [[1.0, 0.25], [1.0, 0.5], [1.0, 0.5]]
 
 
+def test_a_second_schedule_on_an_optimiser_knows_nothing_of_the_first() -> None:
+    """A group that joined under the first is now one of the first groups; a new joiner is scaled once."""
+    sgd = optimizer(0.8)
+    for joiner in (0.4, 0.2):
+        scheduler = LayerwiseLR(sgd, "linear", total_steps=8, join_steps=2)
+        for step in range(8):
+            if step == 4:
+                sgd.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": joiner})
+            sgd.step()
+            used = rates(sgd)
+            scheduler.step()
+            value = 1 - step / 8
+            expected = [0.8 * value] if joiner == 0.4 else [0.8 * value, 0.4 * value]
+            if step >= 4:
+                expected.append(joiner * value * min(1, (step - 3) / 3))
+            assert used == pytest.approx(expected)
+
+
 def test_plateau_waits_for_the_metric() -> None:
     """The factor falls once validation has stalled for longer than the patience."""
     sgd = optimizer(1.0)
