@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from layerwise.errors import plural
 from layerwise.tuning.audit_setup import Finding, Setup
+from layerwise.tuning.lr_scheduler import LayerwiseLR
 
 
 def nothing_trains(setup: Setup) -> Iterator[Finding]:
@@ -208,6 +209,8 @@ def scales_without_effect(setup: Setup) -> Iterator[Finding]:
 
 def broken_ratios(setup: Setup) -> Iterator[Finding]:
     """Groups that the schedule does not move together."""
+    if any(isinstance(scheduler, LayerwiseLR) for scheduler in setup.schedulers):
+        return  # it sets all rates anew before the next step, those of joining groups lower on purpose
     live = [(name, g) for name, g in setup.param_groups if any(p.requires_grad for p in g["params"])]
     known = [(name, g) for name, g in live if float(g.get("initial_lr", 0)) > 0]
     factors = {name: float(group["lr"]) / float(group["initial_lr"]) for name, group in known}

@@ -21,6 +21,8 @@ from helpers import map_by_children
 from layerwise.errors import ModelError
 from layerwise.tuning.audit import audit
 from layerwise.tuning.audit_schedulers import KEEP_BY_GROUP, raises_on_new_group
+from layerwise.tuning.freezing import unfreeze
+from layerwise.tuning.lr_scheduler import LayerwiseLR
 from layerwise.tuning.modes import pin_eval
 from layerwise.tuning.norms import freeze_batchnorm
 
@@ -272,6 +274,21 @@ def test_timms_schedulers_that_read_the_scales_keep_the_ratio(net):
         assert audit(net, optimizer, layers=map_by_children(net)).findings == ()
     optimizer.param_groups[0]["lr"] *= 2
     assert audit(net, optimizer, layers=map_by_children(net)).codes == {"ratio-broken"}
+
+
+def test_a_group_that_joins_under_layerwises_scheduler_is_sound(net):
+    """It is scaled before its first step, and may warm up: neither is a broken ratio."""
+    frozen(net, "stem", "mid")
+    optimizer = SGD(net.fc.parameters(), lr=0.1)
+    schedule = LayerwiseLR(optimizer, "linear", total_steps=9, join_steps=3)
+    for step in range(5):
+        if step == 2:
+            unfreeze(net, "mid")
+            optimizer.add_param_group({"params": list(net.mid.parameters()), "lr": 0.05})
+        layers = map_by_children(net)
+        assert audit(net, optimizer, scheduler=schedule, layers=layers).findings == ()
+        optimizer.step()
+        schedule.step()
 
 
 def two_groups(net, late_lr):
