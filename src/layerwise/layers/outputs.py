@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -178,10 +178,19 @@ def head_parameters(
 
 def _is_borrowed(recording: Recording, order: Order, name: str, outputs: tuple[str, ...]) -> bool:
     """Return whether an output layer's parameter is an earlier layer's, where it is used first."""
-    if len({module_of(alias) for alias in recording.names[name]}) < 2 or name not in order.position:
+    if name not in order.position:
         return False
-    calls = (call for call in recording.calls if call.path in outputs)
-    return not any(call.start <= order.position[name] < call.end for call in calls)
+    first = order.position[name]
+    if len({module_of(alias) for alias in recording.names[name]}) < 2:  # F.linear(x, self.embedding.weight)
+        last = max((op.index for op in recording.ops if name in order.weights(op)), default=first)
+        own = [call for call in recording.calls if call.path and call.path == module_of(name)]
+        return _in_any(own, first) and not _in_any(own, last)
+    return not _in_any([call for call in recording.calls if call.path in outputs], first)
+
+
+def _in_any(calls: Sequence[Call], index: int) -> bool:
+    """Return whether the operation number `index` runs in one of `calls`."""
+    return any(call.start <= index < call.end for call in calls)
 
 
 def _own_container(model: nn.Module, output: str, earlier: set[str]) -> str:

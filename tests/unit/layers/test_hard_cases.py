@@ -633,6 +633,40 @@ def test_a_tied_language_model_of_single_layers_has_no_head(granularity: Any) ->
     assert layers.notes[-1].endswith("it is tied to encoder.weight, so there is no head group")
 
 
+@pytest.mark.parametrize("granularity", ["layers", "blocks"])
+def test_an_embedding_that_is_applied_again_as_the_output_layer_is_no_head(granularity: Any) -> None:
+    """The weight has one name, and is used first in a call of its module: what comes after it is no head."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.first = nn.LSTM(8, 8, batch_first=True)
+            self.second = nn.LSTM(8, 8, batch_first=True)
+            self.bias = nn.Parameter(torch.zeros(11))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x, _ = self.first(self.embedding(ids))
+            x, _ = self.second(x)
+            return nn.functional.linear(x, self.embedding.weight, self.bias)
+
+    class AutoEncoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer, self.inner = nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            code = self.inner(self.outer(x).relu())
+            return (code @ self.inner.weight).relu() @ self.outer.weight
+
+    layers = layer_map(Recurrent(), torch.zeros(2, 3, dtype=torch.long), granularity=granularity)
+    assert layers.head is None
+    assert layers.names[-2:] == ("first", "second")
+    layers = layer_map(AutoEncoder(), torch.zeros(2, 8), granularity=granularity)
+    assert layers.head is None
+    assert layers.names == ("outer", "inner")
+
+
 def test_what_is_no_model_is_refused() -> None:
     # a name in place of a model would end in an AttributeError
     with pytest.raises(ModelError, match=r"'resnet18', a str; expected a torch\.nn\.Module"):
