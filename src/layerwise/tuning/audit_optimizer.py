@@ -314,12 +314,14 @@ def uneven_decay(setup: Setup) -> Iterator[Finding]:
     rates = rates_by_group(setup)
     if rates is None or setup.map is None:
         return
-    order = [name for name in setup.map.names if rates.get(name)]
-    steps = [(a, b, rates[a] / rates[b]) for a, b in itertools.pairwise(order)]
+    neighbours = itertools.pairwise(setup.map.names)
+    steps = [(a, b, rates[a] / rates[b]) for a, b in neighbours if rates.get(a) and rates.get(b)]
     usual = sorted(ratio for _, _, ratio in steps)[len(steps) // 2] if steps else 1.0
     off = [(a, b, ratio) for a, b, ratio in steps if abs(ratio - usual) > 1e-3 * usual]
     if len(steps) >= 3 and abs(usual - 1) > 1e-3 and len(off) == 1:
         a, b, ratio = off[0]
+        if min(abs(ratio - 1), abs(ratio - usual**2)) > 1e-3 * ratio:
+            return  # a rate that was chosen: of a new head, say
         yield Finding(
             "warning",
             "uneven-layer-decay",

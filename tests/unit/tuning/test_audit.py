@@ -353,12 +353,26 @@ def test_a_model_that_cannot_be_recorded_is_audited_with_a_note():
     assert "could not be recorded" in report.notes[0]
 
 
-@pytest.mark.parametrize(("exponents", "found"), [((4, 3, 2, 1, 0), False), ((5, 4, 3, 2, 0), True)])
+@pytest.mark.parametrize(
+    ("exponents", "found"), [((4, 3, 2, 1, 0), False), ((5, 4, 3, 2, 0), True), ((3, 2, 1, 0, 0), True)]
+)
 def test_an_off_by_one_in_layer_decay(exponents, found):
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
     groups = [{"params": c.parameters(), "lr": 0.1 * 0.8**e} for c, e in zip(net, exponents)]
     report = audit(net, SGD(groups), layers=map_by_children(net))
     assert [f.modules for f in report if f.code == "uneven-layer-decay"] == ([("3", "4")] if found else [])
+
+
+def test_a_head_with_its_own_rate_and_a_frozen_group_are_no_uneven_decay():
+    """Neither is a step skipped or taken twice: new heads often learn ten times as fast as what is below."""
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))
+    layers = map_by_children(net)
+    rates = [0.1 * 0.8 ** (5 - n) for n in range(6)]
+    groups = [{"params": child.parameters(), "lr": rate} for child, rate in zip(net, rates)]
+    assert audit(net, SGD([*groups[:5], {**groups[5], "lr": 1.0}]), layers=layers).findings == ()
+    frozen(net, "2")
+    groups = [{"params": list(child.parameters()), "lr": rate} for child, rate in zip(net, rates)]
+    assert audit(net, SGD(groups[:2] + groups[3:]), layers=layers).findings == ()
 
 
 SCHEDULERS = {
