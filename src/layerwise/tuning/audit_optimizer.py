@@ -287,7 +287,7 @@ def without_state(setup: Setup) -> Iterator[Finding]:
 
 def head_slower_than_backbone(setup: Setup) -> Iterator[Finding]:
     """A head, fresh from initialisation, that learns more slowly than the pretrained layers."""
-    if len({float(group["lr"]) for _, group in setup.param_groups}) < 2:
+    if len({float(group["lr"]) for _, group in setup.param_groups}) < 2 or _of_two_kinds(setup):
         return
     rates = rates_by_group(setup)
     layers = setup.map
@@ -309,7 +309,7 @@ def head_slower_than_backbone(setup: Setup) -> Iterator[Finding]:
 
 def uneven_decay(setup: Setup) -> Iterator[Finding]:
     """One step in an otherwise even layer-wise decay that is skipped or taken twice."""
-    if len({float(group["lr"]) for _, group in setup.param_groups}) < 4:
+    if len({float(group["lr"]) for _, group in setup.param_groups}) < 4 or _of_two_kinds(setup):
         return
     rates = rates_by_group(setup)
     if rates is None or setup.map is None:
@@ -330,6 +330,11 @@ def uneven_decay(setup: Setup) -> Iterator[Finding]:
             "off-by-one in the depth (ELECTRA published one).",
             "compare the table of rates with what was meant; layerwise counts the head as depth 0",
         )
+
+
+def _of_two_kinds(setup: Setup) -> bool:
+    """Return whether the optimisers are of several classes, whose rates say nothing of one another (Muon)."""
+    return len({type(optimizer) for optimizer in setup.optimizers}) > 1
 
 
 def rates_by_group(setup: Setup) -> dict[str, float] | None:

@@ -375,6 +375,16 @@ def test_a_head_with_its_own_rate_and_a_frozen_group_are_no_uneven_decay():
     assert audit(net, SGD(groups[:2] + groups[3:]), layers=layers).findings == ()
 
 
+def test_rates_of_optimisers_of_two_kinds_are_not_compared(net):
+    """As in the recipe of Muon: matrices at 0.02, the head and all vectors by AdamW at 3e-4."""
+    matrices = [net.stem[0].weight, net.mid[0].weight]
+    others = [p for p in net.parameters() if all(p is not matrix for matrix in matrices)]
+    pair = [SGD(matrices, lr=0.02), AdamW(others, lr=3e-4, weight_decay=0.0)]
+    assert audit(net, pair, layers=map_by_children(net)).findings == ()
+    pair = [AdamW(matrices, lr=0.02), AdamW(others, lr=3e-4, weight_decay=0.0)]
+    assert audit(net, pair, layers=map_by_children(net)).codes == {"head-slower-than-backbone"}
+
+
 SCHEDULERS = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda e: 1 / (1 + e)),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda e: 0.9),
