@@ -76,4 +76,4 @@ class RelativeGradientNorms:
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
     if not tensors:
         return 0.0
-    return math.sqrt(sum(float(tensor.float().square().sum()) for tensor in tensors))
+    return math.sqrt(sum(float(tensor.abs().float().square().sum()) for tensor in tensors))

@@ -1001,6 +1001,15 @@ def test_l2_sp_forgets_what_no_later_phase_pulls() -> None:
     assert tuner._l2_sp.references == {}
 
 
+def test_relative_gradient_norms_of_complex_weights_count_both_parts() -> None:
+    """As those of a Fourier layer: the imaginary part of weight and gradient is not dropped."""
+    real, spectral = nn.Parameter(torch.ones(4)), nn.Parameter(torch.tensor([3 + 4j, 0]))
+    real.grad, spectral.grad = torch.full((4,), 0.5), torch.tensor([0, 6 + 8j])
+    measured = RelativeGradientNorms()
+    assert measured.measure({"real": [real], "spectral": [spectral]})
+    assert measured.weights == {"real": 0.25, "spectral": 1.0}
+
+
 def test_relative_gradient_norms_are_measured_on_the_first_steps_of_an_epoch() -> None:
     """Later gradients change nothing; a group without a gradient has the share 0."""
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
