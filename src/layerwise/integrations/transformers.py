@@ -27,13 +27,18 @@ class RatesOfPlan:
 
     def __init__(self, tuner: Tuner) -> None:
         self.optimizer = tuner.optimizer
+        self._layers = tuner.layers
 
     def step(self, *_: Any) -> None:
         """Do nothing: the Tuner has set the rates."""
 
     def get_last_lr(self) -> list[float]:
         """Return the rates of the param groups, the head's first, for Trainer's log."""
-        return [float(group["lr"]) for group in reversed(self.optimizer.param_groups)]
+        groups = self.optimizer.param_groups
+        return [
+            float(group["lr"])
+            for group in sorted(groups, key=lambda group: self._layers.depth_of(group["layer_group"]))
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the Tuner's state is in the optimiser's."""

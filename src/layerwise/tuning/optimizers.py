@@ -81,11 +81,12 @@ class OptimizerBuilder:
     def sync(self, optimizer: torch.optim.Optimizer, specs: Sequence[GroupSpec]) -> None:
         """Make the param groups of `optimizer` those of `specs`, in their order.
 
-        What stays keeps its state, bit for bit, and its group's options, also in a group of another name.
-        What joins starts without state.
-        What leaves loses its state and its gradients.
+        The first group stays the first as long as it is there. What stays keeps its state, bit for bit, and
+        its group's options, also in a group of another name. What joins starts without state. What leaves
+        loses its state and its gradients.
         """
         groups: list[dict[str, Any]] = optimizer.param_groups
+        first = groups[0]["name"]
         wanted = {spec.name: spec for spec in specs}
         stays = {id(parameter) for spec in specs for parameter in spec.parameters}
         joins = stays - {id(parameter) for group in groups for parameter in group["params"]}
@@ -111,7 +112,8 @@ class OptimizerBuilder:
                 optimizer.add_param_group({**as_dict(spec, lr=0.0), **kept})
                 if not kept:
                     self._set_decay(groups[-1], spec)
-        place = {spec.name: index for index, spec in enumerate(specs)}
+        # Prodigy and its kin keep what holds for all groups in the first, and read it there.
+        place = {spec.name: index for index, spec in enumerate(specs)} | {first: -1}
         groups.sort(key=lambda group: place[group["name"]])
         self._start(optimizer, joins)
 

@@ -398,6 +398,8 @@ class Tuner:
             for name, value in state["references"].items()
         }
         self._builder.sync(self.optimizer, self._set_learners())
+        place = {name: index for index, name in enumerate(state["names"])}
+        self.optimizer.param_groups.sort(key=lambda group: place.get(group["name"], len(place)))
         check_param_groups(list(state["names"]), [group["name"] for group in self.optimizer.param_groups])
         self.optimizer.load_state_dict(state["optimizer"])
         self._unchecked = True
