@@ -324,9 +324,9 @@ def fit(
         wrapped_phase = -1
         for epoch in () if now.stopped_early else tuner.epochs():
             began_s = time.perf_counter()
-            now.begin(epoch, get_random_state())
+            now.begin(epoch, tuner.phase.name, get_random_state())
             model.train()
-            phase, rates = tuner.phase.name, tuner.rates()
+            phase, rates = now.within.phase or tuner.phase.name, tuner.rates()  # "" of older checkpoints
             setup.enter_phase(model, tuner, train, share, watched)
             start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
             stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
@@ -360,13 +360,13 @@ def fit(
                 if index + 1 == count:
                     continue  # the end of the epoch is saved below, with its validation
                 changed = tuner.phase_index != phase_index
-                if changed:
-                    setup.enter_phase(model, tuner, train, share, watched)
                 every = checkpoint_every_steps
                 due = every is not None and tuner.step_count % every == 0
                 if due or changed or interrupt.requested:
                     save(inside=True)
                     interrupt.raise_if_requested(go_on)
+                if changed:  # after the checkpoint: resuming from it enters the phase
+                    setup.enter_phase(model, tuner, train, share, watched)
 
             del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
             tuner.optimizer.zero_grad()  # of a window that a loader with fewer batches than it told left open

@@ -19,12 +19,14 @@ class EpochAtHand:
 
     Attributes:
         epoch: its number, from 0; -1 before the first.
+        phase: name of the phase in which it began.
         batch: batches of it that were trained on.
         loss_sum: their losses, each times its size.
         samples: in them, or over how many tokens or weights the losses are means.
     """
 
     epoch: int = -1
+    phase: str = ""
     batch: int = 0
     loss_sum: float = 0.0
     samples: float = 0
@@ -81,15 +83,16 @@ class Standing:
     timings: list[dict[str, Any]] = field(default_factory=list)
     stopped_early: bool = False
 
-    def begin(self, epoch: int, random: dict[str, Any]) -> None:
+    def begin(self, epoch: int, phase: str, random: dict[str, Any]) -> None:
         """Begin an epoch, unless a checkpoint of within it was loaded.
 
         Args:
             epoch: its number.
+            phase: name of the present phase.
             random: state of the global generators.
         """
         if self.within.epoch != epoch:
-            self.within, self.began_random = EpochAtHand(epoch), random
+            self.within, self.began_random = EpochAtHand(epoch, phase), random
 
     def to_state(self, *, inside: bool, with_random: bool) -> dict[str, Any]:
         """Return it as plain data.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import warnings
 from importlib.metadata import version
@@ -524,6 +525,25 @@ def test_phases_by_steps_end_inside_an_epoch(tmp_path: Path) -> None:
     assert [line["steps"] for line in result.history] == [7, 3]
     steps = [int(p.name.split("-")[1]) for p in list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert steps == [0, 4, 7, 10]
+
+
+@pytest.mark.parametrize("norms", [{"policy": "follow"}, {"policy": "calibrate", "momentum": 0.3}])
+def test_a_run_goes_on_from_a_phase_change_inside_an_epoch(tmp_path: Path, norms: dict) -> None:
+    # The epoch keeps the name of the phase it began in; statistics are measured once.
+    plan = tiny_plan(
+        phases=[
+            {"name": "one", "rates": {"head": 1.0}, "steps": 4},
+            {"name": "two", "rates": {"body": 1.0, "head": 1.0}, "steps": 6, "norms": norms},
+        ]
+    )
+    options: dict = {"plan": plan, "out": tmp_path / "run", "keep_checkpoints": 9}
+    whole = run(**options)
+    for later in list_checkpoints(tmp_path / "run" / "checkpoints")[2:]:
+        shutil.rmtree(later)
+    resumed = run(**options, resume=True)
+    assert any("(step 4)" in note for note in resumed.notes)
+    assert not changed(whole.model.state_dict(), resumed.model.state_dict())
+    assert resumed.history == whole.history
 
 
 def test_imbalance_is_met_by_weights_or_by_sampling() -> None:
