@@ -93,7 +93,7 @@ def decide(
         return Decision(where, reason, bytes_per_sample, samples, prefix_frac, speedup)
 
     size = f"{format_bytes(bytes_per_sample)} a sample, {format_bytes(total)} in all"
-    gain = f"the frozen prefix is {prefix_frac:.0%} of a step; about {speedup:.1f}x faster once cached"
+    gain = f"the frozen prefix is {prefix_frac:.0%} of a step; {_faster(speedup)} once cached"
     if storage == "off":
         return made("off", "switched off")
     if storage == "auto":
@@ -126,9 +126,15 @@ def kept(cut: Cut, where: Literal["memory", "disk"], samples: int) -> Decision:
     after = (cut.flops - cut.skipped_flops) * (1 + _BACKWARD)
     whole = cut.skipped_flops + after
     speedup = whole / max(after, 1.0)
-    gain = f"about {speedup:.1f}x faster by its operations" if speedup < 100 else "hardly any work is left"
+    gain = f"{_faster(speedup)} by its operations" if speedup < 100 else "hardly any work is left"
     reason = f"stored in an earlier pass; {gain}"
     return Decision(where, reason, 0, samples, cut.skipped_flops / max(whole, 1.0), speedup)
+
+
+def _faster(speedup: float) -> str:
+    if speedup < 1 / _LEAST_GAIN:
+        return f"about {1 / speedup:.1f}x slower"
+    return "hardly faster" if speedup < _LEAST_GAIN else f"about {speedup:.1f}x faster"
 
 
 def process_count() -> int:

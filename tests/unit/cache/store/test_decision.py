@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from layerwise.cache.cutting.cut import Cut
 from layerwise.cache.store import room
-from layerwise.cache.store.decision import decide
+from layerwise.cache.store.decision import decide, kept
 from layerwise.cache.store.room import free_disk_bytes, free_memory_bytes
 
 USUAL = {
@@ -34,6 +35,8 @@ USUAL = {
         ("auto", {"epochs": 5, "processes": 4}, "memory", "faster"),
         ("auto", {"bytes_per_sample": 10**9, "memory_bytes": 10**13}, "off", "too little to gain"),
         ("memory", {"prefix_s": 0.001, "epochs": 1}, "memory", "asked for"),
+        ("memory", {"prefix_s": 0.001}, "memory", "0% of a step; hardly faster once cached"),
+        ("memory", {"bytes_per_sample": 4 * 10**8, "memory_bytes": 10**13}, "memory", "about 1.8x slower"),
         ("memory", {"memory_bytes": 10}, "off", "do not fit into the budget of 10 B"),
         ("disk", {}, "disk", "asked for"),
         ("disk", {"disk_bytes": 10}, "off", "do not fit on the disk"),
@@ -52,6 +55,20 @@ def test_expected_gain() -> None:
     assert choice.speedup == pytest.approx(1.3 / 0.300005)
     assert choice.prefix_frac == pytest.approx(1 / 1.3)
     assert choice.total_bytes == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("skipped", "why"),
+    [
+        (1, "hardly faster by its operations"),
+        (50, "about 1.3x faster by its operations"),
+        (100, "hardly any"),
+    ],
+)
+def test_the_gain_of_what_was_stored_before(skipped, why) -> None:
+    # told from operations alone; forward and backward of what is left count three times
+    cut = Cut({}, {}, {}, {}, (), (), frozenset(), {}, {}, flops=100, skipped_flops=skipped)
+    assert why in kept(cut, "memory", samples=9).reason
 
 
 def test_what_is_free(tmp_path) -> None:
