@@ -109,6 +109,53 @@ def test_a_view_of_the_batch_is_not_an_argument_of_its_own() -> None:
     assert "is a part of another tensor" in off(Steered, images, *LAST, step=viewed)
 
 
+class Translator(nn.Module):
+    """Reads a source, and what is there of the target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Tanh())
+        self.words, self.decoder = nn.Embedding(9, 8), nn.Linear(8, 9)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.decoder(self.words(target) + self.encoder(source).mean(1, keepdim=True))
+
+
+def translations() -> TensorDataset:
+    drawn = torch.Generator().manual_seed(1)
+    return TensorDataset(*(torch.randint(9, (22, length), generator=drawn) for length in (5, 7)))
+
+
+@pytest.mark.parametrize("words", [("words",), ()], ids=["all of the decoder", "a part of it"])
+def test_a_part_of_what_else_is_in_the_batch(words) -> None:
+    # teacher forcing: the model is given all words but the last, and is to tell all but the first
+    def forced(model, batch):
+        source, target = batch
+        return nn.functional.cross_entropy(model(source, target[:, :-1]).mT, target[:, 1:])
+
+    outcome = both(Translator, translations, *words, "decoder", step=forced, validate=True)
+    assert "cut at encoder" in outcome.text
+
+
+def test_the_model_writes_to_a_part_of_the_batch() -> None:
+    class Writing(Translator):
+        def forward(self, source, target):
+            target[:, 0] = 0
+            return super().forward(source, target)
+
+    def forced(model, batch):
+        return nn.functional.cross_entropy(model(batch[0], batch[1][:, :-1]).mT, batch[1][:, :-1])
+
+    assert "writes to an argument" in off(Writing, translations, "decoder", step=forced)
+
+
+def test_a_part_of_an_argument_is_refused() -> None:
+    def forced(model, batch):
+        return nn.functional.cross_entropy(model(batch[1], batch[1][:, :-1]).mT, batch[1][:, 1:])
+
+    assert "is a part of another" in off(Translator, translations, "decoder", step=forced)
+
+
 @pytest.mark.parametrize("other", [(3, 3), (5, 2)], ids=["width", "length"])
 def test_another_shape_goes_through_the_plain_model(other) -> None:
     class Summed(Steered):

@@ -179,7 +179,8 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
 
     A tensor argument is a leaf of the batch if it is the same object or has the same values (after a
     move to another device, a cast, or a change of memory format). Where several leaves have these values, it
-    is the first that is no other argument. Others are the loop's own: a number of labels, a mixing weight.
+    is the first that is no other argument. Others are the loop's own: a number of labels, a mixing weight,
+    all words of a target but the last.
 
     Raises:
         CacheError: an argument learns, or is one that cannot be compared with that of the next call.
@@ -201,8 +202,10 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     absent = [(leaf.shape, leaf.dtype) for number, leaf in enumerate(leaves) if number not in found]
     if any(tensor.dim() > 1 and (tensor.shape, tensor.dtype) in absent for tensor in own):
         return None  # other samples, with a mask like this batch's
+    passed = [leaf for number, leaf in enumerate(leaves) if number in found]  # the others stay real
     shared = next(
-        (t for t in own if any(_share_memory(t, leaf) for leaf in (*leaves, *tensors) if leaf is not t)), None
+        (t for t in own if any(_share_memory(t, other) for other in (*passed, *tensors) if other is not t)),
+        None,
     )
     if shared is not None:
         raise CacheError(
