@@ -78,6 +78,25 @@ def test_an_augmentation_that_few_samples_show(workers) -> None:
     assert fitted("memory") == fitted("off")
 
 
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_draws_from_a_generator_of_the_data_set(share, workers) -> None:
+    # what looks at samples puts it back, also within what `fit` puts around the data set
+    def fitted(cache: str):
+        model, layers, plan = parts(PLANS["top_k"])
+        data = images(42)
+        data.own, few = torch.Generator().manual_seed(3), data.inputs[: int(42 * share), 0, 0, 0]
+        data.transform = lambda x: x * torch.rand((), generator=data.own) if x[0, 0, 0] in few else x
+        result = layerwise.fit(
+            model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2, cache=cache,
+            keep="last", progress=False, device="cpu", workers=workers,
+        )  # fmt: skip
+        return [e["train_loss"] for e in result.history]
+
+    assert fitted("memory") == fitted("off")
+
+
 class Drawn(Sampler[int]):
     """An order of one's own, drawn from the global generator."""
 

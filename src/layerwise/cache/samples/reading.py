@@ -238,7 +238,8 @@ def _own_generators(loader: Any, collate: Any = None) -> Snapshot:
         collate: the collate function; None for the loader's.
     """
     dataset, collate = loader.dataset, collate or loader.collate_fn
-    return Snapshot([dataset, collate, *loading_code(dataset)], generators_only=True)
+    roots = [*datasets_in(dataset), collate, *loading_code(dataset)]
+    return Snapshot(roots, generators_only=True)
 
 
 def _says_it_drew(dataset: Any) -> bool:
