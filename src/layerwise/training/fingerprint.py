@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from layerwise.cache.samples.reading import own_generators
 from layerwise.layers.randomness import kept_random_state
 
 PROBES = 32
@@ -34,7 +36,8 @@ def fingerprint(data: Any) -> str | None:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
         return None
     digest = hashlib.sha256(str(len(dataset)).encode())
-    with kept_random_state():
+    with kept_random_state(), contextlib.ExitStack() as stack:
+        stack.callback(own_generators(dataset, None).restore)
         places = np.linspace(0, len(dataset) - 1, min(PROBES, len(dataset))).round().astype(int).tolist()
         if _content(dataset[places[0]]) != _content(dataset[places[0]]):
             return None

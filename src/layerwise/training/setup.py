@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
+from layerwise.cache.samples.reading import own_generators
 from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, ModelError, TrainingError, warn
 from layerwise.files import write_json
@@ -58,7 +59,10 @@ def first_batch(batches: Batches) -> Batch:
     with kept_random_state():
         if isinstance(data, IterableDataset):
             return next(batches.epoch(0))
-        return loader.collate_fn([data[i] for i in range(min(2, len(data)))])  # type: ignore[arg-type]
+        own = own_generators(data, loader.collate_fn)
+        first = loader.collate_fn([data[i] for i in range(min(2, len(data)))])  # type: ignore[arg-type]
+        own.restore()
+        return first
 
 
 def batch_count(batches: Batches) -> int:

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
 from layerwise.plans.plan import Plan
-from layerwise.training import checkpoint
+from layerwise.training import checkpoint, setup
 from layerwise.training.checkpoint import list_checkpoints, load_latest
 from layerwise.training.classification import Classification
+from layerwise.training.data import open_batches
 from layerwise.training.fit import fit
 from layerwise.training.history import read_history
 from layerwise.training.result import Result
@@ -711,6 +712,26 @@ class Varied(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, label = self.inner[index]
         return x + 0.01 * torch.rand(x.shape), label
+
+
+def test_what_fit_looks_at_first_draws_nothing_from_the_data_set_s_own_generator(tmp_path: Path) -> None:
+    # A run with a folder, whose data get a fingerprint, is the run without; training makes the first draw.
+    class Noisy(Dataset):
+        def __init__(self) -> None:
+            self.data, self.own = tiny_data(), torch.Generator().manual_seed(3)
+
+        def __len__(self) -> int:
+            return len(self.data)
+
+        def __getitem__(self, index: int):
+            x, y = self.data[index]
+            return x + torch.randn(8, generator=self.own), y
+
+    results = [run(train=Noisy(), plan=one_phase(epochs=1), out=out) for out in (None, tmp_path / "a")]
+    assert results[0].history == results[1].history
+    noisy, once = Noisy(), Noisy()
+    setup.first_batch(open_batches(noisy, train=True, batch_size=8))
+    assert noisy[0][0].equal(once[0][0])
 
 
 def test_the_note_on_the_cache_advises_nothing_that_fit_does_not_have() -> None:

@@ -76,7 +76,7 @@ class LoaderReader:
         loader = self.loader
         seeded = loader.persistent_workers and (loader in self._seeded or loader._iterator is not None)
         self._seeded.add(loader)
-        self._own = _own_generators(loader)
+        self._own = own_generators(loader.dataset, loader.collate_fn)
         return Order(loader, seeded=seeded)
 
     def plain(self) -> Iterator[Any]:
@@ -151,7 +151,7 @@ class LoaderReader:
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[Snapshot]:
         """Within: random numbers that are drawn, the dataset's own generators' included, are undone after."""
-        kept = _own_generators(self.loader)
+        kept = own_generators(self.loader.dataset, self.loader.collate_fn)
         has_drawn = self.has_drawn
         try:
             with kept_random_state():
@@ -218,7 +218,8 @@ class _Noting:
         """Do what the loader's workers do when they begin."""
         if self._prepare is not None:
             self._prepare(worker)
-        self._own = _own_generators(get_worker_info(), self._collate)
+        info: Any = get_worker_info()
+        self._own = own_generators(info.dataset, self._collate)
         self._before = drawn(), self._own.states()
 
     def __call__(self, samples: Any) -> tuple[Any, bool]:
@@ -230,16 +231,14 @@ class _Noting:
         return batch, self._before != before or _says_it_drew(worker.dataset)
 
 
-def _own_generators(loader: Any, collate: Any = None) -> Snapshot:
+def own_generators(dataset: Any, collate: Any) -> Snapshot:
     """Return the random generators that loading uses, and that are not the global ones.
 
     Args:
-        loader: or else what has its dataset.
-        collate: the collate function; None for the loader's.
+        dataset: map-style; those in it are looked into as well.
+        collate: the collate function; None where there is none.
     """
-    dataset, collate = loader.dataset, collate or loader.collate_fn
-    roots = [*datasets_in(dataset), collate, *loading_code(dataset)]
-    return Snapshot(roots, generators_only=True)
+    return Snapshot([*datasets_in(dataset), collate, *loading_code(dataset)], generators_only=True)
 
 
 def _says_it_drew(dataset: Any) -> bool:
