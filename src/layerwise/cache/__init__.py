@@ -13,8 +13,9 @@ The mechanism, in the order in which to read it:
 What it works on:
 
 - `changes`: whether a data set (`datawatch`) or a model (`modelstate`) is what it was;
-- `samples`: a loader read by index (`reading`), its samples sorted by shape (`supply`), what is stored of
-  those of one shape (`feed`), and what is known of them in one state of the model (`phase`);
+- `samples`: a loader read by index (`reading`) in its own order (`order`), whether that draws (`draws`), its
+  samples sorted by shape (`supply`), what is stored of those of one shape (`feed`), and what is known of them
+  in one state of the model (`phase`);
 - `store`: memory and files (`column`, `shelf`), and whether caching pays (`decision`).
 
 How it comes together: users call `prefix`; `dealing` makes an epoch's batches, `calls` sees them reach the

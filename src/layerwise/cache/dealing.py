@@ -13,8 +13,10 @@ from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.replay.link import versions_of
 from layerwise.cache.samples.batchshape import BatchShape
+from layerwise.cache.samples.draws import DRAWS
+from layerwise.cache.samples.order import Order
 from layerwise.cache.samples.phase import Phase
-from layerwise.cache.samples.reading import DRAWS, LoaderReader, Order
+from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.traceless import normal_tensors
 from layerwise.errors import CacheError

@@ -23,9 +23,9 @@ from layerwise.cache.live import AtHand
 from layerwise.cache.observing import Observer
 from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.opening import open_supply
+from layerwise.cache.samples.order import Order
 from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.prepared import inner, is_prepared, iterated, stand_in
-from layerwise.cache.samples.reading import Order
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.store.decision import Decision, Storage

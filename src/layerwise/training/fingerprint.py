@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from layerwise.cache.samples.reading import own_generators
+from layerwise.cache.samples.draws import own_generators
 from layerwise.layers.randomness import kept_random_state
 
 PROBES = 32

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
-from layerwise.cache.samples.reading import own_generators
+from layerwise.cache.samples.draws import own_generators
 from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, ModelError, TrainingError, warn
 from layerwise.files import write_json

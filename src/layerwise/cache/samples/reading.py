@@ -1,4 +1,4 @@
-"""Read a `torch.utils.data.DataLoader` sample by sample, in the order and with the random draws of its own.
+"""`LoaderReader`: a `torch.utils.data.DataLoader` read sample by sample, with the order and draws of its own.
 
 A cached epoch must visit the samples in the very order in which the plain loop would, and leave the
 random number generators where the plain loop would leave them, or dropout in the trained part would differ.
@@ -9,28 +9,25 @@ its workers is drawn too.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from layerwise.cache.changes.alike import draws_at_once, keeps_order
-from layerwise.cache.changes.fingerprint import datasets_in
+from layerwise.cache.changes.alike import keeps_order
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
+from layerwise.cache.samples.draws import DRAWS, Draws, Noting, own_generators, says_it_drew
+from layerwise.cache.samples.order import Order
 from layerwise.errors import CacheError
 from layerwise.layers.randomness import drawn, drawn_outside_torch, kept_random_state, seed_everything
 from layerwise.layers.snapshot import Snapshot
 from layerwise.layers.structures import tensors_in
 
-DRAWS = "loading a sample draws random numbers (a random augmentation)"
 _PROBES = 4  # samples drawn twice to find random augmentation
 
 
@@ -106,7 +103,7 @@ class LoaderReader:
         """
         if not self.loader.num_workers and not self.loader.pin_memory:
             return map(self.load_now, batches)
-        noting = _Noting(self.loader)
+        noting = Noting(self.loader)
         inner: DataLoader[Any] = DataLoader(
             self.loader.dataset,
             batch_sampler=batches,
@@ -137,16 +134,16 @@ class LoaderReader:
         else:
             samples = [dataset[index] for index in indices]
         batch = self.loader.collate_fn(samples)
-        self.has_drawn |= (drawn(), self._own.states()) != before or _says_it_drew(dataset)
+        self.has_drawn |= (drawn(), self._own.states()) != before or says_it_drew(dataset)
         return batch
 
     def draws(self, indices: Sequence[int]) -> bool:
         """Load a batch once more; return whether that draws, whatever another thread draws meanwhile."""
-        before, watch = (drawn_outside_torch(), self._own.states()), _Draws()  # type: ignore[no-untyped-call]
+        before, watch = (drawn_outside_torch(), self._own.states()), Draws()  # type: ignore[no-untyped-call]
         with watch:
             self.load_now(indices)
         has_drawn = watch.seen or (drawn_outside_torch(), self._own.states()) != before
-        return has_drawn or _says_it_drew(self.loader.dataset)
+        return has_drawn or says_it_drew(self.loader.dataset)
 
     @contextlib.contextmanager
     def unaffected(self) -> Iterator[Snapshot]:
@@ -202,132 +199,10 @@ class LoaderReader:
             return not _are_same(samples, list(self.load(iter([[index] for index in self.probes()]))))
 
 
-class _Noting:
-    """Collates in a worker, and notes whether it drew random numbers since the batch before.
-
-    Args:
-        loader: whose workers.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._collate, self._prepare = loader.collate_fn, loader.worker_init_fn
-        self._own = Snapshot([])
-        self._before: tuple[Any, ...] | None = None
-
-    def prepare(self, worker: int) -> None:
-        """Do what the loader's workers do when they begin."""
-        if self._prepare is not None:
-            self._prepare(worker)
-        info: Any = get_worker_info()
-        self._own = own_generators(info.dataset, self._collate)
-        self._before = drawn(), self._own.states()
-
-    def __call__(self, samples: Any) -> tuple[Any, bool]:
-        """Return a batch, and whether loading it drew; False where no worker loads it."""
-        batch, worker = self._collate(samples), get_worker_info()
-        if worker is None:
-            return batch, False
-        before, self._before = self._before, (drawn(), self._own.states())
-        return batch, self._before != before or _says_it_drew(worker.dataset)
-
-
-def own_generators(dataset: Any, collate: Any) -> Snapshot:
-    """Return the random generators that loading uses, and that are not the global ones.
-
-    Args:
-        dataset: map-style; those in it are looked into as well.
-        collate: the collate function; None where there is none.
-    """
-    return Snapshot([*datasets_in(dataset), collate, *loading_code(dataset)], generators_only=True)
-
-
-def _says_it_drew(dataset: Any) -> bool:
-    """Return whether a dataset that puts the random states back (`SeededSamples`) says that it drew."""
-    return getattr(dataset, "has_drawn", False) is True
-
-
 def _are_same(one: Any, other: Any) -> bool:
     """Return whether the tensors of two structures have the same bits."""
     one, other = tensors_in(one), tensors_in(other)
     return len(one) == len(other) and all(a.shape == b.shape and same_bits(a, b) for a, b in zip(one, other))
-
-
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether this thread draws from torch's global generators."""
-
-    seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
-        return func(*args, **kwargs)
-
-
-def loading_code(dataset: Any) -> list[Any]:
-    """Return the methods that load a sample, of a dataset and of those in it: they may draw by globals."""
-    names = ("__getitem__", "__getitems__")
-    return [
-        getattr(type(part), name)
-        for part in datasets_in(dataset)
-        for name in names
-        if hasattr(type(part), name)
-    ]
-
-
-class Order:
-    """The indices of one epoch's batches, drawn when the loader's own iterator would draw them.
-
-    Workers fetch ahead, so the sampler is asked for several batches at the start.
-
-    Args:
-        loader: whose batch sampler.
-        seeded: the iterator would not draw a seed for its workers: they live on from an epoch before.
-    """
-
-    def __init__(self, loader: DataLoader[Any], *, seeded: bool) -> None:
-        self._batches = iter(loader.batch_sampler)  # type: ignore[arg-type]
-        self._early = len(loader.batch_sampler) - 1 if draws_at_once(loader) else 0  # type: ignore[arg-type]
-        if not seeded:
-            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-        self._queue: deque[list[int]] = deque()
-        self._ahead = loader.num_workers * (loader.prefetch_factor or 0)
-        for _ in range(self._ahead):
-            self._draw()
-
-    def __iter__(self) -> Order:
-        return self
-
-    def __next__(self) -> list[int]:
-        if not self._queue:
-            self._draw()
-        if not self._queue:
-            raise StopIteration
-        indices = self._queue.popleft()
-        if self._ahead:  # a worker that hands a batch over is given the next task
-            self._draw()
-        return indices
-
-    def ahead(self, count: int) -> list[list[int]]:
-        """Return the next batches, `count` or fewer: as many as a sampler gives early and draws nothing for.
-
-        The last is not among them: with it, a sampler may draw what an epoch's end draws.
-        """
-        return list(islice(self, min(count, max(self._early, 0))))
-
-    def hand_over(self) -> Order:
-        """Leave fetching ahead to workers that iterate over this from now on."""
-        self._ahead = 0
-        return self
-
-    def _draw(self) -> None:
-        for batch in self._batches:
-            indices = list(batch)
-            with contextlib.suppress(TypeError, ValueError):  # a sampler may give tensors or numpy's integers
-                numbers = [int(index) for index in indices]
-                indices = numbers if numbers == indices else indices
-            self._queue.append(indices)
-            self._early -= 1
-            return
 
 
 @contextlib.contextmanager

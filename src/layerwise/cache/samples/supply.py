@@ -18,8 +18,9 @@ from layerwise.cache.changes.datawatch import DataWatch
 from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError
 from layerwise.cache.samples.feed import Feed
+from layerwise.cache.samples.order import Order
 from layerwise.cache.samples.phase import Phase
-from layerwise.cache.samples.reading import LoaderReader, Order
+from layerwise.cache.samples.reading import LoaderReader
 from layerwise.errors import CacheError, warn
 from layerwise.layers.structures import tensors_in
 
