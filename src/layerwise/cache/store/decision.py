@@ -132,9 +132,9 @@ def kept(cut: Cut, where: Literal["memory", "disk"], samples: int) -> Decision:
 
 
 def _faster(speedup: float) -> str:
-    if speedup < 1 / _LEAST_GAIN:
-        return f"about {1 / speedup:.1f}x slower"
-    return "hardly faster" if speedup < _LEAST_GAIN else f"about {speedup:.1f}x faster"
+    if speedup >= _LEAST_GAIN:
+        return f"about {speedup:.1f}x faster"
+    return "hardly faster" if speedup * _LEAST_GAIN >= 1 else f"about {1 / speedup:.1f}x slower"
 
 
 def process_count() -> int:
