@@ -124,12 +124,13 @@ def _fill(
     absent = [int(feed.missing(phase.cut, phase.ghosts, some).sum()) for some in rows]
     wanted = [number for number, count in enumerate(absent) if count]
     loaded = feed.reader.load(iter([batches[number] for number in wanted]))
-    for number, batch in zip(wanted, loaded):
-        with folding or contextlib.nullcontext():
-            live = Live(supply, feed, rows[number], batches[number], frozen.state.number(), phase)
-            frozen.complete(live, batch)
-        if folding is not None:
-            folding.check()
+    with frozen.in_a_row() if wanted and folding is None else contextlib.nullcontext():
+        for number, batch in zip(wanted, loaded):
+            with folding or contextlib.nullcontext():
+                live = Live(supply, feed, rows[number], batches[number], frozen.state.number(), phase)
+                frozen.complete(live, batch)
+            if folding is not None:
+                folding.check()
     return sum(absent)
 
 

@@ -24,7 +24,7 @@ from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.feed import Feed, padded
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.store.column import Column
-from layerwise.cache.traceless import traceless
+from layerwise.cache.traceless import BeforePass, traceless
 from layerwise.errors import CacheError
 from layerwise.layers.holding import told
 from layerwise.layers.isolation import uncompiled
@@ -52,6 +52,7 @@ class FrozenPart:
     def __init__(self, model: nn.Module, book: CutBook) -> None:
         self.model, self.book, self.state = model, book, book.state
         self.thread: int | None = None
+        self._before: BeforePass | None = None  # the model before and after each pass of a row
 
     @property
     def busy(self) -> bool:
@@ -68,6 +69,19 @@ class FrozenPart:
         finally:
             if not was_busy:
                 _BUSY.discard(self.model)
+
+    @contextlib.contextmanager
+    def in_a_row(self) -> Iterator[None]:
+        """Within: passes follow each other, and nobody else changes the model: its state is noted once."""
+        before = BeforePass(self.model)
+        if before.is_lasting:
+            self._before = before
+        else:
+            before.put_back()
+        try:
+            yield
+        finally:
+            self._before = None
 
     def run(
         self,
@@ -92,7 +106,9 @@ class FrozenPart:
         args, kwargs = link.apart(args, kwargs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.running())
-            stack.enter_context(traceless(self.model))  # it may go another way, and run to its end
+            stack.enter_context(
+                traceless(self.model, self._before)
+            )  # it may go another way, and run to its end
             stack.enter_context(torch.set_grad_enabled(link.grad))
             for kind, enabled, dtype in link.autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))

@@ -12,25 +12,36 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from layerwise.layers.forms import dense, is_plain
-from layerwise.layers.isolation import buffers_in, untouched
+from layerwise.layers.isolation import Before, buffers_in, untouched
 from layerwise.layers.snapshot import plain_tensors
 
 
-@contextlib.contextmanager
-def traceless(model: nn.Module) -> Iterator[None]:
-    """Within: a forward pass leaves the model, and the random numbers, as they were.
+class BeforePass(Before):
+    """A model as it is now, with what is in its buffers, and in tensors that are attributes."""
 
-    More than `untouched`: what it writes into buffers, and into tensors that are attributes, is undone.
-    """
-    with untouched(model):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         modules = list(model.modules())
         tensors = [*buffers_in(modules), *plain_tensors(modules)]
-        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        try:
-            yield
-        finally:
-            for tensor, content in saved:
-                _put_back(tensor, content)
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def put_back(self) -> None:
+        """Put everything back."""
+        for tensor, content in self._saved:
+            _put_back(tensor, content)
+        super().put_back()
+
+
+def traceless(model: nn.Module, before: BeforePass | None = None) -> contextlib.AbstractContextManager[None]:
+    """Return a block within which a forward pass leaves the model, and the random numbers, as they were.
+
+    More than `untouched`: what it writes into buffers, and into tensors that are attributes, is undone.
+
+    Args:
+        model: whose.
+        before: the model as it is now, if that is known.
+    """
+    return untouched(model, BeforePass(model) if before is None else before)
 
 
 def _put_back(tensor: torch.Tensor, content: torch.Tensor) -> None:

@@ -78,8 +78,32 @@ def buffers_in(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return list(dict.fromkeys(b for m in modules for b in m._buffers.values() if b is not None))
 
 
+class Before:
+    """What a forward pass could change in a model, as it is now; see `untouched`.
+
+    Args:
+        model: to be put back.
+
+    Attributes:
+        is_lasting: it can be put back more than once: no iterator was found, which a pass uses up.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._kept = Snapshot([*(module for module in modules if not _scripted(module)), *global_hooks()])
+        self._contents = [(parameter, parameter.detach()) for parameter in parameters_in(modules)]
+        self.is_lasting = not self._kept.has_stand_ins
+
+    def put_back(self) -> None:
+        """Put everything back."""
+        self._kept.restore()
+        for parameter, content in self._contents:
+            if was_replaced(parameter, content):
+                parameter.data = content
+
+
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, before: Before | None = None) -> Iterator[None]:
     """Put everything back at the end that a forward pass could have changed in `model`.
 
     Covers each module's attributes (mode, cached tensors, hooks, buffers that were replaced by others), those
@@ -87,20 +111,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
     whose ``data`` was replaced, the weights that `torch.nn.utils.parametrize.cached` and autocast keep, and
     the random state of Python, numpy, torch and its CUDA devices. Does not cover writes into a tensor's
     memory: the recorder undoes those.
+
+    Args:
+        model: whose.
+        before: the model as it is now, if that is known.
     """
-    modules = list(model.modules())
-    kept = Snapshot([*(module for module in modules if not _scripted(module)), *global_hooks()])
-    contents = [(parameter, parameter.detach()) for parameter in parameters_in(modules)]
+    before = Before(model) if before is None else before
     parametrized, parametrize._cache = parametrize._cache, {}
     try:
         with _no_autocast_cache(), kept_random_state():
             yield
     finally:
         parametrize._cache = parametrized
-        kept.restore()
-        for parameter, content in contents:
-            if was_replaced(parameter, content):
-                parameter.data = content
+        before.put_back()
 
 
 @contextlib.contextmanager

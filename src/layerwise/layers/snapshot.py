@@ -92,6 +92,11 @@ class Snapshot:
         for now, content in self._dicts:
             _put_back(now, content)
 
+    @property
+    def has_stand_ins(self) -> bool:
+        """Whether iterators were found, whose place others have taken: `restore` can be called once."""
+        return bool(self._stand_ins)
+
     def states(self) -> list[str]:
         """Return the present states of the random generators that were found, to be compared."""
         return [str(told(generator)) for generator in self.generators]

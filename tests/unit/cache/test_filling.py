@@ -52,6 +52,51 @@ def stored(cache: layerwise.PrefixCache) -> torch.Tensor:
 # -- the pass itself ------------------------------------------------------------------------------
 
 
+SEEN: list[int] = []
+
+
+class Counting(nn.Module):
+    """Notes how often it was called before."""
+
+    calls = 0
+
+    def forward(self, x):
+        SEEN.append(self.calls)
+        self.calls += 1
+        return x
+
+
+class Iterating(nn.Module):
+    """Notes what an iterator of its own gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = iter(range(100))
+
+    def forward(self, x):
+        SEEN.append(next(self.numbers))
+        return x
+
+
+@pytest.mark.parametrize("front", [Counting, Iterating])
+def test_each_pass_of_a_row_begins_with_the_same_model(front) -> None:
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = front()
+
+        def forward(self, x):
+            return super().forward(self.front(x))
+
+    SEEN.clear()
+    model = tiny(Net)
+    cached(model).fill()
+    assert len(SEEN) > 8
+    assert set(SEEN) == {0}
+    model(torch.zeros(1, 3, 8, 8))
+    assert SEEN[-1] == 0
+
+
 def test_only_what_is_missing_is_computed() -> None:
     # a second pass loads nothing, and says so
     data = images(22)
