@@ -61,19 +61,23 @@ def test_fit_is_bit_equal(name, settings) -> None:
     assert results["memory"][2] < results["off"][2]  # the cache was at work
 
 
+def losses(data, cache: str, workers: int) -> list[float]:
+    model, layers, plan = parts(PLANS["top_k"])
+    result = layerwise.fit(
+        model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2, cache=cache,
+        keep="last", progress=False, device="cpu", workers=workers,
+    )  # fmt: skip
+    return [epoch["train_loss"] for epoch in result.history]
+
+
 @pytest.mark.filterwarnings("ignore:The prefix cache is off")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_augmentation_that_few_samples_show(workers) -> None:
     # what a sample draws is drawn anew in each epoch, though fit leaves no trace of it
     def fitted(cache: str):
-        model, layers, plan = parts(PLANS["top_k"])
         data = images(42)
         data.transform = lambda x: x * 0 if torch.rand(()) < 0.05 else x
-        result = layerwise.fit(
-            model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2, cache=cache,
-            keep="last", progress=False, device="cpu", workers=workers,
-        )  # fmt: skip
-        return [e["train_loss"] for e in result.history]
+        return losses(data, cache, workers)
 
     assert fitted("memory") == fitted("off")
 
@@ -84,15 +88,10 @@ def test_an_augmentation_that_few_samples_show(workers) -> None:
 def test_draws_from_a_generator_of_the_data_set(share, workers) -> None:
     # what looks at samples puts it back, also within what `fit` puts around the data set
     def fitted(cache: str):
-        model, layers, plan = parts(PLANS["top_k"])
         data = images(42)
         data.own, few = torch.Generator().manual_seed(3), data.inputs[: int(42 * share), 0, 0, 0]
         data.transform = lambda x: x * torch.rand((), generator=data.own) if x[0, 0, 0] in few else x
-        result = layerwise.fit(
-            model, data, images(10), plan=plan, layers=layers, batch_size=4, lr=1e-2, cache=cache,
-            keep="last", progress=False, device="cpu", workers=workers,
-        )  # fmt: skip
-        return [e["train_loss"] for e in result.history]
+        return losses(data, cache, workers)
 
     assert fitted("memory") == fitted("off")
 
