@@ -255,9 +255,11 @@ def without_state(setup: Setup) -> Iterator[Finding]:
     for _, group in setup.param_groups:
         live = [p for p in group["params"] if p.requires_grad and id(p) in setup.names]
         never = [p for p in live if not setup.state_of(p)]
+        if len(never) == len(live) and "dampening" in group and not group.get("momentum"):
+            continue  # a step of plain SGD leaves no state
         stepped = stepped or len(never) < len(live)
         waiting = setup.named(p for p in never if p.grad is None)
-        if len(never) < len(live):
+        if len(never) < len(live) and "layer_group" not in group:  # to those of a Tuner parameters are added
             among += waiting
         else:
             whole += waiting
@@ -279,8 +281,7 @@ def without_state(setup: Setup) -> Iterator[Finding]:
             "info",
             "group-never-stepped",
             tuple(whole),
-            "The optimiser has stepped other param groups, but never these: unless they have just "
-            f"joined, {why}.",
+            f"The optimiser has stepped others, but never these: unless they have just joined, {why}.",
             fix,
         )
 

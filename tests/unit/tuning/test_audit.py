@@ -19,12 +19,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import map_by_children
 from layerwise.errors import ModelError
+from layerwise.plans.settings import Norms
+from layerwise.plans.strategies import full, linear_probe
 from layerwise.tuning.audit import audit
 from layerwise.tuning.audit_schedulers import KEEP_BY_GROUP, raises_on_new_group
 from layerwise.tuning.freezing import unfreeze
 from layerwise.tuning.lr_scheduler import LayerwiseLR
 from layerwise.tuning.modes import pin_eval
 from layerwise.tuning.norms import freeze_batchnorm
+from layerwise.tuning.tuner import Tuner
 
 
 @dataclass
@@ -489,6 +492,38 @@ def test_parameters_that_never_stepped(net):
     # a whole group may have joined a moment ago
     groups = [{"params": list(child.parameters())} for child in net.children()]
     assert codes(Adam(groups, lr=0.01)) == [("info", "group-never-stepped", 8)]
+
+
+def test_plain_sgd_beside_another_optimiser_is_not_taken_for_one_that_never_stepped(net):
+    """A step of SGD without momentum leaves no state; with momentum its absence tells."""
+
+    def codes(**options):
+        others = [*net.mid.parameters(), *net.fc.parameters()]
+        optimizers = [SGD(net.stem.parameters(), lr=0.01, **options), Adam(others)]
+        net(torch.randn(4, 3)).sum().backward()
+        optimizers[1].step()
+        net.zero_grad()
+        return audit(net, optimizers).codes
+
+    assert codes() == set()
+    assert codes(momentum=0.9) == {"group-never-stepped"}
+
+
+def test_parameters_that_join_norms_of_a_tuner_are_no_warning(net):
+    """Where norms adapt in frozen groups, the rest of a group joins a param group that has stepped."""
+    layers = map_by_children(net)
+    adapt = Norms(policy="adapt")
+    probe, rest = linear_probe(layers, epochs=1, norms=adapt), full(layers, epochs=1, norms=adapt)
+    later = rest.phases[0].model_copy(update={"name": "later"})
+    plan = probe.model_copy(update={"phases": (*probe.phases, later)})
+    tuner = Tuner(net, plan, AdamW, lr=0.01, steps_per_epoch=1, layers=layers)
+    found = []
+    for _ in tuner.epochs():
+        found.append({(f.severity, f.code) for f in audit(net, tuner.optimizer, layers=layers)})
+        net(torch.randn(16, 3)).sum().backward()
+        tuner.step()
+    assert ("warning", "never-stepped") not in found[1]
+    assert ("info", "group-never-stepped") in found[1]
 
 
 # ------------------------------------------------------------------------------------- ties, wrappers, graphs
