@@ -87,7 +87,7 @@ def record(
     try:
         return _attempt(model, arguments, fake=True, grad=grad, mode=mode)
     except Exception as error:  # anything: it is the model's own code that runs
-        why = _one_line(error)
+        why = one_line(error)
         if on_meta > _MAX_FILLED_BYTES:
             raise RecordingError(
                 f"the forward pass of {type(model).__name__} could not be recorded on tensors without data "
@@ -100,7 +100,7 @@ def record(
     except Exception as error:
         raise RecordingError(
             f"the forward pass of {type(model).__name__} failed with this example input "
-            f"({_describe(arguments)}): {_one_line(error)}. Pass example_input= as the model's forward "
+            f"({described(arguments)}): {one_line(error)}. Pass example_input= as the model's forward "
             f"takes it: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
         ) from error
     filled = ", with random weights for those on meta" if on_meta else ""
@@ -278,11 +278,13 @@ def _batch_size(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
     return 1
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).removesuffix(".")  # it stands in a sentence of ours
+def one_line(error: Exception) -> str:
+    """Return an error's class and the beginning of what it says, to stand in a sentence."""
+    text = " ".join(str(error).split()).removesuffix(".")
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 
-def _describe(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
-    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(arguments)]
+def described(value: Any) -> str:
+    """Return the shapes and types of the tensors in a value, for a message."""
+    shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(value)]
     return ", ".join(shapes) or "no tensors"

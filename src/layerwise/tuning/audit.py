@@ -176,6 +176,7 @@ def audit(
 
     Raises:
         ModelError: `layers` is of another model, or `optimizer` is none.
+        DataError: the batch begins with no tensor of samples, or the model's forward fails on it.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> for parameter in model[:2].parameters(): parameter.requires_grad = False

@@ -32,7 +32,7 @@ def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Fin
         batch = next(passes.batches())
         with warnings.catch_warnings(record=True) as caught, torch.enable_grad():
             warnings.simplefilter("always")
-            output = forward(model, batch)
+            output = passes.run(batch)
         drifted = tuple(_moved(setup, before))
         reentrant = any("None of the inputs have requires_grad=True" in str(w.message) for w in caught)
         missing = () if reentrant else tuple(_without_gradient(setup, output))

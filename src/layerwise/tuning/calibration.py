@@ -114,9 +114,9 @@ def calibrate_batchnorm(
 
     Raises:
         ModelError: the model has no norm with running statistics, or `names` has an unknown one, or none.
-        DataError: `loader` is no iterable of batches (a tensor is one batch, a mapping too); no data, or NaN
-            and infinity in it; one value per channel only; or a one-shot iterator where several passes are
-            needed.
+        DataError: `loader` is no iterable of batches (a tensor is one batch, a mapping too); a batch begins
+            with no tensor of samples, or the model's forward fails on it; no data, or NaN and infinity in it;
+            one value per channel only; or a one-shot iterator where several passes are needed.
         ValueError: `samples`, `method` or `momentum` outside its range.
 
     Source: Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, named_kind
 from layerwise.layers.randomness import RandomState, random_state, restore_random_state
+from layerwise.layers.recording import described, one_line
 from layerwise.tuning.processes import distributed
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -84,21 +86,41 @@ class Passes:
         torch.distributed.all_gather_object(parts, self.seen)
         return sum(parts)
 
+    def run(self, batch: Any) -> Any:
+        """Return what the model makes of a batch.
+
+        Raises:
+            DataError: its forward fails on it, and not for want of memory.
+        """
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        try:
+            return self.forward(self.model, batch)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise DataError(
+                f"the forward of {type(self.model).__name__} fails on a batch of {described(batch)}: "
+                f"{one_line(error)}. Expected batches as it takes them in training: samples first, then "
+                "channels for torch's convolutions and norms. Give such a loader, or pass "
+                "forward=lambda model, batch: ... that feeds yours."
+            ) from error
+
     def _forward(self, batch: Any) -> None:
         try:
-            self.forward(self.model, batch)
+            self.run(batch)
         except Enough:
             return
 
     def batches(self) -> Iterator[Any]:
         """Yield the batches on the model's device, the last one cut to the number of samples."""
-        from accelerate.utils import find_batch_size, send_to_device, slice_tensors
+        from accelerate.utils import send_to_device, slice_tensors
 
         device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
         empty = True
         for batch in self.loader:
             empty = False
-            size = find_batch_size(batch) or 0
+            size = _size_of(batch)
             left = size if self.samples is None else min(size, self.samples - self.seen)
             if left < size:
                 batch = slice_tensors(batch, slice(0, left))
@@ -117,6 +139,20 @@ class Passes:
         restore_random_state(drawn)
         for generator, state in zip(self._generators, loaders, strict=True):
             generator.set_state(state)
+
+
+def _size_of(batch: Any) -> int:
+    from accelerate.utils import find_batch_size
+
+    try:
+        return find_batch_size(batch) or 0
+    except (TypeError, ValueError, LookupError) as error:
+        raise DataError(
+            f"a batch is {named_kind(batch)} ({reprlib.repr(batch)}), and no batch size can be read from it; "
+            "expected a tensor with the samples in its first dimension, a tuple that begins with one, or a "
+            "mapping of them. Let the loader give tensors: a DataLoader makes them of numbers and arrays, a "
+            "tokenizer of texts."
+        ) from error
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:

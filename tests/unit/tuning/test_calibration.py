@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from layerwise.errors import DataError, ModelError
+from layerwise.tuning.audit import audit
 from layerwise.tuning.calibration import calibrate_batchnorm
 from layerwise.tuning.modes import pin_eval
 from layerwise.tuning.norm_layers import find_norms
@@ -265,7 +266,7 @@ def test_mappings_and_tuples_are_fed_without_their_labels():
 def test_old_statistics_come_back_when_the_data_fail_half_way(net, data, method):
     before = copy.deepcopy(net.state_dict())
     batches = [data[:4], data[4:8], data[8:, :1]]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError):
         calibrate_batchnorm(net, batches, method=method)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert net.one[3].training
@@ -321,6 +322,39 @@ def _calibrate_share(rank, folder):
 def test_wrong_calls_say_what_to_do(net, loader, options, error, message):
     with pytest.raises(error, match=message):
         calibrate_batchnorm(net, loader, **options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (1, r"a batch is an int \(1\), and no batch size"),
+        (["a", "b"], r"a batch is a list \(\['a', 'b'\]\), and no batch size.*tokenizer"),
+        (None, "a batch is a NoneType"),
+        ((), r"a batch is a tuple \(\(\)\)"),
+        (torch.tensor(1.0), r"a batch is a Tensor \(tensor\(1\.\)\)"),
+        ({"x": "text"}, "a batch is a dict"),
+        (torch.randn(2, 6, 6), r"fails on a batch of \(2, 6, 6\) float32: .*samples first, then channels"),
+        (torch.randn(4, 6, 6, 2), r"fails on a batch of \(4, 6, 6, 2\) float32: .*forward="),
+        ({"y": torch.randn(4, 2, 6, 6)}, r"fails on a batch of \(4, 2, 6, 6\) float32: TypeError"),
+    ],
+)
+def test_batches_of_another_form_are_named(net, batch, message):
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(DataError, match=message):
+        calibrate_batchnorm(net, [batch])
+    with pytest.raises(DataError, match=message):
+        audit(net, loader=[batch])
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_running_out_of_memory_stays_what_it_is(net, data):
+    """Who tries smaller batches looks for it."""
+
+    def forward(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate_batchnorm(net, [data], forward=forward)
 
 
 def test_a_model_without_running_statistics_is_refused():
