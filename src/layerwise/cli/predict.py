@@ -32,6 +32,9 @@ def predict(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be read.")
     ] = False,
+    path_column: Annotated[
+        str | None, typer.Option(help="Column of the image files in tables; default: as in training.")
+    ] = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column of the text in tables; default: as in training.")
     ] = None,
@@ -55,7 +58,7 @@ def predict(
 
     loaded = load_run(run)
     if loaded.tokenizer is not None:
-        refuse(context, ["skip_bad_images"], f"{run} is a run on texts")
+        refuse(context, ["skip_bad_images", "path_column"], f"{run} is a run on texts")
         text.predict_and_print(
             loaded,
             inputs or [],
@@ -72,8 +75,9 @@ def predict(
         raise typer.BadParameter(
             "give the images to predict: files, folders of them, or tables with a column of paths."
         )
-    images = inputs
-    found = predict_images(loaded, images, batch_size=batch_size, skip_bad_images=skip_bad_images)
+    found = predict_images(
+        loaded, inputs, batch_size=batch_size, skip_bad_images=skip_bad_images, path_column=path_column
+    )
     for image, reason in found.skipped:
         say(f"left out {image}: {reason}")
     if as_json or form == "json":

@@ -128,18 +128,17 @@ def list_table(
     return Listing(parts, notes=unused_split(rows, split_column), skipped=tuple(skipped))
 
 
-def list_paths(table: Path, path_column: str, *, option: str) -> list[Path]:
+def list_paths(table: Path, path_column: str) -> list[Path]:
     """Return the images that a table names, whatever else it says of them.
 
     Args:
         table: the file.
         path_column: holds their paths.
-        option: what names another column, for the message; may be empty.
 
     Raises:
         DataError: it cannot be read, or has rows without a path.
     """
-    rows = read_rows(table, {path_column: option} if option else [path_column])
+    rows = read_rows(table, {path_column: "--path-column"})
     without = [number for number, row in enumerate(rows, start=1) if label_name(row[path_column]) is None]
     if without:
         problems = [f"row {number} has no {path_column}" for number in without]

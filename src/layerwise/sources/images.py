@@ -151,7 +151,6 @@ def image_list(
     *,
     classes: Sequence[str] = (),
     path_column: str = "path",
-    option: str = "--path-column",
 ) -> ImageSet:
     """Return images without labels (targets are -1), for prediction.
 
@@ -160,7 +159,6 @@ def image_list(
         preprocessing: of the model.
         classes: name of each class number.
         path_column: of tables.
-        option: what names another column, for the message where it is missing; empty where nothing does.
 
     Raises:
         DataError: a path does not exist, a folder has no images, or a table cannot be read.
@@ -175,7 +173,7 @@ def image_list(
                 problems.append(f"folder {str(path)!r} has no images")
         elif path.is_file():
             is_table = path.suffix.lower() in TABLES
-            found.extend(list_paths(path, path_column, option=option) if is_table else [path])
+            found.extend(list_paths(path, path_column) if is_table else [path])
         else:
             problems.append(f"{str(path)!r} does not exist")
     if not paths:

@@ -27,19 +27,26 @@ class Predictions:
 
 
 def predict_images(
-    run: Run, images: Sequence[str | Path], *, batch_size: int = 32, skip_bad_images: bool = False
+    run: Run,
+    images: Sequence[str | Path],
+    *,
+    batch_size: int = 32,
+    skip_bad_images: bool = False,
+    path_column: str | None = None,
 ) -> Predictions:
     """Return the run's predictions for image files, preprocessed as in training.
 
     Args:
         run: from `load_run`.
-        images: files; folders, which stand for their images; tables with a column ``path``.
+        images: files; folders, which stand for their images; tables with a column of paths.
         batch_size: images of one forward pass.
         skip_bad_images: leave out files that cannot be read and list them.
+        path_column: of tables; None is that of training, ``"path"`` where none was named.
 
     Raises:
         RunError: the run knows no preprocessing of images.
-        DataError: a path does not exist, or (without `skip_bad_images`) a file cannot be read.
+        DataError: a path does not exist, a table lacks the column, or (without `skip_bad_images`) a file
+            cannot be read.
     """
     from layerwise.sources.images import image_list
 
@@ -48,7 +55,9 @@ def predict_images(
             f"{run.path} does not know how its images were prepared (it was started from Python). Load it "
             "with layerwise.load_run(...) and give its predict() a batch of tensors."
         )
-    data = image_list(images, run.preprocessing, classes=run.classes, option="")
+    trained = (run.about.get("job") or {}).get("text") or {}
+    column = path_column or trained.get("path_column") or "path"
+    data = image_list(images, run.preprocessing, classes=run.classes, path_column=column)
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
     for begin in range(0, len(data), batch_size):

@@ -97,6 +97,15 @@ def test_a_table_of_images_by_its_own_column_names(images: Path, tmp_path: Path)
     folder = fit("--data", images, *columns, "--out", tmp_path / "b")
     assert folder.exit_code == 1
     assert "is no table" in folder.stderr
+    told = command("predict", tmp_path / "a", table, "--skip-bad-images", "--json")
+    assert told.exit_code == 0, told.output
+    (tmp_path / "other.csv").write_text(f"image\n{images / 'red' / '0.png'}\n")
+    without = command("predict", tmp_path / "a", tmp_path / "other.csv")
+    assert "no column 'file'; its columns are 'image'. Name yours: --path-column." in " ".join(
+        without.stderr.split()
+    )
+    named = command("predict", tmp_path / "a", tmp_path / "other.csv", "--path-column", "image", "--json")
+    assert len(json.loads(named.stdout)["predictions"]) == 1
 
 
 def test_what_would_not_be_used_is_refused(images: Path, run: Path, tmp_path: Path) -> None:

@@ -45,11 +45,17 @@ def test_bad_files_are_left_out_and_listed_whatever_the_batches(batch_size: int,
         predict_images(RUN, images, batch_size=batch_size)
 
 
-def test_a_table_without_the_column_is_not_told_of_an_option_that_there_is_not(tmp_path: Path) -> None:
-    # `layerwise predict` reads the column path and takes no other name.
-    (tmp_path / "t.csv").write_text("file\na.png\n")
-    with pytest.raises(DataError, match=r"no column 'path'; its columns are 'file'\.$"):
-        predict_images(RUN, [tmp_path / "t.csv"])
+def test_tables_are_read_by_the_column_of_training_or_the_one_that_is_named(tmp_path: Path) -> None:
+    # "path" where training named none; a table without the column is told which there are.
+    image = make_images(tmp_path, count=1) / "red/0.png"
+    (tmp_path / "t.csv").write_text(f"file,photo\n{image},none.png\n")
+    named = dataclasses.replace(RUN, about={"job": {"text": {"path_column": "file"}}})
+    for run, column in ((named, None), (RUN, "file")):
+        (row,) = predict_images(run, [tmp_path / "t.csv"], path_column=column).rows
+        assert row["label"] == "red"
+    for run in (RUN, dataclasses.replace(RUN, about={"job": {"text": None}})):
+        with pytest.raises(DataError, match=r"no column 'path'; its columns are 'file', 'photo'\..*--path-c"):
+            predict_images(run, [tmp_path / "t.csv"])
 
 
 def test_a_run_that_knows_no_preprocessing_is_told(tmp_path: Path) -> None:
