@@ -168,12 +168,18 @@ class Batches:
         return len(self.loader)
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and the first batch, of the next iteration of `loader`."""
+        """Choose the epoch, and the first batch, of the next iteration of `loader`.
+
+        A data set with a method ``set_epoch`` is told the epoch; of a loader with a sampler of its own the
+        loader and the samplers are, too.
+        """
+        parts: tuple[Any, ...] = (self.data,)
         if self.exact:
             cast(EpochBatches, self.loader.batch_sampler).set_epoch(epoch, start)
             cast(SeededSamples, self.loader.dataset).epoch = epoch
-            return
-        for part in (self.loader, self.loader.sampler, self.loader.batch_sampler, self.loader.dataset):
+        else:
+            parts = (self.loader, self.loader.sampler, self.loader.batch_sampler, self.data)
+        for part in parts:
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
 

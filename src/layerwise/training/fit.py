@@ -113,7 +113,8 @@ def fit(
         model: any module; changed in place, moved to the device, left in eval mode.
         train: a map-style data set of pairs ``(input, label)`` or of mappings with ``"labels"``; or a
             `DataLoader`, whose batch size, collate function and workers are then used, and whose order
-            is replaced by ours unless it has a sampler of its own.
+            is replaced by ours unless it has a sampler of its own. A method ``set_epoch(epoch)`` of the
+            data set is called before each epoch, as accelerate does.
         val: the same; validated after each epoch. None: nothing is measured, the last weights are kept.
         plan: which groups learn when and at which rate.
         test: evaluated once at the end, with the kept weights.
@@ -327,8 +328,9 @@ def fit(
             now.begin(epoch, tuner.phase.name, get_random_state())
             model.train()
             phase, rates = now.within.phase or tuner.phase.name, tuner.rates()  # "" of older checkpoints
-            setup.enter_phase(model, tuner, train, share, watched)
             start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
+            batches.begin(epoch, start)  # before a phase measures statistics on the data
+            setup.enter_phase(model, tuner, train, share, watched)
             stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
             for index, batch in enumerate(stream, start):
                 if index == count:

@@ -56,6 +56,7 @@ def first_batch(batches: Batches) -> Batch:
         DataError: a loader of the caller's own has none.
     """
     loader, data = batches.loader, batches.loader.dataset
+    batches.begin(0)
     with kept_random_state():
         if isinstance(data, IterableDataset):
             return next(batches.epoch(0))
@@ -181,7 +182,6 @@ def enter_phase(
     from layerwise.tuning.calibration import calibrate_batchnorm
 
     batches = open_batches(train, train=False, **share)
-    batches.begin(0)
     if norms.momentum is None:
         calibrate_batchnorm(model, batches.loader, samples=norms.samples)
     else:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
@@ -743,6 +743,55 @@ def test_the_note_on_the_cache_advises_nothing_that_fit_does_not_have() -> None:
         (note,) = [note for note in told if note.startswith("prefix cache: off")]
         assert "views" not in note
         assert "Freeze" not in note
+
+
+class Graded(Dataset):
+    """Samples that grow from epoch to epoch."""
+
+    def __init__(self) -> None:
+        self.data, self.grade, self.told = tiny_data(), math.nan, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.grade = 1 + epoch / 2
+        self.told += [epoch] if self.told[-1:] != [epoch] else []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        x, y = self.data[index]
+        return self.grade * x, y
+
+
+class InOrder(SequentialSampler):
+    """A sampler of the user's own."""
+
+
+@pytest.mark.parametrize("is_loader", [False, True])
+@pytest.mark.parametrize("policy", ["follow", "calibrate"])
+def test_a_data_set_is_told_each_epoch(is_loader: bool, policy: str, tmp_path: Path) -> None:
+    # By its set_epoch, before the epoch's first sample; cached, and where a run goes on inside an epoch, too.
+    norms = {"policy": policy}
+    phases = [
+        {"name": "one", "rates": {"head": 1.0}, "steps": 11},
+        {"name": "two", "rates": {"body": 1.0, "head": 1.0}, "steps": 10, "norms": norms},
+    ]
+
+    def once(**options: object) -> Result:
+        data = Graded()
+        train = DataLoader(data, batch_size=8, sampler=InOrder(data)) if is_loader else data
+        result = run(train=train, plan=tiny_plan(phases=phases), keep_checkpoints=9, **options)
+        assert data.told == [0, 1, 2]
+        return result
+
+    whole = once(out=tmp_path / "run")
+    for later in list_checkpoints(tmp_path / "run" / "checkpoints")[3:]:
+        shutil.rmtree(later)
+    resumed = once(out=tmp_path / "run", resume=True)
+    assert any("(step 11)" in note for note in resumed.notes)
+    for other in (resumed, once(cache="memory")):
+        assert other.history == whole.history
+        assert not changed(whole.model.state_dict(), other.model.state_dict())
 
 
 @pytest.mark.parametrize("storage", ["memory", "disk"])
