@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from layerwise.errors import RecordingError
 from layerwise.layers.flops import flops
 from layerwise.layers.graph import Call, Effect, Op
 from layerwise.layers.operators import (
@@ -206,6 +208,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 paths[module] = path
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if peek_interpreter_stack() is not None:
+                raise RecordingError(
+                    f"the forward pass of {type(self._model).__name__} calls the module {paths[module]!r} "
+                    "inside a transform of torch.func (vmap, grad, jvp), whose tensors cannot be recorded. "
+                    "Call it outside: a module takes the whole batch, and the members of an ensemble go one "
+                    "after another. Where it has to stay, a layerwise.LayerMap made by hand needs no "
+                    "recording (layers=)."
+                )
             nth = self._times_called.get(module, 0)
             self._times_called[module] = nth + 1
             parent = self._stack[-1] if self._stack else None

@@ -97,6 +97,8 @@ def record(
             ) from error
     try:
         recording = _attempt(model, _two_real_samples(arguments), fake=False, grad=grad, mode=mode)
+    except RecordingError:
+        raise
     except Exception as error:
         raise RecordingError(
             f"the forward pass of {type(model).__name__} failed with this example input "

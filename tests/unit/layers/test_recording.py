@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -332,6 +333,47 @@ def test_the_message_of_a_model_stands_in_ours_with_one_full_stop() -> None:
 
     with pytest.raises(RecordingError, match=r"doesn't match model \(64\)\. Pass example_input="):
         record(Picky(), (torch.zeros(2, 2),))
+
+
+class Mapped(nn.Module):
+    """Calls a module inside a transform of torch.func."""
+
+    def __init__(self, transform: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fc, self.transform = nn.Linear(2, 2), transform
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.transform(self.fc, x)
+
+
+def with_stacked_weights(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    weights, _ = torch.func.stack_module_state([module, module])
+    return torch.vmap(lambda w: torch.func.functional_call(module, w, (x,)))(weights).mean(0)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda module, x: torch.vmap(module)(x),
+        lambda module, x: torch.func.grad(lambda v: module(v).sum())(x),
+        with_stacked_weights,
+    ],
+)
+def test_a_module_called_inside_a_transform_is_named(transform: Any, fake: bool) -> None:
+    # The input is not to blame.
+    message = r"of Mapped calls the module 'fc' inside a transform of torch\.func.*Call it outside"
+    with pytest.raises(RecordingError, match=message):
+        record(Mapped(transform), (torch.zeros(3, 2),), fake=fake)
+
+
+def test_transforms_without_modules_and_modules_with_other_weights_are_recorded() -> None:
+    def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        weights = {name: 2 * weight for name, weight in module.named_parameters()}
+        return torch.vmap(torch.sin)(torch.func.functional_call(module, weights, (x,)))
+
+    recording = record(Mapped(forward), (torch.zeros(3, 2),))
+    assert {name for op in recording.ops for name in op.parameters} == {"fc.weight", "fc.bias"}
 
 
 def test_the_model_is_restored_after_an_error() -> None:
