@@ -27,6 +27,7 @@ import layerwise
 from benchmarks.measuring import Ratio, Results, Seconds, by_runs, verdict
 from benchmarks.peers import PEERS, Phases, installed
 from benchmarks.tasks import lite0
+from layerwise.errors import plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.sources.demo import elpv_rows
@@ -217,7 +218,8 @@ def _compared(timed: list[Seconds], one: str, limits: dict[str, float]) -> dict[
 def lines(row: dict[str, Any]) -> str:
     """Return the table of one part."""
     same = "bit-equal to the plain loop's" if row["bit_equal_to_plain"] else "NOT those of the plain loop"
-    found = [f"-- {row['work']}; {row['images']} photos, {row['rounds']} rounds; weights {same}"]
+    size = f"{plural(row['images'], 'photo')}, {plural(row['rounds'], 'round')}"
+    found = [f"-- {row['work']}; {size}; weights {same}"]
     for name, values in row["ratios"].items():
         ratio = Ratio(*values)
         found.append(f"   of {name:22s} {ratio!s:22s} {verdict(ratio.median, row['limits'].get(name))}")
