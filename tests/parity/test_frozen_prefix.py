@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.tuning.norm_layers import find_norms
+from layerwise.layers.norms import find_norms
 
 SIZES = {"inception_v3": 96, "maxvit_t": 224}
 FAMILIES = re.compile(

@@ -22,9 +22,9 @@ from layerwise.choosing.shift import measure, open_reference
 from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.norms import find_norms
 from layerwise.layers.structures import map_tensors, tensors_in
 from layerwise.tuning.calibration import calibrate_batchnorm
-from layerwise.tuning.norm_layers import find_norms
 
 Level = Literal["similar", "somewhat", "dissimilar", "unknown"]
 Confidence = Literal["high", "medium", "low"]

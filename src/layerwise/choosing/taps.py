@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerwise.choosing.pooling import pool_all
 from layerwise.choosing.samples import tensors
 from layerwise.layers.layermap import LayerGroup, LayerMap
-from layerwise.tuning.norm_layers import find_norms
+from layerwise.layers.norms import find_norms
 
 Floats = npt.NDArray[np.float32]
 CHUNKS = 64

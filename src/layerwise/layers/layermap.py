@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from layerwise.errors import PlanError, did_you_mean
+from layerwise.layers.norms import Kind
 
 if TYPE_CHECKING:
     from layerwise.layers.difference import MapDifference
@@ -66,6 +67,8 @@ class LayerMap:
         unused: parameters that the recorded forward pass does not read; each still stands in the
             group of the module it belongs to.
         outputs: module paths of the output layers (two for a distilled DeiT), empty without a head.
+        norms: the parameters of normalisation layers -> the kind of the layer (`layerwise.layers.norms`);
+            None where a map made by hand does not tell.
         notes: what was chosen or could not be found, for people: the example input that was made up,
             a recording that fell back to real samples.
     """
@@ -77,6 +80,7 @@ class LayerMap:
     unused: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
+    norms: dict[str, Kind] | None = field(default=None, compare=False)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -204,4 +208,5 @@ class LayerMap:
             unused=tuple(data["unused"]),
             outputs=tuple(data["outputs"]),
             notes=tuple(data["notes"]),
+            norms=data.get("norms"),
         )

@@ -9,9 +9,9 @@ from layerwise.errors import PlanError, plural
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.explanation import JOINING, Explanation, GroupRates, PhaseSummary
 from layerwise.plans.plan import Phase, Plan
-from layerwise.plans.rates import multipliers, run_problems
+from layerwise.plans.rates import multipliers, run_problems, trained
 from layerwise.plans.schedules import join_factor
-from layerwise.plans.settings import Norms, Schedule
+from layerwise.plans.settings import Schedule
 from layerwise.plans.timeline import joins, phase_factor
 
 ASSUMED_STEPS_PER_EPOCH = 100
@@ -34,7 +34,10 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
     for number, phase in enumerate(plan.phases):
         length = phase.length_steps(per_epoch)
         given = multipliers(phase, layers)
-        highest = {group.name: max(map(given.__getitem__, group.parameters), default=0.0) for group in layers}
+        values = {name: value if given[name] else 0.0 for name, value in trained(phase, layers).items()}
+        highest = {
+            group.name: max(map(values.__getitem__, group.parameters), default=0.0) for group in layers
+        }
         top = {name: value * (1.0 if lr is None else lr) for name, value in highest.items()}
         read = _rates_reader(plan, number, layers, per_epoch, top)
         for step in heat_steps:
@@ -48,7 +51,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
                 start=samples[0][group.name],
                 peak=max(sample[group.name] for sample in samples),
                 end=samples[-1][group.name],
-                parameters=_trainable(group, given),
+                parameters=_trainable(group, values),
             )
             for group in layers
             if top[group.name] > 0
@@ -60,7 +63,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
                 steps=length,
                 epochs=phase.epochs,
                 groups=groups,
-                trainable=_at_once(phase, layers, groups),
+                trainable=_at_once(phase, layers),
                 notes=_notes(phase, layers, {group.name for group in groups}, first=number == 0),
             )
         )
@@ -89,13 +92,20 @@ def _trainable(group: LayerGroup, given: Mapping[str, float]) -> int:
     return round(group.numel * sum(learning) / len(learning))  # a map without sizes: as if all were equal
 
 
-def _at_once(phase: Phase, layers: LayerMap, groups: tuple[GroupRates, ...]) -> int:
+def _at_once(phase: Phase, layers: LayerMap) -> int:
     """Return how many scalars learn, at most, at the same time."""
-    total = sum(group.parameters for group in groups)
+    values = trained(phase, layers)
+    total = sum(_trainable(group, values) for group in layers)
     if phase.sample_groups is None:
         return total
-    trunk = sorted(group.parameters for group in groups if layers[group.name].role == "trunk")
-    return total - sum(trunk[: -phase.sample_groups])
+    trunk = [group for group in layers if group.role == "trunk" and phase.trains(group.name)]
+    rest = trained(phase, layers, resting=[group.name for group in trunk])
+    more = sorted(
+        _trainable(group, values) - _trainable(group, rest)
+        for group in trunk
+        if any(values[name] for name in group.parameters)
+    )
+    return total - sum(more[: -phase.sample_groups])
 
 
 def _rates_reader(
@@ -160,8 +170,9 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
     if phase.norms.policy != "follow":
         until = f" {phase.norms.until}" if phase.norms.until else ""
         found.append(f"norms: {phase.norms.policy}{until}")
-    if set(_groups_of_learning_norms(phase.norms, layers)) - set(learning):
-        found.append("norms of frozen groups learn (not counted)")
+    values = trained(phase, layers)
+    if any(values[name] for group in layers if group.name not in learning for name in group.parameters):
+        found.append("norms of frozen groups learn")
     if phase.frozen_dropout:
         found.append("dropout stays active in frozen groups")
     if phase.l2_sp:
@@ -176,17 +187,6 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
             f"{plural(phase.sample_every_steps or 1, 'step')}"
         )
     return tuple(found)
-
-
-def _groups_of_learning_norms(norms: Norms, layers: LayerMap) -> tuple[str, ...]:
-    """Return the groups in which the policy lets norms learn, even where the groups are frozen."""
-    if not norms.rate:
-        return ()
-    if norms.tune or norms.policy == "adapt":
-        return layers.names
-    if norms.policy == "freeze_until" and norms.until is not None:
-        return layers.names[layers.names.index(layers[norms.until].name) :]
-    return ()
 
 
 def _schedule(schedule: Schedule) -> str:

@@ -53,9 +53,9 @@ class PhaseSummary:
         steps: its length.
         epochs: its length in epochs where it is counted in epochs, else None.
         groups: those that learn, input -> output.
-        trainable: number of scalars that learn; where groups are drawn, the most that do at a time. A norm
-            policy may add the affine parameters of norms in frozen groups (a note says so), or take them away
-            in others; a layer map does not tell norms apart.
+        trainable: number of scalars that learn; where groups are drawn, the most that do at a time. It leaves
+            out norms that the norm policy holds, and counts those that it lets learn in frozen groups (a note
+            says so); where `LayerMap.norms` is None, norms count with their groups.
         notes: what else is special: schedule, norms, regularisation.
     """
 

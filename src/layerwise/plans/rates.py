@@ -11,12 +11,13 @@ Source: Howard and Ruder 2018 (ULMFiT), section 3.2; Clark et al. 2020 (ELECTRA)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase
+from layerwise.plans.settings import moves_and_learns
 
 
 def rate(eta: float, alpha: float, depth: int) -> float:
@@ -70,6 +71,29 @@ def multipliers(phase: Phase, layers: LayerMap) -> dict[str, float]:
     """Return each parameter's multiplier in a phase: its override (by any of its names), or its group's."""
     own = {layers.aliases.get(name, name): value for name, value in phase.overrides.items()}
     return {name: own.get(name, phase.rate(group.name)) for group in layers for name in group.parameters}
+
+
+def trained(phase: Phase, layers: LayerMap, resting: Collection[str] = ()) -> dict[str, float]:
+    """Return each parameter's multiplier in a phase, the norm policy carried out; 0 does not learn.
+
+    Args:
+        phase: of a plan that fits `layers`.
+        layers: the layer map; one that does not know its norms leaves them to their groups.
+        resting: groups that are not drawn (LISA).
+    """
+    values, norms, kinds = multipliers(phase, layers), phase.norms, layers.norms or {}
+    first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
+    for number, group in enumerate(layers):
+        if group.name in resting:
+            values |= dict.fromkeys(group.parameters, 0.0)
+        frozen = not any(values[name] for name in group.parameters)
+        for name in filter(kinds.__contains__, group.parameters):
+            learns = not frozen or norms.tune
+            if kinds[name] == "running":
+                _, learns = moves_and_learns(norms, frozen, number >= first)
+            if frozen or not learns:
+                values[name] = norms.rate if learns else 0.0
+    return values
 
 
 def run_problems(**numbers: Any) -> list[str]:

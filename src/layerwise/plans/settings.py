@@ -120,3 +120,24 @@ class Norms(Data):
             only = "'adapt' or 'freeze_until', or with tune"
             found.append(f"rate is {rate!r}, which is only for policy {only}, not {policy!r}")
         return found
+
+
+def moves_and_learns(norms: Norms, group_frozen: bool, late: bool) -> tuple[bool, bool]:
+    """Return whether a norm's running statistics move and whether its affine parameters learn.
+
+    Args:
+        norms: the policy.
+        group_frozen: whether the norm's group does not learn.
+        late: whether it stands in the group `Norms.until` or behind it.
+    """
+    match norms.policy:
+        case "follow":
+            return not group_frozen, not group_frozen
+        case "freeze":
+            return False, False
+        case "freeze_until":
+            return late, late
+        case "calibrate":
+            return False, not group_frozen
+        case "adapt":
+            return True, True

@@ -155,7 +155,7 @@ def frozen_norms_of(prepared: Prepared) -> tuple[int, int]:
 
     Counted from groups and policy, before the model is touched.
     """
-    from layerwise.tuning.norm_layers import find_norms
+    from layerwise.layers.norms import find_norms
 
     phase, layers = prepared.plan.phases[0], prepared.layers
     norms = [norm.name for norm in find_norms(prepared.opened.model) if norm.kind == "running"]

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, ModelError, named_kind, shorten
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.norms import NormLayer, find_norms
 from layerwise.tuning.modes import held_modes
-from layerwise.tuning.norm_layers import NormLayer, find_norms, frozen_norms
+from layerwise.tuning.norm_layers import frozen_norms
 from layerwise.tuning.norms import look_through, module_owners
 from layerwise.tuning.wrappers import unwrapped
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, ModelError, did_you_mean, named_kind, shorten
+from layerwise.layers.norms import NormLayer, find_norms
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.moments import Moments, clone_statistics, mean_shift, restore_statistics
-from layerwise.tuning.norm_layers import NormLayer, find_norms
 from layerwise.tuning.passes import Enough, Forward, Passes, before_forward, feed
 from layerwise.tuning.processes import distributed
 from layerwise.tuning.wrappers import unwrapped

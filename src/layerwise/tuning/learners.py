@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.norms import find_norms
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers
 from layerwise.tuning.matching import (
@@ -20,7 +21,6 @@ from layerwise.tuning.matching import (
     phases_of_norms_alone,
 )
 from layerwise.tuning.modes import pin_eval
-from layerwise.tuning.norm_layers import find_norms
 from layerwise.tuning.norms import NormRecord, apply_norms
 from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
 

@@ -10,10 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from layerwise.errors import ModelError, PlanError, named_kind, shorten
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.norms import find_norms
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
 from layerwise.tuning.modes import pinned
-from layerwise.tuning.norm_layers import find_norms
 from layerwise.tuning.wrappers import fit_names, is_peft, rebased
 
 _CONSTANT: MutableMapping[nn.Parameter, bool] = WeakIdKeyDictionary()

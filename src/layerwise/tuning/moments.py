@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from layerwise.errors import DataError
-from layerwise.tuning.norm_layers import NormLayer
+from layerwise.layers.norms import NormLayer
 from layerwise.tuning.processes import distributed
 
 

@@ -17,9 +17,10 @@ from torch import nn
 
 from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.settings import Norms
+from layerwise.layers.norms import find_norms
+from layerwise.plans.settings import Norms, moves_and_learns
 from layerwise.tuning.modes import held_modes, pin_eval, pinned, unpin
-from layerwise.tuning.norm_layers import find_norms, frozen_norms
+from layerwise.tuning.norm_layers import frozen_norms
 
 _MOMENTUM = "_layerwise_momentum"  # where a norm keeps its own momentum while a policy replaces it
 
@@ -212,7 +213,7 @@ def apply_norms(
                 trainable += affine
             continue
         position = min((layers.names.index(group) for group in groups), default=0)
-        moves, learns = _moves_and_learns(norms, group_frozen, position >= first)
+        moves, learns = moves_and_learns(norms, group_frozen, position >= first)
         if moves:
             adapting.append(norm.name)
             keep_awake.add(norm.module)
@@ -239,21 +240,6 @@ def apply_norms(
         batch_only=tuple(batch_only),
         pinned=sum(pinned(module) for module in root.modules()),
     )
-
-
-def _moves_and_learns(norms: Norms, group_frozen: bool, late: bool) -> tuple[bool, bool]:
-    """Return whether a norm's statistics move and whether its affine parameters learn."""
-    match norms.policy:
-        case "follow":
-            return not group_frozen, not group_frozen
-        case "freeze":
-            return False, False
-        case "freeze_until":
-            return late, late
-        case "calibrate":
-            return False, not group_frozen
-        case "adapt":
-            return True, True
 
 
 def release_norms(model: nn.Module) -> None:

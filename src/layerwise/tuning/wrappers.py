@@ -77,7 +77,7 @@ def rebased(layers: LayerMap, model: nn.Module) -> LayerMap:
         )
         for group, own in zip(layers.groups, parameters)
     )
-    return dataclasses.replace(layers, groups=groups, aliases={})
+    return dataclasses.replace(layers, groups=groups, aliases={}, norms=None)
 
 
 def _without_peft(name: str) -> str:

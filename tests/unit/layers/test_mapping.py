@@ -213,6 +213,7 @@ def test_survives_a_state_dict_reload_and_json() -> None:
     again.load_state_dict(model.state_dict())
     assert layer_map(again, image()) == layers
     loaded = LayerMap.from_dict(json.loads(json.dumps(layers.to_dict())))
+    assert loaded.norms == layers.norms
     assert loaded == layers
     assert loaded["fc"].flops == layers["fc"].flops
     assert loaded.depth_of("conv1.weight") == len(loaded) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -318,8 +319,6 @@ def test_explain_tells_the_rates_of_each_phase() -> None:
 
 def test_explain_counts_single_parameters_by_their_size() -> None:
     """Where a pattern trains a part of a group, only its scalars are counted."""
-    import dataclasses
-
     from layerwise.plans.strategies import pattern
 
     layers = named_map("a", "b", numel=100)
@@ -472,8 +471,10 @@ def test_explain_tells_what_is_special_about_each_phase() -> None:
     from layerwise.plans.explain import explain
 
     layers = named_map("stem", "body", "head")
+    norms = {name: kind for g in layers for name, kind in zip(g.parameters, ("running", "plain"))}
+    layers = dataclasses.replace(layers, norms=norms)
     shared = {"epochs": 2, "rates": {"head": 1.0}}
-    tuned = "norms of frozen groups learn (not counted)"
+    tuned = "norms of frozen groups learn"
     settings: list[tuple[dict, str | tuple[str, ...]]] = [
         ({"patience_epochs": 1}, "ends after 1 epoch without improvement"),
         ({"patience_epochs": 2}, "ends after 2 epochs without improvement"),

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from layerwise.errors import DataError, ModelError
+from layerwise.layers.norms import find_norms
 from layerwise.tuning.audit import audit
 from layerwise.tuning.calibration import calibrate_batchnorm
 from layerwise.tuning.modes import pin_eval
-from layerwise.tuning.norm_layers import find_norms
 
 
 class Net(nn.Module):

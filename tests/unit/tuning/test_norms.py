@@ -11,9 +11,10 @@ from torch import nn
 
 from helpers import map_by_children
 from layerwise.errors import ModelError, PlanError
+from layerwise.layers.norms import find_norms
 from layerwise.plans.settings import Norms
 from layerwise.tuning.modes import pin_eval, pinned
-from layerwise.tuning.norm_layers import find_norms, frozen_norms, small_batch_warning
+from layerwise.tuning.norm_layers import frozen_norms, small_batch_warning
 from layerwise.tuning.norms import apply_norms, freeze_batchnorm, release_norms, training_mode
 
 

@@ -1,0 +1,78 @@
+"""What `explain` counts as trainable is what a Tuner trains, whatever the norm policy."""
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.layers.layermap import LayerMap
+from layerwise.layers.mapping import layer_map
+from layerwise.plans.plan import Plan
+from layerwise.plans.recipes import lisa
+from layerwise.plans.settings import Norms
+from layerwise.plans.strategies import full, linear_probe, pattern, top_k
+from layerwise.plans.unfreezing import gradual_unfreezing
+from layerwise.tuning.tuner import Tuner
+
+POLICIES = (
+    Norms(),
+    Norms(tune=True),
+    Norms(tune=True, rate=0),
+    Norms(policy="freeze"),
+    Norms(policy="freeze", tune=True, rate=0.1),
+    Norms(policy="calibrate"),
+    Norms(policy="adapt", rate=0.5),
+    Norms(policy="adapt", rate=0),
+)
+STRATEGIES = (
+    full,
+    linear_probe,
+    gradual_unfreezing,
+    lambda layers, **options: top_k(layers, k=2, **options),
+    lambda layers, **options: lisa(layers, groups=1, every_steps=1, **options),
+    lambda layers, **options: pattern(layers, train=["bias"], **options),
+)
+
+
+def net() -> nn.Sequential:
+    """Norms of each kind, in groups of their own and with other layers."""
+
+    def block(width: int, norm: nn.Module) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, width), norm, nn.ReLU(), nn.Linear(width, 4))
+
+    return nn.Sequential(
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+        block(5, nn.BatchNorm1d(5)),
+        block(6, nn.LayerNorm(6)),
+        block(7, nn.BatchNorm1d(7, track_running_stats=False)),
+        nn.Linear(4, 2),
+    )
+
+
+def trained(model: nn.Module, plan: Plan, layers: LayerMap) -> list[int]:
+    """Return how many scalars a Tuner lets learn at a time, by phase."""
+    tuner = Tuner(model, plan, torch.optim.AdamW, lr=0.1, steps_per_epoch=2, layers=layers)
+    found: list[int] = []
+    for _ in tuner.epochs():
+        found += [0] * (tuner.phase_index + 1 - len(found))
+        for _ in range(2):
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            found[tuner.phase_index] = max(found[tuner.phase_index], count)
+            model(torch.randn(16, 4)).sum().backward()
+            tuner.step()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:phase .* has the norm policy 'calibrate'")
+@pytest.mark.parametrize("granularity", ["blocks", "layers"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_explain_counts_what_a_tuner_trains(strategy, granularity: str) -> None:
+    model = net()
+    layers = layer_map(model, torch.randn(2, 4), granularity=granularity)
+    seen = set()
+    for norms in (*POLICIES, Norms(policy="freeze_until", until=layers.names[2], rate=0.2)):
+        plan = strategy(layers, epochs=24, norms=norms)
+        told = [phase.trainable for phase in plan.explain(layers, steps_per_epoch=2).phases]
+        assert told == trained(net(), plan, layers), norms
+        seen.add(tuple(told))
+    assert len(seen) > 1
