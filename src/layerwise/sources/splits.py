@@ -68,13 +68,7 @@ def stratified_split(
     >>> [len(part) for part in stratified_split(["a"] * 8 + ["b"] * 4, [0.25], seed=0)]
     [9, 3]
     """
-    if any(not 0 <= frac < 1 for frac in fracs) or sum(fracs) >= 1:
-        shares = ", ".join(f"{name}_frac={frac}" for name, frac in zip(names, fracs))
-        raise DataError(f"{shares}: expected shares of at least 0 whose sum is below 1.")
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for index, label in enumerate(labels):
-        members[label].append(index)
-    wanted = sum(frac > 0 for frac in fracs) + 1
+    members, wanted = _members(labels, fracs, names)
     small = {label: len(indices) for label, indices in members.items() if len(indices) < wanted}
     if small:
         listed = shorten((f"{label!r} has {count}" for label, count in sorted(small.items(), key=str)), 10)
@@ -93,6 +87,23 @@ def stratified_split(
             indices = indices[count:]
         parts[0].extend(indices)
     return [sorted(part) for part in parts]
+
+
+def _members(
+    labels: Sequence[Hashable], fracs: Sequence[float], names: Sequence[str]
+) -> tuple[dict[Hashable, list[int]], int]:
+    """Return the indices of the samples of each label, and how many parts are not empty.
+
+    Raises:
+        DataError: a share is out of range.
+    """
+    if any(not 0 <= frac < 1 for frac in fracs) or sum(fracs) >= 1:
+        shares = ", ".join(f"{name}_frac={frac}" for name, frac in zip(names, fracs))
+        raise DataError(f"{shares}: expected shares of at least 0 whose sum is below 1.")
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, label in enumerate(labels):
+        members[label].append(index)
+    return members, sum(frac > 0 for frac in fracs) + 1
 
 
 def _counts(total: int, fracs: Sequence[float]) -> list[int]:
@@ -125,13 +136,7 @@ def grouped_split(
     >>> grouped_split(["x", "x", "y", "z"], [0.25], seed=1)[1] in ([2], [3])
     True
     """
-    if any(not 0 <= frac < 1 for frac in fracs) or sum(fracs) >= 1:
-        shares = ", ".join(f"{name}_frac={frac}" for name, frac in zip(names, fracs))
-        raise DataError(f"{shares}: expected shares of at least 0 whose sum is below 1.")
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    wanted = sum(frac > 0 for frac in fracs) + 1
+    members, wanted = _members(groups, fracs, names)
     if len(members) < wanted:
         raise DataError(
             f"{plural(len(members), 'group')} cannot be split into {wanted} parts that share none."
