@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from layerwise.choosing.depths import Transferability, score_depths
-from layerwise.choosing.features import Features, collect_features, map_for
+from layerwise.choosing.features import Features, collect_features, mapped_features
 from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, tensors, to_device
 from layerwise.choosing.shift import measure, open_reference
 from layerwise.choosing.shift_result import Shift
@@ -245,14 +245,13 @@ def gather_evidence(
     loader, total = open_sample(train, max_samples, batch_size, collate, seed)
     if loader is train:  # a stream
         train = KeptBatches(train, max_samples, total, seed)
-    layers = map_for(model, train, layers, example_input, batch_size=batch_size, collate=collate)
     options: dict[str, Any] = {
         "max_samples": max_samples,
         "batch_size": batch_size,
         "collate": collate,
         "seed": seed,
     }
-    found = collect_features(model, train, layers, norms=source is None, **options)
+    found, layers = mapped_features(model, train, layers, example_input, norms=source is None, **options)
     total = found.total or found.samples
     _check_classes(classes, found, total)
     transfer = score_depths(found, seed=seed)

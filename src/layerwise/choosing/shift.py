@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.choosing import distances
 from layerwise.choosing.depths import score_depths
-from layerwise.choosing.features import Features, collect_features, map_for
+from layerwise.choosing.features import Features, collect_features, mapped_features
 from layerwise.choosing.group_shift import Drawn, mean_figure, shift_from_source, shift_of_norms
 from layerwise.choosing.shift_result import GroupShift, InputShift, LabelSide, Method, Shift, Where
 from layerwise.choosing.signature import Signature, check_belongs, summarise
@@ -69,14 +69,13 @@ def shift(
     """
     if draws < 20 or not 0 < level < 1:
         raise DataError(f"draws is {draws} and level {level}; expected at least 20, and between 0 and 1.")
-    layers = map_for(model, target, layers, example_input, batch_size=batch_size, collate=collate)
     options: dict[str, Any] = {
         "max_samples": max_samples,
         "batch_size": batch_size,
         "collate": collate,
         "seed": seed,
     }
-    found = collect_features(model, target, layers, norms=source is None, **options)
+    found, layers = mapped_features(model, target, layers, example_input, norms=source is None, **options)
     method, reference = open_reference(model, source, layers, **options)
     return measure(found, reference, layers, method=method, draws=draws, level=level, seed=seed)
 
