@@ -157,7 +157,10 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
     title = "rate" if explanation["lr"] is not None else "multiple of the rate"
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X(
-            "from:Q", title="optimiser step", scale=alt.Scale(domain=[0, explanation["steps"]], nice=False)
+            "from:Q",
+            title="optimiser step",
+            axis=alt.Axis(tickMinStep=1, tickCount=10),
+            scale=alt.Scale(domain=[0, explanation["steps"]], nice=False),
         ),
         x2="to:Q",
         y=alt.Y("group:N", sort=order, title="layer group", axis=_axis(order, 0)),

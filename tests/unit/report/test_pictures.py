@@ -66,6 +66,16 @@ def test_no_column_of_a_plan_shows_two_phases():
         assert cells[-1]["to"] == told["steps"]
 
 
+@pytest.mark.parametrize("steps", [4, 400])
+def test_plan_picture_counts_whole_steps_with_room_between_them(steps):
+    # no label at a fifth of a step, and few enough that none touches the next
+    told = ulmfit(named_map("a", "b"), steps=steps).explain(named_map("a", "b")).to_dict()
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", pictures.as_svg(pictures.plan_picture(told)))
+    axis = labels[: labels.index(str(steps)) + 1]
+    assert all(label.isdigit() for label in axis)
+    assert len(axis) <= 12
+
+
 def test_shift_picture_takes_the_figure_that_was_measured():
     # running statistics when there is no source, the Fréchet distance when there is one
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
