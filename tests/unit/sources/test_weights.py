@@ -38,6 +38,15 @@ def test_a_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path):
     assert victim.exists()
 
 
+def test_a_plain_pickle_is_refused_without_a_warning_of_torch(tmp_path):
+    # `pickle.dump` writes a protocol that torch warns of, with the advice to file an issue
+    victim = tmp_path / "victim"
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps(Attack(victim), protocol=4))
+    with pytest.raises(ModelError, match=r"cannot be read as a torch file \(.*save it as safetensors"):
+        weights.read_weights(tmp_path / "bad.pth")
+    assert not victim.exists()
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
 def test_a_state_dict_is_found_under_the_usual_keys(tmp_path, key):
     model = small_net()
