@@ -28,6 +28,7 @@ def test_table_of_a_timm_model() -> None:
     first = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
     names = ["conv_stem", *(f"blocks.{number}" for number in range(7)), "conv_head", "classifier"]
     assert [word for word in first if word in names] == names
+    assert "note: example input: 1x3x224x224" in result.stdout  # what its costs are the costs of
 
 
 def test_json_of_an_own_model(tmp_path: Path) -> None:

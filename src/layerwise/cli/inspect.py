@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 import typer
@@ -29,12 +30,16 @@ def inspect(
     The names are what plans and --strategy take.
     """
     from layerwise.layers.mapping import layer_map
+    from layerwise.layers.structures import tensors_in
     from layerwise.layers.table import LayerTable, trainable_numel
 
     opened = _open_without_weights(model, input_size)
     own_function = ".py:" in model and input_size is None  # its input is not known to be an image
     example = None if own_function else _usable(opened.example_input)
     layers = layer_map(opened.model, example, granularity)
+    if example is not None:
+        sizes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(example))
+        layers = dataclasses.replace(layers, notes=(*layers.notes, f"example input: {sizes}"))
     if as_json:
         trainable = trainable_numel(layers, opened.model)
         groups = [
