@@ -114,7 +114,7 @@ class Setup:
 
         With a layer map, those of groups without a trainable parameter. Without one, modules with frozen
         parameters only, and parameterless ones where that holds for the innermost module around them
-        that has parameters.
+        that has parameters, or for their neighbours in an ``nn.Sequential``.
         """
         if self.layers is not None:
             owners = module_owners(self.root, self.layers)
@@ -122,11 +122,14 @@ class Setup:
             return frozenset(module for module, groups in owners.items() if not groups & learning)
         still: set[nn.Module] = set()
         paths = dict(self.root.named_modules())
-        frozen: dict[str, bool | None] = {}
+        frozen: dict[str, bool] = {}
         for path, module in paths.items():
             flags = {parameter.requires_grad for parameter in module.parameters()}
-            above = frozen.get(path.rpartition(".")[0]) if path else None
-            frozen[path] = flags == {False} if flags else above
+            around = path.rpartition(".")[0]
+            if flags:
+                frozen[path] = flags == {False}
+            else:
+                frozen[path] = frozen.get(around, False) or _between_frozen(paths[around], module)
             if frozen[path]:
                 still.add(module)
         return frozenset(still)
@@ -175,6 +178,19 @@ class Setup:
     def named(self, parameters: Iterable[Tensor]) -> tuple[str, ...]:
         """Return the names of `parameters`, those of the model only."""
         return tuple(self.names[id(p)] for p in parameters if id(p) in self.names)
+
+
+def _between_frozen(around: nn.Module, module: nn.Module) -> bool:
+    """Return whether `module` stands between frozen ones in a Sequential, parameterless ones aside."""
+    if not isinstance(around, nn.Sequential) or around is module:
+        return False
+    parts = list(around)
+    place = parts.index(module)
+    for side in (reversed(parts[:place]), parts[place + 1 :]):
+        flags = ({parameter.requires_grad for parameter in part.parameters()} for part in side)
+        if next(filter(None, flags), None) != {False}:
+            return False
+    return True
 
 
 def optimizers_of(given: Any) -> list[Any]:

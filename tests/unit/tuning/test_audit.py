@@ -154,6 +154,19 @@ def test_a_frozen_norm_without_statistics(net):
     assert audit(net).codes == {"norm-without-statistics"}
 
 
+def test_dropout_between_frozen_layers_of_a_sequential():
+    # as in the classifiers of VGG and AlexNet when all but the last layer is frozen; the dropout of the
+    # layer that learns is its own
+    net = nn.Sequential(
+        nn.Linear(4, 4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 2)
+    )
+    net[:4].requires_grad_(False)
+    (found,) = audit(net)
+    assert (found.code, found.modules) == ("dropout-in-frozen-part", ("2",))
+    net[0].requires_grad_(True)
+    assert not audit(net).findings
+
+
 @pytest.mark.parametrize("layers", [False, True])
 def test_dropout_in_a_frozen_part_of_every_kind(net, layers):
     class Functional(nn.Module):  # as attention layers do
