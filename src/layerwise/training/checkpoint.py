@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         raise RunError(
             f"the checkpoint of step {step} could not be written to {folder}: {_first_line(error)} "
             f"({_free(folder)} free there). Checkpoints that are whole: {left}. "
-            "Make room, then go on with: layerwise fit --resume RUN"
+            f"Make room, then go on with: layerwise fit --resume {shlex.quote(str(folder.parent))}"
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -136,8 +136,9 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (out_of_memory or should_reduce_batch_size(error)):
             raise
+        told = str(error).splitlines() or [type(error).__name__]
         raise TrainingError(
-            f"memory ran out at step {where() + 1}: {str(error).splitlines()[0] if str(error) else error!r} "
+            f"memory ran out at step {where() + 1} ({told[0].rstrip('.')}). "
             "Take a smaller batch_size and raise accumulate by the same factor, a plan that trains less, "
             f"or precision='bf16'. {_last_checkpoint(out)}"
         ) from error
