@@ -159,7 +159,7 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
         x=alt.X(
             "from:Q",
             title="optimiser step",
-            axis=alt.Axis(tickMinStep=1, tickCount=10),
+            axis=alt.Axis(tickCount=min(10, explanation["steps"])),
             scale=alt.Scale(domain=[0, explanation["steps"]], nice=False),
         ),
         x2="to:Q",

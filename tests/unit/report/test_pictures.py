@@ -7,6 +7,7 @@ import pytest
 
 from helpers import named_map
 from layerwise.errors import DataError
+from layerwise.plans.strategies import full
 from layerwise.plans.unfreezing import ulmfit
 from layerwise.report import pictures
 
@@ -66,10 +67,10 @@ def test_no_column_of_a_plan_shows_two_phases():
         assert cells[-1]["to"] == told["steps"]
 
 
-@pytest.mark.parametrize("steps", [4, 400])
+@pytest.mark.parametrize("steps", [1, 4, 400])
 def test_plan_picture_counts_whole_steps_with_room_between_them(steps):
     # no label at a fifth of a step, and few enough that none touches the next
-    told = ulmfit(named_map("a", "b"), steps=steps).explain(named_map("a", "b")).to_dict()
+    told = full(named_map("a", "b"), steps=steps).explain(named_map("a", "b")).to_dict()
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", pictures.as_svg(pictures.plan_picture(told)))
     axis = labels[: labels.index(str(steps)) + 1]
     assert all(label.isdigit() for label in axis)
