@@ -167,9 +167,10 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
         found.append(f"ends after {plural(phase.patience_epochs, 'epoch')} without improvement")
     if phase.join_steps and not first:
         found.append(f"{JOINING} {plural(phase.join_steps, 'step')}")
-    if phase.norms.policy != "follow":
+    if phase.norms.policy != "follow" or phase.norms.rate != 1:
         until = f" {phase.norms.until}" if phase.norms.until else ""
-        found.append(f"norms: {phase.norms.policy}{until}")
+        rate = f", rate {phase.norms.rate:g}" if phase.norms.rate != 1 else ""
+        found.append(f"norms: {phase.norms.policy}{until}{rate}")
     values = trained(phase, layers)
     if any(values[name] for group in layers if group.name not in learning for name in group.parameters):
         found.append("norms of frozen groups learn")
