@@ -106,7 +106,10 @@ class Norms(Data):
     def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
         policy, until = data.get("policy", "follow"), data.get("until")
         if policy == "freeze_until" and until is None:
-            return ["policy 'freeze_until' needs `until`, the first group whose norms adapt"]
+            return [
+                "policy 'freeze_until' needs `until`, the first group whose norms adapt: "
+                "{policy: freeze_until, until: GROUP}"
+            ]
         if policy != "freeze_until" and until is not None:
             return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
         used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}

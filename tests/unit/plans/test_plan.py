@@ -60,7 +60,7 @@ def test_missing_groups_are_one_problem() -> None:
         ({"rates": {"fx": 1}}, r"group 'fx' is not among the groups \(stem, fc\)\. Did you mean 'fc'\?"),
         ({"reinit": ["fx"]}, "reinit: group 'fx' is not among the groups"),
         ({"norms": {"policy": "freeze_until", "until": "fx"}}, "norms.until: group 'fx'"),
-        ({"norms": {"policy": "freeze_until"}}, "needs `until`"),
+        ({"norms": {"policy": "freeze_until"}}, "adapt: {policy: freeze_until, until: GROUP}"),
         ({"norms": {"until": "fc"}}, "only policy 'freeze_until' uses"),
         (
             {"norms": {"policy": "calibrate", "rate": 0.5}},
