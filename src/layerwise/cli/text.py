@@ -112,12 +112,13 @@ def predict_and_print(
     new_tokens: int,
 ) -> None:
     """Print what a run says of the texts in some files, or on standard input."""
+    from layerwise.sources.texttable import default_text_column
     from layerwise.training.text_predict import predict_texts, read_texts
 
     job_text = (run.about.get("job") or {}).get("text") or {}
     texts = read_texts(
         inputs,
-        text_column=text_column or job_text.get("text_column") or "text",
+        text_column=text_column or job_text.get("text_column") or default_text_column(run.task.name),
         pair_column=pair_column or job_text.get("pair_column"),
         encoding=encoding,
     )

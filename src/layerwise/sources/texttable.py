@@ -146,7 +146,7 @@ def read_texts(
         raise DataError("label_separator is empty; expected what stands between the labels of a row: ','.")
     tags = task == "token_classification"
     labelled = task not in ("causal_lm", "masked_lm")
-    text_column = text_column or ("tokens" if tags else "text")
+    text_column = text_column or default_text_column(task)
     label_column = label_column or ("tags" if tags else "label")
     named = {
         "--text-column": text_column,
@@ -193,6 +193,11 @@ def read_texts(
         notes += unused_split(found.parts["train"], split_column)
     notes += _split(task, parts, val_frac, test_frac, seed)
     return TextTable(task, parts, classes, tuple(bad), tuple(notes))
+
+
+def default_text_column(task: str) -> str:
+    """Return the column of the text where none is named."""
+    return "tokens" if task == "token_classification" else "text"
 
 
 @dataclass

@@ -40,8 +40,8 @@ def read_texts(
 ) -> list[Text]:
     """Return the texts in some files, in order.
 
-    Of a table (CSV, TSV, JSON lines, Parquet) the named columns; of any other file every line that is
-    not blank.
+    Of a table (CSV, TSV, JSON lines, Parquet, CoNLL) the named columns; of any other file every line that
+    is not blank. A list of words in a cell is the text of these words.
 
     Args:
         inputs: files; ``"-"``, or none at all, is standard input, read as lines.
@@ -53,7 +53,8 @@ def read_texts(
         DataError: a file is missing, is not in `encoding`, lacks a column or a text in it, or there is no
             text at all.
     """
-    from layerwise.sources.tables import TABLES, read_rows
+    from layerwise.sources.tables import TABLES, require_columns
+    from layerwise.sources.textfiles import CONLL, read_table
 
     columns = [text_column, *([pair_column] if pair_column else [])]
     texts: list[Text] = []
@@ -62,8 +63,9 @@ def read_texts(
         if str(name) == STDIN:
             content = _decoded(sys.stdin.buffer.read(), "standard input", encoding)
             texts += _lines(content, pair_column is not None)
-        elif path.suffix.lower() in TABLES:
-            rows = read_rows(path, columns, encoding=encoding)
+        elif path.suffix.lower() in (*TABLES, *CONLL):
+            rows = read_table(path, encoding)
+            require_columns(f"table {str(path)!r}", list(rows[0]), columns)
             texts += [_of_row(row, columns, f"row {number} of {name}") for number, row in enumerate(rows, 1)]
         else:
             texts += _lines(_read(path, encoding), pair_column is not None)
@@ -73,11 +75,19 @@ def read_texts(
 
 
 def _of_row(row: dict[str, Any], columns: Sequence[str], where: str) -> Text:
+    cells = []
     for column in columns:
         value = row[column]
+        if isinstance(value, list):
+            if not value or not all(isinstance(word, str) and word.split() == [word] for word in value):
+                raise DataError(
+                    f"{where} has {str(value)[:60]} in {column!r}; expected a text, or a list of words."
+                )
+            value = " ".join(value)
         if value is None or value != value or not str(value).strip():  # NaN stands for an empty cell
             raise DataError(f"{where} has an empty {column!r}; expected a text. Remove the row.")
-    return Text(*(str(row[column]) for column in columns))
+        cells.append(str(value))
+    return Text(*cells)
 
 
 def _read(path: Path, encoding: str) -> str:
@@ -219,14 +229,15 @@ def _complete(
     """Return what the model writes after each text, greedily; prompts are written as in training."""
     from layerwise.sources.encoding import encode_givens
     from layerwise.sources.huggingface import max_length_of
+    from layerwise.training.text_job import TextOptions
 
     model: Any = run.model
     limit = max_length_of(model, tokenizer)
     new_tokens = min(new_tokens, limit - 1)
     # Of what the model can take, the new tokens may use what the prompts leave, and half at any rate.
     room = min(length or limit, max(limit - new_tokens, limit // 2))
-    options = (run.about.get("job") or {}).get("text") or {}
-    template = options.get("prompt_template", "{prompt}") if options.get("response_column") else "{prompt}"
+    options = TextOptions(**((run.about.get("job") or {}).get("text") or {}))
+    template = options.prompt_template if options.response_column else "{prompt}"
     prompts = [template.replace("{prompt}", text.text) for text in part]
     rows = encode_givens(tokenizer, prompts, max_length=room)
     start = max(map(len, rows))

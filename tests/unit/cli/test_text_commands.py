@@ -111,6 +111,11 @@ def test_tags_of_words(work, tmp_path):
     assert answer["words"] == ["Anna", "likes", "red", "bread"]
     assert len(answer["tags"]) == 4
     assert all(entity["text"] in "Anna likes red bread" for entity in answer["entities"])
+    result = command("predict", tmp_path / "run", tmp_path / "train.conll", "--json")
+    assert [row["text"] for row in json.loads(result.stdout)["predictions"][:2]] == [
+        "Anna sells red bread",
+        "the team",
+    ]
 
 
 def test_tags_as_a_table(work, tmp_path):

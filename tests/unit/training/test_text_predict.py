@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, RunError
+from layerwise.sources import encoding
 from layerwise.training.job import Job, open_job
 from layerwise.training.run import load_run
 from layerwise.training.text_predict import Text, predict_texts, read_texts
@@ -66,6 +67,22 @@ def test_prompts_are_written_as_in_training(writer, monkeypatch):
     assert writer.tokenizer.decode(ids[1]) == "slow " * 10 + "red of"
 
 
+def test_prompts_have_the_template_of_training_where_none_is_named(work, monkeypatch):
+    # A job of the command line names none; the table of its texts has them as they are learned.
+    save_tiny(work / "plain", "gpt2", "CausalLM")
+    rows = [{"text": "red", "answer": "fast slow"}] * 10
+    run = trained(work, "plain", rows, task="causal_lm", response_column="answer")
+    prompts = []
+    real = encoding.encode_givens
+    monkeypatch.setattr(
+        encoding,
+        "encode_givens",
+        lambda tokenizer, given, **more: prompts.extend(given) or real(tokenizer, given, **more),
+    )
+    predict_texts(run, ["red"], new_tokens=4)
+    assert prompts == open_job(Job(**run.about["job"])).table.parts["train"].texts[:1] == ["red\n"]
+
+
 def test_completions_of_several_lengths_are_those_of_each_alone(writer):
     # Padding at the left changes nothing.
     texts = ["red", "red engine of the road", "good bread"]
@@ -114,6 +131,20 @@ def test_numbers_are_texts_and_empty_cells_are_refused(tmp_path):
     for cell in ("null", '""'):
         (tmp_path / "b.jsonl").write_text(f'{{"text": "red"}}\n{{"text": {cell}}}\n')
         with pytest.raises(DataError, match=r"row 2 of .*b\.jsonl has an empty 'text'"):
+            read_texts([tmp_path / "b.jsonl"])
+
+
+def test_tables_of_words_are_read_as_for_training(tmp_path):
+    # A list of words is a text of words, and a .conll file holds sentences; other lists are refused.
+    (tmp_path / "a.jsonl").write_text('{"tokens": ["red", "engine"], "tags": ["O", "N"]}\n')
+    assert read_texts([tmp_path / "a.jsonl"], text_column="tokens") == [Text("red engine")]
+    (tmp_path / "a.conll").write_text("red O\nengine N\n\nslow O\n")
+    assert read_texts([tmp_path / "a.conll"], text_column="tokens") == [Text("red engine"), Text("slow")]
+    with pytest.raises(DataError, match="no column 'words'; its columns are 'tokens', 'tags'"):
+        read_texts([tmp_path / "a.conll"], text_column="words")
+    for cell in ("[1, 2]", "[]", '["red engine"]'):
+        (tmp_path / "b.jsonl").write_text(f'{{"text": {cell}}}\n')
+        with pytest.raises(DataError, match=r"row 1 of .*b\.jsonl has \[.*\] in 'text'; expected a text, or"):
             read_texts([tmp_path / "b.jsonl"])
 
 
