@@ -190,16 +190,16 @@ def without_key_cache(model: nn.Module) -> Iterator[None]:
     They serve generation, where texts grow by a token; in training they are by-products that take memory,
     and the prefix cache would have to store them, as they are part of what the model returns.
     """
-    config: Any = getattr(getattr(model, "body", model), "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is None:
-        yield
-        return
-    config.use_cache = False
+    # More than one: T5's decoder has a copy of its own.
+    configs: dict[int, Any] = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+    before = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None) is not None]
+    for config, _ in before:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        for config, value in before:
+            config.use_cache = value
 
 
 def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
