@@ -69,7 +69,7 @@ class Experiment:
             "metric": self.metric,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "fit_options": plain(self.options),
+            "fit_options": plain({name: value for name, value in self.options.items() if name != "about"}),
         }
 
     def train_by(self, plan: Plan, lr: float, seed: int, **more: Any) -> Result:

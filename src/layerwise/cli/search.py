@@ -91,7 +91,9 @@ def search(
     counts = None if depths is None else numbers(depths, "--depths")
     rates, decays = _range(lr, "--lr"), _range(decay, "--decay")
     prepared = task.open(val_frac=val_frac, test_frac=test_frac)
-    options = fit_options(prepared)
+    # so that the winner's run knows how to build its model; the job would be another one to resume
+    about = {name: prepared.about[name] for name in ("model", "data")}
+    options = {**fit_options(prepared), "about": about}
     if class_weights is not None:
         options["class_weights"] = class_weights
     try:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -191,7 +190,7 @@ def test_advise_prints_reasons_alternatives_and_yaml(images, weights):
 
 
 def test_search_makes_plan_run_and_curve(images, weights, tmp_path):
-    # two trials, a journal, a plan, the winner's run and the picture; called again it only reads
+    # two trials, a journal, a plan, the winner's run to predict with, the picture; called again it only reads
     out, picture = tmp_path / "s", tmp_path / "curve.png"
     arguments = [
         "search", MODEL, "--data", images, *SIZE, *weights, "--out", out, "--trials", 2, "--depths", "1,2",
@@ -201,8 +200,10 @@ def test_search_makes_plan_run_and_curve(images, weights, tmp_path):
     assert told.exit_code == 0, told.output
     found = json.loads(told.stdout)
     assert [t["choice"] for t in found["trials"]] == ["last 1", "last 2"]
-    assert Path(found["run"]["out"], "model.safetensors").exists()
     assert (out / "plan.yaml").exists()
+    predicted = command("predict", found["run"]["out"], images, "--json")
+    assert predicted.exit_code == 0, predicted.output
+    assert json.loads(predicted.stdout)["predictions"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     again = json.loads(command(*arguments).stdout)
     assert again["trials"] == found["trials"]
@@ -458,6 +459,10 @@ def test_texts_are_advised_on_searched_and_fitted(texts, tmp_path):
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout)["similarity"] == "unknown"
     found = command("search", model, *given, "--out", tmp_path / "s", "--trials", 2, "--epochs", 1, "--json")
+    (winner,) = (tmp_path / "s").glob("winner-trial-*")
+    told = CliRunner().invoke(app, ["predict", str(winner), "--json"], input="red engine\n")
+    assert told.exit_code == 0, told.output
+    assert "label" in json.loads(told.stdout)["predictions"][0]
     assert found.exit_code == 0, found.output
     assert len(json.loads(found.stdout)["trials"]) == 2
     trained = command(
