@@ -24,7 +24,7 @@ _PANELS = {
 }
 _INPUT_FIRST = "layer group, input to output"
 _LABEL_LIMIT = 200
-_NUMBER_ROOM = 44  # pixels: a number such as 0.76 in a wide font, and space to the axis' title
+_NUMBER_ROOM = 58  # pixels: a number such as 0.6935 in a wide font, and space to the axis' title
 _FIGURE_TITLES = {
     "norms": "shift of norm inputs, in source variances",
     "frechet": "Fréchet distance, in source variances",
