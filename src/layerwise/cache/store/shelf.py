@@ -58,12 +58,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Filling:
-    """A column that is being filled, with its open lock file, and the name that it will have."""
+    """A column that is being filled, with its open lock file, the name that it will have, and by whom."""
 
     column: weakref.ref[Column]
     lock: IO[bytes]
     key: str
     what: str
+    process: int
 
 
 class Shelf:
@@ -77,7 +78,7 @@ class Shelf:
     def __init__(self, folder: Path | None) -> None:
         self._lasting = folder
         self._folder: Path | None = None
-        self._temporary: list[Path] = []
+        self._temporary: dict[Path, int] = {}  # who made it
         self._filling: dict[Path, _Filling] = {}
         weakref.finalize(self, _remove_all, self._filling, self._temporary)
 
@@ -95,7 +96,7 @@ class Shelf:
         if self._folder is None:
             if self._lasting is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="layerwise-cache-"))
-                self._temporary.append(self._folder)
+                self._temporary[self._folder] = os.getpid()
             else:
                 self._lasting.mkdir(parents=True, exist_ok=True)
                 self._folder = self._lasting
@@ -142,7 +143,7 @@ class Shelf:
             lock.close()
             shutil.rmtree(part, ignore_errors=True)
             raise
-        self._filling[part] = _Filling(weakref.ref(column), lock, key, what)
+        self._filling[part] = _Filling(weakref.ref(column), lock, key, what, os.getpid())
         weakref.finalize(column, _remove, self._filling, part)  # its values are worth nothing any more
         return column
 
@@ -187,14 +188,16 @@ def _remove(filling: dict[Path, _Filling], part: Path) -> None:
     one = filling.pop(part, None)
     if one is not None:
         one.lock.close()
-        shutil.rmtree(part, ignore_errors=True)
+        if one.process == os.getpid():  # a forked process has a copy of this, and the files are not its own
+            shutil.rmtree(part, ignore_errors=True)
 
 
-def _remove_all(filling: dict[Path, _Filling], folders: list[Path]) -> None:
+def _remove_all(filling: dict[Path, _Filling], folders: dict[Path, int]) -> None:
     for part in list(filling):
         _remove(filling, part)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder, process in folders.items():
+        if process == os.getpid():
+            shutil.rmtree(folder, ignore_errors=True)
     folders.clear()
 
 
@@ -281,8 +284,8 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
 
 def _meta(folder: Path) -> dict[str, Any] | None:
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # the last one of JSON that is nested too deeply
         return None
     return meta if isinstance(meta, dict) and type(meta.get("rows")) is int else None
 

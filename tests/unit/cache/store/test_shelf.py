@@ -240,3 +240,47 @@ def test_list_and_remove(tmp_path) -> None:
     assert [e.key for e in remove(tmp_path, ["aaa"])] == [KEY]
     assert [e.key for e in remove(tmp_path)] == ["b" * 40]
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_forked_process_that_ends_leaves_the_files_of_the_one_that_fills_them(tmp_path, lasting) -> None:
+    # The child drops its copies of the column and the shelf; the parent goes on and publishes.
+    shelf = Shelf(tmp_path if lasting else None)
+    column = shelf.create(KEY if lasting else "", 3, SPEC, "layer3")
+    child = os.fork()
+    if child == 0:
+        del column
+        shelf.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert shelf.root.exists()
+    assert len(list(shelf.root.glob(".part-*/rows.bin"))) == 1
+    column.put(torch.arange(3), VALUES)
+    shelf.publish_complete()
+    assert not lasting or Shelf(tmp_path).find(KEY, 3, SPEC) is not None
+    shelf.close()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"what": "é", "rows": 3'])
+def test_a_description_that_cannot_be_read_is_damaged(tmp_path, text) -> None:
+    # One that is nested too deeply to be read is listed, refused and removed like one that is cut short.
+    published(tmp_path)
+    (tmp_path / KEY / "meta.json").write_text(text, encoding="utf-8")
+    assert [entry.what for entry in entries(tmp_path)] == ["damaged"]
+    assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
+    assert not (tmp_path / KEY).exists()
+
+
+def test_names_outside_of_ascii_are_read_where_the_locale_knows_none(tmp_path) -> None:
+    # A column of a module with such a name is found, and not taken for damaged.
+    shelf = Shelf(tmp_path)
+    column = shelf.create(KEY, 3, SPEC, "Größe")
+    column.put(torch.arange(3), VALUES)
+    shelf.publish_complete()
+    code = "import sys; from pathlib import Path; from layerwise.cache.store.shelf import entries\n"
+    code += "print(ascii(entries(Path(sys.argv[1]))[0].what))"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=plain, capture_output=True, text=True
+    )
+    assert told.stdout.strip() == ascii("Größe"), told.stderr
