@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ FORMAT = 1
 """Version of the checkpoint format; another one is refused."""
 
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}[0-9]{{8,}}")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of `step` into `folder`, then remove all but the last `keep`.
+    """Write `state` as the checkpoint of `step` into `folder`, then remove all but it and those just before.
 
-    Old checkpoints are removed only once the new one is on the disk.
+    Others are removed only once the new one is on the disk. Later ones are removed too: a run that writes
+    this one went on from an earlier one, so it did not believe them.
 
     Args:
         folder: the run's ``checkpoints`` folder; made when missing.
@@ -65,7 +68,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     Raises:
         RunError: it could not be written (a full disk, a missing right). Earlier ones are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_PREFIX}{step:08d}"
 
     def fill(temporary: Path) -> None:
@@ -78,6 +80,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         write_json(temporary / "manifest.json", manifest)
 
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_folder(path, fill)
     except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as RuntimeError
         left = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
@@ -86,14 +89,17 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             f"({_free(folder)} free there). Checkpoints that are whole: {left}. "
             f"Make room, then go on with: layerwise fit --resume {shlex.quote(str(folder.parent))}"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    there = list_checkpoints(folder)
+    kept = [p for p in there if p.name <= path.name][-keep:]
+    for other in there:
+        if other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
     return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders in `folder`, by step, whether or not they can be believed."""
-    return sorted(p for p in folder.glob(f"{_PREFIX}*") if p.is_dir())
+    return sorted(p for p in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(p.name) and p.is_dir())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         version, hashes = manifest["format"], manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"checkpoint {path} has no readable manifest.json ({error}).") from error
     if version != FORMAT:
         raise RunError(f"checkpoint {path} has format {version!r}; this version of layerwise reads {FORMAT}.")
@@ -166,4 +172,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _free(folder: Path) -> str:
+    folder = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"

@@ -3,6 +3,7 @@
 import errno
 import json
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -41,6 +42,36 @@ def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000010"]
 
 
+def test_a_damaged_later_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    # A run that went back to the checkpoint before keeps the new ones, and not the one that was damaged.
+    save_checkpoint(tmp_path, 4, state(4.0), keep=2)
+    damaged = save_checkpoint(tmp_path, 8, state(8.0), keep=2)
+    (damaged / "state.pt").write_bytes(b"")
+    for step in (5, 6):
+        path = save_checkpoint(tmp_path, step, state(step), keep=1)
+        assert list_checkpoints(tmp_path) == [path]
+    latest = load_latest(tmp_path)
+    assert latest is not None
+    assert latest.step == 6
+
+
+@pytest.mark.parametrize("name", ["step-old", "step-00000002 (copy)", "step-"])
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+    # A copy that somebody made is neither read nor removed, and takes no checkpoint's place.
+    save_checkpoint(tmp_path, 1, state(1.0))
+    shutil.copytree(save_checkpoint(tmp_path, 2, state(2.0)), tmp_path / name)
+    save_checkpoint(tmp_path, 3, state(3.0), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    assert (tmp_path / name / "state.pt").is_file()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    # What lies there is named, and it is not gone on without checkpoints.
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(RunError, match=r"checkpoint of step 1 could not be written to .*checkpoints"):
+        save_checkpoint(tmp_path / "checkpoints", 1, state(1.0))
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     # Writing a step twice leaves one whole checkpoint, the second.
     save_checkpoint(tmp_path, 3, state(1.0))
@@ -52,7 +83,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncate", "alter", "remove", "manifest", "format", "list", "null", "no hash"]
+    "damage", ["truncate", "alter", "remove", "manifest", "format", "list", "null", "deep", "no hash"]
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     # Whatever happened to the last checkpoint, it is told, and the run goes on from the one before.
@@ -69,6 +100,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path
         file.unlink()
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:20])
+    elif damage == "deep":
+        manifest.write_text("[" * 100_000)
     else:
         altered = {"format": {"format": 99}, "list": {"sha256": []}, "null": {"sha256": None}}
         altered["no hash"] = {"sha256": {}}
