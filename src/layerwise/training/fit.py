@@ -40,6 +40,7 @@ from layerwise.training.result import Result
 from layerwise.training.run import (
     create_run,
     finish_run,
+    hold_run,
     load_weights,
     read_run,
     require_free,
@@ -173,7 +174,8 @@ def fit(
         PlanError: the plan does not fit the model.
         DataError: data, labels, classes and output do not belong together.
         RunError: `out` already holds a run, or there is none to resume, or it was started with other
-            values or data, or its kept weights were altered, or the disk is full.
+            values or data, or another process is training it, or it is finished and has no checkpoints, or
+            its kept weights were altered, or the disk is full.
         KeyboardInterrupt: after Ctrl-C, once the step at hand is done and saved.
 
     Returns:
@@ -230,8 +232,14 @@ def fit(
         before = read_run(folder)
         check_same_run(before, now=record, plan=plan, out=folder)
         if accelerator.is_main_process:
-            remove_leftovers(folder)  # of files that a kill left half-written
+            with hold_run(folder):
+                remove_leftovers(folder)  # of files that a kill left half-written
         previous = load_latest(folder / "checkpoints")
+        if previous is None and before.get("result"):
+            raise RunError(
+                f"{folder} is finished and has no checkpoints any more, so there is nothing to go on with. "
+                "Use its weights (layerwise predict, layerwise.load_run), or begin a run in another folder."
+            )
     accelerator.wait_for_everyone()  # all have looked before one writes
 
     args, kwargs, _ = split_batch(first)
@@ -320,6 +328,7 @@ def fit(
         explained(lambda: tuner.step_count, out=folder),
         watched or contextlib.nullcontext(),
         prefix or contextlib.nullcontext(),
+        contextlib.nullcontext() if written is None else hold_run(written),
     ):
         runner: nn.Module = model
         wrapped_phase = -1

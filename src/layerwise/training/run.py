@@ -17,14 +17,16 @@ runs/x/
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import difflib
+import errno
 import json
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,8 +106,10 @@ def create_run(out: Path, *, plan: Plan, about: Mapping[str, Any]) -> None:
         about: what else ``run.json`` tells: model, task, settings, data.
 
     Raises:
-        RunError: the folder cannot be written.
+        RunError: the folder cannot be written, or holds a run by now: another process was faster.
     """
+    if (out / "run.json").exists():
+        require_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
@@ -163,6 +167,37 @@ def runs_beside(folder: Path) -> str:
     close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
     shown = [*close, *(name for name in names if name not in close)]
     return f" Runs in {folder.parent}: {shorten(shown, 8)}."
+
+
+@contextlib.contextmanager
+def hold_run(out: Path) -> Iterator[None]:
+    """Keep other processes of this machine from training a run, in the body.
+
+    The lock ends with this process, however it ends, and is not that of the processes that it starts: one
+    that loads samples may outlive it for some seconds. Where nothing can be locked (on a read-only disk, on
+    Windows) nobody is kept out.
+
+    Raises:
+        RunError: another process has the lock.
+    """
+    try:
+        import fcntl
+
+        (out / "checkpoints").mkdir(exist_ok=True)
+        file = (out / "checkpoints" / "lock").open("ab")
+    except (ImportError, OSError):
+        yield
+        return
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"another process is training the run {out} at this moment. Wait until it ends, or end "
+                    "it, and resume then."
+                ) from error
+        yield
 
 
 def finish_run(out: Path, result: Mapping[str, Any]) -> None:

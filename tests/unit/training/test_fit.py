@@ -27,7 +27,7 @@ from layerwise.training.data import open_batches
 from layerwise.training.fit import fit
 from layerwise.training.history import read_history
 from layerwise.training.result import Result
-from layerwise.training.run import load_run, read_run
+from layerwise.training.run import hold_run, load_run, read_run
 from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
@@ -263,6 +263,59 @@ def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
     again = run(out=out, resume=True)
     assert again.metrics == first.metrics
     assert not changed(first.model.state_dict(), again.model.state_dict())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path) -> None:
+    # Somebody removed them to save room: the weights and the history stay as they are.
+    out = tmp_path / "a"
+    run(out=out)
+    shutil.rmtree(out / "checkpoints")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"is finished and has no checkpoints any more.*layerwise predict"):
+        run(out=out, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(tmp_path: Path) -> None:
+    # It is refused as long as the other one lives; a process that the other one started does not count.
+    out = tmp_path / "a"
+    with pytest.raises(ZeroDivisionError):
+        run(out=out, on_epoch=lambda entry: 1 / 0)
+    ready, told = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with hold_run(out):
+            if os.fork() == 0:
+                signal.alarm(60)  # ends it
+                signal.pause()
+            os.write(told, b"1")
+            signal.pause()
+    try:
+        assert os.read(ready, 1) == b"1"
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(RunError, match=r"another process is training the run .*/a at this moment"):
+            run(out=out, resume=True)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+        os.close(ready)
+        os.close(told)
+    run(out=out, resume=True)
+    assert read_run(out)["result"]
+
+
+def test_of_two_that_begin_in_one_folder_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both found it free; the first has made its run while the second opened its data.
+    out = tmp_path / "a"
+    run(out=out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr("layerwise.training.fit.require_free", lambda folder: None)
+    with pytest.raises(RunError, match="already holds a run"):
+        run(out=out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
