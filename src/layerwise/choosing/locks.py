@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
+
+from layerwise.errors import warn
 
 
 class FileLock(AbstractContextManager[None]):
@@ -29,6 +32,41 @@ class FileLock(AbstractContextManager[None]):
         import fcntl
 
         fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+class JournalLock:
+    """Optuna's lock of a journal file, freed by the system when the process that holds it dies.
+
+    Optuna's own is a link beside the journal. One that a killed process left is waited for 30 seconds, and
+    for ever where the journal's path is relative or was moved.
+
+    Args:
+        path: of the journal, which exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def acquire(self) -> bool:
+        """Wait for the lock; cut off half a line at the end, behind which Optuna would write.
+
+        Warns:
+            LayerwiseWarning: there was one, left by a full disk or a loss of power.
+        """
+        file = self._path.open("rb+")
+        FileLock(file).__enter__()
+        self._file = file
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if size and file.read() != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            warn(f"the last line of {self._path} was cut short; the search goes on without it")
+        return True
+
+    def release(self) -> None:
+        """Free the lock."""
+        self._file.close()
 
 
 @contextmanager

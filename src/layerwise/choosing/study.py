@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from layerwise.choosing.locks import JournalLock
 from layerwise.choosing.space import Space
 from layerwise.errors import MissingExtraError, RunError
 
@@ -104,8 +105,8 @@ def open_study(
         seed: of the sampler, besides the number of trials there already.
 
     Raises:
-        RunError: the storage cannot be opened, or the study there is about something else; the differences
-            are listed.
+        RunError: the storage cannot be opened or read, or the study there is about something else; the
+            differences are listed.
         MissingExtraError: Optuna is not installed.
     """
     optuna = optuna_module()
@@ -122,7 +123,15 @@ def open_study(
     elif storage is not None:
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        where = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        try:
+            backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
+            where = optuna.storages.JournalStorage(backend)
+            where.get_all_studies()
+        except Exception as error:  # Optuna asserts, and reads with keys that are not there
+            raise RunError(
+                f"the journal {path} cannot be read ({type(error).__name__}: {error}), so it was altered or "
+                "is none of a search's. Put the old one back, or name another folder for a new search."
+            ) from error
     begun = len(space.first())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

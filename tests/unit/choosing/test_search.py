@@ -31,7 +31,7 @@ from layerwise.choosing.study import (
     worker_name,
 )
 from layerwise.choosing.terms import metric_and_mode
-from layerwise.errors import DataError, PlanError, RunError, TrainingError
+from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
 from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
 from layerwise.report.page import write_report
@@ -332,6 +332,37 @@ def test_a_storage_that_cannot_be_opened_is_told(model, data, storage):
     # which one, and what would do
     with pytest.raises(RunError, match=f"storage '{storage}' cannot be opened .*sqlite:///search.db"):
         searched(model, data, trials=1, storage=storage)
+
+
+@pytest.mark.parametrize("damage", [b"\x00\xff" * 9, b'{"op_code": 99, "worker_id": "a"}\n', b'{"op_code"\n'])
+def test_a_journal_that_was_altered_is_told_and_left_as_it_is(model, data, tmp_path, damage):
+    # it is named, and nothing is written behind what nobody can read
+    searched(model, data, trials=1, epochs=1, out=tmp_path, refit="none")
+    journal = tmp_path / "search.journal"
+    altered = damage + b"\n" + journal.read_bytes()
+    journal.write_bytes(altered)
+    with pytest.raises(RunError, match=r"journal .*search.journal cannot be read .*Put the old one back"):
+        searched(model, data, trials=2, epochs=1, out=tmp_path, refit="none")
+    assert journal.read_bytes() == altered
+
+
+def test_a_journal_whose_last_line_was_cut_short_is_gone_on_with(model, data, tmp_path):
+    # a full disk or a loss of power leaves half a line; it is told, and the trials before it are kept
+    searched(model, data, trials=2, epochs=1, out=tmp_path, refit="none")
+    journal = tmp_path / "search.journal"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    with pytest.warns(LayerwiseWarning, match=r"last line of .*search.journal was cut short"):
+        found = searched(model, data, trials=3, epochs=1, out=tmp_path, refit="none")
+    assert sum(row.state == "complete" for row in found.trials) >= 3
+    assert searched(model, data, trials=3, epochs=1, out=tmp_path, refit="none").trials == found.trials
+
+
+def test_a_lock_that_a_killed_worker_left_is_not_waited_for(model, data, tmp_path, monkeypatch):
+    # Optuna's own, a link beside the journal, would be waited for without end where the path is relative
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "search.journal.lock").symlink_to("a/search.journal")
+    assert len(searched(model, data, trials=1, epochs=1, out="a", refit="none").trials) == 1
 
 
 WORKER = """
