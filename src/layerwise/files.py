@@ -23,7 +23,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Make `path` hold what `write` puts into the path it is given, or leave it as it was.
 
     The temporary file lies in the same folder, so that the rename is one operation of the file system.
-    Where `path` is a link, the file it points to is written; an existing file keeps its permissions.
+    Where `path` is a link, the file it points to is written; an existing file keeps its permissions, and a
+    new one has those that the system gives new files, whatever `write` chooses.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the temporary file is removed.
@@ -32,14 +33,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
+    temporary = _temporary(path)
     try:
-        if mode is not None:
-            temporary.touch(mode=0o600)  # nobody may read meanwhile what only the owner may
+        # nobody may read meanwhile what only the owner may
+        temporary.touch(mode=0o666 if mode is None else 0o600)
+        mode = stat.S_IMODE(temporary.stat().st_mode) if mode is None else mode
         write(temporary)
         sync(temporary)
-        if mode is not None:
-            temporary.chmod(mode)
+        temporary.chmod(mode)  # safetensors makes a file of its own, that only the owner may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,7 +58,7 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
         OSError: as for `write_file`.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
@@ -69,6 +70,11 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    """Return a new path beside `path`, with its suffix; the whole of a long name would be too long."""
+    return path.parent / f"{TEMPORARY}{uuid.uuid4().hex}{path.suffix[:16]}"
 
 
 def _put(temporary: Path, path: Path) -> bool:
@@ -116,7 +122,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     """Remove the temporary files and folders that a kill left in `folder`; return their names."""
     found = sorted(folder.glob(f"{TEMPORARY}*"))
     for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     return [path.name for path in found]
 
 

@@ -78,4 +78,4 @@ def not_finite(values: Mapping[str, float], where: str) -> str:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a history file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from layerwise import files
 from layerwise.errors import ModelError, RunError, TrainingError
-from layerwise.training import memory, run, text_demo
+from layerwise.training import history, memory, run, text_demo
 from layerwise.training.guard import explained
 from layerwise.training.memory import peak_memory
 from layerwise.training.progress import Reporter, format_rates, format_seconds
@@ -75,6 +76,40 @@ def test_a_written_file_keeps_its_link_and_its_permissions(tmp_path: Path) -> No
     real.chmod(0o444)
     files.write_text(real, "newer")
     assert (real.read_text(), real.stat().st_mode & 0o777) == ("newer", 0o444)
+
+
+def test_a_new_file_may_be_read_by_those_who_may_read_new_files(tmp_path: Path) -> None:
+    # safetensors writes files for the owner alone; a run's weights are for whoever may read the run.
+    before = os.umask(0o027)
+    try:
+        run.save_weights(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
+        files.write_text(tmp_path / "text", "new")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
+
+
+@pytest.mark.parametrize("name", ["é" * 120 + ".html", "x" * 255, "." + "x" * 254])
+def test_a_name_as_long_as_the_system_takes_is_written(tmp_path: Path, name: str) -> None:
+    # The temporary name is not longer than the one that was asked for.
+    files.write_text(tmp_path / name, "text")
+    files.write_folder(tmp_path / "in" / name, lambda path: (path / "a").write_text("text"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in", name])
+
+
+def test_a_link_among_the_leftovers_is_removed_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    # Of a folder, too.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / f"{files.TEMPORARY}a").symlink_to(tmp_path / "mine")
+    assert files.remove_leftovers(tmp_path) == [f"{files.TEMPORARY}a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_lines_of_a_history_end_where_json_ends_them(tmp_path: Path) -> None:
+    # Names may hold what Unicode takes for the end of a line.
+    entry = {"phase": "a\u2028b\x85c\x1cd", "loss": 1.0}
+    history.History(tmp_path / "history.jsonl", [entry, entry])
+    assert history.read_history(tmp_path / "history.jsonl") == [entry, entry]
 
 
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
