@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,11 @@ def list_folders(root: Path) -> Listing:
             samples += [(file, class_folder.name) for file in images]
             if not images:
                 problems.append(f"class folder {str(class_folder)!r} has no images")
+            if not is_text(class_folder):
+                problems.append(
+                    f"the path {str(class_folder)!r} is no text in {sys.getfilesystemencoding()}, in which "
+                    "file names are read here; rename it, or set PYTHONUTF8=1 if it is UTF-8"
+                )
         parts[part] = samples
     if not any(parts.values()) and any(is_image(entry) for entry in root.iterdir()):
         raise DataError(
@@ -176,6 +182,11 @@ def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples])
         problems += [f"class {label!r} is in train and not in {part}" for label in sorted(train - labels)]
     if problems:
         raise DataError(listed(f"data {str(source)!r} cannot be used", problems))
+
+
+def is_text(path: Path) -> bool:
+    """Return whether a path can be written down: Python reads bytes of other encodings as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def is_image(path: Path) -> bool:

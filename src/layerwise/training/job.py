@@ -336,5 +336,9 @@ def _digest(part: ImageSet) -> str:
     digest = hashlib.sha256()
     for path, target in zip(part.paths, part.targets):
         file = Path(path)
-        digest.update(f"{file.parent.name}/{file.name}\0{file.stat().st_size}\0{target}\n".encode())
+        digest.update(
+            f"{file.parent.name}/{file.name}\0{file.stat().st_size}\0{target}\n".encode(
+                errors="surrogateescape"
+            )
+        )
     return digest.hexdigest()[:16]

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import pickle
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from torchvision import datasets
 from layerwise.errors import DataError
 from layerwise.sources.images import as_dict, image_list, open_images
 from layerwise.sources.preprocessing import Preprocessing
+from layerwise.training.job import _digest
 
 SMALL = Preprocessing(crop=(16, 16), resize=18)
 
@@ -310,6 +314,21 @@ def test_other_files_are_counted_and_hidden_ones_ignored(tmp_path):
     data = open_images(root, SMALL, val_frac=0.0)
     assert len(data.train) == 12
     assert "2 files that are no images were left out" in data.notes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes")
+def test_a_class_folder_whose_name_is_no_text_is_told(tmp_path):
+    # a run could not write it down; a file's name of such bytes does no harm
+    tree(tmp_path, classes=("cat", "dog"))
+    shutil.copy(tmp_path / "cat" / "i0.png", os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    whole = _digest(open_images(tmp_path, SMALL, val_frac=0).train)
+    assert len(whole) == 16
+    (tmp_path / "owl").mkdir()
+    os.rename(os.fsencode(tmp_path / "dog"), os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(
+        DataError, match=r"caf\\udce9' is no text in utf-8.*rename it(?s:.*)owl' has no images"
+    ):
+        open_images(tmp_path, SMALL)
 
 
 def test_images_for_prediction_have_no_labels(tmp_path):
