@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, Self
@@ -11,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from layerwise.errors import PlanError, did_you_mean
 
 _depth: ContextVar[int] = ContextVar("_depth", default=0)
+
+_short = reprlib.Repr()  # a value that YAML puts together of aliases may be larger than any memory
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, 200, 200, 200
 
 
 class _ProblemsError(ValueError):
@@ -87,7 +91,7 @@ def _readable(item: Any, fields: Iterable[str]) -> list[str]:
     if item["type"] == "missing":
         return [f"{where!r} is missing"]
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    return [f"{where} is {item['input']!r}; {message}"]
+    return [f"{where} is {_short.repr(item['input'])}; {message}"]
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

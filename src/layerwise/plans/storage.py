@@ -92,7 +92,7 @@ def parse(text: str, source: str) -> Plan:
     """
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise PlanError(f"{source} is not a YAML file that can be read safely: {error}") from error
     if not isinstance(data, Mapping):
         held = "it is empty" if data is None else f"it holds {named_kind(data)}"

@@ -194,7 +194,7 @@ def _read_json(file: Path) -> Any:
 def _read(file: Path, read: Callable[[Path], Any] = _read_json) -> Any:
     try:
         return read(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(
             f"{file} cannot be read: {error}. It was altered or cut short; put the old one back."
         ) from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from layerwise.errors import DataError, ModelError, PlanError, RunError
+from layerwise.errors import DataError, ModelError, PlanError, RunError, shorten
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training.fit import fit
@@ -278,7 +278,20 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
 
 
 def job_from_dict(data: Mapping[str, Any]) -> Job:
-    """Return the job that ``dataclasses.asdict`` made `data` of."""
+    """Return the job that ``dataclasses.asdict`` made `data` of.
+
+    Raises:
+        RunError: it holds what no job of this version has.
+    """
+    known = {field.name for field in dataclasses.fields(Job)}
+    options = {*inspect.signature(fit).parameters}
+    odd = sorted({*data} - known | {*data.get("options", ())} - options)
+    if odd or not {"model", "data"} <= {*data}:
+        raise RunError(
+            f"the job of this run {f'has {shorten(odd)}, unknown to' if odd else 'lacks model or data for'} "
+            "this version of layerwise: another version wrote it, or its run.json was altered. Resume it "
+            "with the version that is named there."
+        )
     return Job(**data)
 
 

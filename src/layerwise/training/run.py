@@ -143,7 +143,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         raise RunError(f"{folder} {there}." + runs_beside(folder) + " Make one: layerwise fit --out FOLDER")
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last one of JSON nested too deeply
         raise RunError(f"{file} cannot be read: {error}. {_PUT_BACK}") from error
     if not isinstance(data, dict) or "format" not in data:
         raise RunError(f"{file} is not the record of a run, so it was altered. {_PUT_BACK}")

@@ -15,7 +15,7 @@ from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
 from layerwise.cache.samples.draws import own_generators
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, ModelError, TrainingError, warn
+from layerwise.errors import DataError, ModelError, RunError, TrainingError, warn
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
@@ -234,9 +234,23 @@ def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
 
 
 def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
-    """Write ``audit.json`` of a run: what it tells before the run, and after; what is not given stays."""
+    """Write ``audit.json`` of a run: what it tells before the run, and after; what is not given stays.
+
+    Raises:
+        RunError: what is there cannot be read.
+    """
     file = out / "audit.json"
-    there = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"before": None, "after": None}
+    there: Any = {"before": None, "after": None}
+    if file.exists():
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            there = None
+    if not isinstance(there, dict):
+        raise RunError(
+            f"{file} cannot be read, so it was altered or cut short. Put the run's own file back, or remove "
+            "it, and resume."
+        )
     write_json(file, {**there, **parts})
 
 

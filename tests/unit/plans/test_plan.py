@@ -232,6 +232,8 @@ def test_saving_leaves_no_temporary_file_and_keeps_the_old_one_on_failure(
     ("text", "told"),
     [
         ("groups: [a\n", "not a YAML file"),
+        ("[" * 5000, "not a YAML file"),
+        ("a: " + "{b: " * 2000 + "}" * 2000, "not a YAML file"),
         ("just words", "expected a mapping with `groups` and `phases`"),
         ("version: 7\ngroups: [a]\nphases: []\n", "format version 7; this layerwise reads version 1"),
         ("groups: [a]\n", "'phases' is missing"),
@@ -544,3 +546,13 @@ def test_a_part_that_two_phases_share_may_be_an_anchor(tmp_path: Path) -> None:
         "  - {name: two, rates: {a: 0.5, b: 1.0}, epochs: 1, schedule: *s}\n"
     )
     assert [phase.schedule.shape for phase in Plan.load(tmp_path / "plan.yaml").phases] == ["cosine"] * 2
+
+
+def test_aliases_of_aliases_are_told_in_few_words(tmp_path):
+    # a file of 600 bytes names a list of 9**9 entries, which no message can hold
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi")]
+    (tmp_path / "plan.yaml").write_text("\n".join([*lines, "groups: *i", "phases: *i", ""]))
+    with pytest.raises(PlanError, match=r"groups\[0\] is \[\[\[") as caught:
+        Plan.load(tmp_path / "plan.yaml")
+    assert len(str(caught.value)) < 100_000

@@ -881,6 +881,15 @@ def test_the_set_up_is_audited_and_watched(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "audit.json").exists()
 
 
+def test_an_audit_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    # It is named, and what to do; the run can then be finished.
+    for content in ("[]", '{"before', "[" * 100_000):
+        (tmp_path / "audit.json").write_text(content)
+        with pytest.raises(RunError, match=r"audit.json cannot be read.*or remove it, and resume"):
+            setup.write_audit(tmp_path, after={})
+        assert (tmp_path / "audit.json").read_text() == content
+
+
 def test_the_audit_of_a_resumed_run_is_that_of_its_beginning(tmp_path: Path) -> None:
     # Stopped before its end it has "before"; resumed it keeps that; resumed once more nothing changes.
     def stop(entry: object) -> None:

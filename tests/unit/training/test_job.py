@@ -21,6 +21,24 @@ def test_a_run_of_objects_is_resumed_where_they_are(tmp_path: Path) -> None:
         resume_job(out)
 
 
+@pytest.mark.parametrize(
+    ("job", "told"),
+    [
+        (
+            {"model": "m", "data": "d", "speed": 1, "options": {"lr": 1.0, "depth": 3}},
+            "has depth, speed, unknown",
+        ),
+        ({"data": "d", "options": {}}, "lacks model or data"),
+    ],
+)
+def test_a_job_of_another_version_is_told(tmp_path: Path, job: dict, told: str) -> None:
+    # What this version does not know is named; it is not a TypeError.
+    given = {"layers": tiny_layers(model := Tiny()), "out": tmp_path, "about": {"job": job}}
+    fit(model, tiny_data(), plan=tiny_plan(), progress=False, **given)
+    with pytest.raises(RunError, match=f"{told}.*Resume it with the version"):
+        resume_job(tmp_path)
+
+
 def test_a_run_of_texts_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     # Model, data, plan and options come from the record, and the end is that of a run in one go, bit for bit.
     pytest.importorskip("transformers")

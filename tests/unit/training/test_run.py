@@ -39,6 +39,7 @@ def test_a_run_needs_a_folder_that_can_be_made(tmp_path: Path) -> None:
     [
         ("{", "cannot be read: Expecting property name"),
         (b"\xff", "cannot be read: 'utf-8' codec"),
+        ("[" * 100_000, "cannot be read: maximum recursion depth"),
         ("[]", "is not the record of a run"),
         ("{}", "is not the record of a run"),
         ('{"format": 1, "model": []}', "does not tell model, plan"),
