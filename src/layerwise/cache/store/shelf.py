@@ -35,6 +35,7 @@ logger = logging.getLogger("layerwise.cache")
 FORMAT = 1
 _KEY = re.compile(r"[0-9a-f]{40}")
 _STALE_S = 3600
+_TEMPORARY = "layerwise-cache-"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class Shelf:
 
     Args:
         folder: where; made when the first column is. None is a temporary folder that is removed when the
-            shelf is closed or the program ends.
+            shelf is closed or the program ends; that of a program that was killed is removed by the next.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._lasting = folder
         self._folder: Path | None = None
-        self._temporary: dict[Path, int] = {}  # who made it
+        self._temporary: dict[Path, tuple[int, IO[bytes]]] = {}  # who made it, and his lock
         self._filling: dict[Path, _Filling] = {}
         weakref.finalize(self, _remove_all, self._filling, self._temporary)
 
@@ -95,8 +96,11 @@ class Shelf:
     def _open(self) -> Path:
         if self._folder is None:
             if self._lasting is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="layerwise-cache-"))
-                self._temporary[self._folder] = os.getpid()
+                _remove_abandoned(Path(tempfile.gettempdir()), f"{_TEMPORARY}*")
+                new = Path(tempfile.mkdtemp(prefix="layerwise-new-"))
+                lock = _locked(new / "lock")
+                self._folder = new.rename(new.with_name(new.name.replace("layerwise-new-", _TEMPORARY)))
+                self._temporary[self._folder] = os.getpid(), lock
             else:
                 self._lasting.mkdir(parents=True, exist_ok=True)
                 self._folder = self._lasting
@@ -192,10 +196,11 @@ def _remove(filling: dict[Path, _Filling], part: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _remove_all(filling: dict[Path, _Filling], folders: dict[Path, int]) -> None:
+def _remove_all(filling: dict[Path, _Filling], folders: dict[Path, tuple[int, IO[bytes]]]) -> None:
     for part in list(filling):
         _remove(filling, part)
-    for folder, process in folders.items():
+    for folder, (process, lock) in folders.items():
+        lock.close()
         if process == os.getpid():
             shutil.rmtree(folder, ignore_errors=True)
     folders.clear()
@@ -224,11 +229,15 @@ def _abandoned(part: Path) -> bool:
     return True
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete unfinished columns of processes that are gone."""
-    for part in folder.glob(".part-*"):
+def _remove_abandoned(folder: Path, pattern: str) -> None:
+    for part in folder.glob(pattern):
         if _abandoned(part):
             shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete unfinished columns of processes that are gone."""
+    _remove_abandoned(folder, ".part-*")
     for new in folder.glob(".new-*"):  # killed in the instant between making and locking
         with contextlib.suppress(FileNotFoundError):
             if time.time() - new.stat().st_mtime > _STALE_S:

@@ -218,6 +218,28 @@ def test_without_file_locks_the_columns_of_others_are_left_alone(tmp_path, monke
     assert [entry.key for entry in entries(tmp_path)] == [KEY]
 
 
+def test_the_temporary_folder_of_a_killed_process_is_removed_by_the_next(tmp_path, monkeypatch) -> None:
+    # It may hold half of the disk. That of a process that lives stays, and so does what has no lock.
+    monkeypatch.setattr(shelf_module.tempfile, "tempdir", str(tmp_path))
+    living = Shelf(None)
+    held = living.create("", 3, SPEC, "layer3")
+    child = os.fork()
+    if child == 0:
+        killed = Shelf(None)
+        column = killed.create("", 3, SPEC, "layer3")
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    (tmp_path / "layerwise-cache-other").mkdir()
+    assert len(list(tmp_path.iterdir())) == 3
+    shelf = Shelf(None)
+    column = shelf.create("", 3, SPEC, "layer3")
+    assert set(tmp_path.iterdir()) == {living.root, shelf.root, tmp_path / "layerwise-cache-other"}
+    del held, column
+    for one in (living, shelf):
+        one.close()
+    assert list(tmp_path.iterdir()) == [tmp_path / "layerwise-cache-other"]
+
+
 def test_temporary_shelf_leaves_nothing() -> None:
     shelf = Shelf(None)
     shelf.create(KEY, 3, SPEC, "x")
