@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import re
 import shlex
 import signal
 import threading
@@ -26,6 +27,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
 """How torch's batch-norm begins its complaint of a batch without a variance."""
+
+
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid.* (is killed by signal|exited unexpectedly)")
+"""How torch tells that a process of a loader is gone."""
 
 
 class Interrupt:
@@ -106,7 +111,8 @@ def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
 def explained(where: Any, *, out: Path | None) -> Iterator[None]:
     """Turn what torch tells tersely in the body into an error of ours that names the step.
 
-    That is: running out of memory or of disk, and a batch of one sample in batch-norm over vectors.
+    That is: running out of memory or of disk, a process that loads samples gone, and a batch of one sample in
+    batch-norm over vectors.
 
     Args:
         where: called for the number of optimiser steps made so far.
@@ -133,6 +139,12 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
             f"loader's own), or take another batch_size. {_last_checkpoint(out)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
+        if _WORKER_GONE.match(str(error)):
+            raise TrainingError(
+                f"a process that loads samples ended after step {where()}: {str(error).splitlines()[0]} The "
+                "system ends one when memory is short: take fewer workers (--workers), or look into the data "
+                f"set. {_last_checkpoint(out)}"
+            ) from error
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (out_of_memory or should_reduce_batch_size(error)):
             raise

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections import UserDict
 from pathlib import Path
@@ -64,6 +66,61 @@ def test_only_the_errors_that_are_known_are_explained() -> None:
         raise ValueError("mine")
     with pytest.raises(RunError, match="told already"), explained(lambda: 7, out=None):
         raise RunError("told already")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+    ],
+)
+def test_a_process_that_loads_samples_and_is_gone_is_explained(told: str, tmp_path: Path) -> None:
+    # In torch's own words; other errors of loaders pass.
+    with (
+        pytest.raises(
+            TrainingError, match=r"ended after step 7: DataLoader.*fewer workers.*no checkpoint yet"
+        ),
+        explained(lambda: 7, out=tmp_path),
+    ):
+        raise RuntimeError(told)
+    with pytest.raises(RuntimeError, match="mine"), explained(lambda: 7, out=tmp_path):
+        raise RuntimeError("DataLoader mine")
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from layerwise.errors import TrainingError
+from layerwise.training.fit import fit
+from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
+
+class Killing(torch.utils.data.Dataset):
+    maker = os.getpid()
+    def __len__(self):
+        return 50
+    def __getitem__(self, index):
+        if index == 20 and os.getpid() != self.maker:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tiny_data()[index]
+
+model = Tiny()
+try:
+    fit(model, Killing(), plan=tiny_plan(), layers=tiny_layers(model), workers=1, cache="off", progress=False)
+except TrainingError as error:
+    print(error)
+sys.stdout.flush()
+os._exit(0)  # torch goes on raising where it hears of the process
+"""
+
+
+def test_a_killed_process_that_loads_samples_is_heard_of() -> None:
+    # A real one, in a program of its own: the message is torch's, and it may change.
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    told = subprocess.run(
+        [sys.executable, "-c", KILLED], env=path, capture_output=True, text=True, timeout=120
+    )
+    assert "a process that loads samples ended after step" in told.stdout, told.stderr
 
 
 def test_the_second_ctrl_c_interrupts_at_once() -> None:
