@@ -49,7 +49,12 @@ def decided(supply: Supply) -> Decision | None:
     phases = [p for p in phases_of(supply).values() if p.decision is not None or p.reason]
     if not phases:
         return None
-    return phases[-1].decision or Decision("off", phases[-1].reason)
+    last = phases[-1]
+    if last.decision is None or (
+        last.reason and last.decision.storage != "off"
+    ):  # it could not be carried out
+        return Decision("off", last.reason)
+    return last.decision
 
 
 def told(phase: Phase | None) -> str:

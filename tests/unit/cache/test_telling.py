@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +28,22 @@ def test_phases_of_several_shapes_are_told_as_one() -> None:
     told = merged([stored, stored]).decision
     assert told is not None
     assert told.reason == "stored in an earlier pass; samples have 2 shapes"
+
+
+def test_a_choice_that_could_not_be_carried_out_is_told_as_off(tmp_path) -> None:
+    # A file lies in the place of the folder: `fit` repeats this decision, and may not promise a gain.
+    (tmp_path / "file").touch()
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.Linear(64, 2))
+    model[:6].requires_grad_(False)
+    loader = DataLoader(TensorDataset(torch.randn(16, 64)), 8)
+    with layerwise.PrefixCache(model, loader, storage="disk", folder=tmp_path / "file") as cache:
+        with pytest.warns(layerwise.LayerwiseWarning, match="File exists"):
+            for (x,) in cache.batches():
+                model(x).sum().backward()
+        assert cache.decision is not None
+        assert cache.decision.storage == "off"
+        assert "File exists" in cache.decision.reason
+        assert "File exists" in cache.describe()
 
 
 def test_a_loop_within_a_mode_is_told_why_nothing_is_looked_at() -> None:
