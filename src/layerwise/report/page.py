@@ -75,6 +75,10 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
     about = read_run(folder)
     lines = folder / "history.jsonl"
     history = _read(lines, read_history) if lines.exists() else []
+    if not all(
+        isinstance(entry, dict) and {"epoch", "phase", "step", "rates"} <= {*entry} for entry in history
+    ):
+        raise RunError(f"{lines} is not the history of a run, so it was altered; put the old one back.")
     result = about.get("result") or {}
     plan = about["plan"]
     sections: list[Section] = []

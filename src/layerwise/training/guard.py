@@ -141,9 +141,9 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if _WORKER_GONE.match(str(error)):
             raise TrainingError(
-                f"a process that loads samples ended after step {where()}: {str(error).splitlines()[0]} The "
-                "system ends one when memory is short: take fewer workers (--workers), or look into the data "
-                f"set. {_last_checkpoint(out)}"
+                f"a process that loads samples ended after step {where()}: {str(error).strip(' .')}. The "
+                "system ends one when memory is short: take fewer workers (--workers). What it said itself "
+                f"stands above. {_last_checkpoint(out)}"
             ) from error
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (out_of_memory or should_reduce_batch_size(error)):

@@ -36,10 +36,14 @@ def test_a_choice_that_could_not_be_carried_out_is_told_as_off(tmp_path) -> None
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.Linear(64, 2))
     model[:6].requires_grad_(False)
     loader = DataLoader(TensorDataset(torch.randn(16, 64)), 8)
+
+    def train() -> None:
+        for (x,) in cache.batches():
+            model(x).sum().backward()
+
     with layerwise.PrefixCache(model, loader, storage="disk", folder=tmp_path / "file") as cache:
         with pytest.warns(layerwise.LayerwiseWarning, match="File exists"):
-            for (x,) in cache.batches():
-                model(x).sum().backward()
+            train()
         assert cache.decision is not None
         assert cache.decision.storage == "off"
         assert "File exists" in cache.decision.reason

@@ -217,6 +217,18 @@ def test_a_search_that_was_altered_is_told(tmp_path, content):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("line", ["3", "[1]", '{"epoch": NaN}', '{"step": 3, "phase": "head", "rates": {}}'])
+def test_a_history_that_was_altered_is_told(run, tmp_path, line):
+    # JSON, and yet no epoch
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    with (tmp_path / "r" / "history.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(RunError, match=r"history\.jsonl is not the history of a run, so it was altered"):
+        write_report(tmp_path / "r")
+
+
 @pytest.mark.parametrize("name", ["search.json", "audit.json", "history.jsonl"])
 def test_a_damaged_file_is_told(run, tmp_path, name):
     # which one it is, and why, without a traceback
