@@ -485,8 +485,9 @@ def fit(
         notes=tuple(notes),
     )
     if written is not None:
-        write_json(written / "timings.json", now.timings)
-        finish_run(written, result.to_dict())
+        with explained(lambda: tuner.step_count, out=folder):  # the disk may be full here, too
+            write_json(written / "timings.json", now.timings)
+            finish_run(written, result.to_dict())
     for tracker in accelerator.trackers:  # end_training would end the process group too; others may need it
         tracker.finish()
     return result

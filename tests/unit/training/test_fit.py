@@ -881,6 +881,20 @@ def test_the_set_up_is_audited_and_watched(tmp_path: Path) -> None:
     assert not (tmp_path / "c" / "audit.json").exists()
 
 
+def test_a_disk_that_is_full_at_the_very_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # All is trained and only run.json is to be written: the run can be finished once there is room.
+    def full(out: Path, result: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.training.fit.finish_run", full)
+        with pytest.raises(RunError, match=r"No space left.*Make room on the disk.*go on from it"):
+            run(out=tmp_path / "a")
+    assert read_run(tmp_path / "a")["result"] is None
+    run(out=tmp_path / "a", resume=True)
+    assert read_run(tmp_path / "a")["result"]
+
+
 def test_an_audit_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     # It is named, and what to do; the run can then be finished.
     for content in ("[]", '{"before', "[" * 100_000):
