@@ -38,7 +38,9 @@ LEAVES = frozenset({
     FunctionType, BuiltinFunctionType, MethodType, ModuleType,
 })  # fmt: skip
 """Types of what is never looked into."""
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_HOOK_UNDER_WAY = "_current_fx_name"  # Lightning notes in its modules which of their methods it calls
+OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {_HOOK_UNDER_WAY}
+"""Attributes that torch and Lightning give a module, for themselves."""
 
 _WORDS = 2**20  # numbers of an array that are compared, spread evenly
 _APART = (  # machinery of libraries: large, of no effect on a forward pass, or in use by other threads
