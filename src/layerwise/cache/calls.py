@@ -28,7 +28,7 @@ from layerwise.cache.observing import Observer
 from layerwise.cache.replay.ghost import Ghost, real
 from layerwise.cache.replay.hooks import RAISED, OnlyHere, RootHook, hook_count
 from layerwise.cache.replay.kernels import autocast_state, backend_state
-from layerwise.cache.replay.link import Link, find_link, known_arguments
+from layerwise.cache.replay.link import Link, OpenArgumentError, find_link, known_arguments
 from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.batchshape import OtherShapeError
 from layerwise.cache.samples.opening import COMPILED
@@ -203,6 +203,8 @@ class Calls:
         try:
             with self._frozen.running():
                 self._look(live, args, kwargs)
+        except OpenArgumentError as error:  # the batch may come again: a text is generated, then scored
+            live.supply.not_looked_at = str(error)
         except CacheError as error:
             live.seen = True
             live.supply.refuse(str(error))

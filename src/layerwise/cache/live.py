@@ -15,6 +15,7 @@ from layerwise.errors import CacheError
 
 _AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
 _REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
+_NEVER_COMES = "the loop does not pass the loader's batches to this model as they are"
 _PATIENCE = 2  # epochs of which nothing came to the model
 
 
@@ -85,6 +86,6 @@ class AtHand(list[Live]):
         real = [live for live in awaited if not live.replayed]
         dropped = {*awaited} if over else {*awaited[:-_AHEAD], *real[:-_REAL_AHEAD]}
         self[:] = [live for live in awaited if live not in dropped]
-        supply.unseen += over and not supply.came
+        supply.unseen += over and (not supply.came or bool(supply.not_looked_at))
         if supply.unseen >= _PATIENCE and supply.called_in is None and not supply.reason:
-            supply.refuse("the loop does not pass the loader's batches to this model as they are")
+            supply.refuse(supply.not_looked_at or _NEVER_COMES)

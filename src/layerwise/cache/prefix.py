@@ -321,7 +321,8 @@ class PrefixCache:
                     call(live.batch)
                 phase = feed.phases.get(self._state.number())
             if supply.reason or phase is None or phase.reason:
-                why = supply.reason or (phase.reason if phase else "the model was not called")
+                not_called = supply.not_looked_at or "the model was not called"
+                why = supply.reason or (phase.reason if phase else not_called)
             else:
                 found.append((feed, phase))
         if not found:

@@ -321,3 +321,32 @@ def test_arguments_that_are_not_dense_are_refused(make) -> None:
         Weighted, images, *LAST, step=lambda m, b: nn.functional.cross_entropy(m(b[0], make()), b[1])
     )  # fmt: skip
     assert "sparse or nested" in text
+
+
+class Remembering(TinyCNN):
+    """Takes a memory of its calls, as decoders do that generate a text."""
+
+    def forward(self, images: Tensor, memory: Any = None) -> Tensor:
+        features = super().forward(images)
+        if memory is not None:
+            memory.texts.append(features.argmax(1))
+        return features
+
+
+class Memory:
+    def __init__(self) -> None:
+        self.texts: list[Tensor] = []
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_batch_that_comes_with_an_object_first_and_then_without(scored) -> None:
+    # as transformers' Seq2SeqTrainer evaluates: texts are generated, then the loss is computed
+    def stepped(model, batch):
+        memory = Memory()
+        output = model(batch[0], memory)
+        return nn.functional.cross_entropy(model(batch[0]) if scored else output, batch[1])
+
+    if scored:
+        assert "cut at layer1" in both(Remembering, images, *LAST, step=stepped, validate=True).text
+    else:
+        assert "an object whose content may change" in off(Remembering, images, *LAST, step=stepped)

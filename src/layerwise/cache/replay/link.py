@@ -30,6 +30,10 @@ _NAMED = (FunctionType, BuiltinFunctionType, type)
 """What is told by who it is."""
 
 
+class OpenArgumentError(CacheError):
+    """A call is given an object that may hold something else next time; other calls may not be."""
+
+
 @dataclass(frozen=True)
 class Link:
     """One way to call the model.
@@ -183,7 +187,8 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
     all words of a target but the last.
 
     Raises:
-        CacheError: an argument learns, or is one that cannot be compared with that of the next call.
+        OpenArgumentError: an argument cannot be compared with that of the next call.
+        CacheError: an argument learns, or cannot be looked at.
     """
     tensors = tensors_in((args, kwargs))
     found = [_number_of(tensor, leaves) for tensor in tensors]
@@ -214,7 +219,7 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
         )
     arguments = _outline((args, kwargs))
     if arguments is None:
-        raise CacheError(
+        raise OpenArgumentError(
             "an argument of the model is an object whose content may change from call to call. Pass numbers, "
             "texts and tensors."
         )

@@ -57,6 +57,7 @@ class Supply:
         replays: calls of the model among them that were replayed.
         moves: `ModelState.moves` when what is stored was last compared with the weights.
         called_in: state of the model when it was last called with a batch of this loader.
+        not_looked_at: why a call with a batch was not looked at, though one to come may be.
         came: a batch of the epoch under way, or of the last one, came to the model.
         asks_ahead: the loop asked for a batch before it passed on the one before.
         unseen: epochs of which no batch came to the model; another one may have got them.
@@ -77,6 +78,7 @@ class Supply:
     replays: int = 0
     moves: int = 0
     called_in: int | None = None
+    not_looked_at: str = ""
     came: bool = False
     asks_ahead: bool = False
     unseen: int = 0
