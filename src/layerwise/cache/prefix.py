@@ -118,6 +118,7 @@ class PrefixCache:
         self.keep_inputs = keep_inputs
         self.stock = Stock(self.model, storage, budget_bytes, checked_folder(folder), dtype, pool)
         self._given = model  # wrappers included
+        self._why_off = "switched off"  # where `storage` says so
         self._exact = exact
         self._supplies: list[Supply] = []
         phases = Phases(tuner, pool.upcoming if pool is not None else {})
@@ -269,6 +270,10 @@ class PrefixCache:
         """Close the cache."""
         self.close()
 
+    def __reduce__(self) -> Any:
+        """Have a copy or a pickle of what holds a cache hold one that is off: `batches` is the loader."""
+        return _copied, (self.loader,)
+
     # -- loaders and batches ------------------------------------------------------------------
 
     def _loader(self, loader: DataLoader[Any] | None) -> DataLoader[Any]:
@@ -282,7 +287,7 @@ class PrefixCache:
         supply = self._known_supply(loader)
         if supply is None:
             if self.storage == "off":
-                supply = Supply(loader, reason="switched off")
+                supply = Supply(loader, reason=self._why_off)
             else:
                 asked = self.storage in ("memory", "disk")
                 supply = open_supply(loader, self._given, views=self.views, asked=asked)
@@ -328,6 +333,13 @@ class PrefixCache:
         if not found:
             raise CacheError(f"this loader is not cached: {why}")
         return found
+
+
+def _copied(loader: DataLoader[Any] | None) -> PrefixCache:
+    """Return what stands for a cache in a copy; the model's own copy may not be complete yet."""
+    made = PrefixCache(nn.Module(), loader, storage="off")
+    made._why_off = "a copy of a cache stores nothing. Make one for the copy of the model"
+    return made
 
 
 def _check_options(storage: Any, budget_bytes: Any, views: Any, dtype: Any, exact: bool) -> None:

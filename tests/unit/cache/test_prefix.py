@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import random
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -423,6 +425,28 @@ def test_copies_and_pickles_of_the_model_made_inside_the_loop_are_plain() -> Non
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
     assert all("_call_impl" not in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_what_holds_a_cache_can_be_copied(again) -> None:
+    # a LightningModule with its cache, which a callback copies to average its weights
+    def run(cached: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = TinyCNN()
+        freeze_prefix(model, *LAST)
+        loader = DataLoader(images(), 4, shuffle=True)
+        batches: Any = layerwise.PrefixCache(model, loader, storage="memory") if cached else loader
+        holder, seen = {"batches": batches, "model": model}, []
+        for held in (holder, again(holder), holder):
+            batches = held["batches"]
+            for x, _ in batches.as_loader() if cached else batches:
+                seen.append(held["model"](x).detach())
+            if cached:
+                told = "a copy of a cache" if held is not holder else "cut at layer1"
+                assert told in batches.describe()
+        return seen
+
+    assert all(torch.equal(*pair) for pair in zip(run(False), run(True), strict=True))
 
 
 def test_a_loop_that_stops_or_raises_leaves_the_model_as_it_was() -> None:
