@@ -11,6 +11,7 @@ import torch
 
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
+from layerwise.cache.remedies import KEEP_APART
 from layerwise.cache.replay.link import versions_of
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.draws import DRAWS
@@ -135,7 +136,10 @@ class Dealer:
         """
         key = self.expected_state(supply)
         if self._state.settings.new > _SETTINGS and not supply.reason:
-            supply.refuse("the attributes of the model's modules change from batch to batch")
+            changed = self._state.settings.changed
+            supply.refuse(
+                f"the attributes of the model's modules change from batch to batch ({changed}){KEEP_APART}"
+            )
         try:
             feed = supply.feed_of(indices)
         except CacheError as error:

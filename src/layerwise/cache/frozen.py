@@ -18,6 +18,7 @@ from layerwise.cache.cutting.book import CutBook
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
+from layerwise.cache.remedies import LET_IT_LEARN
 from layerwise.cache.replay.capturing import Captured, capture
 from layerwise.cache.replay.kernels import backend_state
 from layerwise.cache.replay.link import Link
@@ -35,7 +36,7 @@ logger = logging.getLogger("layerwise.cache")
 
 _BUSY: set[nn.Module] = set()  # models that run for a cache
 
-MOVING = "the frozen weights change while an epoch runs"
+MOVING = f"the frozen weights change while an epoch runs{LET_IT_LEARN}"
 
 
 class FrozenPart:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from layerwise.cache.changes.modelstate import OtherStateError
+from layerwise.cache.remedies import CALL_IT
 from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
 from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.phase import Phase
@@ -15,7 +16,7 @@ from layerwise.errors import CacheError
 
 _AHEAD = 64  # batches that a loop may ask for before it passes the first of them to the model
 _REAL_AHEAD = 8  # the same of batches that are loaded, as those of the first epoch: they take memory
-_NEVER_COMES = "the loop does not pass the loader's batches to this model as they are"
+_NEVER_COMES = f"the loop does not pass the loader's batches to this model as they are{CALL_IT}"
 _PATIENCE = 2  # epochs of which nothing came to the model
 
 

@@ -4,6 +4,14 @@
 """
 
 STORE_VIEWS = ". A PrefixCache with views=V stores V draws of each sample"
+CALL_IT = (
+    ". What comes before the model, or between its parts, belongs into the data set, or into the forward of "
+    "a module around the model: give the cache that module, and call it"
+)
+LET_IT_LEARN = (
+    ". What the loop moves by itself (a momentum encoder) is left out of the prefix if it requires gradients"
+)
+KEEP_APART = ". Keep what no forward pass reads outside of the model"
 FREEZE_BEFORE = ". Freeze the groups before it, and hold them in eval mode (layerwise.Tuner does both)."
 
 
@@ -13,6 +21,6 @@ def without_remedies(reason: str) -> str:
     >>> without_remedies("off: samples are random. A PrefixCache with views=V stores V draws of each sample")
     'off: samples are random'
     """
-    for remedy in (STORE_VIEWS, FREEZE_BEFORE):
+    for remedy in (STORE_VIEWS, CALL_IT, LET_IT_LEARN, KEEP_APART, FREEZE_BEFORE):
         reason = reason.replace(remedy, "")
     return reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import random
 import re
 import weakref
@@ -451,7 +452,79 @@ def test_a_setting_that_changes_at_each_batch_is_given_up_and_what_was_before_is
 
     text = both(Tempered, images, *LAST, step=cooler, epochs=4).text
     first, *others = text.splitlines()
-    assert "off: the attributes of the model's modules change from batch to batch" in first
+    told = "off: the attributes of the model's modules change from batch to batch (temperature of Tempered). "
+    assert told in first
     assert others
     assert all("until then: memory, cut at layer1" in line for line in others)
     assert len(set(others)) == len(others)
+
+
+class InParts(TinyCNN):
+    """Has its input normalised, and is called in parts."""
+
+    def in_parts(self, images):
+        return self.fc(self.layer2(self.layer1(self.stem(images - 0.5))).mean((2, 3)))
+
+
+class Around(InParts):
+    """Does so by itself."""
+
+    def forward(self, images):
+        return self.in_parts(images)
+
+
+class Followed(TinyCNN):
+    """Beside a copy that follows its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = TinyCNN()
+
+    def forward(self, images):
+        with torch.no_grad():
+            target = self.target(images)
+        return super().forward(images) + target
+
+
+class Scaled(TinyCNN):
+    def forward(self, images, scale):
+        return super().forward(images) * scale
+
+
+def _in_parts(model, batch):
+    return nn.functional.cross_entropy(model.in_parts(batch[0]), batch[1])
+
+
+def _followed(model, batch, learns=False):
+    model.target.layer2.requires_grad_(learns)
+    with torch.no_grad():
+        for name, weight in model.layer2.named_parameters():
+            model.target.layer2.get_parameter(name).lerp_(weight, 0.1)
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def _scaled(model, batch, number=float):
+    return nn.functional.cross_entropy(model(batch[0], number(batch[1].sum()) + 1), batch[1])
+
+
+_followed_by_what_learns = functools.partial(_followed, learns=True)
+_scaled_by_tensor = functools.partial(_scaled, number=torch.Tensor.float)
+
+
+@pytest.mark.parametrize(
+    ("make", "step", "reason", "better", "better_step"),
+    [
+        (InParts, _in_parts, "into the forward of a module around the model", Around, None),
+        (Followed, _followed, "if it requires gradients", Followed, _followed_by_what_learns),
+        (Scaled, _scaled, "pass a number that changes as a tensor", Scaled, _scaled_by_tensor),
+    ],
+    ids=["called in parts", "moved by the loop", "given a number"],
+)
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_what_a_reason_says_to_do_helps(make, step, reason, better, better_step) -> None:
+    first = both(make, images, *LAST, step=step)
+    assert reason in first.text
+    assert not first.cache._supplies[0].replays
+    then = both(better, images, *LAST, step=better_step)
+    assert "memory, cut at " in then.text
+    assert then.cache._supplies[0].replays == 6

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from layerwise.cache.changes.fingerprint import checksum
+from layerwise.errors import shorten
 from layerwise.layers.forms import shape_of
 from layerwise.layers.holding import (
     CONTAINERS,
@@ -62,6 +63,7 @@ class Settings:
         last: the number when it was last looked at.
         new: how many combinations of attributes were met for the first time, but for epochs that had
             at most one: a schedule.
+        changed: what made the latest of them, for people.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -71,6 +73,8 @@ class Settings:
         self._remembering: set[nn.Module] | None = None  # not known
         self._keeping: set[tuple[nn.Module, str]] = set()
         self.last = self.new = 0
+        self.changed = ""
+        self._latest: dict[_Key, Any] = {}
         self._modules: list[nn.Module] = []
         self._hidden: list[nn.Module] = []  # in lists and objects: not among the model's modules
         self._classes: list[type] = []
@@ -178,10 +182,18 @@ class Settings:
         if known not in self._numbers:
             self._numbers[known] = len(self._numbers) if number is None else number
             self.new += number is None
+            self.changed = self._named(state)
             self._kept += [
                 owner[name] for owner, name, _ in self._items() if _is_known_by_identity(owner[name])
             ]
-        self.last = self._numbers[known]
+        self.last, self._latest = self._numbers[known], state
+
+    def _named(self, state: Mapping[_Key, Any]) -> str:
+        """Return which attributes are not what they were when they were last taken."""
+        owners = [*map(type, (*self._modules, *self._hidden[::-1])), *self._classes[::-1]]
+        changed = (key for key, value in state.items() if self._latest.get(key) != value)
+        names = (f"{name.removeprefix('_buffers.')} of {owners[at].__name__}" for at, name in changed)
+        return shorten(dict.fromkeys(names))
 
     def _is_constant(self, key: _Key) -> bool:
         """Whether nobody changes an attribute from batch to batch."""
