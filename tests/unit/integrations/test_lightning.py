@@ -361,30 +361,47 @@ def test_lightning_trains_from_a_cache(data, tmp_path, accumulated):
     assert supply.replays == 3
 
 
-def test_a_module_that_is_the_network_itself_trains_from_a_cache(data):
-    # Lightning notes in it which of its methods runs: another one when a batch is made than when it comes
-    class Whole(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.body, self.fc = Net().body.requires_grad_(False), nn.Linear(4, 2)
+class Aging(nn.Module):
+    """Computes something else in each epoch, where it knows of them."""
 
-        def forward(self, x):
-            return self.fc(self.body.eval()(x))
+    owner = ()
 
-        def training_step(self, batch, index):
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+    def forward(self, x):
+        return x * (1 + sum(module.current_epoch for module in self.owner))
 
-        def validation_step(self, batch, index):
-            self(batch[0])
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.fc.parameters(), 0.1)
+class Whole(pl.LightningModule):
+    """Is the network itself."""
 
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Aging(), Net().body).requires_grad_(False).eval()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.fc.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("watched", ["module", "body"])
+@pytest.mark.parametrize("ages", [False, True])
+def test_a_module_that_is_the_network_itself_trains_from_a_cache(data, watched, ages):
+    # Lightning notes in it which of its methods runs: another one when a batch is made than when it comes. Of
+    # epochs the trainer knows, and a frozen part may ask the module
     ends = []
     for cached in (False, True):
         torch.manual_seed(0)
         module = Whole()
-        cache = layerwise.PrefixCache(module, storage="memory")
+        module.body[0].owner = (module,) if ages else ()
+        cache = layerwise.PrefixCache(module.body if watched == "body" else module, storage="memory")
         loaders = [DataLoader(data, 8, shuffle=True), DataLoader(data, 8)]
         trainer = pl.Trainer(
             max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
@@ -393,7 +410,8 @@ def test_a_module_that_is_the_network_itself_trains_from_a_cache(data):
         trainer.fit(module, *(map(cache.as_loader, loaders) if cached else loaders))
         ends.append(module.state_dict())
     assert_same(*ends)
-    assert [supply.replays for supply in cache._supplies] == [3, 3]
+    knows = ages or watched == "module"  # each epoch begins with a look
+    assert [supply.replays for supply in cache._supplies] == [2, 2] if knows else [3, 3]
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")

@@ -165,6 +165,7 @@ class Settings:
                 look.at_length(vars(module))
             look.at_length(module._buffers)
             self._at_batches.at_tables(module)
+            self._at_epochs.at_told(_epoch_of, module)
         self._at_epochs.at_told(_kinds, self._modules)
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
@@ -241,6 +242,7 @@ class Settings:
         }
         for index, module in enumerate(self._modules):
             found[index, "__class__"] = type(module)
+            found[index, "current_epoch"] = _epoch_of(module)
             found[index, "_modules"] = tuple(map(id, module._modules.values()))
             found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
             hooks = (module._forward_hooks, module._forward_pre_hooks) if index else GLOBAL_HOOKS
@@ -254,12 +256,12 @@ class Settings:
         return found
 
     def _state_of(self, hidden: nn.Module) -> str:
-        """Return the modes in a hidden module, and who learns of its tensors or else their checksums."""
+        """Return a hidden module's epoch, modes in it, and who learns of its tensors or their checksums."""
         others = set(self._modules)
         own = [module for module in hidden.modules() if module not in others]
         tensors = [t for m in own for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
         sums = [None if t.requires_grad or not _is_readable(t) else checksum(t) for t in tensors]
-        return f"{[module.training for module in own]} {sums}"
+        return f"{_epoch_of(hidden)} {[module.training for module in own]} {sums}"
 
 
 def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:
@@ -331,6 +333,11 @@ def _is_readable(tensor: torch.Tensor) -> bool:
 def _is_of_torch(module: nn.Module) -> bool:
     """Whether a layer is one of torch's: nobody changes a stride from batch to batch."""
     return type(module).__module__.startswith("torch.nn.")
+
+
+def _epoch_of(module: nn.Module) -> Any:
+    """Return the epoch of which a module of Lightning's learns from its trainer; None of all others."""
+    return getattr(vars(module).get("_trainer"), "current_epoch", None)
 
 
 def _is_ours(value: Any) -> bool:
