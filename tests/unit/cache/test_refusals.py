@@ -367,6 +367,10 @@ def test_loaders_that_cannot_be_read_by_index() -> None:
         def __getitem__(self, key):
             return super().__getitem__({"a": 0, "b": 1, "c": 2}.get(key, key))
 
+    of_another = layerwise.PrefixCache(TinyCNN(), DataLoader(images(), 4)).as_loader()
+    with pytest.warns(LayerwiseWarning, match="already those of a cache. Put two models"):
+        next(layerwise.PrefixCache(TinyCNN(), of_another, storage="memory").batches())
+
     base = images()
     loader = DataLoader(Dictionary(base.inputs, base.labels), batch_sampler=Words())
     cache = layerwise.PrefixCache(TinyCNN(), loader, storage="memory")

@@ -23,6 +23,7 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
 from layerwise.cache.samples.draws import DRAWS, Draws, Noting, own_generators, says_it_drew
 from layerwise.cache.samples.order import Order
+from layerwise.cache.samples.prepared import is_stand_in
 from layerwise.errors import CacheError
 from layerwise.layers.randomness import drawn, drawn_outside_torch, kept_random_state, seed_everything
 from layerwise.layers.snapshot import Snapshot
@@ -220,6 +221,11 @@ def _next_epoch(dataset: Any) -> Iterator[None]:
 
 
 def _unreadable(loader: Any) -> str:
+    if is_stand_in(loader):
+        return (
+            "the loader is what PrefixCache.as_loader gives, and its batches are already those of a cache. "
+            "Put two models that get the same batches into one module, and cache that"
+        )
     if not isinstance(loader, DataLoader):
         return f"the loader is a {type(loader).__name__}, not a torch.utils.data.DataLoader"
     if type(loader).__iter__ is not DataLoader.__iter__:
