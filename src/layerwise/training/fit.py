@@ -139,7 +139,8 @@ def fit(
         clip_norm: largest norm of all gradients together; None does not clip.
         class_weights: weights of the classes in the loss: ``"balanced"`` is N / (K n_k); 0 leaves one out.
         sampler: ``"weighted"`` draws samples with replacement, all classes equally often. Choose one of
-            `class_weights` and `sampler` for imbalanced data; both together count twice.
+            `class_weights` and `sampler` for imbalanced data; together they count twice, so ``"balanced"``
+            beside it is refused.
         label_smoothing: share of each target spread over all classes, in [0, 1).
         early_stopping: stop after so many epochs without a better monitor (the task's metric; the loss
             does not break its ties).

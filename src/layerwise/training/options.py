@@ -120,6 +120,11 @@ def check_options(values: Mapping[str, Any]) -> None:
     weights = values["class_weights"]
     if isinstance(weights, str):
         expect("class_weights", weights == "balanced", "None, 'balanced' or one number for each class")
+        if weights == "balanced" and values["sampler"] == "weighted":
+            found.append(
+                "class_weights is 'balanced' and sampler is 'weighted', which together count rare classes "
+                "twice; expected one of them. Leave out class_weights (--class-weights) or sampler"
+            )
     elif isinstance(weights, Sequence):
         legal = all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights)
         expect("class_weights", legal and any(weights), "finite numbers of at least 0, one above it")

@@ -70,6 +70,13 @@ def test_each_wrong_value_is_told(name: str, value: object, monkeypatch: pytest.
     assert repr(value) in str(caught.value)
 
 
+def test_rare_classes_are_not_counted_twice() -> None:
+    # Balanced weights of the loss and of the samples exclude each other; costs of the caller's own do not.
+    with pytest.raises(TrainingError, match=r"rare classes twice.* Leave out class_weights .* or sampler"):
+        check_options({**GOOD, "class_weights": "balanced", "sampler": "weighted"})
+    check_options({**GOOD, "class_weights": [1.0, 5.0], "sampler": "weighted"})
+
+
 def test_all_wrong_values_are_told_at_once() -> None:
     # One error lists every problem.
     with pytest.raises(TrainingError, match="3 options") as caught:
