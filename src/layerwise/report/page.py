@@ -231,6 +231,8 @@ def _audit(audit: Mapping[str, Any]) -> str:
         parts.append(_table(["severity", "where", "why", "what to do"], rows, words=(1, 2, 3)))
     elif before is not None:
         parts.append("<p>Before training: no findings.</p>")
+    for phase, told in audit.get("phases", {}).items():
+        parts.append(f"<p>{html.escape(f'As phase {phase!r} began: {told}')}</p>")
     if after is not None:
         moved = len(after.get("moved", []))
         state = "nothing frozen moved" if after.get("ok") else "something frozen moved"

@@ -7,7 +7,7 @@ runs/x/
   model.safetensors  the weights that the run keeps (the best epoch's)
   history.jsonl      one line an epoch
   timings.json       seconds of each epoch
-  audit.json         what the audit before training found, and what moved during the run
+  audit.json         what the audit before training found, what later phases warned of, what moved
   checkpoints/       to go on from
   transformers/      of texts: the tuned model and its tokenizer as a transformers folder; with mean pooling
                      its encoder, and the output layer in classifier.safetensors

@@ -157,12 +157,18 @@ def _class_names(data: Any) -> Sequence[str] | None:
 
 
 def enter_phase(
-    model: nn.Module, tuner: Tuner, train: Any, share: Mapping[str, Any], watched: Watch | None
+    model: nn.Module,
+    tuner: Tuner,
+    train: Any,
+    share: Mapping[str, Any],
+    watched: Watch | None,
+    out: Path | None,
 ) -> None:
     """Do what a phase needs from the data and the watch: called at each epoch, and when a phase changes.
 
     At the first step of a phase with the policy "calibrate" its batch-norm statistics are measured on
-    the training data. The watch is told which statistics move on purpose.
+    the training data. The watch is told which statistics move on purpose. Where there is a watch, what is
+    warned of goes into the audit of the run in `out` too; that of the first phase is there already.
 
     Warns:
         LayerwiseWarning: batch-norm trains in this phase on batches of 1-8 samples.
@@ -177,6 +183,9 @@ def enter_phase(
     told = small_batch_warning(model, getattr(train, "batch_size", None) or share["batch_size"])
     if told is not None:
         warn(f"phase {tuner.phase.name!r}: {told}")
+        if out is not None and watched is not None and tuner.phase_index > 0:
+            phases = read_audit(out)["phases"]
+            write_audit(out, phases={**phases, tuner.phase.name: told})
     if not tuner.norms.calibrate:
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
@@ -233,14 +242,14 @@ def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
     return found
 
 
-def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
-    """Write ``audit.json`` of a run: what it tells before the run, and after; what is not given stays.
+def read_audit(out: Path) -> dict[str, Any]:
+    """Return what ``audit.json`` of a run tells so far.
 
     Raises:
         RunError: what is there cannot be read.
     """
     file = out / "audit.json"
-    there: Any = {"before": None, "after": None}
+    there: Any = {}
     if file.exists():
         try:
             there = json.loads(file.read_text(encoding="utf-8"))
@@ -251,7 +260,16 @@ def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
             f"{file} cannot be read, so it was altered or cut short. Put the run's own file back, or remove "
             "it, and resume."
         )
-    write_json(file, {**there, **parts})
+    return {"before": None, "phases": {}, "after": None, **there}
+
+
+def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` of a run: before it, as phases began, and after; what is not given stays.
+
+    Raises:
+        RunError: what is there cannot be read.
+    """
+    write_json(out / "audit.json", {**read_audit(out), **parts})
 
 
 def report_watch(report: WatchReport, out: Path | None) -> list[str]:

@@ -125,16 +125,17 @@ def test_letters_of_settings_are_readable(run, tmp_path):
 
 
 def test_findings_of_the_audit_are_told(run, tmp_path):
-    # severity, module, reason and remedy of each
+    # severity, module, reason and remedy of each; what a later phase warned of
     import shutil
 
     shutil.copytree(run, tmp_path / "found")
     finding = {"severity": "warning", "code": "c", "modules": ["bn1"], "why": "it drifts", "fix": "freeze it"}
     (tmp_path / "found" / "audit.json").write_text(
-        json.dumps({"before": {"findings": [finding]}, "after": None})
+        json.dumps({"before": {"findings": [finding]}, "phases": {"from 3": "<4 samples"}, "after": None})
     )
     page = write_report(tmp_path / "found").read_text()
     assert all(f"{text}</td>" in page for text in ("warning", "bn1", "it drifts", "freeze it"))
+    assert "<p>As phase &#x27;from 3&#x27; began: &lt;4 samples</p>" in page
 
 
 def test_page_of_a_search_lists_every_trial(data, tmp_path):

@@ -904,6 +904,27 @@ def test_an_audit_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         assert (tmp_path / "audit.json").read_text() == content
 
 
+def test_the_audit_of_a_run_tells_of_small_batches_in_every_phase(tmp_path: Path) -> None:
+    # The first phase is audited with the loader's batch size, a later one as it begins, resumed or not.
+    def stop(entry: dict) -> None:
+        if entry["phase"] == "head":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path / "a", on_epoch=stop)
+    assert json.loads((tmp_path / "a" / "audit.json").read_text())["phases"] == {}
+    run(out=tmp_path / "a", resume=True)
+    audited = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert audited["before"]["findings"] == []
+    assert list(audited["phases"]) == ["more"]
+    assert audited["phases"]["more"].startswith("1 batch-norm layer trains on batches of 8 (body.1)")
+
+    run(train=DataLoader(tiny_data(), 4), batch_size=32, out=tmp_path / "b", plan=one_phase(epochs=1))
+    audited = json.loads((tmp_path / "b" / "audit.json").read_text())
+    assert [finding["code"] for finding in audited["before"]["findings"]] == ["small-batch-norm"]
+    assert audited["phases"] == {}
+
+
 def test_the_audit_of_a_resumed_run_is_that_of_its_beginning(tmp_path: Path) -> None:
     # Stopped before its end it has "before"; resumed it keeps that; resumed once more nothing changes.
     def stop(entry: object) -> None:
