@@ -114,6 +114,21 @@ def plural(count: int, singular: str, several: str = "") -> str:
     return f"{count:,} {singular if count == 1 else several or singular + 's'}"
 
 
+def percent(part: float, whole: float, *, digits: int = 1) -> str:
+    """Return a share in percent without its sign; only what is exactly none or all of it reads so.
+
+    >>> percent(1, 3), percent(0, 5), percent(1, 10_000), percent(9_999, 10_000), percent(5, 5)
+    ('33.3', '0.0', '<0.1', '>99.9', '100.0')
+    """
+    text = f"{100 * part / whole if whole else 0:.{digits}f}"
+    least = 10.0**-digits
+    if part > 0 and float(text) == 0:
+        return f"<{least:.{digits}f}"
+    if part < whole and float(text) == 100:
+        return f">{100 - least:.{digits}f}"
+    return text
+
+
 def shorten(names: Iterable[object], count: int = 3) -> str:
     """Return the first few of some names for a message, and how many more there are.
 

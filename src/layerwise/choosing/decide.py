@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice, full, last_groups, probe
 from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, thresholds
 from layerwise.choosing.matrix import DECAY, MOST, calibrated, matrix_cell, size_of
-from layerwise.errors import plural
+from layerwise.errors import percent, plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.settings import Norms
 
@@ -200,8 +200,9 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         reasons.append(
             Reason(
                 "where",
-                f"{share:.0%} of the shift sits in the first third of the groups{_moved(evidence)}: the "
-                "inputs changed, not what they mean, so the first groups are the ones to tune",
+                f"{percent(share, 1, digits=0)}% of the shift sits in the first third of the "
+                f"groups{_moved(evidence)}: the inputs changed, not what they mean, so the first groups are "
+                "the ones to tune",
                 "medium",
                 share,
             )

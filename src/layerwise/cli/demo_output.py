@@ -11,6 +11,7 @@ import typer
 
 from layerwise.cli.output import print_json, print_table, say
 from layerwise.cli.tables import new_table
+from layerwise.errors import percent
 
 if TYPE_CHECKING:
     from layerwise.training.demo import Arm, Row
@@ -69,9 +70,9 @@ def show_demo(
         ["strategy", "balanced accuracy", "macro F1", "accuracy", "trained parameters", "seconds"],
     )
     for row in rows:
-        share = row.trained_parameters / row.total_parameters
+        share = percent(row.trained_parameters, row.total_parameters)
         scores = (f"{score:.3f}" for score in (row.balanced_accuracy, row.macro_f1, row.accuracy))
-        table.add_row(row.arm, *scores, f"{row.trained_parameters:,} ({share:.1%})", f"{row.seconds:.0f}")
+        table.add_row(row.arm, *scores, f"{row.trained_parameters:,} ({share}%)", f"{row.seconds:.0f}")
     print_table(table)
     print_table(f"All of it took {seconds:.0f} seconds. {where} Predict with one of them:")
     typer.echo("  " + " \\\n    ".join([command, *names]))

@@ -10,6 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.errors import percent
+
 if TYPE_CHECKING:
     from layerwise.training.result import Result
 
@@ -41,8 +43,8 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
     for name, value in (result.test or {}).items():
         summary.add_row(f"test {name}", f"{value:.4f}")
     summary.add_row("kept epoch", f"{result.best_epoch + 1} of {len(result.history)} ({result.stopped})")
-    share = result.trained_parameters / max(result.total_parameters, 1)
-    summary.add_row("trained parameters", f"{result.trained_parameters:,} ({share:.1%})")
+    share = percent(result.trained_parameters, result.total_parameters)
+    summary.add_row("trained parameters", f"{result.trained_parameters:,} ({share}%)")
     summary.add_row("seconds", f"{result.seconds:.1f}")
     if result.out is not None:
         summary.add_row("run", str(result.out))

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from layerwise.errors import plural, shorten
+from layerwise.errors import percent, plural, shorten
 from layerwise.layers.isolation import unwrap
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) 
         "modules": [*(_shown(group.modules) for group in layers), ""],
         "parameters": [*(f"{group.numel:,}" for group in layers), f"{layers.numel:,}"],
         "trainable": [f"{count:,}" for count in (*trainable.values(), sum(trainable.values()))],
-        "share": [*(f"{group.numel / max(layers.numel, 1):.1%}" for group in layers), ""],
+        "share": [*(f"{percent(group.numel, layers.numel)}%" for group in layers), ""],
         "MFLOPs": [
             *("" if group.flops is None else f"{group.flops / 1e6:,.1f}" for group in layers),
             f"{flops / 1e6:,.1f}",

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.errors import plural
+from layerwise.errors import percent, plural
 
 JOINING = "joining groups warm up for"
 """How the note of a phase begins that holds from the second phase on."""
@@ -178,7 +178,7 @@ class Explanation:
             length = plural(phase.steps, "step")
             if phase.epochs is not None:
                 length = plural(phase.epochs, "epoch")
-            share = f"{_count(phase.trainable)} {phase.trainable / max(self.total, 1):6.1%}"
+            share = f"{_count(phase.trainable)} {percent(phase.trainable, self.total):>5}%"
             first = [f"{number + 1} {phase.name}", length, share]
             left = [first, *([f"  {note}", "", ""] for note in phase.notes if note not in common)]
             right = [self._range(phase)] if self._is_long else self._group_rows(phase)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import RunError, plural
+from layerwise.errors import RunError, percent, plural
 from layerwise.files import write_text
 from layerwise.report import pictures
 from layerwise.training.history import read_history
@@ -86,10 +86,10 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
     summary += [[f"validation {name}", _number(value)] for name, value in result.get("metrics", {}).items()]
     summary += [[f"test {name}", _number(value)] for name, value in (result.get("test") or {}).items()]
     if result:
-        share = result["trained_parameters"] / max(result["total_parameters"], 1)
+        share = percent(result["trained_parameters"], result["total_parameters"])
         summary += [
             ["kept epoch", f"{result['best_epoch'] + 1} of {result['epochs']} ({result['stopped']})"],
-            ["trained parameters", f"{result['trained_parameters']:,} ({share:.1%})"],
+            ["trained parameters", f"{result['trained_parameters']:,} ({share}%)"],
             ["steps", f"{result['steps']:,}"],
             ["seconds", f"{result['seconds']:.1f}"],
         ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import DataError, ModelError
+from layerwise.errors import DataError, ModelError, percent
 from layerwise.sources.encoding import (
     IGNORED,
     Encoded,
@@ -227,16 +227,17 @@ def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: floa
             raise DataError(f"the tokenizer makes no tokens of the responses of the {name} part.")
         truncated[name] = found.truncated
         if found.truncated:
-            share = found.truncated / len(part)
+            share = percent(found.truncated, len(part), digits=0)
             notes.append(
-                f"{name}: {found.truncated} of {len(part)} texts ({share:.0%}) cut to {max_length} tokens; "
+                f"{name}: {found.truncated} of {len(part)} texts ({share}%) cut to {max_length} tokens; "
                 f"the longest has {found.longest}"
             )
         if found.empty:
             notes.append(f"{name}: {found.empty} of {len(part)} rows left out: no tokens in their responses")
         unknown, total = found.unknown
         if unknown > 0.05 * total:
-            notes.append(f"{name}: {unknown / total:.0%} of the tokens are unknown to the tokenizer")
+            share = percent(unknown, total, digits=0)
+            notes.append(f"{name}: {share}% of the tokens are unknown to the tokenizer")
         samples, targets = _with_labels(table, part, found, number)
         sets[name] = TextSet(
             samples,

@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from layerwise.errors import ModelError, plural
+from layerwise.errors import ModelError, percent, plural
 from layerwise.plans.selection import match_names
 from layerwise.tuning.modes import pin_eval, unpin
 
@@ -90,7 +90,8 @@ class ParameterCount:
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters are trainable ({self.percent:.2f} %)"
+        share = percent(self.trainable, self.total, digits=2)
+        return f"{self.trainable:,} of {self.total:,} parameters are trainable ({share} %)"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as plain data for JSON."""

@@ -517,6 +517,20 @@ def test_explain_of_a_phase_of_norms_alone_names_no_group() -> None:
     assert "norms: adapt" in text
 
 
+def test_a_share_reads_as_all_only_where_all_learns() -> None:
+    """A frozen stem of 1 in 3,003 is seen in the timeline and in the map; the whole reads 100.0%."""
+    replace = dataclasses.replace
+    layers = named_map("stem", "head")
+    sizes = zip(layers.groups, (1, 3002))
+    layers = replace(layers, groups=tuple(replace(group, numel=numel) for group, numel in sizes))
+    learning: list[dict] = [{"stem": 1.0}, {"head": 1.0}, {"stem": 1.0, "head": 1.0}]
+    phases = [{"name": f"p{i}", "rates": rates, "epochs": 1} for i, rates in enumerate(learning)]
+    plan = Plan(strategy="s", granularity="stages", groups=layers.names, phases=phases)
+    text = str(plan.explain(layers))
+    assert re.findall(r"[<>]?\d+\.\d%", text) == ["<0.1%", ">99.9%", "100.0%"]
+    assert re.findall(r"[<>]?\d+\.\d%", str(layers)) == ["<0.1%", ">99.9%"]
+
+
 def test_counts_of_one_are_singular() -> None:
     """One group, one phase, one step: in the title of the map, in the timeline and in the notes."""
     layers = named_map("head")

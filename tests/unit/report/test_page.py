@@ -124,6 +124,17 @@ def test_letters_of_settings_are_readable(run, tmp_path):
     assert "Übung" in write_report(tmp_path / "r").read_text(encoding="utf-8")
 
 
+def test_trained_parameters_read_as_all_only_where_they_are(run, tmp_path):
+    # the share of all but one
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    about = json.loads((tmp_path / "r" / "run.json").read_text())
+    about["result"] |= {"trained_parameters": 20_000, "total_parameters": 20_001}
+    (tmp_path / "r" / "run.json").write_text(json.dumps(about))
+    assert "20,000 (&gt;99.9%)" in write_report(tmp_path / "r").read_text()
+
+
 def test_findings_of_the_audit_are_told(run, tmp_path):
     # severity, module, reason and remedy of each; what a later phase warned of
     import shutil

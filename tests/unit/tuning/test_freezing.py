@@ -13,7 +13,7 @@ from torch import nn
 
 from helpers import changed, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import ModelError, PlanError
-from layerwise.tuning.freezing import count_parameters, freeze, unfreeze
+from layerwise.tuning.freezing import ParameterCount, count_parameters, freeze, unfreeze
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norms import freeze_batchnorm
 
@@ -165,6 +165,7 @@ def test_counts_are_told_in_words_and_data() -> None:
     assert str(count) == "21 of 63 parameters are trainable (33.33 %)"
     assert count.to_dict() == {"trainable": 21, "frozen": 42, "total": 63, "percent": pytest.approx(100 / 3)}
     assert count_parameters(nn.ReLU()).percent == 0.0
+    assert str(ParameterCount(20_000, 1)) == "20,000 of 20,001 parameters are trainable (>99.99 %)"
 
 
 def test_integers_are_skipped_and_lazy_layers_are_told() -> None:

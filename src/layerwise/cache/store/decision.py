@@ -9,6 +9,7 @@ import torch
 
 from layerwise.cache.cutting.cut import Cut
 from layerwise.cache.store.room import format_bytes
+from layerwise.errors import percent
 
 Storage = Literal["auto", "memory", "disk", "off"]
 
@@ -93,7 +94,8 @@ def decide(
         return Decision(where, reason, bytes_per_sample, samples, prefix_frac, speedup)
 
     size = f"{format_bytes(bytes_per_sample)} a sample, {format_bytes(total)} in all"
-    gain = f"the frozen prefix is {prefix_frac:.0%} of a step; {_faster(speedup)} once cached"
+    share = percent(prefix_frac, 1, digits=0)
+    gain = f"the frozen prefix is {share}% of a step; {_faster(speedup)} once cached"
     if storage == "off":
         return made("off", "switched off")
     if storage == "auto":

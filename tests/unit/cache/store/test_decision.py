@@ -35,7 +35,7 @@ USUAL = {
         ("auto", {"epochs": 5, "processes": 4}, "memory", "faster"),
         ("auto", {"bytes_per_sample": 10**9, "memory_bytes": 10**13}, "off", "too little to gain"),
         ("memory", {"prefix_s": 0.001, "epochs": 1}, "memory", "asked for"),
-        ("memory", {"prefix_s": 0.001}, "memory", "0% of a step; hardly faster once cached"),
+        ("memory", {"prefix_s": 0.001}, "memory", "<1% of a step; hardly faster once cached"),
         ("memory", {"bytes_per_sample": 4 * 10**8, "memory_bytes": 10**13}, "memory", "about 1.8x slower"),
         ("memory", {"memory_bytes": 10}, "off", "do not fit into the budget of 10 B"),
         ("disk", {}, "disk", "asked for"),
