@@ -154,7 +154,10 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
         for start, end, rate in zip(edges, edges[1:], rates)
     ]
     order = list(reversed(explanation["groups"]))
-    title = "rate" if explanation["lr"] is not None else "multiple of the rate"
+    # two lines: one would be cut where the font is wide
+    title = "rate" if explanation["lr"] is not None else ["multiple", "of the rate"]
+    lowest = min((row["rate"] for row in rows if row["rate"] is not None), default=1.0)
+    notation = ".2~r" if lowest >= 1e-4 else ".1~e"  # "g" would mix 0.000001 with 1e-7
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X(
             "from:Q",
@@ -170,7 +173,7 @@ def plan_picture(explanation: Mapping[str, Any]) -> Chart:
             "rate:Q",
             title=title,
             scale=alt.Scale(type="log", scheme="blues"),
-            legend=alt.Legend(format=".2g", tickCount=4),
+            legend=alt.Legend(format=notation, tickCount=4),
         )
     )
     frozen = base.transform_filter("datum.rate === null").mark_rect(color="#e4e4e4")

@@ -77,6 +77,21 @@ def test_plan_picture_counts_whole_steps_with_room_between_them(steps):
     assert len(axis) <= 12
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest", "written"),
+    [(1e-9, 1e-4, {"1e-9", "1e-7", "1e-4"}), (1e-4, 1e-4, {"0.0001"}), (0.02, 0.1, {"0.02", "0.1"})],
+)
+def test_the_legend_of_a_plan_has_one_notation(lowest, highest, written):
+    # very low rates are all powers, others all decimals; the title has lines short enough for a wide font
+    told = explanation() | {"heat": [[0.0, 0.0], [0.0, lowest], [lowest, lowest], [highest, highest]]}
+    svg = pictures.as_svg(pictures.plan_picture(told))
+    labels = set(re.findall(r">([\d.]+(?:e[+-]\d+)?)<", svg[svg.index("role-legend") :]))
+    assert written <= labels
+    assert {"e" in label for label in labels} == {lowest < 1e-4}
+    lines = re.findall(r">([^<]+)<", pictures.as_svg(pictures.plan_picture(told | {"lr": None})))
+    assert {"multiple", "of the rate"} <= set(lines)
+
+
 def test_shift_picture_takes_the_figure_that_was_measured():
     # running statistics when there is no source, the Fréchet distance when there is one
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
