@@ -124,7 +124,8 @@ def shift_picture(shift: Mapping[str, Any]) -> Chart:
     order = [row["group"] for row in rows]
     x = alt.X("group:N", sort=order, title=_INPUT_FIRST, axis=_axis(order, -40))
     base = alt.Chart(alt.Data(values=rows))
-    scale = alt.Scale(zero=True, nice=True)
+    none = not any(row[key] for row in rows for key in ("value", "low", "high"))
+    scale = alt.Scale(domain=[0, 1]) if none else alt.Scale(zero=True, nice=True)
     y = alt.Y("value:Q", title=_FIGURE_TITLES[figure], scale=scale)
     parts = [
         base.mark_bar(color=BLUE, opacity=0.85, tooltip=True).encode(x=x, y=y),
@@ -135,7 +136,7 @@ def shift_picture(shift: Mapping[str, Any]) -> Chart:
     return _finished(
         alt.layer(*parts),
         "Domain shift per layer group",
-        f"{shift['samples']} samples, {shift['level']:.0%} intervals",
+        f"{shift['samples']} samples, {shift['level']:.0%} intervals{', all exactly 0' if none else ''}",
         width=max(360, 44 * len(rows)),
     )
 

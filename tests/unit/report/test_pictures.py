@@ -214,6 +214,16 @@ def test_the_axis_of_a_shift_reaches_beyond_its_intervals(tmp_path):
     assert float(axis[2]) > estimate["high"]
 
 
+def test_a_shift_of_nothing_has_an_axis_and_says_so():
+    # the source's own data: no bar stands, on an axis from 0 to one variance
+    groups = [
+        {"group": name, "norms": None, "frechet": {"value": 0.0, "low": 0.0, "high": 0.0}} for name in GROUPS
+    ]
+    svg = pictures.as_svg(pictures.shift_picture({"groups": groups, "samples": 9, "level": 0.9}))
+    assert "linear scale with values from 0.0 to 1.0" in svg
+    assert "9 samples, 90% intervals, all exactly 0" in svg
+
+
 def test_unknown_format_is_refused(tmp_path):
     # the formats are listed
     with pytest.raises(DataError, match=r"a\.bmp.*\.png"):
