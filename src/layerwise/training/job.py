@@ -263,10 +263,18 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
         more: options of `layerwise.fit` that do not shape the result (`progress`, `workers`).
 
     Raises:
-        RunError: there is no run, or it was started from Python with objects that have no names.
+        RunError: there is no run, or it is part of a search or of a run with ``--lm-epochs``, or it was
+            started from Python with objects that have no names.
     """
     about = read_run(path)
     if about.get("job") is None:
+        folder = Path(path).resolve()
+        winner = folder.name.startswith("winner-trial-")
+        if winner or (folder.name == "language-model" and about["model"].get("spec") is not None):
+            raise RunError(
+                f"{path} is part of a {'search' if winner else 'run with --lm-epochs'}, which goes on with "
+                f"it. Give the command or the call again that made {str(folder.parent)!r}."
+            )
         raise RunError(
             f"{path} was started from Python with a model or data that have no names. Resume it there: "
             f"layerwise.fit(model, train, val, plan=plan, out={str(path)!r}, resume=True)."

@@ -39,6 +39,31 @@ def test_a_job_of_another_version_is_told(tmp_path: Path, job: dict, told: str) 
         resume_job(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "spec", "told"),
+    [
+        (
+            "winner-trial-4",
+            "hf:bert",
+            "is part of a search, which goes on with it. Give the command .* again",
+        ),
+        ("winner-trial-4", None, "is part of a search"),
+        ("language-model", "hf:bert", "is part of a run with --lm-epochs.*Give the command .* again"),
+        ("language-model", None, "started from Python"),
+    ],
+)
+def test_a_run_within_another_is_resumed_by_that(
+    tmp_path: Path, name: str, spec: str | None, told: str
+) -> None:
+    # What made the folder is told; a run of objects that happens to have the name is one of objects.
+    model, out = Tiny(), tmp_path / "all" / name
+    options = {"plan": tiny_plan(), "layers": tiny_layers(model), "batch_size": 16, "progress": False}
+    fit(model, tiny_data(), out=out, about={"model": {"spec": spec}}, **options)
+    with pytest.raises(RunError, match=told) as caught:
+        resume_job(out)
+    assert str(tmp_path / "all") in str(caught.value)
+
+
 def test_a_run_of_texts_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     # Model, data, plan and options come from the record, and the end is that of a run in one go, bit for bit.
     pytest.importorskip("transformers")
