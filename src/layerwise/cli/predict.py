@@ -39,7 +39,10 @@ def predict(
         str | None, typer.Option(help="Column of the text in tables; default: as in training.")
     ] = None,
     pair_column: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
-    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    encoding: Annotated[
+        str | None,
+        typer.Option(help="Of text files; default: as in training, utf-8 of standard input alone."),
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that a causal language model writes at most.")
     ] = 64,

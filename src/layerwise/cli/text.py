@@ -108,19 +108,21 @@ def predict_and_print(
     batch_size: int,
     text_column: str | None,
     pair_column: str | None,
-    encoding: str,
+    encoding: str | None,
     new_tokens: int,
 ) -> None:
     """Print what a run says of the texts in some files, or on standard input."""
     from layerwise.sources.texttable import default_text_column
-    from layerwise.training.text_predict import predict_texts, read_texts
+    from layerwise.training.text_predict import STDIN, predict_texts, read_texts
 
     job_text = (run.about.get("job") or {}).get("text") or {}
+    # What is typed or piped is the shell's, whatever the files of training were in.
+    typed = all(str(name) == STDIN for name in inputs)
     texts = read_texts(
         inputs,
         text_column=text_column or job_text.get("text_column") or default_text_column(run.task.name),
         pair_column=pair_column or job_text.get("pair_column"),
-        encoding=encoding,
+        encoding=encoding or (None if typed else job_text.get("encoding")) or "utf-8",
     )
     rows = predict_texts(run, texts, batch_size=batch_size, new_tokens=new_tokens)
     if form == "json":

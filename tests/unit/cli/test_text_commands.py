@@ -60,6 +60,24 @@ def test_files_lines_and_standard_input_give_the_same(work, tmp_path):
     assert rows[0]["text"] in shown
 
 
+def test_files_are_read_in_the_encoding_of_training(work, tmp_path):
+    # Tables and lines alike; standard input is utf-8, and a named encoding wins.
+    text = "".join(f"caf\xe9 red {row['text']},{row['topic']}\n" for row in topic_rows(16))
+    (tmp_path / "latin.csv").write_text(f"text,topic\n{text}", encoding="latin-1")
+    (tmp_path / "latin.txt").write_text("caf\xe9\n", encoding="latin-1")
+    (tmp_path / "utf8.txt").write_text("caf\xe9\n", encoding="utf-8")
+    options = ["--label-column", "topic", "--strategy", "linear_probe", "--encoding", "latin-1"]
+    fit(work / "bert", tmp_path / "latin.csv", tmp_path / "run", *options)
+    table = command("predict", tmp_path / "run", tmp_path / "latin.csv", "--json")
+    assert table.exit_code == 0, table.stderr
+    assert json.loads(table.stdout)["predictions"][0]["text"].startswith("caf\xe9 ")
+    ways = [([tmp_path / "latin.txt"], None), ([tmp_path / "utf8.txt", "--encoding", "utf-8"], None)]
+    for arguments, stdin in [*ways, ([], "caf\xe9\n"), (["-"], "caf\xe9\n")]:
+        result = command("predict", tmp_path / "run", *arguments, "--json", stdin=stdin)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["predictions"][0]["text"] == "caf\xe9"
+
+
 def test_several_labels(work, tmp_path):
     # Names joined by a comma are several labels; a prediction names those that are on.
     rows = [
