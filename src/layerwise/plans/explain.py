@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 
-from layerwise.errors import PlanError, plural
+from layerwise.errors import PlanError, percent, plural
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.plans.explanation import JOINING, Explanation, GroupRates, PhaseSummary
 from layerwise.plans.plan import Phase, Plan
@@ -193,7 +193,7 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
 def _schedule(schedule: Schedule) -> str:
     warmup = ""
     if schedule.warmup_frac:
-        warmup = f", warm-up {schedule.warmup_frac:.0%}"
+        warmup = f", warm-up {percent(schedule.warmup_frac, 1, digits=0)}%"
     if schedule.warmup_steps:
         warmup = f", warm-up {plural(schedule.warmup_steps, 'step')}"
     run = " over the run" if schedule.span == "run" else ""

@@ -494,6 +494,7 @@ def test_explain_tells_what_is_special_about_each_phase() -> None:
         ({"reinit": ["head"]}, "starts anew: head"),
         ({"adapt_rates": "auto_rgn"}, "rates scaled by relative gradient norm"),
         ({"schedule": {"shape": "cosine", "warmup_frac": 0.1}}, "cosine, warm-up 10%"),
+        ({"schedule": {"shape": "cosine", "warmup_frac": 0.004}}, "cosine, warm-up <1%"),
         ({"schedule": {"shape": "one_cycle", "span": "run"}}, "one cycle over the run"),
     ]
     phases = [{"name": f"p{i}", **shared, **changes} for i, (changes, _) in enumerate(settings)]
