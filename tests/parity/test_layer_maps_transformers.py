@@ -66,6 +66,19 @@ def test_bert_by_blocks() -> None:
     assert layers.head.parameters[0].startswith("bert.pooler")
 
 
+def test_clip_by_blocks() -> None:
+    # two towers one after the other, each with its own embeddings and projection
+    small = next(small for small in SMALL if small.name == "CLIPModel")
+    layers = oracles.judge_transformers(small).layers
+    assert layers is not None
+    towers = [
+        [f"{tower}_model.embeddings", *(f"{tower}_model.encoder.layers.{n}" for n in range(3))]
+        for tower in ("vision", "text")
+    ]
+    assert layers.names == (*towers[0], *towers[1], "text_projection")
+    assert layers.group_of("visual_projection.weight") == "vision_model.encoder.layers.2"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("small", SMALL, ids=lambda small: small.name)
 def test_all_models(small: Small) -> None:

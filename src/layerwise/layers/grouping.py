@@ -61,7 +61,8 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
     - What stands between two blocks joins one of them, so that a step of depth is always one block: the
       one whose module path it shares more of; else a norm joins the block before and a layer with
       weights (a downsampling) the block that it feeds. Units that do not read the block before begin
-      another input branch (a decoder's embeddings) and are a group.
+      another input branch (a decoder's embeddings) and are a group; what ends the branch before them (a
+      tower's projection) joins that one's last block.
     - After the last block a norm joins it, and so does what lies in the same stage module; each further
       layer with weights is a group.
     """
@@ -115,9 +116,14 @@ def _share_out(recording: Recording, groups: list[Group], between: list[Unit], b
             joined = place + 1
     groups[-1].units += between[:joined]
     rest = between[joined:]
-    fresh = [unit for unit in rest if not _reads(recording, unit, previous)]
-    if fresh and len(fresh) == len(rest) and sum(len(unit.parameters) for unit in fresh):
-        groups.append(Group("trunk", rest, rest[0].path))
+    fresh = list(itertools.dropwhile(lambda unit: _reads(recording, unit, previous), rest))
+    leading = rest[: len(rest) - len(fresh)]
+    begins = not any(_reads(recording, unit, previous) for unit in fresh)
+    if leading and begins:  # it may feed the block, with positions added (a downsampling), or end a tower
+        begins = bool(block.calls) and not _main_input_from(recording, block, previous)
+    if begins and any(unit.parameters for unit in fresh):
+        groups[-1].units += leading
+        groups.append(Group("trunk", fresh, fresh[0].path))
         return []
     return rest
 

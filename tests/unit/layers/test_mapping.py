@@ -87,6 +87,60 @@ def test_layers_between_blocks_join_the_block_they_feed() -> None:
     assert layer_map(Downsamples(), image(), "stages").names == ("stem", "first", "second", "head")
 
 
+class Towers(nn.Module):
+    """Images and tokens, each embedded, put through blocks and projected; `cross` reads one in the other."""
+
+    def __init__(self, cross: bool = False) -> None:
+        super().__init__()
+        self.cross = cross
+        self.patches, self.words = nn.Conv2d(3, 8, 4, 4), nn.Embedding(9, 8)
+        self.see = nn.ModuleList(Residual() for _ in range(2))
+        self.read = nn.ModuleList(Attending() for _ in range(2))
+        self.seen, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, image: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        for block in self.see:
+            x = block(x)
+        x = self.seen(x).mean(1, keepdim=True)
+        y = self.words(tokens)
+        for block in self.read:
+            y = block(y, x if self.cross else None)
+        return x[:, 0] @ self.head(y.mean(1)).T
+
+
+class Attending(Residual):
+    """A block that may read a second input."""
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if other is None else x + other)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_second_tower_has_embeddings_of_its_own(cross: bool) -> None:
+    # also behind a projection of the first tower, which stays there; a decoder's blocks read it
+    layers = layer_map(Towers(cross), (torch.zeros(2, 3, 8, 8), torch.ones(2, 5, dtype=torch.long)))
+    assert layers.names == ("patches", "see.0", "see.1", "words", "read.0", "read.1", "head")
+    assert layers.group_of("seen.weight") == "see.1"
+
+
+def test_positions_added_between_blocks_are_no_tower() -> None:
+    # a table looked up after a downsampling joins the block with it
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.Linear(4, 8), Residual(), Residual(16)
+            self.down, self.positions, self.head = nn.Linear(8, 16), nn.Embedding(5, 16), nn.Linear(16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.down(self.a(self.stem(x)))
+            return self.head(self.b(x + self.positions(torch.arange(5))))
+
+    layers = layer_map(Net(), torch.zeros(2, 5, 4))
+    assert layers.names == ("stem", "a", "b", "head")
+    assert layers.group_of("positions.weight") == layers.group_of("down.weight") == "b"
+
+
 def test_flat_list_of_blocks_is_cut_where_positions_change() -> None:
     # MobileNet's features: stages are named after their first block
     net = nn.Sequential(
