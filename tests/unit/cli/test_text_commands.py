@@ -303,3 +303,32 @@ def bad_inputs(folder: Path) -> None:
     tokenizer = json.loads((folder / "misfit/tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["another"] = 500
     (folder / "misfit/tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize("name", ["search", "curve", "fit"])
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_trials_store_no_keys_and_values(work, tmp_path, monkeypatch, name, family):
+    # Only generation needs them; `fit` alone stores none either.
+    from layerwise.choosing import auto, curve, trials
+
+    told = []
+
+    def noted(*given, **options):
+        result = real(*given, **options)
+        told.extend(note for note in result.notes if note.startswith("prefix cache: memory"))
+        return result
+
+    real = trials.fit
+    monkeypatch.setattr(trials, "fit", noted)
+    monkeypatch.setattr(curve, "fit", noted)
+    monkeypatch.setattr(auto.choose_plan, "__kwdefaults__", {**auto.choose_plan.__kwdefaults__, "trials": 2})
+    more = {"search": ["--depths", "1", "--trials", 1], "curve": ["--depths", "1"]}
+    model = f"hf:{work / family}"
+    shown = command(
+        *([name, model] if name in more else ["fit", "--model", model, "--strategy", "auto"]),
+        *("--data", work / "train.csv", "--label-column", "topic", "--max-length", 16),
+        *("--out", tmp_path / "out", "--batch-size", 8, "--epochs", 3, *more.get(name, [])),
+    )
+    assert shown.exit_code == 0, shown.output
+    assert told
+    assert not any("keys and values" in note for note in told), told
