@@ -55,7 +55,8 @@ class PhaseSummary:
         groups: those that learn, input -> output.
         trainable: number of scalars that learn; where groups are drawn, the most that do at a time. It leaves
             out norms that the norm policy holds, and counts those that it lets learn in frozen groups (a note
-            says so); where `LayerMap.norms` is None, norms count with their groups.
+            says so); where `LayerMap.norms` is None, norms count with their groups. So do constants that the
+            model freezes itself, which a map does not know.
         notes: what else is special: schedule, norms, regularisation.
     """
 
