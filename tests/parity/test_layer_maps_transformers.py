@@ -67,7 +67,7 @@ def test_bert_by_blocks() -> None:
 
 
 def test_clip_by_blocks() -> None:
-    # two towers one after the other, each with its own embeddings and projection
+    # two towers one after the other, each with its own embeddings, and a head of both projections
     small = next(small for small in SMALL if small.name == "CLIPModel")
     layers = oracles.judge_transformers(small).layers
     assert layers is not None
@@ -75,8 +75,8 @@ def test_clip_by_blocks() -> None:
         [f"{tower}_model.embeddings", *(f"{tower}_model.encoder.layers.{n}" for n in range(3))]
         for tower in ("vision", "text")
     ]
-    assert layers.names == (*towers[0], *towers[1], "text_projection")
-    assert layers.group_of("visual_projection.weight") == "vision_model.encoder.layers.2"
+    assert layers.names == (*towers[0], *towers[1], "visual_projection")
+    assert layers["head"].parameters == ("visual_projection.weight", "text_projection.weight", "logit_scale")
 
 
 @pytest.mark.slow

@@ -155,13 +155,15 @@ def head_parameters(
     belonging -= borrowed
     last_block = max((n for n, unit in enumerate(units) if is_block[n] and unit.weights >= 2), default=-1)
     holding = [n for n, unit in enumerate(units) if not belonging.isdisjoint(unit.parameters)]
-    if holding and last_block == holding[-1]:  # the output layer's own module is no block
+    while holding and last_block == holding[-1]:  # an output layer's own module is no block
+        del holding[-1]
         last_block = max((n for n in range(last_block) if is_block[n] and units[n].weights >= 2), default=-1)
     before = {name for unit in units[: last_block + 1] for name in unit.parameters}
     after = [name for unit in units[last_block + 1 :] for name in unit.parameters if name in order.position]
     head = {name for name in after if name in belonging}
     if not head:
         return ()
+    head |= belonging & order.position.keys()  # another tower's output layer may run before the last block
     if last_block >= 0:
         for output in outputs:
             container = _own_container(recording.model, output, before)
