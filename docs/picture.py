@@ -1,6 +1,6 @@
-"""Run a command and save what it printed as an SVG picture, for the README and the guide.
+r"""Run a command and save what it printed as an SVG picture, for the README and the guide.
 
-    python docs/picture.py docs/img/inspect.svg -- \\
+    python docs/picture.py docs/img/inspect.svg -- \
         layerwise inspect timm:tf_efficientnet_lite0 --granularity stages
 
 The picture shows the command and its real output, colours included. Nothing is edited.
