@@ -52,7 +52,8 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
 
     A folder that is there already is moved aside first and removed last: a kill between the two leaves
     no `path`, never a mixed one. Of several writers at once each puts its whole folder there, and that of
-    the last one stays. Where `path` is a link, the folder it points to is written.
+    the last one stays. Where `path` is a link, the folder it points to is written. The files in it have the
+    permissions that the system gives new files, whatever `fill` chooses.
 
     Raises:
         OSError: as for `write_file`.
@@ -62,7 +63,10 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
+        usual = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         for file in temporary.iterdir():
+            if file.is_file():
+                file.chmod(usual)
             sync(file)
         sync(temporary)
         while not _put(temporary, path):

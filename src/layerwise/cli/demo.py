@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +11,7 @@ import typer
 from layerwise.cli.demo_output import describe_arm, show_demo
 from layerwise.cli.demo_text import demo_text
 from layerwise.cli.options import refuse
-from layerwise.cli.output import JsonFlag, friendly, say, seed_of_all
+from layerwise.cli.output import JsonFlag, friendly, pasted, say, seed_of_all
 
 if TYPE_CHECKING:
     from layerwise.training.demo import Arm
@@ -89,7 +88,7 @@ def demo(
         what="images",
         seconds=time.monotonic() - began_s,
         where=f"The runs are in {folder}.",
-        command=f"layerwise predict {shlex.quote(done.rows[-1].run)}",
+        command=f"layerwise predict {pasted(done.rows[-1].run)}",
         files=done.examples,
         as_json=as_json,
     )

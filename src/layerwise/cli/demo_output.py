@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from layerwise.cli.output import print_json, print_table, say
+from layerwise.cli.output import pasted, print_json, print_table, say
 from layerwise.cli.tables import new_table
 from layerwise.errors import percent
 
@@ -54,7 +53,7 @@ def show_demo(
         files: to end it with; each is printed on a line of its own, so that a terminal breaks none.
         as_json: JSON in place of the table.
     """
-    names = [shlex.quote(_from_here(file)) for file in files]
+    names = [pasted(_from_here(file)) for file in files]
     if as_json:
         print_json(
             {

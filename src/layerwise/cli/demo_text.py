@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from layerwise.cli.demo_output import describe_arm, show_demo
-from layerwise.cli.output import say
+from layerwise.cli.output import pasted, say
 
 NO_LISTS = (
     "The demo's texts are Debian's package descriptions. Where apt knows them (a Debian machine after "
@@ -72,6 +72,6 @@ def demo_text(
         what="texts",
         seconds=time.monotonic() - began_s,
         where=f"The runs are in {folder}; in each lies transformers/, a folder that transformers loads.",
-        command=f"echo {shlex.quote(example)} | layerwise predict {shlex.quote(done.rows[-1].run)}",
+        command=f"echo {shlex.quote(example)} | layerwise predict {pasted(done.rows[-1].run)}",
         as_json=as_json,
     )

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,10 +27,21 @@ debug = False
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as one JSON document on stdout; escaped where stdout is not UTF-8."""
-    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
-    json.dump(data, sys.stdout, indent=2, default=str, ensure_ascii=escaped)
-    sys.stdout.write("\n")
+    """Print `data` as one JSON document on stdout; escaped where stdout is not UTF-8 or a name is no text."""
+    text = json.dumps(data, indent=2, default=str, ensure_ascii=False)
+    utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    if not utf8 or any("\ud800" <= letter <= "\udfff" for letter in text):
+        text = json.dumps(data, indent=2, default=str)
+    sys.stdout.write(text + "\n")
+
+
+def pasted(path: str | Path) -> str:
+    """Return a path as a shell takes it for an argument: quoted, and a dash at its start is no option.
+
+    >>> pasted("my run"), pasted("-run")
+    ("'my run'", './-run')
+    """
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def say(message: str) -> None:

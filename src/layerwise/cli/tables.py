@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.cli.output import pasted
 from layerwise.errors import percent
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
         yield confusion_table(confusion, result.task.classes)
     if result.out is None or not can_rebuild(read_run(result.out)):
         return
-    command = f"Predict with it: layerwise predict {shlex.quote(str(result.out))}"
+    command = f"Predict with it: layerwise predict {pasted(result.out)}"
     if result.task.name == "image_classification":
         yield Text(f"{command} IMAGE...")
     elif (result.out / "transformers").is_dir():

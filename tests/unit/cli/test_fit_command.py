@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shlex
 import shutil
 import warnings
@@ -445,6 +446,18 @@ def test_commands_to_go_on_with_can_be_pasted(images: Path, tmp_path: Path) -> N
     out = tmp_path / "my run"
     result = fit("--data", images, "--out", out, "--epochs", "1")
     assert f"layerwise predict {shlex.quote(str(out))}" in result.stdout.replace("\n", "")
+
+
+def test_the_command_to_predict_takes_no_run_for_an_option(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # --out=-run is a folder; pasted as it stands it would be read as options.
+    monkeypatch.chdir(tmp_path)
+    result = fit("--data", images, "--out=-run", "--epochs", "1")
+    told = re.search(r"layerwise (predict .*) IMAGE", result.stdout)
+    assert told is not None, result.output
+    predicted = command(*shlex.split(told[1]), images / "red" / "2.png")
+    assert predicted.exit_code == 0, predicted.output
 
 
 def test_predict_is_not_advised_where_it_refuses(images: Path, tmp_path: Path) -> None:

@@ -88,6 +88,17 @@ def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.
     assert json.loads(rest) == {"name": "Übung"}
 
 
+def test_a_name_that_is_no_text_can_be_read_back_from_json(capsys: pytest.CaptureFixture[str]) -> None:
+    # A file's name may hold any bytes; letters stay as they are where all can be printed.
+    name = os.fsdecode(b"bad\xff.png")
+    output.print_json({"image": name})
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert json.loads(printed) == {"image": name}
+    output.print_json({"image": "Übung"})
+    assert "Übung" in capsys.readouterr().out
+
+
 def test_names_of_the_user_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     # Classes, files and texts are shown letter for letter; a closing tag ended in a traceback.
     names = ["[red]", "[/INST] a", ":smile:", "x [b]"]

@@ -89,6 +89,22 @@ def test_a_new_file_may_be_read_by_those_who_may_read_new_files(tmp_path: Path) 
     assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
 
 
+def test_files_of_a_new_folder_have_the_usual_permissions(tmp_path: Path) -> None:
+    # Whatever the writer of each chose: safetensors the owner alone.
+    def fill(folder: Path) -> None:
+        (folder / "a").touch(mode=0o600)
+        (folder / "b").write_text("b")
+        (folder / "in").mkdir()
+
+    before = os.umask(0o027)
+    try:
+        files.write_folder(tmp_path / "new", fill)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+    assert modes == {"a": 0o640, "b": 0o640, "in": 0o750}
+
+
 @pytest.mark.parametrize("name", ["é" * 120 + ".html", "x" * 255, "." + "x" * 254])
 def test_a_name_as_long_as_the_system_takes_is_written(tmp_path: Path, name: str) -> None:
     # The temporary name is not longer than the one that was asked for.
