@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerwise.choosing.search_result import CurvePoint
 from layerwise.errors import RunError, percent, plural
 from layerwise.files import write_text
 from layerwise.report import pictures
@@ -135,7 +137,12 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
 
 def _search(folder: Path) -> tuple[str, list[Section]]:
     found = _read(folder / "search.json")
-    if not isinstance(found, dict) or not {"best", "metric", "run", "curve", "trials", "notes"} <= set(found):
+    if (
+        not isinstance(found, dict)
+        or not {"best", "metric", "run", "curve", "trials", "notes"} <= set(found)
+        or not isinstance(found["best"], dict)
+        or not {point.name for point in dataclasses.fields(CurvePoint)} <= set(found["best"])
+    ):
         raise RunError(
             f"{folder / 'search.json'} is not the record of a search, so it was altered; put the old one "
             "back."
@@ -198,7 +205,7 @@ def _read_json(file: Path) -> Any:
 def _read(file: Path, read: Callable[[Path], Any] = _read_json) -> Any:
     try:
         return read(file)
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"{file} cannot be read: {error}. It was altered or cut short; put the old one back."
         ) from error

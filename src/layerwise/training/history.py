@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import plural
+from layerwise.errors import RunError, plural
 from layerwise.files import with_nulls, write_text
 
 _NOTES = 3
@@ -25,9 +25,16 @@ class History:
         path: file of JSON lines; None keeps the history in memory only.
         entries: lines that are there already (a resumed run). The file is made to hold exactly them,
             since a killed run may have written one line more than its last checkpoint knows.
+
+    Raises:
+        RunError: `path` is a folder.
     """
 
     def __init__(self, path: Path | None, entries: list[dict[str, Any]] | None = None) -> None:
+        if path is not None and path.is_dir():
+            raise RunError(
+                f"{path} is a folder, and the history of a run is a file. Move it away and resume."
+            )
         self.path = path
         self.entries: list[dict[str, Any]] = list(entries or [])
         self._write()

@@ -221,7 +221,10 @@ def test_a_wrong_path_is_told_with_what_is_there(run, tmp_path):
         assert str(caught.value) == told
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"best": {}, "metric": "accuracy"}'])
+ALTERED = json.dumps({"best": None, "metric": "a", "run": None, "curve": [], "trials": [], "notes": []})
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"best": {}, "metric": "accuracy"}', ALTERED])
 def test_a_search_that_was_altered_is_told(tmp_path, content):
     # JSON, and yet no search
     (tmp_path / "search.json").write_text(content)
@@ -239,6 +242,16 @@ def test_a_history_that_was_altered_is_told(run, tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(RunError, match=r"history\.jsonl is not the history of a run, so it was altered"):
         write_report(tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["search.json", "history.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_told(run, tmp_path, name):
+    # by its name
+    if name == "history.jsonl":
+        (tmp_path / "run.json").write_text((run / "run.json").read_text())
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunError, match=rf"{name} cannot be read: .*Is a directory"):
+        write_report(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["search.json", "audit.json", "history.jsonl"])

@@ -277,6 +277,20 @@ def test_a_finished_run_without_checkpoints_is_not_trained_again(tmp_path: Path)
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_folder_in_the_place_of_the_history_is_told(tmp_path: Path) -> None:
+    # By its own name, and before anything is trained; once it is away the run goes on.
+    out = tmp_path / "a"
+    first = run(out=out)
+    (out / "model.safetensors").unlink()
+    shutil.rmtree(max((out / "checkpoints").glob("step-*")))
+    (out / "history.jsonl").unlink()
+    (out / "history.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"a/history\.jsonl is a folder, .*Move it away and resume"):
+        run(out=out, resume=True)
+    (out / "history.jsonl").rmdir()
+    assert run(out=out, resume=True).history == first.history
+
+
 def test_a_run_that_another_process_trains_is_not_resumed(tmp_path: Path) -> None:
     # It is refused as long as the other one lives; a process that the other one started does not count.
     out = tmp_path / "a"
