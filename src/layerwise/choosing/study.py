@@ -173,8 +173,17 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, A
 
 
 def worker_name() -> str:
-    """Return the name of this process: machine and process number."""
-    return f"{socket.gethostname()}:{os.getpid()}"
+    """Return the name of this process: machine, process number and, where the system tells it, its start."""
+    return f"{socket.gethostname()}:{os.getpid()}@{_began(os.getpid())}"
+
+
+def _began(process: int) -> str:
+    """Return when a process began, in ticks since the boot, which no change of the clock moves."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:  # not Linux, or it is gone
+        return ""
+    return stat.rpartition(")")[2].split()[19]
 
 
 def queue(study: Any, params: Mapping[str, Any], seed: int) -> None:
@@ -190,7 +199,8 @@ def queued(study: Any) -> bool:
 def take_over(study: Any, *, nameless_s: float = NAMELESS_S) -> int:
     """Give up trials whose worker is dead, and queue them again; return how many.
 
-    A worker is known to be dead if it ran on this machine and there is no such process any more.
+    A worker is known to be dead if it ran on this machine and there is no such process any more, or one that
+    began at another time.
 
     Args:
         study: of the search.
@@ -226,16 +236,19 @@ def _abandoned(trial: Any, nameless_s: float) -> bool:
     if worker is None:
         started = trial.datetime_start
         return started is not None and datetime.now() - started >= timedelta(seconds=nameless_s)
-    host, _, process = worker.rpartition(":")
+    host, _, number = worker.rpartition(":")
+    number, _, began = number.partition("@")
+    process = int(number)
     if host != socket.gethostname():
         return False
+    another = bool(began) and _began(process) not in ("", began)  # a program that has the number by now
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return True
     except PermissionError:  # it lives, and is somebody else's
-        return False
-    return int(process) == os.getpid()  # an earlier search in this very process left it
+        return another
+    return another or process == os.getpid()  # an earlier search in this very process left it
 
 
 def rows_of(study: Any) -> tuple[TrialRow, ...]:

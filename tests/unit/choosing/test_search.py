@@ -489,6 +489,20 @@ def test_killed_worker_loses_no_trial(model, data, tmp_path):
     assert len(again) == len(set(again)) >= before + 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the start of a process is read from /proc")
+def test_a_worker_whose_number_another_program_has_is_dead():
+    # numbers are used again, after a reboot above all; a name without a start is an earlier version's
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    host = worker_name().rpartition(":")[0]
+    _, _, began = worker_name().partition("@")
+    with quiet():
+        study = open_study(None, "s", about={}, space=SPACE, mode="max", seed=0)
+        for lost, worker in enumerate((f"{host}:{other.pid}", f"{host}:{other.pid}@{int(began) - 1}")):
+            half_drawn(study, ("choice",), worker)
+            assert take_over(study) == lost
+    other.communicate()
+
+
 def test_a_worker_that_dies_meanwhile_is_not_waited_for(model, data, tmp_path):
     # its trial is run again by the one that is left, which makes the winner's run
     dead = subprocess.Popen([sys.executable, "-c", ""])
