@@ -42,8 +42,13 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         temporary.chmod(mode)  # safetensors makes a file of its own, that only the owner may read
         temporary.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(temporary):
+            error.filename = str(path)  # the name that the caller knows
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses to remove even what is not there
+            temporary.unlink()
     sync(path.parent)
 
 

@@ -1,5 +1,6 @@
 """Memory, files, progress lines and predictions: the small parts around the loop."""
 
+import errno
 import gc
 import io
 import os
@@ -87,6 +88,18 @@ def test_a_new_file_may_be_read_by_those_who_may_read_new_files(tmp_path: Path) 
     finally:
         os.umask(before)
     assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not its temporary name, which is gone by then: on a read-only disk, say.
+    def refuse(self: Path, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", self)  # as touch does
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        files.write_text(tmp_path / "history.jsonl", "text")
+    assert caught.value.filename == str(tmp_path / "history.jsonl")
 
 
 def test_files_of_a_new_folder_have_the_usual_permissions(tmp_path: Path) -> None:
