@@ -85,6 +85,10 @@ app.command("curve")(curve.curve)
 
 def main() -> None:
     """Run the command line; what the terminal's encoding lacks is printed as question marks."""
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: what a full disk cuts short would be no error
+        whole = io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(whole, encoding=sys.stdout.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

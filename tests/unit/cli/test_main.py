@@ -88,6 +88,26 @@ def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.
     assert json.loads(rest) == {"name": "Übung"}
 
 
+def test_output_that_was_cut_short_is_a_failure(tmp_path: Path) -> None:
+    # On a disk that gets full, here a limit of 1,000 bytes; Python without buffers drops the rest in silence.
+    script = (
+        "import resource; from layerwise.cli import main, output\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "main.app = lambda: output.friendly(output.print_json)(['a' * 1500])\n"
+        "main.main()\n"
+    )
+    with (tmp_path / "out.json").open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=file,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode != 0
+    assert "File too large" in done.stderr
+
+
 def test_a_name_that_is_no_text_can_be_read_back_from_json(capsys: pytest.CaptureFixture[str]) -> None:
     # A file's name may hold any bytes; letters stay as they are where all can be printed.
     name = os.fsdecode(b"bad\xff.png")
