@@ -59,7 +59,7 @@ class Space:
             "schedule": Schedule(shape="cosine", warmup_frac=0.05),
             "norms": self.norms,
         }
-        k, groups = self.trained_groups(choice), len(layers)
+        k, groups, decay = self.trained_groups(choice), len(layers), round(decay, 4)
         if k is None:
             return parse_strategy(choice, layers, **options)
         if k == 1:
@@ -67,7 +67,7 @@ class Space:
         if decay >= 1:
             return parse_strategy("full" if k == groups else f"top_k(k={k})", layers, **options)
         frozen = f", frozen={groups - k}" if k < groups else ""
-        return parse_strategy(f"discriminative(decay={decay:.4f}{frozen})", layers, **options)
+        return parse_strategy(f"discriminative(decay={decay}{frozen})", layers, **options)
 
     def first(self) -> list[dict[str, Any]]:
         """Return the trials that every search begins with: each depth and strategy once, mid-range.
