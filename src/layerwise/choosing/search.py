@@ -297,11 +297,9 @@ def _finished(
     mode = experiment.mode
     curve = depth_curve(rows, experiment.space, experiment.layers, mode, seeds=seeds)
     if not curve:
-        errors = {row.error for row in rows if row.error}
-        raise DataError(
-            f"no trial of {len(rows)} was completed{': ' + '; '.join(sorted(errors)) if errors else ''}. "
-            "Give more minutes or trials."
-        )
+        errors = sorted({row.error.rstrip(".") for row in rows if row.error})
+        why = f": {'; '.join(errors)}." if errors else ". Give more minutes or trials."
+        raise DataError(f"no trial of {len(rows)} was completed{why}")
     best = best_point(curve, mode, seeds=seeds)
     plan = experiment.space.plan(experiment.layers, best.choice, best.decay)
     run, note = None, ""

@@ -253,7 +253,7 @@ def test_any_optuna_storage_url_works(model, data, tmp_path):
 
 def test_minutes_stop_a_search(model, data):
     # a budget of no time: nothing begins, and that is an error that says so
-    with pytest.raises(DataError, match="no trial of 0 was completed"):
+    with pytest.raises(DataError, match=r"no trial of 0 was completed\. Give more minutes"):
         searched(model, data, minutes=1e-9)
 
 
@@ -896,6 +896,13 @@ def test_a_search_ends_when_its_first_three_trials_fail(model, data, monkeypatch
     with pytest.raises(TrainingError, match="the loss is 2"):
         searched(model, data, trials=9, say=said.append)
     assert len(said) == 3
+
+
+def test_a_search_whose_trials_all_fail_says_why(model, data, monkeypatch):
+    # more of them would fail as well
+    failing(monkeypatch, [TrainingError("the loss is infinite.")] * 2)
+    with pytest.raises(DataError, match=r"no trial of 2 was completed: the loss is infinite\.$"):
+        searched(model, data, trials=2)
 
 
 def test_trials_that_fail_are_trials_of_the_budget(model, data, monkeypatch):
