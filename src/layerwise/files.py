@@ -43,7 +43,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)  # safetensors makes a file of its own, that only the owner may read
         temporary.replace(path)
     except OSError as error:
-        if str(error.filename) == str(temporary):
+        if error.filename is None or str(error.filename) == str(temporary):
             error.filename = str(path)  # the name that the caller knows
         raise
     finally:

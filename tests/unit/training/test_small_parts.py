@@ -102,6 +102,16 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyt
     assert caught.value.filename == str(tmp_path / "history.jsonl")
 
 
+def test_a_file_that_a_full_disk_cuts_short_is_named(tmp_path: Path) -> None:
+    # the system does not say which file it was
+    def fill(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        files.write_file(tmp_path / "plan.yaml", fill)
+    assert caught.value.filename == str(tmp_path / "plan.yaml")
+
+
 def test_files_of_a_new_folder_have_the_usual_permissions(tmp_path: Path) -> None:
     # Whatever the writer of each chose: safetensors the owner alone.
     def fill(folder: Path) -> None:
