@@ -43,7 +43,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)  # safetensors makes a file of its own, that only the owner may read
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None or str(error.filename) == str(temporary):
+        unnamed = error.errno is not None and error.filename is None  # one with a text alone would lose it
+        if unnamed or str(error.filename) == str(temporary):
             error.filename = str(path)  # the name that the caller knows
         raise
     finally:
