@@ -96,7 +96,7 @@ class Calls:
             for live in self._lives:
                 live.supply.reason = COMPILED
             return None
-        if self._replaying or self._frozen.busy or torch.compiler.is_exporting():
+        if self._replaying or self._frozen.busy or torch.compiler.is_compiling():
             return None  # the model calls itself, the cache calls it, or torch.export with tensors of its own
         for hook in reversed(self._model._forward_pre_hooks.values()):
             if hook is self._hook.hook:
