@@ -28,11 +28,13 @@ class Net(nn.Module):
 
 def norms():
     policies = st.sampled_from(["follow", "freeze", "calibrate"])
-    return st.one_of(
+    of_one = st.one_of(
         st.builds(Norms, policy=policies, tune=st.booleans()),
-        st.builds(Norms, policy=st.just("freeze_until"), until=st.sampled_from(GROUPS)),
         st.builds(Norms, policy=st.just("adapt"), momentum=st.one_of(st.none(), st.floats(0.1, 1))),
     )
+    until = st.builds(Norms, policy=st.just("freeze_until"), until=st.sampled_from(GROUPS))
+    groups = st.dictionaries(st.sampled_from(GROUPS), of_one)
+    return st.builds(lambda own, groups: own.with_changes(groups=groups), st.one_of(of_one, until), groups)
 
 
 phases = st.tuples(st.sets(st.sampled_from(GROUPS)), norms(), st.booleans(), st.booleans())
@@ -61,6 +63,7 @@ def test_the_last_phase_says_everything_and_release_leaves_no_trace(sequence):
     assert modes(net) == modes(fresh)
     assert set(record.adapting) | set(record.fixed) == {"a.1", "b.1"}
     assert not set(record.trainable) & set(record.frozen)
+    assert record.policies == {f"{name}.1": policy.of(name).policy for name in ("a", "b")}
     release_norms(net)
     after = {name: dict(module.__dict__) for name, module in net.named_modules()}
     keys = ("training", "momentum", "train")

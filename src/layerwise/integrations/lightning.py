@@ -85,7 +85,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
     optimiser only.
 
     The statistics of the norm policy ``"calibrate"`` are not measured here: call
-    `layerwise.calibrate_batchnorm` at the start of the phase.
+    `layerwise.calibrate_batchnorm` at the start of the phase, with ``names=tuner.norms.calibrating``.
 
     Args:
         tuner: made from the module, or the part of it, that the plan is about.

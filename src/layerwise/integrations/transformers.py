@@ -62,7 +62,7 @@ class TunerCallback(_Base):  # type: ignore[misc]
     it is what you call an epoch.
 
     The statistics of the norm policy ``"calibrate"`` are not measured here: call
-    `layerwise.calibrate_batchnorm` at the start of the phase.
+    `layerwise.calibrate_batchnorm` at the start of the phase, with ``names=tuner.norms.calibrating``.
 
     Args:
         tuner: made for Trainer's model.

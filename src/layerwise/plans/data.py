@@ -5,9 +5,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from layerwise.errors import PlanError, did_you_mean
 
@@ -66,6 +66,28 @@ class Data(BaseModel):
             PlanError: the changed whole is not valid.
         """
         return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **changes})
+
+
+def by_name(part: type[Data], field: str, known: Any, example: str) -> BeforeValidator:
+    """Return what lets a name stand for a part of a plan: ``freeze`` for ``{policy: freeze}``."""
+    names = get_args(known)
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, Mapping | part):
+            return value
+        if isinstance(value, str) and value in names:
+            return {field: value}
+        close = did_you_mean(value, names, count=1) if isinstance(value, str) else ""
+        raise ValueError(f"expected one of {', '.join(names)}, or settings like {example}.{close}")
+
+    return BeforeValidator(expand)
+
+
+def fields_of(value: Any) -> Mapping[str, Any]:
+    """Return the fields of a part of a plan that may be unchecked; none of what has none."""
+    if isinstance(value, Data):
+        return {name: getattr(value, name) for name in type(value).model_fields}
+    return value if isinstance(value, Mapping) else {}
 
 
 def report(kind: str, data: Mapping[str, Any], found: list[str]) -> str:

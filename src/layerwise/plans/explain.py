@@ -11,7 +11,7 @@ from layerwise.plans.explanation import JOINING, Explanation, GroupRates, PhaseS
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems, trained
 from layerwise.plans.schedules import join_factor
-from layerwise.plans.settings import Schedule
+from layerwise.plans.settings import Norms, Schedule
 from layerwise.plans.timeline import joins, phase_factor
 
 ASSUMED_STEPS_PER_EPOCH = 100
@@ -168,9 +168,12 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
     if phase.join_steps and not first:
         found.append(f"{JOINING} {plural(phase.join_steps, 'step')}")
     if phase.norms.policy != "follow" or phase.norms.rate != 1:
-        until = f" {phase.norms.until}" if phase.norms.until else ""
-        rate = f", rate {phase.norms.rate:g}" if phase.norms.rate != 1 else ""
-        found.append(f"norms: {phase.norms.policy}{until}{rate}")
+        found.append(f"norms: {_norms(phase.norms)}")
+    apart: dict[str, list[str]] = {}
+    for name in filter(phase.norms.groups.__contains__, layers.names):
+        own = phase.norms.of(name)
+        apart.setdefault(f"{_norms(own)}{', tuned' if own.tune else ''}", []).append(name)
+    found += [f"norms of {', '.join(names)}: {told}" for told, names in apart.items()]
     values = trained(phase, layers)
     if any(values[name] for group in layers if group.name not in learning for name in group.parameters):
         found.append("norms of frozen groups learn")
@@ -188,6 +191,12 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
             f"{plural(phase.sample_every_steps or 1, 'step')}"
         )
     return tuple(found)
+
+
+def _norms(norms: Norms) -> str:
+    until = f" {norms.until}" if norms.until else ""
+    rate = f", rate {norms.rate:g}" if norms.rate != 1 else ""
+    return f"{norms.policy}{until}{rate}"
 
 
 def _schedule(schedule: Schedule) -> str:

@@ -13,32 +13,17 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from layerwise.errors import PlanError, did_you_mean
-from layerwise.plans.data import Data
+from layerwise.plans.data import Data, by_name, fields_of
 from layerwise.plans.settings import Multiplier, NormKind, Norms, Schedule, Shape
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
     from layerwise.plans.explanation import Explanation
-
-
-def _by_name(part: type[Data], field: str, known: Any, example: str) -> BeforeValidator:
-    """Return what lets a name stand for a part of a phase: ``freeze`` for ``{policy: freeze}``."""
-    names = get_args(known)
-
-    def expand(value: Any) -> Any:
-        if isinstance(value, Mapping | part):
-            return value
-        if isinstance(value, str) and value in names:
-            return {field: value}
-        close = did_you_mean(value, names, count=1) if isinstance(value, str) else ""
-        raise ValueError(f"expected one of {', '.join(names)}, or settings like {example}.{close}")
-
-    return BeforeValidator(expand)
 
 
 class Phase(Data):
@@ -70,11 +55,11 @@ class Phase(Data):
     epochs: Annotated[int, Field(gt=0)] | None = None
     steps: Annotated[int, Field(gt=0)] | None = None
     patience_epochs: Annotated[int, Field(gt=0)] | None = None
-    schedule: Annotated[Schedule, _by_name(Schedule, "shape", Shape, "{shape: cosine, warmup_frac: 0.1}")] = (
+    schedule: Annotated[Schedule, by_name(Schedule, "shape", Shape, "{shape: cosine, warmup_frac: 0.1}")] = (
         Schedule()
     )
     join_steps: Annotated[int, Field(ge=0)] = 0
-    norms: Annotated[Norms, _by_name(Norms, "policy", NormKind, "{policy: freeze}")] = Norms()
+    norms: Annotated[Norms, by_name(Norms, "policy", NormKind, "{policy: freeze}")] = Norms()
     frozen_dropout: bool = False
     l2_sp: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     reinit: tuple[str, ...] = ()
@@ -147,7 +132,7 @@ class Plan(Data):
     def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
         groups = _strings(data.get("groups"))
         phases = data.get("phases")
-        rows = [_row(phase) for phase in phases] if isinstance(phases, list | tuple) else []
+        rows = [fields_of(phase) for phase in phases] if isinstance(phases, list | tuple) else []
         found = [f"{name!r} is empty" for name in ("groups", "phases") if data.get(name) in ([], ())]
         found += [
             f"group {name!r} stands {count} times in `groups`; names are unique"
@@ -275,37 +260,26 @@ class Plan(Data):
 
 
 def _strings(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple) else []
-
-
-def _row(phase: Any) -> Mapping[str, Any]:
-    if isinstance(phase, Phase):
-        return {name: getattr(phase, name) for name in type(phase).model_fields}
-    return phase if isinstance(phase, Mapping) else {}
+    """Return the items, or the keys, of `value` that are text."""
+    return (
+        [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple | Mapping) else []
+    )
 
 
 def _group_names(row: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Return for each field of a phase that names groups the names in it."""
-    rates, norms = row.get("rates"), row.get("norms")
-    until = norms.get("until") if isinstance(norms, Mapping) else getattr(norms, "until", None)
+    norms = fields_of(row.get("norms"))
     return [
-        ("rates", [name for name in rates if isinstance(name, str)] if isinstance(rates, Mapping) else []),
+        ("rates", _strings(row.get("rates"))),
         ("reinit", _strings(row.get("reinit"))),
-        ("norms.until", [until] if isinstance(until, str) else []),
+        ("norms.until", _strings([norms.get("until")])),
+        ("norms.groups", _strings(norms.get("groups"))),
     ]
 
 
 def _trains(data: Mapping[str, Any]) -> bool:
     """Return whether a phase trains anything, as far as unchecked data tells (unreadable counts as yes)."""
-    norms = data.get("norms")
-    if isinstance(norms, str):
-        return norms == "adapt" or _trains({**data, "norms": None})
-    policy, tune = (
-        (norms.get("policy"), norms.get("tune"))
-        if isinstance(norms, Mapping)
-        else (getattr(norms, "policy", None), getattr(norms, "tune", None))
-    )
-    if policy == "adapt" or tune:
+    if _asks(data.get("norms")):
         return True
     rates = [
         rate
@@ -316,6 +290,17 @@ def _trains(data: Mapping[str, Any]) -> bool:
     if not isinstance(data.get("rates"), Mapping):
         return True  # reported as such
     return any(map(_is_above_zero, rates))
+
+
+def _asks(norms: Any) -> bool:
+    """Return whether a norm policy, that of a group included, lets norms of frozen groups learn."""
+    given = fields_of(norms)
+    groups = given.get("groups")
+    return (
+        "adapt" in (norms, given.get("policy"))
+        or bool(given.get("tune"))
+        or (isinstance(groups, Mapping) and any(map(_asks, groups.values())))
+    )
 
 
 def _is_above_zero(rate: Any) -> bool:

@@ -87,12 +87,13 @@ def trained(phase: Phase, layers: LayerMap, resting: Collection[str] = ()) -> di
         if group.name in resting:
             values |= dict.fromkeys(group.parameters, 0.0)
         frozen = not any(values[name] for name in group.parameters)
+        own = norms.of(group.name)
         for name in filter(kinds.__contains__, group.parameters):
-            learns = not frozen or norms.tune
+            learns = not frozen or own.tune
             if kinds[name] == "running":
-                _, learns = moves_and_learns(norms, frozen, number >= first)
+                _, learns = moves_and_learns(own, frozen, number >= first)
             if frozen or not learns:
-                values[name] = norms.rate if learns else 0.0
+                values[name] = own.rate if learns else 0.0
     return values
 
 

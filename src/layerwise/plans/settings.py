@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from layerwise.plans.data import Data
+from layerwise.plans.data import Data, by_name, fields_of
 
 Multiplier = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 Shape = Literal["constant", "linear", "cosine", "slanted_triangular", "one_cycle", "plateau"]
 NormKind = Literal["follow", "freeze", "freeze_until", "calibrate", "adapt"]
+NormKindOfGroup = Literal["follow", "freeze", "calibrate", "adapt"]
 
 _READERS: dict[str, tuple[Shape, ...]] = {
     "floor": ("linear", "cosine", "slanted_triangular", "one_cycle", "plateau"),
@@ -77,6 +78,17 @@ class Schedule(Data):
         return found
 
 
+def _of_one_group(value: Any) -> Any:
+    """Refuse settings that tell groups apart where those of one group belong."""
+    given = fields_of(value)
+    if given.get("policy") == "freeze_until" or given.get("until") is not None or given.get("groups"):
+        raise ValueError(
+            f"expected the policy of one group ({', '.join(get_args(NormKindOfGroup))}) and its settings: "
+            "`freeze_until`, `until` and `groups` tell groups apart; move them to the norms of the phase"
+        )
+    return value
+
+
 class Norms(Data):
     """What batch-norm (and its kin with running statistics) does during a phase.
 
@@ -93,6 +105,13 @@ class Norms(Data):
         rate: multiplier of the norms' affine parameters where they train in a frozen group
             (``"adapt"``, ``"freeze_until"``, `tune`), as a share of the base rate.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
+        groups: group name -> what its norms do instead of all of the above; or the name of a policy. None of
+            these has `until` or `groups`. A norm that stands in several groups goes with the first of them,
+            input to output. Where several calibrate, `samples` and `momentum` are the same in all.
+
+    >>> norms = Norms(policy="freeze", groups={"layer3": Norms(policy="adapt", rate=0.5)})
+    >>> norms.of("layer2").policy, norms.of("layer3").policy
+    ('freeze', 'adapt')
     """
 
     policy: NormKind = "follow"
@@ -101,19 +120,41 @@ class Norms(Data):
     momentum: Annotated[float, Field(gt=0, le=1)] | None = None
     rate: Multiplier = 1.0
     tune: bool = False
+    groups: dict[
+        str,
+        Annotated[
+            Norms,
+            by_name(Norms, "policy", NormKindOfGroup, "{policy: freeze}"),
+            BeforeValidator(_of_one_group),
+        ],
+    ] = Field(default_factory=dict)
+
+    def of(self, group: str) -> Norms:
+        """Return what the norms of `group` do: its own entry in `groups`, or all this."""
+        return self.groups.get(group, self)
+
+    @property
+    def calibration(self) -> Norms | None:
+        """How statistics are measured before the phase, in whichever groups; None where they are not."""
+        return next((own for own in (self, *self.groups.values()) if own.policy == "calibrate"), None)
 
     @classmethod
     def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
+        found = _measured_apart(data)
         policy, until = data.get("policy", "follow"), data.get("until")
         if policy == "freeze_until" and until is None:
             return [
+                *found,
                 "policy 'freeze_until' needs `until`, the first group whose norms adapt: "
-                "{policy: freeze_until, until: GROUP}"
+                "{policy: freeze_until, until: GROUP}",
             ]
         if policy != "freeze_until" and until is not None:
-            return [f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})"]
+            return [
+                *found,
+                f"until is {until!r}, which only policy 'freeze_until' uses (policy is {policy!r})",
+            ]
         used = {"samples": ("calibrate",), "momentum": ("calibrate", "adapt", "freeze_until")}
-        found = [
+        found += [
             f"{name} is {data[name]!r}, which is only for policy {' or '.join(map(repr, by))}, not {policy!r}"
             for name, by in used.items()
             if data.get(name) is not None and policy not in by
@@ -123,6 +164,25 @@ class Norms(Data):
             only = "'adapt' or 'freeze_until', or with tune"
             found.append(f"rate is {rate!r}, which is only for policy {only}, not {policy!r}")
         return found
+
+
+def _measured_apart(data: Mapping[str, Any]) -> list[str]:
+    """Return what differs between groups that calibrate, in unchecked data of a `Norms`."""
+    groups = data.get("groups")
+    every = {"the phase": data}
+    for name, own in groups.items() if isinstance(groups, Mapping) else ():
+        every[repr(name)] = {"policy": own} if isinstance(own, str) else fields_of(own)
+    measured = {who: own for who, own in every.items() if own.get("policy") == "calibrate"}
+    found = []
+    for name in ("samples", "momentum"):
+        values = [own.get(name) for own in measured.values()]
+        if any(value != values[0] for value in values):
+            told = ", ".join(f"{value!r} in {who}" for who, value in zip(measured, values))
+            found.append(
+                f"{name} is {told}; expected one value, as statistics are measured together, layer by layer. "
+                "Give the same to all that calibrate, or calibrate in phases of their own"
+            )
+    return found
 
 
 def moves_and_learns(norms: Norms, group_frozen: bool, late: bool) -> tuple[bool, bool]:

@@ -13,6 +13,7 @@ import yaml
 from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.files import write_text
 from layerwise.plans.plan import Plan
+from layerwise.plans.settings import Norms
 
 HEADER = """\
 # layerwise plan: which layer groups learn, when and how fast.
@@ -55,6 +56,9 @@ def to_yaml(plan: Plan) -> str:
         for field in ("schedule", "norms"):
             if field in phase:
                 phase[field] = _FlowMap(phase[field])
+        if own := phase.get("norms", {}).get("groups"):
+            told = {name: {"policy": Norms().policy, **own[name]} for name in plan.groups if name in own}
+            phase["norms"] = {**phase["norms"], "groups": {name: _FlowMap(told[name]) for name in told}}
         if "reinit" in phase:
             phase["reinit"] = _Flow(phase["reinit"])
     fields = ["version", "strategy", "granularity", "groups", "phases"]

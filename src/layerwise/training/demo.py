@@ -159,7 +159,6 @@ def frozen_norms_of(prepared: Prepared) -> tuple[int, int]:
 
     phase, layers = prepared.plan.phases[0], prepared.layers
     norms = [norm.name for norm in find_norms(prepared.opened.model) if norm.kind == "running"]
-    if phase.norms.policy == "freeze":
-        return len(norms), len(norms)
-    frozen = [name for name in norms if phase.rate(layers.inside(name)[0].name) == 0]
+    groups = [layers.inside(name)[0].name for name in norms]
+    frozen = [name for name in groups if phase.norms.of(name).policy == "freeze" or phase.rate(name) == 0]
     return len(frozen), len(norms)

@@ -166,18 +166,16 @@ def enter_phase(
 ) -> None:
     """Do what a phase needs from the data and the watch: called at each epoch, and when a phase changes.
 
-    At the first step of a phase with the policy "calibrate" its batch-norm statistics are measured on
+    At the first step of a phase the statistics of batch-norms with the policy "calibrate" are measured on
     the training data. The watch is told which statistics move on purpose. Where there is a watch, what is
     warned of goes into the audit of the run in `out` too; that of the first phase is there already.
 
     Warns:
         LayerwiseWarning: batch-norm trains in this phase on batches of 1-8 samples.
     """
-    norms = tuner.phase.norms
+    norms = tuner.norms
     if watched is not None:
-        watched.expect(
-            adapting=(*tuner.norms.adapting, *(tuner.norms.fixed if tuner.norms.calibrate else ()))
-        )
+        watched.expect(adapting=(*norms.adapting, *norms.calibrating))
     if tuner.step_in_phase > 0:
         return
     told = small_batch_warning(model, getattr(train, "batch_size", None) or share["batch_size"])
@@ -186,17 +184,16 @@ def enter_phase(
         if out is not None and watched is not None and tuner.phase_index > 0:
             phases = read_audit(out)["phases"]
             write_audit(out, phases={**phases, tuner.phase.name: told})
-    if not tuner.norms.calibrate:
+    how = tuner.phase.norms.calibration
+    if how is None or not norms.calibrate:
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
 
-    batches = open_batches(train, train=False, **share)
-    if norms.momentum is None:
-        calibrate_batchnorm(model, batches.loader, samples=norms.samples)
-    else:
-        calibrate_batchnorm(
-            model, batches.loader, samples=norms.samples, method="moving", momentum=norms.momentum
-        )
+    loader = open_batches(train, train=False, **share).loader
+    given: dict[str, Any] = {"samples": how.samples, "names": norms.calibrating}
+    if how.momentum is not None:
+        given |= {"method": "moving", "momentum": how.momentum}
+    calibrate_batchnorm(model, loader, **given)
 
 
 def open_cache(

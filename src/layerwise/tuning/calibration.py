@@ -193,7 +193,7 @@ def _chosen(root: nn.Module, names: Iterable[str] | None) -> tuple[list[NormLaye
             f"{shorten(map(repr, unknown))} is no norm with running statistics of this "
             f"{type(root).__name__} ({len(found)} such: {shorten(found)}).{did_you_mean(unknown[0], found)}"
         )
-    if names is not None and not wanted:
+    if found and not wanted:
         raise ModelError("no norm is named to calibrate; leave `names` out for all with running statistics.")
     if not wanted:
         raise ModelError(

@@ -68,8 +68,8 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
         ModelError: one of them was replaced by another module since the phase began.
 
     Warns:
-        LayerwiseWarning: one that should move is in eval mode; or the policy asks for norms to adapt, and the
-            model has none that do.
+        LayerwiseWarning: one that should move is in eval mode; or a policy asks for norms to adapt, and the
+            model, or the group that it is of, has none that do.
     """
     asked = norms.policy in ("adapt", "freeze_until", "calibrate")
     if asked and not (norms.adapting or norms.fixed or norms.trainable):
@@ -77,6 +77,11 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
             f"phase {phase!r}: the norm policy {norms.policy!r} changes nothing: the model has no norm with "
             "running statistics (batch-norm). To train LayerNorms, GroupNorms and RMSNorms of frozen groups, "
             "set tune: Norms(tune=True)",
+        )
+    if norms.idle:
+        warn(
+            f"phase {phase!r}: the norm policy of {some(list(norms.idle))} changes nothing: no norm with "
+            "running statistics (batch-norm) stands there. Take it out of the `groups` of the norms",
         )
     modules = dict(model.named_modules())
     awake = [path for path in norms.fixed if path not in modules or not pinned(modules[path])]
@@ -103,10 +108,10 @@ def check_calibrated(phase: str, model: nn.Module, norms: NormRecord) -> None:
     Warns:
         LayerwiseWarning: nobody called `calibrate_batchnorm` on any of its norms.
     """
-    held = (model.get_submodule(path) for path in norms.fixed)
-    if norms.calibrate and norms.fixed and not any(module in CALIBRATED for module in held):
+    held = [model.get_submodule(path) for path in norms.calibrating]
+    if held and not any(module in CALIBRATED for module in held):
         warn(
             f"phase {phase!r} has the norm policy 'calibrate', but nobody measured the statistics: "
-            "layerwise.fit does it; in other loops call layerwise.calibrate_batchnorm(model, loader) before "
-            "the phase's first step",
+            "layerwise.fit does it; in other loops call layerwise.calibrate_batchnorm(model, loader, "
+            "names=tuner.norms.calibrating) before the phase's first step",
         )

@@ -133,15 +133,16 @@ class Learners:
         values = _planned(self._layers, phase, drawn, held)
         frozen = {group.name for group in self._layers if not any(values[name] for name in group.parameters)}
         record = apply_norms(model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout)
-        if phase.norms.policy in ("follow", "calibrate"):
-            still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
-            record = _with_frozen_held(model, still, record)
-        values |= dict.fromkeys(record.frozen, 0.0) | dict.fromkeys(record.trainable, record.rate)
+        still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
+        record = _with_frozen_held(model, still, record)
+        values |= dict.fromkeys(record.frozen, 0.0) | record.rates
         return {name: 0.0 if name in held else value for name, value in values.items()}, record
 
 
 def _with_frozen_held(model: nn.Module, frozen: Set[int], record: NormRecord) -> NormRecord:
     """Hold the statistics of norms that are frozen by their parameters' names, in a group that learns.
+
+    Norms that are to move in frozen groups too are left as they are.
 
     Args:
         model: changed in place: pins.
@@ -154,7 +155,8 @@ def _with_frozen_held(model: nn.Module, frozen: Set[int], record: NormRecord) ->
     named = []
     for norm in find_norms(model):
         own = list(norm.module.parameters(recurse=False))
-        is_frozen = norm.kind == "running" and own and frozen >= set(map(id, own))
+        follows = record.policies.get(norm.name) in ("follow", "calibrate")
+        is_frozen = follows and own and frozen >= set(map(id, own))
         if is_frozen and pin_eval([norm.module]):
             named.append(norm.name)
     return dataclasses.replace(

@@ -105,10 +105,13 @@ def phases_of_norms_alone(model: nn.Module, plan: Plan, layers: LayerMap, held: 
 def check_trains(phase: Phase, learning: Set[str]) -> None:
     """Raise `PlanError` where the norm policy of a phase holds all that its rates would let learn."""
     if not learning:
+        every = {"": phase.norms} | {f" in {name!r}": own for name, own in phase.norms.groups.items()}
+        told = ", ".join(
+            f"{own.policy!r}{where} (rate {own.rate:g}, tune {own.tune})" for where, own in every.items()
+        )
         raise PlanError(
             f"phase {phase.name!r} trains nothing in this model: its rates reach norms alone, and the norm "
-            f"policy {phase.norms.policy!r} (rate {phase.norms.rate:g}, tune {phase.norms.tune}) lets none "
-            "learn. Give another group a rate, or choose another policy"
+            f"policy {told} lets none learn. Give another group a rate, or choose another policy"
         )
 
 

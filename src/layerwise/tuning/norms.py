@@ -18,7 +18,7 @@ from torch import nn
 from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
-from layerwise.plans.settings import Norms, moves_and_learns
+from layerwise.plans.settings import NormKind, Norms, moves_and_learns
 from layerwise.tuning.modes import held_modes, pin_eval, pinned, unpin
 from layerwise.tuning.norm_layers import frozen_norms
 
@@ -118,29 +118,38 @@ class NormRecord:
     """What a phase's normalisation policy means for a model: returned by `apply_norms`.
 
     Attributes:
-        policy: the policy that was carried out.
+        policy: the policy of the phase.
+        policies: module path of each norm with running statistics -> the policy that it follows.
         trainable: affine parameters that learn although their group is frozen.
         frozen: affine parameters that do not learn although their group does.
-        rate: learning-rate multiplier for those in `trainable`, as a share of the base rate.
+        rates: those in `trainable` -> learning-rate multiplier, as a share of the base rate.
         adapting: module paths of the norms whose statistics move.
         fixed: module paths of the norms whose statistics are held.
         batch_only: module paths of batch-norms without running statistics in frozen groups.
         pinned: number of modules held in eval mode, norms included.
+        idle: groups with a policy of their own that would change norms, and none to change.
     """
 
     policy: str
+    policies: dict[str, NormKind]
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
-    rate: float
+    rates: dict[str, float]
     adapting: tuple[str, ...]
     fixed: tuple[str, ...]
     batch_only: tuple[str, ...]
     pinned: int
+    idle: tuple[str, ...]
 
     @property
     def calibrate(self) -> bool:
-        """Whether the statistics are to be measured on target data before the phase starts."""
-        return self.policy == "calibrate"
+        """Whether statistics are to be measured on target data before the phase starts."""
+        return self.policy == "calibrate" or bool(self.calibrating)
+
+    @property
+    def calibrating(self) -> tuple[str, ...]:
+        """Module paths of the norms whose statistics are to be measured: `calibrate_batchnorm` takes them."""
+        return tuple(path for path, policy in self.policies.items() if policy == "calibrate")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data for JSON."""
@@ -181,26 +190,32 @@ def apply_norms(
             DistributedDataParallel wrapper is looked through.
         layers: the model's layer map.
         frozen_groups: names of the groups that do not learn in this phase.
-        norms: the policy.
+        norms: the policy, and those of single groups. A norm in several groups goes with the first of them.
         frozen_dropout: True holds only norms, and leaves the rest of the frozen groups in train mode.
 
     Raises:
-        PlanError: a group, or `Norms.until`, is not in `layers`.
+        PlanError: a group, `Norms.until` or one of `Norms.groups` is not in `layers`.
         ModelError: `layers` was made from another model.
     """
     frozen = {layers[name].name for name in frozen_groups}
     first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
+    norms = norms.with_changes(groups={layers[name].name: own for name, own in norms.groups.items()})
     root = look_through(model, layers)
     release_norms(root)
     owners = module_owners(root, layers)
     canonical = {id(root.get_parameter(name)): name for group in layers for name in group.parameters}
 
-    adapting, fixed, batch_only, trainable, held = [], [], [], [], []
+    adapting, fixed, batch_only, held = [], [], [], []
+    policies: dict[str, NormKind] = {}
+    rates: dict[str, float] = {}
+    reached: set[str] = set()
     keep_awake: set[nn.Module] = set()
     keep_still: set[nn.Module] = set()
     for norm in find_norms(root):
         groups = owners.get(norm.module, set())
         group_frozen = bool(groups) and groups <= frozen
+        position = min((layers.names.index(group) for group in groups), default=0)
+        own = norms.of(layers.names[position])
         affine = [
             canonical[id(parameter)]
             for parameter in norm.module._parameters.values()
@@ -209,22 +224,24 @@ def apply_norms(
         if norm.kind != "running":
             if norm.kind == "batch" and group_frozen:
                 batch_only.append(norm.name)
-            if norms.tune and norms.rate and group_frozen:
-                trainable += affine
+            if own.tune and own.rate and group_frozen:
+                rates |= dict.fromkeys(affine, own.rate)
+                reached.add(layers.names[position])
             continue
-        position = min((layers.names.index(group) for group in groups), default=0)
-        moves, learns = moves_and_learns(norms, group_frozen, position >= first)
+        policies[norm.name] = own.policy
+        reached.add(layers.names[position])
+        moves, learns = moves_and_learns(own, group_frozen, position >= first)
         if moves:
             adapting.append(norm.name)
             keep_awake.add(norm.module)
-            if norms.policy in ("adapt", "freeze_until") and norms.momentum is not None:
+            if own.policy in ("adapt", "freeze_until") and own.momentum is not None:
                 norm.module.__dict__[_MOMENTUM] = norm.module.momentum
-                norm.module.__dict__["momentum"] = norms.momentum
+                norm.module.__dict__["momentum"] = own.momentum
         else:
             fixed.append(norm.name)
             keep_still.update(norm.module.modules())
-        if learns and group_frozen and norms.rate:
-            trainable += affine
+        if learns and group_frozen and own.rate:
+            rates |= dict.fromkeys(affine, own.rate)
         elif not learns and not group_frozen:
             held += affine
 
@@ -232,13 +249,19 @@ def apply_norms(
     pin_eval(module for module in root.modules() if module in still - keep_awake)
     return NormRecord(
         policy=norms.policy,
-        trainable=tuple(dict.fromkeys(trainable)),
+        policies=policies,
+        trainable=tuple(rates),
         frozen=tuple(dict.fromkeys(held)),
-        rate=norms.rate,
+        rates=rates,
         adapting=tuple(adapting),
         fixed=tuple(fixed),
         batch_only=tuple(batch_only),
         pinned=sum(pinned(module) for module in root.modules()),
+        idle=tuple(
+            name
+            for name, own in norms.groups.items()
+            if own.policy in ("adapt", "calibrate") and name not in reached
+        ),
     )
 
 

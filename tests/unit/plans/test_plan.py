@@ -78,6 +78,38 @@ def test_missing_groups_are_one_problem() -> None:
         ({"norms": ["freeze"]}, r"norms is \['freeze'\]; expected one of follow"),
         ({"norms": "freeze_until"}, "norms: policy 'freeze_until' needs `until`"),
         ({"norms": "freeze", "rates": {}}, "it trains nothing"),
+        ({"norms": {"groups": {"fx": "freeze"}}}, "norms.groups: group 'fx' .*Did you mean 'fc'"),
+        ({"norms": Norms(groups={"fx": "freeze"})}, "norms.groups: group 'fx'"),
+        (
+            {"norms": {"groups": {"fc": {"policy": "freeze_until", "until": "fc"}}}},
+            r"norms: groups.fc is \{'policy': 'freeze_until'.*; expected the policy of one group \(follow, "
+            r"freeze, calibrate, adapt\) .* move them to the norms of the phase",
+        ),
+        (
+            {"norms": {"groups": {"fc": "freeze_until"}}},
+            "groups.fc is 'freeze_until'; expected one of follow",
+        ),
+        ({"norms": {"groups": {"fc": {"until": "fc"}}}}, "groups.fc is .*`until` and `groups` tell groups"),
+        (
+            {"norms": {"groups": {"fc": {"groups": {"fc": "adapt"}}}}},
+            "groups.fc is .*; expected the policy of",
+        ),
+        ({"norms": {"groups": {"fc": "frezze"}}}, "groups.fc is 'frezze'; .*Did you mean 'freeze'"),
+        (
+            {"norms": {"groups": {"fc": {"policy": "frezze"}}}},
+            "groups.fc: policy is 'frezze'; expected 'follow'",
+        ),
+        ({"norms": {"groups": {"fc": {"samples": 5}}}}, "groups.fc: samples is 5, which is only for policy"),
+        ({"norms": {"groups": ["fc"]}}, r"norms: groups is \['fc'\]; expected a valid dictionary"),
+        (
+            {"norms": {"policy": "calibrate", "groups": {"fc": {"policy": "calibrate", "samples": 5}}}},
+            "samples is None in the phase, 5 in 'fc'; expected one value",
+        ),
+        (
+            {"norms": {"groups": {"stem": "calibrate", "fc": {"policy": "calibrate", "momentum": 0.5}}}},
+            "momentum is None in 'stem', 0.5 in 'fc'; expected one value",
+        ),
+        ({"norms": {"groups": {"fc": "freeze"}}, "rates": {}}, "it trains nothing"),
         ({"schedule": "cosin"}, r"schedule is 'cosin'; expected one of constant, .* Did you mean 'cosine'"),
         ({"sample_groups": 2}, "go together; only sample_groups is given"),
     ],
@@ -129,6 +161,31 @@ def test_parts_raise_a_plan_error_of_their_own() -> None:
 def test_norms_alone_can_be_what_trains() -> None:
     """A phase with all groups frozen is allowed where its norm layers learn."""
     assert Plan(**one(rates={}, norms={"policy": "adapt"})).phases[0].norms.policy == "adapt"
+
+
+@pytest.mark.parametrize("own", ["adapt", {"policy": "adapt"}, Norms(policy="adapt"), {"tune": True}])
+def test_norms_of_one_group_can_be_what_trains(own: Any) -> None:
+    """As those of all groups; the others keep the policy of the phase."""
+    norms = Plan(**one(rates={}, norms={"policy": "freeze", "groups": {"stem": own}})).phases[0].norms
+    assert (norms.of("stem").policy, norms.of("stem").tune) in [("adapt", False), ("follow", True)]
+    assert norms.of("fc") is norms
+
+
+def test_norms_by_group_make_the_round_trip_and_are_written_to_be_edited(tmp_path: Path) -> None:
+    """A group a line, input to output, its policy always said; without groups nothing is written of them."""
+    groups = {"fc": "follow", "stem": {"policy": "adapt", "momentum": 0.05, "rate": 0.5}}
+    plan = Plan(**one(norms={"policy": "freeze", "groups": groups}))
+    plan.save(tmp_path / "plan.yaml")
+    text = (tmp_path / "plan.yaml").read_text()
+    lines = ["policy: freeze", "groups:", "  stem: {policy: adapt, momentum: 0.05, rate: 0.5}"]
+    lines += ["  fc: {policy: follow}"]
+    assert "  norms:\n" + "".join(f"    {line}\n" for line in lines) in text
+    assert Plan.load(tmp_path / "plan.yaml") == plan == Plan(**plan.to_dict())
+    for norms in ("freeze", Norms(policy="freeze", groups={})):
+        bare = Plan(**one(norms=norms))
+        assert bare.to_dict()["phases"][0]["norms"] == {"policy": "freeze"}
+        bare.save(tmp_path / "bare.yaml")
+        assert "norms: {policy: freeze}\n" in (tmp_path / "bare.yaml").read_text()
 
 
 def test_a_rate_of_norms_is_taken_where_norms_of_frozen_groups_learn() -> None:
@@ -489,6 +546,14 @@ def test_explain_tells_what_is_special_about_each_phase() -> None:
         ({"norms": {"policy": "adapt"}, "rates": dict.fromkeys(layers.names, 1.0)}, "norms: adapt"),
         ({"norms": {"tune": True}}, tuned),
         ({"norms": {"tune": True, "rate": 0.5}}, ("norms: follow, rate 0.5", tuned)),
+        (
+            {"norms": {"policy": "freeze", "groups": {"body": {"policy": "adapt", "rate": 0.1}}}},
+            ("norms: freeze", "norms of body: adapt, rate 0.1", tuned),
+        ),
+        (
+            {"norms": {"groups": {"head": "freeze", "body": {"tune": True}, "stem": "freeze"}}},
+            ("norms of stem, head: freeze", "norms of body: follow, tuned", tuned),
+        ),
         ({"frozen_dropout": True}, "dropout stays active in frozen groups"),
         ({"l2_sp": 0.25}, "L2-SP 0.25"),
         ({"reinit": ["head"]}, "starts anew: head"),

@@ -754,6 +754,23 @@ def test_batch_norm_statistics_are_calibrated_where_the_plan_says() -> None:
     assert torch.allclose(model.stem[1].running_mean, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_statistics_are_calibrated_in_the_groups_that_say_so_alone(momentum: float | None) -> None:
+    # Those of the body are measured on what the stem gives by the statistics that it keeps.
+    model = Tiny()
+    own = {"policy": "calibrate", "momentum": momentum}
+    norms = {"policy": "freeze", "groups": {"body": own}}
+    plan = tiny_plan(phases=[{"name": "head", "rates": {"head": 1.0}, "epochs": 1, "norms": norms}])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = tiny_data()
+    expected = model.body[0](model.stem.eval()(data.tensors[0])).mean(0).detach()
+    run(model, data, plan=plan)
+    moved = changed(before, model.state_dict())
+    statistics = {f"body.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert moved == {"head.weight", "head.bias", *statistics}
+    assert torch.allclose(model.body[1].running_mean, expected, atol=1e-6) is (momentum is None)
+
+
 def test_bf16_runs_and_differs() -> None:
     # Autocast is on: losses are near those of fp32 and not equal.
     half, whole = run(precision="bf16"), run()

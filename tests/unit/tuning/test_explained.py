@@ -49,6 +49,22 @@ def net() -> nn.Sequential:
     )
 
 
+def by_group(layers: LayerMap) -> list[Norms]:
+    """Return policies of two groups with batch-norms and of one with a LayerNorm, others for the rest."""
+    assert layers.norms is not None
+    of = {
+        kind: [g.name for g in layers if any(layers.norms.get(name) == kind for name in g.parameters)]
+        for kind in ("running", "plain")
+    }
+    (first, second), (tuned,) = of["running"], of["plain"]
+    adapt = Norms(policy="adapt", rate=0.3)
+    return [
+        Norms(policy="freeze", groups={first: adapt, second: "follow", tuned: Norms(tune=True)}),
+        Norms(policy="adapt", tune=True, groups={first: "freeze", second: "calibrate", tuned: "follow"}),
+        Norms(policy="freeze_until", until=second, groups={first: adapt, second: "freeze"}),
+    ]
+
+
 def trained(model: nn.Module, plan: Plan, layers: LayerMap) -> list[int]:
     """Return how many scalars a Tuner lets learn at a time, by phase."""
     tuner = Tuner(model, plan, torch.optim.AdamW, lr=0.1, steps_per_epoch=2, layers=layers)
@@ -70,7 +86,8 @@ def test_explain_counts_what_a_tuner_trains(strategy, granularity: str) -> None:
     model = net()
     layers = layer_map(model, torch.randn(2, 4), granularity=granularity)
     seen = set()
-    for norms in (*POLICIES, Norms(policy="freeze_until", until=layers.names[2], rate=0.2)):
+    until = Norms(policy="freeze_until", until=layers.names[2], rate=0.2)
+    for norms in (*POLICIES, until, *by_group(layers)):
         plan = strategy(layers, epochs=24, norms=norms)
         told = [phase.trainable for phase in plan.explain(layers, steps_per_epoch=2).phases]
         assert told == trained(net(), plan, layers), norms
