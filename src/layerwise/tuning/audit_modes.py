@@ -87,8 +87,8 @@ def norms_that_move_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
             "These batch-norms learn, and their statistics move, between layers that are frozen (the default "
             "of Lightning's and fastai's fine-tuning): the frozen part is not what it was pretrained to be, "
             "cannot be cached, and gradients run back through all of it.",
-            "freeze them as well (layerwise.freeze_batchnorm(backbone)); if adapting is meant, say so in the "
-            "plan: Norms(policy='adapt')",
+            "freeze them as well (layerwise.freeze_batchnorm(backbone)), unless adapting is meant, which is "
+            "what Norms(policy='adapt') of a plan does",
         )
 
 
