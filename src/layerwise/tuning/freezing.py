@@ -12,7 +12,7 @@ from torch import nn
 
 from layerwise.errors import ModelError, percent, plural
 from layerwise.plans.selection import match_names
-from layerwise.tuning.modes import pin_eval, unpin
+from layerwise.tuning.modes import first_encoder_layers, pin_eval, unpin
 
 _SWITCHED: WeakSet[nn.Module] = WeakSet()
 """Modules that `freeze` pinned or `unfreeze` let go, in this process: not those that somebody else pinned."""
@@ -211,6 +211,7 @@ def _wholly_frozen(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             still.update(module.modules())
+    still -= first_encoder_layers(model, still)
     for path, module in model.named_modules():
         if module in still:
             yield module, path

@@ -126,6 +126,25 @@ def pin_eval(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     return new
 
 
+def first_encoder_layers(model: nn.Module, still: set[nn.Module]) -> set[nn.Module]:
+    """Return the modules of `still` that must follow ``train()``, though all in them may be pinned.
+
+    ``nn.TransformerEncoder`` asks its first layer alone whether it is in eval mode, and then leaves out the
+    padding (nested tensors), which its layers in train mode refuse. The first layer's own mode decides
+    nothing else: what applies its dropout has a mode of its own.
+
+    Args:
+        model: the whole.
+        still: what is to be pinned.
+    """
+    encoders = (
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+    )
+    return {one.layers[0] for one in encoders if one.layers[0] in still and not still.issuperset(one.layers)}
+
+
 def unpin(modules: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
     """Let each of `modules` follow ``train()`` again, and give it the mode it was last asked to have.
 

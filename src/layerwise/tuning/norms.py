@@ -19,7 +19,7 @@ from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.settings import NormKind, Norms, moves_and_learns
-from layerwise.tuning.modes import held_modes, pin_eval, pinned, unpin
+from layerwise.tuning.modes import first_encoder_layers, held_modes, pin_eval, pinned, unpin
 from layerwise.tuning.norm_layers import frozen_norms
 
 _MOMENTUM = "_layerwise_momentum"  # where a norm keeps its own momentum while a policy replaces it
@@ -322,4 +322,4 @@ def _still_modules(
             parameters = [id(parameter) for parameter in module.parameters()]
             if parameters and dead.issuperset(parameters):
                 still.add(module)
-    return still
+    return still - first_encoder_layers(root, still)

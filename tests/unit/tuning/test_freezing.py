@@ -85,6 +85,23 @@ def test_unfreeze_wakes_what_freeze_stilled() -> None:
     assert count_parameters(model).frozen == 0
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_takes_padded_sequences_whichever_layers_are_frozen() -> None:
+    """Layers in train mode after frozen ones get no nested tensors; undone, every mode is the old one."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    records, states = [], []
+    for number in range(3):
+        states.append(state(encoder))
+        records.append(freeze(encoder, f"layers.{number}"))
+        encoder.train()(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+    assert not any(module.training for module in encoder.layers.modules())
+    for record, before in zip(records[::-1], states[::-1]):
+        record.undo()
+        assert state(encoder) == before
+        encoder.train()(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+
+
 def test_unfreezing_one_part_leaves_other_peoples_pins() -> None:
     """A batch-norm that somebody pinned, with parameters that learn, is not woken by unfreezing the head."""
     from layerwise.tuning.norms import freeze_batchnorm

@@ -231,6 +231,24 @@ def test_a_container_of_frozen_groups_is_still_and_one_that_spans_is_not():
     assert not outer.train()[0].training
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("last", [1, 2])
+def test_an_encoder_takes_padded_sequences_with_its_first_layers_frozen(last):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    layers = map_by_children(encoder.layers, root="layers")
+    frozen = [f"layers.{number}" for number in range(last)]
+    apply_norms(encoder, layers, frozen, Norms())
+    encoder.requires_grad_(last < 2)
+    for name in frozen:
+        encoder.get_submodule(name).requires_grad_(False)
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    encoder.train()
+    encoder(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+    assert not any(module.training for module in encoder.layers[0].children())
+    assert pinned(encoder.layers[0]) == (last == 2)
+    assert not encoder.eval().layers[0].training
+
+
 def test_a_module_shared_with_a_learning_group_stays_awake():
     shared = nn.BatchNorm2d(4)
     net = Net()
