@@ -40,7 +40,7 @@ def output_layers(recording: Recording, order: Order) -> tuple[str, ...]:
     paths: dict[str, None] = {}
     for index in sorted(found):
         if index not in feeding:
-            paths.setdefault(_applied_by(recording, recording.ops[index], found[index]))
+            paths.setdefault(_applied_by(recording, order, recording.ops[index], found[index]))
     return tuple(paths)
 
 
@@ -100,16 +100,17 @@ def _descendants(recording: Recording, of: Set[int]) -> set[int]:
     return fed
 
 
-def _applied_by(recording: Recording, op: Op, weights: tuple[str, ...]) -> str:
+def _applied_by(recording: Recording, order: Order, op: Op, weights: tuple[str, ...]) -> str:
     """Return the path of the module that applies the weight; the name of a bare parameter if none does.
 
-    A tied weight is called after the module that uses it here, not after its first name.
+    A tied weight is called after the module that uses it here, not after its first name. A module in which
+    other layers run as well (CLIP's ``visual``, whose ``proj`` comes last) is no output layer.
     """
     call: Call | None = op.call
     names = [name for weight in weights for name in recording.names[weight]]
     while call is not None:
         for name in names:
-            if call.path and module_of(name) == call.path:
+            if call.path and module_of(name) == call.path and _is_one_layer(recording, order, call):
                 return call.path
         call = call.parent
     largest = max(weights, key=lambda name: recording.model.get_parameter(name).ndim)
@@ -117,6 +118,12 @@ def _applied_by(recording: Recording, op: Op, weights: tuple[str, ...]) -> str:
     if owner and is_leaf(recording.model.get_submodule(owner)):
         return owner
     return largest
+
+
+def _is_one_layer(recording: Recording, order: Order, call: Call) -> bool:
+    """Return whether all weights that are applied within a call are its module's own."""
+    applied = {name for op in recording.ops[call.start : call.end] for name in order.weights(op)}
+    return all(call.path in map(module_of, recording.names[name]) for name in applied)
 
 
 def head_parameters(

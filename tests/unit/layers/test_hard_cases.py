@@ -217,6 +217,36 @@ def test_two_towers_follow_one_another() -> None:
     assert layers.names == ("image.0", "image.1", "image.2", "text.0", "text.1", "text.2", "head")
 
 
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+def test_a_tower_that_applies_a_bare_weight_last_is_no_head(granularity: Any) -> None:
+    # CLIP of open_clip: `visual.proj` and `text_projection` belong to the modules that hold the blocks
+    class Tower(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Identity()
+            self.proj = nn.Parameter(torch.zeros(8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) @ self.proj
+
+    class TwoTowers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = nn.Sequential(nn.Linear(6, 8), Residual(), Residual())
+            self.visual = Tower()
+            self.text_projection = nn.Parameter(torch.zeros(8, 4))
+
+        def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return self.visual(x) @ (self.text(text) @ self.text_projection).T
+
+    layers = layer_map(TwoTowers(), (image(), torch.zeros(2, 6)), granularity)
+    assert layers.head is not None
+    assert layers.head.parameters == ("visual.proj", "text_projection")
+    assert layers.outputs == ("visual.proj", "text_projection")
+    if granularity == "blocks":
+        assert layers.names[:4] == ("visual.patch_embed", *(f"visual.blocks.{n}" for n in range(3)))
+
+
 def test_dense_connections_come_out_in_dense_layers() -> None:
     # every layer reads all before it, and yet each is a group
     torchvision = pytest.importorskip("torchvision")
