@@ -230,7 +230,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             self._stack.append(call)
 
         def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            while self._stack:  # calls that raised, and whose error the model caught, end here too
+            while any(call.module is module for call in self._stack):  # a call that raised ends here too
                 call = self._stack.pop()
                 call.end = len(self.ops)
                 if call.module is module:
@@ -242,7 +242,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         handles = []
         for module in paths:
             handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(end, with_kwargs=True))
+            handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
         try:
             yield
         finally:

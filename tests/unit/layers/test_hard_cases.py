@@ -809,6 +809,29 @@ def test_a_call_whose_error_the_model_catches() -> None:
     assert "note: not read in the forward pass: wrong.weight, wrong.bias" in str(layers)
 
 
+def test_a_layer_called_again_after_an_error_that_the_model_catches() -> None:
+    # as in speechbrain: a layer that takes no lengths refuses them, and what runs next is not inside of it
+    class Trying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Residual() for _ in range(3))
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                try:
+                    x = block(x, lengths=None)
+                except TypeError:
+                    x = block(x)
+            return self.out(x)
+
+    made = record(Trying(), (torch.zeros(2, 8),))
+    assert {
+        call.parent for call in made.calls if call.path.startswith("blocks.") and call.path[7:].isdigit()
+    } == {made.root}
+    assert layer_map(Trying(), torch.zeros(2, 8)).names == ("blocks.0", "blocks.1", "blocks.2", "out")
+
+
 def test_sparse_matrices() -> None:
     # a graph network's neighbours, which have no memory of the usual kind
     class Graph(nn.Module):
