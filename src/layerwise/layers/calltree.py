@@ -14,9 +14,10 @@ layer, or a single convolution of the stem. What decides is what the module comp
    siblings of one kind with two or more weighted layers each: a ResNet stage, a dense block, a
    cross-stage-partial stage.
 5. A kind that occurs once is kept whole if its path differs only in numbers from a block's (the one
-   ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals). Else it is opened if it holds a
-   stack, or is a plain chain (no value passes by one of its children), or has two or more children with
-   several weighted layers each.
+   ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals), or for a list from another list's
+   that is kept whole (a first layer that has no norm). Else it is opened if it holds a stack, or is a plain
+   chain (no value passes by one of its children), or has two or more children with several weighted layers
+   each.
 
 The *kind* of a module is its class; of a plain ``nn.Sequential`` also the classes of its children. A list in
 a list counts as a module (``for attention, mlp in self.layers``).
@@ -75,6 +76,15 @@ class CallTree:
             if "." in call.path and self.kind(call.module) in self._blocks and self.weights(call) >= 2
         }
 
+        self._list_paths = {
+            _numberless(call.path)
+            for call in self._calls
+            if _is_list(call.module)
+            and self._instances[self.kind(call.module)] > 1
+            and len(self.children(call)) > 1
+            and self.kind(call.module) not in self._stacked_kinds | self._nested
+        }
+
     def _walk(self, call: Call) -> Iterator[Call]:
         yield call
         for child in self.children(call):
@@ -97,6 +107,8 @@ class CallTree:
         if self._instances[kind] > 1:
             wraps_one = _is_sequence(call.module) and len(children) == 1
             return kind in self._stacked_kinds or wraps_one
+        if _is_list(call.module) and not stacked and _numberless(call.path) in self._list_paths:
+            return False
         if _is_sequence(call.module) or stacked:
             return True
         if _numberless(call.path) in self._block_paths:
@@ -259,6 +271,10 @@ def _is_sequence(module: nn.Module) -> bool:
     return isinstance(module, _CONTAINERS) and (
         type(module).forward in (nn.Sequential.forward, nn.Module.forward)
     )
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict) and _is_sequence(module)
 
 
 def _main_input(call: Call) -> list[torch.Tensor]:

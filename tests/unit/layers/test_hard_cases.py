@@ -322,6 +322,30 @@ def test_layers_written_as_lists_in_a_list() -> None:
     assert_complete(layers, model)
 
 
+def test_a_first_list_without_a_norm_is_kept_whole_as_the_others_are() -> None:
+    # the FT-Transformer: its first block normalises nothing
+    class Tabular(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.blocks = nn.ModuleList()
+            for number in range(3):
+                block = nn.ModuleDict({"mix": Residual(), "mlp": Residual()})
+                if number:
+                    block["norm"] = nn.LayerNorm(8)
+                self.blocks.append(block)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for block in self.blocks:
+                y = block["norm"](x) if "norm" in block else x
+                x = x + block["mlp"](x + block["mix"](y))
+            return self.head(x)
+
+    layers = layer_map(Tabular(), torch.zeros(2, 4))
+    assert layers.names == ("embed", "blocks.0", "blocks.1", "blocks.2", "head")
+
+
 def test_a_network_inside_itself() -> None:
     # the U-net of pix2pix: each level holds the next one in its middle
     class Level(nn.Module):
