@@ -130,11 +130,10 @@ def _share_out(recording: Recording, groups: list[Group], between: list[Unit], b
 
 def _reads(recording: Recording, unit: Unit, previous: Unit) -> bool:
     """Whether anything that `unit` computes depends on what `previous` computed."""
-    start, end = previous.calls[-1].start, previous.calls[-1].end
     if not unit.calls:
         return True
-    reached = set(range(start, end))
-    for op in recording.ops[end : unit.calls[0].end]:
+    reached = {index for call in previous.calls for index in range(call.start, call.end)}
+    for op in recording.ops[previous.calls[0].end : unit.calls[0].end]:
         if not reached.isdisjoint(op.sources):
             reached.add(op.index)
     return any(op.index in reached for op in recording.ops[unit.calls[0].start : unit.calls[0].end])

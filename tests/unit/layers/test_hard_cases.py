@@ -136,6 +136,27 @@ def test_a_block_called_twice_is_one_group_at_its_first_use() -> None:
     assert flops_thrice == 3 * flops_once
 
 
+def test_norms_stay_with_their_layers_in_a_network_called_on_each_of_three_inputs() -> None:
+    # a triplet network, which runs wholly before it runs again
+    class Triplet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)
+            )
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(self.out(self.body(x).mean((2, 3))) for x in images)
+
+    layers = layer_map(Triplet(), (image(), image(), image()))
+    assert [group.modules for group in layers] == [
+        ("body.0", "body.1", "body.2"),
+        ("body.3", "body.4"),
+        ("out",),
+    ]
+
+
 def test_tied_weights_stand_at_their_first_use_and_know_their_names() -> None:
     # a language model whose decoder is its embedding has no head of its own, and says so
     class Tied(nn.Module):
