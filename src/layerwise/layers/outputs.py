@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -48,7 +49,7 @@ def _main_keys(recording: Recording) -> list[int]:
     output = recording.output
     tensors = tensors_in(output)
     main = tensors
-    if isinstance(output, Mapping) and type(output) is not dict:
+    if isinstance(output, Mapping) and type(output) not in (dict, OrderedDict):
         named = [output[name] for name in _MAIN_OUTPUTS if isinstance(output.get(name), torch.Tensor)]
         main = named or tensors[:1]
     chosen = {id(tensor) for tensor in main}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -428,6 +429,30 @@ def test_several_heads_are_one_group() -> None:
     assert layers.outputs == ("head", "head_dist")
     assert layers.head is not None
     assert set(layers.head.parameters) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_the_second_classifier_of_an_ordered_dictionary_belongs_to_the_head() -> None:
+    # torchvision's FCN, of which training also uses an auxiliary classifier of the same class
+    class Classifier(nn.Sequential):
+        def __init__(self, width: int) -> None:
+            super().__init__(nn.Conv2d(width, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.ModuleList([ConvBlock(3, 8, 2), ConvBlock(8, 8), ConvBlock(8, 8)])
+            self.classifier, self.aux_classifier = Classifier(8), Classifier(8)
+
+        def forward(self, x: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+            inner = self.backbone[1](self.backbone[0](x))
+            out = self.classifier(self.backbone[2](inner))
+            return OrderedDict(out=out, aux=self.aux_classifier(inner))
+
+    layers = layer_map(Segmenter(), image())
+    assert layers.names == ("backbone.0", "backbone.1", "backbone.2", "classifier.2")
+    assert layers.outputs == ("classifier.2", "aux_classifier.2")
+    assert layers.head is not None
+    assert layers.head.modules == ("classifier", "aux_classifier")
 
 
 def test_no_head() -> None:
