@@ -94,7 +94,7 @@ class CallTree:
         """Whether the module of `call` is looked into, by the rules at the top of this file."""
         children = self.children(call)
         if not children:
-            return False
+            return call.parent is None and not is_itself_a_layer(self._recording, self._order)
         if call.parent is None:
             return True
         kind = self.kind(call.module)
@@ -261,6 +261,13 @@ class CallTree:
                 if first <= last:
                     return True
         return False
+
+
+def is_itself_a_layer(recording: Recording, order: Order) -> bool:
+    """Return whether the model is one layer: it is torch's, or applies one weight, and holds no modules."""
+    weights = {name for op in recording.ops for name in order.weights(op)[:1]}
+    of_torch = type(recording.model).__module__.startswith("torch.nn.")
+    return not recording.root.children and (of_torch or len(weights) < 2)
 
 
 def _numberless(path: str) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from layerwise.layers.graph import Recording
 from layerwise.layers.order import Order
-from layerwise.layers.owners import is_leaf, module_of
+from layerwise.layers.owners import is_leaf, is_list, module_of
 from layerwise.layers.units import Unit
 
 Role = Literal["stem", "trunk", "head"]
@@ -302,19 +302,20 @@ def group_layers(recording: Recording, order: Order, position: dict[str, int]) -
     owner_of = {name: module_of(name) for name in position}
     weighted = {owner_of[name] for op in recording.ops for name in order.weights(op)[:1] if name in owner_of}
     leaf = {owner: is_leaf(model.get_submodule(owner)) for owner in set(owner_of.values())}
+    free = {owner for owner in leaf if not owner or is_list(model.get_submodule(owner))}
     groups: dict[str, Group] = {}
     waiting: list[str] = []
     current: Group | None = None
     for name in sorted(position, key=position.__getitem__):
         owner = owner_of[name]
-        if owner and (leaf[owner] or owner in weighted):
+        if owner not in free and (leaf[owner] or owner in weighted):
             if owner not in groups:
                 groups[owner] = Group("trunk", [Unit(owner, owner, [], position[name], 1)], owner)
             groups[owner].units[0].parameters.append(name)
             current = groups[owner]
             current.units[0].parameters[:0] = waiting
             waiting = []
-        elif not owner and name in {w for op in recording.ops for w in order.weights(op)[:1]}:
+        elif owner in free and name in {w for op in recording.ops for w in order.weights(op)[:1]}:
             current = groups[name] = Group("trunk", [Unit(name, name, [], position[name], 1, [name])], name)
         elif current is None:
             waiting.append(name)

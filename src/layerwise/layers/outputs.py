@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.layers.calltree import is_itself_a_layer
 from layerwise.layers.graph import Call, Op, Recording
 from layerwise.layers.order import Order
 from layerwise.layers.owners import is_leaf, module_of
@@ -151,8 +152,8 @@ def head_parameters(
         is_block: for each of them whether it is a block.
     """
     own = set(outputs)
-    if recording.root.path in {module_of(name) for name in outputs} and not recording.root.children:
-        own |= set(recording.names)  # the model is itself one layer
+    if recording.root.path in {module_of(name) for name in outputs} and is_itself_a_layer(recording, order):
+        own |= set(recording.names)
     belonging = {
         name
         for unit in units
@@ -181,7 +182,7 @@ def head_parameters(
     fed = _descendants(recording, {order.position[name] for name in head if name in order.position})
     head |= set(_after_pooling(recording, after, head))
     last = max(order.position.get(name, -1) for name in head)
-    head |= {name for name in after if order.position.get(name, -1) > last}
+    head |= {name for name in after if order.position.get(name, -1) >= last}
     known = [name for unit in units for name in unit.parameters if name in order.position]
     return tuple(name for name in known if name in head or order.position[name] in fed)
 

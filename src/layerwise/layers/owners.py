@@ -23,8 +23,15 @@ def module_of(name: str) -> str:
     return _PARAMETRIZED.sub("", name.rpartition(".")[0])
 
 
+def is_list(module: nn.Module) -> bool:
+    """Return whether a module only keeps parameters, each of which may be another layer's."""
+    return isinstance(module, nn.ParameterList | nn.ParameterDict)
+
+
 def is_leaf(module: nn.Module) -> bool:
-    """Return whether no other module with parameters is inside."""
+    """Return whether a module is one layer: no other module with parameters is inside, and it is no list."""
+    if is_list(module):
+        return False
     parametrized = parametrize.is_parametrized(module)
     return not any(
         True

@@ -12,7 +12,7 @@ from torch import nn
 from layerwise.layers.calltree import CallTree
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.order import Order
-from layerwise.layers.owners import is_leaf, module_of
+from layerwise.layers.owners import is_leaf, is_list, module_of
 
 
 @dataclass(eq=False)
@@ -154,8 +154,9 @@ def _bare_units(recording: Recording, order: Order, units: Iterable[Unit]) -> li
             if name in claimed or order.position.get(name) != op.index:
                 continue
             owner = module_of(name)
-            called = bool(owner) and any(call.path == owner for call in recording.calls)
-            path = owner if owner and not called else name
+            is_free = not owner or is_list(recording.model.get_submodule(owner))
+            called = any(call.path == owner for call in recording.calls)
+            path = name if is_free or called else owner
             bare.setdefault(path, Unit(path, path, [], op.index, 1))
     return list(bare.values())
 

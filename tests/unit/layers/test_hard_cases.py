@@ -812,6 +812,35 @@ def test_bare_parameters_of_the_model_itself() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+@pytest.mark.parametrize("in_a_list", [True, False])
+def test_a_network_of_bare_weights_alone_is_cut_at_each_of_them(in_a_list: bool, granularity: Any) -> None:
+    # as in meta-learning, where forward takes all weights from one ParameterList
+    class Learner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList(nn.Parameter(torch.zeros(4, 4)) for _ in range(3))
+            self.shifts = nn.ParameterDict({f"at{n}": nn.Parameter(torch.zeros(4)) for n in range(3)})
+            if not in_a_list:
+                for n in range(3):
+                    self.register_parameter(f"weight{n}", self.weights[n])
+                del self.weights
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for n in range(3):
+                weight = self.weights[n] if in_a_list else self.get_parameter(f"weight{n}")
+                x = nn.functional.linear(x.relu(), weight, self.shifts[f"at{n}"])
+            return x
+
+    layers = layer_map(Learner(), torch.zeros(2, 4), granularity)
+    names = [f"weights.{n}" if in_a_list else f"weight{n}" for n in range(3)]
+    assert [set(group.parameters) for group in layers] == [
+        {name, f"shifts.at{n}"} for n, name in enumerate(names)
+    ]
+    assert [group.role for group in layers] == ["trunk", "trunk", "head"]
+    assert layers.outputs == (names[2],)
+
+
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
 def test_a_model_of_one_bare_parameter(granularity: Any) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
