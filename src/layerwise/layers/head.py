@@ -14,7 +14,8 @@ from layerwise.layers.graph import Recording
 from layerwise.layers.inputs import example_arguments
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.order import order_of
-from layerwise.layers.outputs import output_layers
+from layerwise.layers.outputs import is_borrowed, output_layers
+from layerwise.layers.owners import module_of
 from layerwise.layers.recording import record
 
 _SIZE_ATTRIBUTES = ("num_classes", "num_labels", "n_classes")
@@ -98,10 +99,19 @@ def replace_head(
     model = unwrap(model)
     (args, kwargs), _ = example_arguments(model, example_input)
     recording = record(model, args, kwargs, mode="eval")
-    found = output_layers(recording, order_of(recording))
+    order = order_of(recording)
+    found = output_layers(recording, order)
     paths = tuple(outputs) if outputs is not None else found
     _check_paths(model, paths, found)
     layers = [model.get_submodule(path) for path in paths]
+    for path in paths:
+        if any(
+            module_of(name) == path and is_borrowed(recording, order, name, paths) for name in order.position
+        ):
+            raise ModelError(
+                f"the output layer {path!r} also runs earlier in the model, which applies its weight again "
+                "at the end; a new one would break that. Untie it first."
+            )
     sizes = {path: _size(path, layer, recording) for path, layer in zip(paths, layers)}
     if len({size for _, size in sizes.values()}) > 1:
         described = ", ".join(f"{path} ({size} outputs)" for path, (_, size) in sizes.items())

@@ -160,7 +160,7 @@ def head_parameters(
         for name in unit.parameters
         if any(alias in own or module_of(alias) in own for alias in recording.names[name])
     }
-    borrowed = {name for name in belonging if _is_borrowed(recording, order, name, outputs)}
+    borrowed = {name for name in belonging if is_borrowed(recording, order, name, outputs)}
     belonging -= borrowed
     last_block = max((n for n, unit in enumerate(units) if is_block[n] and unit.weights >= 2), default=-1)
     holding = [n for n, unit in enumerate(units) if not belonging.isdisjoint(unit.parameters)]
@@ -187,7 +187,7 @@ def head_parameters(
     return tuple(name for name in known if name in head or order.position[name] in fed)
 
 
-def _is_borrowed(recording: Recording, order: Order, name: str, outputs: tuple[str, ...]) -> bool:
+def is_borrowed(recording: Recording, order: Order, name: str, outputs: tuple[str, ...]) -> bool:
     """Return whether an output layer's parameter is an earlier layer's, where it is used first."""
     if name not in order.position:
         return False

@@ -172,6 +172,20 @@ def test_models_without_a_replaceable_head() -> None:
     with pytest.raises(ModelError, match="tied"):
         replace_head(Tied(), 3)
 
+    class Mirrored(nn.Module):  # an autoencoder that decodes by the encoder's weights
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.second(self.first(x).relu()).relu()
+            for layer in (self.second, self.first):
+                x = nn.functional.linear(x, layer.weight.T)
+            return x
+
+    with pytest.raises(ModelError, match="'first' also runs earlier"):
+        replace_head(Mirrored(), 3)
+
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
