@@ -214,10 +214,12 @@ class _Finished:
         flops, handed_on = self._costs()
         position, last = self._order.position, len(self._recording.ops)
         registered = {name: number for number, name in enumerate(self._recording.names)}
-        result = []
+        result: list[LayerGroup] = []
         for number, group in enumerate(self._groups):
             names = sorted(group.parameters, key=lambda name: (position.get(name, last), registered[name]))
             name = self._name(group, names, modules[number])
+            if any(name == other.name for other in result):
+                name = names[0]  # an output layer's own weight, whose module holds another group too
             result.append(
                 LayerGroup(
                     name=name,

@@ -18,6 +18,7 @@ from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
 from layerwise.layers.recording import record
+from layerwise.plans.strategies import linear_probe
 
 RESNET_STAGES = ("conv1", "layer1", "layer2", "fc")
 
@@ -453,6 +454,34 @@ def test_the_second_classifier_of_an_ordered_dictionary_belongs_to_the_head() ->
     assert layers.outputs == ("classifier.2", "aux_classifier.2")
     assert layers.head is not None
     assert layers.head.modules == ("classifier", "aux_classifier")
+
+
+@pytest.mark.parametrize("granularity", ["stages", "blocks", "layers"])
+def test_an_output_layer_that_embeds_its_input_gives_no_name_to_two_groups(granularity: Any) -> None:
+    # the wide part of deepctr's networks: embeddings and a weight of its own in one module
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.columns = nn.ModuleList(nn.Embedding(9, 1) for _ in range(2))
+            self.weight = nn.Parameter(torch.zeros(2, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            embedded = [column(x[:, n].long()) for n, column in enumerate(self.columns)]
+            return embedded[0] + embedded[1] + x[:, 2:] @ self.weight
+
+    class WideAndDeep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.deep, self.out = Wide(), nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.wide(x) + self.out(self.deep(x).relu())
+
+    layers = layer_map(WideAndDeep(), torch.zeros(2, 4), granularity)
+    assert len(set(layers.names)) == len(layers)
+    assert layers.head is not None
+    assert set(layers.head.parameters) == {"wide.weight", "out.weight", "out.bias"}
+    linear_probe(layers)
 
 
 def test_no_head() -> None:
