@@ -264,8 +264,10 @@ def _sizes(recording: Recording, call: Call) -> tuple[int, int, int] | None:
     returned = tensors_in(call.output)
     if not received or not returned:
         return None
-    features = max(weights, key=lambda weight: weight.ndim).shape[0]
-    positions = returned[0].numel() // max(recording.batch_size * int(features), 1)
+    largest, made = max(weights, key=lambda weight: weight.ndim), returned[0]
+    is_factor = largest.ndim < 2 and largest.numel() == 1  # one number for all features
+    features = (made.shape[1] if made.ndim > 1 else 1) if is_factor else largest.shape[0]
+    positions = made.numel() // max(recording.batch_size * int(features), 1)
     if positions < 1:
         return None
     return positions, received[0].numel() // max(recording.batch_size * positions, 1), int(features)

@@ -484,6 +484,30 @@ def test_an_output_layer_that_embeds_its_input_gives_no_name_to_two_groups(granu
     linear_probe(layers)
 
 
+class Factor(nn.Module):
+    """Multiplies by a number that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("one", [Factor, nn.PReLU])
+def test_a_layer_of_one_number_hides_no_layers_after_the_pooling(one: type[nn.Module]) -> None:
+    # a 0-dimensional parameter has no first length, and one number tells nothing of the features
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), one(), nn.Conv2d(8, 8, 3), one(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 8), one(), nn.Linear(8, 2),
+    )  # fmt: skip
+    layers = layer_map(net, image())
+    assert [set(group.modules) & {"0", "2", "6", "7", "8"} for group in layers] == [
+        {"0"}, {"2"}, {"6", "7", "8"}
+    ]  # fmt: skip
+
+
 def test_no_head() -> None:
     # a network that ends in a residual block, or in a norm, has no head
     blocks = nn.Sequential(nn.Linear(4, 8), Residual(), Residual())
