@@ -195,8 +195,11 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
     if _is_conv1d(layer):
         weight: Any = layer.weight
         return int(weight.shape[0]), int(weight.shape[1])
+    kind = type(layer)
+    is_torchs_name = getattr(nn, kind.__name__, kind) is not kind
+    described = f"{kind.__module__}.{kind.__name__}" if is_torchs_name else kind.__name__
     raise ModelError(
-        f"the output layer {path!r} is a {type(layer).__name__}; expected nn.Linear, a convolution, or "
+        f"the output layer {path!r} is a {described}; expected nn.Linear, a convolution, or "
         f"transformers' Conv1D. Replace it yourself: model.{path} = ..."
     )
 

@@ -209,6 +209,20 @@ def test_a_normalised_output_layer_is_not_replaced_by_a_plain_one() -> None:
         assert model(torch.zeros(2, 4)).shape == (2, 5)
 
 
+def test_a_layer_that_is_called_as_torchs_is_told_with_its_home() -> None:
+    # "is a Linear; expected nn.Linear" tells nothing (torch_geometric, deepctr)
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(5, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T
+
+    with pytest.raises(ModelError, match=r"is a \S*test_head\.Linear; expected nn\.Linear"):
+        replace_head(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Linear()), 3)
+
+
 def test_layers_that_cannot_be_made_anew_are_told() -> None:
     # each message says what to do; nothing is changed
     grouped = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2))
