@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from layerwise.errors import DataError, ModelError, PlanError, RunError, shorten
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
+from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
 from layerwise.training.options import check_options
 from layerwise.training.result import Result
@@ -257,6 +258,8 @@ def assemble(job: Job, opened: OpenedModel, data: ImageData, *, plan: Plan | Non
 def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None, **more: Any) -> Result:
     """Go on with the run in the folder `path`, which knows its own model, data and options.
 
+    The weights file that it began with need not be there any more, once there is a checkpoint.
+
     Args:
         path: the run's folder.
         say: told the notes of opening model and data.
@@ -279,7 +282,12 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
             f"{path} was started from Python with a model or data that have no names. Resume it there: "
             f"layerwise.fit(model, train, val, plan=plan, out={str(path)!r}, resume=True)."
         )
-    prepared = open_job(job_from_dict(about["job"]), plan=Plan.model_validate(about["plan"]))
+    job = job_from_dict(about["job"])
+    begun = list_checkpoints(Path(path) / "checkpoints")
+    if job.weights is not None and begun and not Path(job.weights).exists():
+        say(f"weights file {job.weights!r} is gone; all weights are in the checkpoint")
+        job = dataclasses.replace(job, weights=None, pretrained=False)
+    prepared = open_job(job, plan=Plan.model_validate(about["plan"]))
     for note in prepared.notes:
         say(note)
     return prepared.fit(out=path, resume=True, **more)

@@ -1,13 +1,16 @@
 """Jobs: runs that are gone on with by their folder alone, and data that are named wrongly."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from layerwise.errors import DataError, ModelError, RunError
+from layerwise.sources.models import open_model
 from layerwise.training.fit import fit
 from layerwise.training.job import Job, open_job, resume_job
+from layerwise.training.run import save_weights
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 from tiny_text import save_tiny, topic_rows, write_csv
 
@@ -89,6 +92,42 @@ def test_a_run_of_texts_is_gone_on_with_by_its_folder(tmp_path: Path) -> None:
     assert any("resumed from" in note for note in again.notes)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_a_run_goes_on_without_the_weights_file_that_it_began_with(tmp_path: Path) -> None:
+    # All weights, those that L2-SP pulls to too, are in the checkpoint; without one the file is needed.
+    pytest.importorskip("transformers")
+    save_tiny(tmp_path / "bert", "bert")
+    write_csv(tmp_path / "train.csv", topic_rows(30))
+    weights = tmp_path / "start.safetensors"
+    save_weights(open_model(f"hf:{tmp_path / 'bert'}", num_classes=3).model, weights)
+    job = Job(
+        model=f"hf:{tmp_path / 'bert'}",
+        data=str(tmp_path / "train.csv"),
+        strategy="full:l2_sp=0.5",
+        weights=str(weights),
+        epochs=2,
+        options={"lr": 1e-3, "batch_size": 8},
+        text={"label_column": "topic"},
+    )
+
+    def stop(entry: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_job(job).fit(out=tmp_path / "cut", progress=False, on_epoch=stop)
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    with_file = resume_job(tmp_path / "cut", progress=False)
+    weights.unlink()
+    said: list[str] = []
+    without = resume_job(tmp_path / "other", say=said.append, progress=False)
+    assert f"weights file {str(weights)!r} is gone; all weights are in the checkpoint" in said
+    assert without.history == with_file.history
+    for name, value in with_file.model.state_dict().items():
+        assert torch.equal(without.model.state_dict()[name], value), name
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    with pytest.raises(ModelError, match=r"weights file .*start.safetensors' does not exist"):
+        resume_job(tmp_path / "other", progress=False)
 
 
 @pytest.mark.parametrize("counts", ["100", "1/2", "a/b/c", "1/2/3/4"])
