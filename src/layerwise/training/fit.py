@@ -44,6 +44,7 @@ from layerwise.training.run import (
     load_weights,
     read_run,
     require_free,
+    require_weights_file,
     save_weights,
     weights_file,
 )
@@ -231,6 +232,7 @@ def fit(
     if resume:
         folder = cast(Path, folder)
         before = read_run(folder)
+        require_weights_file(weights_file(folder))
         check_same_run(before, now=record, plan=plan, out=folder)
         if accelerator.is_main_process:
             with hold_run(folder):

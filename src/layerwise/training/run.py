@@ -211,6 +211,20 @@ def weights_file(path: Path) -> Path:
     return path / "model.safetensors"
 
 
+def require_weights_file(path: Path) -> None:
+    """Look whether a folder lies where a run keeps its weights.
+
+    Raises:
+        RunError: so it is.
+    """
+    if path.is_dir():
+        raise RunError(
+            f"{path} is a folder, and a run keeps its weights in a file of that name. Move the folder away. "
+            "Then put the run's own file back, or, where the run was not finished, go on with it: "
+            f"layerwise fit --resume {shlex.quote(str(path.parent))}"
+        )
+
+
 def save_weights(model: nn.Module, path: Path) -> str:
     """Write all parameters and buffers of `model` to a safetensors file, shared tensors once.
 
@@ -241,6 +255,7 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 
+    require_weights_file(path)
     if not path.is_file() and expected_sha256 is not None:
         raise RunError(f"{path} is missing, though the run had kept it. {_PUT_BACK}")
     if not path.is_file():

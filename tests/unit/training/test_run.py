@@ -1,5 +1,6 @@
 """A run's folder: where it can be made, and what is said of one that cannot be read."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.plans.plan import Plan
 from layerwise.training import run
+from layerwise.training.fit import fit
 from layerwise.training.run import create_run, load_run, load_weights, read_run, require_free, save_weights
-from tiny_fit import tiny_plan
+from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 TASK = {"name": "text_classification", "classes": ["a", "b"]}
 
@@ -86,6 +88,25 @@ def test_weights_that_do_not_fit_the_model_are_told(tmp_path: Path) -> None:
     file.write_bytes(b"no weights")
     with pytest.raises(RunError, match=r"does not fit Linear: .*header"):
         load_weights(nn.Linear(2, 1), file)
+
+
+def test_a_folder_in_place_of_the_weights_is_told(tmp_path: Path) -> None:
+    # It is not missing, and room does not help. A resumed run tells it before it trains an epoch for nothing.
+    file = tmp_path / "run" / "model.safetensors"
+    told = rf"{re.escape(str(file))} is a folder.*Move the folder away.*--resume"
+    options = {"plan": tiny_plan(), "layers": tiny_layers(Tiny()), "progress": False, "out": file.parent}
+
+    def stop(entry: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Tiny(), tiny_data(), on_epoch=stop, **options)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(RunError, match=told):
+        load_weights(nn.Linear(2, 1), file)
+    with pytest.raises(RunError, match=told):
+        fit(Tiny(), tiny_data(), resume=True, on_epoch=lambda entry: pytest.fail("trained"), **options)
 
 
 def test_weights_that_cannot_be_written_leave_the_old_ones(
