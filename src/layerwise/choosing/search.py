@@ -341,10 +341,11 @@ def _refit(
             None,
             f"still running elsewhere: {plural(others, 'trial')}; the last worker makes the winner's run",
         )
-    options = {"test": experiment.test}
+    options: dict[str, Any] = {"test": experiment.test}
     if folder is None:
         return experiment.train_by(plan, best.lr, experiment.seed, **options), ""
     target = _winner_folder(folder, best, rows)
+    options["about"] = {**(experiment.options.get("about") or {}), "winner": str(target.resolve())}
     try:
         with lock:  # a second worker that gets here waits, and then reads the run
             begun = (target / "run.json").exists()  # perhaps interrupted, perhaps finished

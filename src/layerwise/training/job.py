@@ -272,6 +272,13 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
     about = read_run(path)
     if about.get("job") is None:
         folder = Path(path).resolve()
+        named = Path(str(about.get("winner") or folder))
+        if named.name != folder.name:
+            raise RunError(
+                f"{path} is the run of a search's winner under another name, so the search does not know it. "
+                f"Move it back to {str(named)!r}; then give the command or the call again that made "
+                f"{str(named.parent)!r}."
+            )
         winner = folder.name.startswith("winner-trial-")
         if winner or (folder.name == "language-model" and about["model"].get("spec") is not None):
             raise RunError(

@@ -140,7 +140,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
         there = "is not a run (it has no run.json)" if folder.is_dir() else "does not exist"
         if folder.is_file():
             there = "is a file, and a run is a folder"
-        raise RunError(f"{folder} {there}." + runs_beside(folder) + " Make one: layerwise fit --out FOLDER")
+        known = _runs_in(folder) or runs_beside(folder)
+        raise RunError(f"{folder} {there}.{known} Make one: layerwise fit --out FOLDER")
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last one of JSON nested too deeply
@@ -161,12 +162,16 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 def runs_beside(folder: Path) -> str:
     """Return what runs lie beside `folder`: names like its own first, eight at most; ``""`` for none."""
-    names = sorted(p.parent.name for p in folder.parent.glob("*/run.json"))
+    return _runs_in(folder.parent, like=folder.name)
+
+
+def _runs_in(folder: Path, *, like: str = "") -> str:
+    names = sorted(p.parent.name for p in folder.glob("*/run.json"))
     if not names:
         return ""
-    close = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(like, names, n=3, cutoff=0.5)
     shown = [*close, *(name for name in names if name not in close)]
-    return f" Runs in {folder.parent}: {shorten(shown, 8)}."
+    return f" Runs in {folder}: {shorten(shown, 8)}."
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
 from layerwise.report.page import write_report
 from layerwise.training.classification import Classification
+from layerwise.training.job import resume_job
 from layerwise.training.run import read_run
 from layerwise.training.tasks import Scores
 from layerwise.training.text_tasks import Regression
@@ -525,6 +527,14 @@ def test_a_worker_that_dies_meanwhile_is_not_waited_for(model, data, tmp_path):
     assert lost[0] in [{"choice": row.choice, "lr": row.lr, "decay": row.decay} for row in done]
     assert len(done) == 3
     assert found.run is not None
+
+
+def test_a_winner_under_another_name_is_still_known_as_one(model, data, tmp_path):
+    # Its search goes on with it under its own name alone; to resume it as a run of objects would be wrong.
+    made = searched(model, data, trials=1, epochs=1, out=tmp_path / "s").run.out
+    made.rename(tmp_path / "best")
+    with pytest.raises(RunError, match=rf"a search's winner.*Move it back to '{re.escape(str(made))}'"):
+        resume_job(tmp_path / "best")
 
 
 def test_the_run_of_an_earlier_winner_is_not_that_of_the_new_one(model, data, tmp_path):

@@ -64,6 +64,14 @@ def test_a_file_in_place_of_a_run_is_not_called_missing(tmp_path: Path) -> None:
         read_run(table)
 
 
+def test_a_folder_of_runs_tells_them(tmp_path: Path) -> None:
+    # As a search's folder, which holds the winner's run; runs beside it are not meant.
+    for name in ("s/winner-trial-4", "other"):
+        create_run(tmp_path / name, plan=tiny_plan(), about=about())
+    with pytest.raises(RunError, match=r"s is not a run .*Runs in .*s: winner-trial-4\. Make"):
+        read_run(tmp_path / "s")
+
+
 def test_a_record_of_another_format_is_told(tmp_path: Path) -> None:
     # Both versions are named.
     (tmp_path / "run.json").write_text('{"format": 2}')
