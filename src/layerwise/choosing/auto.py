@@ -17,7 +17,6 @@ from layerwise.choosing.space import spread_depths
 from layerwise.errors import DataError, plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
-from layerwise.training.text_job import without_key_cache
 
 if TYPE_CHECKING:
     from layerwise.training.dryrun import DryRun
@@ -86,8 +85,7 @@ def choose_plan(
     if why := _no_search(prepared, search_share, minutes):
         say(f"no search: {why}")
     else:
-        with without_key_cache(prepared.opened.model):
-            searched = _search(prepared, advice, options, trials=trials, minutes=minutes, say=say)
+        searched = _search(prepared, advice, options, trials=trials, minutes=minutes, say=say)
         say(str(searched))
         plan, lr, why = pick(
             advice, searched, val_samples=len(prepared.data.val or ()), tried=_searchable(advice)

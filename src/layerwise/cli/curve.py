@@ -44,29 +44,27 @@ def curve(
     from layerwise.choosing.curve import transfer_curve
     from layerwise.choosing.named import fit_options
     from layerwise.report.pictures import check_picture, depth_picture, save_picture
-    from layerwise.training.text_job import without_key_cache
 
     if plot is not None:
         check_picture(plot)
     counts = None if depths is None else numbers(depths, "--depths")
     prepared = task.open(val_frac=val_frac)
     try:
-        with without_key_cache(prepared.opened.model):
-            found = transfer_curve(
-                prepared.opened.model,
-                prepared.data.train,
-                prepared.data.val,
-                depths=counts,
-                epochs=epochs,
-                seeds=seeds,
-                lr=lr,
-                metric=metric,
-                layers=prepared.layers,
-                batch_size=batch_size,
-                fit_options=fit_options(prepared),
-                out=out,
-                say=say,
-            )
+        found = transfer_curve(
+            prepared.opened.model,
+            prepared.data.train,
+            prepared.data.val,
+            depths=counts,
+            epochs=epochs,
+            seeds=seeds,
+            lr=lr,
+            metric=metric,
+            layers=prepared.layers,
+            batch_size=batch_size,
+            fit_options=fit_options(prepared),
+            out=out,
+            say=say,
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished trainings are kept; the same command goes on.") from None
     if plot is not None:

@@ -85,7 +85,6 @@ def search(
     from layerwise.choosing.named import fit_options
     from layerwise.choosing.search import search as run
     from layerwise.report.pictures import check_picture, depth_picture, save_picture
-    from layerwise.training.text_job import without_key_cache
 
     if plot is not None:
         check_picture(plot)
@@ -98,30 +97,29 @@ def search(
     if class_weights is not None:
         options["class_weights"] = class_weights
     try:
-        with without_key_cache(prepared.opened.model):
-            found = run(
-                prepared.opened.model,
-                prepared.data.train,
-                prepared.data.val,
-                test=prepared.data.test,
-                trials=trials,
-                minutes=minutes,
-                seeds=seeds,
-                depths=counts,
-                strategies=strategy or (),
-                lr=rates,
-                decay=decays,
-                epochs=epochs,
-                out=out,
-                storage=storage,
-                name=name,
-                metric=metric,
-                layers=prepared.layers,
-                batch_size=batch_size,
-                fit_options=options,
-                seed=task.seed,
-                say=say,
-            )
+        found = run(
+            prepared.opened.model,
+            prepared.data.train,
+            prepared.data.val,
+            test=prepared.data.test,
+            trials=trials,
+            minutes=minutes,
+            seeds=seeds,
+            depths=counts,
+            strategies=strategy or (),
+            lr=rates,
+            decay=decays,
+            epochs=epochs,
+            out=out,
+            storage=storage,
+            name=name,
+            metric=metric,
+            layers=prepared.layers,
+            batch_size=batch_size,
+            fit_options=options,
+            seed=task.seed,
+            say=say,
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished trials are kept; the same command goes on.") from None
     if plot is not None:

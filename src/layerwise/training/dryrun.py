@@ -22,6 +22,7 @@ from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.data import Batches, open_batches
 from layerwise.training.evaluate import first_output
+from layerwise.training.key_cache import without_key_cache
 from layerwise.training.memory import peak_memory
 from layerwise.training.options import find_optimizer
 from layerwise.training.processes import open_accelerator
@@ -194,7 +195,7 @@ def dry_run(
         )
         next(tuner.epochs())
         tried.train()
-        with peak_memory(accelerator.device) as peak:
+        with peak_memory(accelerator.device) as peak, without_key_cache(tried):
             times = _timed_steps(tried, tuner, batches, task, accelerator, accumulate=accumulate)
         exact &= peak.exact
         step_s = min(times[1:] or times)

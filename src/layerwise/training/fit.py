@@ -24,6 +24,7 @@ from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_start, check_weights, explained, finite_loss
 from layerwise.training.history import History, name_of, not_finite
+from layerwise.training.key_cache import without_key_cache
 from layerwise.training.monitoring import has_stalled, is_better, monitored_value
 from layerwise.training.options import (
     CacheMode,
@@ -112,7 +113,8 @@ def fit(
     optimisers.
 
     Args:
-        model: any module; changed in place, moved to the device, left in eval mode.
+        model: any module; changed in place, moved to the device, left in eval mode. One of transformers
+            keeps no keys and values meanwhile (``config.use_cache``).
         train: a map-style data set of pairs ``(input, label)`` or of mappings with ``"labels"``; or a
             `DataLoader`, whose batch size, collate function and workers are then used, and whose order
             is replaced by ours unless it has a sampler of its own. A method ``set_epoch(epoch)`` of the
@@ -331,6 +333,7 @@ def fit(
         reporter,
         explained(lambda: tuner.step_count, out=folder),
         watched or contextlib.nullcontext(),
+        without_key_cache(model),
         prefix or contextlib.nullcontext(),
         contextlib.nullcontext() if written is None else hold_run(written),
     ):
@@ -456,13 +459,14 @@ def fit(
     model.eval()
     tested = None
     if test_batches is not None:
-        tested = evaluate(
-            model,
-            test_batches,
-            task,
-            device=accelerator.device,
-            autocast=accelerator.autocast,
-        )
+        with without_key_cache(model):
+            tested = evaluate(
+                model,
+                test_batches,
+                task,
+                device=accelerator.device,
+                autocast=accelerator.autocast,
+            )
     notes += history.notes()
     if tested is not None and (note := not_finite(tested.values, "test data")):
         notes.append(note)

@@ -96,7 +96,7 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     from layerwise.sources.text import encode
     from layerwise.training.data import open_batches
     from layerwise.training.evaluate import evaluate
-    from layerwise.training.text_job import stage_exists, without_key_cache
+    from layerwise.training.text_job import stage_exists
 
     job, options = prepared.job, prepared.options
     if prepared.data.task in ("causal_lm", "masked_lm"):
@@ -125,20 +125,19 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     if data.val is not None:
         batches = open_batches(data.val, train=False, batch_size=settings["batch_size"], seed=job.seed)
         before = evaluate(opened.model, batches, task).values["perplexity"]
-    with without_key_cache(opened.model):
-        result = fit(
-            opened.model,
-            data.train,
-            data.val,
-            plan=plan,
-            layers=layers,
-            task=task,
-            lr=options.lm_lr,
-            out=out,
-            resume=stage_exists(out),
-            about={"model": opened.to_dict(), "data": {"source": job.data, "task": kind}},
-            **settings,
-        )
+    result = fit(
+        opened.model,
+        data.train,
+        data.val,
+        plan=plan,
+        layers=layers,
+        task=task,
+        lr=options.lm_lr,
+        out=out,
+        resume=stage_exists(out),
+        about={"model": opened.to_dict(), "data": {"source": job.data, "task": kind}},
+        **settings,
+    )
     if data.val is not None:
         after = result.metrics["perplexity"]
         notes.append(f"{kind}: perplexity of the validation texts {before:.1f} -> {after:.1f}")

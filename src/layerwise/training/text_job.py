@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -22,8 +20,6 @@ from layerwise.training.tasks import Task
 from layerwise.training.transformers_folder import FOLDER, save_transformers
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from layerwise.layers.layermap import LayerMap
     from layerwise.sources.opened import OpenedModel
     from layerwise.sources.text import TextData
@@ -144,21 +140,20 @@ class PreparedText:
             reporter = Reporter(enabled=more.get("progress", True), total_steps=0, total_epochs=0)
             for note in notes:
                 reporter.say(note)
-        with without_key_cache(self.opened.model):
-            result = fit(
-                self.opened.model,
-                self.data.train,
-                self.data.val,
-                test=self.data.test,
-                plan=self.plan,
-                layers=self.layers,
-                task=self.task,
-                classes=self.data.classes or None,
-                about=self.about,
-                out=folder,
-                resume=resume,
-                **{**self.job.options, **more},
-            )
+        result = fit(
+            self.opened.model,
+            self.data.train,
+            self.data.val,
+            test=self.data.test,
+            plan=self.plan,
+            layers=self.layers,
+            task=self.task,
+            classes=self.data.classes or None,
+            about=self.about,
+            out=folder,
+            resume=resume,
+            **{**self.job.options, **more},
+        )
         from accelerate import PartialState  # fit has made it
 
         if folder is not None and PartialState().is_main_process:
@@ -170,36 +165,16 @@ class PreparedText:
         """Return what the job would do, measured on a few steps; the language model's part left out."""
         from layerwise.training.dryrun import dry_run
 
-        with without_key_cache(self.opened.model):
-            return dry_run(
-                self.opened.model,
-                self.data.train,
-                self.data.val,
-                plan=self.plan,
-                layers=self.layers,
-                task=self.task,
-                classes=self.data.classes or None,
-                **self.job.options,
-            )
-
-
-@contextmanager
-def without_key_cache(model: nn.Module) -> Iterator[None]:
-    """Let a transformers model keep no keys and values inside the context.
-
-    They serve generation, where texts grow by a token; in training they are by-products that take memory,
-    and the prefix cache would have to store them, as they are part of what the model returns.
-    """
-    # More than one: T5's decoder has a copy of its own.
-    configs: dict[int, Any] = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
-    before = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None) is not None]
-    for config, _ in before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in before:
-            config.use_cache = value
+        return dry_run(
+            self.opened.model,
+            self.data.train,
+            self.data.val,
+            plan=self.plan,
+            layers=self.layers,
+            task=self.task,
+            classes=self.data.classes or None,
+            **self.job.options,
+        )
 
 
 def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:

@@ -10,7 +10,9 @@ from layerwise.errors import DataError, LayerwiseError, ModelError
 from layerwise.sources.texttable import TextPart
 from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
+from layerwise.training.fit import fit
 from layerwise.training.job import Job, open_job
+from layerwise.training.key_cache import without_key_cache
 from layerwise.training.language_first import language_model_of, texts_of
 from layerwise.training.run import load_run
 from tiny_text import save_tiny, topic_rows, write_csv
@@ -184,6 +186,46 @@ def test_cached_runs_of_every_kind_end_in_the_same_bits(family, task, work, tmp_
     assert cached.metrics == plain.metrics
     for name, value in cached.model.state_dict().items():
         assert torch.equal(plain.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("name", ["fit", "search", "transfer_curve"])
+def test_calls_from_python_store_no_keys_and_values(work, monkeypatch, name):
+    # Whatever trains, it is `fit` that turns them off, and on again.
+    from layerwise.choosing import curve, search, trials
+
+    told = []
+
+    def noted(*given, **options):
+        result = fit(*given, **options)
+        told.extend(note for note in result.notes if note.startswith("prefix cache: memory"))
+        return result
+
+    monkeypatch.setattr(trials, "fit", noted)
+    monkeypatch.setattr(curve, "fit", noted)
+    opened = open_job(job(work, model="gpt2", padding="all"))
+    model, data = opened.opened.model, opened.data
+    more = {"layers": opened.layers, "batch_size": 8}
+    if name == "fit":
+        noted(model, data.train, data.val, plan=opened.plan, progress=False, **more)
+    elif name == "search":
+        search.search(model, data.train, data.val, trials=1, depths=[1], epochs=2, **more)
+    else:
+        curve.transfer_curve(model, data.train, data.val, depths=[1], epochs=2, **more)
+    assert told
+    assert not any("keys and values" in note for note in told), told
+    assert model.config.use_cache
+
+
+def test_a_configuration_that_is_not_of_transformers_is_left_alone():
+    # What it calls use_cache is its own affair; it may be frozen.
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        use_cache: bool = True
+
+    model = torch.nn.Linear(2, 2)
+    model.config = Own()
+    with without_key_cache(model):
+        assert model.config.use_cache
 
 
 def test_interrupted_in_the_language_model_it_says_how_to_go_on(work, tmp_path, monkeypatch):
