@@ -12,6 +12,7 @@ from layerwise.cli.output import JsonFlag, check_output, friendly, given_options
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
+    from layerwise.plans.explanation import Explanation
     from layerwise.plans.plan import Plan
 
 _SOURCE = "Where the plan comes from"
@@ -90,6 +91,7 @@ def plan(
     if plan_file is not None and "granularity" in given_options(ctx):
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
     check_output(out, "-o", new=True)
+    from layerwise.plans.explain import explain
     from layerwise.plans.parsing import check_strategy, load_alone, parse_strategy
 
     made, common = None, {"epochs": epochs, "schedule": schedule, "norms": norms}
@@ -97,31 +99,28 @@ def plan(
         made = load_alone(plan_file, **common)
     else:
         check_strategy(str(strategy), **common)
-    mapped = _map(model, made.granularity if made is not None else granularity, num_classes)
+    mapped, held = _map(model, made.granularity if made is not None else granularity, num_classes)
     if made is None:
         assert strategy is not None
         made = parse_strategy(strategy, mapped, **common)
-    _show(made, mapped, lr, steps_per_epoch, out, as_json)
+    _show(made, explain(made, mapped, lr=lr, steps_per_epoch=steps_per_epoch, held=held), out, as_json)
 
 
-def _map(model: str, granularity: Literal["stages", "blocks", "layers"], num_classes: int | None) -> LayerMap:
+def _map(
+    model: str, granularity: Literal["stages", "blocks", "layers"], num_classes: int | None
+) -> tuple[LayerMap, frozenset[str]]:
+    """Return the model's map, and the parameters that no plan trains."""
     from layerwise.layers.mapping import layer_map
     from layerwise.sources.models import open_model
+    from layerwise.tuning.matching import constants_of
 
     # The weights are not read: a plan holds names alone.
     opened = open_model(model, num_classes=num_classes, pretrained=False)
-    return layer_map(opened.model, opened.example_input, granularity=granularity)
+    mapped = layer_map(opened.model, opened.example_input, granularity=granularity)
+    return mapped, constants_of(opened.model, mapped)
 
 
-def _show(
-    plan: Plan,
-    layers: LayerMap,
-    lr: float | None,
-    steps_per_epoch: int | None,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    explanation = plan.explain(layers, lr=lr, steps_per_epoch=steps_per_epoch)
+def _show(plan: Plan, explanation: Explanation, out: Path | None, as_json: bool) -> None:
     if out is not None:
         plan.save(out)
     if as_json:

@@ -19,8 +19,18 @@ COLUMNS = 48
 """Of the heat map."""
 
 
-def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: int | None) -> Explanation:
-    """Return what `plan` does to the model of `layers`; see `Plan.explain`."""
+def explain(
+    plan: Plan,
+    layers: LayerMap,
+    *,
+    lr: float | None,
+    steps_per_epoch: int | None,
+    held: Collection[str] = (),
+) -> Explanation:
+    """Return what `plan` does to the model of `layers`; see `Plan.explain`.
+
+    `held` are parameters that no plan trains, where the model is at hand to tell them.
+    """
     plan.check(layers)
     if problems := run_problems(lr=lr, steps_per_epoch=steps_per_epoch):
         raise PlanError("; ".join(problems))
@@ -34,7 +44,8 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
     for number, phase in enumerate(plan.phases):
         length = phase.length_steps(per_epoch)
         given = multipliers(phase, layers)
-        values = {name: value if given[name] else 0.0 for name, value in trained(phase, layers).items()}
+        learning = trained(phase, layers, held=held)
+        values = {name: value if given[name] else 0.0 for name, value in learning.items()}
         highest = {
             group.name: max(map(values.__getitem__, group.parameters), default=0.0) for group in layers
         }
@@ -63,7 +74,7 @@ def explain(plan: Plan, layers: LayerMap, *, lr: float | None, steps_per_epoch: 
                 steps=length,
                 epochs=phase.epochs,
                 groups=groups,
-                trainable=_at_once(phase, layers),
+                trainable=_at_once(phase, layers, held),
                 notes=_notes(phase, layers, {group.name for group in groups}, first=number == 0),
             )
         )
@@ -92,14 +103,14 @@ def _trainable(group: LayerGroup, given: Mapping[str, float]) -> int:
     return round(group.numel * sum(learning) / len(learning))  # a map without sizes: as if all were equal
 
 
-def _at_once(phase: Phase, layers: LayerMap) -> int:
+def _at_once(phase: Phase, layers: LayerMap, held: Collection[str]) -> int:
     """Return how many scalars learn, at most, at the same time."""
-    values = trained(phase, layers)
+    values = trained(phase, layers, held=held)
     total = sum(_trainable(group, values) for group in layers)
     if phase.sample_groups is None:
         return total
     trunk = [group for group in layers if group.role == "trunk" and phase.trains(group.name)]
-    rest = trained(phase, layers, resting=[group.name for group in trunk])
+    rest = trained(phase, layers, resting=[group.name for group in trunk], held=held)
     more = sorted(
         _trainable(group, values) - _trainable(group, rest)
         for group in trunk

@@ -73,13 +73,16 @@ def multipliers(phase: Phase, layers: LayerMap) -> dict[str, float]:
     return {name: own.get(name, phase.rate(group.name)) for group in layers for name in group.parameters}
 
 
-def trained(phase: Phase, layers: LayerMap, resting: Collection[str] = ()) -> dict[str, float]:
+def trained(
+    phase: Phase, layers: LayerMap, resting: Collection[str] = (), held: Collection[str] = ()
+) -> dict[str, float]:
     """Return each parameter's multiplier in a phase, the norm policy carried out; 0 does not learn.
 
     Args:
         phase: of a plan that fits `layers`.
         layers: the layer map; one that does not know its norms leaves them to their groups.
         resting: groups that are not drawn (LISA).
+        held: parameters that no plan trains (`layerwise.tuning.matching.never_trained`).
     """
     values, norms, kinds = multipliers(phase, layers), phase.norms, layers.norms or {}
     first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
@@ -94,7 +97,7 @@ def trained(phase: Phase, layers: LayerMap, resting: Collection[str] = ()) -> di
                 _, learns = moves_and_learns(own, frozen, number >= first)
             if frozen or not learns:
                 values[name] = own.rate if learns else 0.0
-    return values
+    return values | dict.fromkeys(held, 0.0)
 
 
 def run_problems(**numbers: Any) -> list[str]:

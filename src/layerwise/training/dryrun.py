@@ -17,6 +17,7 @@ from rich.text import Text
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.randomness import kept_random_state
+from layerwise.plans.explain import explain
 from layerwise.plans.explanation import Explanation
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
@@ -28,6 +29,7 @@ from layerwise.training.options import find_optimizer
 from layerwise.training.processes import open_accelerator
 from layerwise.training.progress import format_seconds
 from layerwise.training.tasks import Task, split_batch
+from layerwise.tuning.matching import constants_of, layers_for
 from layerwise.tuning.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -182,6 +184,8 @@ def dry_run(
     costs, exact = [], True
     for phase in plan.phases:
         tried = copy.deepcopy(model).to(accelerator.device)
+        layers = layers_for(tried, plan, layers, None)
+        held = constants_of(tried, layers)
         tuner = Tuner(
             tried,
             Plan(strategy=plan.strategy, granularity=plan.granularity, groups=plan.groups, phases=(phase,)),
@@ -217,7 +221,7 @@ def dry_run(
         del tried, tuner
     epochs = [phase.length_steps(steps_per_epoch) / steps_per_epoch for phase in plan.phases]
     return DryRun(
-        explanation=plan.explain(layers, lr=lr, steps_per_epoch=steps_per_epoch),
+        explanation=explain(plan, layers, lr=lr, steps_per_epoch=steps_per_epoch, held=held),
         costs=tuple(costs),
         total_s=sum(cost.epoch_s * count for cost, count in zip(costs, epochs)),
         steps_per_epoch=steps_per_epoch,

@@ -51,6 +51,11 @@ def parameters_of(model: nn.Module, layers: LayerMap) -> dict[str, nn.Parameter]
     return {name: every[name] for name in mapped}
 
 
+def constants_of(model: nn.Module, layers: LayerMap) -> frozenset[str]:
+    """Return what no plan trains of a model that no Tuner has seen; see `never_trained`."""
+    return never_trained(model, layers, parameters_of(model, layers))
+
+
 def never_trained(
     model: nn.Module, layers: LayerMap, parameters: Mapping[str, nn.Parameter]
 ) -> frozenset[str]:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from image_folders import make_images
 from layerwise.cli.main import app
 from layerwise.plans.plan import Plan
+from layerwise.training.job import Job, open_job
 
 MODEL = "timm:test_vit"
 
@@ -41,6 +43,31 @@ def test_json_holds_the_plan_and_the_timeline():
     (phase,) = data["timeline"]["phases"]
     assert [group["name"] for group in phase["groups"]] == [plan.groups[-1]]
     assert phase["trainable"] < data["timeline"]["total"]
+
+
+def test_constants_that_the_model_freezes_are_not_counted(tmp_path: Path):
+    # Position tables and the like: no plan trains them, and the count is that of the Tuner's own.
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.stem = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "        self.body = nn.Linear(4, 4)\n"
+        "        self.body.table = nn.Parameter(torch.ones(1000, 4), requires_grad=False)\n"
+        "        self.head = nn.Linear(4, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.body(self.stem(x)) * self.body.table.mean(0))\n"
+        "def build():\n"
+        "    return Own()\n"
+    )
+    spec, images = f"{file}:build", make_images(tmp_path / "images")
+    phases = json.loads(command(spec, "--strategy", "full", "--json").stdout)["timeline"]["phases"]
+    assert [phase["trainable"] for phase in phases] == [(3 * 64 + 1) * 4 + 5 * 4 + 5 * 2]
+    found = open_job(Job(spec, str(images), strategy="full", granularity="layers")).dry_run()
+    assert [p.trainable for p in found.explanation.phases] == [cost.trainable for cost in found.costs]
 
 
 def test_the_rate_table_is_the_one_in_the_docs():
