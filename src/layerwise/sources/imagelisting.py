@@ -62,7 +62,9 @@ def list_folders(root: Path) -> Listing:
             others += len(files) - len(images)
             samples += [(file, class_folder.name) for file in images]
             if not images:
-                problems.append(f"class folder {str(class_folder)!r} has no images")
+                problems.append(
+                    f"class folder {str(class_folder)!r} has no images; put some there, or remove it"
+                )
             if not is_text(class_folder):
                 problems.append(
                     f"the path {str(class_folder)!r} is no text in {sys.getfilesystemencoding()}, in which "
@@ -91,14 +93,15 @@ def _broken_links(*folders: Path) -> list[Path]:
 def files_in(folder: Path) -> list[Path]:
     """Return all files under `folder`, sorted; links to folders are followed, dangling ones are files."""
     found: list[Path] = []
-    waiting = [(folder, frozenset((folder.resolve(),)))]
+    here = folder.resolve()
+    waiting = [(folder, frozenset((here, *here.parents)))]
     while waiting:
         inside, above = waiting.pop()
         for entry in inside.iterdir():
             if not entry.is_dir():
                 found.extend([entry] if entry.is_file() or entry.is_symlink() else [])
             elif (real := entry.resolve()) not in above:  # else a link in a circle
-                waiting.append((entry, above | {real}))
+                waiting.append((entry, above | {real, *real.parents}))
     return sorted(found)
 
 
@@ -169,7 +172,9 @@ def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples])
     elif not train:
         problems.append("the train part has no images")
     elif len(train) == 1:
-        problems.append(f"there is one class ({next(iter(train))!r}); expected at least two")
+        problems.append(
+            f"there is one class ({next(iter(train))!r}); expected at least two. Add images of another"
+        )
     for part, labels in classes.items():
         if part == "train" or not train:
             continue

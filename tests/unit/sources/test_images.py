@@ -204,6 +204,15 @@ def test_links_are_followed_and_dangling_ones_are_bad_images(tmp_path):
     assert [path for path, _ in data.skipped] == [str(root / "dog" / "gone.png")]
 
 
+def test_a_link_to_a_folder_above_brings_no_images_of_other_classes(tmp_path):
+    # It is a circle too: the whole data set would be one class.
+    root = tree(tmp_path / "photos")
+    (root / "cat" / "up").symlink_to("..")
+    (root / "cat" / "deep").mkdir()
+    (root / "cat" / "deep" / "top").symlink_to(tmp_path)
+    assert open_images(root, SMALL, val_frac=0.0).train.counts == {"cat": 6, "dog": 6}
+
+
 @pytest.mark.parametrize("inside", ["", "train"], ids=["flat", "parts"])
 def test_a_class_folder_that_leads_nowhere_is_missed(tmp_path, inside):
     # A disk that is not mounted must not become a run with one class fewer.
