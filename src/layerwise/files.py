@@ -27,9 +27,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     new one has those that the system gives new files, whatever `write` chooses.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the temporary file is removed.
+        OSError: the disk is full or the folder cannot be written; the temporary file is removed. Or `path`
+            is a device or a pipe, which a rename would put an end to.
     """
     path = Path(os.path.realpath(path))
+    if is_special(path):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, and not a file", str(path))
     if not path.parent.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
@@ -51,6 +54,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):  # a read-only disk refuses to remove even what is not there
             temporary.unlink()
     sync(path.parent)
+
+
+def is_special(path: Path) -> bool:
+    """Return whether `path` is there and neither a file nor a folder: a device, a pipe, a socket."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from layerwise.files import is_special
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -140,6 +142,8 @@ def check_output(
         above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not folder and path.is_dir():
         raise typer.BadParameter(f"{option} {path} is a folder; name a file in it.")
+    if is_special(path):
+        raise typer.BadParameter(f"{option} {path} is a device or a pipe; name a file.")
     if new and path.exists():
         raise typer.BadParameter(f"{path} is there already; give another name to {option}, or remove it.")
     if not above.is_dir():

@@ -38,6 +38,12 @@ def test_a_folder_without_the_right_to_write_is_told(tmp_path: Path, monkeypatch
         output.check_output(tmp_path / "a.csv", "--out")
 
 
+def test_a_device_is_no_file_to_write(tmp_path: Path) -> None:
+    # told before any work
+    with pytest.raises(typer.BadParameter, match=r"-o /dev/null is a device or a pipe; name a file"):
+        output.check_output(Path("/dev/null"), "-o")
+
+
 def test_warnings_of_other_libraries_are_shown_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
     # with their place; ours are one line
     app = typer.Typer()

@@ -52,6 +52,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    # As root it would be: /dev/null, for the whole machine. A link to one, like /dev/stdout, is none either.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(OSError, match=r"it is a device or a pipe, and not a file: .*pipe'"):
+            files.write_text(path, "text")
+    assert pipe.is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_file_in_a_folder_that_is_not_there_is_told_by_the_folder(tmp_path: Path) -> None:
     # The error names the folder, and not the temporary file that nobody asked for.
     with pytest.raises(FileNotFoundError, match=r"there is no such folder: .*nowhere'$"):
