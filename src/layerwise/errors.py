@@ -156,10 +156,12 @@ def listed(summary: str, problems: Sequence[str], count: int = 10) -> str:
 def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return ``" Did you mean 'layer4'?"`` for the closest of `known`, or ``""`` when none is close.
 
+    `name` itself is no answer: a folder lists links to nothing, too.
+
     >>> did_you_mean("layer5", ["stem", "layer4", "head"], count=1)
     " Did you mean 'layer4'?"
     >>> did_you_mean("zzz", ["stem"])
     ''
     """
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name, [other for other in known if other != name], n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

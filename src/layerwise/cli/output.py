@@ -142,6 +142,8 @@ def check_output(
         above = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not folder and path.is_dir():
         raise typer.BadParameter(f"{option} {path} is a folder; name a file in it.")
+    if folder and path.is_symlink() and not path.exists():
+        raise typer.BadParameter(f"{option} {path} is a link to nothing. Name another place.")
     if is_special(path):
         raise typer.BadParameter(f"{option} {path} is a device or a pipe; name a file.")
     if new and path.exists():
@@ -175,14 +177,17 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             raise  # the reader of stdout has enough: typer's own affair
         except Exception as error:
-            if debug or not (isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+            cause: BaseException = error
+            if str(error).startswith("Symlink loop") and isinstance(error.__context__, OSError):
+                cause = error.__context__  # of Path.resolve, before Python 3.13
+            if debug or not (isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError"):
                 raise
             where = (
-                f"{getattr(error, 'filename', '')} cannot be read or written: "
-                if getattr(error, "filename", None)
+                f"{getattr(cause, 'filename', '')} cannot be read or written: "
+                if getattr(cause, "filename", None)
                 else ""
             )
-            typer.echo(f"{where}{getattr(error, 'strerror', None) or error}", err=True)
+            typer.echo(f"{where}{getattr(cause, 'strerror', None) or cause}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo(f"Interrupted; {error}" if str(error) else "Interrupted.", err=True)

@@ -57,6 +57,8 @@ def read_rows(
     suffix = path.suffix.lower()
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        if path.is_dir():
+            raise DataError(f"table {str(path)!r} is a folder; expected a file.")
         raise DataError(f"table {str(path)!r} does not exist.{did_you_mean(path.name, siblings)}")
     if suffix in DELIMITERS:
         names, rows = _read_delimited(path, DELIMITERS[suffix], encoding)
@@ -157,7 +159,7 @@ def _read_delimited(path: Path, delimiter: str, encoding: str) -> tuple[list[str
                 f"table {str(path)!r} is malformed at line {reader.line_num}: {error}. Check its quotes."
             ) from error
     if len(set(names)) < len(names):
-        raise DataError(f"table {str(path)!r} has two columns of one name: {', '.join(names)}.")
+        raise DataError(f"table {str(path)!r} has two columns of one name: {', '.join(names)}. Rename one.")
     if problems:
         raise DataError(
             f"table {str(path)!r} has {plural(len(names), 'column')} ({', '.join(names)}) but "

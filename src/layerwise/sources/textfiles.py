@@ -86,7 +86,8 @@ def _split_by_column(source: str, rows: list[Row], column: str) -> dict[str, lis
         part = PARTS.get(str(row[column]).strip().lower())
         if part is None:
             raise DataError(
-                f"row {number} of {source!r} has {row[column]!r} in {column!r}; expected train, val or test."
+                f"row {number} of {source!r} has {row[column]!r} in {column!r}; expected train, val or test. "
+                "Name the column that says it: --split-column."
             )
         parts.setdefault(part, []).append(row)
     return parts

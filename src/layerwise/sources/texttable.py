@@ -334,7 +334,9 @@ def _classes(
     train = seen["train"]
     problems = []
     if task == "text_classification" and len(train) == 1:
-        problems.append(f"there is one class ({next(iter(train))!r}); expected at least two")
+        problems.append(
+            f"there is one class ({next(iter(train))!r}); expected at least two. Add texts of another"
+        )
     if not train:
         problems.append("no training row has a label")
     for name, labels in seen.items():

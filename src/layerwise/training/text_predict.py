@@ -70,7 +70,8 @@ def read_texts(
         else:
             texts += _lines(_read(path, encoding), pair_column is not None)
     if not texts:
-        raise DataError(f"{', '.join(map(str, inputs)) or 'standard input'} holds no text.")
+        names = ("standard input" if str(name) == STDIN else str(name) for name in inputs or [STDIN])
+        raise DataError(f"{', '.join(names)} holds no text. Give texts, one a line, or a table of them.")
     return texts
 
 

@@ -44,6 +44,27 @@ def test_a_device_is_no_file_to_write(tmp_path: Path) -> None:
         output.check_output(Path("/dev/null"), "-o")
 
 
+def test_a_link_to_nothing_is_no_folder_to_make(tmp_path: Path) -> None:
+    # the system says that it exists, and only when all is read
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(typer.BadParameter, match=r"--out .*run is a link to nothing"):
+        output.check_output(tmp_path / "run", "--out", folder=True)
+
+
+def test_a_link_in_a_circle_is_told_as_one(tmp_path: Path) -> None:
+    # Path.resolve raises a RuntimeError for it, which is no fault of the program
+    link = tmp_path / "data.csv"
+    link.symlink_to(link)
+    shown = CliRunner().invoke(
+        main.app,
+        ["fit", "--model", "timm:resnet10t", "--data", str(link), "--strategy", "full", "--out", "x"],
+    )
+    assert shown.exit_code == 1
+    assert "data.csv" in shown.stderr
+    assert "symbolic links" in shown.stderr or "does not exist" in shown.stderr  # from Python 3.13 on
+    assert "Did you mean" not in shown.stderr
+
+
 def test_warnings_of_other_libraries_are_shown_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
     # with their place; ours are one line
     app = typer.Typer()

@@ -125,3 +125,10 @@ def test_long_cells_are_read_and_the_limit_of_csv_is_left_as_it_was(tmp_path):
     (tmp_path / "l.csv").write_text("text\n" + "x" * 300_000 + "\n")
     assert len(read_rows(tmp_path / "l.csv")[0]["text"]) == 300_000
     assert csv.field_size_limit() == before
+
+
+def test_a_folder_named_like_a_table_is_told_as_one(tmp_path):
+    # It does exist, so nothing like it is proposed.
+    (tmp_path / "d.csv").mkdir()
+    with pytest.raises(DataError, match=r"d\.csv' is a folder; expected a file\.$"):
+        read_rows(tmp_path / "d.csv")

@@ -71,7 +71,9 @@ def test_a_split_column(tmp_path):
     assert [len(part) for part in table.parts.values()] == [6, 2]
     with pytest.raises(DataError, match=r"no column 'split'.*'text', 'label', 'part'"):
         read_texts(path, split_column="split")
-    with pytest.raises(DataError, match=r"row 1 of .* has 'cats' in 'label'; expected train, val or test"):
+    with pytest.raises(
+        DataError, match=r"row 1 of .* has 'cats' in 'label'; expected train, val or test.*--split-column"
+    ):
         read_texts(path, split_column="label")
     write_csv(path, [("x", "cats", "val"), ("y", "dogs", "test")], ("text", "label", "part"))
     with pytest.raises(DataError, match=r"has no training rows \(parts: val, test\)"):
