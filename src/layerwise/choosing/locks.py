@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
-from layerwise.errors import warn
+from layerwise.errors import RunError, warn
+from layerwise.files import is_special
 
 
 class FileLock(AbstractContextManager[None]):
@@ -71,10 +72,19 @@ class JournalLock:
 
 @contextmanager
 def lock_beside(storage: str | Path | None) -> Iterator[AbstractContextManager[None]]:
-    """Yield a lock for those who share a journal file; one that never waits for a URL or memory (None)."""
+    """Yield a lock for those who share a journal file; one that never waits for a URL or memory (None).
+
+    Raises:
+        RunError: `storage` is there and no file; to read a device as a journal may never end.
+    """
     if storage is None or "://" in str(storage):
         yield nullcontext()
         return
+    if Path(storage).is_dir() or is_special(Path(storage)):
+        raise RunError(
+            f"the storage {str(storage)!r} is a folder, a device or a pipe. Expected the path of a journal "
+            "file, or a URL that Optuna knows, such as sqlite:///search.db."
+        )
     path = Path(f"{storage}.workers")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

@@ -40,8 +40,8 @@ def read_image(path: str | Path, *, channels: int = 3) -> Image:
         return _decode(path, channels)
     except _BadImageError as error:
         raise DataError(
-            f"{error}. Repair or remove the file, or leave such files out: --skip-bad-images "
-            f"(skip_bad_images=True)."
+            f"{error}. Repair or remove the file, or leave such files out: --skip-bad-images of "
+            f"layerwise fit and predict (skip_bad_images=True)."
         ) from error
 
 

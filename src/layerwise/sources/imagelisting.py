@@ -132,7 +132,7 @@ def list_table(
         raise DataError(
             listed(f"table {str(table)!r} has {plural(len(problems), 'bad row')}", problems)
             + "\nRepair or remove them; rows without a path or label can be left out: --skip-bad-rows "
-            "(skip_bad_rows=True)."
+            "of layerwise fit (skip_bad_rows=True)."
         )
     return Listing(parts, notes=unused_split(rows, split_column), skipped=tuple(skipped))
 

@@ -195,7 +195,8 @@ def _readable(
     if bad and not skip:
         raise DataError(
             listed(f"{len(bad)} of {len(every)} images cannot be read", list(bad.values()))
-            + "\nRepair or remove them, or leave them out: --skip-bad-images (skip_bad_images=True)."
+            + "\nRepair or remove them, or leave them out: --skip-bad-images of layerwise fit and predict "
+            "(skip_bad_images=True)."
         )
     kept: dict[str, Samples] = {part: [] for part in parts}
     for index, (part, path, label) in enumerate(every):

@@ -179,7 +179,8 @@ def read_texts(
         total = sum(map(len, found.parts.values()))
         raise DataError(
             listed(f"{len(bad)} of {total} rows cannot be used", [f"{row} {reason}" for row, reason in bad])
-            + "\nRepair or remove them, or leave them out: --skip-bad-rows (skip_bad_rows=True)."
+            + "\nRepair or remove them, or leave them out: --skip-bad-rows of layerwise fit "
+            "(skip_bad_rows=True)."
         )
     notes = list(found.notes)
     for name in [name for name, part in parts.items() if name != "train" and not len(part)]:

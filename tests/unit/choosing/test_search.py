@@ -529,6 +529,15 @@ def test_a_worker_that_dies_meanwhile_is_not_waited_for(model, data, tmp_path):
     assert found.run is not None
 
 
+@pytest.mark.parametrize("place", ["", "pipe"])
+def test_a_storage_that_is_no_file_is_refused(model, data, tmp_path, place):
+    # a device such as /dev/zero would be read until memory is full; no lock is left beside it
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RunError, match="is a folder, a device or a pipe"):
+        searched(model, data, trials=1, storage=tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_winner_under_another_name_is_still_known_as_one(model, data, tmp_path):
     # Its search goes on with it under its own name alone; to resume it as a run of objects would be wrong.
     made = searched(model, data, trials=1, epochs=1, out=tmp_path / "s").run.out

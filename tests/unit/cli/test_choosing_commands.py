@@ -56,6 +56,17 @@ def test_diagnose_prints_groups_and_json(images, weights, tmp_path):
     assert out.read_text().startswith("<svg")
 
 
+def test_what_cannot_be_read_is_left_out_by_options_that_there_are(tmp_path):
+    # fit has them; these commands would refuse them
+    make_images(tmp_path / "photos", count=4)
+    (tmp_path / "photos" / "red" / "1.png").write_text("no image")
+    told = command("advise", "timm:resnet10t", "--no-pretrained", "--data", tmp_path / "photos").stderr
+    assert "--skip-bad-images of layerwise fit and predict" in told.replace("\n", " ")
+    (tmp_path / "t.csv").write_text("path,label\nphotos/red/0.png,\n")
+    told = command("advise", "timm:resnet10t", "--no-pretrained", "--data", tmp_path / "t.csv").stderr
+    assert "--skip-bad-rows of layerwise fit" in told.replace("\n", " ")
+
+
 def test_signature_of_a_source_and_its_use(images, weights, tmp_path):
     # a flat folder is a source too; the target measured against its own images shows no shift
     path = tmp_path / "sig.safetensors"
