@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -92,4 +93,21 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    app()
+    try:
+        app()
+    finally:
+        _end_output(sys.stdout)
+
+
+def _end_output(stream: Any) -> None:
+    """Write what is left of the output; where that fails, say so and exit with 1.
+
+    Else Python tries it once more at its end, and tells an error that is "ignored".
+    """
+    try:
+        if stream is not None:  # so it is where it was closed before
+            stream.flush()
+    except OSError as error:
+        typer.echo(f"standard output cannot be written: {error.strerror}. Name another place.", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(1) from error
