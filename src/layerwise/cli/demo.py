@@ -11,7 +11,7 @@ import typer
 from layerwise.cli.demo_output import describe_arm, show_demo
 from layerwise.cli.demo_text import demo_text
 from layerwise.cli.options import refuse
-from layerwise.cli.output import JsonFlag, friendly, pasted, say, seed_of_all
+from layerwise.cli.output import JsonFlag, check_output, friendly, pasted, say, seed_of_all
 
 if TYPE_CHECKING:
     from layerwise.training.demo import Arm
@@ -50,6 +50,7 @@ def demo(
         refuse(context, ["per_topic", "data", "model"], "it is of the demo on texts (layerwise demo text)")
     began_s = time.monotonic()
     folder = out or _new_folder(Path("runs"), "demo" if what == "images" else "demo-text")
+    check_output(folder, "--out", folder=True)
     if what == "text":
         demo_text(
             folder,

@@ -59,3 +59,13 @@ def test_a_table_without_the_columns_is_not_told_of_options_of_fit(tmp_path):
     assert result.exit_code == 1
     assert "no column 'label'; its columns are 'text', 'topic'." in result.stderr
     assert "--label-column" not in result.stderr
+
+
+@pytest.mark.parametrize("what", ["images", "text"])
+def test_a_file_in_place_of_the_folder_is_told_before_anything_is_read(tmp_path, what):
+    # By its own name, and not that of a run in it.
+    (tmp_path / "file").write_text("mine")
+    result = CliRunner().invoke(app, ["demo", what, "--out", str(tmp_path / "file")])
+    assert result.exit_code == 2
+    assert "is a file. Name another place." in " ".join(result.stderr.replace("│", " ").split())
+    assert "Model:" not in result.stderr
