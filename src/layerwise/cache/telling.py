@@ -36,7 +36,7 @@ def described(supplies: Sequence[Supply]) -> str:
             lines.append(
                 f"{name}: no batch of this epoch was replayed: the model is called with other arguments "
                 f"(pass a number that changes as a tensor), or in another state (train or eval, what learns, "
-                f"autocast), than when it was looked at"
+                f"autocast, a setting of torch), than when it was looked at"
             )
     if not lines and any(supply.is_watched for supply in supplies):
         return "prefix cache: waiting for a batch that comes to the model outside of a TorchDispatchMode"

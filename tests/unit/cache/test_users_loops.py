@@ -441,6 +441,49 @@ def other_kernels_around_the_call(run: Run) -> None:
                 run.step(batch)
 
 
+@contextlib.contextmanager
+def multiplying_as(dtype: str) -> Iterator[None]:
+    """Within: torch's operations of 32-bit numbers may compute in another type (since torch 2.9)."""
+    settings = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+    try:
+        for setting in settings:
+            setting.fp32_precision = dtype
+        yield
+    finally:
+        for setting in settings:
+            setting.fp32_precision = "none"
+
+
+def multiplied_in_another_type_later(run: Run) -> None:
+    loader = run.loader(drop_last=True)
+    for epoch in range(EPOCHS):
+        with multiplying_as("bf16" if epoch else "none"):
+            for batch in run.batches(loader):
+                run.step(batch)
+
+
+def multiplied_in_another_type(run: Run) -> None:
+    loader = run.loader(drop_last=True)
+    with multiplying_as("bf16"):
+        for _ in range(EPOCHS):
+            for batch in run.batches(loader):
+                run.step(batch)
+
+
+def tiny_numbers_flushed_later(run: Run) -> None:
+    run.data.inputs *= 1e-39
+    with torch.no_grad():
+        run.model.body[0].weight *= 1e38
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        torch.set_flush_denormal(epoch > 0)
+        try:
+            for batch in run.batches(loader):
+                run.step(batch)
+        finally:
+            torch.set_flush_denormal(False)
+
+
 def parametrizations_kept(run: Run) -> None:
     parametrize.register_parametrization(run.model.tail[0], "weight", Doubled())
     loader = run.loader()
@@ -850,6 +893,9 @@ LOOPS: dict[Callable[[Run], None], str] = {
     corrupt_sample_passed_over: "off: a sample could not be loaded",
     workers_live_on: CACHED,
     other_kernels_around_the_call: "cut at body|other settings of torch",
+    multiplied_in_another_type_later: "off: the model is called under other settings of torch",
+    multiplied_in_another_type: CACHED,
+    tiny_numbers_flushed_later: "no batch of this epoch was replayed",
     parametrizations_kept: CACHED,
     inputs_logged_first: CACHED,
     features_collected_by_hooks: "hook",

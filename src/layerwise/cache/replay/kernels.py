@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Autocast = tuple[tuple[str, bool, torch.dtype], ...]
 """Kind of device, whether it is on, its type."""
 
+_TINIEST = 5e-324
+
 
 def backend_state(device: torch.device) -> list[Any]:
     """Return the settings by which torch chooses kernels on `device`, and the modes that see operations."""
@@ -31,15 +33,34 @@ def _dispatch_modes() -> list[Any]:
     return _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
 
 
+def _precisions(backend: str) -> list[Any]:
+    """Return in which types 32-bit numbers may be multiplied.
+
+    torch's former getters raise where its ``fp32_precision`` was set, which came with torch 2.9.
+    """
+    get = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if get is None:
+        return [torch._C._get_float32_matmul_precision()]
+    return [get(backend, kind) for kind in ("matmul", "conv", "rnn")]
+
+
+def _cudnn_multiplies_short() -> bool | None:
+    try:
+        return torch._C._get_cudnn_allow_tf32()
+    except RuntimeError:  # `_precisions` tells
+        return None
+
+
 _CHOOSING = (
     torch._C._get_flash_sdp_enabled,
     torch._C._get_mem_efficient_sdp_enabled,
     torch._C._get_math_sdp_enabled,
     torch._C._get_mkldnn_enabled,
     torch._C._get_deterministic_algorithms,
-    torch._C._get_float32_matmul_precision,
+    lambda: _precisions("mkldnn"),
     torch.get_num_threads,
     torch.get_default_dtype,
+    lambda: _TINIEST > 0,  # not so under torch.set_flush_denormal
     torch.backends.mha.get_fastpath_enabled,
     _function_modes,
     _dispatch_modes,
@@ -48,7 +69,8 @@ _CHOOSING_CUDNN = (
     torch._C._get_cudnn_enabled,
     torch._C._get_cudnn_benchmark,
     torch._C._get_cudnn_deterministic,
-    torch._C._get_cudnn_allow_tf32,
+    _cudnn_multiplies_short,
+    lambda: _precisions("cuda"),
 )
 
 
