@@ -178,6 +178,20 @@ def a_new_loader_for_each_epoch(run: Run) -> None:
                 run.losses.append(run.model(x).sum().item())
 
 
+def doubled(samples: list[tuple[Tensor, Tensor]]) -> Any:
+    x, y = default_collate(samples)
+    return x * 2, y
+
+
+def another_collate_function_of_the_loader(run: Run) -> None:
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        if epoch == 1:
+            loader.collate_fn = doubled
+        for batch in run.batches(loader):
+            run.step(batch)
+
+
 def draws_after_iter(run: Run) -> None:
     loader = run.loader()
     for _ in range(EPOCHS):
@@ -871,6 +885,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     two_loaders_of_one_data_set_zipped: CACHED,
     two_loaders_of_one_data_set_by_turns: CACHED,
     a_new_loader_for_each_epoch: r"\A.*loader 1.*\n.*loader 2[^\n]*\Z",
+    another_collate_function_of_the_loader: CACHED,
     draws_after_iter: CACHED,
     second_loader_goes_round: CACHED,
     other_samples_before_the_batch: CACHED,

@@ -70,8 +70,8 @@ class Contents:
         texts: by path.
         data: by path.
         files: number of texts that name a file, by path; "here" of those of which size and time were read.
-        read: paths of numbers and texts whose last name is read by code that makes samples; libraries' and
-            layerwise's own left out.
+        read: paths of numbers and texts, alone or in containers, whose last name is read by code that makes
+            samples, and of that code itself; libraries' and layerwise's own left out.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Contents:
         self._add(collate, "collate_fn", 0, words, None)
         self.texts = {path: found.hexdigest() for path, found in self._texts.items()}
         self.data = {path: found.hexdigest() for path, found in self._data.items()}
-        self.read = {path for path in self._numbers if path.rpartition(".")[2] in self._names}
+        self.read = {path for path in self._numbers if _last_name(path) in self._names}
 
     def differing(self, other: Contents) -> tuple[set[str], set[str]]:
         """Return the paths at which texts differ, and those at which data do."""
@@ -145,6 +145,7 @@ class Contents:
             self._looked[path] += 1  # of records the first ones
             self._add_files(items[:: -(-len(items) // _FILES) or 1], path, data[path])
         if _all_plain(items):
+            self._numbers.add(path)
             for start in range(0, len(items), _CHUNK):
                 data[path].update(marshal.dumps(items[start : start + _CHUNK], 2))  # 2: tells no sharing
             if not self._here:
@@ -174,7 +175,11 @@ class Contents:
         self._seen[id(thing)] = len(self._seen)
         attributes = _attributes(thing)
         if isinstance(thing, FunctionType) and not _is_of_others(thing):
-            self._names |= _read_by(thing.__code__, "LOAD_ATTR") | attributes.keys()
+            self._names |= _read_by(thing.__code__, "LOAD_ATTR") | attributes.keys() | {"__code__"}
+            if self._here:  # `_who` tells it "anywhere"
+                code = _below(path, "__code__")
+                self._texts[code].update(repr(_told(thing.__code__)).encode())
+                self._numbers.add(code)
         if not attributes and not self._here and " at 0x" not in (told := repr(thing)):
             texts.update(told.encode())
         if isinstance(thing, nn.Module | type):
@@ -260,6 +265,11 @@ def _differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
 
 def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _last_name(path: str) -> str:
+    """Return the name of an attribute by its path, or by that of an item in it."""
+    return path.rpartition(".")[2].partition("[")[0]
 
 
 def _items(thing: Any) -> list[Any]:

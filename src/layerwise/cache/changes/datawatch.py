@@ -23,10 +23,13 @@ class DataWatch:
     Args:
         dataset: whatever the loader reads; no sample was loaded yet.
         collate: what makes batches of its samples.
+
+    Attributes:
+        collate: the same; another one may be set.
     """
 
     def __init__(self, dataset: Any, collate: Any = None) -> None:
-        self._dataset, self._collate = dataset, collate
+        self._dataset, self.collate = dataset, collate
         self._loading = {"epoch"} if home(dataset).startswith("layerwise.") else set()  # what does not count
         self._last = self._now()
         self._samples: list[str] = []
@@ -58,7 +61,7 @@ class DataWatch:
         return (found[0] or "its items") if found else ""
 
     def _now(self) -> Contents:
-        return Contents(self._dataset, "here", self._loading, collate=self._collate)
+        return Contents(self._dataset, "here", self._loading, collate=self.collate)
 
     def _leave_out_changes(self, before: Contents) -> None:
         """Leave out what was changed since, and compare with the rest as it is now."""

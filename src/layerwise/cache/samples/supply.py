@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader
 
-from layerwise.cache.changes.alike import reads_alike
+from layerwise.cache.changes.alike import does_the_same, reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
 from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError
@@ -131,6 +131,9 @@ class Supply:
             what = f"it had {self.reader.size:,} samples, and has {size:,}"
             self.reader.size = size
         if self.watch is not None:
+            if not does_the_same(self.watch.collate, self.loader.collate_fn):
+                what = "collate_fn"
+            self.watch.collate = self.loader.collate_fn
             try:
                 with self.reader.unaffected():
                     what = self.watch.changed(self.reader.load_probes) or what

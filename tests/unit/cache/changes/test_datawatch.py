@@ -99,15 +99,44 @@ class Warm(Level):
         return torch.tensor([float(self.epoch > 1)])
 
 
+def easy(index: int) -> float:
+    return float(index)
+
+
+class ByFunction(Level):
+    """What a function of its file says of the hardest samples counts."""
+
+    options_of_all = {"level": 0}  # noqa: RUF012
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        level = LEVELS_OF["level"] + self.options_of_all["level"]
+        return torch.tensor([easy(index) + level if index > 26 else float(index)])
+
+
 LEVEL = 0
+LEVELS_OF = {"level": 0}
 LEVELS = {
     "attribute": ("level", Level, lambda d: setattr(d, "level", 1)),
     "of options": ("options.level", Level, lambda d: setattr(d.options, "level", 1)),
     "of several processes": ("shared._obj", Level, lambda d: setattr(d.shared, "value", 1)),
     "of the class": ("__class__.fixed", Level, lambda d: setattr(Level, "fixed", 1)),
     "global": ("__class__.now.fget.global LEVEL", Level, lambda d: globals().update(LEVEL=1)),
+    "in a global dictionary": (
+        "__class__.__getitem__.global LEVELS_OF", ByFunction, lambda d: LEVELS_OF.update(level=1)
+    ),
+    "in a dictionary of the class": (
+        "__class__.options_of_all", ByFunction, lambda d: d.options_of_all.update(level=1)
+    ),
+    "another function": (
+        "__class__.__getitem__.global easy", ByFunction,
+        lambda d: globals().update(easy=lambda index: index + 1.0)
+    ),
+    "other code of a function": (
+        "__class__.__getitem__.global easy.__code__", ByFunction,
+        lambda d: setattr(easy, "__code__", (lambda index: index + 1.0).__code__)
+    ),
     "epoch": ("epoch", Warm, lambda d: d.set_epoch(1)),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -115,6 +144,10 @@ def test_a_number_that_decides_about_few_samples(name, monkeypatch) -> None:
     # those that are loaded to compare them are not among them, or not yet
     monkeypatch.setattr(Level, "fixed", 0)
     monkeypatch.setitem(globals(), "LEVEL", 0)
+    monkeypatch.setitem(globals(), "easy", easy)
+    monkeypatch.setattr(easy, "__code__", easy.__code__)
+    monkeypatch.setitem(LEVELS_OF, "level", 0)
+    monkeypatch.setitem(ByFunction.options_of_all, "level", 0)
     path, kind, change = LEVELS[name]
     data = kind()
     load = lambda: [data[index] for index in (0, 13, 26)]  # noqa: E731
