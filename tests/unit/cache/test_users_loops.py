@@ -431,6 +431,15 @@ def frozen_weights_scaled_before_each_epoch(run: Run) -> None:
         assert len(run.cache.stock._held) == 2  # values and labels of the last epoch; what was stale is freed
 
 
+def statistics_written_in_the_middle_of_an_epoch(run: Run) -> None:
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for number, batch in enumerate(run.batches(loader)):
+            if (epoch, number) == (1, 2):
+                run.model.body[1].running_mean += 0.5
+            run.step(batch)
+
+
 def workers_live_on(run: Run) -> None:
     loader = run.loader(num_workers=1, persistent_workers=True)
     next(iter(loader))  # as for a layer map
@@ -730,7 +739,7 @@ class CallsItself(Net):
 def a_model_that_calls_itself(run: Run) -> None:
     run.take(CallsItself())
     simple(run)
-    assert not run.cached or run.data.loads <= 2 * len(run.data)  # the look at first samples counted
+    assert not run.cached or run.data.loads <= 2.5 * len(run.data)  # the look at first samples counted
 
 
 class ClassesInEvalMode(Net):
@@ -906,6 +915,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     a_new_loader_with_a_function_of_its_own_for_each_epoch: r"\Aprefix cache: memory, cut at body[^\n]*\Z",
     frozen_weights_scaled_before_each_epoch: CACHED,
     corrupt_sample_passed_over: "off: a sample could not be loaded",
+    statistics_written_in_the_middle_of_an_epoch: "off: the frozen weights change while an epoch runs",
     workers_live_on: CACHED,
     other_kernels_around_the_call: "cut at body|other settings of torch",
     multiplied_in_another_type_later: "off: the model is called under other settings of torch",

@@ -19,8 +19,8 @@ class Stillness:
 
     Autograd's version counters show most ways of writing, and the place in memory shows ``p.data = ...``. The
     content of a few small tensors, one in each part of the model, shows ``p.data.mul_``, as what moves the
-    weights of a part moves all of them. Of batch-norms in eval mode the count of batches is watched: it tells
-    that a pass in train mode has adapted their statistics.
+    weights of a part moves all of them. Of batch-norms in eval mode the buffers are watched: the count of
+    batches tells that a pass in train mode has adapted their statistics, whose versions do not show it.
 
     Args:
         modules: of the model, itself first.
@@ -28,8 +28,11 @@ class Stillness:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         frozen = [p for p in parameters_in(modules) if not p.requires_grad]
-        counts = [m.num_batches_tracked for m in modules if isinstance(m, _NormBase) and not m.training]
-        written = [*frozen, *(count for count in counts if count is not None)]
+        norms = [m for m in modules if isinstance(m, _NormBase) and not m.training]
+        written = [
+            *frozen,
+            *(buffer for norm in norms for buffer in norm._buffers.values() if buffer is not None),
+        ]
         self._versioned = [tensor for tensor in written if not tensor.is_inference()]  # those have none
         self._versions = [tensor._version for tensor in self._versioned]
         self._placed = [p for p in frozen if type(p) is nn.Parameter and p.device.type != "meta"]

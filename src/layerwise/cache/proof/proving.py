@@ -20,6 +20,8 @@ from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.feed import Feed
 from layerwise.errors import CacheError
 
+_COLLATED = "a sample of a batch depends on the other samples that are collated with it."
+
 
 def prove(
     feed: Feed,
@@ -119,7 +121,7 @@ def _loaded_again(
     A sample that is a batch by itself gets another one beside it, which is not of the batch.
 
     Raises:
-        CacheError: they are not the same this time.
+        CacheError: they are not the same this time, or one of them is not when it is collated with itself.
     """
     assert feed.shape is not None
     chosen = _positions(feed, len(indices)) if len(indices) > 1 else [0]
@@ -135,7 +137,12 @@ def _loaded_again(
     if feed.shape.has_other_values(batch):
         feed.reload = True  # per-sample values that are not tensors (names, strings)
     if not all(same_bits(leaf, part[: len(chosen)]) for leaf, part in zip(drawn, again)):
-        raise CacheError("a sample of a batch depends on the other samples that are collated with it.")
+        raise CacheError(_COLLATED)
+    for copies in (2, 3):  # however often its label was counted so far, it is another number now
+        with feed.reader.unaffected():
+            batch = feed.reader.load_now([indices[chosen[0]]] * copies)
+        if not all(map(same_bits, feed.shape.check(batch, copies), (leaf[[0] * copies] for leaf in drawn))):
+            raise CacheError(_COLLATED)
     return again, chosen
 
 

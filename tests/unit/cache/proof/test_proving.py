@@ -69,6 +69,26 @@ def test_a_collate_function_that_mixes_samples() -> None:
     assert "a sample of a batch depends on the other samples that are collated with it" in text
 
 
+@pytest.mark.parametrize("first", [[0, 1, 2, 3], [0, 1, 2, 2]])
+def test_a_collate_function_that_counts_labels(first) -> None:
+    # a label comes in the first batch as often as among its samples that are loaded again
+    def weighted(samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        return x, y, torch.bincount(y)[y] * 1.0
+
+    def data() -> Counted:
+        found = images()
+        found.labels[:4], found.labels[4:] = torch.tensor(first), 1
+        return found
+
+    text = off(
+        giving(lambda x: (x,)), data, "1",
+        step=lambda m, b: (nn.functional.cross_entropy(m(b[0]), b[1], reduction="none") * b[2]).mean(),
+        loader_options={"collate_fn": weighted, "shuffle": False},
+    )  # fmt: skip
+    assert "a sample of a batch depends on the other samples that are collated with it" in text
+
+
 def test_names_in_a_batch_are_loaded_again() -> None:
     # with ghosts in place of the images all the same
     seen = []
