@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -438,6 +439,46 @@ def statistics_written_in_the_middle_of_an_epoch(run: Run) -> None:
             if (epoch, number) == (1, 2):
                 run.model.body[1].running_mean += 0.5
             run.step(batch)
+
+
+class Configured(Net):
+    """Completes its configuration in its first pass, as transformers' classifiers do (`problem_type`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(kind=None, scale=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.config.kind = self.config.kind or "images"
+        return self.head(self.tail(self.body(x * self.config.scale)).mean((2, 3)))
+
+
+def a_configuration_completed_by_the_model_and_changed_by_the_loop(run: Run) -> None:
+    run.take(Configured())
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        run.model.config.scale = 1.0 + (epoch == 2)
+        for batch in run.batches(loader):
+            run.step(batch)
+
+
+class Lazy(Net):
+    """Sets a number in its first pass."""
+
+    scale: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = self.scale or 1.0
+        return self.head(self.tail(self.body(x * self.scale)).mean((2, 3)))
+
+
+def a_number_set_by_the_model_and_changed_by_the_loop(run: Run) -> None:
+    run.take(Lazy())
+    loader = run.loader()
+    for epoch in range(EPOCHS):
+        for batch in run.batches(loader):
+            run.step(batch)
+        run.model.scale = 1.0 + (epoch == 1)
 
 
 def workers_live_on(run: Run) -> None:
@@ -916,6 +957,8 @@ LOOPS: dict[Callable[[Run], None], str] = {
     frozen_weights_scaled_before_each_epoch: CACHED,
     corrupt_sample_passed_over: "off: a sample could not be loaded",
     statistics_written_in_the_middle_of_an_epoch: "off: the frozen weights change while an epoch runs",
+    a_configuration_completed_by_the_model_and_changed_by_the_loop: CACHED,
+    a_number_set_by_the_model_and_changed_by_the_loop: CACHED,
     workers_live_on: CACHED,
     other_kernels_around_the_call: "cut at body|other settings of torch",
     multiplied_in_another_type_later: "off: the model is called under other settings of torch",

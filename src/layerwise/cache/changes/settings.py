@@ -70,6 +70,7 @@ class Settings:
         self._numbers: dict[Any, int] = {}
         self._kept: list[Any] = []  # what is known by its identity must not give it to another object
         self._moving: set[_Key] = set()  # changed by the forward pass itself
+        self._completed: set[_Key] = set()  # changed by it once
         self._remembering: set[nn.Module] | None = None  # not known
         self._keeping: set[tuple[nn.Module, str]] = set()
         self.last = self.new = 0
@@ -108,12 +109,14 @@ class Settings:
     def after_forward(self) -> None:
         """Leave out from now on what the forward pass itself changed: `layerwise.layers.memory` judges it.
 
-        A table that a module made for itself is still watched. It may be made anew, for a longer text, and
-        then what was computed with the former one is worth nothing.
+        What changed for the first time is still watched, as a first pass may complete a configuration that
+        the loop changes later. So is a table that a module made for itself. It may be made anew, for a longer
+        text, and then what was computed with the former one is worth nothing.
         """
         changed = {key for key, value in self._attributes().items() if self._before.get(key) != value}
         tables = set(filter(self._is_table, changed))
-        self._moving |= changed - tables
+        self._moving |= changed & self._completed - tables
+        self._completed |= changed
         made_anew = any(self._before.get(key, _NOTHING) != _NOTHING for key in tables)
         self._save(None if made_anew else self.last)
 
