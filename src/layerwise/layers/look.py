@@ -72,6 +72,8 @@ class Look:
         if isinstance(thing, CONTAINERS):
             if len(thing) <= LARGE:
                 self._at_container(thing)
+                if isinstance(thing, dict):
+                    self.at_told(list, thing)  # equal dictionaries may have another order
         elif is_object(thing):
             if hasattr(thing, "__dict__"):
                 self._at_container(vars(thing))

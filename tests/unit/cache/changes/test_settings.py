@@ -81,6 +81,7 @@ def anew(layer: Any) -> None:
 
 AT_BATCHES = {
     "dict in dict": lambda m: m.nested["a"].update(c=1),
+    "order of a dict": lambda m: m.tensors.update(list=m.tensors.pop("list")),
     "list in dict in dict": lambda m: m.nested["a"]["b"].append(2),
     "list in list": lambda m: m.rows[0].__setitem__(0, 2.0),
     "list in tuple": lambda m: m.pair[0].append(1),
