@@ -182,6 +182,8 @@ class Contents:
                 self._numbers.add(code)
         if not attributes and not self._here and " at 0x" not in (told := repr(thing)):
             texts.update(told.encode())
+        if not attributes and self._here and into is not None:  # the pixels of an image
+            into[path].update(f"{id(thing)}\n".encode())
         if isinstance(thing, nn.Module | type):
             into = self._texts
         if id(kind) not in self._seen and not _is_library(kind.__module__):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from layerwise.cache.changes.contents import Contents
@@ -353,6 +354,10 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
     "bytes": (lambda: bytearray(9), lambda h: h.__setitem__(5, 1)),
     "compact array": (lambda: array("i", range(9)), lambda h: h.__setitem__(5, 1)),
     "memory that processes share": (lambda: (ctypes.c_int * 9)(), lambda h: h.__setitem__(5, 1)),
+    "images": (
+        lambda: [Image.new("L", (2, 2)) for _ in range(22)],
+        lambda h: h.__setitem__(5, Image.new("L", (2, 2), 9)),
+    ),
     "what holds itself": (circle, lambda h: h[0].update(y=7)),
 }  # fmt: skip
 
