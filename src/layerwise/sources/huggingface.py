@@ -97,7 +97,8 @@ def open_model(
         replaced, found = _loading_notes(spec, model, info, old_classes, num_classes)
         notes.extend(found)
     else:
-        model = _read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
+        made = _read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
+        model = made.float()  # transformers 4.56 asks the configuration all the same
         replaced = None
     if weights is not None:
         loaded = load_file(
