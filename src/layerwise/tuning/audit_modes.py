@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from layerwise.tuning.audit_setup import Finding, Setup
 from layerwise.tuning.modes import pinned
-from layerwise.tuning.norm_layers import small_batch_warning
+from layerwise.tuning.norm_layers import ADAPTING, small_batch_warning
 
 _HOLD = "layerwise.freeze_batchnorm(model), or drive the plan with layerwise.Tuner, which holds them"
 
@@ -76,6 +76,7 @@ def norms_that_move_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
         for norm in setup.norms
         if norm.kind == "running"
         and norm.module not in frozen
+        and norm.module not in ADAPTING
         and setup.training[norm.module]
         and _surroundings_frozen(setup, norm.name)
     ]
@@ -87,8 +88,8 @@ def norms_that_move_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
             "These batch-norms learn, and their statistics move, between layers that are frozen (the default "
             "of Lightning's and fastai's fine-tuning): the frozen part is not what it was pretrained to be, "
             "cannot be cached, and gradients run back through all of it.",
-            "freeze them as well (layerwise.freeze_batchnorm(backbone)), unless adapting is meant, which is "
-            "what Norms(policy='adapt') of a plan does",
+            "freeze them as well (layerwise.freeze_batchnorm(backbone)); if adapting is meant, say so in a "
+            "plan: Norms(policy='adapt')",
         )
 
 

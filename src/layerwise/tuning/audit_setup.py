@@ -15,7 +15,7 @@ from layerwise.errors import LayerwiseError, ModelError, named_kind, shorten
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import NormLayer, find_norms
 from layerwise.tuning.modes import held_modes
-from layerwise.tuning.norm_layers import frozen_norms
+from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 from layerwise.tuning.norms import look_through, module_owners
 from layerwise.tuning.wrappers import unwrapped
 
@@ -114,12 +114,12 @@ class Setup:
 
         With a layer map, those of groups without a trainable parameter. Without one, modules with frozen
         parameters only, and parameterless ones where that holds for the innermost module around them
-        that has parameters, or for their neighbours in an ``nn.Sequential``.
+        that has parameters, or for their neighbours in an ``nn.Sequential``. Norms that adapt are none.
         """
         if self.layers is not None:
             owners = module_owners(self.root, self.layers)
             learning = {self.home(name) for name, p in self.parameters.items() if p.requires_grad}
-            return frozenset(module for module, groups in owners.items() if not groups & learning)
+            return frozenset(m for m, groups in owners.items() if not groups & learning and m not in ADAPTING)
         still: set[nn.Module] = set()
         paths = dict(self.root.named_modules())
         frozen: dict[str, bool] = {}
@@ -132,7 +132,7 @@ class Setup:
                 frozen[path] = frozen.get(around, False) or _between_frozen(paths[around], module)
             if frozen[path]:
                 still.add(module)
-        return frozenset(still)
+        return frozenset(still.difference(ADAPTING))
 
     def home(self, name: str) -> str:
         """Return the layer group of a parameter; "" for one that the map does not know (a late adapter)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,18 +13,23 @@ from layerwise.layers.norms import NormLayer, find_norms
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.processes import distributed
 
+ADAPTING: WeakSet[nn.Module] = WeakSet()
+"""Norms that a plan's policy lets adapt, in frozen groups too."""
+
 
 def frozen_norms(model: nn.Module) -> tuple[NormLayer, ...]:
     """Return the norms with running statistics that are *meant* to be frozen, whatever mode they are in.
 
     That is: pinned, or affine parameters that do not require gradients. For a norm without affine
     parameters the parameters around it speak: those of the innermost module around it that has any,
-    and, where these differ, the last one registered before the norm.
+    and, where these differ, the last one registered before the norm. A norm that a plan's policy lets adapt
+    is not among them.
     """
     return tuple(
         norm
         for norm in find_norms(model)
-        if norm.kind == "running" and (pinned(norm.module) or _meant_frozen(model, norm))
+        if norm.kind == "running"
+        and (pinned(norm.module) or (norm.module not in ADAPTING and _meant_frozen(model, norm)))
     )
 
 

@@ -20,7 +20,7 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.settings import NormKind, Norms, moves_and_learns
 from layerwise.tuning.modes import first_encoder_layers, held_modes, pin_eval, pinned, unpin
-from layerwise.tuning.norm_layers import frozen_norms
+from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 
 _MOMENTUM = "_layerwise_momentum"  # where a norm keeps its own momentum while a policy replaces it
 
@@ -234,9 +234,11 @@ def apply_norms(
         if moves:
             adapting.append(norm.name)
             keep_awake.add(norm.module)
-            if own.policy in ("adapt", "freeze_until") and own.momentum is not None:
-                norm.module.__dict__[_MOMENTUM] = norm.module.momentum
-                norm.module.__dict__["momentum"] = own.momentum
+            if own.policy in ("adapt", "freeze_until"):
+                ADAPTING.add(norm.module)
+                if own.momentum is not None:
+                    norm.module.__dict__[_MOMENTUM] = norm.module.momentum
+                    norm.module.__dict__["momentum"] = own.momentum
         else:
             fixed.append(norm.name)
             keep_still.update(norm.module.modules())
@@ -272,6 +274,7 @@ def release_norms(model: nn.Module) -> None:
     """
     unpin(model.modules())
     for module in model.modules():
+        ADAPTING.discard(module)
         if _MOMENTUM in module.__dict__:
             module.__dict__["momentum"] = module.__dict__.pop(_MOMENTUM)
 

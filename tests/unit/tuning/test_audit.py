@@ -148,6 +148,17 @@ def test_a_norm_that_learns_between_frozen_layers(net):
         assert [f.module for f in report if f.code == "norm-trains-in-frozen-part"] == ["stem.1"]
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_that_a_plan_lets_adapt_are_no_fault(affine):
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=affine), nn.ReLU(), nn.Linear(4, 2))
+    layers, loader = map_by_children(net), DataLoader(torch.randn(32, 4), batch_size=16)
+    plan = linear_probe(layers, epochs=1, norms="adapt")
+    tuner = Tuner(net, plan, SGD, lr=0.1, steps_per_epoch=2, layers=layers)
+    for mode in (True, False):
+        report = audit(net.train(mode), tuner.optimizer, layers=layers, loader=loader)
+        assert report.codes <= {"head-below-backbone"}, str(report)
+
+
 def test_a_frozen_norm_without_statistics(net):
     net.stem[1] = nn.BatchNorm1d(4, track_running_stats=False)
     frozen(net, "stem")
