@@ -109,7 +109,8 @@ def _at_once(phase: Phase, layers: LayerMap, held: Collection[str]) -> int:
     total = sum(_trainable(group, values) for group in layers)
     if phase.sample_groups is None:
         return total
-    trunk = [group for group in layers if group.role == "trunk" and phase.trains(group.name)]
+    given = multipliers(phase, layers)
+    trunk = [g for g in layers if g.role == "trunk" and any(given[name] > 0 for name in g.parameters)]
     rest = trained(phase, layers, resting=[group.name for group in trunk], held=held)
     more = sorted(
         _trainable(group, values) - _trainable(group, rest)

@@ -13,6 +13,7 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers
+from layerwise.plans.timeline import learning
 from layerwise.tuning.matching import (
     check_learning,
     check_trains,
@@ -83,13 +84,11 @@ class Learners:
         phase = self._plan.phases[number]
         if phase.sample_groups is None:
             return None
-        learning = self.names_in(number)
+        planned, may_learn = learning(self._plan, number, self._layers), self.names_in(number)
         trunk = [
             group.name
             for group in self._layers
-            if group.role == "trunk"
-            and phase.trains(group.name)
-            and not learning.isdisjoint(group.parameters)
+            if group.role == "trunk" and group.name in planned and not may_learn.isdisjoint(group.parameters)
         ]
         order = torch.randperm(len(trunk), generator=generator).tolist()
         return sorted((trunk[i] for i in order[: phase.sample_groups]), key=trunk.index)

@@ -533,6 +533,45 @@ def test_phase_ends_when_validation_stalls() -> None:
     assert tuner.total_epochs == tuner.epoch == 7
 
 
+def test_validation_before_the_first_step_of_a_phase_is_not_its_own() -> None:
+    """After a phase in steps that filled an epoch, a phase in epochs counts from the next one."""
+    first = Phase(name="steps", rates={"head": 1.0}, steps=STEPS)
+    waits = Phase(
+        name="epochs",
+        rates={"head": 1.0},
+        epochs=4,
+        patience_epochs=2,
+        schedule=Schedule(shape="plateau", patience_epochs=1, factor=0.5),
+    )
+    tuner = make(Plan(groups=["b0", "b1", "b2", "head"], phases=[first, waits]))
+    values, rates, ended = iter([0.5, 0.1, 0.1, 0.1]), [], []
+
+    def metric(epoch: int) -> float:
+        rates.append(tuner.rates()["head"])
+        ended.append(tuner.phase_index)
+        return next(values)
+
+    train(tuner, metric=metric)
+    assert (tuner.epoch, tuner.step_count) == (4, 4 * STEPS)
+    assert ended == [1, 1, 1, 1]
+    assert rates == [0.01] * 4
+
+
+def test_a_phase_in_epochs_after_full_epochs_in_steps_ends_with_an_epoch() -> None:
+    """It begins with an epoch, and so ends with one when the loader gives fewer batches than were told."""
+    phases = [Phase(name="a", rates={"head": 1.0}, steps=STEPS), Phase(name="b", rates={"b2": 1.0}, epochs=1)]
+    tuner = make(Plan(groups=["b0", "b1", "b2", "head"], phases=phases))
+    for inputs, labels in batches(STEPS + 2, (6,), classes=3):
+        F.cross_entropy(tuner._model(inputs), labels).backward()
+        tuner.step()
+        if tuner.step_count == STEPS:
+            tuner.end_epoch()
+    with pytest.warns(LayerwiseWarning, match="had 2 optimiser steps"):
+        tuner.end_epoch()
+    assert tuner.done
+    assert (tuner.epoch, tuner.step_count) == (2, STEPS + 2)
+
+
 def test_plateau_lowers_the_rate_and_keeps_ratios() -> None:
     """The plateau schedule multiplies all rates by its factor each time validation stalls."""
     schedule = Schedule(shape="plateau", patience_epochs=1, factor=0.5, floor=0.2)
@@ -606,6 +645,31 @@ def test_lisa_draws_groups_and_frees_the_others() -> None:
     assert all(first == second for first, second in zip(drawn[::2], drawn[1::2]))
     assert len(set(drawn)) > 2
     assert tuner.trainable_names(0) == {name for name, _ in model.named_parameters()}
+
+
+def test_lisa_draws_groups_that_learn_by_overrides_alone() -> None:
+    """A trunk group of which single parameters learn is drawn in turn, and counts as one that is."""
+    phase = Phase(
+        name="draw",
+        rates={"b1": 1.0, "head": 1.0},
+        overrides={"b2.0.bias": 2.0},
+        steps=12,
+        sample_groups=1,
+        sample_every_steps=1,
+    )
+    tuner = make(Plan(groups=["b0", "b1", "b2", "head"], phases=[phase]))
+    (summary,) = tuner.plan.explain(tuner.layers, steps_per_epoch=STEPS).phases
+    drawn = set()
+    for epoch in tuner.epochs():
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            if tuner.done:
+                break
+            drawn.add(tuner.trainable_names())
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+    head = {"head.weight", "head.bias"}
+    assert drawn == {frozenset(head | {"b1.0.weight", "b1.0.bias"}), frozenset(head | {"b2.0.bias"})}
+    assert summary.trainable == max(sum(tuner._parameters[n].numel() for n in names) for names in drawn)
 
 
 def test_auto_rgn_follows_the_measured_gradients() -> None:
