@@ -342,7 +342,10 @@ class Tuner:
         progress.step_in_epoch = 0
         if self.done:
             return
-        progress.epochs_in_phase += 1
+        if progress.step_in_phase == 0:  # the phase before ended with this epoch's last step
+            progress.whole_epochs = self.phase.epochs is not None
+        else:
+            progress.epochs_in_phase += 1
         stalled = self._take_in(metric, mode)
         over = progress.whole_epochs and progress.epochs_in_phase >= (self.phase.epochs or 0)
         if over or stalled:
@@ -465,6 +468,9 @@ class Tuner:
     def _take_in(self, metric: float | None, mode: Mode) -> bool:
         """Count epochs without improvement; return whether the phase is to end because of them."""
         schedule, patience = self.phase.schedule, self.phase.patience_epochs
+        before = self._progress.step_in_phase == 0  # the epoch was one of the phase before
+        if before and schedule.span == "phase":
+            return False
         if metric is None:
             if patience is not None or schedule.shape == "plateau":
                 what = "phase ends when" if patience is not None else "schedule falls when"
@@ -477,7 +483,7 @@ class Tuner:
             return False
         if schedule.shape == "plateau":
             self._progress.stalls += self._plateau.runs_out(metric, mode, schedule.patience_epochs)
-        return self._stall.update(metric, mode) >= (patience or math.inf)
+        return not before and self._stall.update(metric, mode) >= (patience or math.inf)
 
     # ------------------------------------------------------------------ who learns
 
