@@ -127,6 +127,7 @@ class OptimizerBuilder:
     def _start(self, optimizer: torch.optim.Optimizer, parameters: Set[int]) -> None:
         """Give parameters, named by their ids, the state that they have in a new optimiser of this kind."""
         if not self._eager:
+            _even_momentum(optimizer)
             return
         groups = [
             {**group, "params": those}
@@ -159,6 +160,18 @@ def states_of(optimizer: Any) -> list[MutableMapping[Any, Any]]:
 def _drop_state(optimizer: Any, parameter: nn.Parameter) -> None:
     for state in states_of(optimizer):
         state.pop(parameter, None)
+
+
+def _even_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give joiners a momentum of zero beside others that have one: torch's fused SGD takes all or none."""
+    for group in optimizer.param_groups:
+        if not group.get("fused") or "dampening" not in group:
+            continue
+        for state in states_of(optimizer):
+            lacking = [p for p in group["params"] if state.get(p, {}).get("momentum_buffer") is None]
+            if len(lacking) < len(group["params"]):
+                for parameter in lacking:
+                    state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

@@ -56,7 +56,7 @@ class L2SP:
                 self.references[name] = parameter.detach().clone()
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drop the copies of `names`, as no later phase trains them."""
+        """Drop the copies of `names`, as no later phase pulls them or they have started anew."""
         for name in names:
             self.references.pop(name, None)
 

@@ -440,8 +440,9 @@ class Tuner:
                 if number >= first and phase.l2_sp
             )
         )
+        pulled &= pretrained_names(self.plan, first, self.layers)
         self._l2_sp.forget([name for name in self._l2_sp.references if name not in pulled])
-        wanted = pulled & self.trainable_names() & pretrained_names(self.plan, first, self.layers)
+        wanted = pulled & self.trainable_names()
         self._l2_sp.remember({name: p for name, p in self._parameters.items() if name in wanted})
 
     def _next_phase(self) -> None:

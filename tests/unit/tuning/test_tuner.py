@@ -386,6 +386,26 @@ def test_what_an_optimiser_keeps_in_a_group_stays_where_its_multiplier_changes()
     assert {int(group["step"]) for group in groups.values()} == {STEPS + 1}
 
 
+def test_biases_join_norms_that_have_momentum_under_fused_sgd() -> None:
+    """Torch's fused SGD takes the momentum of all of a param group or of none; joiners start as ever."""
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+        model = nn.Sequential(nn.Linear(6, 6), body, nn.Linear(6, 3))
+        tuner = make(
+            lambda layers: unfreezing.lp_ft(layers, epochs=2, norms=Norms(tune=True)),
+            model=model,
+            optimizer=torch.optim.SGD,
+            momentum=0.9,
+            fused=fused,
+        )
+        train(tuner)
+        weights.append(snapshot(model))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name])
+
+
 def test_weight_decay_applies_to_matrices_alone() -> None:
     """Matrices get the given decay, vectors none; without one matrices keep the optimiser's default."""
     for given, expected in ((0.3, 0.3), (None, 0.01)):
@@ -1073,6 +1093,23 @@ def test_a_state_of_a_model_with_other_parameters_is_refused() -> None:
     state = make(strategies.full, weight_decay=0.1).state_dict()
     with pytest.raises(PlanError, match=r"b0 \(no decay\).*, this one b0, b1.*Rebuild the model as it was"):
         make(strategies.full, weight_decay=0.1, model=plain).load_state_dict(state)
+
+
+def test_l2_sp_does_not_pull_a_group_back_that_starts_anew_later() -> None:
+    """Weights that it had before it started anew are no pretrained weights of what it is now."""
+    rows = [
+        Phase(name="a", rates={"b1": 1.0, "b2": 1.0}, epochs=1, l2_sp=0.1),
+        Phase(name="b", rates={"b1": 1.0, "b2": 1.0}, epochs=1, l2_sp=0.1, reinit=["b2"]),
+        Phase(name="c", rates={"b1": 1.0, "b2": 1.0}, epochs=1, l2_sp=0.1),
+    ]
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=rows))
+    pulled = []
+    for epoch in tuner.epochs():
+        pulled.append({name.split(".")[0] for name in tuner._l2_sp.references})
+        for inputs, labels in batches(STEPS, (6,), classes=3, seed=epoch):
+            F.cross_entropy(tuner._model(inputs), labels).backward()
+            tuner.step()
+    assert pulled == [{"b1", "b2"}, {"b1"}, {"b1"}]
 
 
 def test_l2_sp_forgets_what_no_later_phase_pulls() -> None:
