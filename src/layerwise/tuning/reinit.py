@@ -63,6 +63,12 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
             f"started anew: {', '.join(groups)}, but {keep} values, as their "
             f"modules have no reset_parameters(): {', '.join(kept)}",
         )
+    elsewhere = [  # tied weights that stand in another group
+        (parameter, parameter.detach().clone())
+        for module, own in modules
+        for name, parameter in zip(own, module.parameters(recurse=False))
+        if layers.aliases.get(name, name) not in wanted
+    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     held = unpin(module for module, _ in modules)  # a held norm keeps its statistics in reset_parameters
     try:
@@ -78,9 +84,11 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
                     initialise = _initialiser(module)
                     assert initialise is not None
                     initialise()
+            for parameter, value in elsewhere:
+                parameter.copy_(value)
     finally:
         pin_eval(held)
-    return tuple(name for _, own in modules for name in own)
+    return tuple(name for _, own in modules for name in own if layers.aliases.get(name, name) in wanted)
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

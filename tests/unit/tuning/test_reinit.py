@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import changed, map_by_children, snapshot, tiny_cnn
 from layerwise.errors import LayerwiseWarning, ModelError
+from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.tuning.norms import freeze_batchnorm
 from layerwise.tuning.reinit import reinit
 
@@ -57,6 +58,24 @@ def test_attention_is_started_anew_too() -> None:
     before = snapshot(model)
     reinit(model, map_by_children(model), ("attention",), seed=0)
     assert "attention.in_proj_weight" in changed(before, snapshot(model))
+
+
+def test_a_tied_weight_of_another_group_is_left() -> None:
+    """An output layer starts anew with its bias alone where its weight is the embedding table."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
+    model[2].weight = model[0].weight
+    groups = {"0": "stem", "1": "trunk", "2": "head"}
+    own = {"0": ("0.weight",), "1": ("1.weight", "1.bias"), "2": ("2.bias",)}
+    layers = LayerMap(
+        tuple(LayerGroup(name, role, (name,), own[name], 9) for name, role in groups.items()),
+        "layers",
+        aliases={"2.weight": "0.weight"},
+    )
+    before = snapshot(model)
+    assert reinit(model, layers, ("2",), seed=3) == ("2.bias",)
+    assert changed(before, snapshot(model)) == {"2.bias"}
+    assert {"0.weight", "2.bias"} <= set(reinit(model, layers, ("0", "2"), seed=3))
+    assert changed(before, snapshot(model)) == {"0.weight", "2.weight", "2.bias"}
 
 
 def test_a_module_without_initialisation_is_named_and_nothing_changes() -> None:
