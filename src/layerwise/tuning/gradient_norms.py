@@ -20,6 +20,7 @@ class RelativeGradientNorms:
         weights: group -> share of the largest relative gradient norm, in [0, 1]; 1 before the first
             measurement, and for a group whose weights are all zero (a new head may be).
         sums: group -> sum over the measured steps of this epoch.
+        counts: group -> number of these in which it learned.
         steps: number of these.
 
     Source: Lee et al. 2023, section 4.2.
@@ -28,21 +29,28 @@ class RelativeGradientNorms:
     def __init__(self) -> None:
         self.weights: dict[str, float] = {}
         self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.steps = 0
 
     def start_epoch(self) -> None:
         """Begin to measure anew; the weights stay until the first measurement."""
-        self.sums, self.steps = {}, 0
+        self.sums, self.counts, self.steps = {}, {}, 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data; ``RelativeGradientNorms.from_dict`` is its inverse."""
-        return {"weights": dict(self.weights), "sums": dict(self.sums), "steps": self.steps}
+        return {
+            "weights": dict(self.weights),
+            "sums": dict(self.sums),
+            "counts": dict(self.counts),
+            "steps": self.steps,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RelativeGradientNorms:
         """Build what `to_dict` was called on."""
         found = cls()
         found.weights, found.sums, found.steps = dict(data["weights"]), dict(data["sums"]), int(data["steps"])
+        found.counts = dict(data.get("counts", dict.fromkeys(found.sums, found.steps)))  # older states
         return found
 
     @torch.no_grad()
@@ -64,10 +72,15 @@ class RelativeGradientNorms:
             weight = _norm(list(parameters))
             ratio = gradients[name] / weight if weight > 0 else math.nan
             self.sums[name] = self.sums.get(name, 0.0) + ratio
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.steps += 1
-        known = {name: total for name, total in self.sums.items() if math.isfinite(total)}
+        known = {
+            name: total * (self.steps / self.counts[name])
+            for name, total in self.sums.items()
+            if math.isfinite(total)
+        }
         largest = max(known.values(), default=0.0)
-        self.weights = {
+        self.weights |= {
             name: known[name] / largest if name in known and largest > 0 else 1.0 for name in self.sums
         }
         return True

@@ -1149,3 +1149,18 @@ def test_relative_gradient_norms_are_measured_on_the_first_steps_of_an_epoch() -
     norms.start_epoch()
     assert norms.measure({"one": [one], "two": [two]})
     assert norms.weights == {"one": pytest.approx(0.2), "two": 1.0}
+
+
+def test_relative_gradient_norms_are_averages_over_the_steps_of_each_group() -> None:
+    """A group that LISA draws for a part of the steps is not slowed down; left out, it keeps its share."""
+    one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    norms = RelativeGradientNorms()
+    one.grad, two.grad = torch.ones(2), 2 * torch.ones(2)
+    norms.measure({"one": [one]})
+    again = RelativeGradientNorms.from_dict(norms.to_dict())
+    for measured in (norms, again):
+        measured.measure({"one": [one], "two": [two]})
+        assert measured.weights == {"one": 0.5, "two": 1.0}
+        measured.start_epoch()
+        measured.measure({"two": [two]})
+        assert measured.weights == {"one": 0.5, "two": 1.0}
