@@ -203,7 +203,8 @@ def apply_norms(
     root = look_through(model, layers)
     release_norms(root)
     owners = module_owners(root, layers)
-    canonical = {id(root.get_parameter(name)): name for group in layers for name in group.parameters}
+    home = {name: group.name for group in layers for name in group.parameters}
+    canonical = {id(root.get_parameter(name)): name for name in home}
 
     adapting, fixed, batch_only, held = [], [], [], []
     policies: dict[str, NormKind] = {}
@@ -212,15 +213,16 @@ def apply_norms(
     keep_awake: set[nn.Module] = set()
     keep_still: set[nn.Module] = set()
     for norm in find_norms(root):
-        groups = owners.get(norm.module, set())
-        group_frozen = bool(groups) and groups <= frozen
-        position = min((layers.names.index(group) for group in groups), default=0)
-        own = norms.of(layers.names[position])
         affine = [
             canonical[id(parameter)]
             for parameter in norm.module._parameters.values()
             if parameter is not None and id(parameter) in canonical
         ]
+        # One that shares its weight with a norm of another group stands wholly in neither.
+        groups = owners.get(norm.module) or {home[name] for name in affine}
+        group_frozen = bool(groups) and groups <= frozen
+        position = min((layers.names.index(group) for group in groups), default=0)
+        own = norms.of(layers.names[position])
         if norm.kind != "running":
             if norm.kind == "batch" and group_frozen:
                 batch_only.append(norm.name)
