@@ -52,7 +52,7 @@ def group_specs(
         exempt: names of matrices that do not decay either.
     """
     spared = set(exempt)
-    found = []
+    found: list[GroupSpec] = []
     for group in layers:
         split: dict[tuple[float, bool], list[str]] = {}
         for name in group.parameters:
@@ -63,9 +63,12 @@ def group_specs(
         highest = max((multiplier for multiplier, _ in split), default=0.0)
         for (multiplier, decays), names in sorted(split.items(), reverse=True):
             label = group.name if multiplier == highest else f"{group.name} x{multiplier:g}"
+            end = "" if decays else " (no decay)"
+            if any(label + end == other.name for other in found):
+                label = f"{group.name} x{multiplier!r}"
             found.append(
                 GroupSpec(
-                    name=label if decays else f"{label} (no decay)",
+                    name=label + end,
                     layer_group=group.name,
                     multiplier=multiplier,
                     decays=decays,

@@ -8,9 +8,11 @@ from torch import nn
 
 from helpers import map_by_children, tiny_cnn, tiny_mlp
 from layerwise.errors import PlanError
+from layerwise.plans.plan import Plan
 from layerwise.plans.strategies import discriminative, linear_probe
 from layerwise.plans.unfreezing import lp_ft
 from layerwise.tuning.param_groups import param_groups
+from layerwise.tuning.tuner import Tuner
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
@@ -36,6 +38,19 @@ def test_a_plan_gives_the_rates_of_a_phase() -> None:
     assert groups[1]["weight_decay"] == 0.0
     second = param_groups(model, lp_ft(layers), lr=0.1, layers=layers, phase=1)
     assert {group["layer_group"] for group in second} == {"b0", "b1", "head"}
+
+
+def test_rates_that_differ_by_little_stay_apart() -> None:
+    """Multipliers that read the same in six digits have param groups of their own names and rates."""
+    model = tiny_cnn()
+    layers = map_by_children(model)
+    rates = {"stem.0.bias": 0.1234567, "stem.1.bias": 0.12345671}
+    phase = {"name": "a", "rates": {"stem": 1.0}, "overrides": rates, "epochs": 1}
+    plan = Plan(groups=layers.names, phases=[phase])
+    tuner = Tuner(model, plan, torch.optim.SGD, lr=1.0, steps_per_epoch=1, layers=layers)
+    groups = tuner.optimizer.param_groups
+    assert len({group["name"] for group in groups}) == len(groups) == 4
+    assert {group["lr"] for group in groups} == {1.0, *rates.values()}
 
 
 def test_what_the_model_exempts_from_decay_does_not_decay() -> None:
