@@ -9,6 +9,7 @@ from torch import nn
 
 from layerwise.errors import ModelError, plural, warn
 from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Plan
 from layerwise.tuning.modes import pin_eval, unpin
 
 
@@ -34,29 +35,9 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
     Warns:
         LayerwiseWarning: vectors kept their values.
     """
-    wanted = {name for group in groups for name in layers[group].parameters}
-    modules = []
-    unknown: list[str] = []
-    kept: list[str] = []
+    wanted = _parameters_in(layers, groups)
+    modules, kept = _modules_in(model, layers, groups)
     init_weights: Any = getattr(model, "_init_weights", None) if _is_of_transformers(model) else None
-    for path, module in model.named_modules():
-        own = {
-            f"{path}.{name}" if path else name: parameter
-            for name, parameter in module.named_parameters(recurse=False)
-        }
-        if not wanted.intersection(own):
-            continue
-        if init_weights is not None or _initialiser(module) is not None:
-            modules.append((module, list(own)))
-        elif any(parameter.ndim > 1 for parameter in own.values()):
-            unknown.append(f"{path} ({type(module).__name__})")
-        else:
-            kept += own
-    if unknown:
-        raise ModelError(
-            f"these modules cannot be initialised anew, as their classes have no reset_parameters(): "
-            f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
-        )
     if kept:
         keep = plural(len(kept), "vector keeps its", "vectors keep their")
         warn(
@@ -89,6 +70,49 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
     finally:
         pin_eval(held)
     return tuple(name for _, own in modules for name in own if layers.aliases.get(name, name) in wanted)
+
+
+def check_reinit(model: nn.Module, layers: LayerMap, plan: Plan) -> None:
+    """Raise `ModelError` where a phase of `plan` starts anew what knows no initialisation."""
+    for phase in plan.phases:
+        _modules_in(model, layers, phase.reinit)
+
+
+def _parameters_in(layers: LayerMap, groups: tuple[str, ...]) -> set[str]:
+    return {name for group in groups for name in layers[group].parameters}
+
+
+def _modules_in(
+    model: nn.Module, layers: LayerMap, groups: tuple[str, ...]
+) -> tuple[list[tuple[nn.Module, list[str]]], list[str]]:
+    """Return the modules to start anew, each with the names of its own parameters; and what keeps its values.
+
+    Raises:
+        ModelError: see `reinit`.
+    """
+    wanted = _parameters_in(layers, groups)
+    modules = []
+    unknown: list[str] = []
+    kept: list[str] = []
+    for path, module in model.named_modules():
+        own = {
+            f"{path}.{name}" if path else name: parameter
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        if not wanted.intersection(own):
+            continue
+        if _is_of_transformers(model) or _initialiser(module) is not None:
+            modules.append((module, list(own)))
+        elif any(parameter.ndim > 1 for parameter in own.values()):
+            unknown.append(f"{path or 'the model itself'} ({type(module).__name__})")
+        else:
+            kept += own
+    if unknown:
+        raise ModelError(
+            f"these modules cannot be initialised anew, as their classes have no reset_parameters(): "
+            f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
+        )
+    return modules, kept
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

@@ -38,7 +38,7 @@ from layerwise.tuning.param_groups import GroupSpec
 from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates, rates_by_name
 from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained_names
-from layerwise.tuning.reinit import reinit
+from layerwise.tuning.reinit import check_reinit, reinit
 from layerwise.tuning.stall import Mode, Stall
 from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
 from layerwise.tuning.wrappers import unwrapped
@@ -73,7 +73,8 @@ class Tuner:
         PlanError: the plan was made for another model; `lr` or `steps_per_epoch` is out of range; the
             optimiser cannot be used.
         ModelError: the model has parameters that the layer map does not know; or it is wrapped by a
-            DistributedDataParallel that does not look for unused parameters, though the plan freezes.
+            DistributedDataParallel that does not look for unused parameters, though the plan freezes; or a
+            phase starts anew what knows no initialisation.
 
     >>> from layerwise.plans.strategies import linear_probe
     >>> from layerwise.layers.layermap import LayerGroup, LayerMap
@@ -120,6 +121,7 @@ class Tuner:
             optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
         )
         check_ddp(model, plan)
+        check_reinit(self._model, self.layers, plan)
         self._learners = Learners(self._model, plan, self.layers)
         self._parameters = self._learners.parameters
         self._generator = torch.Generator().manual_seed(seed)

@@ -9,8 +9,10 @@ from torch import nn
 from helpers import changed, map_by_children, snapshot, tiny_cnn
 from layerwise.errors import LayerwiseWarning, ModelError
 from layerwise.layers.layermap import LayerGroup, LayerMap
+from layerwise.plans.plan import Plan
 from layerwise.tuning.norms import freeze_batchnorm
 from layerwise.tuning.reinit import reinit
+from layerwise.tuning.tuner import Tuner
 
 
 def test_parameters_and_statistics_of_the_groups_start_anew() -> None:
@@ -94,6 +96,15 @@ def test_a_module_without_initialisation_is_named_and_nothing_changes() -> None:
     with pytest.raises(ModelError, match=r"scale \(Scale\)"):
         reinit(model, map_by_children(model), ("scale", "head"), seed=0)
     assert not changed(before, snapshot(model))
+    layers = map_by_children(model)
+    rows = [
+        {"name": "a", "rates": {"head": 1.0}, "epochs": 9},
+        {"name": "b", "rates": {"scale": 1.0}, "epochs": 1, "reinit": ["scale"]},
+    ]
+    plan = Plan(groups=layers.names, phases=rows)
+    with pytest.raises(ModelError, match=r"scale \(Scale\)"):  # at once, not when the phase begins
+        Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_vector_without_initialisation_is_kept_and_told() -> None:
