@@ -190,11 +190,18 @@ def _value(text: str, whole: str) -> Any:
     if text.startswith("[") and text.endswith("]"):
         return [_value(piece, whole) for piece in _pieces(text[1:-1], whole)]
     if text.startswith("{") and text.endswith("}"):
-        pairs = [piece.rpartition(":") for piece in _pieces(text[1:-1], whole)]
-        return {_value(key, whole): _value(value, whole) for key, _, value in pairs}
+        pairs = [_pair(piece) for piece in _pieces(text[1:-1], whole)]
+        return {_value(key, whole): _value(value, whole) for key, value in pairs}
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return _Quoted(text[1:-1])
     return text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Return `text` cut at the last colon outside of braces; the key may be a range with its own."""
+    brace = text.find("{")
+    end = text.rfind(":", 0, brace if brace >= 0 else None)
+    return text[: max(end, 0)], text[end + 1 :]
 
 
 def _parameters(function: Callable[..., Plan]) -> dict[str, Any]:
@@ -209,12 +216,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
     Whole numbers are tried before words, so that ``frozen=2`` counts groups and ``frozen=layer2`` names one.
     """
-    if isinstance(value, list):
-        value = [_number(item) for item in value]
-    elif isinstance(value, dict):
-        value = {key: _number(item) for key, item in value.items()}
-    else:
-        value = _number(value)
+    value = _numbers(value)
     if value in ("true", "false") and _accepts(hint, bool):
         return value == "true"
     config = ConfigDict(arbitrary_types_allowed=True)
@@ -233,6 +235,15 @@ def _count_or_name(value: Any, hint: Any, layers: LayerMap) -> str:
                 f"or a range (:NAME) for the first ones"
             )
     return ""
+
+
+def _numbers(value: Any) -> Any:
+    """Return `value` with the texts in it that are numbers as numbers."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    return _number(value)
 
 
 def _number(text: Any) -> Any:

@@ -9,6 +9,7 @@ from layerwise.errors import PlanError
 from layerwise.plans import recipes, strategies, unfreezing
 from layerwise.plans.parsing import STRATEGIES, parse_strategy
 from layerwise.plans.plan import Plan
+from layerwise.plans.settings import Norms
 
 LAYERS = resnet_map()
 
@@ -35,6 +36,16 @@ LAYERS = resnet_map()
         (
             "full(schedule=cosine, norms=freeze, epochs=3)",
             strategies.full(LAYERS, schedule="cosine", norms="freeze", epochs=3),
+        ),
+        (
+            "full(norms={policy: freeze, groups: {layer3: adapt, fc: {policy: adapt, rate: 1/2}}})",
+            strategies.full(
+                LAYERS,
+                norms=Norms(
+                    policy="freeze",
+                    groups={"layer3": "adapt", "fc": Norms(policy="adapt", rate=0.5)},
+                ),
+            ),
         ),
         ("full(frozen_dropout=true)", strategies.full(LAYERS, frozen_dropout=True)),
         ("gradual_unfreezing:patience_epochs=2", unfreezing.gradual_unfreezing(LAYERS, patience_epochs=2)),
