@@ -64,9 +64,15 @@ class Learners:
     def names_in(self, number: int) -> frozenset[str]:
         """Return the names of the parameters that learn in a phase, or may be drawn in it (LISA)."""
         if number not in self._names:
-            values, _ = self._multipliers(number, None)
+            # Where groups are drawn, norms may learn just while their group is not.
+            draws: list[list[str] | None] = [None]
+            if self._plan.phases[number].sample_groups:
+                draws.append([])
+            found = [self._multipliers(number, drawn)[0] for drawn in draws]
             self._multipliers(*self._standing)  # asking must not change the model
-            self._names[number] = frozenset(name for name, value in values.items() if value > 0)
+            self._names[number] = frozenset(
+                name for values in found for name, value in values.items() if value > 0
+            )
         return self._names[number]
 
     def draw(self, number: int, generator: torch.Generator) -> list[str] | None:

@@ -692,6 +692,28 @@ def test_lisa_draws_groups_that_learn_by_overrides_alone() -> None:
     assert summary.trainable == max(sum(tuner._parameters[n].numel() for n in names) for names in drawn)
 
 
+def test_trainable_names_hold_norms_that_learn_while_lisa_lets_their_group_rest() -> None:
+    """A norm that its group's overrides leave out learns by the norm policy where the group is not drawn."""
+    body = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    model = nn.Sequential(nn.Linear(6, 6), body, nn.Linear(6, 6), nn.Linear(6, 3))
+    phase = Phase(
+        name="draw",
+        rates={"2": 1.0, "3": 1.0},
+        overrides={"1.0.weight": 1.0},
+        epochs=1,
+        norms=Norms(policy="adapt"),
+        sample_groups=1,
+        sample_every_steps=1,
+    )
+    tuner = make(lambda layers: Plan(groups=layers.names, phases=[phase]), model=model)
+    seen = set()
+    for seed in range(8):
+        tuner = make(tuner.plan, model=model, seed=seed)
+        assert tuner.trainable_names() <= tuner.trainable_names(0)
+        seen.add("1.1.weight" in tuner.trainable_names())
+    assert seen == {True, False}
+
+
 def test_auto_rgn_follows_the_measured_gradients() -> None:
     """Rates are shares of the largest |gradient| / |weights|, as computed by hand on the first step."""
     model = tiny_mlp(blocks=1)
