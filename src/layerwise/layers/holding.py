@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -103,6 +104,27 @@ def classes_of(modules: Iterable[nn.Module]) -> list[type]:
     kinds = dict.fromkeys(map(type, modules))
     found = {base: None for kind in kinds for base in kind.__mro__}
     return [c for c in found if not f"{c.__module__}.".startswith(("builtins.", "torch.", "typing.", "abc."))]
+
+
+def classes_held(modules: Iterable[nn.Module]) -> list[type]:
+    """Return the classes that modules hold, or objects of which they hold, such as a configuration's.
+
+    So are their bases; those of Python and of installed packages are left out.
+    """
+    found: dict[type, None] = {}
+    values = [value for m in modules for name, value in vars(m).items() if name not in OF_EVERY_MODULE]
+    for _ in range(DEPTH):
+        values = list({id(value): value for value in values}.values())
+        kinds = [v if isinstance(v, type) else type(v) for v in values if isinstance(v, type) or is_object(v)]
+        found |= {base: None for kind in kinds for base in kind.__mro__ if not is_installed(base.__module__)}
+        values = [item for value in values for item in held(value)]
+    return list(found)
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a Python module came with Python or was installed."""
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return module.split(".")[0] in sys.stdlib_module_names or "-packages" in file
 
 
 def class_attributes(kind: type) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from gc import get_referents
-from operator import getitem
+from operator import getitem, is_
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,6 @@ class Look:
         if isinstance(thing, CONTAINERS):
             if len(thing) <= LARGE:
                 self._at_container(thing)
-                if isinstance(thing, dict):
-                    self.at_told(list, thing)  # equal dictionaries may have another order
         elif is_object(thing):
             if hasattr(thing, "__dict__"):
                 self._at_container(vars(thing))
@@ -83,8 +81,7 @@ class Look:
     def _at_container(self, thing: Any) -> None:
         if isinstance(thing, tuple | frozenset):
             return  # always holds the same
-        content = next(kind(thing) for kind in (dict, list, set, deque) if isinstance(thing, kind))
-        self._containers.append((thing, content))
+        self._containers.append((thing, thing.copy() if isinstance(thing, set) else _in_order(thing)))
         pairs = thing.items() if isinstance(thing, dict) else enumerate(thing)
         for key, item in pairs if not isinstance(thing, set) else ():
             self._note_box(thing, key, item)
@@ -100,14 +97,30 @@ class Look:
         """Return whether nothing of all that has changed."""
         try:
             return (
-                list(map(getitem, self._owners, self._names)) == self._values
+                _are_same(list(map(getitem, self._owners, self._names)), self._values)
                 and list(map(len, self._sized)) == self._lengths
                 and get_referents(*self._tables) == self._entries  # values, and faster than asking for them
                 and all([owner[key] is item for owner, key, item in self._same])
-                and all([now == before for now, before in self._containers])
+                and all([_holds(now, before) for now, before in self._containers])
                 and all([tensor._version == version for tensor, version in self._versions])
                 and all([torch.equal(now, before) for now, before in self._contents])
                 and all([tell(thing) == before for tell, thing, before in self._told])
             )
         except Exception:  # two things cannot be compared (whatever their class says to that): they differ
             return False
+
+
+def _in_order(container: dict[Any, Any] | list[Any] | deque[Any]) -> list[Any]:
+    """Return what a container holds; of dictionaries keys too, as equal ones may have another order."""
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _holds(container: Any, before: Any) -> bool:
+    return container == before if isinstance(container, set) else _are_same(_in_order(container), before)
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    """Return whether two lists hold the same. Of ``True``, 1 and 1.0 none is, nor of 0.0 and -0.0."""
+    if len(now) == len(before) and all(map(is_, now, before)):
+        return True
+    return now == before and all(one is other or repr(one) == repr(other) for one, other in zip(now, before))

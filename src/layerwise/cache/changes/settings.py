@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from layerwise.layers.holding import (
     SCALARS,
     attributes_of,
     class_attributes,
+    classes_held,
     classes_of,
     held,
     home,
@@ -44,6 +45,8 @@ from layerwise.layers.look import Look
 from layerwise.layers.memory import GLOBAL_HOOKS
 
 _TINY = 16  # numbers: a tensor or an array of so many is compared by content, as a number is
+
+_FUNCTIONS = (FunctionType, staticmethod, classmethod, property)
 
 _NOTHING = repr(None)
 
@@ -93,7 +96,8 @@ class Settings:
         if self.new <= 1:  # one an epoch is a schedule
             self.new = 0
         if modules != self._modules or not (self._is_same() and self._at_epochs.is_same()):
-            self._modules, self._classes = modules, classes_of(modules)
+            self._modules = modules
+            self._classes = list(dict.fromkeys([*classes_of(modules), *classes_held(modules)]))
             self._save()
 
     def number(self) -> int:
@@ -173,8 +177,9 @@ class Settings:
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
             for name, value in vars(kind).items():
-                if isinstance(value, FunctionType):
+                if isinstance(value, _FUNCTIONS):
                     self._at_epochs.at_item(vars(kind), name)
+                    self._at_epochs.at_told(_code_of, value)
         for owner, name, key in self._items():
             if key not in self._moving and not _is_ours(owner[name]):
                 (self._at_epochs if self._is_constant(key) else self._at_batches).at_item(owner, name)
@@ -209,6 +214,10 @@ class Settings:
 
     def _look_into(self, value: Any, seen: dict[int, int], depth: int = 0) -> None:
         """Have what an attribute holds compared; `seen` says how deep down a thing was already met."""
+        if isinstance(value, FunctionType):
+            self._at_epochs.at_told(_code_of, value)
+        if isinstance(value, MethodType):
+            value = value.__self__
         if type(value) in LEAVES or seen.get(id(value), DEPTH + 1) <= depth:
             return
         seen[id(value)] = depth
@@ -254,7 +263,7 @@ class Settings:
             found[-1 - len(self._classes) - number, "hidden"] = self._state_of(module)
         for index, kind in enumerate(self._classes):
             found[-1 - index, "__dict__"] = tuple(
-                v for v in vars(kind).values() if isinstance(v, FunctionType)
+                (v, _code_of(v)) for v in vars(kind).values() if isinstance(v, _FUNCTIONS)
             )
         return found
 
@@ -297,6 +306,10 @@ def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
 
 def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
     name = type(value).__name__
+    if isinstance(value, FunctionType):
+        return f"{name} {id(value)} {hash(_code_of(value))}"
+    if isinstance(value, MethodType):
+        return f"{name} {value.__name__} {_known(value.__self__, memo, depth + 1)}"
     if depth > DEPTH or (isinstance(value, CONTAINERS) and len(value) > LARGE):
         return f"{name} {id(value)}"
     items: Mapping[Any, Any]
@@ -309,6 +322,13 @@ def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
     else:
         return f"{name} {id(value)}"
     return f"{name} {[f'{key!r}: {_known(item, memo, depth + 1)}' for key, item in items.items()]}"
+
+
+def _code_of(function: Any) -> tuple[Any, ...]:
+    """Return what a notebook's autoreload writes anew where the source of a function changed."""
+    function = getattr(function, "__func__", None) or getattr(function, "fget", None) or function
+    defaults = [getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__")]
+    return getattr(function, "__code__", None), repr(defaults)
 
 
 def _kinds(modules: Iterable[nn.Module]) -> list[type]:

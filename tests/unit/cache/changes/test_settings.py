@@ -28,6 +28,35 @@ class Slotted:
         self.scale = 1.0
 
 
+class Shared:
+    """A configuration that is a class."""
+
+    scale = 1.0
+
+
+class Config:
+    """Its objects have what their class has."""
+
+    scale = 1.0
+
+    def __init__(self) -> None:
+        self.own = 1.0
+
+    def value(self) -> float:
+        """Return a number of the object's."""
+        return self.own
+
+
+def helper(x: Any = 1.0) -> Any:
+    """Return what is given."""
+    return x
+
+
+def other_helper(x: Any = 1.0) -> Any:
+    """Return something else."""
+    return -x
+
+
 class Base(nn.Module):
     """Its attributes are inherited."""
 
@@ -35,6 +64,15 @@ class Base(nn.Module):
 
     def helper(self) -> None:
         """Do nothing."""
+
+    def edited(self, scale: float = 1.0) -> float:
+        """Return what is given."""
+        return scale
+
+    @property
+    def level(self) -> float:
+        """Return a number."""
+        return 1.0
 
 
 class Layer(Base):
@@ -60,6 +98,9 @@ class Layer(Base):
         self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
         self.register_buffer("later", None)
         self.act = nn.Tanh()
+        self.whole, self.zero, self.wholes, self.mixed = 1, 0.0, [1], {"a": 1}
+        self.shared, self.config, self.function = Shared, [Config()], helper
+        self.bound = Config().value
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(x)
@@ -100,6 +141,14 @@ AT_BATCHES = {
     "list that a partial function was given": lambda m: m.partial.args[0].append(2.0),
     "sparse": lambda m: m.graph.mul_(2),
     "quantised": lambda m: m.codes.copy_(quantised(2.0)),
+    "number of another type": lambda m: setattr(m, "whole", 1.0),
+    "number that is true": lambda m: setattr(m, "whole", True),
+    "sign of zero": lambda m: setattr(m, "zero", -0.0),
+    "number of another type in a list": lambda m: m.wholes.__setitem__(0, True),
+    "number of another type in a dict": lambda m: m.mixed.update(a=1.0),
+    "class that is an attribute": lambda m: setattr(Shared, "scale", 2.0),
+    "class of an object": lambda m: setattr(Config, "scale", 2.0),
+    "object of a bound method": lambda m: setattr(m.bound.__self__, "own", 2.0),
     "buffer that was none": lambda m: setattr(m, "later", torch.ones(1)),
     "new buffer": lambda m: m.register_buffer("new", torch.ones(1)),
     "hook": lambda m: m.linear.register_forward_hook(lambda *a: None),
@@ -119,6 +168,12 @@ AT_EPOCHS = {
     "another class of torch's": lambda m: setattr(m.act, "__class__", nn.Sigmoid),
     "another method of the class": lambda m: setattr(Layer, "forward", Other.forward),
     "another method of a base class": lambda m: setattr(Base, "helper", Other.forward),
+    "other code of a method": lambda m: setattr(Base.edited, "__code__", Other.forward.__code__),
+    "other defaults of a method": lambda m: setattr(Base.edited, "__defaults__", (2.0,)),
+    "another property": lambda m: setattr(Base, "level", property(lambda self: 2.0)),
+    "another method of an object's class": lambda m: setattr(Config, "value", lambda self: 2.0),
+    "other code of a function": lambda m: setattr(helper, "__code__", other_helper.__code__),
+    "other defaults of a function": lambda m: setattr(helper, "__defaults__", (2.0,)),
 }
 
 
@@ -161,6 +216,13 @@ def layer(monkeypatch) -> nn.Module:
     monkeypatch.delattr(Layer, "limit")
     monkeypatch.setattr(Layer, "forward", Layer.forward)
     monkeypatch.setattr(Base, "helper", Base.helper)
+    monkeypatch.setattr(Base, "level", Base.level)
+    monkeypatch.setattr(Shared, "scale", 1.0)
+    monkeypatch.setattr(Config, "scale", 1.0)
+    monkeypatch.setattr(Config, "value", Config.value)
+    for function in (helper, Base.edited):
+        monkeypatch.setattr(function, "__code__", function.__code__)
+        monkeypatch.setattr(function, "__defaults__", function.__defaults__)
     made = Layer()
     made.hook = made.linear.register_forward_hook(lambda *a: None)
     return made
