@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from layerwise.layers.forms import dense
-from layerwise.layers.holding import home, slots_of
+from layerwise.layers.holding import home, is_installed, slots_of
 
 _DEPTH = 10  # objects and containers in others: a Subset of a data set with a Compose of transforms
 _WORDS = 2**18  # numbers that are compared of an attribute; of more, a quarter as many, spread evenly
@@ -134,6 +134,10 @@ class Contents:
             self._add_table(thing, path, words, data)
         elif isinstance(thing, dict | list | tuple | set | frozenset | deque | np.ndarray):
             self._add_items(thing, path, depth, words, into)
+            if hasattr(thing, "__dict__"):  # of a class of its own
+                self._add_class(thing, path, depth, words, into)
+                for name, value in vars(thing).items():
+                    self._add(value, _below(path, name), depth + 1, words, into)
         else:
             self._add_object(thing, path, depth, words, into)
 
@@ -180,16 +184,21 @@ class Contents:
                 code = _below(path, "__code__")
                 self._texts[code].update(repr(_told(thing.__code__)).encode())
                 self._numbers.add(code)
-        if not attributes and not self._here and " at 0x" not in (told := repr(thing)):
+        if not attributes and " at 0x" not in (told := repr(thing)):
             texts.update(told.encode())
+            self._numbers.add(path)
         if not attributes and self._here and into is not None:  # the pixels of an image
             into[path].update(f"{id(thing)}\n".encode())
         if isinstance(thing, nn.Module | type):
             into = self._texts
-        if id(kind) not in self._seen and not _is_library(kind.__module__):
-            self._add(kind, _below(path, "__class__"), depth + 1, words, into)
+        self._add_class(thing, path, depth, words, into)
         for name, value in attributes.items():
             self._add(value, _below(path, name), depth + 1, words, into)
+
+    def _add_class(self, thing: Any, path: str, depth: int, words: int, into: _Hashes | None) -> None:
+        kind = type(thing)
+        if id(kind) not in self._seen and not is_installed(kind.__module__):
+            self._add(kind, _below(path, "__class__"), depth + 1, words, into)
 
     def _who(self, thing: Any) -> str:
         if self._here:
@@ -295,7 +304,7 @@ def _all_plain(items: list[Any]) -> bool:
 def _attributes(thing: Any) -> dict[str, Any]:
     """Return what an object holds, by name; of a class, what it and its bases define, libraries' left out."""
     if isinstance(thing, type):
-        kinds = [kind for kind in thing.__mro__[::-1] if not _is_library(kind.__module__)]
+        kinds = [kind for kind in thing.__mro__[::-1] if not is_installed(kind.__module__)]
         return {
             name: value
             for kind in kinds
@@ -313,7 +322,7 @@ def _attributes(thing: Any) -> dict[str, Any]:
         cells = enumerate(thing.__closure__ or ())
         found = {f"closure {number}": getattr(cell, "cell_contents", None) for number, cell in cells}
         found |= {"defaults": thing.__defaults__, "named defaults": thing.__kwdefaults__}
-        if not _is_library(thing.__module__ or ""):
+        if not is_installed(thing.__module__ or ""):
             read = _read_by(thing.__code__, "LOAD_GLOBAL") & thing.__globals__.keys()
             found |= {f"global {name}": thing.__globals__[name] for name in sorted(read)}
     elif isinstance(thing, functools.partial):
@@ -346,15 +355,9 @@ def _read_by(code: CodeType, kind: Literal["LOAD_GLOBAL", "LOAD_ATTR"]) -> froze
 
 
 @functools.lru_cache(maxsize=256)
-def _is_library(module: str) -> bool:
-    """Return whether this Python module came with Python or was installed."""
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return module.split(".")[0] in sys.stdlib_module_names or "-packages" in file
-
-
 def _is_of_others(function: FunctionType) -> bool:
     """Return whether a function is a library's, or layerwise's own."""
-    return _is_library(function.__module__ or "") or home(function).startswith("layerwise.")
+    return is_installed(function.__module__ or "") or home(function).startswith("layerwise.")
 
 
 def _is_table(kind: type) -> bool:

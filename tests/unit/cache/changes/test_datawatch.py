@@ -114,6 +114,29 @@ class ByFunction(Level):
         return torch.tensor([easy(index) + level if index > 26 else float(index)])
 
 
+class Part(Level):
+    """The part of the samples that changes is a setting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = slice(0, 0)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([float(index + self.part.stop if index > 26 else index)])
+
+
+class Listed(list[float]):
+    """A list that has settings."""
+
+    level = 0
+
+    def __init__(self) -> None:
+        super().__init__(map(float, range(30)))
+
+    def __getitem__(self, index: Any) -> Any:
+        return torch.tensor([super().__getitem__(index) + (self.level if index > 26 else 0)])
+
+
 LEVEL = 0
 LEVELS_OF = {"level": 0}
 LEVELS = {
@@ -136,6 +159,8 @@ LEVELS = {
         "__class__.__getitem__.global easy.__code__", ByFunction,
         lambda d: setattr(easy, "__code__", (lambda index: index + 1.0).__code__)
     ),
+    "a slice": ("part", Part, lambda d: setattr(d, "part", slice(0, 1))),
+    "of a list": ("level", Listed, lambda d: setattr(d, "level", 1)),
     "epoch": ("epoch", Warm, lambda d: d.set_epoch(1)),
 }  # fmt: skip
 
