@@ -28,6 +28,8 @@ class Order:
         self._early = len(loader.batch_sampler) - 1 if draws_at_once(loader) else 0  # type: ignore[arg-type]
         if not seeded:
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+            if loader.num_workers:  # torch's iterator asks once more when it starts them
+                self._batches = iter(loader.batch_sampler)  # type: ignore[arg-type]
         self._queue: deque[list[int]] = deque()
         self._ahead = loader.num_workers * (loader.prefetch_factor or 0)
         for _ in range(self._ahead):

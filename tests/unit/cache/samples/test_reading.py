@@ -36,6 +36,16 @@ class Lazy(Sampler):
         return 23
 
 
+class Eager(Sampler):
+    """Draws a whole epoch, in batches, at the moment when it is iterated over."""
+
+    def __iter__(self):
+        return iter(torch.randperm(23).split(4))
+
+    def __len__(self) -> int:
+        return 6
+
+
 def loaders():
     generator = torch.Generator().manual_seed(3)
     return {
@@ -48,24 +58,31 @@ def loaders():
             DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 5, False), **k
         ),
         "lazy": lambda **k: DataLoader(DATA, 4, sampler=Lazy(), **k),
+        "eager": lambda **k: DataLoader(DATA, batch_sampler=Eager(), **k),
     }
 
 
 WORKERS = {"num_workers": 1}
+LIVING = {**WORKERS, "persistent_workers": True}
 
 
 @pytest.mark.parametrize(
-    ("name", "workers"), [*((name, {}) for name in loaders()), ("shuffled", WORKERS), ("lazy", WORKERS)]
+    ("name", "workers"),
+    [
+        *((name, {}) for name in loaders()),
+        *((name, WORKERS) for name in ("shuffled", "lazy", "eager")),
+        *((name, LIVING) for name in ("shuffled", "eager")),
+    ],
 )
 def test_same_order_and_same_draws(name, workers) -> None:
-    # two epochs, with draws of the loop's own between batches
+    # three epochs, with draws of the loop's own between batches
 
     def walk(read):
         torch.manual_seed(0)
         loader = loaders()[name](**workers)
         seen = []
         epoch = read(loader)
-        for _ in range(2):
+        for _ in range(3):
             for batch in epoch():
                 seen.append((batch, float(torch.rand(()))))
         return seen, torch.get_rng_state()
