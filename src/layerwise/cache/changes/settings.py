@@ -253,7 +253,7 @@ class Settings:
             key: _known(owner[name], memo) for owner, name, key in self._items() if not _is_ours(owner[name])
         }
         for index, module in enumerate(self._modules):
-            found[index, "__class__"] = type(module)
+            found[index, "__class__"] = type(module), type(module).forward
             found[index, "current_epoch"] = _epoch_of(module)
             found[index, "_modules"] = tuple(map(id, module._modules.values()))
             found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
@@ -331,8 +331,9 @@ def _code_of(function: Any) -> tuple[Any, ...]:
     return getattr(function, "__code__", None), repr(defaults)
 
 
-def _kinds(modules: Iterable[nn.Module]) -> list[type]:
-    return list(map(type, modules))
+def _kinds(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return the modules' classes with what these do, as torch's own are not looked into."""
+    return [(type(module), type(module).forward) for module in modules]
 
 
 def _own_length(attributes: Mapping[str, Any]) -> int:

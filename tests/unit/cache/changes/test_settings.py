@@ -170,6 +170,7 @@ AT_EPOCHS = {
     "another method of a base class": lambda m: setattr(Base, "helper", Other.forward),
     "other code of a method": lambda m: setattr(Base.edited, "__code__", Other.forward.__code__),
     "other defaults of a method": lambda m: setattr(Base.edited, "__defaults__", (2.0,)),
+    "another method of torch's class": lambda m: setattr(nn.Tanh, "forward", Other.forward),
     "another property": lambda m: setattr(Base, "level", property(lambda self: 2.0)),
     "another method of an object's class": lambda m: setattr(Config, "value", lambda self: 2.0),
     "other code of a function": lambda m: setattr(helper, "__code__", other_helper.__code__),
@@ -217,6 +218,7 @@ def layer(monkeypatch) -> nn.Module:
     monkeypatch.setattr(Layer, "forward", Layer.forward)
     monkeypatch.setattr(Base, "helper", Base.helper)
     monkeypatch.setattr(Base, "level", Base.level)
+    monkeypatch.setattr(nn.Tanh, "forward", nn.Tanh.forward)
     monkeypatch.setattr(Shared, "scale", 1.0)
     monkeypatch.setattr(Config, "scale", 1.0)
     monkeypatch.setattr(Config, "value", Config.value)
