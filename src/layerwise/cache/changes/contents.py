@@ -187,6 +187,8 @@ class Contents:
         if not attributes and " at 0x" not in (told := repr(thing)):
             texts.update(told.encode())
             self._numbers.add(path)
+        if into is None and hasattr(kind, "__array_interface__"):
+            into = self._data  # an image, be it one of few
         if not attributes and self._here and into is not None:  # the pixels of an image
             into[path].update(f"{id(thing)}\n".encode())
         if isinstance(thing, nn.Module | type):

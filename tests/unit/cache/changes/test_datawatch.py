@@ -383,6 +383,10 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
         lambda: [Image.new("L", (2, 2)) for _ in range(22)],
         lambda h: h.__setitem__(5, Image.new("L", (2, 2), 9)),
     ),
+    "few images": (
+        lambda: [Image.new("L", (2, 2)) for _ in range(9)],
+        lambda h: h.__setitem__(5, Image.new("L", (2, 2), 9)),
+    ),
     "what holds itself": (circle, lambda h: h[0].update(y=7)),
 }  # fmt: skip
 
