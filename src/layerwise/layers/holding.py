@@ -121,6 +121,7 @@ def classes_held(modules: Iterable[nn.Module]) -> list[type]:
     return list(found)
 
 
+@functools.lru_cache(maxsize=256)
 def is_installed(module: str) -> bool:
     """Return whether a Python module came with Python or was installed."""
     file = getattr(sys.modules.get(module), "__file__", None) or ""

@@ -356,7 +356,6 @@ def _read_by(code: CodeType, kind: Literal["LOAD_GLOBAL", "LOAD_ATTR"]) -> froze
     return frozenset(names).union(*within)
 
 
-@functools.lru_cache(maxsize=256)
 def _is_of_others(function: FunctionType) -> bool:
     """Return whether a function is a library's, or layerwise's own."""
     return is_installed(function.__module__ or "") or home(function).startswith("layerwise.")
