@@ -24,6 +24,7 @@ from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import Interrupt, check_start, check_weights, explained, finite_loss
 from layerwise.training.history import History, name_of, not_finite
+from layerwise.training.kept_weights import load_weights, require_weights_file, save_weights, weights_file
 from layerwise.training.key_cache import without_key_cache
 from layerwise.training.monitoring import has_stalled, is_better, monitored_value
 from layerwise.training.options import (
@@ -38,17 +39,7 @@ from layerwise.training.processes import gather_objects, joined, open_accelerato
 from layerwise.training.progress import Reporter
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.result import Result
-from layerwise.training.run import (
-    create_run,
-    finish_run,
-    hold_run,
-    load_weights,
-    read_run,
-    require_free,
-    require_weights_file,
-    save_weights,
-    weights_file,
-)
+from layerwise.training.run import create_run, finish_run, hold_run, read_run, require_free
 from layerwise.training.standing import Best, Standing
 from layerwise.training.tasks import Scores, Task, split_batch
 from layerwise.tuning.tuner import Tuner

@@ -35,8 +35,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerwise.errors import ModelError, RunError, shorten
-from layerwise.files import remove_leftovers, sha256, with_nulls, write_file, write_json
+from layerwise.files import remove_leftovers, sha256, with_nulls, write_json
 from layerwise.plans.plan import Plan
+from layerwise.training.kept_weights import PUT_BACK, load_weights, weights_file
 from layerwise.training.known_tasks import task_from_dict
 from layerwise.training.tasks import Task
 
@@ -56,9 +57,6 @@ _PACKAGES = (
     "torchvision",
     "transformers",
 )
-
-
-_PUT_BACK = "Put the run's own file back, or start the run anew in another folder."
 
 
 _BEGUN = ("language-model", "layerwise")
@@ -145,9 +143,9 @@ def read_run(path: str | Path) -> dict[str, Any]:
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last one of JSON nested too deeply
-        raise RunError(f"{file} cannot be read: {error}. {_PUT_BACK}") from error
+        raise RunError(f"{file} cannot be read: {error}. {PUT_BACK}") from error
     if not isinstance(data, dict) or "format" not in data:
-        raise RunError(f"{file} is not the record of a run, so it was altered. {_PUT_BACK}")
+        raise RunError(f"{file} is not the record of a run, so it was altered. {PUT_BACK}")
     if data["format"] != FORMAT:
         raise RunError(
             f"{file} has format {data['format']!r}; this version of layerwise reads {FORMAT}. Use the one "
@@ -155,7 +153,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         )
     if missing := [key for key in _PARTS if not isinstance(data.get(key), dict)]:
         raise RunError(
-            f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. {_PUT_BACK}"
+            f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. {PUT_BACK}"
         )
     return data
 
@@ -209,71 +207,6 @@ def finish_run(out: Path, result: Mapping[str, Any]) -> None:
     """Add the result, and the hash of the kept weights, to ``run.json``; numbers not finite are null."""
     added = {"weights_sha256": sha256(weights_file(out)), "result": with_nulls(dict(result))}
     write_json(out / "run.json", {**read_run(out), **added})
-
-
-def weights_file(path: Path) -> Path:
-    """Return where a run keeps its weights."""
-    return path / "model.safetensors"
-
-
-def require_weights_file(path: Path) -> None:
-    """Look whether a folder lies where a run keeps its weights.
-
-    Raises:
-        RunError: so it is.
-    """
-    if path.is_dir():
-        raise RunError(
-            f"{path} is a folder, and a run keeps its weights in a file of that name. Move the folder away. "
-            "Then put the run's own file back, or, where the run was not finished, go on with it: "
-            f"layerwise fit --resume {shlex.quote(str(path.parent))}"
-        )
-
-
-def save_weights(model: nn.Module, path: Path) -> str:
-    """Write all parameters and buffers of `model` to a safetensors file, shared tensors once.
-
-    Returns:
-        The file's SHA-256.
-
-    Raises:
-        RunError: the file cannot be written; one that was there before is untouched.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_model
-
-    try:
-        write_file(path, lambda temporary: save_model(model, str(temporary)))
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the weights could not be written to {path}: {error}. Make room and resume."
-        ) from error
-    return sha256(path)
-
-
-def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = None) -> None:
-    """Put the weights of a safetensors file into `model`.
-
-    Raises:
-        RunError: the file is missing, damaged or altered, or does not fit the model; each name is told.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
-    require_weights_file(path)
-    if not path.is_file() and expected_sha256 is not None:
-        raise RunError(f"{path} is missing, though the run had kept it. {_PUT_BACK}")
-    if not path.is_file():
-        raise RunError(f"{path} is missing: the run has kept no weights yet. Go on with it: --resume.")
-    if expected_sha256 is not None and sha256(path) != expected_sha256:
-        raise RunError(
-            f"{path} does not match the hash that the run keeps of it: it was altered or cut short. "
-            f"{_PUT_BACK}"
-        )
-    try:
-        load_model(model, str(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from layerwise.errors import RunError
 from layerwise.plans.plan import Plan
 from layerwise.training import run
 from layerwise.training.fit import fit
-from layerwise.training.run import create_run, load_run, load_weights, read_run, require_free, save_weights
+from layerwise.training.kept_weights import load_weights, save_weights
+from layerwise.training.run import create_run, load_run, read_run, require_free
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 TASK = {"name": "text_classification", "classes": ["a", "b"]}

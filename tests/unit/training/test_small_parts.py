@@ -16,7 +16,7 @@ from rich.console import Console
 
 from layerwise import files
 from layerwise.errors import ModelError, RunError, TrainingError
-from layerwise.training import history, memory, run, text_demo
+from layerwise.training import history, kept_weights, memory, run, text_demo
 from layerwise.training.guard import explained
 from layerwise.training.memory import peak_memory
 from layerwise.training.progress import Reporter, format_rates, format_seconds
@@ -95,7 +95,7 @@ def test_a_new_file_may_be_read_by_those_who_may_read_new_files(tmp_path: Path) 
     # safetensors writes files for the owner alone; a run's weights are for whoever may read the run.
     before = os.umask(0o027)
     try:
-        run.save_weights(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
+        kept_weights.save_weights(torch.nn.Linear(2, 2), tmp_path / "model.safetensors")
         files.write_text(tmp_path / "text", "new")
     finally:
         os.umask(before)
