@@ -12,8 +12,9 @@ from torch import nn
 
 from layerwise.cache.changes.modelstate import ModelState, Modes
 from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site
+from layerwise.cache.cutting.dirty import MOST_MIXED
 from layerwise.cache.cutting.phases import Phases
-from layerwise.cache.cutting.search import MOST_MIXED, find_cut
+from layerwise.cache.cutting.search import find_cut
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 

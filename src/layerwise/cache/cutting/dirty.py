@@ -26,7 +26,11 @@ from dataclasses import dataclass
 
 import torch
 
+from layerwise.cache.cutting.cut import Site
+from layerwise.cache.cutting.doors import Read, call_id, given, taken
 from layerwise.layers.recording import Call, Op, Recording
+
+MOST_MIXED = 4  # values that are found to mix samples one by one: each takes a recording and some passes
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class Dirt:
     flags: list[bool]
     first: str
 
+    def is_clean(self, read: Read) -> bool:
+        """Return whether a value was made by an operation of the pass, and by a clean one."""
+        return read.writer is not None and not self.flags[read.writer]
+
 
 def find_dirty(
     recording: Recording,
     trainable: frozenset[str],
     changing: frozenset[int] = frozenset(),
-    mixing: Set[int] = frozenset(),
+    mixed: Set[Site] = frozenset(),
 ) -> Dirt:
     """Return which operations are dirty when the parameters `trainable` learn.
 
@@ -54,10 +62,11 @@ def find_dirty(
         recording: of the model in the modes in which it will train.
         trainable: names of the parameters that learn; any name of a shared parameter counts.
         changing: numbers of the model's inputs that are not the data's: others each time.
-        mixing: operations whose values were seen to mix the samples of a batch.
+        mixed: where values were seen that mix the samples of a batch.
     """
     learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
     learning |= _in_memory_of(learning, recording)
+    mixing = _writers(recording, mixed)
     computed = _computed_by_the_network(recording)
     changed = {key for op in recording.ops for key in op.mutates if recording.values[key].kind != "computed"}
     flags: list[bool] = []
@@ -161,3 +170,14 @@ def _computed_by_the_network(recording: Recording) -> list[bool]:
         )
         computed.append(numbers and recording.input_dependent[op.index])
     return computed
+
+
+def _writers(recording: Recording, sites: Set[Site]) -> set[int]:
+    """Return the operations that made the values at some sites; of the most sites, all later ones as well."""
+    found = set()
+    for call in recording.calls if sites else ():
+        for site in sites:
+            if site.call == call_id(call):
+                reads = given(call) if site.side == "out" else taken(call)
+                found |= {read.writer for read in reads[site.slot : site.slot + 1] if read.writer is not None}
+    return found if len(sites) < MOST_MIXED else {*range(min(found, default=0), len(recording.ops))}

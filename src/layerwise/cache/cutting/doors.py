@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from layerwise.cache.cutting.cut import Source
+from layerwise.cache.cutting.cut import CallId, Site, Source
 from layerwise.layers.forms import is_plain
 from layerwise.layers.holding import slots_of
 from layerwise.layers.recording import Call, Recording
@@ -42,6 +42,16 @@ class Door(NamedTuple):
     def nbytes(self) -> int:
         """Its size for the whole recorded batch."""
         return self.tensor.numel() * self.tensor.element_size()
+
+    @property
+    def site(self) -> Site:
+        """The same place in any pass."""
+        return Site(call_id(self.call), self.side, self.slot)
+
+
+def call_id(call: Call) -> CallId:
+    """Return which call this is in any pass."""
+    return CallId(call.path, call.nth)
 
 
 def reads_of(recording: Recording) -> tuple[list[tuple[Read, ...]], list[Read]]:

@@ -1,0 +1,136 @@
+"""`Guards`: calls in which nothing is dirty, and which must run all the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence, Set
+
+from torch import nn
+
+from layerwise.cache.cutting.dirty import Dirt
+from layerwise.cache.cutting.doors import Door, Read, given, is_rebuildable, returns_numbers
+from layerwise.layers.memory import collectors, collects_below
+from layerwise.layers.recording import Call, Recording
+
+
+class Guards:
+    """What must run in a replay of one recording.
+
+    Args:
+        recording: of the model.
+        dirt: of the recording.
+    """
+
+    def __init__(self, recording: Recording, dirt: Dirt) -> None:
+        self._recording, self._dirt = recording, dirt
+        self._keeping = _calls_with(recording, recording.keeping)
+        self._collected = [
+            call for call in recording.calls if call.end > call.start and collectors(call.module)
+        ]
+
+    def may_skip(self, call: Call) -> bool:
+        """Return whether a call may be skipped, as far as it can be told from the call alone.
+
+        Not one of the model itself, in which a replay begins; nor one that keeps what it computed, or
+        returns what cannot be built anew, or numbers that it may have read from data.
+        """
+        return (
+            call.module is not self._recording.root.module
+            and call not in self._keeping
+            and is_rebuildable(call)
+            and not (returns_numbers(call) and self._reads_numbers(call))
+        )
+
+    def must_run(
+        self, owner: Mapping[int, Call], doors: Mapping[Door, Read], wanted: Set[Read], written: Set[int]
+    ) -> set[Call]:
+        """Return the calls of which what runs needs something that no stored value can stand for.
+
+        Args:
+            owner: operation -> the skipped call that it is in.
+            doors: where stored values are handed in.
+            wanted: the values that what runs reads.
+            written: keys of the values that what runs writes to in place.
+        """
+        return (
+            self._with_side_door(owner, wanted)
+            | self._of_others(doors)
+            | self._written_twice(doors, written)
+            | self._collected_outside(owner, wanted)
+        )
+
+    def _with_side_door(self, owner: Mapping[int, Call], wanted: Set[Read]) -> set[Call]:
+        """Return the calls that a value leaves by another way than as an output: an attribute, a closure."""
+        returned = {read for call in set(owner.values()) for read in given(call)}
+        makers = (read.writer for read in wanted - returned if read.writer is not None)
+        return {owner[maker] for maker in makers if maker in owner}
+
+    def _of_others(self, doors: Mapping[Door, Read]) -> set[Call]:
+        """Return the calls that return a view of a weight, or of what learning layers made."""
+        return {door.call for door, read in doors.items() if not self._dirt.is_clean(read)}
+
+    def _written_twice(self, doors: Mapping[Door, Read], written: Set[int]) -> set[Call]:
+        """Return the calls that return one tensor twice: stored, it is two, and a write to one is lost."""
+        returned = Counter(read.key for door, read in doors.items() if door.side == "out")
+        return {door.call for door, read in doors.items() if read.key in written and returned[read.key] > 1}
+
+    def _collected_outside(self, owner: Mapping[int, Call], wanted: Set[Read]) -> set[Call]:
+        """Return the calls in which a hook of an inner call hands what that returned to code outside."""
+        return {
+            around
+            for call in self._collected
+            if (around := owner.get(call.start)) not in (None, call)  # hooks of what is skipped itself do run
+            and not wanted.isdisjoint(given(call))
+            and _is_collected_outside(call, around)
+        }
+
+    def cheap_to_run(
+        self, owner: Mapping[int, Call], doors: Mapping[Door, Read], kept: Set[int]
+    ) -> set[Call]:
+        """Return the calls at a door that only look up or shape inputs which are at hand anyway.
+
+        The decoder's token embedding of a sequence-to-sequence model is one: running it costs less than
+        storing its output.
+
+        Args:
+            owner: see `must_run`.
+            doors: see `must_run`.
+            kept: numbers of the inputs that are at hand.
+        """
+        at_hand: list[bool] = []
+        for op in self._recording.ops:
+            runs = op.index not in owner and not self._dirt.flags[op.index] and set(op.inputs) <= kept
+            at_hand.append(runs and all(at_hand[source] for source in op.sources))
+        return {call for call in {door.call for door in doors} if self._is_cheap(call, at_hand, kept)}
+
+    def _is_cheap(self, call: Call, at_hand: Sequence[bool], kept: Set[int]) -> bool:
+        ops = self._recording.ops[call.start : call.end]
+        outside = {source for op in ops for source in op.sources if not call.start <= source < call.end}
+        return (
+            not any(op.flops for op in ops)
+            and all(set(op.inputs) <= kept for op in ops)
+            and all(at_hand[source] for source in outside)
+        )
+
+    def _reads_numbers(self, call: Call) -> bool:
+        return any(op.syncs for op in self._recording.ops[call.start : call.end])
+
+
+def _calls_with(recording: Recording, modules: Container[nn.Module]) -> set[Call]:
+    """Return the calls of some modules, and those that they are in."""
+    found: set[Call] = set()
+    for call in recording.calls:
+        around: Call | None = call if call.module in modules else None
+        while around is not None and around not in found:
+            found.add(around)
+            around = around.parent
+    return found
+
+
+def _is_collected_outside(call: Call, around: Call) -> bool:
+    """Whether a hook hands what `call` returned to code outside of another call, which it is in."""
+    while call is not around and call.parent is not None:
+        call = call.parent
+        if collects_below(call.module):
+            return False
+    return True
