@@ -2,13 +2,22 @@
 
 The mechanism, in the order in which to read it:
 
-- `cutting`: what a forward pass makes anew in each epoch (`dirty`), which calls can be skipped and what is to
-  be kept of them (`search`, told by `doors`), and the cuts of a model in this phase and the next (`book`);
-- `replay`: the model's own forward up to the cut (`capturing`) and without what is before it (`replaying`),
-  what skipped calls give for every batch alike (`fixed`), tensors without data (`ghost`), how a batch comes
-  to the model (`link`) and lies in memory (`layout`);
+- `cutting.dirty`: what a forward pass makes anew in each epoch;
+- `cutting.search`: which calls can be skipped, and what is to be kept of them;
+- `replay.capturing`: the model's own forward up to the cut;
+- `replay.ghost`: tensors without data, in place of what is not kept;
+- `replay.replaying`: the model's own forward without what is before the cut;
+- `proof.outputs`: that a replayed batch is the plain one.
+
+What stands beside it, each for itself:
+
+- `cutting`: calls and values by name (`cut`, `doors`), what must run though it is not dirty (`guards`), and
+  the cuts of a model in this phase and the next (`book`);
+- `replay`: how calls are seen (`intercepting`, `hooks`), what skipped calls give for every batch alike
+  (`fixed`), ghosts of a batch that a loop may read (`handed`), how a batch comes to the model (`link`) and
+  lies in memory (`layout`);
 - `proof`: that samples do not touch each other (`mixing`, `companions`), to the last bit (`evenness`), and
-  that a replayed batch is the plain one (`outputs`).
+  that no backward pass needs what was skipped (`checkpoints`).
 
 What it works on:
 

@@ -25,7 +25,8 @@ from layerwise.cache.cutting.cut import NothingToSkipError
 from layerwise.cache.frozen import MOVING, FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.observing import Observer
-from layerwise.cache.replay.ghost import Ghost, real
+from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.replay.handed import Handed, real
 from layerwise.cache.replay.hooks import RAISED, OnlyHere, RootHook, hook_count
 from layerwise.cache.replay.kernels import autocast_state, backend_state
 from layerwise.cache.replay.link import Link, OpenArgumentError, find_link, known_arguments
@@ -142,7 +143,7 @@ class Calls:
         others = hook_count(self._model) > 1
 
         def is_ours(tensor: torch.Tensor) -> bool:
-            tag = tensor.tag if isinstance(tensor, Ghost) else None
+            tag = tensor.tag if isinstance(tensor, Handed) else None
             return isinstance(tensor, Ghost) and not (others and tag is not None and id(tag[0]) not in tags)
 
         if not any(map(is_ours, tensors_in((args, kwargs)))):

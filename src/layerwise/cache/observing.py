@@ -21,9 +21,10 @@ from layerwise.cache.comparing import is_near, same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
+from layerwise.cache.proof.checkpoints import check_backward, is_checkpointed
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.proof.mixing import MixedError
-from layerwise.cache.proof.outputs import Result, check_backward, is_checkpointed
+from layerwise.cache.proof.outputs import Result
 from layerwise.cache.proof.proving import prove
 from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.ghost import ghost

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import layerwise
 from layerwise.cache.cutting.search import find_cut
-from layerwise.cache.replay.capturing import capture, compare_skeletons
+from layerwise.cache.proof.mixing import compare_skeletons
+from layerwise.cache.replay.capturing import capture
 from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.errors import CacheError
 from layerwise.layers.recording import record

@@ -237,7 +237,7 @@ def trained_in_turn(
         for state in states:
             change(model, state)
             x, y = next(batches)
-            replays += type(x) is Ghost
+            replays += isinstance(x, Ghost)
             output = model(x)
             logits, number = output if isinstance(output, tuple) else (output, 1.0)
             optimizer.zero_grad()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from layerwise.cache.comparing import is_near, same_bits
-from layerwise.cache.cutting.cut import Site
+from layerwise.cache.cutting.cut import CallId, Site
+from layerwise.cache.replay.capturing import Skeleton
 from layerwise.cache.replay.layout import Layout, find_layout
 from layerwise.errors import CacheError
+from layerwise.layers.structures import map_tensors, tensors_in
 
 _TELLING = 256  # numbers of each value to compare: two routines round only some of them differently
 
@@ -29,6 +32,37 @@ class MixedError(CacheError):
 
 Run = Callable[[list[int], int], Mapping[Site, torch.Tensor]]
 """Runs the prefix on some samples of the batch (by position), under a seed; returns values by site."""
+
+
+def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Skeleton]) -> None:
+    """Fill in the layouts of `one` from what the same calls returned at another batch size.
+
+    Raises:
+        CacheError: an output is not made of samples side by side, or holds a number that depends on the
+            batch size.
+    """
+    for call, skeleton in one.items():
+        twin = other.get(call)
+        if twin is None:
+            raise CacheError(f"{call.path} runs at one batch size and not at another.")
+        where = f"the output of {call.path}"
+        pairs = list(zip(tensors_in(skeleton.output), tensors_in(twin.output)))
+        if len(tensors_in(twin.output)) != len(tensors_in(skeleton.output)):
+            raise CacheError(f"{where} has a different structure at another batch size.")
+        if not _same_constants(skeleton.output, twin.output):
+            raise CacheError(
+                f"{where} holds a number that depends on the batch size, or what cannot be compared."
+            )
+        skeleton.layouts = [find_layout(a, skeleton.batch, b, twin.batch, where=where) for a, b in pairs]
+
+
+def _same_constants(one: Any, other: Any) -> bool:
+    """Whether two structures are equal, their tensors left aside."""
+    blank = [map_tensors(structure, lambda tensor: None) for structure in (one, other)]
+    try:
+        return bool(blank[0] == blank[1])
+    except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
+        return False
 
 
 def find_layouts(

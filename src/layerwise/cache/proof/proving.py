@@ -14,8 +14,8 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.proof.mixing import PlaceError, find_layouts, size_sensitive
-from layerwise.cache.replay.capturing import Captured, compare_skeletons
+from layerwise.cache.proof.mixing import PlaceError, compare_skeletons, find_layouts, size_sensitive
+from layerwise.cache.replay.capturing import Captured
 from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.feed import Feed
 from layerwise.errors import CacheError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -15,8 +15,7 @@ from torch import nn
 from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.ghost import Ghost, ghost
 from layerwise.cache.replay.intercepting import Forward, Intercepted
-from layerwise.cache.replay.layout import Layout, copied, find_layout, memory_order
-from layerwise.errors import CacheError
+from layerwise.cache.replay.layout import Layout, copied, memory_order
 from layerwise.layers.structures import map_tensors, tensors_in
 
 
@@ -42,7 +41,7 @@ class Skeleton:
     def ghost(self, slot: int, batch: int, device: torch.device) -> Ghost:
         """Return what stands for a tensor of the output: the same in each step, as nothing is in it."""
         made = self._ghosts.get((slot, batch, device))
-        if made is None or made.was_written:
+        if made is None or made.stands_for.was_written:
             layout, meta = self.layouts[slot], tensors_in(self.output)[slot]
             shape = tuple(meta.shape) if layout is None else layout.shape(tuple(meta.shape), batch)
             order = memory_order(meta) if layout is None else layout.order
@@ -130,34 +129,3 @@ class _Watch(Intercepted):
 
 def _without_data(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Skeleton]) -> None:
-    """Fill in the layouts of `one` from what the same calls returned at another batch size.
-
-    Raises:
-        CacheError: an output is not made of samples side by side, or holds a number that depends on the
-            batch size.
-    """
-    for call, skeleton in one.items():
-        twin = other.get(call)
-        if twin is None:
-            raise CacheError(f"{call.path} runs at one batch size and not at another.")
-        where = f"the output of {call.path}"
-        pairs = list(zip(tensors_in(skeleton.output), tensors_in(twin.output)))
-        if len(tensors_in(twin.output)) != len(tensors_in(skeleton.output)):
-            raise CacheError(f"{where} has a different structure at another batch size.")
-        if not _same_constants(skeleton.output, twin.output):
-            raise CacheError(
-                f"{where} holds a number that depends on the batch size, or what cannot be compared."
-            )
-        skeleton.layouts = [find_layout(a, skeleton.batch, b, twin.batch, where=where) for a, b in pairs]
-
-
-def _same_constants(one: Any, other: Any) -> bool:
-    """Whether two structures are equal, their tensors left aside."""
-    blank = [map_tensors(structure, lambda tensor: None) for structure in (one, other)]
-    try:
-        return bool(blank[0] == blank[1])
-    except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
-        return False

@@ -1,4 +1,4 @@
-"""`Content`: what a ghost stands for, and what the loop has made of it."""
+"""`Content`, `Samples`: what a ghost stands for, and what the loop has made of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,35 @@ from layerwise.cache.comparing import same_bits
 
 
 class Content:
-    """What a ghost and its aliases have in common: what they stand for.
+    """What is known of what a ghost stands for.
 
     Attributes:
-        tag: see `Ghost`.
-        load: see `Ghost`.
-        loaded: what `load` returned; None before it was needed.
-        memory: the loaded tensor, once the loop has got hold of memory that it may write to.
         whole: of a view that was made during a replay: what it is a part of.
         was_written: an operation of a replay wrote into it, so nobody knows what it stands for.
     """
 
     was_written = False
+
+    def __init__(self, whole: Content | None = None) -> None:
+        self.whole = whole
+
+    def spoil(self) -> None:
+        """Note that it, and what it is a view of, was written to without data."""
+        content: Content | None = self
+        while content is not None:
+            content.was_written, content = True, content.whole
+
+
+class Samples(Content):
+    """What a ghost of samples and its aliases have in common.
+
+    Attributes:
+        tag: see `Handed`.
+        load: returns the tensor that they stand for; None where it cannot be had.
+        loaded: what `load` returned; None before it was needed.
+        memory: the loaded tensor, once the loop has got hold of memory that it may write to.
+    """
+
     loaded: torch.Tensor | None = None
 
     def __init__(
@@ -32,9 +49,9 @@ class Content:
         tag: Any = None,
         load: Callable[[], torch.Tensor] | None = None,
         memory: torch.Tensor | None = None,
-        whole: Content | None = None,
     ) -> None:
-        self.tag, self.load, self.memory, self.whole = tag, load, memory, whole
+        super().__init__()
+        self.tag, self.load, self.memory = tag, load, memory
 
     @property
     def is_readable(self) -> bool:
@@ -57,15 +74,13 @@ class Content:
                 self.loaded = self.load()
         return self.loaded
 
+    def read(self) -> torch.Tensor:
+        """Return what it is now; to be read only."""
+        return self.original() if self.memory is None else self.memory
+
     def writable(self) -> torch.Tensor:
         """Return the memory that the loop may write to."""
         if self.memory is None:
             with torch.inference_mode(False), _disable_current_modes():
                 self.memory = self.original().clone()
         return self.memory
-
-    def spoil(self) -> None:
-        """Note that it, and what it is a view of, was written to without data."""
-        content: Content | None = self
-        while content is not None:
-            content.was_written, content.tag, content = True, None, content.whole

@@ -19,6 +19,7 @@ import torch
 from layerwise.cache.changes.contents import Contents
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.replay.handed import Handed
 from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
 from layerwise.cache.replay.layout import in_order, lies_in, memory_order
 from layerwise.errors import CacheError
@@ -317,8 +318,8 @@ def _is_handed_out(tensor: torch.Tensor, leaf: torch.Tensor, tag: object, versio
     if tensor.requires_grad:  # its gradient is wanted, or what it was made of learns
         return False
     if isinstance(tensor, Ghost):
-        return bool(tensor.tag == tag)
-    if isinstance(leaf, Ghost):
+        return isinstance(tensor, Handed) and bool(tensor.tag == tag)
+    if isinstance(leaf, Handed):
         if leaf.loaded is None:
             return False
         leaf = leaf.loaded

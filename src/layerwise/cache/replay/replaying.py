@@ -9,7 +9,8 @@ import torch
 
 from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.capturing import Skeleton
-from layerwise.cache.replay.ghost import Ghost, OnlyShapes
+from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.replay.handed import OnlyShapes
 from layerwise.cache.replay.intercepting import Forward, Intercepted
 from layerwise.errors import CacheError
 from layerwise.layers.memory import collectors

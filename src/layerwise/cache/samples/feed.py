@@ -14,7 +14,7 @@ import torch
 
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
-from layerwise.cache.replay.ghost import ghost
+from layerwise.cache.replay.handed import handed
 from layerwise.cache.replay.layout import Layout, copied, in_order
 from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.batchshape import BatchShape, Kind
@@ -323,7 +323,7 @@ class Feed:
         for number, ((shape, dtype), order) in enumerate(zip(self.shape.rows, self.shape.orders)):
             if number in ghosts:
                 own = None if self.views > 1 else functools.partial(_item, load, number)
-                leaves.append(ghost((len(rows), *shape), dtype, order=order, tag=(tag, number), load=own))
+                leaves.append(handed((len(rows), *shape), dtype, order=order, tag=(tag, number), load=own))
             elif real is not None:
                 leaves.append(real[number])
             else:

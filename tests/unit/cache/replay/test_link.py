@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.cache.replay.ghost import Ghost, ghost
+from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.replay.handed import handed
 from layerwise.cache.replay.kernels import backend_state
 from layerwise.cache.replay.layout import memory_order
 from layerwise.cache.replay.link import Link, find_link, versions_of
@@ -49,7 +50,7 @@ def test_inference_tensors_have_no_version() -> None:
 
 def test_a_ghost_that_was_written_to() -> None:
     x = images()
-    link, leaf = link_of(x, leaves=[x]), ghost(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
+    link, leaf = link_of(x, leaves=[x]), handed(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
     assert link.recognises((leaf,), {}, [leaf], "batch", [0])
     assert not link.recognises((leaf,), {}, [leaf], "another batch", [0])
     assert leaf[0].mean() == x[0].mean()  # read only
@@ -64,7 +65,7 @@ def test_a_ghost_that_was_written_to() -> None:
 def test_the_order_in_memory_is_part_of_the_call(first: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = images()
     link = link_of(first(x), leaves=[x])
-    leaf = ghost(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
+    leaf = handed(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
     for own in (leaf, x):
         for call in (channels_last, lambda x: x):
             recognised = link.recognises((call(own),), {}, [own], "batch", versions_of([own]))
@@ -108,7 +109,7 @@ def test_an_argument_of_another_form(other: Callable[[torch.Tensor], torch.Tenso
 def test_an_argument_whose_gradient_is_wanted() -> None:
     x = images()
     link = link_of(x, leaves=[x])
-    leaf = ghost(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
+    leaf = handed(tuple(x.shape), x.dtype, tag=("batch", 0), load=lambda: x)
     for given in (x.clone(), leaf):
         assert link.recognises((given,), {}, [leaf], "batch", [0]) == isinstance(given, Ghost)
         assert not link.recognises((given.requires_grad_(),), {}, [leaf], "batch", [0])
@@ -117,7 +118,7 @@ def test_an_argument_whose_gradient_is_wanted() -> None:
 def test_another_caches_ghost_is_the_loops_own() -> None:
     # it is not looked at
     x = images()
-    other = ghost((2, 3), torch.float32, load=lambda: pytest.fail("it was loaded"))
+    other = handed((2, 3), torch.float32, load=lambda: pytest.fail("it was loaded"))
     assert link_of(x, other, leaves=[x]).changing == {1}
 
 
