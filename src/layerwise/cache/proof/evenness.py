@@ -20,6 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from layerwise.cache.replay.kernels import autocast_state, backend_state
 from layerwise.cache.replay.layout import find_layout
 from layerwise.errors import CacheError
 from layerwise.layers.operators import run_inside
@@ -29,6 +30,7 @@ _OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "p
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
 _TELLING = 4  # of those that differ, how many are used
+_FOUND: dict[tuple[Any, ...], list[list[Any]]] = {}  # `_telling_numbers` of torch's operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +175,25 @@ def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
 
 
 def _telling_numbers(run: Elementwise) -> list[list[Any]]:
-    """Return inputs (one number a tensor) that the two routines of an operation answer differently."""
-    tensors = run.outlines
-    if not any(tensor.shape for tensor in tensors):
+    """Return inputs (one number a tensor) that the two routines of an operation answer differently.
+
+    For torch's own operations they are looked for once in a process under the same settings of torch.
+    """
+    shaped = tuple(bool(tensor.shape) for tensor in run.outlines)
+    if not any(shaped):
         return []  # one number alone has no places
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    if modes or run.function.namespace not in _OF_TORCH:
+        return _look_for_numbers(run)
+    settings = (repr(backend_state(run.device)), autocast_state(run.device))
+    key = (run.function, _scalars(run), shaped, run.device, settings)
+    if key not in _FOUND:
+        _FOUND[key] = _look_for_numbers(run)
+    return _FOUND[key]
+
+
+def _look_for_numbers(run: Elementwise) -> list[list[Any]]:
+    tensors = run.outlines
     generator = torch.Generator().manual_seed(0)
     drawn = [_drawn(tensor.dtype, generator).to(run.device) for tensor in tensors]
 

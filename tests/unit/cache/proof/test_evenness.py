@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from layerwise.cache.proof import evenness
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
 
 
@@ -104,3 +105,31 @@ def test_what_is_not_made_of_samples(shape, found) -> None:
     runs = [logged(nn.functional.silu, torch.randn(shape(count))) for count in (5, 2)]
     uneven = uneven_places(runs[0], 5, runs[1], 2)
     assert ["silu" in name for name in uneven] == [found, found]
+
+
+def test_numbers_are_looked_for_once_under_the_same_settings(monkeypatch) -> None:
+    # a second time they are those that are found anew; another setting of torch is another case
+    looked = []
+
+    def look(run):
+        looked.append(run)
+        return look_for_numbers(run)
+
+    look_for_numbers = evenness._look_for_numbers
+    monkeypatch.setattr(evenness, "_FOUND", {})
+    monkeypatch.setattr(evenness, "_look_for_numbers", look)
+    (run,) = logged(nn.functional.silu, torch.randn(5, 9))
+    found = evenness._telling_numbers(run)
+    (same,) = logged(nn.functional.silu, torch.randn(2, 4))
+    assert evenness._telling_numbers(same) == found == look_for_numbers(same)
+    assert len(looked) == 1
+    (other,) = logged(nn.functional.silu, torch.randn(5, 9, dtype=torch.float64))
+    assert evenness._telling_numbers(other) == look_for_numbers(other)
+    assert len(looked) == 2
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        evenness._telling_numbers(run)
+    assert len(looked) == 3
+    with ElementwiseLog():  # a mode may change what an operation gives
+        evenness._telling_numbers(run)
+        evenness._telling_numbers(run)
+    assert len(looked) == 5
