@@ -74,5 +74,5 @@ def _state_outside_torch() -> tuple[Any, Any]:
 
 
 def _cuda_states() -> list[torch.Tensor]:
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return torch.cuda.get_rng_state_all() if in_use else []
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if in_use and torch.cuda.is_available() else []
