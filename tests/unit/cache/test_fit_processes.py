@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
+
+from forked import Forked, script
 
 SCRIPT = """
 import sys, warnings
@@ -49,18 +50,27 @@ print("EQUAL", flush=True)
 """
 
 
+def of_two_processes(rank: int, port: str) -> dict[str, str]:
+    """Return what ``python -m torch.distributed.run --nproc_per_node 2`` puts into the environment."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+
 def test_two_processes_with_the_cache_are_two_without_it(tmp_path: Path) -> None:
     # gradual unfreezing, batch-norm and dropout in the trained part; in memory and in one folder for both;
     # bf16 with accumulated gradients as well
-    script, shared = tmp_path / "train.py", tmp_path / "columns"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[2]), shared=str(shared)))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("EQUAL") == 2
+    path, shared = tmp_path / "train.py", tmp_path / "columns"
+    path.write_text(SCRIPT.format(tests=str(Path(__file__).parents[2]), shared=str(shared)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [
+        Forked(script, path, environment={**os.environ, **of_two_processes(rank, port)}) for rank in (0, 1)
+    ]
+    for process in started:
+        done = process.finish()
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "EQUAL\n"
     assert not list(shared.glob(".part-*"))  # no leftovers

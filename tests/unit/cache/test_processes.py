@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from forked import Forked, script
+
 TESTS = Path(__file__).parents[2]
 
 DDP = """
@@ -128,17 +130,19 @@ LEFT = """
 """
 
 
-def run(code: str, *arguments: list[str]) -> None:
+def run(folder: Path, code: str, *arguments: list[str]) -> None:
     """Run one process for each list of arguments; all must end well."""
-    code = textwrap.dedent(code.format(tests=str(TESTS)))
-    processes = [subprocess.Popen([sys.executable, "-c", code, *given]) for given in arguments]
-    assert [process.wait(timeout=240) for process in processes] == [0] * len(processes)
+    path = folder / "run.py"
+    path.write_text(textwrap.dedent(code.format(tests=str(TESTS))))
+    processes = [Forked(script, path, *given) for given in arguments]
+    ended = [process.finish(240) for process in processes]
+    assert [done.returncode for done in ended] == [0] * len(ended), ended
 
 
 def test_ddp_caches_each_share(tmp_path) -> None:
     # the same weights as plain DDP; what a rank has not seen yet is computed when it comes
     meeting = str(tmp_path / "meeting")
-    run(DDP, ["0", meeting, str(tmp_path / "0")], ["1", meeting, str(tmp_path / "1")])
+    run(tmp_path, DDP, ["0", meeting, str(tmp_path / "0")], ["1", meeting, str(tmp_path / "1")])
     ends = [torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1)]
     learned = [key for key in ends[0][2] if "running" not in key]  # statistics are each rank's own
     assert all(torch.equal(ends[0][2][key], ends[1][2][key]) for key in learned)
@@ -151,14 +155,16 @@ def test_two_processes_of_accelerate_cache_each_share(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    run(PREPARED, ["0", port, str(tmp_path)], ["1", port, str(tmp_path)])
+    (tmp_path / "done").mkdir()
+    run(tmp_path, PREPARED, *([str(rank), port, str(tmp_path / "done")] for rank in (0, 1)))
 
 
 def test_two_processes_share_a_folder(tmp_path) -> None:
     # both train at once, both exactly; one set of files is left, whole
-    run(SHARED, [str(tmp_path)], [str(tmp_path)])
-    assert len(list(tmp_path.iterdir())) == 2
-    assert all((entry / "meta.json").is_file() for entry in tmp_path.iterdir())
+    shared = tmp_path / "shared"
+    run(tmp_path, SHARED, [str(shared)], [str(shared)])
+    assert len(list(shared.iterdir())) == 2
+    assert all((entry / "meta.json").is_file() for entry in shared.iterdir())
 
 
 def test_a_process_that_ends_amid_an_epoch_ends_in_silence() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from forked import Forked
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.norms import find_norms
 from layerwise.tuning.audit import audit
@@ -275,7 +276,8 @@ def test_old_statistics_come_back_when_the_data_fail_half_way(net, data, method)
 def test_two_processes_agree_on_the_statistics_of_all_data(net, data, tmp_path):
     wanted = closed_form(net, data)
     torch.save((net, data), tmp_path / "case.pt")
-    torch.multiprocessing.spawn(_calibrate_share, args=(str(tmp_path),), nprocs=2)
+    ended = [process.finish() for process in [Forked(_calibrate_share, rank, tmp_path) for rank in (0, 1)]]
+    assert [done.returncode for done in ended] == [0, 0], ended
     for rank in (0, 1):
         net.load_state_dict(torch.load(tmp_path / f"{rank}.pt"))
         assert_equal_statistics(net, wanted)
@@ -283,10 +285,10 @@ def test_two_processes_agree_on_the_statistics_of_all_data(net, data, tmp_path):
 
 def _calibrate_share(rank, folder):
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2
     )
     net, data = torch.load(f"{folder}/case.pt", weights_only=False)
-    share = data[:9] if rank == 0 else data[9:]
+    share = data[:9] if rank == "0" else data[9:]
     done = calibrate_batchnorm(net, share.split(4))
     assert done.samples == 23
     torch.save(net.state_dict(), f"{folder}/{rank}.pt")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from forked import Forked, script
 from helpers import batches, changed, map_by_children, snapshot, tiny_mlp
 from layerwise.plans.unfreezing import gradual_unfreezing
 from layerwise.tuning.tuner import Tuner
@@ -43,19 +41,12 @@ torch.distributed.destroy_process_group()
 
 def test_late_joiners_are_averaged_over_processes_too(tmp_path: Path) -> None:
     """Both processes end in the same weights, those of one process on the whole batches."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    workers = [Forked(script, path, rank, tmp_path) for rank in (0, 1)]
     for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors
+        done = worker.finish()
+        assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert not changed(first, second)
 
