@@ -60,9 +60,9 @@ class Forked:
         self._process = _SERVER.Process(target=_run, args=given)
         self._process.start()
 
-    def wait_for(self, text: str) -> None:
-        """Return when the process has written `text` to its errors."""
-        while text not in self._streams[2].read_text():
+    def wait_for(self, text: str, times: int = 1) -> None:
+        """Return when `text` is so many times in what the process has written."""
+        while sum(stream.read_text().count(text) for stream in self._streams[1:]) < times:
             assert self._process.is_alive(), self._streams[2].read_text()
             time.sleep(0.01)
 

@@ -1,11 +1,10 @@
 """``layerwise audit script.py:build`` on scripts of people who never heard of layerwise."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from forked import Forked, layerwise
 
 SCRIPT = """
 import torch
@@ -30,8 +29,7 @@ def everything():
 
 
 def run(*arguments, cwd):
-    command = [Path(sys.executable).parent / "layerwise", "audit", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return Forked(layerwise, "audit", *arguments, folder=cwd).finish()
 
 
 @pytest.fixture

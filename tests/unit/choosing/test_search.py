@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from forked import Forked, script
 from layerwise.choosing import trials as module
 from layerwise.choosing.budget import Budget
 from layerwise.choosing.search import _unconfirmed, search
@@ -381,26 +381,23 @@ print("done", "run" if found.run else "no run", flush=True)
 """
 
 
-def start_worker(out, trials):
-    code = WORKER.format(tests=str(Path(__file__).parents[2]), out=str(out), trials=trials)
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def start_worker(folder, trials):
+    path = folder / "worker.py"
+    path.write_text(WORKER.format(tests=str(Path(__file__).parents[2]), out=str(folder / "s"), trials=trials))
+    return Forked(script, path)
 
 
 def test_two_workers_share_one_storage(tmp_path):
     # together they run each trial once; one of them makes the winner's run
-    workers = [start_worker(tmp_path / "s", 8) for _ in range(2)]
-    outputs = [worker.communicate(timeout=240) for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), outputs
+    workers = [start_worker(tmp_path, 8) for _ in range(2)]
+    ended = [worker.finish(240) for worker in workers]
+    assert all(done.returncode == 0 for done in ended), ended
     saved = json.loads((tmp_path / "s" / "search.json").read_text())
     finished = [t for t in saved["trials"] if t["state"] in ("complete", "pruned")]
     assert len(finished) == 8
     settings = [(t["choice"], t["lr"], t["decay"]) for t in finished]
     assert len(set(settings)) == len(settings)
-    done = [text.count("trial ") for text, _ in outputs]
-    assert sum(done) == len(finished)
+    assert sum(done.stdout.count("trial ") for done in ended) == len(finished)
     assert saved["run"] is not None
     assert len(list((tmp_path / "s").glob("winner-trial-*"))) >= 1
 
@@ -472,18 +469,11 @@ def test_confirming_runs_are_not_taken_by_depths_that_the_budget_left_out(model,
 
 def test_killed_worker_loses_no_trial(model, data, tmp_path):
     # SIGKILL in the middle: the next call finds the trial of the dead process and runs it again
-    worker = start_worker(tmp_path / "s", 50)
-    lines = []
-    while sum(line.startswith("trial") for line in lines) < 2:
-        line = worker.stdout.readline()
-        assert line, worker.stderr.read()
-        lines.append(line)
+    worker, before = start_worker(tmp_path, 50), 2
+    worker.wait_for("\ntrial", times=before)
     time.sleep(0.2)
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    worker.stdout.close()
-    worker.stderr.close()
-    before = sum(line.startswith("trial") for line in lines)
+    worker.kill()
+    worker.finish()
     found = searched(model, data, trials=before + 3, out=tmp_path / "s", refit="none")
     assert not any(row.state == "running" for row in found.trials)
     lost = [(t.choice, t.lr, t.decay) for t in found.trials if t.state == "failed"]
