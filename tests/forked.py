@@ -109,6 +109,7 @@ def _run(
     environment: dict[str, str],
     folder: str,
 ) -> None:
+    import numpy as np
     import torch
 
     for number, stream in enumerate(streams):
@@ -118,4 +119,5 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(1)
+    np.random.seed()  # else all begin in the state that numpy drew when it was imported
     function(*arguments)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-LAYERWISE = str(Path(sys.executable).with_name("layerwise"))
+from forked import Forked, layerwise
 
 OWN_MODEL = """
 from torch import nn
@@ -18,7 +17,7 @@ def build():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([LAYERWISE, *arguments], capture_output=True, text=True, timeout=120)
+    return Forked(layerwise, *arguments).finish()
 
 
 def test_table_of_a_timm_model() -> None:
