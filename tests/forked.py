@@ -6,10 +6,12 @@ a fresh interpreter can show (what it imports, how it is started and ends) needs
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,6 +61,7 @@ class Forked:
         given = (function, texts, self._streams, dict(environment or os.environ), str(folder or Path.cwd()))
         self._process = _SERVER.Process(target=_run, args=given)
         self._process.start()
+        atexit.register(self._process.kill)  # else Python waits at its end for what a failed test left
 
     def wait_for(self, text: str, times: int = 1) -> None:
         """Return when `text` is so many times in what the process has written."""
@@ -86,6 +89,13 @@ class Forked:
         out, err = (stream.read_text() for stream in self._streams[1:])
         self._files.cleanup()
         return subprocess.CompletedProcess([], code, out, err)
+
+
+def free_port() -> str:
+    """Return a port at which processes can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def layerwise(*arguments: str) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
-from forked import Forked, script
+from forked import Forked, free_port, script
 
 SCRIPT = """
 import sys, warnings
@@ -63,9 +62,7 @@ def test_two_processes_with_the_cache_are_two_without_it(tmp_path: Path) -> None
     # bf16 with accumulated gradients as well
     path, shared = tmp_path / "train.py", tmp_path / "columns"
     path.write_text(SCRIPT.format(tests=str(Path(__file__).parents[2]), shared=str(shared)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     started = [
         Forked(script, path, environment={**os.environ, **of_two_processes(rank, port)}) for rank in (0, 1)
     ]

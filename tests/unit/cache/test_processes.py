@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import textwrap
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from forked import Forked, script
+from forked import Forked, free_port, script
 
 TESTS = Path(__file__).parents[2]
 
@@ -152,9 +151,7 @@ def test_ddp_caches_each_share(tmp_path) -> None:
 
 
 def test_two_processes_of_accelerate_cache_each_share(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     (tmp_path / "done").mkdir()
     run(tmp_path, PREPARED, *([str(rank), port, str(tmp_path / "done")] for rank in (0, 1)))
 

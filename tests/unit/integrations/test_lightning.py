@@ -2,8 +2,7 @@
 
 import copy
 import itertools
-import subprocess
-import sys
+import os
 import textwrap
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import layerwise
+from forked import Forked, free_port, script
 from layerwise.errors import LayerwiseWarning, ModelError
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -519,13 +519,18 @@ TWO_PROCESSES = """
 @pytest.mark.parametrize("gets", ["all", "share"])
 def test_a_cache_gives_each_process_its_share_or_says_how(gets, tmp_path):
     # Lightning puts a DistributedSampler into a plain loader, and leaves any other one as it is
-    script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
-    ended = subprocess.run([sys.executable, script, gets], cwd=tmp_path, capture_output=True, text=True)
-    if gets == "share":
-        assert "4 steps; prefix cache: memory" in ended.stdout
-    else:
-        assert "each process would train on all 16 samples" in ended.stderr
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(TWO_PROCESSES))
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NODE_RANK": "0"}
+    started = [
+        Forked(script, path, gets, environment={**os.environ, **here, "LOCAL_RANK": rank}, folder=tmp_path)
+        for rank in "01"
+    ]
+    for done in [process.finish() for process in started]:
+        if gets == "share":
+            assert "4 steps; prefix cache: memory" in done.stdout, done.stderr
+        else:
+            assert "each process would train on all 16 samples" in done.stderr
 
 
 def test_accumulated_batches_count_as_one_step(data, tmp_path):
