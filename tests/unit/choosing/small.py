@@ -1,5 +1,8 @@
 """A small pretrained-like network, its layer map written by hand, and images to feed it."""
 
+import copy
+import functools
+
 import torch
 from torch import nn
 
@@ -61,7 +64,17 @@ def images(n, seed=0, size=24, classes=4):
 
 
 def pretrained(norm=True, seed=0, widths=(8, 12, 16, 24)):
-    """A `Net` trained for some steps on `images`, so that its running statistics describe them."""
+    """A `Net` trained for some steps on `images`, so that its running statistics describe them.
+
+    It is trained once, and copied; torch's random numbers go on as after the training.
+    """
+    model, random_state = _trained(norm, seed, widths)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _trained(norm, seed, widths):
     torch.manual_seed(seed)
     model = Net(norm=norm, widths=widths)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -83,4 +96,4 @@ def pretrained(norm=True, seed=0, widths=(8, 12, 16, 24)):
                 model(part)
         for module in norms:
             module.momentum = 0.1
-    return model.eval()
+    return model.eval(), torch.get_rng_state()
