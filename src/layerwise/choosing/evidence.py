@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import cache
@@ -155,7 +156,8 @@ class Evidence:
     def best_depth(self) -> int:
         """Depth (groups to the head) at which it is reached, the nearest to the output among equals."""
         values = [_accuracy(self.transfer, i) for i in range(len(self.transfer.depths))]
-        return min(d.depth for d, v in zip(self.transfer.depths, values) if v == self.best_probe)
+        best = max(values)
+        return min(d.depth for d, v in zip(self.transfer.depths, values) if v == best)
 
     @property
     def gap(self) -> float:
@@ -190,7 +192,7 @@ class Evidence:
 
 def _accuracy(transfer: Transferability, index: int) -> float:
     scores = transfer.depths[index]
-    return scores.knn if np.isnan(scores.probe) else scores.probe
+    return scores.knn if math.isnan(scores.probe) else scores.probe
 
 
 @cache
