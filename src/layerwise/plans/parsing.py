@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
@@ -204,7 +205,8 @@ def _pair(text: str) -> tuple[str, str]:
     return text[: max(end, 0)], text[end + 1 :]
 
 
-def _parameters(function: Callable[..., Plan]) -> dict[str, Any]:
+@functools.cache
+def _parameters(function: Callable[..., Plan]) -> Mapping[str, Any]:
     """Return the arguments that `function` takes besides the layer map, with their types."""
     hints = get_type_hints(function)
     own = [key for key in inspect.signature(function).parameters if key not in ("layers", "options")]
