@@ -51,6 +51,7 @@ class Column:
         spec: of one row.
         file: of a column on disk; None keeps it in memory. The whole file is reserved at once, so a full
             disk shows here and not in the middle of an epoch.
+        is_filled: a former column filled the file; it is only read.
 
     Attributes:
         spec: of one row.
@@ -60,30 +61,20 @@ class Column:
         OSError: the file cannot be made or reserved.
     """
 
-    def __init__(self, rows: int, spec: RowSpec, *, file: Path | None = None) -> None:
-        self.spec = spec
-        self.filled = torch.zeros(rows, dtype=torch.bool)
+    def __init__(
+        self, rows: int, spec: RowSpec, *, file: Path | None = None, is_filled: bool = False
+    ) -> None:
+        self.spec, self._file = spec, file
+        self.filled = torch.full((rows,), is_filled)
         self._whole: bool | None = None  # None: not known since rows changed
-        self._file = file
-        self._data = self._reserve(rows)
-
-    def _reserve(self, rows: int) -> torch.Tensor:
-        shape = (rows, *self.spec.shape)
-        if self._file is None:
-            return torch.empty(shape, dtype=self.spec.stored)
-        size = max(rows * self.spec.row_bytes, 1)
-        with open(self._file, "wb") as file:
-            reserve_file(file.fileno(), size, self._file.parent)
-        return map_file(self._file, shape, self.spec.stored, writable=True)
-
-    @classmethod
-    def opened(cls, file: Path, rows: int, spec: RowSpec) -> Column:
-        """Return a read-only column on a file that a former column filled."""
-        column = cls.__new__(cls)
-        column.spec, column._file, column._whole = spec, file, True
-        column.filled = torch.ones(rows, dtype=torch.bool)
-        column._data = map_file(file, (rows, *spec.shape), spec.stored, writable=False)
-        return column
+        shape = (rows, *spec.shape)
+        if file is None:
+            self._data = torch.empty(shape, dtype=spec.stored)
+            return
+        if not is_filled:
+            with open(file, "wb") as made:
+                reserve_file(made.fileno(), max(rows * spec.row_bytes, 1), file.parent)
+        self._data = map_file(file, shape, spec.stored, writable=not is_filled)
 
     @property
     def where(self) -> Where:

@@ -2,10 +2,10 @@
 
     FOLDER/<key>/meta.json     format, shape, type, rows, SHA-256 of the data
     FOLDER/<key>/rows.bin      the rows
-    FOLDER/.part-<random>/     a column that somebody is filling; a lock file inside shows that he lives
+    FOLDER/.part-<random>/     what one process is filling; a lock file inside shows that it lives
 
-A column is filled in a folder of its own and renamed when it is complete, so a reader never meets half a
-column; of two processes that fill the same one, the first to finish publishes. The key is a hash of all
+A column is filled in a folder of its own, there, and moved when it is complete, so a reader never meets half
+a column; of two processes that fill the same one, the first to finish publishes. The key is a hash of all
 that the values depend on, so a stale column is simply not found. What is found is checked against its
 SHA-256 once, and removed if it was cut short or altered.
 """
@@ -24,7 +24,8 @@ import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from layerwise.cache.store.column import Column, RowSpec
 from layerwise.errors import CacheError
@@ -35,7 +36,9 @@ logger = logging.getLogger("layerwise.cache")
 FORMAT = 1
 _KEY = re.compile(r"[0-9a-f]{40}")
 _STALE_S = 3600
-_TEMPORARY = "layerwise-cache-"
+_LOCK = "lock"
+_PART = ".part-"
+_TEMPORARY = "layerwise-part-"
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,41 @@ class Entry:
     modified_s: float
 
 
-@dataclass(frozen=True)
-class _Filling:
-    """A column that is being filled, with its open lock file, the name that it will have, and by whom."""
+class _Workroom:
+    """A folder for the columns that this process fills; it goes with the process, however that ends.
 
-    column: weakref.ref[Column]
-    lock: IO[bytes]
-    key: str
-    what: str
-    process: int
+    Args:
+        parent: where; made if need be.
+        prefix: of its name. Folders of this prefix whose processes are gone are removed.
+
+    Attributes:
+        folder: its path.
+        filling: the columns -> their folder in it, the name that they will have, and what they are.
+    """
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(parent, prefix)
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        self.filling: WeakKeyDictionary[Column, tuple[Path, str, str]] = WeakKeyDictionary()
+        self._process = os.getpid()
+        self._lock = open(self.folder / "unlocked", "wb")  # noqa: SIM115  (open as long as the process lives)
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(self.folder / "unlocked", self.folder / _LOCK)  # under this name it is always locked
+
+    def remove(self, folder: Path) -> None:
+        """Remove one of the folders in it; a forked process has a copy of this, but the files are not its."""
+        if self._process == os.getpid():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove it with all that is in it."""
+        self.filling.clear()
+        self._lock.close()
+        self.remove(self.folder)
 
 
 class Shelf:
@@ -78,10 +107,7 @@ class Shelf:
 
     def __init__(self, folder: Path | None) -> None:
         self._lasting = folder
-        self._folder: Path | None = None
-        self._temporary: dict[Path, tuple[int, IO[bytes]]] = {}  # who made it, and his lock
-        self._filling: dict[Path, _Filling] = {}
-        weakref.finalize(self, _remove_all, self._filling, self._temporary)
+        self._work: _Workroom | None = None
 
     @property
     def lasting(self) -> bool:
@@ -91,32 +117,18 @@ class Shelf:
     @property
     def root(self) -> Path:
         """The folder, whether it exists or not."""
-        return self._folder or self._lasting or Path(tempfile.gettempdir())
-
-    def _open(self) -> Path:
-        if self._folder is None:
-            if self._lasting is None:
-                _remove_abandoned(Path(tempfile.gettempdir()), f"{_TEMPORARY}*")
-                new = Path(tempfile.mkdtemp(prefix="layerwise-new-"))
-                lock = _locked(new / "lock")
-                self._folder = new.rename(new.with_name(new.name.replace("layerwise-new-", _TEMPORARY)))
-                self._temporary[self._folder] = os.getpid(), lock
-            else:
-                self._lasting.mkdir(parents=True, exist_ok=True)
-                self._folder = self._lasting
-                remove_leftovers(self._folder)
-        return self._folder
+        if self._lasting is not None:
+            return self._lasting
+        return Path(tempfile.gettempdir()) if self._work is None else self._work.folder
 
     def find(self, key: str, rows: int, spec: RowSpec) -> Column | None:
         """Return the published column `key`, read-only; None if there is none that can be trusted."""
-        if self._lasting is None or not self._lasting.is_dir():
+        if self._lasting is None or not (self._lasting / key).is_dir():
             return None
-        folder = self._open() / key
-        if not folder.is_dir():
-            return None
+        folder = self._lasting / key
         try:
-            if not _problem(folder, rows, spec):
-                return Column.opened(folder / "rows.bin", rows, spec)
+            if _can_be_trusted(folder, rows, spec):
+                return Column(rows, spec, file=folder / "rows.bin", is_filled=True)
         except (OSError, RuntimeError):  # torch's, of a file that is gone: another process removes it
             return None
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,28 +148,26 @@ class Shelf:
         Raises:
             OSError: there is no room for it.
         """
-        part = self._open() / f".part-{secrets.token_hex(8)}"
-        new = part.with_name(part.name.replace("part", "new"))
-        new.mkdir()
-        lock = _locked(new / "lock")
-        os.rename(new, part)  # whoever sees it under this name sees it locked
+        if self._work is None:
+            self._work = _Workroom(self.root, _PART if self.lasting else _TEMPORARY)
+            weakref.finalize(self, self._work.close)
+        folder = self._work.folder / secrets.token_hex(8)
+        folder.mkdir()
         try:
-            column = Column(rows, spec, file=part / "rows.bin")
+            column = Column(rows, spec, file=folder / "rows.bin")
         except BaseException:
-            lock.close()
-            shutil.rmtree(part, ignore_errors=True)
+            self._work.remove(folder)
             raise
-        self._filling[part] = _Filling(weakref.ref(column), lock, key, what, os.getpid())
-        weakref.finalize(column, _remove, self._filling, part)  # its values are worth nothing any more
+        self._work.filling[column] = folder, key, what
+        weakref.finalize(column, self._work.remove, folder)  # its values are worth nothing any more
         return column
 
     def publish_complete(self) -> None:
         """Make the columns whose rows are all there visible to others."""
-        if not self.lasting:
+        if self._lasting is None or self._work is None:
             return
-        for part, filling in list(self._filling.items()):
-            column = filling.column()
-            if column is None or not filling.key or not column.is_whole:
+        for column, (folder, key, what) in list(self._work.filling.items()):
+            if not key or not column.is_whole:
                 continue
             try:
                 column.flush()
@@ -167,81 +177,46 @@ class Shelf:
                     "dtype": str(column.spec.dtype),
                     "stored": str(column.spec.stored),
                     "rows": len(column.filled),
-                    "sha256": sha256(part / "rows.bin"),
-                    "what": filling.what,
+                    "sha256": sha256(folder / "rows.bin"),
+                    "what": what,
                 }
-                write_json(part / "meta.json", meta)
+                write_json(folder / "meta.json", meta)
             except OSError as error:  # a full disk; this run has its values all the same
-                logger.info("prefix cache: the values at %s are not kept for later: %s", filling.what, error)
+                logger.info("prefix cache: the values at %s are not kept for later: %s", what, error)
                 continue
-            target = self.root / filling.key
             try:
-                os.rename(part, target)  # fails if somebody else was first: his is as good
-                (target / "lock").unlink(missing_ok=True)
+                os.rename(folder, self._lasting / key)  # fails if somebody else was first: his is as good
             except OSError:
-                shutil.rmtree(part, ignore_errors=True)
-            filling.lock.close()
-            del self._filling[part]
+                self._work.remove(folder)
+            del self._work.filling[column]
+        if not self._work.filling:
+            self.close()
 
     def close(self) -> None:
         """Remove unfinished columns, and the folder if it is temporary."""
-        _remove_all(self._filling, self._temporary)
+        if self._work is not None:
+            self._work.close()
+            self._work = None
 
 
-def _remove(filling: dict[Path, _Filling], part: Path) -> None:
-    one = filling.pop(part, None)
-    if one is not None:
-        one.lock.close()
-        if one.process == os.getpid():  # a forked process has a copy of this, and the files are not its own
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _remove_all(filling: dict[Path, _Filling], folders: dict[Path, tuple[int, IO[bytes]]]) -> None:
-    for part in list(filling):
-        _remove(filling, part)
-    for folder, (process, lock) in folders.items():
-        lock.close()
-        if process == os.getpid():
-            shutil.rmtree(folder, ignore_errors=True)
-    folders.clear()
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """Return an open file with a lock that ends with this process, however it ends."""
-    file = open(path, "wb")  # noqa: SIM115  (held open as long as the column is being filled)
-    with contextlib.suppress(ImportError):
+def _is_abandoned(folder: Path) -> bool:
+    with contextlib.suppress(ImportError, OSError):  # without locks there is no telling; or its owner lives
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
+        try:
+            with open(folder / _LOCK, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except FileNotFoundError:  # its owner is about to lock it, or was killed in that instant
+            return time.time() - folder.stat().st_mtime > _STALE_S
+    return False
 
 
-def _abandoned(part: Path) -> bool:
-    try:
-        import fcntl
-    except ImportError:
-        return False  # without locks there is no telling
-    try:
-        with open(part / "lock", "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # its owner lives, or publishes it just now
-        return False
-    return True
-
-
-def _remove_abandoned(folder: Path, pattern: str) -> None:
-    for part in folder.glob(pattern):
-        if _abandoned(part):
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(parent: Path, prefix: str = _PART) -> None:
     """Delete unfinished columns of processes that are gone."""
-    _remove_abandoned(folder, ".part-*")
-    for new in folder.glob(".new-*"):  # killed in the instant between making and locking
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - new.stat().st_mtime > _STALE_S:
-                shutil.rmtree(new, ignore_errors=True)
+    for folder in parent.glob(f"{prefix}*"):
+        if _is_abandoned(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def entries(folder: Path) -> list[Entry]:
@@ -299,14 +274,10 @@ def _meta(folder: Path) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) and type(meta.get("rows")) is int else None
 
 
-def _problem(folder: Path, rows: int, spec: RowSpec) -> str:
-    meta = _meta(folder)
-    if meta is None or meta.get("format") != FORMAT:
-        return "unknown format"
-    wanted = [list(spec.shape), str(spec.dtype), str(spec.stored), rows]
-    if [meta.get(name) for name in ("shape", "dtype", "stored", "rows")] != wanted:
-        return "other shape or type"
-    data = folder / "rows.bin"
-    if not data.is_file() or data.stat().st_size != max(rows * spec.row_bytes, 1):
-        return "cut short"
-    return "" if sha256(data) == meta.get("sha256") else "altered"
+def _can_be_trusted(folder: Path, rows: int, spec: RowSpec) -> bool:
+    meta, data = _meta(folder), folder / "rows.bin"
+    wanted = [FORMAT, list(spec.shape), str(spec.dtype), str(spec.stored), rows]
+    if meta is None or [meta.get(name) for name in ("format", "shape", "dtype", "stored", "rows")] != wanted:
+        return False
+    is_complete = data.is_file() and data.stat().st_size == max(rows * spec.row_bytes, 1)
+    return is_complete and sha256(data) == meta.get("sha256")

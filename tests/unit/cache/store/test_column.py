@@ -41,7 +41,7 @@ def test_a_file_is_read_by_another_column(tmp_path) -> None:
     column = Column(4, SPEC, file=tmp_path / "rows.bin")
     column.put(torch.arange(4), values)
     column.flush()
-    again = Column.opened(tmp_path / "rows.bin", 4, SPEC)
+    again = Column(4, SPEC, file=tmp_path / "rows.bin", is_filled=True)
     assert torch.equal(again.get(torch.arange(4)), values)
 
 
@@ -113,7 +113,7 @@ def test_rows_without_numbers(tmp_path) -> None:
     column = Column(3, spec, file=tmp_path / "rows.bin")
     column.put(torch.arange(3), torch.empty(3, 0))
     column.flush()
-    again = Column.opened(tmp_path / "rows.bin", 3, spec)
+    again = Column(3, spec, file=tmp_path / "rows.bin", is_filled=True)
     assert again.get(torch.tensor([2, 0])).shape == (2, 0)
 
 

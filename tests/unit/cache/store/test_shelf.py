@@ -86,17 +86,17 @@ def test_what_cannot_be_trusted_is_refused_and_removed(tmp_path, damage, rows, s
 def test_what_another_process_removes_meanwhile_is_not_found(tmp_path, monkeypatch, name) -> None:
     # `layerwise cache rm` in another terminal, between any two looks at the folder
     published(tmp_path)
-    look = shelf_module._problem
+    look = shelf_module._can_be_trusted
 
-    def looked_at(folder: Path, rows: int, spec: RowSpec) -> str:
+    def looked_at(folder: Path, rows: int, spec: RowSpec) -> bool:
         if name:
             (folder / name).unlink()
             return look(folder, rows, spec)
-        problem = look(folder, rows, spec)
+        is_good = look(folder, rows, spec)
         shutil.rmtree(folder)
-        return problem
+        return is_good
 
-    monkeypatch.setattr(shelf_module, "_problem", looked_at)
+    monkeypatch.setattr(shelf_module, "_can_be_trusted", looked_at)
     assert Shelf(tmp_path).find(KEY, 3, SPEC) is None
 
 
@@ -182,9 +182,9 @@ def test_a_column_that_nobody_reads_any_more_is_removed(lasting, tmp_path) -> No
     # its values are stale: others are made in its place, once an epoch perhaps
     shelf = Shelf(tmp_path if lasting else None)
     column = shelf.create(KEY, 3, SPEC, "x")
-    assert len(list(shelf.root.glob(".part-*"))) == 1
+    assert len(list(shelf.root.rglob("rows.bin"))) == 1
     del column
-    assert not list(shelf.root.glob(".part-*"))
+    assert not list(shelf.root.rglob("rows.bin"))
     shelf.close()
 
 
@@ -200,7 +200,7 @@ def test_an_unfinished_column_goes_with_its_shelf(tmp_path) -> None:
 @pytest.mark.parametrize(("age_s", "stays"), [(10, True), (7200, False)])
 def test_a_folder_without_a_lock_is_removed_when_it_is_old(tmp_path, age_s, stays) -> None:
     # its owner was killed between making and locking it, or is about to lock it
-    new = tmp_path / ".new-1"
+    new = tmp_path / ".part-1"
     new.mkdir()
     os.utime(new, (time.time() - age_s,) * 2)
     remove(tmp_path)
@@ -229,15 +229,15 @@ def test_the_temporary_folder_of_a_killed_process_is_removed_by_the_next(tmp_pat
         column = killed.create("", 3, SPEC, "layer3")
         os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
-    (tmp_path / "layerwise-cache-other").mkdir()
+    (tmp_path / "layerwise-part-other").mkdir()
     assert len(list(tmp_path.iterdir())) == 3
     shelf = Shelf(None)
     column = shelf.create("", 3, SPEC, "layer3")
-    assert set(tmp_path.iterdir()) == {living.root, shelf.root, tmp_path / "layerwise-cache-other"}
+    assert set(tmp_path.iterdir()) == {living.root, shelf.root, tmp_path / "layerwise-part-other"}
     del held, column
     for one in (living, shelf):
         one.close()
-    assert list(tmp_path.iterdir()) == [tmp_path / "layerwise-cache-other"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "layerwise-part-other"]
 
 
 def test_temporary_shelf_leaves_nothing() -> None:
@@ -276,7 +276,7 @@ def test_a_forked_process_that_ends_leaves_the_files_of_the_one_that_fills_them(
         os._exit(0)
     os.waitpid(child, 0)
     assert shelf.root.exists()
-    assert len(list(shelf.root.glob(".part-*/rows.bin"))) == 1
+    assert len(list(shelf.root.rglob("rows.bin"))) == 1
     column.put(torch.arange(3), VALUES)
     shelf.publish_complete()
     assert not lasting or Shelf(tmp_path).find(KEY, 3, SPEC) is not None
