@@ -155,9 +155,7 @@ class Calls:
         if phase is not None and phase.reason and not live.replayed:
             live.supply.called_in = self._state.number()  # perhaps not that for which it was made
             return None
-        if phase is None or phase.cut is None or phase.fixed is None:
-            return None
-        if not (live.replayed or self._is_completed(live, phase)):
+        if phase is None or not (live.replayed or self._is_completed(live, phase)):
             return None  # it was handed out real
         if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
@@ -168,11 +166,11 @@ class Calls:
             or not link.same_constants(args, kwargs)
             or autocast_state(link.device) != link.autocast
             or backend_state(link.device) != link.backends
-            or not feed.has_values(phase.cut, phase.fixed, live.rows)  # forgotten since, as weights changed
+            or not feed.has_values(phase, live.rows)  # forgotten since, as weights changed
         )
         if changed:  # other modes than when the batch was made: this call needs the real samples
             return _with_samples(live, link, args, kwargs)
-        values = feed.values(phase.cut, phase.fixed, live.rows, link.device)
+        values = feed.values(phase, live.rows, link.device)
         live.supply.replays += 1
         skeletons = phase.fixed.skeletons
         replay = Replay(phase.cut, values, skeletons, batch=len(live.rows), device=link.device).__enter__()
@@ -232,7 +230,7 @@ class Calls:
         except OtherShapeError as error:
             live.supply.sort_anew(error)
         except NothingToSkipError as error:
-            phase.reason = str(error)
+            phase.refuse(str(error))
             logger.info("prefix cache off: %s", error)
         except (LayerwiseError, OSError) as error:
             live.supply.refuse(str(error), phase)

@@ -79,7 +79,6 @@ def fill_rest(
         batch_size: of this pass; the loader's by default.
         fold: fold batch-norms.
     """
-    assert phase.cut is not None
     samples, notes = feed.members or list(range(feed.size)), []
     folding: Folding | None = None
     difference = 0.0
@@ -117,11 +116,10 @@ def _fill(
     folding: Folding | None,
 ) -> int:
     """Compute the samples of which something is missing, in batches of `size`; return how many there were."""
-    assert phase.cut is not None
     frozen.thread = get_ident()
     batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
     rows = [feed.rows_of(batch, view) for batch in batches]
-    absent = [int(feed.missing(phase.cut, phase.ghosts, some).sum()) for some in rows]
+    absent = [int(feed.missing(phase, some).sum()) for some in rows]
     wanted = [number for number, count in enumerate(absent) if count]
     loaded = feed.reader.load(iter([batches[number] for number in wanted]))
     with frozen.in_a_row() if wanted and folding is None else contextlib.nullcontext():

@@ -156,14 +156,13 @@ class FrozenPart:
         """
         feed, phase = live.feed, live.phase
         assert phase is not None
-        assert phase.cut is not None
         assert feed.shape is not None
         count = len(live.indices)
         feed.forget_moved(live.rows)
         loads = feed.loads_again(phase.ghosts)
-        if not loads and feed.is_whole(phase.cut, phase.ghosts):
+        if not loads and feed.is_whole(phase):
             return None
-        absent = feed.missing(phase.cut, phase.ghosts, live.rows)
+        absent = feed.missing(phase, live.rows)
         if feed.places is not None and absent.any():
             absent[:] = True  # each at its place
         if loads and batch is None:

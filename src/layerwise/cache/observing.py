@@ -54,6 +54,7 @@ class _Seen:
         given: ``(args, kwargs)``.
         here: the circumstances.
         later: cuts of later phases and runs, with the epochs that each lasts.
+        known: what is known of other phases that is the same for every batch.
     """
 
     live: Live
@@ -61,6 +62,7 @@ class _Seen:
     given: tuple[tuple[Any, ...], dict[str, Any]]
     here: Circumstances
     later: list[tuple[int, Cut]]
+    known: list[Fixed]
 
     @property
     def phase(self) -> Phase:
@@ -127,7 +129,7 @@ class Observer:
         cut = find(*link.apart(args, kwargs))
         awake = frozenset(module for module in self._model.modules() if module.training)
         here = Circumstances(link, awake)
-        seen = _Seen(live, link, (args, kwargs), here, self._book.later(link.form))
+        seen = _Seen(live, link, (args, kwargs), here, self._book.later(link.form), feed.fixed)
         later = [other for _, other in seen.later]
         feed.keep_only([cut, *later])
 
@@ -169,13 +171,13 @@ class Observer:
             as_stored = True
         phase.ghosts = feed.ghosts_of(cut, self._keep_inputs)
         fixed = Fixed(here)
-        for known in feed.fixed:
+        for known in seen.known:
             if here.agree(known.circumstances, around):
                 fixed.take(known, cuts)
         phase.fixed = fixed
         prefix_s = 0.0
         if as_stored and self._is_stored(feed, phase, live.rows):
-            values = feed.values(cut, fixed, live.rows, link.device)
+            values = feed.values(phase, live.rows, link.device)
         else:
             started = time.perf_counter()
             log, run, count = ElementwiseLog(), self._frozen.run, len(live.indices)
@@ -236,16 +238,11 @@ class Observer:
 
     def _is_stored(self, feed: Feed, phase: Phase, rows: torch.Tensor) -> bool:
         """Whether a batch can be replayed from what was stored in an earlier phase."""
-        assert phase.cut is not None
-        assert phase.fixed is not None
-        cut, fixed = phase.cut, phase.fixed
-        return fixed.has_skeletons(cut) and feed.has_values(cut, fixed, rows)
+        return phase.fixed.has_skeletons(phase.cut) and feed.has_values(phase, rows)
 
     def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> Result:
         """Return what the model gives for this batch when it is replayed; undo all side effects."""
         link, phase = seen.link, seen.phase
-        assert phase.cut is not None
-        assert phase.fixed is not None
         numbers = iter(link.leaves)
         args, kwargs = map_tensors(
             seen.arguments(),
@@ -283,7 +280,6 @@ class Observer:
         suffix_s: float,
     ) -> None:
         feed, rows, phase, later = seen.live.feed, seen.live.rows, seen.phase, seen.later
-        assert phase.cut is not None
         if self._is_stored(feed, phase, rows):
             phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ def described(supplies: Sequence[Supply]) -> str:
             lines.append(f"{name}: off: {supply.reason}")
         phases = phases_of(supply)
         when = "until then: " if supply.reason else ""
-        shown = (p for p in phases.values() if p.decision or p.reason or not supply.reason)
+        shown = (phase for phase in phases.values() if phase.decision or not supply.reason)
         lines += dict.fromkeys(f"{name}: {when}{told(phase)}" for phase in shown)
         key = next(reversed(phases), None)
         stored, samples = supply.stored(key), supply.samples
@@ -47,21 +48,16 @@ def decided(supply: Supply) -> Decision | None:
     """Return what was chosen last for a loader; None before its first batch."""
     if supply.reason:
         return Decision("off", supply.reason)
-    phases = [p for p in phases_of(supply).values() if p.decision is not None or p.reason]
-    if not phases:
-        return None
-    last = phases[-1]
-    if last.decision is None or (
-        last.reason and last.decision.storage != "off"
-    ):  # it could not be carried out
-        return Decision("off", last.reason)
-    return last.decision
+    decisions = [phase.decision for phase in phases_of(supply).values() if phase.decision is not None]
+    return decisions[-1] if decisions else None
 
 
 def told(phase: Phase | None) -> str:
     """Return what was chosen for a phase, for people."""
-    if phase is None or phase.reason or phase.cut is None or phase.decision is None:
-        return f"off: {phase.reason}" if phase is not None and phase.reason else "waiting for the first batch"
+    if phase is None or phase.decision is None:
+        return "waiting for the first batch"
+    if phase.reason:
+        return f"off: {phase.reason}"
     cut, decision = phase.cut, phase.decision
     sites = shorten(cut.frontier, _TOLD)
     text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
@@ -82,20 +78,20 @@ def phases_of(supply: Supply) -> dict[Any, Phase]:
 
 def merged(phases: Sequence[Phase]) -> Phase:
     """Return the phases of several shapes as one: what was chosen for all samples together."""
-    chosen = [phase for phase in phases if phase.decision is not None and not phase.reason]
+    chosen = [(phase.decision, phase) for phase in phases if phase.decision and not phase.reason]
     if len(phases) == 1 or not chosen:
         return phases[0]
-    first = max(chosen, key=lambda phase: phase.decision.total_bytes if phase.decision else 0)
-    assert first.decision is not None
-    samples = sum(phase.decision.samples for phase in chosen if phase.decision is not None)
-    total = sum(phase.decision.total_bytes for phase in chosen if phase.decision is not None)
-    reason = f"{first.decision.reason}; samples have {len(phases)} shapes"
+    decision, first = max(chosen, key=lambda pair: pair[0].total_bytes)
+    samples = sum(one.samples for one, _ in chosen)
+    total = sum(one.total_bytes for one, _ in chosen)
+    reason = f"{decision.reason}; samples have {len(phases)} shapes"
     if total:
         reason += f", {format_bytes(total)} in all"
     if len(chosen) < len(phases):
         reason += f"; {len(phases) - len(chosen)} of them not cached: "
         reason += next(phase.reason for phase in phases if phase.reason)
-    decision = dataclasses.replace(
-        first.decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples
+    whole = copy.copy(first)
+    whole.decision = dataclasses.replace(
+        decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples
     )
-    return dataclasses.replace(first, decision=decision)
+    return whole

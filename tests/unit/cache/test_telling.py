@@ -17,7 +17,7 @@ from layerwise.cache.telling import merged
 def test_phases_of_several_shapes_are_told_as_one() -> None:
     cached = Phase(decision=Decision("memory", "asked for", 10, 6))
     stored = Phase(decision=Decision("memory", "stored in an earlier pass", 0, 2))
-    alone = Phase(reason="only one sample has this shape")
+    alone = Phase(decision=Decision("off", "only one sample has this shape"))
     assert merged([alone]) is alone
     told = merged([cached, stored, alone]).decision
     assert told is not None

@@ -136,7 +136,7 @@ class Feed:
         """Return the phase of a state of the model; those that were first met long ago are forgotten."""
         phase = self.phases.setdefault(key, Phase())
         for old in list(self.phases)[:-_PHASES]:
-            del self.phases[old]
+            self.phases.pop(old).verified = False  # it is not told any more what is forgotten
         return phase
 
     def forget(self) -> None:
@@ -147,16 +147,14 @@ class Feed:
     def unverify(self) -> None:
         """Have the phases looked at again whose values are not all kept any more."""
         for phase in self.phases.values():
-            cut, fixed = phase.cut, phase.fixed
-            if cut is None or fixed is None:
-                continue
-            if not (fixed.has_constants(cut) and all(site in self.sites for site in cut.frontier)):
-                phase.verified = False
+            if phase.verified:
+                are_there = all(site in self.sites for site in phase.cut.frontier)
+                phase.verified = are_there and phase.fixed.has_constants(phase.cut)
 
     @property
     def fixed(self) -> list[Fixed]:
-        """What is known of each phase that is the same for every batch."""
-        return [phase.fixed for phase in self.phases.values() if phase.fixed is not None]
+        """What is known of each verified phase that is the same for every batch."""
+        return [phase.fixed for phase in self.phases.values() if phase.verified]
 
     @property
     def weights(self) -> list[tuple[Any, ...]]:
@@ -257,44 +255,33 @@ class Feed:
         """Whether a batch of `size` samples may be replayed."""
         return self.sizes is None or size in self.sizes
 
-    def columns_of(self, cut: Cut, ghosts: frozenset[int]) -> list[Column] | None:
-        """Return all columns that replaying `cut` reads, or None if one of them does not exist."""
-        assert self.shape is not None
-        if any(site not in self.sites for site in cut.frontier):
-            return None
-        columns = [self.sites[site].column for site in cut.frontier]
-        wanted = self.stored_leaves(ghosts)
-        if any(number not in self.leaves for number in wanted):
-            return None
-        return columns + [self.leaves[number] for number in wanted]
+    def _columns(self, phase: Phase) -> list[Column]:
+        """Return all columns that a replay reads in a verified phase."""
+        sites = [self.sites[site].column for site in phase.cut.frontier]
+        return sites + [self.leaves[number] for number in self.stored_leaves(phase.ghosts)]
 
-    def is_whole(self, cut: Cut, ghosts: frozenset[int]) -> bool:
+    def is_whole(self, phase: Phase) -> bool:
         """Return whether nothing is missing of any row."""
-        columns = self.columns_of(cut, ghosts)
-        return columns is not None and all([column.is_whole for column in columns])
+        return all([column.is_whole for column in self._columns(phase)])
 
-    def missing(self, cut: Cut, ghosts: frozenset[int], rows: torch.Tensor) -> torch.Tensor:
+    def missing(self, phase: Phase, rows: torch.Tensor) -> torch.Tensor:
         """Return which of `rows` (int64) are not complete; bool."""
-        columns = self.columns_of(cut, ghosts)
-        if columns is None:
-            return torch.ones(len(rows), dtype=torch.bool)
         absent = torch.zeros(len(rows), dtype=torch.bool)
-        for column in columns:
+        for column in self._columns(phase):
             absent |= column.missing(rows)
         return absent
 
-    def has_values(self, cut: Cut, fixed: Fixed, rows: torch.Tensor) -> bool:
-        """Return whether what the sites of `cut` hold is there for all of `rows` (int64)."""
-        return fixed.has_constants(cut) and all(
-            [site in self.sites and self.sites[site].column.has(rows) for site in cut.frontier]
+    def has_values(self, phase: Phase, rows: torch.Tensor) -> bool:
+        """Return whether what the sites of a cut hold is there for all of `rows` (int64)."""
+        return phase.fixed.has_constants(phase.cut) and all(
+            [site in self.sites and self.sites[site].column.has(rows) for site in phase.cut.frontier]
         )
 
-    def values(
-        self, cut: Cut, fixed: Fixed, rows: torch.Tensor, device: torch.device
-    ) -> dict[Site, torch.Tensor]:
-        """Return what the sites of `cut` hold for a batch of `rows`, which must be there (`has_values`)."""
-        found = {site: copied(fixed.constants[site][0]) for site in cut.constants}  # may be written to
-        for site in cut.frontier:
+    def values(self, phase: Phase, rows: torch.Tensor, device: torch.device) -> dict[Site, torch.Tensor]:
+        """Return what the sites of a cut hold for a batch of `rows`, which must be there (`has_values`)."""
+        constants = phase.fixed.constants
+        found = {site: copied(constants[site][0]) for site in phase.cut.constants}  # may be written to
+        for site in phase.cut.frontier:
             stored = self.sites[site]
             value = stored.layout.from_rows(stored.column.get(rows, device))
             found[site] = value if stored.layout.is_view else value.detach()

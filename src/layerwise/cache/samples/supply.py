@@ -46,7 +46,7 @@ class Supply:
 
     Attributes:
         loader: as given; of several alike, the latest.
-        reader: gives its indices and samples; None if it cannot be read by index.
+        reader: gives its indices and samples; where it cannot be read by index there is none, and no feed.
         reason: why nothing of this loader is cached; ``""`` if it may be.
         views: draws of each sample that are stored.
         feeds: one for each shape.
@@ -67,7 +67,7 @@ class Supply:
     """
 
     loader: DataLoader[Any]
-    reader: LoaderReader | None = None
+    reader: LoaderReader = field(init=False)
     reason: str = ""
     views: int = 1
     asked: bool = False
@@ -90,7 +90,7 @@ class Supply:
     def refuse(self, reason: str, phase: Phase | None = None) -> None:
         """Note why this loader is not cached, or one of its phases."""
         if phase is not None:
-            phase.reason, phase.verified = reason, False
+            phase.refuse(reason)
         else:
             self.reason = reason
         logger.info("prefix cache off: %s", reason)
@@ -114,7 +114,7 @@ class Supply:
     def take(self, loader: DataLoader[Any]) -> None:
         """Go on with another loader of the same samples."""
         self.loader = loader
-        if self.reader is not None:
+        if self.feeds:
             self.reader.loader = loader
 
     def begun(self, epoch: Iterator[Any]) -> Iterator[Any]:
@@ -125,7 +125,6 @@ class Supply:
 
     def forget_changed(self) -> str:
         """Forget all values if the dataset was changed since last asked; return what was, or ``""``."""
-        assert self.reader is not None
         what, size = "", len(self.loader.dataset)  # type: ignore[arg-type]
         if size != self.reader.size:
             what = f"it had {self.reader.size:,} samples, and has {size:,}"
@@ -149,7 +148,7 @@ class Supply:
     def plain(self) -> Iterator[Any]:
         """Return an iterator over the loader's own batches."""
         self.epochs += 1
-        return iter(self.loader) if self.reader is None else self.reader.plain()
+        return self.reader.plain() if self.feeds else iter(self.loader)
 
     def sort(self) -> bool:
         """Load every sample by itself, and sort them by shape; what was stored before is forgotten.
@@ -157,7 +156,6 @@ class Supply:
         Returns:
             Whether that helps: False if all have one shape, or were sorted before, or are random.
         """
-        assert self.reader is not None
         if self.kinds is not None or self.views > 1:
             return False
         with self.reader.unaffected():
@@ -187,7 +185,6 @@ class Supply:
 
     def looks_ragged(self) -> bool:
         """Return whether a few samples, each collated alone, have different shapes."""
-        assert self.reader is not None
         with self.reader.unaffected():
             singles = (self.reader.load_now([index]) for index in self.reader.probes(_LOOKED_AT))
             return len({_kind(single) for single in singles}) > 1
@@ -198,7 +195,6 @@ class Supply:
         Raises:
             CacheError: its samples have several shapes, or no indices.
         """
-        assert self.reader is not None
         self.reader.check(indices)
         if self.kinds is None:
             return self.feeds[0]
@@ -217,9 +213,8 @@ class Supply:
         count = 0
         for feed in self.feeds:
             phase = feed.phases.get(key)
-            if phase is not None and phase.cut is not None and phase.verified:
-                absent = feed.missing(phase.cut, phase.ghosts, torch.arange(feed.rows))
-                count += feed.rows - int(absent.sum())
+            if phase is not None and phase.verified:
+                count += feed.rows - int(feed.missing(phase, torch.arange(feed.rows)).sum())
         return count
 
     def is_idle(self, key: Any) -> bool:
@@ -237,11 +232,11 @@ class Supply:
         count = 0.0
         for feed in self.feeds:
             phase = feed.phases.get(key)
-            if phase is None or phase.cut is None or not phase.verified or feed.loads_again(phase.ghosts):
+            if phase is None or not phase.verified or feed.loads_again(phase.ghosts):
                 count += feed.size
-            elif not feed.is_whole(phase.cut, phase.ghosts):
+            elif not feed.is_whole(phase):
                 rows = torch.arange(feed.size) + view * feed.size
-                count += float(feed.missing(phase.cut, phase.ghosts, rows).sum())
+                count += float(feed.missing(phase, rows).sum())
         return count / max(sum(feed.size for feed in self.feeds), 1)
 
     def schedule(
@@ -256,7 +251,6 @@ class Supply:
             known: `must_load` can be asked at once; otherwise after the first batch.
             must_load: whether most batches have to be loaded; the loader's own workers then do it.
         """
-        assert self.reader is not None
         for indices in () if known else order:
             yield indices, None
             break

@@ -16,6 +16,7 @@ from layerwise.cache.replay.layout import Layout
 from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.feed import Feed, SiteColumn
+from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.stock import CachePool
 from layerwise.cache.store.column import Column, RowSpec
@@ -36,8 +37,11 @@ def cut_of(**changes: Any) -> Cut:
     return Cut(**{**empty, "frontier": (), "constants": (), "inputs": frozenset(), **changes})
 
 
-def fixed_of() -> Fixed:
-    return Fixed(Circumstances(cast(Any, None), frozenset()))
+def phase_of(cut: Cut, ghosts: frozenset[int] = frozenset()) -> Phase:
+    phase = Phase(verified=True)
+    phase.cut, phase.ghosts = cut, ghosts
+    phase.fixed = Fixed(Circumstances(cast(Any, None), frozenset()))
+    return phase
 
 
 def test_phases_that_were_met_long_ago_are_forgotten() -> None:
@@ -53,26 +57,28 @@ def test_phases_that_were_met_long_ago_are_forgotten() -> None:
 
 def test_a_batch_is_not_complete_without_its_own_tensors_and_the_constants() -> None:
     feed, rows = feed_of(), torch.arange(2)
-    table, fixed = Site(CallId("positions", 0), "out", 0), fixed_of()
-    assert feed.missing(cut_of(), frozenset(), rows).all()  # labels, of which nothing is stored
-    assert not feed.missing(cut_of(), frozenset({0}), rows).any()
-    assert feed.has_values(cut_of(), fixed, rows)
-    assert not feed.has_values(cut_of(constants=(table,)), fixed, rows)
-    fixed.constants[table] = torch.ones(1), ()
-    assert feed.has_values(cut_of(constants=(table,)), fixed, rows)
+    table = Site(CallId("positions", 0), "out", 0)
+    feed.leaves[0] = Column(feed.rows, RowSpec((), torch.int64, torch.int64))
+    assert feed.missing(phase_of(cut_of()), rows).all()  # labels, of which nothing is stored
+    assert not feed.missing(phase_of(cut_of(), frozenset({0})), rows).any()
+    assert feed.has_values(phase_of(cut_of()), rows)
+    phase = phase_of(cut_of(constants=(table,)))
+    assert not feed.has_values(phase, rows)
+    phase.fixed.constants[table] = torch.ones(1), ()
+    assert feed.has_values(phase, rows)
 
 
 def test_values_that_are_not_all_stored_are_not_handed_out() -> None:
     feed, cpu = feed_of(), torch.device("cpu")
     site = Site(CallId("body", 0), "out", 0)
-    cut, fixed = cut_of(frontier=(site,)), fixed_of()
-    assert not feed.has_values(cut, fixed, torch.arange(2))
+    phase = phase_of(cut_of(frontier=(site,)))
+    assert not feed.has_values(phase, torch.arange(2))
     column = Column(feed.rows, RowSpec((1, 3), torch.float32, torch.float32))
     feed.sites[site] = SiteColumn(column, Layout(dim=0, per_sample=1, order=(0, 1)), "", ())
     column.put(torch.arange(2), torch.ones(2, 1, 3))
-    assert feed.has_values(cut, fixed, torch.arange(2))
-    assert torch.equal(feed.values(cut, fixed, torch.arange(2), cpu)[site], torch.ones(2, 3))
-    assert not feed.has_values(cut, fixed, torch.arange(3))
+    assert feed.has_values(phase, torch.arange(2))
+    assert torch.equal(feed.values(phase, torch.arange(2), cpu)[site], torch.ones(2, 3))
+    assert not feed.has_values(phase, torch.arange(3))
 
 
 def test_sizes_of_batches_are_those_of_all_phases() -> None:
