@@ -65,8 +65,8 @@ def fill_rest(
     feed: Feed,
     phase: Phase,
     *,
-    batch_size: int | None = None,
-    fold: bool = False,
+    batch_size: int | None,
+    fold: bool,
 ) -> Filled:
     """Compute and store what is missing of a feed's samples.
 
@@ -76,30 +76,28 @@ def fill_rest(
         feed: of those of its samples that are to be computed.
         phase: under way, and verified: the values of its cut are computed, and those of later phases for
             which there is room.
-        batch_size: of this pass; the loader's by default.
+        batch_size: of this pass; None for the loader's.
         fold: fold batch-norms.
     """
     samples, notes = feed.members or list(range(feed.size)), []
-    folding: Folding | None = None
-    difference = 0.0
+    folding, difference, done = None, 0.0, 0
     if fold:
-        folding, difference, note = _try_folding(frozen, feed, phase.cut)
-        notes += [note] if note else []
-    done = 0
-    if batch_size not in (None, feed.full) and feed.places is not None:
-        notes.append(f"batches of {batch_size} are not used: last bits depend on the place in a batch")
-        batch_size = None
-    if batch_size is not None and feed.sizes is not None and batch_size not in feed.sizes:
-        trial = samples[:batch_size]
-        done += _fill(frozen, supply, feed, phase, trial, feed.full, 0, None)
-        if len(trial) < batch_size:
-            batch_size = feed.full  # the data is smaller than such a batch
-        elif reason := _other_bits(frozen, feed, phase.cut, trial):
-            notes.append(f"batches of {batch_size} are not used for the recording pass: {reason}")
-            batch_size = feed.full
-        else:
-            feed.sizes = feed.sizes | {batch_size}
-    size = batch_size or feed.full
+        try:
+            folding, difference = _folding(frozen, feed, phase.cut)
+        except CacheError as error:
+            notes.append(f"nothing is folded: {str(error).rstrip('.')}")
+    size, reason = batch_size or feed.full, ""
+    if size != feed.full and feed.places is not None:
+        reason = "last bits depend on the place in a batch"
+    elif size > feed.size and feed.sizes is not None:
+        size = feed.full  # no batch is so large
+    elif feed.sizes is not None and size not in feed.sizes:
+        done += _fill(frozen, supply, feed, phase, samples[:size], feed.full, 0, None)
+        reason = _other_bits(frozen, feed, phase.cut, samples[:size])
+        feed.sizes = feed.sizes if reason else feed.sizes | {size}
+    if reason:
+        notes.append(f"batches of {size} are not used: {reason}")
+        size = feed.full
     for view in range(feed.views):
         done += _fill(frozen, supply, feed, phase, samples, size, view, folding)
     return Filled(done, size, 0 if folding is None else len(folding), difference, tuple(notes))
@@ -127,8 +125,6 @@ def _fill(
             with folding or contextlib.nullcontext():
                 live = Live(supply, feed, rows[number], batches[number], frozen.state.number(), phase)
                 frozen.complete(live, batch)
-            if folding is not None:
-                folding.check()
     return sum(absent)
 
 
@@ -158,28 +154,25 @@ def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, samples: list[int]) ->
     return ""
 
 
-def _try_folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding | None, float, str]:
-    """Return the folding, its relative difference on the first batch, and what is to be said of it."""
+def _folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding, float]:
+    """Return the folding, and its relative difference on the first batch.
+
+    Raises:
+        CacheError: nothing can be folded, or values would differ by too much.
+    """
     assert feed.link is not None
-    assert feed.shape is not None
     cuts, link, count = frozen.stored_cuts(feed, cut), feed.link, feed.full
     args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
     with torch.no_grad():
-        pairs = find_pairs(record(frozen.model, args, kwargs), cuts)
-    if not pairs:
-        return None, 0.0, "nothing is folded: no frozen batch-norm follows a frozen convolution directly"
-    folding = Folding(frozen.model, pairs)
+        folding = Folding(frozen.model, find_pairs(record(frozen.model, args, kwargs), cuts))
+    if not len(folding):
+        raise CacheError("no frozen batch-norm follows a frozen convolution directly")
     plain = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
-    try:
-        with folding:
-            folded = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
-        folding.check()
-    except CacheError as error:
-        return None, 0.0, f"nothing is folded: {str(error).rstrip('.')}"
+    with folding:
+        folded = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
     difference = relative_difference(plain, folded, (site for each in cuts for site in each.frontier))
     if not difference <= FOLD_TOLERANCE:
-        return None, 0.0, (
-            f"nothing is folded: values would differ by {difference:.1e} of the largest, more than "
-            f"{FOLD_TOLERANCE:.0e}"
-        )  # fmt: skip
-    return folding, difference, ""
+        raise CacheError(
+            f"values would differ by {difference:.1e} of the largest, more than {FOLD_TOLERANCE:.0e}"
+        )
+    return folding, difference

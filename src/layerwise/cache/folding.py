@@ -29,6 +29,7 @@ FOLD_TOLERANCE = 1e-4
 """Largest difference, relative to a value's largest number, up to which folded weights are used."""
 
 _CONVOLUTIONS: tuple[Callable[..., Any], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+_LEADING = ("input", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -135,33 +136,26 @@ class Folding(TorchFunctionMode):
     ) -> Any:
         """Run a function, or its folded form."""
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS:
-            given = args[1] if len(args) > 1 else kwargs.get("weight")
-            if id(given) in self._folded:
-                weight, bias, mean = self._folded[id(given)]
-                left = {name: value for name, value in kwargs.items() if name not in ("weight", "bias")}
-                if len(args) > 3:
-                    output = func(args[0], weight, bias, *args[3:], **left)
-                else:
-                    output = func(*args[:1], weight=weight, bias=bias, **left)
-                self._waiting[id(output)] = output, mean
-                return output
+        named = dict(zip(_LEADING, args)) | kwargs
+        if func in _CONVOLUTIONS and id(named.get("weight")) in self._folded:
+            weight, bias, mean = self._folded[id(named["weight"])]
+            left = {name: value for name, value in kwargs.items() if name not in _LEADING}
+            output = func(named["input"], weight, bias, *args[3:], **left)
+            self._waiting[id(output)] = output, mean
+            return output
         if self._waiting and func in (nn.functional.batch_norm, torch.batch_norm):
-            given = args[0] if args else kwargs.get("input")
+            given = named["input"]
             folded = self._waiting.get(id(given))
             if folded is not None and any(part is folded[1] for part in (*args, *kwargs.values())):
                 del self._waiting[id(given)]
                 return given
         return func(*args, **kwargs)
 
-    def check(self) -> None:
-        """Raise if a convolution was folded and its batch-norm did not come after it.
-
-        Raises:
-            CacheError: so it is.
-        """
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        """Leave the block; raise if a convolution was folded and its batch-norm did not come after it."""
+        super().__exit__(kind, *error)  # type: ignore[no-untyped-call]
         waiting, self._waiting = self._waiting, {}
-        if waiting:
+        if waiting and kind is None:
             raise CacheError(
                 f"{len(waiting)} batch-norms did not follow their convolutions as they did when the "
                 f"model was recorded, so they cannot be folded. Leave fold out."
