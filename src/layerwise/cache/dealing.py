@@ -71,12 +71,15 @@ class Dealer:
         supply.epochs += 1
         supply.handed_out = supply.replays = 0
         supply.came = supply.asks_ahead = False
-        known = self._is_known(supply)
-        for indices, batch in supply.schedule(
-            order, known, lambda: self._missing_frac(supply, view) > _MISSING_FRAC
-        ):
+        key = self.expected_state(supply)
+        known = any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
+
+        def missing_frac() -> float:
+            return supply.missing_frac(self.expected_state(supply), view)
+
+        for indices, batch in supply.schedule(order, known, lambda: missing_frac() > _MISSING_FRAC):
             group = [indices]
-            if batch is None and not supply.reason and not self._missing_frac(supply, view):
+            if batch is None and not supply.reason and not missing_frac():
                 group += order.ahead(_AT_ONCE - 1)
             for live in [self._dealt(supply, one, batch, view) for one in group]:
                 if isinstance(live, Live) and live.key != self.expected_state(supply):
@@ -186,15 +189,6 @@ class Dealer:
             return False
         live.versions, live.replayed = versions_of(live.leaves), True
         return True
-
-    def _is_known(self, supply: Supply) -> bool:
-        """Whether this epoch can start without looking at a batch first."""
-        key = self.expected_state(supply)
-        return any(key in feed.phases and feed.phases[key].verified for feed in supply.feeds)
-
-    def _missing_frac(self, supply: Supply, view: int) -> float:
-        """Return the share of the samples that still have to be loaded in this epoch."""
-        return supply.missing_frac(self.expected_state(supply), view)
 
 
 def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:

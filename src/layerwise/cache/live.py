@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,27 +21,39 @@ _NEVER_COMES = f"the loop does not pass the loader's batches to this model as th
 _PATIENCE = 2  # epochs of which nothing came to the model
 
 
+@dataclass(eq=False)
 class Live:
-    """A batch that was handed out, until the loop asks for the next one."""
+    """A batch that was handed out, until the loop asks for the next one.
 
-    def __init__(
-        self,
-        supply: Supply,
-        feed: Feed,
-        rows: torch.Tensor,
-        indices: list[int],
-        key: Any,
-        phase: Phase | None,
-    ) -> None:
-        self.supply, self.feed, self.rows, self.indices = supply, feed, rows, indices
-        self.key, self.phase = key, phase
-        self.tag = object()  # of its ghosts; not the batch itself, which would keep itself alive
-        self.batch: Any = None
-        self.leaves: list[torch.Tensor] = []
-        self.versions: list[int] = []  # of the leaves when they were handed out
-        self.shape: BatchShape | None = None  # of a real one that is looked at when it reaches the model
-        self.replayed = False  # with ghosts
-        self.seen = False  # it reached the model
+    Attributes:
+        supply: whose.
+        feed: of its samples.
+        rows: of the samples; int64.
+        indices: of the samples.
+        key: the state of the model for which it was made.
+        phase: of that state; None if none is known.
+        batch: what the loop gets.
+        leaves: its tensors.
+        versions: of the leaves when they were handed out.
+        shape: of a real one that is looked at when it reaches the model.
+        replayed: it has ghosts.
+        seen: it reached the model.
+        tag: of its ghosts; not the batch itself, which would keep itself alive.
+    """
+
+    supply: Supply
+    feed: Feed
+    rows: torch.Tensor
+    indices: list[int]
+    key: int
+    phase: Phase | None
+    batch: Any = None
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    shape: BatchShape | None = None
+    replayed: bool = False
+    seen: bool = False
+    tag: object = field(default_factory=object)
 
     @property
     def is_awaited(self) -> bool:

@@ -7,7 +7,7 @@ loading itself changes (a counter, a store of decoded images) does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 from layerwise.cache.changes.alike import does_the_same
@@ -25,11 +25,12 @@ class DataWatch:
         collate: what makes batches of its samples.
 
     Attributes:
+        dataset: the same.
         collate: the same; another one may be set.
     """
 
     def __init__(self, dataset: Any, collate: Any = None) -> None:
-        self._dataset, self.collate = dataset, collate
+        self.dataset, self.collate = dataset, collate
         self._loading = {"epoch"} if home(dataset).startswith("layerwise.") else set()  # what does not count
         self._last = self._now()
         self._samples: list[str] = []
@@ -60,8 +61,12 @@ class DataWatch:
         found = sorted(data or texts) if differ else sorted(data)
         return (found[0] or "its items") if found else ""
 
+    def is_same(self) -> bool:
+        """Return whether nothing was changed since."""
+        return not any(self._now().differing(self._last))
+
     def _now(self) -> Contents:
-        return Contents(self._dataset, "here", self._loading, collate=self.collate)
+        return Contents(self.dataset, "here", self._loading, collate=self.collate)
 
     def _leave_out_changes(self, before: Contents) -> None:
         """Leave out what was changed since, and compare with the rest as it is now."""
@@ -74,7 +79,7 @@ class DataNames:
     """Remembers how datasets were named, as long as they do not change."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Any, Any, Contents, set[str], str]] = []
+        self._known: list[tuple[DataWatch, str]] = []
 
     def name_of(self, dataset: Any, collate: Any, make: Callable[[], str]) -> str:
         """Return a dataset's name.
@@ -84,18 +89,12 @@ class DataNames:
             collate: what makes batches of its samples; likewise.
             make: reads the dataset and returns its name.
         """
-
-        def contents(without: Set[str] = frozenset()) -> Contents:
-            return Contents(dataset, "here", without, collate=collate)
-
-        for known, by, state, loading, name in self._known:
-            is_known = known is dataset and does_the_same(by, collate)
-            if is_known and not any(contents(loading).differing(state)):
+        for watch, name in self._known:
+            if watch.dataset is dataset and does_the_same(watch.collate, collate) and watch.is_same():
                 return name
-        before = contents()
-        name = make()
-        loading = set().union(*contents().differing(before))
-        self._known.append((dataset, collate, contents(loading), loading, name))
+        watch, name = DataWatch(dataset, collate), make()
+        watch.loaded(())
+        self._known.append((watch, name))
         return name
 
 
