@@ -117,9 +117,9 @@ class Calls:
             return self._with_real(args, kwargs)
         lives = self._lives[::-1]
         for live in lives:
-            link = live.feed.link
-            if live.shape is not None or live.phase is None or link is None:
+            if live.shape is not None or live.phase is None or not live.feed.holds_under:
                 continue
+            link = live.feed.link
             if link.recognises(args, kwargs, live.leaves, live.tag, live.versions):
                 live.seen = True
                 return self._begin_replay(live, link, args, kwargs)

@@ -130,14 +130,11 @@ def _fill(
 
 def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, samples: list[int]) -> str:
     """Return how a batch of all `samples` differs from what is stored of them; ``""`` if no bit does."""
-    assert feed.link is not None
-    assert feed.shape is not None
     cuts, rows = frozen.stored_cuts(feed, cut), feed.rows_of(samples, 0)
     leaves = feed.shape.check(feed.reader.load_now(samples), len(samples))
     runs: list[ElementwiseLog] = []
 
     def compute(count: int) -> dict[Site, torch.Tensor]:
-        assert feed.link is not None
         runs.append(ElementwiseLog())
         args, kwargs = feed.link.build([leaf[:count] for leaf in leaves])
         return frozen.run(feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]).values
@@ -160,7 +157,6 @@ def _folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding, float]:
     Raises:
         CacheError: nothing can be folded, or values would differ by too much.
     """
-    assert feed.link is not None
     cuts, link, count = frozen.stored_cuts(feed, cut), feed.link, feed.full
     args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
     with torch.no_grad():

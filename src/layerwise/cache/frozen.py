@@ -156,7 +156,6 @@ class FrozenPart:
         """
         feed, phase = live.feed, live.phase
         assert phase is not None
-        assert feed.shape is not None
         count = len(live.indices)
         feed.forget_moved(live.rows)
         loads = feed.loads_again(phase.ghosts)
@@ -174,7 +173,6 @@ class FrozenPart:
                 raise OtherStateError("values of a former state would be computed")
             if self.weights_moved(live.supply):
                 raise CacheError(MOVING)
-            assert feed.link is not None
             if backend_state(feed.link.device) != feed.link.backends:
                 raise CacheError(
                     "the model is called under other settings of torch (sdpa_kernel, torch.backends, "
@@ -204,13 +202,11 @@ class FrozenPart:
 
     def stored_cuts(self, feed: Feed, cut: Cut) -> list[Cut]:
         """Return the cuts whose values are stored: this one, and later ones for which there is room."""
-        assert feed.link is not None
         later = [other for _, other in self.book.later(feed.link.form)]
         return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
     def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
         """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""
-        assert feed.link is not None
         size = count if feed.fits(count) else feed.full
         if size != count:
             repeated = padded(range(count), size)

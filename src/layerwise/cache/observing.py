@@ -117,11 +117,11 @@ class Observer:
             )
         assert live.shape is not None
         self._frozen.drop_stale([feed])
-        if feed.shape is None:
+        if not feed.full:
             live.shape.require(feed.kind or live.shape.rows)
             feed.shape, feed.full = live.shape, len(live.indices)
         live.shape.require(feed.shape.rows)
-        if feed.link is not None and feed.sites and not feed.link.is_like(link):
+        if feed.sites and not feed.link.is_like(link):
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
         feed.forget_draws(live.rows)
@@ -209,7 +209,7 @@ class Observer:
     def _compute_under(self, feed: Feed, here: Circumstances) -> None:
         """Have the values of a feed computed as the loop calls the model now; forget the others."""
         feed.keep_only([])
-        feed.link, feed.holds_under = here.link, [here]
+        feed.holds_under = [here]
 
     def _agrees_with_stored(
         self, feed: Feed, values: Mapping[Site, torch.Tensor], rows: torch.Tensor

@@ -121,7 +121,6 @@ class Stock:
         """
         if not self._shares or feed.places is not None or feed.views > 1:
             return ""
-        assert feed.link is not None
         weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
         return column_key(
             f"torch {torch.__version__} {_processor(feed.link.device)}",
@@ -184,7 +183,6 @@ class Stock:
         self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor]
     ) -> dict[Site | int, RowSpec]:
         """Return what `cut` needs and has no column: sites, and numbers of the batch's own tensors."""
-        assert feed.shape is not None
         found: dict[Site | int, RowSpec] = {
             site: self.spec(feed.layouts[site], values[site])
             for site in cut.frontier

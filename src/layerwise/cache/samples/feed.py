@@ -56,10 +56,10 @@ class Feed:
         views: draws of each sample that are stored.
         kind: what the samples look like; None if the first batch is to tell.
         members: their indices in the data set; None for all.
-        shape: of the batches, once known.
-        link: how its batches reached the model when what is stored was first computed; None before.
-        holds_under: circumstances in which a frozen part is known to give what is stored.
-        full: number of samples in the batches in which values are computed.
+        shape: of the batches. There once one was seen.
+        holds_under: circumstances in which a frozen part is known to give what is stored; first those in
+            which it was computed.
+        full: number of samples in the batches in which values are computed; 0 before one was seen.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
             Values are computed in batches of such a size, and other batches go through the plain model.
             None where last bits do not matter, or `places` tells.
@@ -79,8 +79,7 @@ class Feed:
     views: int = 1
     kind: Kind | None = None
     members: list[int] | None = None
-    shape: BatchShape | None = None
-    link: Link | None = None
+    shape: BatchShape = field(init=False)
     holds_under: list[Circumstances] = field(default_factory=list)
     full: int = 0
     sizes: set[int] | None = field(default_factory=set)
@@ -91,6 +90,11 @@ class Feed:
     sites: dict[Site, SiteColumn] = field(default_factory=dict)
     leaves: dict[int, Column] = field(default_factory=dict)
     phases: dict[Any, Phase] = field(default_factory=dict)
+
+    @property
+    def link(self) -> Link:
+        """How its batches reached the model when what is stored was first computed."""
+        return self.holds_under[0].link
 
     @property
     def size(self) -> int:
@@ -304,7 +308,6 @@ class Feed:
             tag: marks the ghosts of this batch.
             load: returns the batch's tensors, for a loop that reads what is a ghost.
         """
-        assert self.shape is not None
         real = tensors_in(batch) if batch is not None else None
         leaves: list[torch.Tensor] = []
         for number, ((shape, dtype), order) in enumerate(zip(self.shape.rows, self.shape.orders)):
@@ -314,8 +317,7 @@ class Feed:
             elif real is not None:
                 leaves.append(real[number])
             else:
-                used = self.link is not None and number in self.link.leaves
-                device = self.link.device if used and self.link is not None else torch.device("cpu")
+                device = self.link.device if number in self.link.leaves else torch.device("cpu")
                 leaves.append(in_order(self.leaves[number].get(rows, device), order))
         source = iter(leaves)
         template = batch if batch is not None else self.shape.template
@@ -323,8 +325,6 @@ class Feed:
 
     def ghosts_of(self, cut: Cut, keep_inputs: bool) -> frozenset[int]:
         """Return the leaves of the batch that reach the model and that nothing after the cut reads."""
-        assert self.link is not None
-        assert self.shape is not None
         if keep_inputs:
             return frozenset()
         read = {self.link.leaves[number] for number in cut.inputs if number < len(self.link.leaves)}
@@ -340,14 +340,11 @@ class Feed:
         So they are where batches hold something that is not stored, or a real input is large. Of several
         draws large inputs are stored as well: another loading is another draw.
         """
-        assert self.link is not None
-        assert self.shape is not None
         is_large = self.views == 1 and not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts
         return self.reload or is_large
 
     def stored_leaves(self, ghosts: frozenset[int]) -> list[int]:
         """Return the leaves of the batch that are stored; none if samples are loaded again."""
-        assert self.shape is not None
         if self.loads_again(ghosts):
             return []
         return [number for number in range(len(self.shape.rows)) if number not in ghosts]

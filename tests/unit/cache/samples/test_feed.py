@@ -26,7 +26,9 @@ from layerwise.errors import CacheError
 def feed_of(count: int = 4) -> Feed:
     feed = Feed(LoaderReader(DataLoader(TensorDataset(torch.arange(count)), 2)))
     batch = [torch.arange(2)]
-    feed.shape, feed.link = BatchShape.of(batch, 2), find_link(batch, batch, {})
+    link = find_link(batch, batch, {})
+    assert link is not None
+    feed.shape, feed.holds_under = BatchShape.of(batch, 2), [Circumstances(link, frozenset())]
     return feed
 
 
