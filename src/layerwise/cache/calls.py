@@ -247,8 +247,7 @@ def _with_samples(live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[st
     """
     if not any(isinstance(leaf, Ghost) for leaf in live.leaves):
         return None
-    with live.feed.reader.unaffected():  # they were drawn when the batch was made
-        leaves = tensors_in(live.feed.reader.load_now(live.indices))
+    leaves = live.feed.reader.leaves(live.indices)  # what is drawn was drawn when the batch was made
     if live.supply.views > 1:
         for given, loaded in zip(live.leaves, leaves):
             if not (isinstance(given, Ghost) or same_bits(given.cpu(), loaded)):

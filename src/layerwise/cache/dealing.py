@@ -11,13 +11,12 @@ import torch
 
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
-from layerwise.cache.remedies import KEEP_APART
+from layerwise.cache.remedies import KEEP_APART, STORE_VIEWS
 from layerwise.cache.replay.link import versions_of
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.draws import DRAWS
 from layerwise.cache.samples.order import Order
 from layerwise.cache.samples.phase import Phase
-from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.traceless import normal_tensors
 from layerwise.errors import CacheError
@@ -101,7 +100,7 @@ class Dealer:
             reader.has_drawn = False
             is_alone = self._frozen.thread in (None, get_ident())  # else the model may have drawn them
             if is_alone or reader.draws(indices):
-                supply.refuse_random(DRAWS)  # the first samples did not
+                supply.refuse(DRAWS + STORE_VIEWS)  # the first samples did not
                 if batch is not None:  # loading it again would be another draw
                     live = self.deal(supply, indices, batch, view=view)
         return live
@@ -182,15 +181,10 @@ class Dealer:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
         try:
             batch = self._frozen.complete(live, batch)
-            load = functools.cache(functools.partial(_load, live.feed.reader, live.indices))
+            load = functools.cache(functools.partial(live.feed.reader.leaves, live.indices))
             live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
         except (CacheError, OSError) as error:
             live.not_completed(error)
             return False
         live.versions, live.replayed = versions_of(live.leaves), True
         return True
-
-
-def _load(reader: LoaderReader, indices: list[int]) -> list[torch.Tensor]:
-    with reader.unaffected():
-        return tensors_in(reader.load_now(indices))

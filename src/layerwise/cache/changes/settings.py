@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from layerwise.cache.changes.fingerprint import checksum
 from layerwise.errors import shorten
-from layerwise.layers.forms import shape_of
+from layerwise.layers.forms import is_plain, shape_of
 from layerwise.layers.holding import (
     CONTAINERS,
     DEPTH,
@@ -346,8 +346,7 @@ def _is_known_by_identity(value: Any) -> bool:
 
 def _is_tiny(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a number or a few, at hand: reading one from a device would wait for the device."""
-    is_plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
-    return is_plain and tensor.numel() <= _TINY and tensor.device.type == "cpu"
+    return is_plain(tensor) and tensor.numel() <= _TINY and tensor.device.type == "cpu"
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -47,6 +47,11 @@ def leaves_of(batch: Any) -> list[torch.Tensor]:
     return leaves
 
 
+def kind_of(leaves: Sequence[torch.Tensor]) -> Kind:
+    """Return what the samples of a batch look like that has these tensors."""
+    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
+
+
 def _with(batch: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """Return a batch with other things in place of its tensors."""
     try:
@@ -65,13 +70,11 @@ class BatchShape:
 
     Attributes:
         template: its structure, with meta tensors.
-        blank: its structure, with None in place of tensors.
         rows: for each tensor, its shape without the first dimension, and type.
         orders: for each tensor, its dimensions in the order in which they lie in memory.
     """
 
     template: Any
-    blank: Any
     rows: Kind
     orders: tuple[tuple[int, ...], ...]
 
@@ -90,9 +93,7 @@ class BatchShape:
                 f"must count samples."
             )
         template = _with(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-        blank = _with(batch, lambda tensor: None)
-        rows = tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
-        return cls(template, blank, rows, tuple(map(memory_order, leaves)))
+        return cls(template, kind_of(leaves), tuple(map(memory_order, leaves)))
 
     def check(self, batch: Any, size: int) -> list[torch.Tensor]:
         """Return the tensors of another batch of the same shape.
@@ -107,7 +108,8 @@ class BatchShape:
     def has_other_values(self, batch: Any) -> bool:
         """Return whether what is no tensor in another batch is not what it was in the first one."""
         try:
-            return bool(map_tensors(batch, lambda tensor: None) != self.blank)
+            blank, other = (map_tensors(one, lambda tensor: None) for one in (self.template, batch))
+            return bool(blank != other)
         except Exception:  # objects without a usable equality
             return True
 

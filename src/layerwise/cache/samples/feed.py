@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from layerwise.cache.changes.alike import keeps_order
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.handed import handed
@@ -205,7 +206,7 @@ class Feed:
         Raises:
             CacheError: samples come at other places in each epoch.
         """
-        if not self.reader.keeps_order:
+        if not keeps_order(self.reader.loader):
             raise CacheError(
                 f"the last bits of {what} depend on a sample's place in a batch of {count}, and the loader "
                 f"shuffles: a cached run would not be exactly the plain one. Take a multiple of 32 as batch "

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.datawatch import DataWatch
+from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.samples.supply import NOT_LOADED, Supply, one_line
 from layerwise.cache.store.decision import process_count
@@ -35,19 +36,14 @@ def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked:
     supply = Supply(loader, views=views, asked=asked)
     try:
         _refuse_unusable(model)
-        reader = LoaderReader(loader)
-    except CacheError as error:
-        supply.refuse(str(error))
-        return supply
-    supply.read(reader)
-    try:
-        watch = DataWatch(loader.dataset, loader.collate_fn)
+        supply.read(LoaderReader(loader))
+        watch, reader = DataWatch(loader.dataset, loader.collate_fn), supply.reader
         random, samples = reader.randomness()
         if views == 1:
             watch.loaded(samples)
             supply.watch = watch
         if random and views == 1:
-            supply.refuse_random(random)
+            supply.refuse(random + STORE_VIEWS)
         elif not random and reader.differ_in_workers(samples):
             supply.refuse("worker_init_fn makes other samples than are loaded in this process")
         elif supply.looks_ragged():

@@ -18,7 +18,6 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.data import DataLoader, IterableDataset
 
-from layerwise.cache.changes.alike import keeps_order
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
 from layerwise.cache.samples.draws import DRAWS, Draws, Noting, own_generators, says_it_drew
@@ -63,11 +62,6 @@ class LoaderReader:
     def batch_size(self) -> int | None:
         """Of a full batch; None where the batch sampler does not say."""
         return getattr(self.loader.batch_sampler, "batch_size", None)
-
-    @property
-    def keeps_order(self) -> bool:
-        """Whether the loader is known to make the same batches in every epoch."""
-        return keeps_order(self.loader)
 
     def order(self) -> Order:
         """Return the batches of indices of one epoch, as the loader's own iterator would draw them."""
@@ -137,6 +131,11 @@ class LoaderReader:
         batch = self.loader.collate_fn(samples)
         self.has_drawn |= (drawn(), self._own.states()) != before or says_it_drew(dataset)
         return batch
+
+    def leaves(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Return the tensors of one batch, loaded in this process; nothing that is drawn for it counts."""
+        with self.unaffected():
+            return tensors_in(self.load_now(indices))
 
     def draws(self, indices: Sequence[int]) -> bool:
         """Load a batch once more; return whether that draws, whatever another thread draws meanwhile."""

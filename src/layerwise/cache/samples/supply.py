@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.alike import does_the_same, reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
-from layerwise.cache.remedies import STORE_VIEWS
-from layerwise.cache.samples.batchshape import Kind, OtherShapeError
+from layerwise.cache.samples.batchshape import OtherShapeError, kind_of
 from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.order import Order
 from layerwise.cache.samples.phase import Phase
@@ -97,10 +96,6 @@ class Supply:
         if self.asked:
             warn(f"The prefix cache is off: {reason.rstrip('.')}.")
 
-    def refuse_random(self, reason: str) -> None:
-        """Note that samples are not the same each time they are loaded."""
-        self.refuse(reason + STORE_VIEWS)
-
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""
         self.reader = reader
@@ -160,7 +155,7 @@ class Supply:
             return False
         with self.reader.unaffected():
             singles = self.reader.load(iter([[index] for index in range(self.reader.size)]))
-            shapes = [_kind(single) for single in singles]
+            shapes = [kind_of(tensors_in(single)) for single in singles]
         numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
         if len(numbers) == 1:
             return False
@@ -187,7 +182,7 @@ class Supply:
         """Return whether a few samples, each collated alone, have different shapes."""
         with self.reader.unaffected():
             singles = (self.reader.load_now([index]) for index in self.reader.probes(_LOOKED_AT))
-            return len({_kind(single) for single in singles}) > 1
+            return len({kind_of(tensors_in(single)) for single in singles}) > 1
 
     def feed_of(self, indices: Sequence[int]) -> Feed:
         """Return the feed of a batch.
@@ -289,8 +284,3 @@ def one_line(error: Exception) -> str:
     """Return an error's class and the beginning of its text."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
-
-
-def _kind(single: Any) -> Kind:
-    """Return the shapes, first dimension left out, and types of the tensors of a batch."""
-    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tensors_in(single))
