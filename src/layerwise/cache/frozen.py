@@ -22,7 +22,7 @@ from layerwise.cache.remedies import LET_IT_LEARN
 from layerwise.cache.replay.capturing import Captured, capture
 from layerwise.cache.replay.kernels import backend_state
 from layerwise.cache.replay.link import Link
-from layerwise.cache.samples.feed import Feed, padded
+from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.store.column import Column
 from layerwise.cache.traceless import BeforePass, traceless
@@ -206,10 +206,10 @@ class FrozenPart:
         return [cut, *(other for other in later if all(site in feed.sites for site in other.frontier))]
 
     def _captured(self, feed: Feed, cuts: list[Cut], leaves: list[torch.Tensor], count: int) -> Captured:
-        """Run the prefix on the given samples; fewer than a full batch are repeated if bits need it."""
-        size = count if feed.fits(count) else feed.full
+        """Run the prefix on the given samples; some of them are repeated if bits need a larger batch."""
+        size = feed.fitting(count)
         if size != count:
-            repeated = padded(range(count), size)
+            repeated = [number % count for number in range(size)]
             leaves = [leaf[repeated] for leaf in leaves]
         args, kwargs = feed.link.build(leaves)
         found = self.run(feed.link, cuts, args, kwargs, batch=size, skeletons=False)

@@ -260,6 +260,10 @@ class Feed:
         """Whether a batch of `size` samples may be replayed."""
         return self.sizes is None or size in self.sizes
 
+    def fitting(self, count: int) -> int:
+        """Return the number of samples of the smallest batch in which `count` of them may be computed."""
+        return count if self.sizes is None else min(size for size in self.sizes if size >= count)
+
     def _columns(self, phase: Phase) -> list[Column]:
         """Return all columns that a replay reads in a verified phase."""
         sites = [self.sites[site].column for site in phase.cut.frontier]
@@ -360,12 +364,3 @@ def _large_inputs(rows: Kind, inputs: tuple[int | None, ...]) -> frozenset[int]:
 
 def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:
     return load()[number]
-
-
-def padded(rows: Sequence[int], size: int) -> list[int]:
-    """Return `rows` repeated until there are `size` of them.
-
-    >>> padded([3, 4], 5)
-    [3, 4, 3, 4, 3]
-    """
-    return [rows[number % len(rows)] for number in range(max(size, len(rows)))]
