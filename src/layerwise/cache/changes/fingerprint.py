@@ -109,8 +109,7 @@ def data_digest(dataset: Any, load: Any, size: int, collate: Any = None) -> str:
         size: number of samples.
         collate: what makes batches of samples. Its code counts, and of what it holds the loaded samples tell.
     """
-    digest, count = hashlib.sha256(f"{size}\n".encode()), min(_PROBES, size)
-    probes = [round(number * (size - 1) / max(count - 1, 1)) for number in range(count)]
+    digest, probes = hashlib.sha256(f"{size}\n".encode()), spread(_PROBES, size)
     load(probes[:1])  # what the first loading makes (a file that is opened) is not what each one changes
     before = Contents(dataset, "here", {"epoch"})
     _load_into(digest, load, probes)
@@ -124,6 +123,16 @@ def data_digest(dataset: Any, load: Any, size: int, collate: Any = None) -> str:
     if files < length and not any(map(_is_told, parts)):
         _load_into(digest, load, sorted(set(range(size)) - set(probes)))
     return digest.hexdigest()
+
+
+def spread(count: int, size: int) -> list[int]:
+    """Return `count` indices below `size`, or fewer, spread evenly.
+
+    >>> spread(3, 11)
+    [0, 5, 10]
+    """
+    count = min(count, size)
+    return [round(number * (size - 1) / max(count - 1, 1)) for number in range(count)]
 
 
 def _load_into(digest: Any, load: Any, indices: Iterable[int]) -> None:

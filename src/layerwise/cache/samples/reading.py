@@ -18,6 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils.data import DataLoader, IterableDataset
 
+from layerwise.cache.changes.fingerprint import spread
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
 from layerwise.cache.samples.draws import DRAWS, Draws, Noting, own_generators, says_it_drew
@@ -159,8 +160,7 @@ class LoaderReader:
 
     def probes(self, count: int = _PROBES) -> list[int]:
         """Return the indices of a few samples, spread evenly."""
-        count = min(count, self.size)
-        return sorted({round(i * (self.size - 1) / max(count - 1, 1)) for i in range(count)})
+        return spread(count, self.size)
 
     def load_probes(self) -> list[Any]:
         """Return a few samples, each collated alone, as they may differ in shape; loaded in this process.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.alike import does_the_same, reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
-from layerwise.cache.samples.batchshape import OtherShapeError, kind_of
+from layerwise.cache.samples.batchshape import Kind, OtherShapeError, kind_of
 from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.order import Order
 from layerwise.cache.samples.phase import Phase
@@ -50,7 +50,7 @@ class Supply:
         views: draws of each sample that are stored.
         feeds: one for each shape.
         asked: the user asked for a cache, and is warned where there is none.
-        kinds: for each sample, the number of its feed; None where all have one shape.
+        feed_by_index: of each sample; empty where all have one shape.
         epochs: epochs that began.
         handed_out: batches of the epoch under way, or of the last one.
         replays: calls of the model among them that were replayed.
@@ -71,7 +71,7 @@ class Supply:
     views: int = 1
     asked: bool = False
     feeds: list[Feed] = field(default_factory=list)
-    kinds: list[int] | None = None
+    feed_by_index: dict[int, Feed] = field(default_factory=dict)
     epochs: int = 0
     handed_out: int = 0
     replays: int = 0
@@ -98,7 +98,7 @@ class Supply:
 
     def read(self, reader: LoaderReader) -> None:
         """Take samples from `reader`, which so far are thought to have one shape."""
-        self.reader = reader
+        self.reader, self.feed_by_index = reader, {}
         self.feeds = [Feed(reader, views=self.views)]
 
     def may_take(self, loader: Any) -> bool:
@@ -136,7 +136,7 @@ class Supply:
                 return ""
         if what:
             self.changes += 1
-            self.kinds, self.reader.digest = None, ""
+            self.reader.digest = ""
             self.read(self.reader)
         return what
 
@@ -151,22 +151,19 @@ class Supply:
         Returns:
             Whether that helps: False if all have one shape, or were sorted before, or are random.
         """
-        if self.kinds is not None or self.views > 1:
+        if self.feed_by_index or self.views > 1:
             return False
         with self.reader.unaffected():
             singles = self.reader.load(iter([[index] for index in range(self.reader.size)]))
-            shapes = [kind_of(tensors_in(single)) for single in singles]
-        numbers = {shape: number for number, shape in enumerate(dict.fromkeys(shapes))}
-        if len(numbers) == 1:
+            members: dict[Kind, list[int]] = {}
+            for index, single in enumerate(singles):
+                members.setdefault(kind_of(tensors_in(single)), []).append(index)
+        if len(members) == 1:
             return False
-        self.kinds = [numbers[shape] for shape in shapes]
-        members: list[list[int]] = [[] for _ in numbers]
-        for index, number in enumerate(self.kinds):
-            members[number].append(index)
         self.feeds = [
-            Feed(self.reader, views=self.views, kind=shape, members=members[number])
-            for shape, number in numbers.items()
+            Feed(self.reader, views=self.views, kind=kind, members=some) for kind, some in members.items()
         ]
+        self.feed_by_index = {index: feed for feed in self.feeds for index in feed.members or ()}
         return True
 
     def sort_anew(self, other: OtherShapeError) -> None:
@@ -191,12 +188,10 @@ class Supply:
             CacheError: its samples have several shapes, or no indices.
         """
         self.reader.check(indices)
-        if self.kinds is None:
-            return self.feeds[0]
-        numbers = {self.kinds[index] for index in indices}
-        if len(numbers) > 1:
+        feeds = {self.feed_by_index[index] for index in indices} if self.feed_by_index else {*self.feeds}
+        if len(feeds) > 1:
             raise CacheError(_MIXED)
-        return self.feeds[numbers.pop()]
+        return feeds.pop()
 
     @property
     def samples(self) -> int:
