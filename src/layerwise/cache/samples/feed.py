@@ -317,7 +317,7 @@ class Feed:
         leaves: list[torch.Tensor] = []
         for number, ((shape, dtype), order) in enumerate(zip(self.shape.rows, self.shape.orders)):
             if number in ghosts:
-                own = None if self.views > 1 else functools.partial(_item, load, number)
+                own = None if self.views > 1 else lambda number=number: load()[number]
                 leaves.append(handed((len(rows), *shape), dtype, order=order, tag=(tag, number), load=own))
             elif real is not None:
                 leaves.append(real[number])
@@ -360,7 +360,3 @@ def _large_inputs(rows: Kind, inputs: tuple[int | None, ...]) -> frozenset[int]:
     """Return which tensors of a batch reach the model and are too large to be stored."""
     sizes = (torch.Size(shape).numel() * dtype.itemsize for shape, dtype in rows)
     return frozenset(number for number, size in enumerate(sizes) if number in inputs and size > _LARGE_BYTES)
-
-
-def _item(load: Callable[[], Sequence[torch.Tensor]], number: int) -> torch.Tensor:
-    return load()[number]

@@ -74,7 +74,8 @@ class Column:
         if not is_filled:
             with open(file, "wb") as made:
                 reserve_file(made.fileno(), max(rows * spec.row_bytes, 1), file.parent)
-        self._data = map_file(file, shape, spec.stored, writable=not is_filled)
+        size = torch.Size(shape).numel()
+        self._data = torch.from_file(str(file), not is_filled, size, dtype=spec.stored).view(shape)
 
     @property
     def where(self) -> Where:
@@ -157,12 +158,6 @@ def reserve_file(descriptor: int, size: int, folder: Path) -> None:
     if shutil.disk_usage(folder).free < size:  # macOS and Windows have no posix_fallocate
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.truncate(descriptor, size)
-
-
-def map_file(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, writable: bool) -> torch.Tensor:
-    """Return a tensor on the content of `file`; changes reach the file only if `writable`."""
-    count = torch.Size(shape).numel()
-    return torch.from_file(str(file), shared=writable, size=count, dtype=dtype).view(shape)
 
 
 def narrowed(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
