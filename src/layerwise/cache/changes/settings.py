@@ -10,7 +10,7 @@ are compared, all of them the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import FunctionType, MethodType
 from typing import Any
@@ -172,18 +172,14 @@ class Settings:
                 look.at_length(vars(module))
             look.at_length(module._buffers)
             self._at_batches.at_tables(module)
-            self._at_epochs.at_told(_epoch_of, module)
-        self._at_epochs.at_told(_kinds, self._modules)
         for kind in self._classes:
             self._at_batches.at_length(vars(kind))
-            for name, value in vars(kind).items():
-                if isinstance(value, _FUNCTIONS):
-                    self._at_epochs.at_item(vars(kind), name)
-                    self._at_epochs.at_told(_code_of, value)
         for owner, name, key in self._items():
             if key not in self._moving and not _is_ours(owner[name]):
                 (self._at_epochs if self._is_constant(key) else self._at_batches).at_item(owner, name)
                 self._look_into(owner[name], seen)
+        for _, tell, thing in self._aspects():
+            self._at_epochs.at_told(tell, thing)
         state = self._attributes()
         for key in self._moving & state.keys():
             del state[key]
@@ -223,7 +219,6 @@ class Settings:
         seen[id(value)] = depth
         if isinstance(value, nn.Module):
             self._hidden.append(value)
-            self._at_epochs.at_told(self._state_of, value)
         elif isinstance(value, torch.Tensor):
             if not value.requires_grad:  # what reads such a one is never skipped
                 self._at_batches.at_version(value)
@@ -253,19 +248,21 @@ class Settings:
             key: _known(owner[name], memo) for owner, name, key in self._items() if not _is_ours(owner[name])
         }
         for index, module in enumerate(self._modules):
-            found[index, "__class__"] = type(module), type(module).forward
-            found[index, "current_epoch"] = _epoch_of(module)
             found[index, "_modules"] = tuple(map(id, module._modules.values()))
             found[index, "_parameters"] = tuple(map(id, module._parameters.values()))
             hooks = (module._forward_hooks, module._forward_pre_hooks) if index else GLOBAL_HOOKS
             found[index, "_forward_hooks"] = (*hooks[0], -1, *hooks[1])
+        return found | {key: tell(thing) for key, tell, thing in self._aspects()}
+
+    def _aspects(self) -> Iterator[tuple[_Key, Callable[[Any], Any], Any]]:
+        """Yield what is told of modules and classes besides their attributes: key, function, its argument."""
+        for index, module in enumerate(self._modules):
+            yield (index, "__class__"), _kind, module
+            yield (index, "current_epoch"), _epoch_of, module
         for number, module in enumerate(self._hidden):
-            found[-1 - len(self._classes) - number, "hidden"] = self._state_of(module)
+            yield (-1 - len(self._classes) - number, "hidden"), self._state_of, module
         for index, kind in enumerate(self._classes):
-            found[-1 - index, "__dict__"] = tuple(
-                (v, _code_of(v)) for v in vars(kind).values() if isinstance(v, _FUNCTIONS)
-            )
-        return found
+            yield (-1 - index, "__dict__"), _functions, kind
 
     def _state_of(self, hidden: nn.Module) -> str:
         """Return a hidden module's epoch, modes in it, and who learns of its tensors or their checksums."""
@@ -331,9 +328,14 @@ def _code_of(function: Any) -> tuple[Any, ...]:
     return getattr(function, "__code__", None), repr(defaults)
 
 
-def _kinds(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the modules' classes with what these do, as torch's own are not looked into."""
-    return [(type(module), type(module).forward) for module in modules]
+def _functions(kind: type) -> tuple[Any, ...]:
+    """Return the functions of a class, with what they do."""
+    return tuple((item, _code_of(item)) for item in vars(kind).values() if isinstance(item, _FUNCTIONS))
+
+
+def _kind(module: nn.Module) -> Any:
+    """Return a module's class with what it does, as torch's own are not looked into."""
+    return type(module), type(module).forward
 
 
 def _own_length(attributes: Mapping[str, Any]) -> int:
