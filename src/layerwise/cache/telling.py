@@ -87,9 +87,9 @@ def merged(phases: Sequence[Phase]) -> Phase:
     reason = f"{decision.reason}; samples have {len(phases)} shapes"
     if total:
         reason += f", {format_bytes(total)} in all"
-    if len(chosen) < len(phases):
-        reason += f"; {len(phases) - len(chosen)} of them not cached: "
-        reason += next(phase.reason for phase in phases if phase.reason)
+    refused = [phase.reason for phase in phases if phase.reason]
+    if refused:
+        reason += f"; {len(refused)} of them not cached: {refused[0]}"
     whole = copy.copy(first)
     whole.decision = dataclasses.replace(
         decision, reason=reason, bytes_per_sample=-(-total // max(samples, 1)), samples=samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise
@@ -25,9 +25,38 @@ def test_phases_of_several_shapes_are_told_as_one() -> None:
     assert told.reason == (
         "asked for; samples have 3 shapes, 60 B in all; 1 of them not cached: only one sample has this shape"
     )
+    unseen = merged([cached, Phase()]).decision  # of one shape no batch could be looked at
+    assert unseen is not None
+    assert unseen.reason == "asked for; samples have 2 shapes, 60 B in all"
     told = merged([stored, stored]).decision
     assert told is not None
     assert told.reason == "stored in an earlier pass; samples have 2 shapes"
+
+
+class Texts(Dataset):
+    """Samples of two lengths, the second of which may grow."""
+
+    longer = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.ones(4 if index < 4 else 6 + self.longer, 3), index % 2
+
+
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_a_shape_of_which_no_batch_was_as_before_can_be_told() -> None:
+    # the loader is given up where a first batch of one shape is longer than its samples were
+    model, data = nn.Sequential(nn.Linear(3, 64), nn.Linear(64, 64), nn.Linear(64, 2)), Texts()
+    model[:2].requires_grad_(False)
+    order = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    cache = layerwise.PrefixCache(model, DataLoader(data, batch_sampler=order), storage="memory")
+    for x, _ in cache.batches():
+        model(x).sum().backward()
+        data.longer = 1
+    assert "off: samples differ in shape" in cache.describe()
+    assert "until then: memory, cut at 1 " in cache.describe()
 
 
 def test_a_choice_that_could_not_be_carried_out_is_told_as_off(tmp_path) -> None:
