@@ -28,12 +28,8 @@ _DATASET_DEPTH = 5  # Subset of a Subset ...
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the model's parameters and buffers by each of their names."""
-    return {
-        f"{path}.{name}" if path else name: tensor
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
+    kinds = nn.Module.named_parameters, nn.Module.named_buffers  # whatever a class makes of them
+    return {name: tensor for named in kinds for name, tensor in named(model, remove_duplicate=False)}
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> str:
