@@ -765,6 +765,19 @@ def test_reentrant_checkpoints_are_not_taken_for_a_fault():
     assert not list(audit(Checkpointed(), loader=data()))
 
 
+def test_reentrant_checkpoints_over_frozen_parts_whose_output_requires_gradients():
+    # What model.enable_input_require_grads() makes of a transformers model: the weights inside do learn.
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.fc(checkpoint(self.mid, self.stem(x).requires_grad_(), use_reentrant=True))
+
+    net = frozen(Checkpointed(), "stem").train()
+    net(torch.randn(8, 3)).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.mid.parameters())
+    net.zero_grad()
+    assert not list(audit(net, loader=data()))
+
+
 def test_optimisers_in_a_mapping_or_two_wrappers_deep_are_looked_into(net):
     # As Lightning and others hold them; all of them count.
     parts = {name: no_decay_groups(child) for name, child in net.named_children()}
