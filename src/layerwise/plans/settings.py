@@ -99,7 +99,8 @@ class Norms(Data):
             ``"calibrate"``: statistics measured anew on target data before the phase, then fixed.
             ``"adapt"``: statistics and affine parameters adapt everywhere, frozen groups included.
         until: first group whose norms adapt, for ``"freeze_until"``.
-        samples: how many samples ``"calibrate"`` averages over; None is the whole training set.
+        samples: how many samples ``"calibrate"`` averages over (`fit` draws them by its seed); None is the
+            whole training set.
         momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
             freeze_until).
         rate: multiplier of the norms' affine parameters where they train in a frozen group

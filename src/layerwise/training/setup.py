@@ -167,8 +167,9 @@ def enter_phase(
     """Do what a phase needs from the data and the watch: called at each epoch, and when a phase changes.
 
     At the first step of a phase the statistics of batch-norms with the policy "calibrate" are measured on
-    the training data. The watch is told which statistics move on purpose. Where there is a watch, what is
-    warned of goes into the audit of the run in `out` too; that of the first phase is there already.
+    the training data, of `Norms.samples` on the first ones in the order of epoch 0. The watch is told which
+    statistics move on purpose. Where there is a watch, what is warned of goes into the audit of the run in
+    `out` too; that of the first phase is there already.
 
     Warns:
         LayerwiseWarning: batch-norm trains in this phase on batches of 1-8 samples.
@@ -189,7 +190,9 @@ def enter_phase(
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
 
-    loader = open_batches(train, train=False, **share).loader
+    # Folders of images are sorted by class: of a share of them, or of their moving average, chance decides.
+    in_order = how.samples is None and how.momentum is None
+    loader = open_batches(train, train=not in_order, **share).loader
     given: dict[str, Any] = {"samples": how.samples, "names": norms.calibrating}
     if how.momentum is not None:
         given |= {"method": "moving", "momentum": how.momentum}

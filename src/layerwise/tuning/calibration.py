@@ -102,8 +102,9 @@ def calibrate_batchnorm(
             becomes the number of batches. Wrappers (compile, DistributedDataParallel) are looked through.
         loader: batches, gone through several times by ``"exact"``: a tensor, a tuple whose first item
             is the input, or a mapping of keyword arguments.
-        samples: how many of the first samples to use, per process; None is all. 32 samples already
-            recover most of the gain on corrupted ImageNet (Schneider et al. 2020).
+        samples: how many of the first samples to use, per process; None is all. Where the data are sorted
+            by class, let `loader` shuffle. 32 samples already recover most of the gain on corrupted ImageNet
+            (Schneider et al. 2020).
         method: see above.
         momentum: for ``"moving"`` only, in (0, 1].
         names: module paths of the norms to calibrate; None is all with running statistics.

@@ -771,6 +771,20 @@ def test_statistics_are_calibrated_in_the_groups_that_say_so_alone(momentum: flo
     assert torch.allclose(model.body[1].running_mean, expected, atol=1e-6) is (momentum is None)
 
 
+@pytest.mark.parametrize("how", [{"samples": 12}, {"momentum": 0.5}])
+def test_a_share_of_the_data_is_drawn_for_calibration(how: dict[str, float]) -> None:
+    # The first samples of a folder of images, and its last ones, are of one class.
+    data = tiny_data()
+    inputs = data.tensors[0].sort(0).values
+    model = Tiny()
+    whole = model.stem[0](inputs).mean(0).detach()
+    spread = model.stem[0](inputs).std(0).detach()
+    norms = {"policy": "calibrate", **how}
+    plan = tiny_plan(phases=[{"name": "head", "rates": {"head": 1.0}, "epochs": 1, "norms": norms}])
+    run(model, TensorDataset(inputs, data.tensors[1]), plan=plan)
+    assert ((model.stem[1].running_mean - whole).abs() < 0.6 * spread).all()
+
+
 def test_bf16_runs_and_differs() -> None:
     # Autocast is on: losses are near those of fp32 and not equal.
     half, whole = run(precision="bf16"), run()
