@@ -179,7 +179,7 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
         found.append(f"ends after {plural(phase.patience_epochs, 'epoch')} without improvement")
     if phase.join_steps and not first:
         found.append(f"{JOINING} {plural(phase.join_steps, 'step')}")
-    if phase.norms.policy != "follow" or phase.norms.rate != 1:
+    if phase.norms.policy != "follow" or phase.norms.rate is not None:
         found.append(f"norms: {_norms(phase.norms)}")
     apart: dict[str, list[str]] = {}
     for name in filter(phase.norms.groups.__contains__, layers.names):
@@ -207,7 +207,7 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
 
 def _norms(norms: Norms) -> str:
     until = f" {norms.until}" if norms.until else ""
-    rate = f", rate {norms.rate:g}" if norms.rate != 1 else ""
+    rate = f", rate {norms.rate:g}" if norms.rate is not None else ""
     return f"{norms.policy}{until}{rate}"
 
 

@@ -69,8 +69,13 @@ def check_decay(alpha: float) -> None:
 
 def multipliers(phase: Phase, layers: LayerMap) -> dict[str, float]:
     """Return each parameter's multiplier in a phase: its override (by any of its names), or its group's."""
-    own = {layers.aliases.get(name, name): value for name, value in phase.overrides.items()}
+    own = overridden(phase, layers)
     return {name: own.get(name, phase.rate(group.name)) for group in layers for name in group.parameters}
+
+
+def overridden(phase: Phase, layers: LayerMap) -> dict[str, float]:
+    """Return the multipliers of the parameters that do not follow their group, by their names in the map."""
+    return {layers.aliases.get(name, name): value for name, value in phase.overrides.items()}
 
 
 def trained(
@@ -85,6 +90,7 @@ def trained(
         held: parameters that no plan trains (`layerwise.tuning.matching.never_trained`).
     """
     values, norms, kinds = multipliers(phase, layers), phase.norms, layers.norms or {}
+    singled_out = overridden(phase, layers)
     first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
     for number, group in enumerate(layers):
         if group.name in resting:
@@ -93,10 +99,13 @@ def trained(
         own = norms.of(group.name)
         for name in filter(kinds.__contains__, group.parameters):
             learns = not frozen or own.tune
+            affine_rate = own.affine_rate(frozen) if frozen or kinds[name] == "running" else None
             if kinds[name] == "running":
                 _, learns = moves_and_learns(own, frozen, number >= first)
-            if frozen or not learns:
-                values[name] = own.rate if learns else 0.0
+            if not learns:
+                values[name] = 0.0
+            elif affine_rate is not None and (frozen or name not in singled_out):
+                values[name] = affine_rate
     return values | dict.fromkeys(held, 0.0)
 
 

@@ -103,8 +103,9 @@ class Norms(Data):
             whole training set.
         momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
             freeze_until).
-        rate: multiplier of the norms' affine parameters where they train in a frozen group
-            (``"adapt"``, ``"freeze_until"``, `tune`), as a share of the base rate.
+        rate: multiplier of the norms' affine parameters, as a share of the base rate: wherever they learn by
+            ``"adapt"`` or ``"freeze_until"``, and in frozen groups by `tune`. None: that of the group, and 1
+            in frozen groups. A parameter in `Phase.overrides` keeps that multiplier where its group learns.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
         groups: group name -> what its norms do instead of all of the above; or the name of a policy. None of
             these has `until` or `groups`. A norm that stands in several groups goes with the first of them,
@@ -119,7 +120,7 @@ class Norms(Data):
     until: str | None = None
     samples: Annotated[int, Field(gt=0)] | None = None
     momentum: Annotated[float, Field(gt=0, le=1)] | None = None
-    rate: Multiplier = 1.0
+    rate: Multiplier | None = None
     tune: bool = False
     groups: dict[
         str,
@@ -133,6 +134,12 @@ class Norms(Data):
     def of(self, group: str) -> Norms:
         """Return what the norms of `group` do: its own entry in `groups`, or all this."""
         return self.groups.get(group, self)
+
+    def affine_rate(self, group_frozen: bool) -> float | None:
+        """Return the multiplier of affine parameters that learn; None where it is that of their group."""
+        if group_frozen:
+            return 1.0 if self.rate is None else self.rate
+        return self.rate if self.policy in ("adapt", "freeze_until") else None
 
     @property
     def calibration(self) -> Norms | None:
@@ -160,8 +167,8 @@ class Norms(Data):
             for name, by in used.items()
             if data.get(name) is not None and policy not in by
         ]
-        rate = data.get("rate", 1.0)
-        if rate != 1.0 and not data.get("tune") and policy not in ("adapt", "freeze_until"):
+        rate = data.get("rate")
+        if rate not in (None, 1) and not data.get("tune") and policy not in ("adapt", "freeze_until"):
             only = "'adapt' or 'freeze_until', or with tune"
             found.append(f"rate is {rate!r}, which is only for policy {only}, not {policy!r}")
         return found

@@ -12,7 +12,7 @@ from torch import nn
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.plan import Phase, Plan
-from layerwise.plans.rates import multipliers
+from layerwise.plans.rates import multipliers, overridden
 from layerwise.plans.timeline import learning
 from layerwise.tuning.matching import (
     check_learning,
@@ -140,7 +140,9 @@ class Learners:
         record = apply_norms(model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout)
         still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
         record = _with_frozen_held(model, still, record)
-        values |= dict.fromkeys(record.frozen, 0.0) | record.rates
+        singled_out = overridden(phase, self._layers).keys() - set(record.trainable)
+        values |= {name: rate for name, rate in record.rates.items() if name not in singled_out}
+        values |= dict.fromkeys(record.frozen, 0.0)
         return {name: 0.0 if name in held else value for name, value in values.items()}, record
 
 

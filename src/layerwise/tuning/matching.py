@@ -112,7 +112,8 @@ def check_trains(phase: Phase, learning: Set[str]) -> None:
     if not learning:
         every = {"": phase.norms} | {f" in {name!r}": own for name, own in phase.norms.groups.items()}
         told = ", ".join(
-            f"{own.policy!r}{where} (rate {own.rate:g}, tune {own.tune})" for where, own in every.items()
+            f"{own.policy!r}{where} (rate {own.affine_rate(True):g}, tune {own.tune})"
+            for where, own in every.items()
         )
         raise PlanError(
             f"phase {phase.name!r} trains nothing in this model: its rates reach norms alone, and the norm "

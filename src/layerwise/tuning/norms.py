@@ -122,7 +122,8 @@ class NormRecord:
         policies: module path of each norm with running statistics -> the policy that it follows.
         trainable: affine parameters that learn although their group is frozen.
         frozen: affine parameters that do not learn although their group does.
-        rates: those in `trainable` -> learning-rate multiplier, as a share of the base rate.
+        rates: affine parameters with a rate of their own, all of `trainable` among them -> learning-rate
+            multiplier, as a share of the base rate.
         adapting: module paths of the norms whose statistics move.
         fixed: module paths of the norms whose statistics are held.
         batch_only: module paths of batch-norms without running statistics in frozen groups.
@@ -183,7 +184,7 @@ def apply_norms(
     | freeze | held | held |
     | freeze_until | held before `until`, move from there on | the same |
     | calibrate | held (after they were measured) | learn where the group learns |
-    | adapt | move everywhere, with `momentum` if given | learn everywhere, at `rate` in frozen groups |
+    | adapt | move everywhere, with `momentum` if given | learn everywhere, at `rate` if given |
 
     Args:
         model: changed in place (modes and momenta); undo with `release_norms`. A compiled or
@@ -209,6 +210,7 @@ def apply_norms(
     adapting, fixed, batch_only, held = [], [], [], []
     policies: dict[str, NormKind] = {}
     rates: dict[str, float] = {}
+    woken: list[str] = []
     reached: set[str] = set()
     keep_awake: set[nn.Module] = set()
     keep_still: set[nn.Module] = set()
@@ -226,8 +228,9 @@ def apply_norms(
         if norm.kind != "running":
             if norm.kind == "batch" and group_frozen:
                 batch_only.append(norm.name)
-            if own.tune and own.rate and group_frozen:
-                rates |= dict.fromkeys(affine, own.rate)
+            if own.tune and group_frozen and (rate := own.affine_rate(group_frozen)):
+                rates |= dict.fromkeys(affine, rate)
+                woken += affine
                 reached.add(layers.names[position])
             continue
         policies[norm.name] = own.policy
@@ -244,17 +247,18 @@ def apply_norms(
         else:
             fixed.append(norm.name)
             keep_still.update(norm.module.modules())
-        if learns and group_frozen and own.rate:
-            rates |= dict.fromkeys(affine, own.rate)
-        elif not learns and not group_frozen:
-            held += affine
+        if not learns:
+            held += [] if group_frozen else affine
+        elif (rate := own.affine_rate(group_frozen)) is not None:
+            rates |= dict.fromkeys(affine, rate)
+            woken += affine if group_frozen and rate else []
 
     still = keep_still if frozen_dropout else keep_still | _still_modules(root, layers, frozen, owners)
     pin_eval(module for module in root.modules() if module in still - keep_awake)
     return NormRecord(
         policy=norms.policy,
         policies=policies,
-        trainable=tuple(rates),
+        trainable=tuple(dict.fromkeys(woken)),
         frozen=tuple(dict.fromkeys(held)),
         rates=rates,
         adapting=tuple(adapting),

@@ -193,7 +193,7 @@ def test_a_rate_of_norms_is_taken_where_norms_of_frozen_groups_learn() -> None:
     assert Norms(policy="adapt", rate=0.5).rate == 0.5
     assert Norms(policy="freeze_until", until="fc", rate=0.5).rate == 0.5
     assert Norms(policy="freeze", tune=True, rate=0.5).rate == 0.5
-    assert Norms(policy="freeze", rate=1) == Norms(policy="freeze")
+    assert Norms(policy="freeze", rate=1).rate == 1
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ STRATEGIES = (
     lambda layers, **options: top_k(layers, k=2, **options),
     lambda layers, **options: lisa(layers, groups=1, every_steps=1, **options),
     lambda layers, **options: pattern(layers, train=["bias"], **options),
+    lambda layers, **options: pattern(layers, freeze=["bias"], **options),
 )
 
 

@@ -127,6 +127,38 @@ def test_momentum_is_that_of_the_group_and_the_next_call_takes_it_back() -> None
     assert [model.stem[1].momentum, model.layer1[1].momentum] == [0.1, 0.1]
 
 
+@pytest.mark.parametrize("policy", [{"policy": "adapt"}, {"policy": "freeze_until", "until": "layer1"}])
+def test_norms_that_adapt_learn_at_a_rate_of_their_own_where_their_group_learns_too(policy) -> None:
+    """If asked; at the group's otherwise. A parameter singled out by the plan keeps its multiplier."""
+    model = tiny_cnn()
+    plan_rates = {"stem": 1.0, "layer1": 0.25, "fc": 1.0}
+    single = {"stem.1.bias": 0.0, "layer1.1.bias": 0.75}
+    phase = {"rates": plan_rates, "overrides": single, "norms": policy}
+    asked = {**phase, "norms": {**policy, "rate": 0.5}}
+    tuner = tuner_of(model, phase, asked)
+    everywhere = policy["policy"] == "adapt"
+    stem = {"stem.1.weight": 0.1} if everywhere else {}
+    layer2 = dict.fromkeys(affine("layer2.1"), 0.1)
+    assert rates(tuner, model) == stem | {"layer1.1.weight": 0.025, "layer1.1.bias": 0.075} | layer2
+    step(tuner, model)
+    stem, layer2 = dict.fromkeys(stem, 0.05), dict.fromkeys(layer2, 0.05)
+    assert rates(tuner, model) == stem | {"layer1.1.weight": 0.05, "layer1.1.bias": 0.075} | layer2
+    held = {id(p): group["lr"] for group in tuner.optimizer.param_groups for p in group["params"]}
+    assert held[id(model.layer1[0].weight)] == pytest.approx(0.025)
+    moved = step(tuner, model)
+    assert ("stem.1.weight" in moved, "stem.1.bias" in moved) == (everywhere, False)
+
+
+def test_norms_may_adapt_and_hold_their_affine_parameters() -> None:
+    """At rate 0, in groups that learn as in frozen ones."""
+    model = tiny_cnn()
+    tuner = tuner_of(model, {"rates": {"layer2": 1.0, "fc": 1.0}, "norms": {"policy": "adapt", "rate": 0}})
+    moved = step(tuner, model)
+    assert moving(moved) == {"stem.1", "layer1.1", "layer2.1"}
+    assert "layer2.0.weight" in moved
+    assert moved.isdisjoint(affine("stem.1", "layer1.1", "layer2.1"))
+
+
 def test_norms_without_statistics_are_tuned_by_group() -> None:
     """`tune` and its rate are those of the group of a LayerNorm or GroupNorm."""
     model = tiny_cnn()
