@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from layerwise.errors import PlanError, did_you_mean
+from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.norms import Kind
 
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ class LayerMap:
         Raises:
             PlanError: there is no such group, or a module path covers several groups.
         """
+        if not isinstance(name, str):
+            raise PlanError(
+                f"{name!r} is {named_kind(name)}; expected the name of a group ({', '.join(self.names)}). By "
+                "position: layers.groups[0] is the first, layers.groups[-1] the last"
+            )
         for group in self.groups:
             if group.name == name:
                 return group

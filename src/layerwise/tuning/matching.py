@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, MutableMapping, Set
 from typing import Any
 
@@ -125,7 +126,7 @@ def check_plan(plan: Any) -> None:
     """Raise `PlanError` where something else was given for a plan."""
     if not isinstance(plan, Plan):
         raise PlanError(
-            f"plan is {plan!r}, {named_kind(plan)}; expected a layerwise.Plan: of a file, "
+            f"plan is {reprlib.repr(plan)}, {named_kind(plan)}; expected a layerwise.Plan: of a file, "
             "layerwise.Plan.load(path); of a strategy's name, layerwise.parse_strategy(text, layers)"
         )
 

@@ -433,6 +433,13 @@ def test_a_parameter_that_is_not_there_is_told() -> None:
         layer_map(SmallResNet(), image()).group_of("fc.weigth")
 
 
+@pytest.mark.parametrize("place", [0, -1, slice(0, 2)])
+def test_a_group_is_taken_by_its_name_and_by_its_place_from_the_tuple_of_groups(place) -> None:
+    # In a Sequential names are numbers, and layers[0] would be another group than layers["0"].
+    with pytest.raises(PlanError, match=r"expected the name of a group.* layers.groups\[0\]"):
+        layer_map(SmallResNet(), image())[place]
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1024,6 +1024,14 @@ def test_a_plan_must_be_a_plan() -> None:
         make("plan.yaml")
 
 
+def test_a_model_in_the_place_of_the_plan_is_told_in_one_line() -> None:
+    """The arguments the other way round."""
+    model, plan = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20))), make(strategies.full).plan
+    with pytest.raises(PlanError, match=r"a Sequential; expected a layerwise.Plan") as told:
+        Tuner(plan, model, torch.optim.AdamW, lr=0.01, steps_per_epoch=STEPS)  # type: ignore[arg-type]
+    assert len(str(told.value)) < 250
+
+
 @pytest.mark.parametrize("change", [{"weight_decay": 0.5}, {"seed": 7}, {"optimizer": torch.optim.SGD}])
 def test_a_state_is_not_gone_on_with_under_other_settings(change: dict[str, Any]) -> None:
     """They would be ignored, or fail at the first step."""
