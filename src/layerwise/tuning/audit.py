@@ -189,9 +189,8 @@ def audit(
     schedulers = [] if scheduler is None else scheduler
     schedulers = schedulers if isinstance(schedulers, list | tuple) else [scheduler]
     setup = Setup(model, optimizers_of(optimizer), schedulers, layers, batch_size)
-    findings = [finding for check in CHECKS for finding in check(setup)]
-    if loader is not None:
-        findings += probe(setup, loader, forward)
+    measured = [] if loader is None else list(probe(setup, loader, forward))  # first: it sees the modes too
+    findings = [*(finding for check in CHECKS for finding in check(setup)), *measured]
     findings.sort(key=lambda finding: _ORDER.index(finding.severity))
     notes = []
     if "map" in vars(setup) and setup.map is None:

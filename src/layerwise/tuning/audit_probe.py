@@ -19,8 +19,8 @@ from layerwise.tuning.passes import Forward, Passes
 def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Finding]:
     """Run one batch in train mode, with gradients, and report what it shows.
 
-    Weights, gradients, buffers, modes and random states are as before afterwards. Costs one forward and
-    one backward pass, and a copy of the buffers.
+    Weights, gradients, buffers, modes and random states are as before afterwards; `Setup.training` has the
+    modes that the forward pass left. Costs one forward and one backward pass, and a copy of the buffers.
     """
     # not through DistributedDataParallel, which would wait for the other processes
     is_ddp = isinstance(setup.model, nn.parallel.DistributedDataParallel)
@@ -33,6 +33,8 @@ def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Fin
         with warnings.catch_warnings(record=True) as caught, torch.enable_grad():
             warnings.simplefilter("always")
             output = passes.run(batch)
+        # a forward of the user's own may call eval() on its frozen part
+        setup.training.update({module: module.training for module in setup.root.modules()})
         drifted = tuple(_moved(setup, before))
         reentrant = any("None of the inputs have requires_grad=True" in str(w.message) for w in caught)
         missing = () if reentrant else tuple(_without_gradient(setup, output))

@@ -653,6 +653,23 @@ def test_reentrant_checkpointing_over_a_frozen_prefix(net, reentrant):
     assert audit(net, loader=data()).codes == ({"reentrant-checkpointing"} if reentrant else set())
 
 
+def test_a_forward_that_keeps_its_frozen_part_in_eval_mode_is_right():
+    # train() does not show it, a batch does; where it leaves something out, that is found.
+    class Careful(Net):
+        def forward(self, x):
+            self.stem.eval()
+            return super().forward(x)
+
+    net = Careful()
+    net.stem.requires_grad_(False)
+    assert audit(net).codes == {"frozen-norm-trains", "dropout-in-frozen-part"}
+    assert not list(audit(net, loader=data()))
+    assert net.stem[1].training
+    net.mid.requires_grad_(False)
+    found = {one.code: one.modules for one in audit(net, loader=data())}
+    assert found["frozen-norm-trains"] == ("mid.1",)
+
+
 def test_where_no_gradient_arrives(net):
     class Detached(Net):
         def forward(self, x):
