@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, TypeVar, cast, get_args
 
@@ -41,11 +42,14 @@ class PhaseOptions(TypedDict, total=False):
 
 
 def strategy(function: _Strategy) -> _Strategy:
-    """Have a strategy tell whoever gives it a model, or anything else, what it is made for.
+    """Have a strategy tell whoever gives it a model, or an option that it does not have, what it takes.
 
     Raises:
-        PlanError: when it is called with something else than a layer map.
+        PlanError: when it is called with something else than a layer map, or with an unknown option.
     """
+    parameters = list(inspect.signature(function).parameters.values())[1:]  # after the layer map
+    own = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    known = [*own, *PhaseOptions.__annotations__]
 
     @functools.wraps(function)
     def checked(layers: LayerMap, *args: Any, **kwargs: Any) -> Plan:
@@ -54,6 +58,12 @@ def strategy(function: _Strategy) -> _Strategy:
                 f"{function.__name__} got {named_kind(layers)}; expected the layer map of a model: "
                 f"{function.__name__}(layerwise.layer_map(model), ...)"
             )
+        for name in kwargs:
+            if name not in known:
+                raise PlanError(
+                    f"{function.__name__} has no option {name!r} (known: {', '.join(known)})."
+                    f"{did_you_mean(name, known)}"
+                )
         return function(layers, *args, **kwargs)
 
     return cast(_Strategy, checked)

@@ -223,6 +223,10 @@ REFUSED: dict[str, tuple[Callable[[LayerMap], Plan], str]] = {
     "lisa of all": (lambda m: recipes.lisa(m, groups=4), "draws from the 4 groups"),
     "reinit too many": (lambda m: recipes.reinit_last(m, k=5), "from 1 to 4"),
     "unknown option": (lambda m: strategies.full(m, epoch=3), "no option 'epoch' .* Did you mean 'epochs'"),  # type: ignore[call-arg]
+    "unknown option of its own": (
+        lambda m: unfreezing.gradual_unfreezing(m, epoch_per_group=2),  # type: ignore[call-arg]
+        r"gradual_unfreezing has no option 'epoch_per_group' \(known: .* Did you mean 'epochs_per_group'",
+    ),
     "unknown schedule": (
         lambda m: strategies.full(m, schedule="cos"),
         "schedule 'cos' is not known .* 'cosine'",
