@@ -114,7 +114,8 @@ def calibrate_batchnorm(
         What was measured, and how far each layer's mean moved.
 
     Raises:
-        ModelError: the model has no norm with running statistics, or `names` has an unknown one, or none.
+        ModelError: the model has no norm with a running mean and variance, or `names` has an unknown one, or
+            none.
         DataError: `loader` is no iterable of batches (a tensor is one batch, a mapping too); a batch begins
             with no tensor of samples, or the model's forward fails on it; no data, or NaN and infinity in it;
             one value per channel only; or a one-shot iterator where several passes are needed.
@@ -202,6 +203,11 @@ def _chosen(root: nn.Module, names: Iterable[str] | None) -> tuple[list[NormLaye
             "Use another normalisation policy than 'calibrate'."
         )
     odd = [name for name in wanted if not _mean_and_variance(found[name].module)]
+    if len(odd) == len(wanted):
+        raise ModelError(
+            f"{shorten(odd)} of this {type(root).__name__} track something else than a mean and a variance: "
+            "nothing to calibrate. Use another normalisation policy than 'calibrate'."
+        )
     return [found[name] for name in wanted if name not in odd], odd
 
 

@@ -364,6 +364,17 @@ def test_a_model_without_running_statistics_is_refused():
         calibrate_batchnorm(nn.LayerNorm(3), [torch.randn(4, 3)])
 
 
+def test_norms_that_track_no_mean_are_refused_when_there_are_no_others():
+    # EvoNorm tracks a variance alone; beside a batch-norm it is skipped.
+    layers = pytest.importorskip("timm").layers
+    net = nn.Sequential(layers.EvoNorm2dB0(3), nn.Conv2d(3, 2, 1))
+    data = [torch.randn(4, 3, 5, 5)]
+    with pytest.raises(ModelError, match="0 of this Sequential track something else than a mean"):
+        calibrate_batchnorm(net, data)
+    net.append(nn.BatchNorm2d(2))
+    assert calibrate_batchnorm(net, data).skipped == ("0",)
+
+
 def test_data_with_nan_change_nothing() -> None:
     """One missing value would make every later output NaN."""
     model = nn.Sequential(nn.BatchNorm1d(2))
