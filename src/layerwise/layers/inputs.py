@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,12 +46,16 @@ def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[Argu
     return _with_note(*_derived(model))
 
 
-def image_arguments(model: nn.Module) -> tuple[Arguments, tuple[str, ...]]:
-    """Return an image to call `model` with, and a note: where another example that was derived did not do.
+def other_arguments(model: nn.Module) -> Iterator[tuple[Arguments, tuple[str, ...]]]:
+    """Yield what else to call `model` with, and notes: where the example that was derived did not do.
 
-    A vision transformer may begin with a linear layer on patches, which tells no size of an image.
+    A vision transformer may begin with a linear layer on patches, which tells no size of an image; a model of
+    texts may register its output layer before its embedding.
     """
-    return _with_note(*_image(model, 3))
+    yield _with_note(*_image(model, 3))
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if embedding is not None:
+        yield _with_note(((_tokens(embedding.num_embeddings),), {}), "the first embedding")
 
 
 def larger_images(arguments: Arguments) -> Arguments | None:

@@ -11,7 +11,7 @@ from layerwise.errors import ModelError, RecordingError, did_you_mean
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.grouping import Group, group_blocks, group_layers, group_stages
 from layerwise.layers.grouping import blocks_of as find_blocks
-from layerwise.layers.inputs import Arguments, example_arguments, image_arguments, larger_images
+from layerwise.layers.inputs import Arguments, example_arguments, larger_images, other_arguments
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
 from layerwise.layers.norms import Kind, find_norms
@@ -65,16 +65,16 @@ def layer_map(model: nn.Module, example_input: Any = None, granularity: Granular
 
 
 def _recorded(model: nn.Module, example_input: Any) -> tuple[Recording, Arguments, tuple[str, ...]]:
-    """Record a pass in evaluation mode; where a derived example does not do, an image is tried."""
+    """Record a pass in evaluation mode; where a derived example does not do, others are tried."""
     arguments, notes = example_arguments(model, example_input)
     try:
         return record(model, *arguments, mode="eval"), arguments, notes
     except RecordingError:
         if example_input is not None:
             raise
-        with contextlib.suppress(RecordingError):
-            arguments, notes = image_arguments(model)
-            return record(model, *arguments, mode="eval"), arguments, notes
+        for arguments, notes in other_arguments(model):
+            with contextlib.suppress(RecordingError):
+                return record(model, *arguments, mode="eval"), arguments, notes
         raise
 
 

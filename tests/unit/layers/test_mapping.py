@@ -205,6 +205,21 @@ class OnPatches(nn.Module):
         return self.head(self.embed(patches.reshape(batch, -1, 3 * 32 * 32)).mean(1))
 
 
+def test_a_model_of_texts_may_register_its_output_layer_first() -> None:
+    # registration order plays no part, in the input that is derived either
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.embed = nn.Linear(8, 3), nn.Embedding(20, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.embed(ids).mean(1))
+
+    layers = layer_map(Texts())
+    assert layers.names == ("embed", "out")
+    assert layers.notes == ("example input made up from the first embedding: 2x8",)
+
+
 def test_where_the_derived_input_does_not_do_an_image_is_tried() -> None:
     layers = layer_map(OnPatches())
     assert layers.names == ("embed", "head")
