@@ -64,8 +64,8 @@ class LayerMap:
         granularity: what one group is: ``"stages"``, ``"blocks"`` or ``"layers"``.
         model_class: qualified name of the model's class, for messages.
         aliases: other names of shared parameters (tied weights) -> the name that stands in a group.
-        unused: parameters that the recorded forward pass does not read; each still stands in the
-            group of the module it belongs to.
+        unused: parameters that the recorded forward pass does not read, or, behind the last block, whose
+            result does not reach the output; each still stands in the group of the module it belongs to.
         outputs: module paths of the output layers (two for a distilled DeiT), empty without a head.
         norms: the parameters of normalisation layers -> the kind of the layer (`layerwise.layers.norms`);
             None where a map made by hand does not tell.

@@ -109,6 +109,10 @@ def map_recording(
     if telling is not None:
         theirs = order_of(telling)
         head = _head(telling, theirs, find_units(telling, theirs))
+    idle = _leading_nowhere(recording, order, head)
+    if idle:
+        order = order.without(idle)
+        units, head = find_units(recording, order), [name for name in head if name not in idle]
     neighbours = neighbours_of_unread(recording, order.position)
     head += [name for name, neighbour in neighbours.items() if neighbour in head]
     groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
@@ -118,7 +122,7 @@ def map_recording(
         groups.append(Group("head", [Unit(output, output, [], 0, 1, head)], output))
     groups = [group for group in groups if group.parameters]
     layers = _Finished(recording, order, groups).layer_groups()
-    unread = recording.unread
+    unread = (*recording.unread, *(name for name in recording.names if name in idle))
     extra = _head_note(outputs, bool(head), recording)
     return LayerMap(
         groups=tuple(layers),
@@ -147,6 +151,20 @@ def _head(recording: Recording, order: Order, units: list[Unit]) -> list[str]:
     """Return the parameters of the head, in order of use."""
     outputs = output_layers(recording, order)
     return list(head_parameters(recording, order, outputs, units, find_blocks(units)))
+
+
+def _leading_nowhere(recording: Recording, order: Order, names: list[str]) -> set[str]:
+    """Return those of `names` that nothing in the output depends on: a pooler whose result is left aside."""
+    made_by = {key: op.index for op in recording.ops for key in op.writes}
+    waiting = [made_by[key] for key in recording.output_keys if key in made_by]
+    reached: set[int] = set()
+    while waiting:
+        index = waiting.pop()
+        if index not in reached:
+            reached.add(index)
+            waiting += recording.ops[index].sources
+    alive = {name for index in reached for name in (*recording.ops[index].parameters, *order.needed[index])}
+    return set(names) - alive if reached else set()
 
 
 def _head_note(outputs: tuple[str, ...], has_head: bool, recording: Recording) -> tuple[str, ...]:

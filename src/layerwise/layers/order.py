@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from layerwise.layers.flops import COUNTED
@@ -41,6 +42,11 @@ class Order:
     def weights(self, op: Op) -> tuple[str, ...]:
         """Return the parameters by which `op` multiplies its input; empty for other operations."""
         return self.needed[op.index] if op.name in PRODUCTS else ()
+
+    def without(self, names: Collection[str]) -> Order:
+        """Return the order of the other parameters, as if no operation read `names`."""
+        position = {name: index for name, index in self.position.items() if name not in names}
+        return Order(position, [tuple(n for n in needed if n not in names) for needed in self.needed])
 
 
 def order_of(recording: Recording) -> Order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ from torch import nn
 from layer_nets import ConvBlock, Residual, SmallResNet, Tokens, image
 from layerwise import layer_map
 from layerwise.errors import ModelError, PlanError, RecordingError
-from layerwise.layers.layermap import LayerMap
+from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerMap
 from layerwise.layers.table import LayerTable, trainable_numel
 
 
@@ -203,6 +204,38 @@ class OnPatches(nn.Module):
         batch, channels, height, width = x.shape
         patches = x.reshape(batch, channels, height // 32, 32, width // 32, 32).permute(0, 2, 4, 1, 3, 5)
         return self.head(self.embed(patches.reshape(batch, -1, 3 * 32 * 32)).mean(1))
+
+
+class Pooled(nn.Module):
+    """Blocks, a pooler as BERT has one, and the mean of the sequence beside it."""
+
+    def __init__(self, wide: bool) -> None:
+        super().__init__()
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.blocks = nn.ModuleList(copy.deepcopy(encoder) for _ in range(2))
+        self.pooler, self.head, self.wide = nn.Linear(8, 8), nn.Linear(8, 3), wide
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        pooled = self.pooler(x[:, 0])
+        return self.head(pooled if self.wide else x.mean(1))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_pooler_whose_result_is_left_aside_is_unused_and_not_in_the_head(granularity: Granularity) -> None:
+    # as in a model that takes the mean over transformers' AutoModel; a probe would train it in vain
+    x = torch.randn(2, 4, 8)
+    used, aside = (layer_map(Pooled(wide), x, granularity) for wide in (True, False))
+    assert used.head is not None
+    assert aside.head is not None
+    assert (used.unused, used.head.parameters[:2]) == ((), ("pooler.weight", "pooler.bias"))
+    assert (aside.unused, aside.head.parameters) == (
+        ("pooler.weight", "pooler.bias"),
+        ("head.weight", "head.bias"),
+    )
+    assert aside.group_of("pooler.weight") == aside.names[-2]
+    assert len(aside) == len(used)
 
 
 def test_a_model_of_texts_may_register_its_output_layer_first() -> None:
