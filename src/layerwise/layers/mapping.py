@@ -154,9 +154,10 @@ def _head(recording: Recording, order: Order, units: list[Unit]) -> list[str]:
 
 
 def _leading_nowhere(recording: Recording, order: Order, names: list[str]) -> set[str]:
-    """Return those of `names` that nothing in the output depends on: a pooler whose result is left aside."""
+    """Return those of `names` on which nothing depends that the model returns or keeps: an idle pooler's."""
     made_by = {key: op.index for op in recording.ops for key in op.writes}
-    waiting = [made_by[key] for key in recording.output_keys if key in made_by]
+    leaving = (*recording.output_keys, *recording.kept_keys)
+    waiting = [made_by[key] for key in leaving if key in made_by]
     reached: set[int] = set()
     while waiting:
         index = waiting.pop()

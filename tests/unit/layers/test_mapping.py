@@ -238,6 +238,19 @@ def test_a_pooler_whose_result_is_left_aside_is_unused_and_not_in_the_head(granu
     assert len(aside) == len(used)
 
 
+def test_a_pooler_whose_result_is_kept_for_the_loop_is_used() -> None:
+    class Keeping(Pooled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(x)
+            self.kept = self.pooler(x[:, 0])  # for a second loss
+            return logits
+
+    layers = layer_map(Keeping(wide=False), torch.randn(2, 4, 8))
+    assert layers.unused == ()
+    assert layers.head is not None
+    assert "pooler.weight" in layers.head.parameters
+
+
 def test_a_model_of_texts_may_register_its_output_layer_first() -> None:
     # registration order plays no part, in the input that is derived either
     class Texts(nn.Module):
