@@ -57,7 +57,8 @@ def fit(
         bool, typer.Option(help="Start from the library's pretrained weights.", rich_help_panel=_MODEL)
     ] = True,
     input_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels.", min=1, rich_help_panel=_MODEL)
+        int | None,
+        typer.Option(help="Side of the images in pixels.", min=1, max=10**9, rich_help_panel=_MODEL),
     ] = None,
     data: Annotated[
         Path | None,

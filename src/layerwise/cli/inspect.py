@@ -19,7 +19,7 @@ def inspect(
         Literal["stages", "blocks", "layers"], typer.Option(help="What one group is.")
     ] = "blocks",
     input_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the images in pixels, instead of the model's own.")
+        int | None, typer.Option(min=1, max=10**9, help="Side of the images in pixels, not the model's own.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -57,7 +57,9 @@ class TaskOptions:
     max_length: text.MaxLength = None
     weights: Annotated[Path | None, typer.Option(help="Weights file instead of the library's own.")] = None
     pretrained: Annotated[bool, typer.Option(help="Take the library's pretrained weights.")] = True
-    input_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None
+    input_size: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Side of the images in pixels.")
+    ] = None
     granularity: Annotated[
         Literal["stages", "blocks", "layers"],
         # typer's own stages|blocks|layers does not fit into 80 columns beside the longest option

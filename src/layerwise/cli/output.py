@@ -155,8 +155,18 @@ def check_output(
         raise typer.BadParameter(f"{option} {path} cannot be written: no right to write in {above}.")
 
 
+def _too_large(error: Exception) -> bool:
+    """Return whether Python or torch says that something does not fit into memory, or into any."""
+    told = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(reason in str(error) for reason in told)
+    )
+
+
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn layerwise's own errors and the system's into one message and exit code 1, Ctrl-C into 130.
+    """Turn layerwise's own errors, the system's and a want of memory into one message and exit code 1.
+
+    Ctrl-C is exit code 130.
 
     layerwise's warnings become one line each, without the place in the code that gave them.
     """
@@ -177,6 +187,13 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
         except BrokenPipeError:
             raise  # the reader of stdout has enough: typer's own affair
         except Exception as error:
+            if not debug and _too_large(error):
+                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+                say(
+                    f"memory does not suffice ({reason}). Take a smaller model, or smaller numbers: of "
+                    "pixels, classes, samples of a batch."
+                )
+                raise typer.Exit(1) from error
             cause: BaseException = error
             if str(error).startswith("Symlink loop") and isinstance(error.__context__, OSError):
                 cause = error.__context__  # of Path.resolve, before Python 3.13

@@ -47,7 +47,7 @@ def plan(
         str | None, typer.Option(help="Batch-norm policy: follow, freeze, ...", rich_help_panel=_SOURCE)
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Outputs of a new head.", min=1, rich_help_panel=_SOURCE)
+        int | None, typer.Option(help="Outputs of a new head.", min=1, max=10**9, rich_help_panel=_SOURCE)
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the plan to this file.", rich_help_panel=_SHOW)
@@ -66,7 +66,9 @@ def plan(
             rich_help_panel=_SHOW,
         ),
     ] = False,
-    layers: Annotated[int, typer.Option(help="L, for --rate-table.", min=1, rich_help_panel=_SHOW)] = 12,
+    layers: Annotated[
+        int, typer.Option(help="L, for --rate-table.", min=1, max=10_000, rich_help_panel=_SHOW)
+    ] = 12,
     decay: Annotated[
         str, typer.Option(help="Decays, for --rate-table.", rich_help_panel=_SHOW)
     ] = "0.95,0.9,0.8,0.7",

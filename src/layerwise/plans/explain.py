@@ -138,17 +138,17 @@ def _rates_reader(
 def _telling_steps(plan: Plan, phase: int, steps_per_epoch: int) -> list[int]:
     """Return the steps of a phase that show its start, its peak and its end, in order.
 
-    A factor has one rise and one fall. So its highest value lies beside the highest of a few hundred.
+    A factor has one rise and one fall. So its highest value lies beside the highest of a few hundred, and is
+    sought there again until no step is left out.
     """
     length = plan.phases[phase].length_steps(steps_per_epoch)
-    stride = max(1, length // 400)
-
-    def highest(steps: range) -> int:
-        return max(steps, key=lambda step: phase_factor(plan, phase, step, steps_per_epoch))
-
-    near = highest(range(0, length, stride))
-    peak = highest(range(max(near - stride, 0), min(near + stride + 1, length)))
-    return sorted({*range(0, length, stride), peak, length - 1})
+    near = shown = range(0, length, max(1, length // 400))
+    while True:
+        peak = max(near, key=lambda step: phase_factor(plan, phase, step, steps_per_epoch))
+        if near.step == 1:
+            return sorted({*shown, peak, length - 1})
+        low, high = max(peak - near.step, 0), min(peak + near.step + 1, length)
+        near = range(low, high, max(1, (high - low) // 400))
 
 
 def _heat_edges(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -97,6 +98,24 @@ def test_ctrl_c_is_exit_code_130_and_debug_shows_the_traceback(monkeypatch: pyte
     assert CliRunner().invoke(app, ["--ours"]).stderr == "DataError: no images\n"
     monkeypatch.setattr(output, "debug", True)
     assert isinstance(CliRunner().invoke(app, ["--ours"]).exception, DataError)
+
+
+@pytest.mark.parametrize("sizes", ["2**50", "2**40, 2**40"])
+def test_what_memory_does_not_hold_is_one_message(sizes: str) -> None:
+    # with torch's reason, and without its traceback
+    app = typer.Typer()
+
+    @app.command()
+    @output.friendly
+    def make() -> None:
+        torch.empty(eval(sizes))
+
+    shown = CliRunner().invoke(app, [])
+    assert shown.exit_code == 1
+    assert re.search(
+        r"^memory does not suffice \(.*(allocate|overflowed).*\)\. Take .* smaller", shown.stderr
+    )
+    assert "Traceback" not in shown.stderr
 
 
 def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:

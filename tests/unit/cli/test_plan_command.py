@@ -139,3 +139,15 @@ def test_the_command_needs_no_torch_to_print_its_help():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "--rate-table" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[MODEL, "--strategy", "full", "--num-classes", 10**24], ["--rate-table", "--layers", 10**12]],
+)
+def test_absurd_numbers_are_wrong_usage(arguments: list[object]) -> None:
+    # Told at once: torch takes no such number, and no table is so long.
+    result = command(*arguments)
+    assert result.exit_code == 2
+    told = " ".join(re.sub("[│╭╮╰╯]", " ", result.stderr).split())
+    assert f"'{arguments[-1]}' is given; expected less than or equal to" in told

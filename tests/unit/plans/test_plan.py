@@ -17,7 +17,7 @@ from layerwise.plans.explain import _heat_edges
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.settings import Norms, Schedule
 from layerwise.plans.storage import parse, to_yaml
-from layerwise.plans.strategies import discriminative, linear_probe
+from layerwise.plans.strategies import discriminative, full, linear_probe
 from layerwise.plans.unfreezing import ulmfit
 
 
@@ -392,6 +392,14 @@ def test_explain_counts_what_is_drawn_at_a_time() -> None:
 
     layers = named_map("a", "b", "c", "d", numel=1)  # sizes 1, 2, 3, 4
     assert lisa(layers, groups=1).explain(layers).phases[0].trainable == 1 + 3 + 4
+
+
+def test_explain_does_not_go_through_every_step() -> None:
+    """The peak of one step among 10**17 is found in a moment."""
+    layers = named_map("layer", "head")
+    schedule = Schedule(shape="one_cycle", cut_frac=0.37)
+    told = full(layers, epochs=10**11, schedule=schedule).explain(layers, steps_per_epoch=10**6)
+    assert told.phases[0].groups[0].peak == pytest.approx(1.0)
 
 
 def test_explain_of_a_long_plan_stays_readable() -> None:
