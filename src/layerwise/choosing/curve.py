@@ -155,7 +155,7 @@ def transfer_curve(
         "batch_size": batch_size,
         "fit_options": plain(options),
     }
-    done = _read(out, about)
+    done = read_values(out, about)
     pool = CachePool(upcoming=names_by_depth(layers, chosen, epochs=epochs))
     for k in chosen:
         for series in SERIES:
@@ -217,7 +217,16 @@ def cut_plan(layers: LayerMap, k: int, series: Series, *, epochs: int) -> Plan:
     return Plan(strategy=strategy, granularity=layers.granularity, groups=layers.names, phases=(phase,))
 
 
-def _read(out: str | Path | None, about: Mapping[str, Any]) -> dict[str, float]:
+def read_values(out: str | Path | None, about: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Return the values of an interrupted curve in the file `out`; none where there is no file.
+
+    Args:
+        out: the file; None is none.
+        about: what the curve is about; None is not compared.
+
+    Raises:
+        RunError: it holds no curve's values, or those of another experiment.
+    """
     if out is None or not Path(out).exists():
         return {}
     try:
@@ -228,7 +237,7 @@ def _read(out: str | Path | None, about: Mapping[str, Any]) -> dict[str, float]:
         raise RunError(f"{out} is there, and no curve's values are in it; give another file.")
     there = found.get("about") or {}
     if differing := [
-        name for name, value in json.loads(json.dumps(about)).items() if there.get(name) != value
+        name for name, value in json.loads(json.dumps(about or {})).items() if there.get(name) != value
     ]:
         raise RunError(
             f"{out} holds the values of another experiment (not the same {', '.join(differing)}); give "

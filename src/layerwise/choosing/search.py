@@ -140,7 +140,7 @@ def search(
         )
     folder = None if out is None else Path(out)
     if folder is not None:
-        _require_own(folder)
+        require_own(folder)
     budget = Budget(20 if trials is None and minutes is None else trials, minutes, seeds)
     options = dict(fit_options or {})
     check_fit_options(options, SET_BY_SEARCH, "search")
@@ -193,8 +193,12 @@ def search(
         return _finished(experiment, study, folder, seeds=seeds, refit=refit, notes=notes, lock=lock, say=say)
 
 
-def _require_own(folder: Path) -> None:
-    """Refuse a folder where the plan that is found would replace another one."""
+def require_own(folder: Path) -> None:
+    """Refuse a folder where the plan that is found would replace another one.
+
+    Raises:
+        RunError: `folder` holds a run, or a plan that is none of a search's.
+    """
     ours = any((folder / name).exists() for name in ("search.journal", "search.json"))
     if (folder / "run.json").exists() or ((folder / "plan.yaml").exists() and not ours):
         what = "run" if (folder / "run.json").exists() else "plan.yaml"

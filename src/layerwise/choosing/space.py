@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
-from layerwise.plans.parsing import parse_strategy
+from layerwise.plans.parsing import check_strategy, parse_strategy
 from layerwise.plans.plan import Plan
 from layerwise.plans.settings import NormKind, Schedule
 
@@ -108,10 +108,7 @@ def make_space(
             found.append(f"depth {k} is not between 1 and the {groups} groups of the layer map")
     if not chosen and not strategies:
         found.append("there is no depth and no strategy to try")
-    if not 0 < lr[0] <= lr[1] < float("inf"):
-        found.append(f"lr is {lr}; expected two rates above 0, the lower first")
-    if not 0 < decay[0] <= decay[1] <= 1:
-        found.append(f"decay is {decay}; expected two numbers above 0 and at most 1, the lower first")
+    found += _wrong_ranges(lr, decay)
     if epochs < 1:
         found.append(f"epochs is {epochs}; expected at least 1")
     space = Space(chosen, tuple(strategies), lr, decay, max(epochs, 1), norms, tuple(begin_with))
@@ -124,9 +121,37 @@ def make_space(
     for choice, rate in begin_with:
         if choice not in known or not lr[0] <= rate <= lr[1]:
             found.append(f"begin_with has {choice!r} at {rate:g}; expected one of {known}, at a rate in {lr}")
+    _raise(found)
+    return space
+
+
+def check_space(*, strategies: Sequence[str], lr: tuple[float, float], decay: tuple[float, float]) -> None:
+    """Look at a search space as far as that needs no layer map; see `make_space`.
+
+    Raises:
+        PlanError: a range cannot be used, or a strategy is not known; all are listed.
+    """
+    found = _wrong_ranges(lr, decay)
+    for text in strategies:
+        try:
+            check_strategy(text)
+        except PlanError as error:
+            found.append(str(error))
+    _raise(found)
+
+
+def _wrong_ranges(lr: tuple[float, float], decay: tuple[float, float]) -> list[str]:
+    found = []
+    if not 0 < lr[0] <= lr[1] < float("inf"):
+        found.append(f"lr is {lr}; expected two rates above 0, the lower first")
+    if not 0 < decay[0] <= decay[1] <= 1:
+        found.append(f"decay is {decay}; expected two numbers above 0 and at most 1, the lower first")
+    return found
+
+
+def _raise(found: Sequence[str]) -> None:
     if found:
         raise PlanError("the search space cannot be used:" + "".join(f"\n  - {problem}" for problem in found))
-    return space
 
 
 def names_by_depth(layers: LayerMap, depths: Sequence[int], *, epochs: int) -> dict[frozenset[str], int]:

@@ -41,13 +41,14 @@ def curve(
     """
     check_output(out, "--out")
     check_output(plot, "--plot")
-    from layerwise.choosing.curve import transfer_curve
+    from layerwise.choosing.curve import read_values, transfer_curve
     from layerwise.choosing.named import fit_options
     from layerwise.report.pictures import check_picture, depth_picture, save_picture
 
     if plot is not None:
         check_picture(plot)
-    counts = None if depths is None else numbers(depths, "--depths")
+    counts = None if depths is None else numbers(depths, "--depths", least=1)
+    read_values(out)  # so that another file's place is told first
     prepared = task.open(val_frac=val_frac)
     try:
         found = transfer_curve(

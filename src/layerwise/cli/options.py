@@ -181,13 +181,18 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
         raise typer.BadParameter(f"{', '.join(typed)}: {why}; leave it out.")
 
 
-def numbers(text: str, option: str, *, kind: Callable[[str], Any] = int) -> list[Any]:
+def numbers(
+    text: str, option: str, *, kind: Callable[[str], Any] = int, least: int | None = None
+) -> list[Any]:
     """Return the numbers of a list with commas.
 
     Raises:
-        BadParameter: a part is no number.
+        BadParameter: a part is no number, or one below `least`.
     """
     try:
-        return [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{option} is {text!r}; expected numbers with commas between.") from None
+    if least is not None and min(found) < least:
+        raise typer.BadParameter(f"{option} is {text!r}; expected numbers of at least {least}.")
+    return found

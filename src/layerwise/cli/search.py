@@ -83,13 +83,17 @@ def search(
     check_output(out, "--out", folder=True, outside=task.data)
     check_output(plot, "--plot")
     from layerwise.choosing.named import fit_options
+    from layerwise.choosing.search import require_own
     from layerwise.choosing.search import search as run
+    from layerwise.choosing.space import check_space
     from layerwise.report.pictures import check_picture, depth_picture, save_picture
 
     if plot is not None:
         check_picture(plot)
-    counts = None if depths is None else numbers(depths, "--depths")
+    counts = None if depths is None else numbers(depths, "--depths", least=1)
     rates, decays = _range(lr, "--lr"), _range(decay, "--decay")
+    check_space(strategies=strategy or (), lr=rates, decay=decays)
+    require_own(out)
     prepared = task.open(val_frac=val_frac, test_frac=test_frac)
     # so that the winner's run knows how to build its model; the job would be another one to resume
     about = {name: prepared.about[name] for name in ("model", "data")}

@@ -334,6 +334,8 @@ def test_a_search_is_not_put_into_its_data(images, weights, inside):
         (["search", "--lr", "fast"], "--lr is 'fast'"),
         (["search", "--decay", "1,2,3"], "--decay is '1,2,3'"),
         (["curve", "--depths", ""], "--depths is ''"),
+        (["curve", "--depths", "1,0"], "--depths is '1,0'; expected numbers of at least 1"),
+        (["search", "--depths", "-1"], "--depths is '-1'; expected numbers of at least 1"),
     ],
 )
 def test_lists_of_numbers_are_read_before_the_data(tmp_path, arguments, told):
@@ -342,6 +344,22 @@ def test_lists_of_numbers_are_read_before_the_data(tmp_path, arguments, told):
     result = command(name, MODEL, "--data", tmp_path / "nowhere", "--out", tmp_path / "o", *given)
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+def test_a_search_that_cannot_be_is_told_before_the_data(tmp_path):
+    # all of it at once; here there are no data at all
+    given = ["--lr", "nan,1", "--decay", "0.5,2", "--strategy", "fulll"]
+    result = command("search", MODEL, "--data", tmp_path / "nowhere", "--out", tmp_path / "o", *given)
+    assert result.exit_code == 1
+    assert all(told in result.stderr for told in ("lr is (nan, 1.0)", "decay is (0.5, 2.0)", "'fulll'"))
+
+
+def test_an_output_of_something_else_is_told_before_the_data(tmp_path):
+    # not after minutes; here there are no data at all
+    (tmp_path / "run.json").write_text("{}")
+    given = [MODEL, "--data", tmp_path / "nowhere", "--out"]
+    assert "holds a run that is none of a search's" in command("search", *given, tmp_path).stderr
+    assert "no curve's values are in it" in command("curve", *given, tmp_path / "run.json").stderr
 
 
 @pytest.fixture(scope="module")
