@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerwise.errors import DataError, RunError
+from layerwise.errors import DataError, RunError, listed, plural
 from layerwise.training.run import Run
 
 
@@ -46,7 +46,7 @@ def predict_images(
     Raises:
         RunError: the run knows no preprocessing of images.
         DataError: a path does not exist, a table lacks the column, or (without `skip_bad_images`) a file
-            cannot be read.
+            cannot be read, or none can.
     """
     from layerwise.sources.images import image_list
 
@@ -74,4 +74,7 @@ def predict_images(
         if tensors:
             decoded = run.predict(torch.stack(tensors))
             rows += [{"image": path, **row} for path, row in zip(paths, decoded)]
+    if not rows:
+        reasons = [reason for _, reason in skipped]
+        raise DataError(listed(f"none of {plural(len(data), 'image')} can be read", reasons))
     return Predictions(rows, tuple(skipped))

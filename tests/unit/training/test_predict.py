@@ -45,6 +45,15 @@ def test_bad_files_are_left_out_and_listed_whatever_the_batches(batch_size: int,
         predict_images(RUN, images, batch_size=batch_size)
 
 
+def test_no_image_that_can_be_read_is_an_error(tmp_path: Path) -> None:
+    # With each file and its reason, also where bad ones are left out: nothing was predicted.
+    bad = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in bad:
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of 2 images can be read:\n  - image '.*a\.png' (?s:.*)b\.png"):
+        predict_images(RUN, bad, batch_size=1, skip_bad_images=True)
+
+
 def test_tables_are_read_by_the_column_of_training_or_the_one_that_is_named(tmp_path: Path) -> None:
     # "path" where training named none; a table without the column is told which there are.
     image = make_images(tmp_path, count=1) / "red/0.png"
