@@ -67,7 +67,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
     if issubclass(category, LayerwiseWarning):
         say(f"warning: {message}")
-    else:
+    elif category.__name__ != "DecompressionBombWarning":  # Pillow's; `read_image` names the file
         _shown_by_python(message, category, *where, **more)
 
 

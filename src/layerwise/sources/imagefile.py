@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import DataError, MissingExtraError
+from layerwise.errors import DataError, MissingExtraError, warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +61,8 @@ def _decode(path: str | Path, channels: int) -> Image:
         raise _BadImageError(f"image {str(path)!r} does not exist") from error
     except (*DAMAGE, pil.Image.DecompressionBombError) as error:
         raise _BadImageError(f"image {str(path)!r} cannot be read ({str(error).rstrip('.')})") from error
+    if image.width * image.height > (pil.Image.MAX_IMAGE_PIXELS or math.inf):
+        _warn_of_size(str(path), image.width * image.height)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _eight_bit(image, path)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -66,6 +70,12 @@ def _decode(path: str | Path, channels: int) -> Image:
         white = pil.Image.new("RGBA", image.size, "white")
         image = pil.Image.alpha_composite(white, image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+@functools.cache  # once for each file, whichever filters of warnings come and go
+def _warn_of_size(path: str, pixels: int) -> None:
+    """Warn of a large image by name; Pillow's own warning has none."""
+    warn(f"image {path!r} has {pixels:,} pixels; it takes long to read, and much memory. Save it smaller.")
 
 
 def _eight_bit(image: Image, path: str | Path) -> Image:

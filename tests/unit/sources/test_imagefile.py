@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from layerwise.errors import DataError
+from layerwise.errors import DataError, LayerwiseWarning
 from layerwise.sources.imagefile import find_bad_images, read_image
 
 
@@ -119,3 +119,14 @@ def test_a_damaged_avif_is_a_bad_image_like_others(tmp_path):
     with pytest.raises(DataError, match=r"a\.avif"):
         read_image(path)
     assert set(find_bad_images([path], decode=True)) == {0}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_very_large_image_is_named(tmp_path, monkeypatch):
+    # Pillow's own warning has the number of pixels alone
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    gradient().save(tmp_path / "large.png")
+    gradient(5).save(tmp_path / "small.png")
+    with pytest.warns(LayerwiseWarning, match=r"large\.png' has 200 pixels") as told:
+        assert find_bad_images([tmp_path / "large.png", tmp_path / "small.png"], decode=True) == {}
+    assert [warning.category for warning in told].count(LayerwiseWarning) == 1
