@@ -25,11 +25,13 @@ class Loaded:
     Attributes:
         notes: for people.
         head_is_new: the file gave no output layer, so the model's own is still the untrained one.
+        new: module paths that a file without an output layer gave nothing for.
         classes: number of outputs of the file's output layer, where it differs from the model's before.
     """
 
     notes: tuple[str, ...]
     head_is_new: bool = False
+    new: tuple[str, ...] = ()
     classes: int | None = None
 
 
@@ -54,7 +56,8 @@ def load_file(
         model: changed in place.
         path: of the file.
         num_classes: wanted in the end; None for what the file has.
-        outputs: gives the paths of the model's output layers; called only where they matter.
+        outputs: gives the paths of the model's output layers, and of others that may be new; called only
+            where they matter.
         resize: gives `model` an output layer of so many classes; None where that cannot be done.
         mismatched: whether a file of other classes is an error, or loses its output layer.
 
@@ -66,6 +69,8 @@ def load_file(
         raise ModelError(f"mismatched is {mismatched!r}; expected 'error' or 'drop_head'.")
     state, prefix = files.strip_prefixes(files.read_weights(path), model)
     notes = [f"left out the prefix {prefix!r} of the names in {path.name}"] if prefix else []
+    state, added = files.add_prefix(state, model)
+    notes += [f"put {added!r} before the names in {path.name}"] if added else []
     mismatch = files.compare(state, model)
     if not mismatch:
         files.load_state(model, state)
@@ -107,7 +112,8 @@ def load_file(
         if all(name.startswith(of_head) for name in mismatch.missing):
             files.load_state(model, state)
             what = f"loaded {len(state)} tensors of {path.name}, which has no output layer"
-            return Loaded((*notes, what), head_is_new=True)
+            new = dict.fromkeys(name.rpartition(".")[0] for name in mismatch.missing)
+            return Loaded((*notes, what), head_is_new=True, new=tuple(new))
     raise ModelError(
         f"weights file {str(path)!r} does not fit {spec!r}: {mismatch}. Expected the weights of this "
         f"architecture; list its parameters with: layerwise inspect {spec}"

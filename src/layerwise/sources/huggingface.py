@@ -106,13 +106,13 @@ def open_model(
             model,
             Path(weights),
             num_classes=num_classes,
-            outputs=lambda: _head_modules(model),
+            outputs=lambda: (*_head_modules(model), *_poolers(model)),
             resize=None,  # its labels are set by the configuration, before it is built
             mismatched=mismatched,
         )
         notes.extend(loaded.notes)
         if loaded.head_is_new and num_classes is not None:
-            replaced = ReplacedHead(_head_modules(model), None, num_classes)
+            replaced = ReplacedHead(loaded.new or _head_modules(model), None, num_classes)
     if replaced is not None:
         notes.append(str(replaced))
 
@@ -370,6 +370,11 @@ def _head_modules(model: nn.Module) -> tuple[str, ...]:
     body = str(model.base_model_prefix) + "."
     names = [name for name, _ in model.named_parameters() if not name.startswith(body)]
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def _poolers(model: nn.Module) -> tuple[str, ...]:
+    """Return the paths of the body's poolers, which count as head (see `_loading_notes`)."""
+    return tuple(path for path, _ in model.named_modules() if path.endswith("pooler"))
 
 
 def _image_settings(spec: str, name: str, transformers: Any, channels: int | None) -> Preprocessing:

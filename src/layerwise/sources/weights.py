@@ -25,8 +25,9 @@ SAFETENSORS = (".safetensors",)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Keys under which training programs keep the state dict, the ones with averaged weights first.
 WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model_state_dict", "model", "module")
-# What wrappers of a module (DataParallel and DDP, torch.compile, Lightning, timm's EMA) put before names.
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# What wrappers of a module (DataParallel and DDP, torch.compile, Lightning, timm's EMA) put before names, and
+# programs that pretrain one under a head of their own.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
 SHOWN = 5
 
 
@@ -232,6 +233,21 @@ def strip_prefixes(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[
                     break
         else:
             return current, removed
+
+
+def add_prefix(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """Return `state` with the path of the one part of `model` that it is a state dict of, and that path.
+
+    So the file of a body (``embeddings.…``) fits a classifier that holds it (``bert.embeddings.…``). Nothing
+    is put before the names where one fits as it is, or where several parts have all of them.
+    """
+    own = set(model.state_dict())
+    first = next(iter(state), "")
+    found = [name.removesuffix(first) for name in own if name.endswith(f".{first}")]
+    fitting = [prefix for prefix in found if all(prefix + name in own for name in state)]
+    if len(fitting) != 1 or own.intersection(state):
+        return dict(state), ""
+    return {fitting[0] + name: value for name, value in state.items()}, fitting[0]
 
 
 def match_in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:

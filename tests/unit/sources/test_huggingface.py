@@ -128,6 +128,23 @@ def test_random_weights_and_a_file_of_weights(tmp_path):
     assert torch.equal(dropped.model.bert.pooler.dense.weight, theirs.bert.pooler.dense.weight)
 
 
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_file_of_the_body_goes_under_a_new_head(tmp_path, pooler):
+    # as the body's folder does; a pooler that it lacks is new as well, and a lacking layer is refused
+    theirs = save_bert(tmp_path / "m", "BertForSequenceClassification", num_labels=2)
+    body = {k: v for k, v in theirs.bert.state_dict().items() if pooler or "pooler" not in k}
+    torch.save(body, tmp_path / "w.pth")
+    opened = open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+    assert torch.equal(
+        opened.model.bert.embeddings.word_embeddings.weight, body["embeddings.word_embeddings.weight"]
+    )
+    assert opened.replaced_head.modules == (() if pooler else ("bert.pooler.dense",)) + ("classifier",)
+    assert "put 'bert.' before the names in w.pth" in opened.notes
+    torch.save({k: v for k, v in body.items() if "layer.0." not in k}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"missing in the file \(bert\.encoder\.layer\.0"):
+        open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+
+
 def test_a_folder_without_weights(tmp_path):
     save_bert(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -120,13 +120,33 @@ def test_paths_that_are_no_weight_files(tmp_path):
         weights.read_weights(tmp_path / "none.pth")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "backbone.", "module.encoder."],
+)
 def test_prefixes_of_wrappers_go(prefix):
     model = small_net()
     wrapped = {prefix + name: value for name, value in model.state_dict().items()}
     state, removed = weights.strip_prefixes(wrapped, model)
     assert removed == prefix
     assert not weights.compare(state, model)
+
+
+def test_the_names_of_one_part_get_its_path():
+    # of two parts alike neither is meant, and names that fit are left alone
+    class Outer(nn.Module):
+        def __init__(self, *parts):
+            super().__init__()
+            for part in parts:
+                setattr(self, part, small_net())
+            self.head = nn.Linear(2, 3)
+
+    body = small_net().state_dict()
+    state, added = weights.add_prefix(body, Outer("body"))
+    assert added == "body."
+    assert set(state) == {f"body.{name}" for name in body}
+    assert weights.add_prefix(body, Outer("left", "right")) == (body, "")
+    assert weights.add_prefix(body, small_net()) == (body, "")
 
 
 def test_a_prefix_that_belongs_to_the_model_stays():
