@@ -21,7 +21,8 @@ class Progress:
         step_in_epoch: of these, in the epoch.
         epochs_in_phase: finished epochs of the phase.
         whole_epochs: whether the phase is counted in epochs and began with one, so that it ends with one.
-        stalls: how often validation stalled, for the plateau schedule.
+        stalls: how often validation stalled, for a plateau of the phase.
+        run_stalls: the same for a plateau that spans the run: in all phases that have one.
         joined: group -> (step at which it joined, length of its warm-up in steps).
         drawn: trunk groups that learn now, for LISA; None where all of the phase do.
         begun: whether the phase's groups were started anew and its reference weights taken.
@@ -36,6 +37,7 @@ class Progress:
     epochs_in_phase: int = 0
     whole_epochs: bool = True
     stalls: int = 0
+    run_stalls: int = 0
     joined: dict[str, tuple[int, int]] = field(default_factory=dict)
     drawn: list[str] | None = None
     begun: bool = False
@@ -44,11 +46,9 @@ class Progress:
     def enter(self, phase: int, plan: Plan) -> None:
         """Stand at the start of phase number `phase`."""
         self.phase = phase
-        self.step_in_phase = self.epochs_in_phase = 0
+        self.step_in_phase = self.epochs_in_phase = self.stalls = 0
         self.whole_epochs = plan.phases[phase].epochs is not None and self.step_in_epoch == 0
         self.drawn, self.begun = None, False
-        if plan.phases[phase].schedule.span == "phase":
-            self.stalls = 0
 
     def steps_left(self, plan: Plan, steps_per_epoch: int) -> int:
         """Return the optimiser steps until the end of the plan, no phase ending early."""
@@ -78,6 +78,6 @@ class Progress:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Progress:
-        """Build the counters from what `to_dict` returned."""
+        """Build the counters from what `to_dict` returned, once with one count of stalls for both spans."""
         joined = {name: (int(step), int(size)) for name, (step, size) in data["joined"].items()}
-        return cls(**{**data, "joined": joined})
+        return cls(**{"run_stalls": data["stalls"], **data, "joined": joined})

@@ -44,7 +44,8 @@ class Rates:
         phase = self._plan.phases[progress.phase]
         # An epoch with more steps than were told goes on at the last rate, not at the foot of the schedule.
         step = min(progress.step_in_phase, phase.length_steps(self._steps_per_epoch) - 1)
-        factor = phase_factor(self._plan, progress.phase, step, self._steps_per_epoch, stalls=progress.stalls)
+        stalls = progress.run_stalls if phase.schedule.span == "run" else progress.stalls
+        factor = phase_factor(self._plan, progress.phase, step, self._steps_per_epoch, stalls=stalls)
         for group in optimizer.param_groups:
             value = self._lr * self.multipliers[group["name"]] * factor
             start, length = progress.joined.get(group["layer_group"], (0, 0))

@@ -127,7 +127,7 @@ class Tuner:
         self._generator = torch.Generator().manual_seed(seed)
         self._progress = Progress()
         self._rates = Rates(plan, lr, steps_per_epoch)
-        self._stall, self._plateau = Stall(), Stall()
+        self._stall, self._plateau, self._run_plateau = Stall(), Stall(), Stall()
         self._l2_sp = L2SP()
         self._rgn = RelativeGradientNorms()
         self._warned: set[str] = set()
@@ -377,6 +377,7 @@ class Tuner:
             "open": self._open,
             "stall": dataclasses.asdict(self._stall),
             "plateau": dataclasses.asdict(self._plateau),
+            "run_plateau": dataclasses.asdict(self._run_plateau),
             "rgn": self._rgn.to_dict(),
             "generator": self._generator.get_state(),
             "references": dict(self._l2_sp.references),
@@ -396,6 +397,7 @@ class Tuner:
         self._progress = Progress.from_dict(dict(state["progress"]))
         self._open = bool(state["open"])
         self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
+        self._run_plateau = Stall(**state.get("run_plateau", state["plateau"]))
         self._rgn = RelativeGradientNorms.from_dict(state["rgn"])
         self._generator.set_state(state["generator"].cpu())
         self._l2_sp.references = {
@@ -458,9 +460,7 @@ class Tuner:
         now, new = learning(self.plan, number, self.layers), joining(self.plan, number, self.layers)
         progress.joined = {name: join for name, join in progress.joined.items() if name in now}
         progress.joined |= dict.fromkeys(new, (progress.step, row.join_steps))
-        self._stall = Stall()
-        if row.schedule.span == "phase":
-            self._plateau = Stall()
+        self._stall, self._plateau = Stall(), Stall()
         self._rgn = RelativeGradientNorms()
         self._draw()
         self._builder.sync(self.optimizer, self._set_learners())
@@ -485,7 +485,12 @@ class Tuner:
                 )
             return False
         if schedule.shape == "plateau":
-            self._progress.stalls += self._plateau.runs_out(metric, mode, schedule.patience_epochs)
+            if schedule.span == "run":
+                self._progress.run_stalls += self._run_plateau.runs_out(
+                    metric, mode, schedule.patience_epochs
+                )
+            else:
+                self._progress.stalls += self._plateau.runs_out(metric, mode, schedule.patience_epochs)
         return not before and self._stall.update(metric, mode) >= (patience or math.inf)
 
     # ------------------------------------------------------------------ who learns

@@ -607,6 +607,30 @@ def test_plateau_lowers_the_rate_and_keeps_ratios() -> None:
     assert heads == pytest.approx([0.01] * 4 + [0.005] * 2 + [0.0025] * 2)
 
 
+def test_a_plateau_of_the_run_goes_on_behind_a_phase_with_another_schedule() -> None:
+    """Its stalls and its best value are kept, in a saved state too."""
+    plateau = Schedule(shape="plateau", patience_epochs=0, factor=0.5, span="run")
+    schedules = [plateau, Schedule(shape="plateau", patience_epochs=0, factor=0.1), plateau]
+    phases = [
+        Phase(name=f"{number}", rates={"head": 1.0}, epochs=2, schedule=schedule)
+        for number, schedule in enumerate(schedules)
+    ]
+    plan = Plan(groups=["b0", "b1", "b2", "head"], phases=phases)
+    tuner = make(plan)
+    heads = []
+
+    def metric(epoch: int) -> float:
+        heads.append(tuner.rates()["head"])
+        return [0.5, 0.3, 0.4, 0.3, 0.4, 0.4][epoch]
+
+    train(tuner, metric=metric)
+    assert heads == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.005, 0.0025])
+    again = make(plan)
+    again.load_state_dict(tuner.state_dict())
+    for part in ("progress", "run_plateau"):
+        assert again.state_dict()[part] == tuner.state_dict()[part]
+
+
 def test_stall_without_a_metric_warns_once() -> None:
     """A plan that waits for validation and gets no metric runs to its limit, and says why."""
     tuner = make(lambda layers: gradual(layers, patience_epochs=1, epochs_per_group=2))
