@@ -15,7 +15,7 @@ from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
 from layerwise.cache.samples.draws import own_generators
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, ModelError, RunError, TrainingError, warn
+from layerwise.errors import DataError, ModelError, PlanError, RunError, TrainingError, shorten, warn
 from layerwise.files import write_json
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
@@ -171,6 +171,9 @@ def enter_phase(
     statistics move on purpose. Where there is a watch, what is warned of goes into the audit of the run in
     `out` too; that of the first phase is there already.
 
+    Raises:
+        PlanError: the policy is "calibrate", and all groups with norms have another one of their own.
+
     Warns:
         LayerwiseWarning: batch-norm trains in this phase on batches of 1-8 samples.
     """
@@ -190,6 +193,13 @@ def enter_phase(
         return
     from layerwise.tuning.calibration import calibrate_batchnorm
 
+    if norms.policies and not norms.calibrating:
+        own = [f"{name}: {other.policy}" for name, other in tuner.phase.norms.groups.items()]
+        raise PlanError(
+            f"phase {tuner.phase.name!r}: the norm policy 'calibrate' measures nothing, as all groups with "
+            f"norms have a policy of their own ({shorten(own)}). Leave one of them out of the `groups` of "
+            "the norms, or take another policy."
+        )
     # Folders of images are sorted by class: of a share of them, or of their moving average, chance decides.
     in_order = how.samples is None and how.momentum is None
     loader = open_batches(train, train=not in_order, **share).loader

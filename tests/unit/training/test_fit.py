@@ -785,6 +785,14 @@ def test_a_share_of_the_data_is_drawn_for_calibration(how: dict[str, float]) -> 
     assert ((model.stem[1].running_mean - whole).abs() < 0.6 * spread).all()
 
 
+def test_calibrating_in_no_group_is_an_error_that_names_their_policies() -> None:
+    # All groups with norms have a policy of their own.
+    norms = {"policy": "calibrate", "groups": {"stem": "freeze", "body": "adapt"}}
+    plan = tiny_plan(phases=[{"name": "head", "rates": {"head": 1.0}, "epochs": 1, "norms": norms}])
+    with pytest.raises(PlanError, match=r"phase 'head'.* measures nothing.*\(stem: freeze, body: adapt\)"):
+        run(Tiny(), plan=plan)
+
+
 def test_bf16_runs_and_differs() -> None:
     # Autocast is on: losses are near those of fp32 and not equal.
     half, whole = run(precision="bf16"), run()
