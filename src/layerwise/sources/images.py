@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise.errors import DataError, did_you_mean, listed, plural
+from layerwise.sources.copies import images_with_content, tell_copies
 from layerwise.sources.imagefile import find_bad_images
 from layerwise.sources.imagelisting import (
     Samples,
@@ -37,7 +38,8 @@ class ImageData:
         test: likewise.
         classes: name of each class number, sorted.
         skipped: (path, reason) of the files that were left out because they cannot be read.
-        notes: what was chosen, for people: how the split was made, files that are no images.
+        notes: what was chosen, for people: how the split was made, files that are no images; and, up to 5,000
+            images, which stand in several classes or parts.
     """
 
     train: ImageSet
@@ -129,6 +131,8 @@ def open_images(
                 parts[name] = [train[index] for index in indices]
                 notes.append(f"{name}: {plural(len(indices), 'image')} split off from train, seed {seed}")
         parts["train"] = [train[index] for index in split[0]]
+    if sum(map(len, parts.values())) <= FULL_CHECK_LIMIT:
+        notes += tell_copies(images_with_content(parts), "image")
     number = {name: index for index, name in enumerate(classes)}
 
     def make(name: str) -> ImageSet | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from layerwise.errors import DataError, did_you_mean, listed, named_kind, plural
+from layerwise.sources.copies import Sample, tell_copies
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
 from layerwise.sources.tables import Row, label_name, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
@@ -193,7 +194,18 @@ def read_texts(
     if set(found.parts) == {"train"}:
         notes += unused_split(found.parts["train"], split_column)
     notes += _split(task, parts, val_frac, test_frac, seed)
+    if task == "text_classification":
+        notes += tell_copies({name: _samples(part) for name, part in parts.items()}, "text")
     return TextTable(task, parts, classes, tuple(bad), tuple(notes))
+
+
+def _samples(part: TextPart) -> list[Sample]:
+    """Return the texts and pairs of texts of a part, each with its class."""
+    pairs = part.pairs or [""] * len(part)
+    return [
+        Sample((text, pair), label, repr(text if len(text) <= 40 else f"{text[:39]}…"))
+        for text, pair, label in zip(part.texts, pairs, part.targets or [])
+    ]
 
 
 def default_text_column(task: str) -> str:
