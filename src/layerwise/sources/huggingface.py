@@ -18,7 +18,7 @@ from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, exa
 from layerwise.sources.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 AUTO_CLASSES: dict[Task, str] = {
@@ -128,6 +128,8 @@ def open_model(
     else:
         tokenizer = open_tokenizer(spec, name, model, notes)
         example = dict(tokenizer(EXAMPLE_TEXTS, padding=True, return_tensors="pt"))
+        if task == "causal_lm":
+            _require_causal(spec, model, tokenizer(EXAMPLE_TEXTS[0], return_tensors="pt")["input_ids"])
     return OpenedModel(
         model=model.eval(),
         spec=spec,
@@ -375,6 +377,25 @@ def _head_modules(model: nn.Module) -> tuple[str, ...]:
 def _poolers(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the body's poolers, which count as head (see `_loading_notes`)."""
     return tuple(path for path, _ in model.named_modules() if path.endswith("pooler"))
+
+
+def _require_causal(spec: str, model: nn.Module, ids: Tensor) -> None:
+    """Raise `ModelError` if what `model` says at the first of the tokens `ids` (1, n) depends on the last."""
+    import torch
+
+    ids = ids.repeat(1, 2)  # so that there are two
+    others = ids.clone()
+    others[0, -1] = int(ids[0, -1] == 0)
+    training = model.training
+    with _quiet(), torch.no_grad():
+        first, other = (model.eval()(input_ids=given).logits[0, 0] for given in (ids, others))
+    model.train(training)
+    if not torch.allclose(first, other, rtol=1e-3, atol=1e-5):
+        raise ModelError(
+            f"{spec!r} reads a text in both directions, so as a causal language model it would see the "
+            "tokens that it is to predict. Expected a decoder; for this model take --task masked_lm (task=), "
+            'or set "is_decoder": true in its config.json where its class has that.'
+        )
 
 
 def _image_settings(spec: str, name: str, transformers: Any, channels: int | None) -> Preprocessing:

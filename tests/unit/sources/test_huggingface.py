@@ -145,6 +145,16 @@ def test_a_file_of_the_body_goes_under_a_new_head(tmp_path, pooler):
         open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
 
 
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    # it would see the tokens that it is to predict; as a decoder it does not
+    save_bert(tmp_path)
+    with pytest.raises(ModelError, match=r"reads a text in both directions.*--task masked_lm"):
+        open_model(f"hf:{tmp_path}", task="causal_lm")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+    assert open_model(f"hf:{tmp_path}", task="causal_lm").task == "causal_lm"
+
+
 def test_a_folder_without_weights(tmp_path):
     save_bert(tmp_path)
     (tmp_path / "model.safetensors").unlink()
