@@ -259,6 +259,8 @@ def fit(
         raise typer.BadParameter("give exactly one of --strategy and --plan.")
     if plan is not None and "granularity" in given_options(context):
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
+    if weights is None:
+        refuse(context, ["mismatched"], "it is for the file of --weights, which is not given")
     if strategy != "auto":
         refuse(context, ["budget_minutes", "search_share"], "only --strategy auto searches")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -190,7 +191,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
         LayerwiseError: model, tokenizer, texts or plan cannot be opened, or do not fit each other.
     """
     from layerwise.layers.mapping import layer_map
-    from layerwise.plans.parsing import parse_strategy
+    from layerwise.plans.parsing import check_strategy, parse_strategy
     from layerwise.sources.models import open_model
     from layerwise.sources.pooled import mean_pooled
     from layerwise.sources.text import MODEL_TASKS, encode
@@ -203,6 +204,10 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
         "--path-column": given.pop("path_column", None) is not None,
     }
     options = TextOptions(**given)
+    if options.lm_epochs:
+        check_strategy(
+            options.lm_strategy, epochs=options.lm_epochs
+        )  # what is quick to find wrong comes first
     if not job.model.startswith("hf:"):
         raise ModelError(
             f"texts need a model that brings its tokenizer; {job.model!r} does not. Give hf:FOLDER_OR_ID."
@@ -263,8 +268,25 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     ignored = [
         f"{name} is for images; {job.model} reads texts, so it is not used" for name in unused if unused[name]
     ]
+    ignored += _not_used(job.text or {}, options)
     notes = (*ignored, *opened.notes, *data.notes, *skipped)
     return PreparedText(job, options, opened, table, data, layers, plan, task, about, notes)
+
+
+def _not_used(given: Mapping[str, Any], options: TextOptions) -> list[str]:
+    """Return a line for each option of texts that was given in vain."""
+    found = []
+    if options.task in ("causal_lm", "masked_lm") and "label_column" in given:
+        found.append(f"--label-column is for labels; the task {options.task!r} has none, so it is not used")
+    if options.task != "multi_label" and "label_separator" in given:
+        found.append(f"--label-separator is for the task 'multi_label', not {options.task!r}; it is not used")
+    if not options.lm_epochs:
+        names = (name for name in ("lm_lr", "lm_strategy") if name in given)
+        found += [
+            f"--{name.replace('_', '-')} is for --lm-epochs, of which there are none; it is not used"
+            for name in names
+        ]
+    return found
 
 
 def length_for(options: TextOptions, opened: OpenedModel) -> int:

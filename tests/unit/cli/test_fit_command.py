@@ -115,11 +115,14 @@ def test_what_would_not_be_used_is_refused(images: Path, run: Path, tmp_path: Pa
     for arguments, option, why in (
         (started, "--budget-minutes", "auto"),
         (started, "--search-share", "auto"),
+        (started, "--mismatched", "--weights"),
         (["predict", run, images], "--text-column", "is a run on images"),
         (["demo", "images", "--out", tmp_path / "b"], "--per-topic", "demo on texts"),
         (["demo", "text", "--out", tmp_path / "b"], "--image-size", "demo on images"),
     ):
-        result = command(*arguments, option, {"--search-share": "0.5"}.get(option, "64"))
+        result = command(
+            *arguments, option, {"--search-share": "0.5", "--mismatched": "drop_head"}.get(option, "64")
+        )
         assert result.exit_code == 2, result.output
         told = " ".join(result.stderr.replace("│", " ").split())
         assert option in told

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from layerwise.errors import DataError, LayerwiseError, ModelError
+from layerwise.errors import DataError, LayerwiseError, ModelError, PlanError
 from layerwise.sources.texttable import TextPart
 from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
@@ -134,6 +134,26 @@ def test_padding_does_not_change_what_is_learned(work):
     for name, value in results[0].model.state_dict().items():
         for other in results[1:]:
             torch.testing.assert_close(other.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_options_of_texts_that_are_given_in_vain_are_told(work):
+    # Each names the option, and what it is for.
+    given = {"lm_lr": 1e-3, "lm_strategy": "full", "label_separator": ";"}
+    notes = open_job(job(work, **given)).notes
+    assert [note.split(";")[0] for note in notes if "not used" in note][:3] == [
+        "--label-separator is for the task 'multi_label', not 'text_classification'",
+        "--lm-lr is for --lm-epochs, of which there are none",
+        "--lm-strategy is for --lm-epochs, of which there are none",
+    ]
+    (note,) = [n for n in open_job(job(work, task="masked_lm")).notes if n.startswith("--")]
+    assert note == "--label-column is for labels; the task 'masked_lm' has none, so it is not used"
+
+
+def test_the_language_models_strategy_is_looked_at_before_the_texts(work):
+    # Also where these cannot be read.
+    named = dataclasses.replace(job(work, lm_epochs=1, lm_strategy="fulll"), data="nowhere.csv")
+    with pytest.raises(PlanError, match="strategy 'fulll' is not known"):
+        open_job(named)
 
 
 def test_a_length_above_that_of_the_model_is_refused(work):
