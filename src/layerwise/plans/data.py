@@ -50,6 +50,10 @@ class Data(BaseModel):
             raise _ProblemsError(found)
         raise PlanError(report(type(self).__name__.lower(), data, found)) from None
 
+    def __hash__(self) -> int:
+        values = [getattr(self, name) for name in type(self).model_fields]
+        return hash(tuple(frozenset(value.items()) if isinstance(value, dict) else value for value in values))
+
     @classmethod
     def _contradictions(cls, data: Mapping[str, Any]) -> list[str]:
         """Return what is wrong between the fields of `data`, as far as it can be read.

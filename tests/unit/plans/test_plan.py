@@ -33,6 +33,19 @@ def test_a_small_plan_is_valid() -> None:
     assert (plan.phases[0].rate("stem"), plan.phases[0].trains("fc")) == (0.0, True)
 
 
+def test_equal_plans_have_one_hash() -> None:
+    """Also where their tables were written in another order; norms alone have one too."""
+    rates = {"stem": 0.5, "fc": 1.0}
+    groups = {"stem": Norms(policy="adapt"), "fc": Norms(policy="freeze")}
+    plans = [
+        Plan(**one(rates=dict(order(rates.items())), norms=Norms(groups=dict(order(groups.items())))))
+        for order in (list, reversed)
+    ]
+    assert plans[0] == plans[1]
+    assert len({*plans}) == 1
+    assert len({Norms(groups=groups), Norms(groups=groups), Norms()}) == 2
+
+
 def test_names_stand_for_a_schedule_and_a_norm_policy() -> None:
     """A phase takes ``norms: freeze`` and ``schedule: cosine``, as strategies do; norms alone may train."""
     phase = Plan(**one(norms="freeze", schedule="cosine")).phases[0]
