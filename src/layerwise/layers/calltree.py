@@ -12,7 +12,7 @@ layer, or a single convolution of the stem. What decides is what the module comp
    connection. Blocks are units wherever they occur, also where a stage's first one has no shortcut.
 4. Any other kind that occurs several times is opened if, somewhere, it holds a *stack*, several
    siblings of one kind with two or more weighted layers each: a ResNet stage, a dense block, a
-   cross-stage-partial stage.
+   cross-stage-partial stage. Wrappers of what differs (``Residual(Attention)``, ``Residual(MLP)``) are none.
 5. A kind that occurs once is kept whole if its path differs only in numbers from a block's (the one
    ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals), or for a list from another list's
    that is kept whole (a first layer that has no norm). Else it is opened if it holds a stack, or is a plain
@@ -208,11 +208,24 @@ class CallTree:
                 if self.weights(child) >= 2:
                     family = re.sub(r"\d+$", "#", child.path)
                     families[family, self.kind(child.module)].append(child)
-            stacks = [calls for calls in families.values() if len({child.module for child in calls}) >= 2]
+            stacks = [calls for calls in families.values() if self._are_alike(calls)]
             stacks += [[child] for child in self.children(call) if child in found]
             if stacks:
                 found.add(call)
                 self._stacked.update(max(stacks, key=lambda calls: sum(self.weights(c) for c in calls)))
+        return found
+
+    def _are_alike(self, calls: list[Call]) -> bool:
+        """Whether calls of one kind are of several modules, and not each of them wraps something else."""
+        wrapped = {call.module: self._wrapped(call) for call in calls}
+        return len(wrapped) >= 2 and (None in wrapped.values() or len(set(wrapped.values())) < len(wrapped))
+
+    def _wrapped(self, call: Call) -> type[nn.Module] | None:
+        """Return the class of what a call wraps, where one child has all its weighted layers, and so on."""
+        found = None
+        while len(inside := [child for child in self.children(call) if self.weights(child)]) == 1:
+            call = inside[0]
+            found = type(call.module)
         return found
 
     def _is_residual(self, call: Call) -> bool:

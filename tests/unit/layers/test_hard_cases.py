@@ -345,6 +345,50 @@ def test_layers_written_as_lists_in_a_list() -> None:
     assert_complete(layers, model)
 
 
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_a_layer_of_two_wrappers_of_what_differs_is_one_group(kind: type[nn.Module]) -> None:
+    # `Residual(attention)` and `Residual(mlp)`; two wrappers of the same are two blocks, as a ResNet's are
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(8), inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.norm(x)) + x
+
+    class Mix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.values(x).mean(1, keepdim=True))
+
+    class Whole(nn.Module):
+        def __init__(self, *second: nn.Module) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+            layers = [[Wrapped(Mix()), Wrapped(mlp)] for mlp in second]
+            self.layers = nn.ModuleList(
+                kind(layer) if kind is nn.ModuleList else kind(*layer) for layer in layers
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            for first, second in self.layers:
+                x = second(first(x))
+            return self.head(x.mean(1))
+
+    mlps = [nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)]
+    assert layer_map(Whole(*mlps), torch.zeros(2, 5, 4)).names == (
+        "embed",
+        *(f"layers.{number}" for number in range(3)),
+        "head",
+    )
+    alike = layer_map(Whole(Mix(), Mix(), Mix()), torch.zeros(2, 5, 4))
+    assert alike.names == ("embed", *(f"layers.{n}.{part}" for n in range(3) for part in range(2)), "head")
+
+
 def test_a_first_list_without_a_norm_is_kept_whole_as_the_others_are() -> None:
     # the FT-Transformer: its first block normalises nothing
     class Tabular(nn.Module):
