@@ -193,9 +193,7 @@ class Observer:
             feed.forget_moved(live.rows)
             fixed.note(cuts, found, named_tensors(self._model))
             self._stock.adopt(feed, cuts, values, live.rows)
-        started = time.perf_counter()
-        expected = self._replayed(seen, values)
-        suffix_s = time.perf_counter() - started
+        expected, suffix_s = self._replayed(seen, values)
         leaves = list(live.leaves)
 
         def compare(output: Any) -> None:
@@ -240,8 +238,8 @@ class Observer:
         """Whether a batch can be replayed from what was stored in an earlier phase."""
         return phase.fixed.has_skeletons(phase.cut) and feed.has_values(phase, rows)
 
-    def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> Result:
-        """Return what the model gives for this batch when it is replayed; undo all side effects."""
+    def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> tuple[Result, float]:
+        """Replay this batch; return what the model gives, and its seconds. All side effects are undone."""
         link, phase = seen.link, seen.phase
         numbers = iter(link.leaves)
         args, kwargs = map_tensors(
@@ -260,7 +258,9 @@ class Observer:
                     phase.cut, fresh, phase.fixed.skeletons, batch=len(seen.live.indices), device=link.device,
                     answered=lambda: checkpointed.append(is_checkpointed()),
                 ) as replay:  # fmt: skip
+                    started = time.perf_counter()
                     output = self._model(*args, **kwargs)
+                    suffix_s = time.perf_counter() - started
                 if any(checkpointed):
                     check_backward(output, self._model.parameters())
             except CacheError:
@@ -269,7 +269,7 @@ class Observer:
                 why = " ".join(str(error).split())[:200]
                 raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
         check_replayed(output, replay.not_come)
-        return Result.of(output)
+        return Result.of(output), suffix_s
 
     def _store(
         self,

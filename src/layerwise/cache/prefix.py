@@ -29,7 +29,7 @@ from layerwise.cache.samples.prepared import inner, is_prepared, iterated, stand
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.store.decision import Decision, Storage
-from layerwise.cache.telling import decided, described
+from layerwise.cache.telling import decided, described, told_last
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError, warn
 from layerwise.layers.isolation import unwrap
@@ -252,6 +252,12 @@ class PrefixCache:
         """What was chosen last for the class's own loader; None before its first batch."""
         supply = self._known_supply(inner(self.loader))
         return None if supply is None else decided(supply)
+
+    @property
+    def decision_text(self) -> str:
+        """What `describe` says of `decision`; ``""`` before the first batch."""
+        supply = self._known_supply(inner(self.loader))
+        return "" if supply is None else told_last(supply)
 
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""

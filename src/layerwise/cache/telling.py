@@ -48,8 +48,21 @@ def decided(supply: Supply) -> Decision | None:
     """Return what was chosen last for a loader; None before its first batch."""
     if supply.reason:
         return Decision("off", supply.reason)
-    decisions = [phase.decision for phase in phases_of(supply).values() if phase.decision is not None]
-    return decisions[-1] if decisions else None
+    last = _last_phase(supply)
+    return None if last is None else last.decision
+
+
+def told_last(supply: Supply) -> str:
+    """Return what was chosen last for a loader, for people; ``""`` before its first batch."""
+    if supply.reason:
+        return f"prefix cache: off: {supply.reason}"
+    last = _last_phase(supply)
+    return "" if last is None else f"prefix cache: {told(last)}"
+
+
+def _last_phase(supply: Supply) -> Phase | None:
+    chosen = [phase for phase in phases_of(supply).values() if phase.decision is not None]
+    return chosen[-1] if chosen else None
 
 
 def told(phase: Phase | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -233,12 +232,7 @@ def cache_note(prefix: PrefixCache) -> str:
 
     What could be done about it is left out: it is for those who hold the cache.
     """
-    decision = prefix.decision
-    lines = prefix.describe().splitlines()
-    if decision is None:
-        return ""
-    found = [line for line in lines if decision.reason in line] or [f"prefix cache: {decision.reason}"]
-    return without_remedies(re.sub(r" \(loader \d+\)", "", found[-1]))
+    return without_remedies(prefix.decision_text)
 
 
 def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import layerwise
 from cache_loops import both, images, off, unfreeze_gradually
+from layerwise.cache import observing
 from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.traceless import traceless
 
 
 class Pooling(nn.Module):
@@ -305,3 +309,27 @@ def test_a_pool_does_not_mix_values_of_two_states(change) -> None:
     cached, replays = trained_in_turn(ByValue, change, epochs, cached=True, pool=layerwise.CachePool())
     assert all(torch.equal(one, other) for one, other in zip(plain, cached, strict=True))
     assert replays >= 4
+
+
+def test_what_undoes_the_trace_of_a_replay_is_no_part_of_a_step(monkeypatch) -> None:
+    # the expected gain of a head alone was told ten times too low
+    @contextlib.contextmanager
+    def slowly(model: nn.Module) -> Iterator[None]:
+        with traceless(model):
+            time.sleep(0.2)
+            yield
+            time.sleep(0.2)
+
+    def frozen(x: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return nn.Conv2d.forward(model.body, x)
+
+    monkeypatch.setattr(observing, "traceless", slowly)
+    model = Pooling()
+    model.body.requires_grad_(False).forward = frozen
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 6, 6)), 4)
+    with layerwise.PrefixCache(model, loader, storage="memory") as cache:
+        for (x,) in cache.batches():
+            model(x).sum().backward()
+        assert cache.decision is not None
+        assert cache.decision.prefix_frac > 0.5

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -19,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 
 from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
+from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
+from layerwise.plans.unfreezing import gradual_unfreezing
 from layerwise.training import checkpoint, setup
 from layerwise.training.checkpoint import list_checkpoints, load_latest
 from layerwise.training.classification import Classification
@@ -851,6 +854,16 @@ def test_the_note_on_the_cache_advises_nothing_that_fit_does_not_have() -> None:
         (note,) = [note for note in told if note.startswith("prefix cache: off")]
         assert "views" not in note
         assert "Freeze" not in note
+
+
+def test_each_phase_is_told_its_own_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    # The gain rounds to one figure in some phases, and the validation data meet each of them later.
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(16)), nn.Linear(8, 3))
+    layers = layer_map(model, torch.zeros(1, 8), granularity="layers")
+    plan = gradual_unfreezing(layers, epochs=34)
+    fit(model, tiny_data(), VAL, plan=plan, layers=layers, batch_size=8, cache="memory")
+    told = re.findall(r"prefix cache: memory, .* reads '(\d+)\.", capsys.readouterr().err)
+    assert told == [str(first) for first in range(16, 0, -1)]
 
 
 class Graded(Dataset):

@@ -94,6 +94,8 @@ def decide(
         return Decision(where, reason, bytes_per_sample, samples, prefix_frac, speedup)
 
     size = f"{format_bytes(bytes_per_sample)} a sample, {format_bytes(total)} in all"
+    if not total:
+        size = "stored in an earlier pass, but for a few samples"
     share = percent(prefix_frac, 1, digits=0)
     gain = f"the frozen prefix is {share}% of a step; {_faster(speedup)} once cached"
     if storage == "off":
@@ -135,7 +137,7 @@ def kept(cut: Cut, where: Literal["memory", "disk"], samples: int) -> Decision:
 
 def _faster(speedup: float) -> str:
     if speedup >= _LEAST_GAIN:
-        return f"about {speedup:.1f}x faster"
+        return f"about {speedup:.{1 if speedup < 10 else 0}f}x faster"
     return "hardly faster" if speedup * _LEAST_GAIN >= 1 else f"about {1 / speedup:.1f}x slower"
 
 

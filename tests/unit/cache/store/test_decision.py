@@ -25,6 +25,7 @@ USUAL = {
     ("storage", "changes", "expected", "why"),
     [
         ("auto", {}, "memory", "77% of a step; about 4.3x faster"),
+        ("auto", {"suffix_s": 0.001}, "memory", ">99% of a step; about 334x faster"),
         ("auto", {"memory_bytes": 10}, "disk", "faster"),
         ("auto", {"memory_bytes": 10, "disk_bytes": 10}, "off", "fit neither in the memory budget (10 B)"),
         ("auto", {"prefix_s": 0.001}, "off", "too little to gain"),
@@ -37,6 +38,7 @@ USUAL = {
         ("memory", {"prefix_s": 0.001, "epochs": 1}, "memory", "asked for"),
         ("memory", {"prefix_s": 0.001}, "memory", "<1% of a step; hardly faster once cached"),
         ("memory", {"bytes_per_sample": 4 * 10**8, "memory_bytes": 10**13}, "memory", "about 1.8x slower"),
+        ("auto", {"bytes_per_sample": 0}, "memory", "once cached (stored in an earlier pass, but for a few"),
         ("memory", {"memory_bytes": 10}, "off", "do not fit into the budget of 10 B"),
         ("disk", {}, "disk", "asked for"),
         ("disk", {"disk_bytes": 10}, "off", "do not fit on the disk"),
