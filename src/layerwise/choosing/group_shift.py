@@ -70,7 +70,7 @@ def shift_from_source(
         draws: bootstrap draws.
         level: of the intervals.
         seed: of the draws of the target's samples.
-        rng: of the draws of the source's moments.
+        rng: of the draws of the source's moments where the target tells nothing of them.
     """
     values, n, m = features.astype(np.float64), len(features), source_samples
     ref_mean, ref_var = source.mean.astype(np.float64), source.var.astype(np.float64)
@@ -79,11 +79,10 @@ def shift_from_source(
     centre = mean[0]
     square = np.vstack([((values - centre) ** 2).mean(0), weights @ (values - centre) ** 2])
     var = np.maximum(square - (mean - centre) ** 2, 0) * n / max(n - 1, 1)
-    # The source's samples are gone; its moments are drawn as a Gaussian's would be. Row 0 is the estimate.
-    noise = rng.standard_normal((2, draws, len(ref_mean)))
-    ref_means = np.vstack([ref_mean, ref_mean + noise[0] * np.sqrt(ref_var / m)])
-    ref_vars = np.vstack([ref_var, ref_var * np.maximum(1 + noise[1] / np.sqrt(2 * m), 0) ** 2])
-    gap = _gap(mean, var, ref_means, ref_vars, spread(ref_var))
+    steps, ratios = _source_noise(values - centre, var[0], m, draws, seed=seed + 2, rng=rng)
+    ref_means = np.vstack([ref_mean, ref_mean + steps * np.sqrt(ref_var)])  # row 0 is the estimate
+    ref_vars = np.vstack([ref_var, ref_var * ratios])
+    gap = _gap(mean, var, ref_means, ref_vars, np.apply_along_axis(spread, 1, ref_vars))
     kl = _kl(mean, var, ref_means, ref_vars)
     drawn = np.sort(np.random.default_rng(seed + 1).permutation(n)[: max(len(source.sketch), 2)])
     ours, theirs = project(values[drawn], ref_mean, ref_var), source.sketch.astype(np.float64)
@@ -98,6 +97,28 @@ def shift_from_source(
         else None,
         "cka": _cka(theirs, ours, draws, level, seed) if enough and ours.shape[1] > 2 else None,
     }
+
+
+def _source_noise(
+    centred: Array, var: Array, samples: int, draws: int, *, seed: int, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """Return how moments of so many samples of the source fluctuate, its own samples being gone.
+
+    The target's samples are drawn in their place, in units of their variance, so that features move together
+    and rare values stay rare. A feature that is constant in the target is drawn as a Gaussian's would be.
+
+    Returns:
+        Steps of the mean in standard deviations, and ratios of variances; float64[draws, d] each.
+    """
+    weights = _weights(len(centred), draws, seed, drawn=samples)
+    mean = weights @ centred
+    found = np.maximum(weights @ centred**2 - mean**2, 0) * samples / max(samples - 1, 1)
+    noise = rng.standard_normal((2, draws, len(var)))
+    varies = var > 0
+    unit = np.where(varies, var, 1.0)
+    steps = np.where(varies, mean / np.sqrt(unit), noise[0] / np.sqrt(samples))
+    ratios = np.where(varies, found / unit, np.maximum(1 + noise[1] / np.sqrt(2 * samples), 0) ** 2)
+    return steps, ratios
 
 
 def mean_figure(figures: Sequence[Drawn], *, level: float) -> Estimate:
@@ -121,10 +142,14 @@ def _check_finite(entry: NormInputs) -> None:
         )
 
 
-def _weights(samples: int, draws: int, seed: int) -> Array:
-    """Return bootstrap weights, float64[draws, samples], rows summing to 1; the same for every group."""
-    drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=draws)
-    return drawn / samples
+def _weights(samples: int, draws: int, seed: int, *, drawn: int | None = None) -> Array:
+    """Return bootstrap weights, float64[draws, samples], rows summing to 1; the same for every group.
+
+    Each row draws as many samples as there are, or `drawn`.
+    """
+    count = drawn or samples
+    picked = np.random.default_rng(seed).multinomial(count, np.full(samples, 1 / samples), size=draws)
+    return picked / count
 
 
 def _gap(mean: Array, var: Array, ref_mean: Array, ref_var: Array, unit: Array) -> Array:
