@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from layerwise.cache.cutting.cut import Cut
 from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.store.decision import Decision
@@ -70,16 +71,24 @@ def told(phase: Phase | None) -> str:
     if phase is None or phase.decision is None:
         return "waiting for the first batch"
     if phase.reason:
-        return f"off: {phase.reason}"
+        return f"off: {phase.reason}{_lost(phase, phase.decision)}"
     cut, decision = phase.cut, phase.decision
     sites = shorten(cut.frontier, _TOLD)
     text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"
+    text += cut.lost(cached=True)
     if cut.returned_bytes_per_sample * 2 > cut.bytes_per_sample:
         text += (
             f"; {format_bytes(cut.returned_bytes_per_sample)} a sample are stored only because the model "
             f"returns or keeps frozen values (of a decoder's keys and values: model.config.use_cache = False)"
         )
     return text
+
+
+def _lost(phase: Phase, decision: Decision) -> str:
+    """Return what speed is lost by a phase that is not cached, for people, and by which operation."""
+    cut: Cut | None = getattr(phase, "cut", None)  # there is none where nothing can be skipped
+    lost = "" if cut is None else cut.lost(cached=decision.samples > 0)  # the decision tells of the others
+    return f"{lost} ({cut.first_dirty})" if cut is not None and lost else ""
 
 
 def phases_of(supply: Supply) -> dict[Any, Phase]:

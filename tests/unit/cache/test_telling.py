@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -88,3 +90,25 @@ def test_a_loop_within_a_mode_is_told_why_nothing_is_looked_at() -> None:
         assert cache.describe().endswith(
             "waiting for a batch that comes to the model outside of a TorchDispatchMode"
         )
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        (nn.Identity(), ""),
+        (nn.Dropout(), "75% of the frozen operations run in every epoch, without which a step would be over"),
+        (nn.BatchNorm1d(64), "; 100% of the frozen operations run in every epoch"),
+    ],
+)
+def test_the_speed_that_is_lost_where_frozen_layers_run_is_told(first, told) -> None:
+    # a frozen layer left in train mode, in the middle or at the beginning; nothing is said where all is cut
+    layers = [nn.Linear(64, 64) for _ in range(4)]
+    layers.insert(0 if isinstance(first, nn.BatchNorm1d) else 1, first)
+    model = nn.Sequential(nn.Sequential(*layers).requires_grad_(False), nn.Linear(64, 2))
+    loader = DataLoader(TensorDataset(torch.randn(16, 64)), 8)
+    with layerwise.PrefixCache(model, loader, storage="memory") as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore", layerwise.LayerwiseWarning)
+        for (x,) in cache.batches():
+            model(x).sum().backward()
+        assert told in cache.describe()
+        assert ("frozen operations" in cache.describe()) == bool(told)

@@ -90,6 +90,16 @@ def find_dirty(
     return Dirt(flags, first or "nothing learns")
 
 
+def frozen_flops(recording: Recording, trainable: frozenset[str]) -> int:
+    """Return the floating-point operations that nothing which learns feeds: all that a cut could skip."""
+    learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
+    learns: list[bool] = []
+    for op in recording.ops:
+        reads = not learning.isdisjoint((*op.parameters, *op.buffers))
+        learns.append(reads or any(learns[source] for source in op.sources))
+    return sum(op.flops for op, moves in zip(recording.ops, learns) if not moves)
+
+
 def _own_reason(
     recording: Recording, op: Op, learning: set[str], changing: frozenset[int], changed: set[int]
 ) -> str:

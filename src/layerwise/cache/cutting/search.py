@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from layerwise.cache.changes.outlines import outline
-from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site
-from layerwise.cache.cutting.dirty import find_dirty
+from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site, lost_speed
+from layerwise.cache.cutting.dirty import find_dirty, frozen_flops
 from layerwise.cache.cutting.doors import (
     Door,
     Read,
@@ -98,6 +98,7 @@ class _Search:
     ) -> None:
         self.recording = recording
         self.dirt = find_dirty(recording, trainable, changing, mixed)
+        self.frozen_flops = frozen_flops(recording, trainable)
         self.dirty, self.depends = self.dirt.flags, recording.input_dependent
         self.guards = Guards(recording, self.dirt)
         self.reads, returned = reads_of(recording)
@@ -255,6 +256,7 @@ class _Search:
             returned_bytes_per_sample=only_returned // batch,
             flops=sum(op.flops for op in ops),
             skipped_flops=sum(op.flops for op in ops if op.index in owner),
+            frozen_flops=self.frozen_flops,
             first_dirty=self.dirt.first,
             leading=frozenset(call_id(call) for call in skipped if call.start < end),
         )
@@ -269,7 +271,8 @@ class _Search:
         scripted = next((path for path, module in named if isinstance(module, torch.jit.ScriptModule)), "")
         if scripted:
             what += f" (calls of a ScriptModule, as {scripted} is, cannot be skipped)"
-        return f"{what}: {self.dirt.first}{FREEZE_BEFORE}"
+        lost = lost_speed(sum(op.flops for op in self.recording.ops), self.frozen_flops, 0)
+        return f"{what}: {self.dirt.first}{lost}{FREEZE_BEFORE}"
 
 
 def _outline(call: Call) -> str:
