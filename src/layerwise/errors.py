@@ -129,6 +129,15 @@ def percent(part: float, whole: float, *, digits: int = 1) -> str:
     return text
 
 
+def points(difference: float) -> str:
+    """Return a difference of two shares in percentage points, with its sign.
+
+    >>> points(-0.08), points(0.005)
+    ('-8.0 points', '+0.5 points')
+    """
+    return f"{100 * difference:+.1f} points"
+
+
 def shorten(names: Iterable[object], count: int = 3) -> str:
     """Return the first few of some names for a message, and how many more there are.
 

@@ -14,7 +14,7 @@ from layerwise.choosing.named import fit_options
 from layerwise.choosing.search import search
 from layerwise.choosing.search_result import SearchResult
 from layerwise.choosing.space import spread_depths
-from layerwise.errors import DataError, plural
+from layerwise.errors import DataError, plural, points
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 
@@ -245,13 +245,13 @@ def pick(
         return (
             found.plan,
             found.lr,
-            f"the search gains {gain:+.1%} over the advice (standard error {error:.1%})",
+            f"the search gains {points(gain)} over the advice (standard error {100 * error:.1f})",
         )
     return (
         advice.plan,
         advice.lr,
-        f"{best.choice} gains {gain:+.1%} over the advice on {val_samples} validation samples, which is "
-        f"within {clear:.2g} standard errors of {error:.1%}: the advice stays",
+        f"{best.choice} gains {points(gain)} over the advice on {val_samples} validation samples, which is "
+        f"within {clear:.2g} standard errors of {100 * error:.1f}: the advice stays",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from layerwise.choosing.choice import BODY_RATE, HEAD_RATE, Choice, full, last_groups, probe
 from layerwise.choosing.evidence import REFERENCE_WIDTH, Confidence, Evidence, thresholds
 from layerwise.choosing.matrix import DECAY, MOST, calibrated, matrix_cell, size_of
-from layerwise.errors import percent, plural
+from layerwise.errors import percent, plural, points
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.settings import Norms
 
@@ -88,8 +88,9 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
         reasons.append(
             Reason(
                 "batch-norm",
-                f"statistics of the target instead of the source's change the probe by {gain:+.1%} "
-                f"(standard error {error:.1%}): {'they are recalibrated' if helps else 'the source is kept'}",
+                f"statistics of the target instead of the source's change the probe by {points(gain)} "
+                f"(standard error {100 * error:.1f}): "
+                f"{'they are recalibrated' if helps else 'the source is kept'}",
                 "high" if abs(gain) > 2 * error else "low",
                 gain,
             )
@@ -184,7 +185,7 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         few = last_groups(3, len(layers), "").strategy
         if choice.strategy == few and evidence.level in ("dissimilar", "unknown"):
             k = max(evidence.best_depth, round(MOST * len(layers)))
-            return last_groups(k, len(layers), "the last groups may be too special: most of them")
+            return last_groups(k, len(layers), "the last groups may be too special: most groups learn")
     elif evidence.transfer.last.depth == 0:
         reasons.append(
             Reason(
@@ -316,9 +317,9 @@ def _classes_reason(evidence: Evidence) -> Reason:
     tried = ""
     if found is not None:
         tried = (
-            f"; with weights a probe changes by {found.balanced_gain:+.1%} of balanced accuracy (standard "
-            f"error {found.balanced_error:.1%}) and {found.accuracy_gain:+.1%} of accuracy "
-            f"({found.accuracy_error:.1%})"
+            f"; with weights a probe changes by {points(found.balanced_gain)} of balanced accuracy (standard "
+            f"error {100 * found.balanced_error:.1f}) and {points(found.accuracy_gain)} of accuracy "
+            f"({100 * found.accuracy_error:.1f})"
         )
     if evidence.weighted:
         then = "weight the classes (class_weights='balanced') and look at balanced accuracy"

@@ -226,8 +226,8 @@ def test_class_weights_are_advised_where_they_cost_nothing(balanced, accuracy, w
     found = evidence(imbalance=5.0, weighting=Weighting(balanced, accuracy, 0.02, 0.02))
     assert found.weighted == weighted
     reason = next(r for r in decide(found, layers_of()).reasons if r.about == "classes")
-    assert f"{balanced:+.1%} of balanced accuracy" in reason.text
-    assert f"{accuracy:+.1%} of accuracy" in reason.text
+    assert f"{100 * balanced:+.1f} points of balanced accuracy" in reason.text
+    assert f"{100 * accuracy:+.1f} points of accuracy" in reason.text
     assert says in reason.text
     options = advice_from(found, layers_of()).fit_options
     assert options == ({"class_weights": "balanced"} if weighted else {})
