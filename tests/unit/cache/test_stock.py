@@ -186,7 +186,7 @@ def unfrozen(budget_bytes: int | None, *, cached: bool = True) -> tuple[dict[str
     [
         (None, {"memory"}, "memory, cut at low"),
         (32_800, {"memory", "disk"}, "disk, cut at low"),
-        (4_000, {"memory"}, "fit neither in the memory budget"),
+        (4_000, {"memory"}, "fit neither in the budget of memory"),
     ],
 )
 def test_a_later_phase_takes_what_room_there_is(monkeypatch, budget_bytes, first, told) -> None:

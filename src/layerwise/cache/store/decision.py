@@ -112,7 +112,7 @@ def decide(
             return made("disk", f"{gain} ({size})")
         return made(
             "off",
-            f"{size} fit neither in the memory budget ({format_bytes(memory_bytes)}) nor on the disk "
+            f"{size} fit neither in the budget of memory ({format_bytes(memory_bytes)}) nor in that of files "
             f"({format_bytes(disk_bytes)}); {gain}. Give budget_bytes= or store bfloat16",
         )
     if storage == "memory" and not fits_memory:
