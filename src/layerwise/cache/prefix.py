@@ -61,7 +61,8 @@ class PrefixCache:
             prepared. Not needed when every `batches` call names its own.
         storage: ``"memory"``, ``"disk"``, ``"off"``, or ``"auto"``, which caches where that saves at least
             5 % of the time, in memory if it fits.
-        budget_bytes: most bytes to keep. Default: a quarter of the free memory; half of the free disk.
+        budget_bytes: most bytes to keep in memory, a quarter of the free memory by default; what does not
+            fit goes to files, up to half of the free disk. With "disk" or `folder` it is the limit of files.
         folder: where to keep files. They are named by what they depend on, so that later runs and other
             processes find them. Default: a temporary folder, removed at the end.
         views: for random augmentation: store this many draws of each sample and go round. The result is

@@ -58,7 +58,8 @@ class Stock:
     Args:
         model: whose weights the values depend on.
         storage: what the user asked for.
-        budget_bytes: most bytes to hold; None for a part of what is free.
+        budget_bytes: most bytes to hold in memory; in files where they are asked for. None for a part of
+            what is free.
         folder: of a lasting cache; None if there is none.
         dtype: in which floating-point values are stored; None for their own.
         pool: columns that several caches of this process share; None if there is none.
@@ -79,7 +80,8 @@ class Stock:
         self._pool = pool
         self.shelf = Shelf(folder)
         self._memory_bytes = int(free_memory_bytes() * _MEMORY_FRAC) if budget_bytes is None else budget_bytes
-        self._disk_bytes = budget_bytes
+        is_of_files = storage == "disk" or folder is not None
+        self._disk_bytes = budget_bytes if is_of_files else None
         self._held: WeakSet[Column] = WeakSet()
 
     def _spare(self, where: Literal["memory", "disk"]) -> int:

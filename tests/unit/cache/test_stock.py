@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import layerwise
 from cache_loops import assert_same, images, train
 from helpers import TinyCNN
+from layerwise.cache import stock
 from layerwise.cache.stock import CachePool
 from layerwise.cache.store import decision
 from layerwise.files import sha256
@@ -182,16 +183,17 @@ def unfrozen(budget_bytes: int | None, *, cached: bool = True) -> tuple[dict[str
 
 
 @pytest.mark.parametrize(
-    ("budget_bytes", "first", "told"),
+    ("budget_bytes", "free_bytes", "first", "told"),
     [
-        (None, {"memory"}, "memory, cut at low"),
-        (32_800, {"memory", "disk"}, "disk, cut at low"),
-        (4_000, {"memory"}, "fit neither in the budget of memory"),
+        (None, 2**30, {"memory"}, "memory, cut at low"),
+        (4_000, 2**30, {"memory", "disk"}, "disk, cut at low"),
+        (4_000, 4_000, {"memory"}, "fit neither in the budget of memory"),
     ],
 )
-def test_a_later_phase_takes_what_room_there_is(monkeypatch, budget_bytes, first, told) -> None:
-    # in memory, else on the disk; else it is looked at again when it comes
+def test_a_later_phase_takes_what_room_there_is(monkeypatch, budget_bytes, free_bytes, first, told) -> None:
+    # in memory up to the budget, else on the disk; else it is looked at again when it comes
     monkeypatch.setattr(decision, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(stock, "free_disk_bytes", lambda folder: free_bytes)
     plain, *_ = unfrozen(None, cached=False)
     cached, text, places = unfrozen(budget_bytes)
     assert all(torch.equal(value, cached[name]) for name, value in plain.items())
