@@ -16,6 +16,7 @@ Storage = Literal["auto", "memory", "disk", "off"]
 _MEMORY_BYTES_PER_S = 2e9  # gathering rows from memory or the page cache, cautiously
 _DISK_BYTES_PER_S = 2e8  # an ordinary SSD when the page cache does not hold the file
 _LEAST_GAIN = 1.05
+_MOST_TOLD = 30
 _BACKWARD = 2.0  # a backward pass costs about two forward passes
 
 
@@ -136,6 +137,8 @@ def kept(cut: Cut, where: Literal["memory", "disk"], samples: int) -> Decision:
 
 
 def _faster(speedup: float) -> str:
+    if speedup > _MOST_TOLD:  # the loop itself then takes most of a step
+        return f"over {_MOST_TOLD}x faster"
     if speedup >= _LEAST_GAIN:
         return f"about {speedup:.{1 if speedup < 10 else 0}f}x faster"
     return "hardly faster" if speedup * _LEAST_GAIN >= 1 else f"about {1 / speedup:.1f}x slower"

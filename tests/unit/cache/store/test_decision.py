@@ -25,7 +25,7 @@ USUAL = {
     ("storage", "changes", "expected", "why"),
     [
         ("auto", {}, "memory", "77% of a step; about 4.3x faster"),
-        ("auto", {"suffix_s": 0.001}, "memory", ">99% of a step; about 334x faster"),
+        ("auto", {"suffix_s": 0.001}, "memory", ">99% of a step; over 30x faster"),
         ("auto", {"memory_bytes": 10}, "disk", "faster"),
         ("auto", {"memory_bytes": 10, "disk_bytes": 10}, "off", "fit neither in the budget of memory (10 B)"),
         ("auto", {"prefix_s": 0.001}, "off", "too little to gain"),
