@@ -320,3 +320,23 @@ def test_a_list_that_grows_after_the_call() -> None:
             return features[-1]
 
     assert sites(cut(Dense(), X, "layers.2")) == ["layers.0", "layers.1"]
+
+
+def test_a_tensor_that_is_returned_twice_and_written_to_is_made_anew() -> None:
+    # stored it would be two, and what is written to one would not be in the other
+    class Twice(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            return y, y
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.twice, self.head = nn.Linear(6, 8), Twice(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            one, other = self.twice(self.body(x))
+            one += 1
+            return self.head(one) + self.head(other)
+
+    assert sites(cut(Model().eval(), X, "head", at_inputs=False)) == ["body"]
