@@ -1,6 +1,6 @@
 """CPU time of several ways to do the same work, taken by turns, and results kept as JSON.
 
-The machine is shared: its speed changes within seconds. So the contenders take turns, step by step where
+The machine is shared: its speed changes within seconds. So the contenders take turns, of some steps where
 they can be stopped there and run by run where not, and what is compared is always from one round.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,16 @@ Seconds = dict[str, float]
 """Contender -> CPU seconds in one round."""
 
 
-def by_steps(contenders: Mapping[str, Callable[[], Iterator[Any]]], *, rounds: int) -> list[Seconds]:
-    """Run all contenders for `rounds` rounds, one step of each by turns.
+def by_steps(
+    contenders: Mapping[str, Callable[[], Iterator[Any]]], *, rounds: int, turn: int = 1
+) -> list[Seconds]:
+    """Run all contenders for `rounds` rounds, some steps of each by turns.
 
     Args:
         contenders: by name, a function that begins one round and gives an iterator; each of its items is
             one step. What it does before its first item and after its last counts as well.
         rounds: how many count, at least 1. One more is run before them and thrown away.
+        turn: steps that a contender makes before it is the next one's turn.
 
     Returns:
         For each round, the seconds of each contender.
@@ -49,9 +53,9 @@ def by_steps(contenders: Mapping[str, Callable[[], Iterator[Any]]], *, rounds: i
         while under_way:
             for name in [name for name in names if name in under_way]:
                 began_s = time.process_time()
-                more = next(under_way[name], None) is not None
+                made = len(list(islice(under_way[name], turn)))
                 seconds[name] += time.process_time() - began_s
-                if not more:
+                if made < turn:
                     del under_way[name]
         found.append(seconds)
     return found[1:]
