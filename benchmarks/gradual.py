@@ -85,8 +85,9 @@ def train(
 ) -> float:
     """Train by a plan; return the CPU seconds, and leave what was learned in `weights`."""
     model, loader, tuner = prepared(plan_of, data)
+    make_cache = layerwise.PrefixCache  # imported by that, as peers are before their time begins
     began_s = process_time()
-    cache = layerwise.PrefixCache(model, loader, tuner=tuner, pool=pool) if cached else None
+    cache = make_cache(model, loader, tuner=tuner, pool=pool) if cached else None
     for _ in tuner.epochs():
         model.train()
         for images, labels in loader if cache is None else cache.batches():
