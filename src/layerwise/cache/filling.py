@@ -80,7 +80,7 @@ def fill_rest(
         fold: fold batch-norms.
     """
     samples, notes = feed.members or list(range(feed.size)), []
-    folding, difference, done = None, 0.0, 0
+    folding, difference = None, 0.0
     if fold:
         try:
             folding, difference = _folding(frozen, feed, phase.cut)
@@ -92,14 +92,12 @@ def fill_rest(
     elif size > feed.size and feed.sizes is not None:
         size = feed.full  # no batch is so large
     elif feed.sizes is not None and size not in feed.sizes:
-        done += _fill(frozen, supply, feed, phase, samples[:size], feed.full, 0, None)
-        reason = _other_bits(frozen, feed, phase.cut, samples[:size])
+        reason = _other_bits(frozen, feed, phase.cut, size)
         feed.sizes = feed.sizes if reason else feed.sizes | {size}
     if reason:
         notes.append(f"batches of {size} are not used: {reason}")
         size = feed.full
-    for view in range(feed.views):
-        done += _fill(frozen, supply, feed, phase, samples, size, view, folding)
+    done = sum(_fill(frozen, supply, feed, phase, samples, size, view, folding) for view in range(feed.views))
     return Filled(done, size, 0 if folding is None else len(folding), difference, tuple(notes))
 
 
@@ -128,24 +126,26 @@ def _fill(
     return sum(absent)
 
 
-def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, samples: list[int]) -> str:
-    """Return how a batch of all `samples` differs from what is stored of them; ``""`` if no bit does."""
-    cuts, rows = frozen.stored_cuts(feed, cut), feed.rows_of(samples, 0)
-    leaves = feed.shape.check(feed.reader.load_now(samples), len(samples))
+def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, size: int) -> str:
+    """Return how a batch of `size` samples differs from batches of `feed.full`; ``""`` if no bit does."""
+    cuts, full, samples = frozen.stored_cuts(feed, cut), feed.full, feed.members or range(feed.size)
+    taken = [samples[number % len(samples)] for number in range(-(-size // full) * full)]
+    leaves = feed.shape.check(feed.reader.load_now(taken), len(taken))
     runs: list[ElementwiseLog] = []
 
-    def compute(count: int) -> dict[Site, torch.Tensor]:
+    def compute(start: int, count: int) -> dict[Site, torch.Tensor]:
         runs.append(ElementwiseLog())
-        args, kwargs = feed.link.build([leaf[:count] for leaf in leaves])
-        return frozen.run(feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]).values
+        args, kwargs = feed.link.build([leaf[start : start + count] for leaf in leaves])
+        found = frozen.run(feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]).values
+        return {site: feed.sites[site].layout.to_rows(found[site]) for each in cuts for site in each.frontier}
 
-    values = compute(len(samples))
-    for site in (site for each in cuts for site in each.frontier):
-        fresh = feed.sites[site].layout.to_rows(values[site]).cpu()
-        if not same_bits(fresh, feed.sites[site].column.get(rows)):
-            return f"the last bits of the value at {site} differ from those in batches of {feed.full}"
-    compute(feed.full)
-    within, between = uneven_places(runs[1].runs, feed.full, runs[0].runs, len(samples))
+    values = compute(0, size)
+    for start in range(0, size, full):
+        for site, rows in compute(start, full).items():
+            part = values[site][start : start + full]
+            if not same_bits(part, rows[: len(part)]):
+                return f"the last bits of the value at {site} differ from those in batches of {full}"
+    within, between = uneven_places(runs[1].runs, full, runs[0].runs, size)
     if within or between:
         return f"the last bits of {within or between} depend on the size of the batch"
     return ""
@@ -161,11 +161,11 @@ def _folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding, float]:
     args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
     with torch.no_grad():
         folding = Folding(frozen.model, find_pairs(record(frozen.model, args, kwargs), cuts))
-    if not len(folding):
-        raise CacheError("no frozen batch-norm follows a frozen convolution directly")
     plain = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
     with folding:
         folded = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
+    if not len(folding):
+        raise CacheError("no frozen batch-norm follows a frozen convolution directly")
     difference = relative_difference(plain, folded, (site for each in cuts for site in each.frontier))
     if not difference <= FOLD_TOLERANCE:
         raise CacheError(

@@ -113,23 +113,28 @@ class Folding(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, pairs: Sequence[Pair]) -> None:
         super().__init__()
-        tensors: Mapping[str, torch.Tensor] = named_tensors(model)
-        self._kept = tensors  # identities stay valid
+        self._tensors: Mapping[str, torch.Tensor] = named_tensors(model)  # identities stay valid
+        self._pairs = {id(self._tensors[pair.convolution[0]]): pair for pair in pairs}
         self._folded: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        with torch.no_grad():
-            for pair in pairs:
-                weight, bias = (tensors.get(name) for name in pair.convolution)
-                scale, shift, mean, variance = (tensors.get(name) for name in pair.norm)
-                assert weight is not None
-                assert mean is not None
-                assert variance is not None
-                one, other = fuse_conv_bn_weights(weight, bias, mean, variance, pair.eps, scale, shift)
-                self._folded[id(weight)] = one.detach(), other.detach(), mean
 
     def __len__(self) -> int:
-        """Return how many pairs are folded."""
+        """Return how many pairs were folded so far; a transposed convolution is not."""
         return len(self._folded)
+
+    def _fold(self, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return folded weight and bias of a convolution, and the running mean that its batch-norm has."""
+        if key not in self._folded:
+            pair = self._pairs[key]
+            weight, bias = (self._tensors.get(name) for name in pair.convolution)
+            scale, shift, mean, variance = (self._tensors.get(name) for name in pair.norm)
+            assert weight is not None
+            assert mean is not None
+            assert variance is not None
+            with torch.no_grad():
+                one, other = fuse_conv_bn_weights(weight, bias, mean, variance, pair.eps, scale, shift)
+            self._folded[key] = one.detach(), other.detach(), mean
+        return self._folded[key]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -137,8 +142,8 @@ class Folding(TorchFunctionMode):
         """Run a function, or its folded form."""
         kwargs = kwargs or {}
         named = dict(zip(_LEADING, args)) | kwargs
-        if func in _CONVOLUTIONS and id(named.get("weight")) in self._folded:
-            weight, bias, mean = self._folded[id(named["weight"])]
+        if func in _CONVOLUTIONS and id(named.get("weight")) in self._pairs:
+            weight, bias, mean = self._fold(id(named["weight"]))
             left = {name: value for name, value in kwargs.items() if name not in _LEADING}
             output = func(named["input"], weight, bias, *args[3:], **left)
             self._waiting[id(output)] = output, mean

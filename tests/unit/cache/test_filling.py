@@ -175,8 +175,10 @@ def test_a_batch_size_with_other_bits_is_taken_if_the_cache_need_not_be_exact() 
     torch.testing.assert_close(stored(plain), stored(other), rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_size_whose_last_bits_agree_by_luck_is_refused() -> None:
-    # 5 samples of 8 gates are 40 numbers: 32 at once and 8 one by one; of zeros, both give the same
+@pytest.mark.parametrize("batch", [4, 8])
+def test_a_batch_size_whose_last_bits_agree_by_luck_is_refused(batch) -> None:
+    # 5 samples of 8 gates are 40 numbers: 32 at once and 8 one by one; of zeros, both give the same.
+    # So it is whether the loader's batches are smaller or larger.
     def make() -> nn.Module:
         model = Gated(8)
         nn.init.zeros_(model.squeeze.weight)
@@ -186,7 +188,14 @@ def test_a_batch_size_whose_last_bits_agree_by_luck_is_refused() -> None:
     if not silu_is_uneven():
         pytest.skip("this processor has one routine")
     with pytest.warns(LayerwiseWarning, match=r"the last bits of .*silu.* depend on the size of the batch"):
-        assert cached(tiny(make, "head")).fill(batch_size=5).batch_size == 4
+        assert cached(tiny(make, "head"), batch=batch).fill(batch_size=5).batch_size == batch
+
+
+def test_a_batch_size_is_tried_on_one_draw_of_each_sample() -> None:
+    # another loading is another draw, whose values tell nothing of the size
+    data = images(32)
+    data.transform = lambda x: x + torch.randn(())
+    assert cached(tiny(), data, views=2).fill(batch_size=16).batch_size == 16
 
 
 # -- what `fill` cannot do ------------------------------------------------------------------------
@@ -283,6 +292,23 @@ def test_nothing_to_fold_is_told() -> None:
 
     with pytest.warns(LayerwiseWarning, match="no frozen batch-norm follows a frozen convolution"):
         assert cached(tiny(Plain), exact=False).fill(fold=True).folded == 0
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_transposed_convolution_is_not_folded(channels) -> None:
+    # its weight has the channels of its input first
+    class Upwards(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem[0] = nn.ConvTranspose2d(channels, 4, 3)
+
+        def forward(self, x):
+            return super().forward(x[:, [0] * channels])
+
+    plain, folded = cached(tiny(Upwards)), cached(tiny(Upwards), exact=False)
+    plain.fill()
+    assert folded.fill(fold=True).folded == 1
+    torch.testing.assert_close(stored(plain), stored(folded), rtol=1e-4, atol=1e-5)
 
 
 def pairs(model: nn.Module, *cuts: tuple[str, ...]) -> list[str]:
