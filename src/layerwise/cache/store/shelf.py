@@ -123,15 +123,15 @@ class Shelf:
 
     def find(self, key: str, rows: int, spec: RowSpec) -> Column | None:
         """Return the published column `key`, read-only; None if there is none that can be trusted."""
-        if self._lasting is None or not (self._lasting / key).is_dir():
+        if self._lasting is None or not os.path.lexists(folder := self._lasting / key):
             return None
-        folder = self._lasting / key
         try:
             if _can_be_trusted(folder, rows, spec):
                 return Column(rows, spec, file=folder / "rows.bin", is_filled=True)
         except (OSError, RuntimeError):  # torch's, of a file that is gone: another process removes it
             return None
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _delete(folder)
         return None
 
     def create(self, key: str, rows: int, spec: RowSpec, what: str) -> Column:
@@ -234,7 +234,7 @@ def entries(folder: Path) -> list[Entry]:
                     nbytes=data.stat().st_size if data.is_file() else 0,
                     rows=meta["rows"] if meta else 0,
                     what=str(meta.get("what", "")) if meta else "damaged",
-                    modified_s=path.stat().st_mtime,
+                    modified_s=path.lstat().st_mtime,
                 )
             )
     return sorted(found, key=lambda entry: (entry.modified_s, entry.key))
@@ -261,9 +261,17 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
         chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]
     for entry in chosen:
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder / entry.key)
+            _delete(folder / entry.key)
     remove_leftovers(folder)
     return chosen
+
+
+def _delete(path: Path) -> None:
+    """Delete a column; of what is a link, or no folder, that alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _meta(folder: Path) -> dict[str, Any] | None:

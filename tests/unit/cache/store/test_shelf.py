@@ -82,6 +82,52 @@ def test_what_cannot_be_trusted_is_refused_and_removed(tmp_path, damage, rows, s
     assert not (tmp_path / KEY).exists()
 
 
+def a_file(path: Path, folder: Path) -> None:
+    path.touch()
+
+
+def a_link_to_nowhere(path: Path, folder: Path) -> None:
+    path.symlink_to(folder / "nowhere")
+
+
+def a_link_to_itself(path: Path, folder: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_link_to_a_folder(path: Path, folder: Path) -> None:
+    (folder / "notes").mkdir()
+    path.symlink_to(folder / "notes")
+
+
+STRANGE = pytest.mark.parametrize("make", [a_file, a_link_to_nowhere, a_link_to_itself, a_link_to_a_folder])
+
+
+@STRANGE
+def test_what_is_no_folder_is_listed_and_removed(tmp_path, make) -> None:
+    # and the columns beside it; what a link leads to is left alone
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "cache"
+    elsewhere.mkdir()
+    published(folder, "b" * 40)
+    make(folder / KEY, elsewhere)
+    kept = list(elsewhere.iterdir())
+    assert [(entry.what, entry.nbytes) for entry in entries(folder) if entry.key == KEY] == [("damaged", 0)]
+    assert len(remove(folder)) == 2
+    assert list(folder.iterdir()) == []
+    assert list(elsewhere.iterdir()) == kept
+
+
+@STRANGE
+def test_what_is_no_folder_is_replaced(tmp_path, make) -> None:
+    # else the value of this name would be computed in each run
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "cache"
+    elsewhere.mkdir()
+    folder.mkdir()
+    make(folder / KEY, elsewhere)
+    assert Shelf(folder).find(KEY, 3, SPEC) is None
+    published(folder)
+    assert Shelf(folder).find(KEY, 3, SPEC) is not None
+
+
 @pytest.mark.parametrize("name", ["meta.json", "rows.bin", ""])
 def test_what_another_process_removes_meanwhile_is_not_found(tmp_path, monkeypatch, name) -> None:
     # `layerwise cache rm` in another terminal, between any two looks at the folder
