@@ -68,8 +68,8 @@ class PrefixCache:
         views: for random augmentation: store this many draws of each sample and go round. The result is
             not that of the plain loop, which draws anew each epoch. Draws are for this cache alone, whatever
             `folder` and `pool` say. Default 1: random data is not cached.
-        dtype: ``torch.bfloat16`` or ``torch.float16`` to store floating-point values in half the space.
-            Not exact. Default None: as they are computed.
+        dtype: ``torch.bfloat16`` or ``torch.float16`` to store floating-point values in half the space;
+            those of 16 bits or fewer as they are. Not exact. Default None: as they are computed.
         keep_inputs: hand out the real inputs although the model does not read them, loaded anew each epoch
             by the loader's workers. Faster for loops that read them in every batch (a reconstruction
             loss): without it they are loaded where they are read, in the main process.

@@ -61,7 +61,7 @@ class Stock:
         budget_bytes: most bytes to hold in memory; in files where they are asked for. None for a part of
             what is free.
         folder: of a lasting cache; None if there is none.
-        dtype: in which floating-point values are stored; None for their own.
+        dtype: in which wider floating-point values are stored; None for their own.
         pool: columns that several caches of this process share; None if there is none.
     """
 
@@ -94,7 +94,9 @@ class Stock:
 
     def spec(self, layout: Layout, value: torch.Tensor) -> RowSpec:
         """Return what one row of a site's column is like."""
-        stored = self._dtype if self._dtype is not None and value.is_floating_point() else value.dtype
+        stored = value.dtype
+        if self._dtype is not None and stored.is_floating_point and stored.itemsize > self._dtype.itemsize:
+            stored = self._dtype
         return RowSpec(tuple(layout.to_rows(value).shape[1:]), value.dtype, stored)
 
     # -- sharing ------------------------------------------------------------------------------
@@ -209,9 +211,10 @@ class Stock:
         epochs: int | None,
     ) -> Decision:
         """Choose whether and where to store what `cut` needs; see `decide`."""
+        lacking = self._lacking(feed, cut, ghosts, values)
         choice = decide(
             self._storage,
-            bytes_per_sample=_row_bytes(self._lacking(feed, cut, ghosts, values)),
+            bytes_per_sample=_row_bytes(lacking),
             samples=feed.rows,
             batch=batch,
             prefix_s=prefix_s,
@@ -222,7 +225,8 @@ class Stock:
             shared=self.shelf.lasting,
             processes=process_count(),
         )
-        if self._dtype is not None:
+        there = [feed.sites[site].column.spec for site in cut.frontier if site in feed.sites]
+        if any(spec.stored != spec.dtype for spec in (*there, *lacking.values())):
             short = str(self._dtype).removeprefix("torch.")
             choice = dataclasses.replace(choice, reason=f"{choice.reason}; stored as {short}, not exact")
         return choice

@@ -504,6 +504,23 @@ def test_half_precision_storage() -> None:
     assert np.allclose(plain.losses, cached.losses, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_has_16_bits_is_stored_as_it_is(dtype) -> None:
+    # another type of 16 bits would save nothing, and round it or be too narrow for it
+    def make():
+        model = TinyCNN()
+        nn.init.constant_(model.layer1[1].weight, 1e6)
+        return model
+
+    def step(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    cached = both(make, images, *LAST, step=step, exact=False, dtype=dtype)
+    assert "cut at layer1" in cached.text
+    assert "not exact" not in cached.text
+
+
 # -- sharing --------------------------------------------------------------------------------------
 
 
