@@ -71,7 +71,8 @@ def told(phase: Phase | None) -> str:
     if phase is None or phase.decision is None:
         return "waiting for the first batch"
     if phase.reason:
-        return f"off: {phase.reason}{_lost(phase, phase.decision)}"
+        lost = _lost(phase, phase.decision)
+        return f"off: {phase.reason.rstrip('.')}{lost}" if lost else f"off: {phase.reason}"
     cut, decision = phase.cut, phase.decision
     sites = shorten(cut.frontier, _TOLD)
     text = f"{decision.storage}, cut at {sites} ({cut.first_dirty}): {decision.reason}"

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -79,6 +80,24 @@ def test_a_choice_that_could_not_be_carried_out_is_told_as_off(tmp_path) -> None
         assert cache.decision.storage == "off"
         assert "File exists" in cache.decision.reason
         assert "File exists" in cache.describe()
+
+
+def test_what_is_lost_follows_a_reason_without_its_full_stop() -> None:
+    class Together(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    model = Together(nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 2))
+    loader = DataLoader(TensorDataset(torch.randn(16, 64)), 8)
+
+    def train() -> None:
+        for (x,) in cache.batches():
+            model(x).sum().backward()
+
+    with layerwise.PrefixCache(model, loader, storage="memory") as cache:
+        with pytest.warns(layerwise.LayerwiseWarning, match="Checkpoint them apart"):
+            train()
+        assert "Checkpoint them apart; 100% of the frozen operations" in cache.describe()
 
 
 def test_a_loop_within_a_mode_is_told_why_nothing_is_looked_at() -> None:
