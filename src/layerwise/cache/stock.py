@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -24,7 +24,7 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site, Source
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
-from layerwise.cache.store.column import Column, RowSpec, narrowed
+from layerwise.cache.store.column import Column, RowSpec, Where, narrowed
 from layerwise.cache.store.decision import Decision, Storage, decide, process_count
 from layerwise.cache.store.room import format_bytes, free_disk_bytes, free_memory_bytes
 from layerwise.cache.store.shelf import Shelf
@@ -84,7 +84,7 @@ class Stock:
         self._disk_bytes = budget_bytes if is_of_files else None
         self._held: WeakSet[Column] = WeakSet()
 
-    def _spare(self, where: Literal["memory", "disk"]) -> int:
+    def _spare(self, where: Where) -> int:
         columns: set[Column] = {*self._held, *(self._pool.columns.values() if self._pool is not None else ())}
         held = sum(column.nbytes for column in columns if column.where == where)
         if where == "memory":
@@ -237,7 +237,7 @@ class Stock:
         cut: Cut,
         ghosts: frozenset[int],
         values: Mapping[Site, torch.Tensor],
-        where: Literal["memory", "disk"],
+        where: Where,
     ) -> None:
         """Make the columns of `cut` and of the batch's own tensors that do not exist yet.
 
@@ -256,9 +256,7 @@ class Stock:
                 column = self._made(key, feed.rows, spec, where, what)
                 feed.sites[place] = self._site_column(column, feed.layouts[place], source)
 
-    def _made(
-        self, key: str, rows: int, spec: RowSpec, where: Literal["memory", "disk"], what: str
-    ) -> Column:
+    def _made(self, key: str, rows: int, spec: RowSpec, where: Where, what: str) -> Column:
         column = self.shelf.create(key, rows, spec, what) if where == "disk" else Column(rows, spec)
         self._held.add(column)
         if self._pool is not None and key:
@@ -270,9 +268,12 @@ class Stock:
         feed: Feed,
         later: Iterable[tuple[int, Cut]],
         values: Mapping[Site, torch.Tensor],
-        where: Literal["memory", "disk"],
+        where: Where,
     ) -> None:
         """Make columns for the phases to come, those first that save most work per byte, while they fit."""
+        places: list[Where] = [where]
+        if where == "memory" and self._storage == "auto":
+            places.append("disk")
         ranked = []
         for epochs, cut in later:
             if all(site in values for site in cut.frontier):
@@ -281,14 +282,18 @@ class Stock:
                 ranked.append((epochs * cut.skipped_flops / max(size, 1), cut, ghosts))
         for _, cut, ghosts in sorted(ranked, key=lambda item: -item[0]):
             size = _row_bytes(self._lacking(feed, cut, ghosts, values)) * feed.rows  # some are made by now
-            if size <= self._spare(where):
-                self.provide(feed, cut, ghosts, values, where)
-            elif where == "memory" and self._storage == "auto" and size <= self._spare("disk"):
-                self.provide(feed, cut, ghosts, values, "disk")
+            why = format_bytes(size)
+            for place in places:
+                if size <= self._spare(place):
+                    try:
+                        self.provide(feed, cut, ghosts, values, place)
+                        break
+                    except OSError as error:  # less room than the disk says: a quota, another process
+                        why = str(error)
             else:
                 logger.info(
                     "prefix cache: no room for a later phase (%s); it will be looked at again when it comes",
-                    format_bytes(size),
+                    why,
                 )
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from cache_loops import assert_same, images, train
 from helpers import TinyCNN
 from layerwise.cache import stock
 from layerwise.cache.stock import CachePool
-from layerwise.cache.store import decision
+from layerwise.cache.store import column, decision
 from layerwise.files import sha256
 
 LAST = ("layer2", "fc")
@@ -200,3 +201,16 @@ def test_a_later_phase_takes_what_room_there_is(monkeypatch, budget_bytes, free_
     assert places == first
     assert "memory, cut at" in text.splitlines()[0]
     assert told in text
+
+
+def test_a_disk_that_is_full_for_a_later_phase_costs_that_phase_alone(monkeypatch) -> None:
+    # a quota does not show in the free space
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(decision, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(column, "reserve_file", full)
+    _, text, places = unfrozen(4_000)
+    assert places == {"memory"}
+    assert "memory, cut at" in text.splitlines()[0]
+    assert "off: [Errno 28] No space left on device" in text
