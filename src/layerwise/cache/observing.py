@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.fingerprint import named_tensors
-from layerwise.cache.comparing import is_near, same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
@@ -223,9 +222,8 @@ class Observer:
             if stored is None or feed.views > 1:  # each draw is another one
                 continue
             there = stored.column.filled[rows]
-            fresh, kept = stored.layout.to_rows(value)[there].cpu(), stored.column.get(rows[there])
-            equal = same_bits if self._exact else is_near
-            if fresh.dtype != kept.dtype or not equal(fresh, kept):
+            fresh = stored.layout.to_rows(value)[there]
+            if not stored.column.agrees(rows[there], fresh, exact=self._exact):
                 raise OtherValuesError(
                     f"the value at {site} is not what was stored, though no frozen weight changed: it "
                     f"depends on train or eval mode, on autocast, on whether gradients are on, or on a "

@@ -20,11 +20,10 @@ from layerwise.cache.changes.fingerprint import (
     quick_state,
     weights_digest,
 )
-from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site, Source
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
-from layerwise.cache.store.column import Column, RowSpec, Where, narrowed
+from layerwise.cache.store.column import Column, RowSpec, Where
 from layerwise.cache.store.decision import Decision, Storage, decide, process_count
 from layerwise.cache.store.room import format_bytes, free_disk_bytes, free_memory_bytes
 from layerwise.cache.store.shelf import Shelf
@@ -152,7 +151,8 @@ class Stock:
         Args:
             feed: whose samples.
             cuts: whose sites.
-            values: just computed for `rows`: what is stored for some of these must be the same, bit for bit.
+            values: just computed for `rows`: what is stored for some of these must be the same, bit for bit
+                where it is exact, else but for rounding.
             rows: int64.
         """
         if not self._shares:
@@ -171,9 +171,7 @@ class Stock:
                 if not there.any():
                     continue  # its name does not tell in which modes it was computed
                 fresh = layout.to_rows(values[site])[there]
-                if spec.stored != spec.dtype:
-                    fresh = narrowed(fresh, spec.stored).to(spec.dtype)
-                if same_bits(column.get(rows[there]), fresh.cpu()):
+                if column.agrees(rows[there], fresh, exact=feed.sizes is not None):
                     logger.info("prefix cache: found the values at %s, computed before", site)
                     feed.sites[site] = self._site_column(column, layout, cut.sources[site])
 

@@ -450,3 +450,15 @@ def test_values_that_are_not_exact_have_names_of_their_own(tmp_path) -> None:
     plain.fill()
     assert torch.equal(stored(exact), stored(plain))
     assert data.loads >= 32
+
+
+def test_values_that_are_not_exact_are_found_by_a_loop_that_need_not_be_exact(tmp_path, caplog) -> None:
+    # folded values are no other ones than those of its first batch
+    caplog.set_level("INFO", logger="layerwise.cache")
+    options = {"exact": False, "storage": "disk", "folder": tmp_path}
+    assert cached(tiny(), **options).fill(fold=True).folded == 2
+    loop = cached(tiny(), **options)
+    torch.manual_seed(1)
+    for x, _ in loop.batches():
+        loop.model(x).sum().backward()
+    assert "found the values at layer1, computed before" in caplog.text

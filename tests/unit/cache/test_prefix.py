@@ -521,6 +521,17 @@ def test_what_has_16_bits_is_stored_as_it_is(dtype) -> None:
     assert "not exact" not in cached.text
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_storing_rounds_off_is_no_other_value(dtype) -> None:
+    # in eval mode the same values are computed anew, and compared with those that were stored
+    cached = train(
+        TinyCNN, images(), *LAST, cached=True, epochs=4, dtype=dtype, exact=False,
+        before_epoch=lambda model, epoch: model.train(epoch % 2 == 0),
+    )  # fmt: skip
+    assert "off" not in cached.text
+    assert cached.loads[2:] == [0, 0]
+
+
 # -- sharing --------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from layerwise.cache.comparing import is_near, same_bits
 from layerwise.errors import CacheError
 
 Where = Literal["memory", "disk"]
@@ -129,6 +130,23 @@ class Column:
         if device.type != "cpu" or self.spec.stored != self.spec.dtype:
             values = values.to(device).to(self.spec.dtype)
         return values
+
+    def agrees(self, rows: torch.Tensor, values: torch.Tensor, *, exact: bool) -> bool:
+        """Return whether values just computed are those of `rows`, but for what storing rounds off.
+
+        Args:
+            rows: int64, (n,), all filled.
+            values: (n, *shape).
+            exact: to the bit, and not but for rounding.
+
+        Raises:
+            CacheError: a value is too large for the type in which it is stored.
+        """
+        if values.dtype != self.spec.dtype:
+            return False
+        if self.spec.stored != values.dtype:
+            values = narrowed(values, self.spec.stored)
+        return (same_bits if exact else is_near)(values.cpu(), self._data.index_select(0, rows))
 
     def flush(self) -> None:
         """Write what is still in the page cache to the disk, where the column is."""
