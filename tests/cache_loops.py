@@ -164,7 +164,7 @@ def off(
 
 
 def unfreeze_gradually(
-    model: nn.Module, data: Counted, *, cached: bool, shuffle: bool = True
+    model: nn.Module, data: Counted, *, cached: bool, shuffle: bool = True, **options: Any
 ) -> tuple[dict[str, Tensor], str]:
     """Return the weights after gradual unfreezing over 6 epochs, and what the cache says."""
     loader = DataLoader(data, batch_size=4, shuffle=shuffle)
@@ -173,7 +173,7 @@ def unfreeze_gradually(
     tuner = layerwise.Tuner(
         model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=len(loader), layers=layers
     )
-    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory")
+    cache = layerwise.PrefixCache(model, loader, tuner=tuner, storage="memory", **options)
     for _ in tuner.epochs():
         model.train()
         for x, y in cache.batches() if cached else loader:

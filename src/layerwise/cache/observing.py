@@ -81,7 +81,7 @@ class Observer:
         frozen: runs the model.
         stock: keeps values.
         keep_inputs: batches hold the real inputs.
-        exact: see `layerwise.cache.proof.proving.prove`.
+        exact: what is stored is what a pass would give; see also `layerwise.cache.proof.proving.prove`.
         epochs: that the loop will run; None if unknown.
     """
 
@@ -175,7 +175,7 @@ class Observer:
                 fixed.take(known, cuts)
         phase.fixed = fixed
         prefix_s = 0.0
-        if as_stored and self._is_stored(feed, phase, live.rows):
+        if self._exact and as_stored and self._is_stored(feed, phase, live.rows):
             values = feed.values(phase, live.rows, link.device)
         else:
             started = time.perf_counter()

@@ -150,6 +150,27 @@ def test_a_value_that_only_a_later_phase_needs_and_that_cannot_be_stored() -> No
     assert "off: the output of body.low holds a number that depends on the batch size" in second
 
 
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.high(self.low(x)).mean((2, 3)))
+
+
+def test_a_later_phase_takes_what_was_stored_of_it_and_is_not_exact() -> None:
+    # its first batch, computed anew, is that of the plain loop; what was stored differs by its rounding
+    torch.manual_seed(0)
+    options = {"exact": False, "dtype": torch.bfloat16}
+    _, text = unfreeze_gradually(Stages(), images(16), cached=True, shuffle=False, **options)
+    first, second, _ = text.splitlines()
+    assert "cut at input of head" in first
+    assert "cut at low " in second
+    assert "stored in an earlier pass" in second
+
+
 class ByDLPack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
