@@ -91,26 +91,26 @@ def prove(
                 raise CacheError(f"{site} runs for some samples of a batch and not for others.")
         return values
 
+    seen = {
+        site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
+        for site, value in part.values.items()
+        if site in layouts
+    }
+    place, sensitive = "", True
     try:
-        seen = {
-            site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
-            for site, value in part.values.items()
-            if site in layouts
-        }
         sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run, indices)
-        few = [leaf[: len(chosen)] for leaf in part_leaves]
-        check_companions(layouts, seen, few, link.leaves, run_batch, copies_only=bool(log.foreign))
-        within, between = uneven_places(log.runs, count, part_log.runs, part_count)
-        if within:
-            raise PlaceError(within)
     except PlaceError as error:
-        if exact:
-            feed.keep_places(str(error), count)
-    else:
-        if exact:
-            feed.keep_sizes({count} if sensitive or between else {count, part_count})
+        place = str(error)
+    few = [leaf[: len(chosen)] for leaf in part_leaves]
+    check_companions(layouts, seen, few, link.leaves, run_batch, copies_only=bool(log.foreign))
     if not exact:
         feed.sizes = None
+        return
+    within, between = ("", "") if place else uneven_places(log.runs, count, part_log.runs, part_count)
+    if place or within:
+        feed.keep_places(place or within, count)
+    else:
+        feed.keep_sizes({count} if sensitive or between else {count, part_count})
 
 
 def _loaded_again(
