@@ -34,7 +34,7 @@ CLASSES = 4
 class Net(nn.Module):
     """A frozen body and tail, a head that learns."""
 
-    def __init__(self, width: int = 6) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.body, self.tail, self.head = nn.Linear(width, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
 
@@ -98,7 +98,7 @@ class SideAdapter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.adapter, self.head = self.Body(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        self.body, self.adapter, self.head = self.Body(8, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
         nn.init.zeros_(self.adapter.weight)
         nn.init.zeros_(self.adapter.bias)
 
@@ -151,7 +151,7 @@ class Branching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.tail = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.body, self.tail = nn.Linear(8, 8), nn.Linear(8, 8)
         self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class Positions(nn.Linear):
 class Positioned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = Positions(6, 8), nn.Linear(8, CLASSES)
+        self.body, self.head = Positions(8, 8), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).tanh().mean(1))
@@ -196,7 +196,7 @@ class Lengths(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         generator = torch.Generator().manual_seed(index)
-        return torch.randn(4 if index < 8 else 6, 6, generator=generator), index % CLASSES
+        return torch.randn(4 if index < 8 else 6, 8, generator=generator), index % CLASSES
 
 
 @dataclass
@@ -345,7 +345,7 @@ class Case:
     model: Callable[[], nn.Module]
     loop: Callable[[Run], None]
     told: str
-    data: Callable[[], Any] = lambda: samples(6)
+    data: Callable[[], Any] = lambda: samples(8)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -356,7 +356,7 @@ def texts() -> TensorDataset:
     return TensorDataset(ids * (torch.arange(12) < lengths), torch.arange(24) % CLASSES)
 
 
-def masked(*places: int, shape: tuple[int, ...] = (6,), count: int = 24) -> TensorDataset:
+def masked(*places: int, shape: tuple[int, ...] = (8,), count: int = 24) -> TensorDataset:
     mask = torch.ones(count, dtype=torch.long)
     mask[list(places)] = 0
     return TensorDataset(samples(*shape, count=count).tensors[0], mask, torch.arange(count) % CLASSES)
@@ -417,7 +417,7 @@ def test_ends_as_with_the_loader_alone(case: Case) -> None:
 def test_other_frozen_modules_than_were_recorded_are_an_error() -> None:
     # the head takes what is stored, so nothing asks for what the other layer would have computed
     model = PooledBranching()
-    x, mask, _ = masked(*range(4), shape=(5, 6), count=4).tensors
+    x, mask, _ = masked(*range(4), shape=(5, 8), count=4).tensors
     cut = find_cut(record(model, (x, mask)), frozenset({"head.weight", "head.bias"}))
     assert [str(site) for site in cut.frontier] == ["input of head"]
     found, part = (capture(model, [cut], (x[:n], mask[:n]), {}, batch=n) for n in (4, 2))

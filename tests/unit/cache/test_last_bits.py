@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 import layerwise
-from cache_loops import assert_same, both, freeze_prefix, images, train
+from cache_loops import assert_same, both, freeze_prefix, images, off, train
 from gated import Gated, silu_is_uneven
 from helpers import TinyCNN
 from layerwise.cache.cutting.cut import CallId, Site
@@ -189,6 +191,31 @@ def test_values_that_are_random_are_refused_inexact_or_not() -> None:
     text = train(Net, images(24), "head", cached=True, exact=False).text
     assert "off: " in text
     assert "numpy" in text
+
+
+class Alternating(nn.Module):
+    """Rounds every second row otherwise, as MKL does where the next row begins elsewhere in a vector."""
+
+    def forward(self, x):
+        return x * (1 + 2.0**-20 * (torch.arange(len(x)) % 2).view(-1, *[1] * (x.dim() - 1)))
+
+
+@pytest.mark.parametrize("batch", [3, 4, 5, 7])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_every_second_place_is_a_place_of_its_own(batch, pooled) -> None:
+    # backwards, a batch of an odd size has each sample at a place of the same kind
+    def make():
+        front = [nn.AdaptiveAvgPool2d(1)] if pooled else []
+        low = nn.Sequential(*front, nn.Conv2d(3, 4, 1), Alternating())
+        return nn.Sequential(OrderedDict(low=low, flat=nn.Flatten(), head=nn.LazyLinear(4)))
+
+    def made():
+        model = make()
+        model(torch.zeros(1, 3, 8, 8))
+        return model
+
+    text = off(made, lambda: images(4 * batch), "head", loader_options={"batch_size": batch})
+    assert "depend on a sample's place in a batch" in text
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -126,8 +126,8 @@ def size_sensitive(
     place in the batch does not matter, and that nothing draws random numbers that the recording cannot
     see (numpy's, Python's). Where these samples have few numbers (a pooled vector of a last, small batch),
     equal bits can be luck: others of the batch are then computed in the same number. Differences that are
-    only rounding are traced to the batch size: the whole batch, backwards and under yet another seed, must
-    give the same bits.
+    only rounding are traced to the batch size: the whole batch, in another order and under yet another seed,
+    must give the same bits.
 
     Args:
         layouts: of the sites to compare.
@@ -147,14 +147,16 @@ def size_sensitive(
     compared, rest = list(chosen), [position for position in range(batch) if position not in chosen]
     size = len(chosen)
     while not unequal and len(rest) >= size and _few_numbers(layouts, full, _distinct(compared, indices)):
-        chosen, rest = rest[:size], rest[size:]
+        rest = at_other_places(rest)
+        chosen, rest = rest[:size], sorted(rest[size:])
         part = run(chosen, 1)
         unequal = _unequal(layouts, full, chosen, part)
         compared += chosen
     if not unequal:
         return False
     everything = list(range(batch))
-    moved = _unequal(layouts, full, everything[::-1], run(everything[::-1], 3))
+    other = at_other_places(everything)
+    moved = _unequal(layouts, full, other, run(other, 3))
     again = run(everything, 2) if moved else full
     for site in moved:
         if not same_bits(full[site], again[site]):
@@ -171,6 +173,19 @@ def size_sensitive(
     if moved:
         raise PlaceError(f"the value at {moved[0]}")
     return True
+
+
+def at_other_places(positions: Sequence[int]) -> list[int]:
+    """Return ascending positions backwards, and so that odd ones get even places and even ones odd places.
+
+    Kernels treat the last rows of a matrix in another way, or every second one, by where it lies in memory.
+
+    >>> at_other_places(range(4)), at_other_places(range(5))
+    ([3, 2, 1, 0], [3, 4, 1, 2, 0])
+    """
+    odd, even = ([position for position in positions[::-1] if position % 2 == rest] for rest in (1, 0))
+    paired = [position for pair in zip(odd, even) for position in pair]
+    return paired + odd[len(even) :] + even[len(odd) :]
 
 
 def _unequal(

@@ -14,7 +14,13 @@ from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
 from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.proof.mixing import PlaceError, compare_skeletons, find_layouts, size_sensitive
+from layerwise.cache.proof.mixing import (
+    PlaceError,
+    at_other_places,
+    compare_skeletons,
+    find_layouts,
+    size_sensitive,
+)
 from layerwise.cache.replay.capturing import Captured
 from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.feed import Feed
@@ -149,10 +155,10 @@ def _loaded_again(
 def _positions(feed: Feed, count: int) -> list[int]:
     """Return the positions to compute on their own: as many as the last, smaller batch has, else two.
 
-    They are the last ones of the batch, backwards, so that they stand in other places. A batch of one is
-    avoided where the data do not make one: a batch-norm that learns cannot train on it.
+    They are the last ones of the batch, at other places. A batch of one is avoided where the data do not
+    make one: a batch-norm that learns cannot train on it.
     """
-    backwards = list(range(count))[::-1]
+    backwards = at_other_places(range(count))
     tail = feed.size % count
     if tail and not getattr(feed.reader.loader.batch_sampler, "drop_last", False):
         return backwards[:tail]

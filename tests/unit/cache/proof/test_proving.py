@@ -147,7 +147,7 @@ def by_pairs(model: Any, x: Tensor) -> Tensor:
 
 def marked() -> Counted:
     data = images(24)
-    data.inputs[2, 0, 0, 0] = -9.0
+    data.inputs[3, 0, 0, 0] = -9.0
     return data
 
 
