@@ -308,8 +308,7 @@ def _finished(
     plan = experiment.space.plan(experiment.layers, best.choice, best.decay)
     run, note = None, ""
     if refit == "winner":
-        say(f"best: {best.choice} at lr {best.lr:.2g}; making its run")
-        run, note = _refit(experiment, plan, best, rows, folder, lock)
+        run, note = _refit(experiment, plan, best, rows, folder, lock, say)
     notes = [*notes, *([note] if note else [])]
     result = SearchResult(experiment.metric, mode, best, plan, best.lr, curve, rows, run, tuple(notes))
     if folder is not None:
@@ -338,6 +337,7 @@ def _refit(
     rows: Sequence[TrialRow],
     folder: Path | None,
     lock: AbstractContextManager[None],
+    say: Callable[[str], None],
 ) -> tuple[Result | None, str]:
     """Return the winner's run and nothing, or None and why it was not made."""
     if others := sum(row.state == "running" for row in rows):
@@ -345,14 +345,17 @@ def _refit(
             None,
             f"still running elsewhere: {plural(others, 'trial')}; the last worker makes the winner's run",
         )
+    found = f"best: {best.choice} at lr {best.lr:.2g}"
     options: dict[str, Any] = {"test": experiment.test}
     if folder is None:
+        say(f"{found}; making its run")
         return experiment.train_by(plan, best.lr, experiment.seed, **options), ""
     target = _winner_folder(folder, best, rows)
     options["about"] = {**(experiment.options.get("about") or {}), "winner": str(target.resolve())}
     try:
         with lock:  # a second worker that gets here waits, and then reads the run
             begun = (target / "run.json").exists()  # perhaps interrupted, perhaps finished
+            say(f"{found}; its run is in {target}" if begun else f"{found}; making its run")
             return experiment.train_by(
                 plan, best.lr, experiment.seed, **options, out=target, resume=begun
             ), ""

@@ -127,6 +127,10 @@ def open_study(
             backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
             where = optuna.storages.JournalStorage(backend)
             where.get_all_studies()
+            with path.open("rb") as lines:  # Optuna passes over a last line that it cannot read
+                for line in lines:
+                    if line.endswith(b"\n"):  # else it is cut short, or half written by another worker
+                        json.loads(line)
         except Exception as error:  # Optuna asserts, and reads with keys that are not there
             raise RunError(
                 f"the journal {path} cannot be read ({type(error).__name__}: {error}), so it was altered or "

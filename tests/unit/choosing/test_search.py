@@ -337,12 +337,13 @@ def test_a_storage_that_cannot_be_opened_is_told(model, data, storage):
         searched(model, data, trials=1, storage=storage)
 
 
-@pytest.mark.parametrize("damage", [b"\x00\xff" * 9, b'{"op_code": 99, "worker_id": "a"}\n', b'{"op_code"\n'])
-def test_a_journal_that_was_altered_is_told_and_left_as_it_is(model, data, tmp_path, damage):
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("damage", [b"\x00\xff\n", b'{"op_code": 99, "worker_id": "a"}\n', b'{"op_code"\n'])
+def test_a_journal_that_was_altered_is_told_and_left_as_it_is(model, data, tmp_path, damage, first):
     # it is named, and nothing is written behind what nobody can read
     searched(model, data, trials=1, epochs=1, out=tmp_path, refit="none")
     journal = tmp_path / "search.journal"
-    altered = damage + b"\n" + journal.read_bytes()
+    altered = damage + b"\n" + journal.read_bytes() if first else journal.read_bytes() + damage
     journal.write_bytes(altered)
     with pytest.raises(RunError, match=r"journal .*search.journal cannot be read .*Put the old one back"):
         searched(model, data, trials=2, epochs=1, out=tmp_path, refit="none")
@@ -832,7 +833,9 @@ def test_an_interrupted_run_of_the_winner_is_finished(model, data, tmp_path, mon
     monkeypatch.undo()
     (target,) = (tmp_path / "s").glob("winner-trial-*")
     assert read_run(target)["result"] is None
-    found = searched(model, data, trials=3, out=tmp_path / "s")
+    said = []
+    found = searched(model, data, trials=3, out=tmp_path / "s", say=said.append)
+    assert said == [f"best: {found.best.choice} at lr {found.best.lr:.2g}; its run is in {target}"]
     assert read_run(target)["result"] is not None
     assert [entry["epoch"] for entry in found.run.history] == [0, 1]
     assert found.run.metrics == whole.run.metrics
@@ -856,9 +859,11 @@ def test_a_trial_of_another_machine_is_left_to_it(model, data, tmp_path):
         backend = optuna.storages.journal.JournalFileBackend(str(out / "search.journal"))
         study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
         half_drawn(study, ("choice", "lr"), "elsewhere:1").suggest_float("decay", *SPACE.decay)
-    found = searched(model, data, trials=2, out=out)
+    said = []
+    found = searched(model, data, trials=2, out=out, say=said.append)
     assert [row.state for row in found.trials] == ["complete", "complete", "running"]
     assert found.run is None
+    assert not said  # that its run is made, above all
     assert found.notes == ("still running elsewhere: 1 trial; the last worker makes the winner's run",)
 
 
