@@ -153,7 +153,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
-    writer = csv.DictWriter(sys.stdout, _names(rows), restval="", lineterminator="\n")
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 
@@ -162,19 +162,13 @@ def _table(rows: Sequence[Mapping[str, Any]], *, limit: int = 9) -> Any:
     """Return a table for people: long texts are cut, and many probabilities left out."""
     from layerwise.cli.tables import new_table
 
-    names = [name for name in _names(rows) if name != "words"]
+    names = [name for name in rows[0] if name != "words"]
     if len(names) > limit:
         names = [name for name in names if not name.startswith("p_")]
     table = new_table("", names, left=len(names))
     for row in rows:
-        table.add_row(*(_short(str(row.get(name, ""))) for name in names))
+        table.add_row(*(_short(str(row[name])) for name in names))
     return table
-
-
-def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns of the fullest row: not every line of a file of pairs has a second text."""
-    fullest: Mapping[str, Any] = max(rows, key=len)
-    return list(fullest)
 
 
 def _short(text: str, limit: int = 60) -> str:

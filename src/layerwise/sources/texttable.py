@@ -296,6 +296,10 @@ class _BadRowError(Exception):
 
 def _label_parser(task: TextTask, names: tuple[str, ...] | None, separator: str) -> Callable[[Any], Any]:
     def name_of(value: Any) -> str:
+        if isinstance(value, list | dict):
+            raise _BadRowError(
+                f"has {named_kind(value)} as label; expected one (several: --task multi_label)"
+            )
         label = label_name(value)
         if label is None:
             raise _BadRowError("has no label")

@@ -147,7 +147,7 @@ def predict_texts(
 
     Raises:
         RunError: the run has no tokenizer.
-        DataError: a text is empty.
+        DataError: a text is empty, or the second one of a pair is.
     """
     tokenizer = run.tokenizer
     if tokenizer is None:
@@ -158,6 +158,14 @@ def predict_texts(
     asked = [text if isinstance(text, Text) else Text(text) for text in texts]
     if empty := [str(number) for number, text in enumerate(asked, start=1) if not text.text.strip()]:
         raise DataError(f"texts {', '.join(empty[:10])} are empty; there is nothing to predict. Remove them.")
+    job_text = (run.about.get("job") or {}).get("text") or {}
+    if job_text.get("pair_column") or any(text.pair is not None for text in asked):
+        alone = [str(n) for n, text in enumerate(asked, start=1) if not (text.pair or "").strip()]
+        if alone:
+            raise DataError(
+                f"texts {', '.join(alone[:10])} have no second text; expected pairs. Give it after a tab in "
+                "a line, in the pair column of a table, or as the pair= of a Text."
+            )
     length = max_length or run.about.get("data", {}).get("max_length")
     order = sorted(range(len(asked)), key=lambda index: len(asked[index].text))
     rows: dict[int, dict[str, Any]] = {}
@@ -178,9 +186,8 @@ def predict_texts(
 
 
 def _encode(tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
-    pairs = [text.pair for text in part]
-    if any(pair is not None for pair in pairs):
-        options["text_pair"] = [pair or "" for pair in pairs]
+    if part[0].pair is not None:  # then all have one
+        options["text_pair"] = [text.pair for text in part]
     limit = {"max_length": length} if length else {}
     batch = tokenizer(
         [text.text for text in part],

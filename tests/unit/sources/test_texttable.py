@@ -273,6 +273,7 @@ def test_rows_that_are_all_left_out_are_named(tmp_path):
         (TAGS, {"tokens": ["a"], "tags": 7}, "7 as labels; expected a list or a text"),
         ("multi_label", {"text": "x", "label": 5}, "5 as labels; expected a list or a text"),
         ("text_classification", {"text": ["x"], "label": "a"}, "a list in 'text'; expected a text"),
+        ("text_classification", {"text": "x", "label": ["a"]}, "a list as label; expected one .*multi_label"),
     ],
 )
 def test_cells_of_another_kind_are_named(tmp_path, task, row, reason):

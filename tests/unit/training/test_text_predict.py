@@ -174,6 +174,18 @@ def test_a_line_holds_a_pair_after_a_tab(tmp_path):
     assert texts == [Text("red", "slow"), Text("", "slow"), Text("red")]
 
 
+def test_a_pair_without_a_second_text_is_told(work):
+    # Beside pairs it would be read as one with an empty second text, alone as no pair: two answers to one.
+    rows = [{"text": "red", "other": word, "label": word} for word in ("fast", "slow")] * 9
+    save_tiny(work / "pairs", "bert")
+    run = trained(work, "pairs", rows, pair_column="other")
+    whole = Text("red", "slow")
+    assert predict_texts(run, [whole, whole])[0]["pair"] == "slow"
+    for texts, numbers in (([whole, "red", Text("red", " ")], "2, 3"), (["red"], "1")):
+        with pytest.raises(DataError, match=f"texts {numbers} have no second text; expected pairs.*tab"):
+            predict_texts(run, texts)
+
+
 def test_files_that_cannot_be_read_are_told(tmp_path, monkeypatch):
     # Missing, without a text, or in another encoding: the name and what to give.
     with pytest.raises(DataError, match=r"none.txt' cannot be read: No such file.*Give a file of texts"):
