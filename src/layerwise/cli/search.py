@@ -87,6 +87,7 @@ def search(
     from layerwise.choosing.search import search as run
     from layerwise.choosing.space import check_space
     from layerwise.report.pictures import check_picture, depth_picture, save_picture
+    from layerwise.training.transformers_folder import FOLDER, save_transformers
 
     if plot is not None:
         check_picture(plot)
@@ -96,7 +97,7 @@ def search(
     require_own(out)
     prepared = task.open(val_frac=val_frac, test_frac=test_frac)
     # so that the winner's run knows how to build its model; the job would be another one to resume
-    about = {name: prepared.about[name] for name in ("model", "data")}
+    about = {**{name: prepared.about[name] for name in ("model", "data")}, "table": prepared.job.text}
     options = {**fit_options(prepared), "about": about}
     if class_weights is not None:
         options["class_weights"] = class_weights
@@ -126,6 +127,9 @@ def search(
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished trials are kept; the same command goes on.") from None
+    tokenizer, tuned = prepared.opened.tokenizer, found.run
+    if tokenizer is not None and tuned is not None and tuned.out is not None:
+        save_transformers(tuned.model, tuned.out / FOLDER, tokenizer=tokenizer, task=tuned.task)
     if plot is not None:
         points = [p for p in found.to_dict()["curve"] if p["trained_groups"] is not None]
         say(f"wrote {save_picture(depth_picture(points, metric=found.metric), plot)}")

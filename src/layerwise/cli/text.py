@@ -115,14 +115,13 @@ def predict_and_print(
     from layerwise.sources.texttable import default_text_column
     from layerwise.training.text_predict import STDIN, predict_texts, read_texts
 
-    job_text = (run.about.get("job") or {}).get("text") or {}
     # What is typed or piped is the shell's, whatever the files of training were in.
     typed = all(str(name) == STDIN for name in inputs)
     texts = read_texts(
         inputs,
-        text_column=text_column or job_text.get("text_column") or default_text_column(run.task.name),
-        pair_column=pair_column or job_text.get("pair_column"),
-        encoding=encoding or (None if typed else job_text.get("encoding")) or "utf-8",
+        text_column=text_column or run.table.get("text_column") or default_text_column(run.task.name),
+        pair_column=pair_column or run.table.get("pair_column"),
+        encoding=encoding or (None if typed else run.table.get("encoding")) or "utf-8",
     )
     rows = predict_texts(run, texts, batch_size=batch_size, new_tokens=new_tokens)
     if form == "json":

@@ -55,8 +55,7 @@ def predict_images(
             f"{run.path} does not know how its images were prepared (it was started from Python). Load it "
             "with layerwise.load_run(...) and give its predict() a batch of tensors."
         )
-    trained = (run.about.get("job") or {}).get("text") or {}
-    column = path_column or trained.get("path_column") or "path"
+    column = path_column or run.table.get("path_column") or "path"
     data = image_list(images, run.preprocessing, classes=run.classes, path_column=column)
     rows: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []

@@ -240,6 +240,11 @@ class Run:
         """The plan that the run carried out."""
         return Plan.model_validate(self.about["plan"])
 
+    @property
+    def table(self) -> dict[str, Any]:
+        """How the tables of its data were read: columns and encoding, where they were named."""
+        return self.about.get("table") or (self.about.get("job") or {}).get("text") or {}
+
     def predict(self, batch: Tensor | Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return one readable prediction for each sample of a batch of preprocessed inputs.
 

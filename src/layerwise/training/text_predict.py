@@ -158,8 +158,7 @@ def predict_texts(
     asked = [text if isinstance(text, Text) else Text(text) for text in texts]
     if empty := [str(number) for number, text in enumerate(asked, start=1) if not text.text.strip()]:
         raise DataError(f"texts {', '.join(empty[:10])} are empty; there is nothing to predict. Remove them.")
-    job_text = (run.about.get("job") or {}).get("text") or {}
-    if job_text.get("pair_column") or any(text.pair is not None for text in asked):
+    if run.table.get("pair_column") or any(text.pair is not None for text in asked):
         alone = [str(n) for n, text in enumerate(asked, start=1) if not (text.pair or "").strip()]
         if alone:
             raise DataError(
@@ -244,7 +243,7 @@ def _complete(
     new_tokens = min(new_tokens, limit - 1)
     # Of what the model can take, the new tokens may use what the prompts leave, and half at any rate.
     room = min(length or limit, max(limit - new_tokens, limit // 2))
-    options = TextOptions(**((run.about.get("job") or {}).get("text") or {}))
+    options = TextOptions(**run.table)
     template = options.prompt_template if options.response_column else "{prompt}"
     prompts = [template.replace("{prompt}", text.text) for text in part]
     rows = encode_givens(tokenizer, prompts, max_length=room)

@@ -483,15 +483,19 @@ def test_commands_share_the_options_of_a_task():
 def test_texts_are_advised_on_searched_and_fitted(texts, tmp_path):
     # advice, two trials, and fit's auto on a table of texts
     model = f"hf:{texts / 'bert'}"
-    given = ["--data", texts / "a.csv", *COLUMNS]
+    data = tmp_path / "a.csv"
+    data.write_text((texts / "a.csv").read_text().replace("text", "body", 1))
+    given = ["--data", data, "--text-column", "body", "--label-column", "topic"]
     told = command("advise", model, *given, "--json")
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout)["similarity"] == "unknown"
     found = command("search", model, *given, "--out", tmp_path / "s", "--trials", 2, "--epochs", 1, "--json")
     (winner,) = (tmp_path / "s").glob("winner-trial-*")
-    told = CliRunner().invoke(app, ["predict", str(winner), "--json"], input="red engine\n")
-    assert told.exit_code == 0, told.output
-    assert "label" in json.loads(told.stdout)["predictions"][0]
+    for named in ([], [data]):  # of a table the columns of training
+        told = CliRunner().invoke(app, ["predict", str(winner), *map(str, named), "--json"], input="red\n")
+        assert told.exit_code == 0, told.output
+        assert "label" in json.loads(told.stdout)["predictions"][0]
+    assert (winner / "transformers" / "tokenizer.json").exists()
     assert found.exit_code == 0, found.output
     assert len(json.loads(found.stdout)["trials"]) == 2
     trained = command(
