@@ -191,7 +191,7 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
             Reason(
                 "depth",
                 f"no depth beats the end of the network clearly (best {evidence.best_probe:.1%}, end "
-                f"{evidence.probe:.1%}): its last features fit the task",
+                f"{evidence.probe:.1%}): nothing speaks against its last features",
                 "medium",
                 evidence.gap,
             )

@@ -83,7 +83,7 @@ def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, 
     )
     raise TrainingError(
         f"the loss became {value} at step {step + 1} (epoch {epoch + 1}, batch {index + 1}), before the "
-        f"weights were changed by it. {cause} {_last_checkpoint(out)}"
+        f"weights were changed by it. {cause} {_last_checkpoint(out, remedied=True)}"
     )
 
 
@@ -103,7 +103,7 @@ def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
         if parameter.requires_grad and not _is_finite(parameter):
             raise TrainingError(
                 f"parameter {name!r} holds values that are not finite after step {step}. Lower lr or set "
-                f"clip_norm=1.0. {_last_checkpoint(out)}"
+                f"clip_norm=1.0. {_last_checkpoint(out, remedied=True)}"
             )
 
 
@@ -136,7 +136,7 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
         raise TrainingError(
             f"the batch of step {where() + 1} holds one sample, and batch-norm over vectors cannot train on "
             f"one ({error}). Leave out a smaller last batch with drop_last=True (--drop-last, or the "
-            f"loader's own), or take another batch_size. {_last_checkpoint(out)}"
+            f"loader's own), or take another batch_size. {_last_checkpoint(out, remedied=True)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if _WORKER_GONE.match(str(error)):
@@ -152,18 +152,21 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
         raise TrainingError(
             f"memory ran out at step {where() + 1} ({told[0].rstrip('.')}). "
             "Take a smaller batch_size and raise accumulate by the same factor, a plan that trains less, "
-            f"or precision='bf16'. {_last_checkpoint(out)}"
+            f"or precision='bf16', in a new run. {_last_checkpoint(out)}"
         ) from error
 
 
-def _last_checkpoint(out: Path | None) -> str:
+def _last_checkpoint(out: Path | None, *, remedied: bool = False) -> str:
+    """Return where the last checkpoint is, and how to go on; `remedied` where that needs other settings."""
     if out is None:
         return "No checkpoint was kept, since the run has no folder (out=)."
     there = list_checkpoints(out / "checkpoints")
     if not there:
         return f"{out} has no checkpoint yet."
-    command = f"layerwise fit --resume {shlex.quote(str(out))}"
-    return f"The last good checkpoint is {there[-1]}; go on from it: {command}"
+    last = f"The last good checkpoint is {there[-1]}"
+    if remedied:
+        return f"{last}; a resumed run keeps its settings and data, so begin a new one with others (--out)."
+    return f"{last}; go on from it: layerwise fit --resume {shlex.quote(str(out))}"
 
 
 def _is_finite(tensor: Tensor) -> bool:
