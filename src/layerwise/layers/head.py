@@ -11,12 +11,11 @@ from torch import nn
 
 from layerwise.errors import ModelError, did_you_mean
 from layerwise.layers.graph import Recording
-from layerwise.layers.inputs import example_arguments
+from layerwise.layers.inputs import record_example
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.order import order_of
 from layerwise.layers.outputs import is_borrowed, output_layers
 from layerwise.layers.owners import module_of
-from layerwise.layers.recording import record
 
 _SIZE_ATTRIBUTES = ("num_classes", "num_labels", "n_classes")
 
@@ -97,8 +96,7 @@ def replace_head(
     if class_names is not None and len(class_names) != num_classes:
         raise ModelError(f"{len(class_names)} class_names were given for {num_classes} classes.")
     model = unwrap(model)
-    (args, kwargs), _ = example_arguments(model, example_input)
-    recording = record(model, args, kwargs, mode="eval")
+    recording, _, _ = record_example(model, example_input, mode="eval")
     order = order_of(recording)
     found = output_layers(recording, order)
     paths = tuple(outputs) if outputs is not None else found

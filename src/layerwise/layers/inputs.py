@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError, named_kind
+from layerwise.errors import ModelError, RecordingError, named_kind
+from layerwise.layers.graph import Recording
+from layerwise.layers.recording import record
 from layerwise.layers.structures import map_tensors, tensors_in
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -17,6 +20,32 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _TOKENS = 8  # length of a made-up text
 _AUDIO_S = 1  # length of a made-up waveform
 _SMALL_SIDE, _LARGE_SIDE = 64, 128  # pixels: networks halve an image five times
+
+
+def record_example(
+    model: nn.Module, example_input: Any = None, *, mode: Literal["keep", "eval"]
+) -> tuple[Recording, Arguments, tuple[str, ...]]:
+    """Return a recording of `model`, the arguments that it was called with, and notes on what was made up.
+
+    Args:
+        model: unwrapped.
+        example_input: as `example_arguments` takes it. Where a derived example does not do, others are tried.
+        mode: as `layerwise.layers.recording.record` takes it.
+
+    Raises:
+        ModelError: as `example_arguments` and `record`.
+        RecordingError: the forward pass raised, with `example_input` or with each derived example.
+    """
+    arguments, notes = example_arguments(model, example_input)
+    try:
+        return record(model, *arguments, mode=mode), arguments, notes
+    except RecordingError:
+        if example_input is not None:
+            raise
+        for arguments, notes in other_arguments(model):
+            with contextlib.suppress(RecordingError):
+                return record(model, *arguments, mode=mode), arguments, notes
+        raise
 
 
 def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[Arguments, tuple[str, ...]]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from torch import nn
 
-from layerwise.errors import ModelError, RecordingError, did_you_mean
+from layerwise.errors import ModelError, did_you_mean
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.grouping import Group, group_blocks, group_layers, group_stages
 from layerwise.layers.grouping import blocks_of as find_blocks
-from layerwise.layers.inputs import Arguments, example_arguments, larger_images, other_arguments
+from layerwise.layers.inputs import larger_images, record_example
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
 from layerwise.layers.norms import Kind, find_norms
 from layerwise.layers.order import Order, order_of
 from layerwise.layers.outputs import head_parameters, output_layers
-from layerwise.layers.recording import record, record_without_data
+from layerwise.layers.recording import record_without_data
 from layerwise.layers.units import Unit, filled_forward, find_units, neighbours_of_unread, together
 
 
@@ -58,24 +57,10 @@ def layer_map(model: nn.Module, example_input: Any = None, granularity: Granular
     model = unwrap(model)
     if next(model.parameters(), None) is None:
         raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to group.")
-    recording, arguments, notes = _recorded(model, example_input)
+    recording, arguments, notes = record_example(model, example_input, mode="eval")
     larger = larger_images(arguments)
     telling = None if larger is None else record_without_data(model, *larger)
     return map_recording(recording, granularity, notes=notes, telling=telling)
-
-
-def _recorded(model: nn.Module, example_input: Any) -> tuple[Recording, Arguments, tuple[str, ...]]:
-    """Record a pass in evaluation mode; where a derived example does not do, others are tried."""
-    arguments, notes = example_arguments(model, example_input)
-    try:
-        return record(model, *arguments, mode="eval"), arguments, notes
-    except RecordingError:
-        if example_input is not None:
-            raise
-        for arguments, notes in other_arguments(model):
-            with contextlib.suppress(RecordingError):
-                return record(model, *arguments, mode="eval"), arguments, notes
-        raise
 
 
 def map_recording(

@@ -39,6 +39,21 @@ def test_new_weights_come_from_the_global_generator() -> None:
     assert not torch.equal(heads[0], heads[2])
 
 
+def test_an_input_is_derived_as_for_the_layer_map() -> None:
+    # where what the first linear layer tells does not do, the first embedding does
+    class Texts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.embed = nn.Linear(8, 3), nn.Embedding(20, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.embed(ids).mean(1))
+
+    model = Texts()
+    assert replace_head(model, 7).modules == ("out",)
+    assert model.out.out_features == 7
+
+
 def test_convolution_head() -> None:
     # SqueezeNet and segmentation models end in a 1x1 convolution
     net = nn.Sequential(
