@@ -160,8 +160,9 @@ def audit(
     dropout, at who is in the optimiser and at which rate, at schedulers, ties, checkpointing,
     DistributedDataParallel and compilation. ``docs/guide/audit.md`` lists all codes. Without `loader`
     nothing is computed and it takes milliseconds (plus one recording of the model, about half a second,
-    where the head has to be known and no `layers` were given). With `loader` one batch is run forward
-    and backward, which measures what drifts and where no gradient arrives.
+    where the head has to be known and no `layers` were given, and where a frozen part would be in train
+    mode, which a ``forward`` may prevent). With `loader` one batch is run forward and backward, which
+    measures what drifts and where no gradient arrives.
 
     The model, the optimiser, modes, gradients, buffers and random states are as before afterwards.
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from layerwise.tuning.audit_setup import Finding, Setup
+from layerwise.tuning.audit_setup import Finding, Setup, drop_rate
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norm_layers import ADAPTING, small_batch_warning
 
@@ -118,7 +117,7 @@ def dropout_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
     noisy = [
         path
         for path, module in setup.root.named_modules()
-        if module in setup.still and setup.training[module] and _drop_rate(module) > 0
+        if module in setup.still and setup.training[module] and drop_rate(module) > 0
     ]
     if noisy:
         yield Finding(
@@ -130,20 +129,6 @@ def dropout_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
             "layerwise.freeze(model, ...) or layerwise.Tuner hold frozen parts in eval mode; if the noise is "
             "meant as augmentation, set frozen_dropout=True in the phase",
         )
-
-
-def _drop_rate(module: nn.Module) -> float:
-    """Return the largest rate of dropout that a module applies itself.
-
-    A leaf whose class speaks of dropping keeps it in `p` or `drop_prob`; others apply functional dropout
-    at a rate they keep in an attribute named after it (``attention_dropout``, ``layerdrop``).
-    """
-    own = {name: value for name, value in vars(module).items() if isinstance(value, float) and 0 < value <= 1}
-    named = [value for name, value in own.items() if "drop" in name.lower()]
-    kind = type(module).__name__.lower()
-    if "drop" in kind or "stochasticdepth" in kind:
-        named += [value for name, value in own.items() if name in ("p", "prob", "rate")]
-    return max(named, default=0.0)
 
 
 def norms_without_statistics(setup: Setup) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Fin
             warnings.simplefilter("always")
             output = passes.run(batch)
         # a forward of the user's own may call eval() on its frozen part
-        setup.training.update({module: module.training for module in setup.root.modules()})
+        setup.training = setup.modes()
         drifted = tuple(_moved(setup, before))
         reentrant = any("None of the inputs have requires_grad=True" in str(w.message) for w in caught)
         missing = () if reentrant else tuple(_without_gradient(setup, output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,14 +100,36 @@ class Setup:
 
     @cached_property
     def training(self) -> dict[nn.Module, bool]:
-        """The mode that each module has after ``model.train()``, which trainers call all the time."""
+        """The mode that each module has after ``model.train()``, which trainers call all the time.
+
+        Where that would be a fault in a frozen part, it is the mode after a recorded forward pass, which may
+        call ``eval()``.
+        """
         was = self.model.training
         with held_modes(self.model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.model.train()
-            modes = {module: module.training for module in self.root.modules()}
+            modes = self.modes()
+            held = {norm.module for norm in self.frozen_norms}
+            held.update(module for module in self.still if drop_rate(module) > 0)
+            if any(modes[module] for module in held):
+                modes = self._modes_after_forward()
             self.model.train(was)  # a train() of the user's own may do more than set flags
         return modes
+
+    def modes(self) -> dict[nn.Module, bool]:
+        """Return the mode that each module has now."""
+        return {module: module.training for module in self.root.modules()}
+
+    def _modes_after_forward(self) -> dict[nn.Module, bool]:
+        """Return the modes that a recorded pass leaves; those of now where none can be recorded."""
+        from layerwise.layers.inputs import record_example
+
+        seen = self.modes()
+        hook = self.root.register_forward_hook(lambda *_: seen.update(self.modes()))
+        with hook, contextlib.suppress(LayerwiseError):
+            record_example(self.root, mode="keep")
+        return seen
 
     @cached_property
     def still(self) -> frozenset[nn.Module]:
@@ -178,6 +201,20 @@ class Setup:
     def named(self, parameters: Iterable[Tensor]) -> tuple[str, ...]:
         """Return the names of `parameters`, those of the model only."""
         return tuple(self.names[id(p)] for p in parameters if id(p) in self.names)
+
+
+def drop_rate(module: nn.Module) -> float:
+    """Return the largest rate of dropout that a module applies itself.
+
+    A leaf whose class speaks of dropping keeps it in `p` or `drop_prob`; others apply functional dropout
+    at a rate they keep in an attribute named after it (``attention_dropout``, ``layerdrop``).
+    """
+    own = {name: value for name, value in vars(module).items() if isinstance(value, float) and 0 < value <= 1}
+    named = [value for name, value in own.items() if "drop" in name.lower()]
+    kind = type(module).__name__.lower()
+    if "drop" in kind or "stochasticdepth" in kind:
+        named += [value for name, value in own.items() if name in ("p", "prob", "rate")]
+    return max(named, default=0.0)
 
 
 def _between_frozen(around: nn.Module, module: nn.Module) -> bool:

@@ -654,7 +654,7 @@ def test_reentrant_checkpointing_over_a_frozen_prefix(net, reentrant):
 
 
 def test_a_forward_that_keeps_its_frozen_part_in_eval_mode_is_right():
-    # train() does not show it, a batch does; where it leaves something out, that is found.
+    # train() does not show it, a pass does; where it leaves something out, that is found.
     class Careful(Net):
         def forward(self, x):
             self.stem.eval()
@@ -662,12 +662,26 @@ def test_a_forward_that_keeps_its_frozen_part_in_eval_mode_is_right():
 
     net = Careful()
     net.stem.requires_grad_(False)
-    assert audit(net).codes == {"frozen-norm-trains", "dropout-in-frozen-part"}
-    assert not list(audit(net, loader=data()))
-    assert net.stem[1].training
+    for loader in (None, data()):
+        assert not list(audit(net, loader=loader))
+        assert net.stem[1].training
+        assert not net._forward_hooks
     net.mid.requires_grad_(False)
-    found = {one.code: one.modules for one in audit(net, loader=data())}
-    assert found["frozen-norm-trains"] == ("mid.1",)
+    for loader in (None, data()):
+        found = {one.code: one.modules for one in audit(net, loader=loader)}
+        assert found["frozen-norm-trains"] == ("mid.1",)
+
+
+def test_what_forward_does_to_modes_is_unknown_where_no_input_can_be_made_up():
+    class Pair(Net):
+        def forward(self, x, y):
+            self.stem.eval()
+            return super().forward(x) + y
+
+    net = Pair()
+    net.stem.requires_grad_(False)
+    assert audit(net).codes == {"frozen-norm-trains", "dropout-in-frozen-part"}
+    assert net.stem[1].training
 
 
 def test_where_no_gradient_arrives(net):
