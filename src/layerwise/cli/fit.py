@@ -16,6 +16,7 @@ from layerwise.cli.output import (
     check_output,
     friendly,
     given_options,
+    not_empty,
     print_json,
     print_table,
     say,
@@ -61,9 +62,11 @@ def fit(
         typer.Option(help="Side of the images in pixels.", min=1, max=10**9, rich_help_panel=_MODEL),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Folder with a folder of images a class, or a table of paths; for hf: text models of texts.",
+            callback=not_empty,
+            metavar="PATH",
             rich_help_panel=_DATA,
         ),
     ] = None,

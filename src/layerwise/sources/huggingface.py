@@ -5,17 +5,16 @@ Code that comes with a model on a hub is never run: ``trust_remote_code`` stays 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import MissingExtraError, ModelError, did_you_mean, plural
-from layerwise.sources.fetching import first_line, hub_if_found, is_download_error
+from layerwise.errors import ModelError, plural
 from layerwise.sources.fitting import Mismatched, load_file
 from layerwise.sources.image_processors import check_pixels, from_image_processor
 from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, example_image
 from layerwise.sources.preprocessing import Preprocessing
+from layerwise.sources.transformers_files import import_transformers, local_folder, quiet, read
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,9 +53,10 @@ def open_model(
     """
     import torch
 
-    transformers = _transformers(spec)
-    folder = _local_folder(name)
-    config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+    transformers = import_transformers(spec)
+    folder = local_folder(name)
+    name = str(folder or name)
+    config = read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
     task = task or _task_of(spec, config)
     if task not in TASKS:
         raise ModelError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
@@ -83,7 +83,7 @@ def open_model(
     if download:
         if folder is not None:
             _require_weights(folder)
-        model, info = _read(
+        model, info = read(
             spec,
             lambda: auto.from_pretrained(
                 name,
@@ -97,7 +97,7 @@ def open_model(
         replaced, found = _loading_notes(spec, model, info, old_classes, num_classes)
         notes.extend(found)
     else:
-        made = _read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
+        made = read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
         model = made.float()  # transformers 4.56 asks the configuration all the same
         replaced = None
     if weights is not None:
@@ -152,9 +152,9 @@ def task_of(spec: str, name: str) -> Task:
     Raises:
         ModelError: there is none, or it classifies neither images nor texts.
     """
-    transformers = _transformers(spec)
-    _local_folder(name)
-    config = _read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+    transformers = import_transformers(spec)
+    name = str(local_folder(name) or name)
+    config = read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
     return _task_of(spec, config)
 
 
@@ -227,79 +227,10 @@ def read_tokenizer(spec: str, name: str) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    transformers = _transformers(spec)
-    return _read(
+    transformers = import_transformers(spec)
+    return read(
         spec, lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False), "tokenizer"
     )
-
-
-def _transformers(spec: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "text", f"The model {spec!r}") from error
-    return transformers
-
-
-def _local_folder(name: str) -> Path | None:
-    """Return the folder that `name` means, None for a hub id."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise ModelError(
-                f"folder {name!r} has no config.json, so it is not a transformers model (it holds {inside}). "
-                f"Expected what save_pretrained writes."
-            )
-        return path
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file()
-    if looks_local:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ModelError(
-            f"there is no folder {name!r}.{did_you_mean(path.name, siblings)} Expected one with config.json "
-            f"and weights, or a hub id such as hf:google-bert/bert-base-uncased."
-        )
-    return None
-
-
-def _read(spec: str, call: Any, what: str = "model") -> Any:
-    """Return what `call` reads; the library's errors become one that says what to do."""
-    local = Path(spec.partition(":")[2]).expanduser().is_dir()
-    try:
-        with _quiet(), nullcontext() if local else hub_if_found():
-            return call()
-    except Exception as error:  # the library, its formats and its downloads raise all kinds
-        reason = first_line(error)
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise ModelError(
-                f"{spec!r} brings its own Python code, which layerwise never runs. Open the model yourself "
-                f"in a function after reading that code, and give FILE.py:FUNCTION."
-            ) from error
-        if is_download_error(error) and not local:
-            raise ModelError(
-                f"the {what} of {spec!r} could not be downloaded ({reason}). Check the id; without a "
-                f"network, fetch the folder elsewhere and give hf:FOLDER."
-            ) from error
-        raise ModelError(
-            f"the {what} of {spec!r} cannot be opened: {type(error).__name__}: {reason}. Expected a folder "
-            f"or hub id with a transformers configuration, weights, and a tokenizer or image processor."
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from printing what stands in `OpenedModel.notes`; its settings are put back."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _task_of(spec: str, config: Any) -> Task:
@@ -387,7 +318,7 @@ def _require_causal(spec: str, model: nn.Module, ids: Tensor) -> None:
     others = ids.clone()
     others[0, -1] = int(ids[0, -1] == 0)
     training = model.training
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         first, other = (model.eval()(input_ids=given).logits[0, 0] for given in (ids, others))
     model.train(training)
     if not torch.allclose(first, other, rtol=1e-3, atol=1e-5):
@@ -401,12 +332,12 @@ def _require_causal(spec: str, model: nn.Module, ids: Tensor) -> None:
 def _image_settings(spec: str, name: str, transformers: Any, channels: int | None) -> Preprocessing:
     """Return what the model's own image processor does, checked on a picture."""
     # Made by transformers, since files leave out what their class has as default.
-    processor = _read(
+    processor = read(
         spec,
         lambda: transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False),
         "image processor",
     )
     settings = from_image_processor(processor.to_dict(), channels)
-    with _quiet():
+    with quiet():
         check_pixels(processor, settings)
     return settings

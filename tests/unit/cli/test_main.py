@@ -234,6 +234,8 @@ def test_help_is_whole_at_80_columns(name: str) -> None:
         (["fit", "--clip-norm", "-1"], "'--clip-norm': -1.0 is given; expected a finite number above 0"),
         (["fit", "--label-smoothing", "1"], "'--label-smoothing': 1.0 is given; expected a share"),
         (["plan", "m", "--epochs", "0"], "'--epochs': '0' is given; expected greater than or equal to 1"),
+        (["fit", "--data", ""], "'--data': an empty text is given; expected a path"),
+        (["advise", "m", "--data", ""], "'--data': an empty text is given; expected a path"),
         (["fit", "--keep", "all"], "'--keep': 'all' is not one of 'best', 'last'."),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 
 import tiny_text
 from layerwise.errors import ModelError
-from layerwise.sources.models import open_model, reopen
+from layerwise.sources.models import open_model, reopen, takes_texts
 from layerwise.sources.opened import TASKS
 from tiny_transformers import save_bert, save_gpt2, save_tokenizer, save_vit
 
@@ -255,6 +255,19 @@ def test_an_unreachable_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"'hf:nobody/nothing' could not be downloaded.*give hf:FOLDER"):
         open_model("hf:nobody/nothing")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nobody" / "something").mkdir(parents=True)
+    told = r"^there is no folder 'nobody/nothing'\. Did you mean 'something'\?.* could not be downloaded"
+    with pytest.raises(ModelError, match=told):
+        open_model("hf:nobody/nothing")
+
+
+def test_a_folder_below_home(monkeypatch, tmp_path):
+    # a shell leaves the ~ of hf:~/bert as it is
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_bert(tmp_path / "bert")
+    assert open_model("hf:~/bert", num_classes=2).num_classes == 2
+    assert takes_texts("hf:~/bert")
 
 
 def test_tasks_that_do_not_fit(tmp_path):
