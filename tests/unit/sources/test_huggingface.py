@@ -147,6 +147,7 @@ def test_a_file_of_the_body_goes_under_a_new_head(tmp_path, pooler):
 
 def test_an_encoder_is_no_causal_language_model(tmp_path):
     # it would see the tokens that it is to predict; as a decoder it does not
+    torch.manual_seed(7)  # the last token alone hardly changes what this one says at the first
     save_bert(tmp_path)
     with pytest.raises(ModelError, match=r"reads a text in both directions.*--task masked_lm"):
         open_model(f"hf:{tmp_path}", task="causal_lm")
