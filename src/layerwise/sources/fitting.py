@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, plural, shorten
 from layerwise.sources import weights as files
 from layerwise.sources.opened import ReplacedHead
 
@@ -50,6 +50,7 @@ def load_file(
     In this order: every tensor by name; every tensor by order (see `layerwise.sources.weights`); by name
     after the output layer was brought to the file's number of classes, if that is the wanted number; by
     name without the output layer, if the file has none, or has other classes and `mismatched` allows it.
+    A file without an output layer may have further parts, such as the head of a language model.
 
     Args:
         spec: name of the model, for messages.
@@ -107,17 +108,27 @@ def load_file(
         files.load_state(model, kept)
         what = f"loaded {len(kept)} tensors of {path.name}, all but its output layer of {classes} classes"
         return Loaded((*notes, what), head_is_new=True)
-    if mismatch.missing and not mismatch.shapes and not mismatch.unexpected and num_classes is not None:
+    kept = {name: value for name, value in state.items() if name not in mismatch.unexpected}
+    other_head = not _parts(kept) & _parts(mismatch.unexpected)
+    if mismatch.missing and not mismatch.shapes and other_head and num_classes is not None:
         of_head = tuple(f"{output}." for output in outputs())
         if all(name.startswith(of_head) for name in mismatch.missing):
-            files.load_state(model, state)
-            what = f"loaded {len(state)} tensors of {path.name}, which has no output layer"
+            files.load_state(model, kept)
+            notes.append(f"loaded {len(kept)} tensors of {path.name}, which has no output layer")
+            if mismatch.unexpected:
+                count = plural(len(mismatch.unexpected), "tensor of the file is", "tensors of the file are")
+                notes.append(f"{count} not used ({shorten(mismatch.unexpected)})")
             new = dict.fromkeys(name.rpartition(".")[0] for name in mismatch.missing)
-            return Loaded((*notes, what), head_is_new=True, new=tuple(new))
+            return Loaded(tuple(notes), head_is_new=True, new=tuple(new))
     raise ModelError(
         f"weights file {str(path)!r} does not fit {spec!r}: {mismatch}. Expected the weights of this "
         f"architecture; list its parameters with: layerwise inspect {spec}"
     )
+
+
+def _parts(names: Iterable[str]) -> set[str]:
+    """Return the parts of a model, one level down, that parameters lie in."""
+    return {name.partition(".")[0] for name in names}
 
 
 def _class_names_beside(path: Path) -> str:

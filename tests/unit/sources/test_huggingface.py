@@ -145,6 +145,22 @@ def test_a_file_of_the_body_goes_under_a_new_head(tmp_path, pooler):
         open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
 
 
+def test_a_file_of_a_language_model_goes_under_a_new_head(tmp_path):
+    # its own head is told and not used; what the body has not is refused, and so is a body of more layers
+    theirs = save_bert(tmp_path / "m", "BertForMaskedLM").state_dict()
+    torch.save(theirs, tmp_path / "w.pth")
+    opened = open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+    own = opened.model.state_dict()
+    assert all(torch.equal(own[name], theirs[name]) for name in own if name in theirs)
+    assert opened.replaced_head.modules == ("bert.pooler.dense", "classifier")
+    assert any("tensors of the file are not used (cls.predictions.bias, " in note for note in opened.notes)
+    name = "bert.encoder.layer.1.output.dense.bias"
+    more = name.replace("layer.1", "layer.2")
+    torch.save({**theirs, more: theirs[name]}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"; 8 that the model has not \("):
+        open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+
+
 def test_an_encoder_is_no_causal_language_model(tmp_path):
     # it would see the tokens that it is to predict; as a decoder it does not
     torch.manual_seed(7)  # the last token alone hardly changes what this one says at the first
