@@ -295,7 +295,10 @@ def _loading_notes(
     if not modules:
         return None, notes
     from_file = old_classes if mismatched else None
-    return ReplacedHead(modules, from_file, num_classes or int(model.config.num_labels)), notes  # type: ignore
+    new_classes = num_classes or old_classes
+    if new_classes is None:  # a language model
+        new_classes = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return ReplacedHead(modules, from_file, new_classes), notes
 
 
 def _head_modules(model: nn.Module) -> tuple[str, ...]:

@@ -161,6 +161,14 @@ def test_a_file_of_a_language_model_goes_under_a_new_head(tmp_path):
         open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
 
 
+@pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "masked_lm")])
+def test_a_new_output_layer_of_a_language_model_has_an_output_a_token(tmp_path, family, task):
+    # where the folder has the body alone; not as many as the configuration has labels
+    tiny_text.save_tiny(tmp_path, family)
+    opened = open_model(f"hf:{tmp_path}", task=task)
+    assert opened.notes[-1].endswith(f": {tiny_text.VOCABULARY} outputs")
+
+
 def test_an_encoder_is_no_causal_language_model(tmp_path):
     # it would see the tokens that it is to predict; as a decoder it does not
     torch.manual_seed(7)  # the last token alone hardly changes what this one says at the first
