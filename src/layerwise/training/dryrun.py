@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, count, islice
+from itertools import chain, count, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +48,7 @@ class PhaseCost:
         name: of the phase.
         trainable: scalars that learn, norms that follow a policy included.
         step_s: seconds of one optimiser step, its batches loaded.
-        epoch_s: seconds of one epoch of training and validation.
+        epoch_s: seconds of one epoch of training and validation, as many for each sample as in the step.
         peak_bytes: highest use of memory in a step (see `layerwise.training.memory`).
     """
 
@@ -200,21 +200,22 @@ def dry_run(
         next(tuner.epochs())
         tried.train()
         with peak_memory(accelerator.device) as peak, without_key_cache(tried):
-            times = _timed_steps(tried, tuner, batches, task, accelerator, accumulate=accumulate)
+            timed = _timed_steps(tried, tuner, batches, task, accelerator, accumulate=accumulate)
         exact &= peak.exact
-        step_s = min(times[1:] or times)
+        step_s, samples = min(timed[1:] or timed, key=lambda step: step[0] / step[1])
         validation_s = 0.0
         if held_out is not None:
             began_s = time.perf_counter()
             batch = send_to_device(next(held_out.epoch(0)), accelerator.device)
             first_output(tried, task.forward, batch)
-            validation_s = (time.perf_counter() - began_s) * len(held_out)
+            sizes = _batch_sizes(held_out)
+            validation_s = (time.perf_counter() - began_s) / sizes[0] * sum(sizes)
         costs.append(
             PhaseCost(
                 name=phase.name,
                 trainable=sum(p.numel() for p in tried.parameters() if p.requires_grad),
                 step_s=step_s,
-                epoch_s=step_s * steps_per_epoch + validation_s,
+                epoch_s=step_s / samples * sum(_batch_sizes(batches)) + validation_s,
                 peak_bytes=peak.bytes,
             )
         )
@@ -232,13 +233,17 @@ def dry_run(
 
 def _timed_steps(
     model: nn.Module, tuner: Tuner, batches: Batches, task: Task, accelerator: Accelerator, *, accumulate: int
-) -> list[float]:
-    """Return the seconds of each of the first few optimiser steps of a phase; a tiny data set is repeated."""
+) -> list[tuple[float, int]]:
+    """Return the seconds and the samples of each of the first few optimiser steps of a phase.
+
+    A tiny data set is repeated.
+    """
     from accelerate.utils import send_to_device
 
-    times: list[float] = []
+    timed: list[tuple[float, int]] = []
+    sizes = cycle(_batch_sizes(batches))
     stream = chain.from_iterable(batches.epoch(0) for _ in count())
-    while len(times) <= MEASURED_STEPS and not tuner.done:
+    while len(timed) <= MEASURED_STEPS and not tuner.done:
         began_s = time.perf_counter()
         for batch in islice(stream, accumulate):
             batch = send_to_device(batch, accelerator.device)
@@ -248,5 +253,15 @@ def _timed_steps(
         tuner.step()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)
-        times.append(time.perf_counter() - began_s)
-    return times
+        timed.append((time.perf_counter() - began_s, sum(islice(sizes, accumulate))))
+    return timed
+
+
+def _batch_sizes(batches: Batches) -> list[int]:
+    """Return the samples of each batch of epoch 0, which the last one may have fewer of.
+
+    The batches of a loader of the caller's own are taken for equal: 1 each.
+    """
+    batches.begin(0)
+    order = batches.loader.batch_sampler
+    return [len(batch) for batch in order] if batches.exact and order else [1] * len(batches)
