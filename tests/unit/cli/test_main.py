@@ -1,5 +1,6 @@
 """The `layerwise` command itself: how it starts, and what it makes of the system's errors."""
 
+import gc
 import io
 import json
 import os
@@ -132,6 +133,19 @@ def test_a_terminal_without_the_letters_gets_question_marks(monkeypatch: pytest.
     first, rest = written.getvalue().decode("ascii").split("\n", 1)
     assert first == "L ? l"
     assert json.loads(rest) == {"name": "Übung"}
+
+
+def test_garbage_is_looked_for_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1,400 times while a fit imports its libraries, by Python's own threshold: a second
+    before = gc.get_threshold()
+    found = []
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(main, "app", lambda: found.append(gc.get_threshold()))
+    try:
+        main.main()
+    finally:
+        gc.set_threshold(*before)
+    assert found == [(10_000, *before[1:])]
 
 
 @pytest.mark.parametrize("unbuffered", ["1", ""])
