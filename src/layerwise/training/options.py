@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,6 +37,9 @@ FUSED = ("adamw", "adam", "sgd")
 ``optimizer_options={"fused": False}`` switches it off."""
 
 FUSED_DEVICES = ("cpu", "cuda")
+
+WORKERS_A_CORE = 16
+"""Each is a process with torch in it. Where they wait for a slow disk, more than one a core may help."""
 
 
 def find_optimizer(
@@ -102,7 +106,11 @@ def check_options(values: Mapping[str, Any]) -> None:
     expect("lr", number("lr") > 0, "a finite number above 0")
     expect("batch_size", whole("batch_size", 1), "a whole number of at least 1")
     expect("accumulate", whole("accumulate", 1), "a whole number of at least 1")
-    expect("workers", whole("workers", 0), "a whole number of at least 0")
+    most = WORKERS_A_CORE * (os.cpu_count() or 1)
+    legal = whole("workers", 0) and values["workers"] <= most
+    expect(
+        "workers", legal, f"a whole number from 0 to {most}, {WORKERS_A_CORE} for each core of this machine"
+    )
     expect("keep_checkpoints", whole("keep_checkpoints", 1), "a whole number of at least 1")
     expect("seed", whole("seed", 0) and values["seed"] < 2**32, "a whole number from 0 to 2**32 - 1")
     expect("precision", values["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}")

@@ -50,6 +50,8 @@ def test_good_options_pass() -> None:
         ("batch_size", 2.5),
         ("batch_size", True),
         ("accumulate", 0),
+        ("workers", -1),
+        ("workers", 1_000_000),
         ("seed", -1),
         ("precision", "fp8"),
         ("precision", "fp16"),
