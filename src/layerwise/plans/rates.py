@@ -17,7 +17,7 @@ from typing import Any
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase
-from layerwise.plans.settings import moves_and_learns
+from layerwise.plans.settings import affine_learns
 
 
 def rate(eta: float, alpha: float, depth: int) -> float:
@@ -98,10 +98,7 @@ def trained(
         frozen = not any(values[name] for name in group.parameters)
         own = norms.of(group.name)
         for name in filter(kinds.__contains__, group.parameters):
-            learns = not frozen or own.tune
-            affine_rate = own.affine_rate(frozen) if frozen or kinds[name] == "running" else None
-            if kinds[name] == "running":
-                _, learns = moves_and_learns(own, frozen, number >= first)
+            learns, affine_rate = affine_learns(own, kinds[name], frozen, number >= first)
             if not learns:
                 values[name] = 0.0
             elif affine_rate is not None and (frozen or name not in singled_out):

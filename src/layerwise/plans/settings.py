@@ -108,8 +108,9 @@ class Norms(Data):
             in frozen groups. A parameter in `Phase.overrides` keeps that multiplier where its group learns.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
         groups: group name -> what its norms do instead of all of the above; or the name of a policy. None of
-            these has `until` or `groups`. A norm that stands in several groups goes with the first of them,
-            input to output. Where several calibrate, `samples` and `momentum` are the same in all.
+            these has `until` or `groups`. The statistics of a norm that stands in several groups go with the
+            first of them, input to output, each affine parameter with its own. Where several calibrate,
+            `samples` and `momentum` are the same in all.
 
     >>> norms = Norms(policy="freeze", groups={"layer3": Norms(policy="adapt", rate=0.5)})
     >>> norms.of("layer2").policy, norms.of("layer3").policy
@@ -212,3 +213,17 @@ def moves_and_learns(norms: Norms, group_frozen: bool, late: bool) -> tuple[bool
             return False, not group_frozen
         case "adapt":
             return True, True
+
+
+def affine_learns(norms: Norms, kind: str, group_frozen: bool, late: bool) -> tuple[bool, float | None]:
+    """Return whether an affine parameter of a norm learns, and its multiplier; None for that of its group.
+
+    Args:
+        norms: the policy of the parameter's group.
+        kind: of the norm (`layerwise.layers.norms.Kind`).
+        group_frozen: whether the parameter's group does not learn.
+        late: whether that is the group `Norms.until` or behind it.
+    """
+    if kind == "running":
+        return moves_and_learns(norms, group_frozen, late)[1], norms.affine_rate(group_frozen)
+    return not group_frozen or norms.tune, norms.affine_rate(True) if group_frozen else None

@@ -18,7 +18,7 @@ from torch import nn
 from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
-from layerwise.plans.settings import NormKind, Norms, moves_and_learns
+from layerwise.plans.settings import NormKind, Norms, affine_learns, moves_and_learns
 from layerwise.tuning.modes import first_encoder_layers, held_modes, pin_eval, pinned, unpin
 from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 
@@ -191,7 +191,8 @@ def apply_norms(
             DistributedDataParallel wrapper is looked through.
         layers: the model's layer map.
         frozen_groups: names of the groups that do not learn in this phase.
-        norms: the policy, and those of single groups. A norm in several groups goes with the first of them.
+        norms: the policy, and those of single groups. The statistics of a norm in several groups go with the
+            first of them, each affine parameter with its own.
         frozen_dropout: True holds only norms, and leaves the rest of the frozen groups in train mode.
 
     Raises:
@@ -204,6 +205,7 @@ def apply_norms(
     root = look_through(model, layers)
     release_norms(root)
     owners = module_owners(root, layers)
+    place = {name: number for number, name in enumerate(layers.names)}
     home = {name: group.name for group in layers for name in group.parameters}
     canonical = {id(root.get_parameter(name)): name for name in home}
 
@@ -223,19 +225,23 @@ def apply_norms(
         # One that shares its weight with a norm of another group stands wholly in neither.
         groups = owners.get(norm.module) or {home[name] for name in affine}
         group_frozen = bool(groups) and groups <= frozen
-        position = min((layers.names.index(group) for group in groups), default=0)
+        position = min(map(place.__getitem__, groups), default=0)
         own = norms.of(layers.names[position])
+        for name in affine:
+            group = home[name]
+            is_late = place[group] >= first
+            learns, rate = affine_learns(norms.of(group), norm.kind, group in frozen, is_late)
+            if not learns:
+                held += [] if group in frozen else [name]
+            elif rate is not None:
+                rates[name] = rate
+                woken += [name] if group in frozen and rate else []
         if norm.kind != "running":
-            if norm.kind == "batch" and group_frozen:
-                batch_only.append(norm.name)
-            if own.tune and group_frozen and (rate := own.affine_rate(group_frozen)):
-                rates |= dict.fromkeys(affine, rate)
-                woken += affine
-                reached.add(layers.names[position])
+            batch_only += [norm.name] if norm.kind == "batch" and group_frozen else []
             continue
         policies[norm.name] = own.policy
         reached.add(layers.names[position])
-        moves, learns = moves_and_learns(own, group_frozen, position >= first)
+        moves, _ = moves_and_learns(own, group_frozen, position >= first)
         if moves:
             adapting.append(norm.name)
             keep_awake.add(norm.module)
@@ -247,12 +253,8 @@ def apply_norms(
         else:
             fixed.append(norm.name)
             keep_still.update(norm.module.modules())
-        if not learns:
-            held += [] if group_frozen else affine
-        elif (rate := own.affine_rate(group_frozen)) is not None:
-            rates |= dict.fromkeys(affine, rate)
-            woken += affine if group_frozen and rate else []
 
+    reached.update(home[name] for name in woken)
     still = keep_still if frozen_dropout else keep_still | _still_modules(root, layers, frozen, owners)
     pin_eval(module for module in root.modules() if module in still - keep_awake)
     return NormRecord(

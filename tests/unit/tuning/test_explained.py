@@ -94,3 +94,29 @@ def test_explain_counts_what_a_tuner_trains(strategy, granularity: str) -> None:
         assert told == trained(net(), plan, layers), norms
         seen.add(tuple(told))
     assert len(seen) > 1
+
+
+@pytest.mark.filterwarnings("ignore:phase .* the norm policy ")
+@pytest.mark.parametrize("granularity", ["blocks", "layers"])
+@pytest.mark.parametrize("shared", ["weight", "bias"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.LayerNorm])
+def test_norms_of_two_groups_that_share_a_parameter(kind, shared: str, granularity: str) -> None:
+    # each parameter goes with its own group, though the second norm stands in both
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(4, 4), kind(4), nn.ReLU(), nn.Linear(4, 4), kind(4), nn.Linear(4, 2))
+        setattr(model[4], shared, getattr(model[1], shared))
+        return model
+
+    layers = layer_map(tied(), torch.randn(2, 4), granularity=granularity)
+    own = next(group.name for group in layers for name in group.parameters if name.startswith("4."))
+    tune = Norms(tune=True)
+    for norms in (
+        Norms(policy="freeze_until", until=own),
+        Norms(policy="freeze", groups={own: "adapt"}),
+        Norms(groups={own: tune}),
+        tune,
+    ):
+        for strategy in (linear_probe, STRATEGIES[-1]):
+            plan = strategy(layers, epochs=1, norms=norms)
+            (told,) = plan.explain(layers, steps_per_epoch=2).phases
+            assert [told.trainable] == trained(tied(), plan, layers), norms
