@@ -16,8 +16,8 @@ What stands beside it, each for itself:
 - `replay`: how calls are seen (`intercepting`, `hooks`), what skipped calls give for every batch alike
   (`fixed`), ghosts of a batch that a loop may read (`handed`), how a batch comes to the model (`link`) and
   lies in memory (`layout`);
-- `proof`: that samples do not touch each other (`mixing`, `companions`), to the last bit (`evenness`), and
-  that no backward pass needs what was skipped (`checkpoints`).
+- `proof`: that samples do not touch each other (`mixing`), to the last bit (`evenness`), and that no backward
+  pass needs what was skipped (`checkpoints`).
 
 What it works on:
 

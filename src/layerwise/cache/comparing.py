@@ -1,8 +1,12 @@
-"""Whether two tensors are the same, to the bit or but for rounding."""
+"""Whether tensors are the same, to the bit or but for rounding, and structures but for their tensors."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from layerwise.layers.structures import map_tensors
 
 _NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
 _TINY = 1e-30  # below it numbers have few bits left
@@ -36,3 +40,12 @@ def is_near(one: torch.Tensor, other: torch.Tensor) -> bool:
     if not one.numel():
         return True
     return float((one - other).abs().max()) <= near * float(one.abs().max()) + _TINY
+
+
+def same_but_for_tensors(one: Any, other: Any) -> bool:
+    """Return whether two structures are equal, their tensors left aside; False where nobody can tell."""
+    try:
+        blank, other_blank = (map_tensors(structure, lambda tensor: None) for structure in (one, other))
+        return bool(blank == other_blank)
+    except Exception:  # objects without a usable equality
+        return False

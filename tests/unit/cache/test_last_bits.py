@@ -15,7 +15,6 @@ from gated import Gated, silu_is_uneven
 from helpers import TinyCNN
 from layerwise.cache.cutting.cut import CallId, Site
 from layerwise.cache.proof.mixing import size_sensitive
-from layerwise.cache.replay.layout import Layout
 from layerwise.errors import LayerwiseWarning
 
 
@@ -245,8 +244,7 @@ def test_a_sample_that_stands_twice_in_a_batch_tells_nothing_new(indices, more) 
         runs.append(positions)
         return {site: values[positions]}
 
-    layouts, part = {site: Layout(0, 1, (0, 1))}, {site: values[[3, 2]]}
-    assert not size_sensitive(layouts, {site: values}, 4, part, [3, 2], run, indices)
+    assert not size_sensitive({site: values}, {site: values[[3, 2]]}, [3, 2], run, indices)
     assert len(runs) == more
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from layerwise.cache.comparing import is_near, same_bits
+from layerwise.cache.comparing import is_near, same_bits, same_but_for_tensors
 from layerwise.cache.cutting.cut import CallId, Site
 from layerwise.cache.replay.capturing import Skeleton
 from layerwise.cache.replay.layout import Layout, find_layout
 from layerwise.errors import CacheError
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import tensors_in
+
+logger = logging.getLogger("layerwise.cache")
 
 _TELLING = 256  # numbers of each value to compare: two routines round only some of them differently
+_LARGE = 1e4  # times what a sample holds
+_FIRST, _LAST, _MISSING, _HUGE = range(4)
+_ONE_BATCH = (_FIRST, _LAST, _MISSING, _HUGE)
+_OTHER_BATCH = (_MISSING, _FIRST, _FIRST, _FIRST)
 
 
 class PlaceError(CacheError):
@@ -31,7 +37,7 @@ class MixedError(CacheError):
 
 
 Run = Callable[[list[int], int], Mapping[Site, torch.Tensor]]
-"""Runs the prefix on some samples of the batch (by position), under a seed; returns values by site."""
+"""Runs the prefix on some samples of the batch (by position), under a seed; returns rows by site."""
 
 
 def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Skeleton]) -> None:
@@ -49,20 +55,11 @@ def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Ske
         pairs = list(zip(tensors_in(skeleton.output), tensors_in(twin.output)))
         if len(tensors_in(twin.output)) != len(tensors_in(skeleton.output)):
             raise CacheError(f"{where} has a different structure at another batch size.")
-        if not _same_constants(skeleton.output, twin.output):
+        if not same_but_for_tensors(skeleton.output, twin.output):
             raise CacheError(
                 f"{where} holds a number that depends on the batch size, or what cannot be compared."
             )
         skeleton.layouts = [find_layout(a, skeleton.batch, b, twin.batch, where=where) for a, b in pairs]
-
-
-def _same_constants(one: Any, other: Any) -> bool:
-    """Whether two structures are equal, their tensors left aside."""
-    blank = [map_tensors(structure, lambda tensor: None) for structure in (one, other)]
-    try:
-        return bool(blank[0] == blank[1])
-    except (RuntimeError, ValueError, TypeError):  # objects without a usable equality
-        return False
 
 
 def find_layouts(
@@ -111,9 +108,7 @@ def _fits(layout: Layout, full: torch.Tensor, part: torch.Tensor, chosen: list[i
 
 
 def size_sensitive(
-    layouts: Mapping[Site, Layout],
     full: Mapping[Site, torch.Tensor],
-    batch: int,
     part: Mapping[Site, torch.Tensor],
     chosen: list[int],
     run: Run,
@@ -130,9 +125,7 @@ def size_sensitive(
     must give the same bits.
 
     Args:
-        layouts: of the sites to compare.
-        full: values of the whole batch.
-        batch: its number of samples.
+        full: values of the whole batch, as rows (`Layout.to_rows`); so are all others.
         part: values of the samples `chosen`, computed on their own.
         chosen: positions in the batch.
         run: to compute more.
@@ -143,20 +136,20 @@ def size_sensitive(
         MixedError: the values depend on the other samples.
         CacheError: they are random.
     """
-    unequal = _unequal(layouts, full, chosen, part)
-    compared, rest = list(chosen), [position for position in range(batch) if position not in chosen]
+    unequal = _unequal(full, chosen, part)
+    everything = list(range(len(indices)))
+    compared, rest = list(chosen), [position for position in everything if position not in chosen]
     size = len(chosen)
-    while not unequal and len(rest) >= size and _few_numbers(layouts, full, _distinct(compared, indices)):
+    while not unequal and len(rest) >= size and _few_numbers(full, compared, indices):
         rest = at_other_places(rest)
         chosen, rest = rest[:size], sorted(rest[size:])
         part = run(chosen, 1)
-        unequal = _unequal(layouts, full, chosen, part)
+        unequal = _unequal(full, chosen, part)
         compared += chosen
     if not unequal:
         return False
-    everything = list(range(batch))
     other = at_other_places(everything)
-    moved = _unequal(layouts, full, other, run(other, 3))
+    moved = _unequal(full, other, run(other, 3))
     again = run(everything, 2) if moved else full
     for site in moved:
         if not same_bits(full[site], again[site]):
@@ -165,8 +158,7 @@ def size_sensitive(
                 f"random numbers that torch does not know of (numpy's or Python's)."
             )
     for site in unequal:
-        layout = layouts[site]
-        if not is_near(layout.to_rows(full[site])[chosen], layout.to_rows(part[site])):
+        if not is_near(full[site][chosen], part[site]):
             raise MixedError(
                 f"the value at {site} of one sample depends on the other samples of its batch.", site
             )
@@ -189,28 +181,79 @@ def at_other_places(positions: Sequence[int]) -> list[int]:
 
 
 def _unequal(
-    layouts: Mapping[Site, Layout],
-    full: Mapping[Site, torch.Tensor],
-    positions: list[int],
-    part: Mapping[Site, torch.Tensor],
+    full: Mapping[Site, torch.Tensor], positions: list[int], part: Mapping[Site, torch.Tensor]
 ) -> list[Site]:
     """Return the sites at which samples of the batch have other bits than `part`, computed from them."""
-    return [
-        site
-        for site, layout in layouts.items()
-        if not same_bits(layout.to_rows(full[site])[positions], layout.to_rows(part[site]))
-    ]
+    return [site for site, rows in full.items() if not same_bits(rows[positions], part[site])]
 
 
-def _distinct(positions: list[int], indices: Sequence[int]) -> list[int]:
-    return list({indices[position]: position for position in positions}.values())
-
-
-def _few_numbers(
-    layouts: Mapping[Site, Layout], full: Mapping[Site, torch.Tensor], positions: list[int]
-) -> bool:
+def _few_numbers(full: Mapping[Site, torch.Tensor], positions: list[int], indices: Sequence[int]) -> bool:
     """Return whether some site has too few numbers at these positions; zeros have no bits to differ in."""
+    distinct = list({indices[position]: position for position in positions}.values())
     return any(
-        full[site].is_floating_point() and int((layout.to_rows(full[site])[positions] != 0).sum()) < _TELLING
-        for site, layout in layouts.items()
+        rows.is_floating_point() and int((rows[distinct] != 0).sum()) < _TELLING for rows in full.values()
     )
+
+
+def check_companions(
+    layouts: Mapping[Site, Layout],
+    known: Mapping[Site, torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    inputs: Sequence[int | None],
+    run: Callable[[list[torch.Tensor], int], Mapping[Site, torch.Tensor]],
+    *,
+    copies_only: bool,
+) -> None:
+    """Compute some samples beside strange ones, and compare; last bits do not count.
+
+    Some operations mix samples for some inputs only: an expert passes over tokens once it is full, a missing
+    value is filled with the batch's mean, a batch is scaled down where a number in it is large. The first
+    batch need not show it. So there are copies of a sample beside it, a sample of missing values (NaN) and
+    one of large numbers. The compiled code of other libraries than torch need not survive such numbers
+    (torchvision's deformable convolution reads at a place that it computes of a NaN): where it runs, there
+    are only the copies.
+
+    Args:
+        layouts: of the sites to compare.
+        known: what the sites hold for some samples, as rows.
+        leaves: the tensors of these samples.
+        inputs: which of them reach the model.
+        run: gives the values for other samples, under a seed.
+        copies_only: have nothing but copies of the samples beside them.
+
+    Raises:
+        MixedError: a sample's values depend on its companions.
+    """
+    kinds = [
+        _kinds(leaf) if number in inputs and not copies_only else leaf[[0, -1, 0, -1]]
+        for number, leaf in enumerate(leaves)
+    ]
+    try:
+        one, other = (run([kind[list(batch)] for kind in kinds], 4) for batch in (_ONE_BATCH, _OTHER_BATCH))
+    except CacheError:
+        raise
+    except Exception as error:  # a model may refuse such samples, and then need not be asked
+        logger.debug("prefix cache: strange samples were not computed: %s", error)
+        return
+    for site, layout in layouts.items():
+        if site not in one or site not in other:
+            continue  # with such samples the model takes another way
+        first, last = known[site][0], known[site][-1]
+        rows, other_rows = layout.to_rows(one[site]), layout.to_rows(other[site])
+        pairs = [(rows[0], first), (rows[1], last), (rows[2], other_rows[0])]
+        pairs += [(row, first) for row in other_rows[1:]]
+        if not all(is_near(a, b) for a, b in pairs):
+            raise MixedError(
+                f"the value at {site} of one sample depends on the other samples of its batch: not in the "
+                f"first batch, but beside copies of itself, or samples that hold NaN or large numbers.",
+                site,
+            )
+
+
+def _kinds(leaf: torch.Tensor) -> torch.Tensor:
+    """Return four samples: the first, the last, one of missing values, one of large numbers."""
+    kinds = leaf[[0, -1, 0, -1]].clone()
+    if kinds.is_floating_point():
+        kinds[_MISSING] = float("nan")
+        kinds[_HUGE] *= _LARGE
+    return kinds

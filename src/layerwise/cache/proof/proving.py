@@ -6,17 +6,17 @@ under other seeds. What comes of it must be the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Site
-from layerwise.cache.proof.companions import check_companions
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.proof.mixing import (
     PlaceError,
     at_other_places,
+    check_companions,
     compare_skeletons,
     find_layouts,
     size_sensitive,
@@ -86,6 +86,9 @@ def prove(
     layouts = find_layouts(sites, found.values, count, part.values, part_count, chosen)
     feed.layouts |= layouts
 
+    def in_rows(values: Mapping[Site, torch.Tensor]) -> dict[Site, torch.Tensor]:
+        return {site: layout.to_rows(values[site]) for site, layout in layouts.items()}
+
     def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:
         built, size = link.build(again), len(again[0])
         return run_prefix(link, cuts, *built, batch=size, skeletons=False, seed=seed).values
@@ -95,16 +98,12 @@ def prove(
         for site in layouts:
             if site not in values:
                 raise CacheError(f"{site} runs for some samples of a batch and not for others.")
-        return values
+        return in_rows(values)
 
-    seen = {
-        site: layouts[site].from_rows(layouts[site].to_rows(value)[: len(chosen)])
-        for site, value in part.values.items()
-        if site in layouts
-    }
+    seen = {site: rows[: len(chosen)] for site, rows in in_rows(part.values).items()}
     place, sensitive = "", True
     try:
-        sensitive = size_sensitive(layouts, found.values, count, seen, chosen, run, indices)
+        sensitive = size_sensitive(in_rows(found.values), seen, chosen, run, indices)
     except PlaceError as error:
         place = str(error)
     few = [leaf[: len(chosen)] for leaf in part_leaves]

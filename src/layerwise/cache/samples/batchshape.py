@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from layerwise.cache.comparing import same_but_for_tensors
 from layerwise.cache.replay.layout import memory_order
 from layerwise.errors import CacheError
 from layerwise.layers.forms import is_plain
@@ -107,11 +108,7 @@ class BatchShape:
 
     def has_other_values(self, batch: Any) -> bool:
         """Return whether what is no tensor in another batch is not what it was in the first one."""
-        try:
-            blank, other = (map_tensors(one, lambda tensor: None) for one in (self.template, batch))
-            return bool(blank != other)
-        except Exception:  # objects without a usable equality
-            return True
+        return not same_but_for_tensors(self.template, batch)
 
     def require(self, rows: Kind) -> None:
         """Compare with the shapes that the samples had before.
