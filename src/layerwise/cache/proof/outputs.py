@@ -18,65 +18,26 @@ _CAST = "ToCopyBackward0"
 
 
 @dataclass(frozen=True)
-class Flow:
-    """How gradients flow back from a model's output.
-
-    Attributes:
-        learning: ids of the parameters that they reach.
-        operations: how often each kind of backward operation is passed, casts left out: autocast may cast a
-            weight that is used twice once or twice.
-    """
-
-    learning: frozenset[int]
-    operations: Counter[str]
-
-    @classmethod
-    def of(cls, output: Any) -> Flow:
-        """Walk the backward graph of an output."""
-        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        learning = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
-        nodes = dict.fromkeys(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
-        waiting = list(nodes)
-        while waiting:
-            behind = dict.fromkeys(node for node, _ in waiting.pop().next_functions if node is not None)
-            found = [node for node in behind if node not in nodes]
-            nodes |= dict.fromkeys(found)
-            waiting += found
-        variables = (getattr(node, "variable", None) for node in nodes)
-        learning |= {id(variable) for variable in variables if isinstance(variable, nn.Parameter)}
-        return cls(frozenset(learning), Counter(name for node in nodes if (name := node.name()) != _CAST))
-
-    def difference(self, output: Any) -> str:
-        """Return what is not the same in another output of the model; ``""`` if nothing is."""
-        other = Flow.of(output)
-        if self.learning != other.learning:
-            return (
-                f"gradients reach {len(self.learning)} parameters, and {len(other.learning)} in the plain one"
-            )
-        gone, extra = other.operations - self.operations, self.operations - other.operations
-        names = ", ".join(dict.fromkeys([*gone, *extra]))
-        return f"gradients take another way ({names})" if names else ""
-
-
-@dataclass(frozen=True)
 class Result:
     """What a replay gave.
 
     Attributes:
         tensors: in its output, detached.
         rest: what else is in it, as text.
-        flow: of its gradients.
+        learning: ids of the parameters that its gradients reach.
+        operations: how often each kind of backward operation is passed, casts left out: autocast may cast a
+            weight that is used twice once or twice.
     """
 
     tensors: list[torch.Tensor]
     rest: list[str]
-    flow: Flow
+    learning: frozenset[int]
+    operations: Counter[str]
 
     @classmethod
     def of(cls, output: Any) -> Result:
         """Return that of a model's output."""
-        tensors = [tensor.detach() for tensor in tensors_in(output)]
-        return cls(tensors, _told(output), Flow.of(output))
+        return cls([tensor.detach() for tensor in tensors_in(output)], _told(output), *_flow(output))
 
     def difference(self, output: Any) -> str:
         """Return what is not the same, bit for bit, in the plain model's output; ``""`` if nothing is."""
@@ -95,7 +56,27 @@ class Result:
             if not same_bits(one, other.detach()):
                 gap = float((one.double() - other.detach().double()).abs().max())
                 return f"output {number} differs by up to {gap:.3g}"
-        return self.flow.difference(output)
+        learning, operations = _flow(output)
+        if self.learning != learning:
+            return f"gradients reach {len(self.learning)} parameters, and {len(learning)} in the plain one"
+        names = dict.fromkeys([*(operations - self.operations), *(self.operations - operations)])
+        return f"gradients take another way ({', '.join(names)})" if names else ""
+
+
+def _flow(output: Any) -> tuple[frozenset[int], Counter[str]]:
+    """Walk the backward graph of an output; return `Result.learning` and `Result.operations`."""
+    tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    learning = {id(tensor) for tensor in tensors if isinstance(tensor, nn.Parameter)}
+    nodes = dict.fromkeys(tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
+    waiting = list(nodes)
+    while waiting:
+        behind = dict.fromkeys(node for node, _ in waiting.pop().next_functions if node is not None)
+        found = [node for node in behind if node not in nodes]
+        nodes |= dict.fromkeys(found)
+        waiting += found
+    variables = (getattr(node, "variable", None) for node in nodes)
+    learning |= {id(variable) for variable in variables if isinstance(variable, nn.Parameter)}
+    return frozenset(learning), Counter(name for node in nodes if (name := node.name()) != _CAST)
 
 
 def _told(output: Any) -> list[str]:
