@@ -143,9 +143,13 @@ def is_rebuildable(call: Call) -> bool:
     return seen == len(call.output_keys) > 0 and not _can_change(call.output)
 
 
-def returns_numbers(call: Call) -> bool:
-    """Whether the call's output holds Python numbers, which may have been read from data by ``item()``."""
-    return _has_numbers(call.output)
+def has_numbers(output: Any) -> bool:
+    """Whether an output holds Python numbers, which may have been read from data by ``item()``."""
+    if isinstance(output, bool | int | float):
+        return True
+    if isinstance(output, tuple | list):
+        return any(map(has_numbers, output))
+    return isinstance(output, Mapping) and any(map(has_numbers, output.values()))
 
 
 def calls_inside(call: Call, modules: Set[nn.Module]) -> dict[nn.Module, int]:
@@ -170,14 +174,6 @@ def _can_change(output: Any) -> bool:
     return (
         hasattr(output, "__dict__") or bool(slots_of(output)) or isinstance(output, set | deque | bytearray)
     )
-
-
-def _has_numbers(output: Any) -> bool:
-    if isinstance(output, bool | int | float):
-        return True
-    if isinstance(output, tuple | list):
-        return any(map(_has_numbers, output))
-    return isinstance(output, Mapping) and any(map(_has_numbers, output.values()))
 
 
 def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Container, Mapping, Sequence, Set
 from torch import nn
 
 from layerwise.cache.cutting.dirty import Dirt
-from layerwise.cache.cutting.doors import Door, Read, given, is_rebuildable, returns_numbers
+from layerwise.cache.cutting.doors import Door, Read, given, has_numbers, is_rebuildable
 from layerwise.layers.memory import collectors, collects_below
-from layerwise.layers.recording import Call, Recording
+from layerwise.layers.recording import Call, Op, Recording
 
 
 class Guards:
@@ -38,7 +38,7 @@ class Guards:
             call.module is not self._recording.root.module
             and call not in self._keeping
             and is_rebuildable(call)
-            and not (returns_numbers(call) and self._reads_numbers(call))
+            and not (has_numbers(call.output) and any(op.syncs for op in self._ops_in(call)))
         )
 
     def must_run(
@@ -104,7 +104,7 @@ class Guards:
         return {call for call in {door.call for door in doors} if self._is_cheap(call, at_hand, kept)}
 
     def _is_cheap(self, call: Call, at_hand: Sequence[bool], kept: Set[int]) -> bool:
-        ops = self._recording.ops[call.start : call.end]
+        ops = self._ops_in(call)
         outside = {source for op in ops for source in op.sources if not call.start <= source < call.end}
         return (
             not any(op.flops for op in ops)
@@ -112,8 +112,8 @@ class Guards:
             and all(at_hand[source] for source in outside)
         )
 
-    def _reads_numbers(self, call: Call) -> bool:
-        return any(op.syncs for op in self._recording.ops[call.start : call.end])
+    def _ops_in(self, call: Call) -> list[Op]:
+        return self._recording.ops[call.start : call.end]
 
 
 def _calls_with(recording: Recording, modules: Container[nn.Module]) -> set[Call]:
