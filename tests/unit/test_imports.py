@@ -102,7 +102,7 @@ def test_the_check_finds_an_upward_import():
     # The comparison itself must be able to fail.
     assert upward(Path("plans/plan.py"), "from layerwise.tuning.tuner import Tuner")
     assert upward(Path("plans/plan.py"), "def f():\n    import layerwise.cli.main")
-    assert upward(Path("cache/replay/ghost.py"), "from layerwise.cache.samples.order import Order")
+    assert upward(Path("cache/replay/ghost.py"), "from layerwise.cache.samples.reading import Order")
     assert upward(Path("cache/cutting/cut.py"), "from layerwise.cache.frozen import FrozenPart")
     assert not upward(Path("cache/frozen.py"), "from layerwise.cache.cutting.cut import Cut")
     assert not upward(Path("tuning/tuner.py"), "from layerwise.plans.plan import Plan")

@@ -22,9 +22,8 @@ What stands beside it, each for itself:
 What it works on:
 
 - `changes`: whether a data set (`datawatch`) or a model (`modelstate`) is what it was;
-- `samples`: a loader read by index (`reading`) in its own order (`order`), whether that draws (`draws`), its
-  samples sorted by shape (`supply`), what is stored of those of one shape (`feed`), and what is known of them
-  in one state of the model (`phase`);
+- `samples`: a loader read by index in its own order (`reading`), whether that draws (`draws`), its samples
+  sorted by shape (`supply`), and what is stored of those of one shape (`feed`);
 - `store`: memory and files (`column`, `shelf`), and whether caching pays (`decision`).
 
 How it comes together: users call `prefix`; `dealing` makes an epoch's batches, `calls` sees them reach the

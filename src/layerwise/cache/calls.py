@@ -32,9 +32,8 @@ from layerwise.cache.replay.kernels import autocast_state, backend_state
 from layerwise.cache.replay.link import Link, OpenArgumentError, find_link, known_arguments
 from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.batchshape import OtherShapeError
-from layerwise.cache.samples.opening import COMPILED
-from layerwise.cache.samples.phase import Phase
-from layerwise.cache.samples.supply import one_line
+from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.supply import COMPILED, one_line
 from layerwise.cache.store.room import give_back_memory
 from layerwise.cache.telling import told
 from layerwise.cache.traceless import apart, normal_tensors

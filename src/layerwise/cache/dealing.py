@@ -15,8 +15,8 @@ from layerwise.cache.remedies import KEEP_APART, STORE_VIEWS
 from layerwise.cache.replay.link import versions_of
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.draws import DRAWS
-from layerwise.cache.samples.order import Order
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Phase
+from layerwise.cache.samples.reading import Order
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.traceless import normal_tensors
 from layerwise.errors import CacheError

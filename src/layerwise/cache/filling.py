@@ -19,8 +19,7 @@ from layerwise.cache.folding import FOLD_TOLERANCE, Folding, find_pairs, relativ
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
-from layerwise.cache.samples.feed import Feed
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.supply import Supply
 from layerwise.errors import CacheError
 from layerwise.layers.recording import record

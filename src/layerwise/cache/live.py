@@ -10,8 +10,7 @@ import torch
 from layerwise.cache.changes.modelstate import OtherStateError
 from layerwise.cache.remedies import CALL_IT
 from layerwise.cache.samples.batchshape import BatchShape, OtherShapeError
-from layerwise.cache.samples.feed import Feed
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.supply import Supply
 from layerwise.errors import CacheError
 

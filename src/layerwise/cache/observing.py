@@ -30,8 +30,7 @@ from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import copied, memory_order
 from layerwise.cache.replay.link import Link, versions_of
 from layerwise.cache.replay.replaying import Replay, check_replayed
-from layerwise.cache.samples.feed import Feed
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless
@@ -124,7 +123,7 @@ class Observer:
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
         feed.forget_draws(live.rows)
-        find = functools.partial(self._book.find, form=link.form, changing=link.changing)
+        find = functools.partial(self._book.find, form=link.form)
         cut = find(*link.apart(args, kwargs))
         awake = frozenset(module for module in self._model.modules() if module.training)
         here = Circumstances(link, awake)

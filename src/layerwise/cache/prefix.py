@@ -7,26 +7,23 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.calls import Calls
-from layerwise.cache.cutting.book import CutBook
-from layerwise.cache.cutting.phases import Phases, PhaseSource
+from layerwise.cache.cutting.book import CutBook, Phases
 from layerwise.cache.dealing import Dealer, Epoch
 from layerwise.cache.filling import Filled, fill_rest, total
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import AtHand
 from layerwise.cache.observing import Observer
-from layerwise.cache.samples.feed import Feed
-from layerwise.cache.samples.opening import open_supply
-from layerwise.cache.samples.order import Order
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.prepared import inner, is_prepared, iterated, stand_in
-from layerwise.cache.samples.supply import Raised, Supply
+from layerwise.cache.samples.reading import Order
+from layerwise.cache.samples.supply import Raised, Supply, open_supply
 from layerwise.cache.stock import CachePool, Stock, checked_folder
 from layerwise.cache.store.decision import Decision, Storage
 from layerwise.cache.telling import decided, described, told_last
@@ -34,6 +31,9 @@ from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError, warn
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.randomness import kept_random_state
+
+if TYPE_CHECKING:
+    from layerwise.tuning.tuner import Tuner
 
 _CHANGES = 2  # times that a dataset may change before it is no use to store anything of it
 
@@ -107,7 +107,7 @@ class PrefixCache:
         dtype: torch.dtype | None = None,
         keep_inputs: bool = False,
         exact: bool = True,
-        tuner: PhaseSource | None = None,
+        tuner: Tuner | None = None,
         epochs: int | None = None,
         pool: CachePool | None = None,
     ) -> None:

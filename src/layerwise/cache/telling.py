@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from layerwise.cache.cutting.cut import Cut
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.store.decision import Decision
 from layerwise.cache.store.room import format_bytes

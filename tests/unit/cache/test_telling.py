@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Phase
 from layerwise.cache.store.decision import Decision
 from layerwise.cache.telling import merged
 

@@ -1,11 +1,11 @@
-"""`CutBook`: the cuts of one model, now and in the phases to come."""
+"""`CutBook`: the cuts of one model, now and in the `Phases` to come."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,13 +13,67 @@ from torch import nn
 from layerwise.cache.changes.modelstate import ModelState, Modes
 from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site
 from layerwise.cache.cutting.dirty import MOST_MIXED
-from layerwise.cache.cutting.phases import Phases
 from layerwise.cache.cutting.search import find_cut
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
 
-Form = Hashable
-"""How the model is called: the structure of its arguments, and those that are no tensors (`Link.form`)."""
+if TYPE_CHECKING:
+    from layerwise.tuning.tuner import Tuner
+
+
+class Form(NamedTuple):
+    """One way to call the model, whichever loader's batches it is for.
+
+    Attributes:
+        arguments: their structure, and those that are no tensors.
+        changing: numbers of the tensors that the loop makes, and that are not the data's.
+    """
+
+    arguments: Hashable
+    changing: frozenset[int] = frozenset()
+
+
+class Phases:
+    """What will learn in the phases of a plan and the runs after it, as far as that is known.
+
+    Args:
+        tuner: knows the phases; None if there is none.
+        upcoming: what runs to come will train, names of parameters -> epochs.
+    """
+
+    def __init__(self, tuner: Tuner | None, upcoming: Mapping[frozenset[str], int]) -> None:
+        self._tuner, self._upcoming = tuner, upcoming
+
+    @property
+    def draws_groups(self) -> bool:
+        """Whether the present phase draws anew every few steps which groups learn."""
+        return self._tuner is not None and bool(self._tuner.phase.sample_groups)
+
+    def later(self, now: frozenset[str]) -> dict[frozenset[str], int]:
+        """Return what learns in later phases and runs -> for how many epochs.
+
+        Only where more learns than `now`: what is frozen then is frozen now, so its values are final.
+        """
+        found = dict(self._upcoming)
+        for names, epochs in self._from_now()[1:]:
+            found[names] = found.get(names, 0) + epochs
+        return {names: epochs for names, epochs in found.items() if names > now}
+
+    def epochs_now(self) -> int | None:
+        """Return how many epochs the present set of trainable parameters lasts, if a tuner knows."""
+        phases = self._from_now()
+        return sum(epochs for names, epochs in phases if names == phases[0][0]) if phases else None
+
+    def _from_now(self) -> list[tuple[frozenset[str], int]]:
+        """Return what learns in the present phase and in each later one of the plan, with its epochs.
+
+        One that is counted in steps lasts at least a part of an epoch.
+        """
+        if self._tuner is None:
+            return []
+        names, now = self._tuner.trainable_names, self._tuner.phase_index
+        phases = self._tuner.plan.phases
+        return [(names(index), phases[index].epochs or 1) for index in range(now, len(phases))]
 
 
 @dataclass(frozen=True)
@@ -64,13 +118,7 @@ class CutBook:
         self._mixed: defaultdict[Form, set[Site]] = defaultdict(set)
 
     def find(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        form: Form,
-        changing: frozenset[int] = frozenset(),
-        at_inputs: bool = True,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, form: Form, at_inputs: bool = True
     ) -> Cut:
         """Return the cut for the present state, recording one forward pass if it has to be looked for.
 
@@ -80,7 +128,6 @@ class CutBook:
             args: of the model's forward.
             kwargs: of the model's forward.
             form: of the call.
-            changing: which of the arguments' tensors are not the data's.
             at_inputs: see `find_cut`; False replaces the cut that was found before.
 
         Raises:
@@ -106,11 +153,12 @@ class CutBook:
                 f"of the cache's own would change it as well."
             )
         values = recording.values
-        if any(values[key].input in changing for op in recording.ops for key in op.mutates):
+        if any(values[key].input in form.changing for op in recording.ops for key in op.mutates):
             raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
         if at_inputs:
-            self._foresee(recording, form, changing)
-        cut = find_cut(recording, trainable, changing=changing, mixed=self._mixed[form], at_inputs=at_inputs)
+            self._foresee(recording, form)
+        mixed = self._mixed[form]
+        cut = find_cut(recording, trainable, changing=form.changing, mixed=mixed, at_inputs=at_inputs)
         self._note(trainable, form, _Known(self.state.modes(), cut))
         return cut
 
@@ -136,7 +184,7 @@ class CutBook:
     def _note(self, trainable: frozenset[str], form: Form, known: _Known) -> None:
         self._cuts[trainable, form, self.state.settings.number()].insert(0, known)
 
-    def _foresee(self, recording: Recording, form: Form, changing: frozenset[int]) -> None:
+    def _foresee(self, recording: Recording, form: Form) -> None:
         """Find the cuts of the later phases, which spares them a recording of their own.
 
         A phase that unfreezes a group puts it into train mode. That makes nothing random or dependent on
@@ -146,7 +194,7 @@ class CutBook:
         modes = self.state.modes()
         for names in self.phases.later(self.state.trainable()):
             try:
-                cut = find_cut(recording, names, changing=changing, mixed=self._mixed[form])
+                cut = find_cut(recording, names, changing=form.changing, mixed=self._mixed[form])
             except NothingToSkipError as error:
                 known = _Known(modes, str(error))
             else:

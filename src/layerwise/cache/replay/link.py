@@ -18,6 +18,7 @@ import torch
 
 from layerwise.cache.changes.contents import Contents
 from layerwise.cache.comparing import same_bits
+from layerwise.cache.cutting.book import Form
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.cache.replay.handed import Handed
 from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
@@ -66,14 +67,9 @@ class Link:
     device: torch.device
 
     @property
-    def form(self) -> Hashable:
-        """Whatever tells this way to call the model from others, whichever loader's batches it is for."""
-        return self.arguments, self.changing
-
-    @property
-    def changing(self) -> frozenset[int]:
-        """Numbers of the arguments that the loop made."""
-        return frozenset(number for number, leaf in enumerate(self.leaves) if leaf is None)
+    def form(self) -> Form:
+        """Whatever tells this way to call the model from others."""
+        return Form(self.arguments, frozenset(at for at, leaf in enumerate(self.leaves) if leaf is None))
 
     @functools.cached_property
     def name(self) -> str:

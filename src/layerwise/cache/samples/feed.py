@@ -1,4 +1,4 @@
-"""`Feed`: what the cache knows of samples of one shape: their stored values, and how to hand them out."""
+"""`Feed`: what the cache knows of samples of one shape, and in each `Phase`; how they are handed out."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from layerwise.cache.replay.handed import handed
 from layerwise.cache.replay.layout import Layout, copied, in_order
 from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.batchshape import BatchShape, Kind
-from layerwise.cache.samples.phase import Phase
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.store.column import Column
+from layerwise.cache.store.decision import Decision
 from layerwise.errors import CacheError
 from layerwise.layers.structures import map_tensors, tensors_in
 
@@ -29,6 +29,36 @@ logger = logging.getLogger("layerwise.cache")
 
 _PHASES = 32  # a schedule of an attribute makes one in each epoch
 _LARGE_BYTES = 2**16  # a real input larger than this is loaded again rather than stored
+
+
+@dataclass
+class Phase:
+    """One combination of trainable parameters and train/eval modes, for one loader.
+
+    Attributes:
+        decision: what was chosen; None before.
+        verified: a replayed batch was bit for bit the plain one; False again if it is refused later.
+        cut: where the pass is cut. This and the following are there once a first batch was replayed.
+        ghosts: leaves of the batch that are not loaded.
+        fixed: what the skipped calls give for every batch alike.
+    """
+
+    decision: Decision | None = None
+    verified: bool = False
+    cut: Cut = field(init=False)
+    ghosts: frozenset[int] = field(init=False)
+    fixed: Fixed = field(init=False)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not cached; ``""`` if it is, and before that is decided."""
+        return self.decision.reason if self.decision is not None and self.decision.storage == "off" else ""
+
+    def refuse(self, reason: str) -> None:
+        """Decide that it is not cached, if that was not chosen."""
+        self.verified = False
+        if not self.reason:
+            self.decision = Decision("off", reason)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`Supply`: one loader whose samples the cache keeps, sorted by their shapes."""
+"""`Supply`: one loader whose samples the cache keeps, sorted by shape; `open_supply` says if it can."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.alike import does_the_same, reads_alike
 from layerwise.cache.changes.datawatch import DataWatch
+from layerwise.cache.remedies import STORE_VIEWS
 from layerwise.cache.samples.batchshape import Kind, OtherShapeError, kind_of
-from layerwise.cache.samples.feed import Feed
-from layerwise.cache.samples.order import Order
-from layerwise.cache.samples.phase import Phase
-from layerwise.cache.samples.reading import LoaderReader
+from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.reading import LoaderReader, Order
+from layerwise.cache.store.decision import process_count
 from layerwise.errors import CacheError, warn
+from layerwise.layers.isolation import unwrap
 from layerwise.layers.structures import tensors_in
 
 logger = logging.getLogger("layerwise.cache")
 
-NOT_LOADED = "a sample could not be loaded in this process: "
+COMPILED = (
+    "the model is compiled, as a whole or in part, and what is compiled cannot be skipped. Leave "
+    "torch.compile out while the prefix is frozen"
+)
+_NOT_LOADED = "a sample could not be loaded in this process: "
 
 _LOOKED_AT = 12  # samples whose shapes are compared before the first epoch
 _MIXED = (
@@ -132,7 +138,7 @@ class Supply:
                 with self.reader.unaffected():
                     what = self.watch.changed(self.reader.load_probes) or what
             except Exception as error:  # if the dataset is at fault, the plain loop will say so
-                self.refuse(NOT_LOADED + one_line(error))
+                self.refuse(_NOT_LOADED + one_line(error))
                 return ""
         if what:
             self.changes += 1
@@ -171,7 +177,7 @@ class Supply:
         try:
             reason = "" if self.sort() else str(other)
         except Exception as error:  # the dataset's own code; the loop may pass over what it cannot load
-            reason = NOT_LOADED + one_line(error)
+            reason = _NOT_LOADED + one_line(error)
         if reason:
             self.refuse(reason)
 
@@ -266,6 +272,53 @@ class Supply:
                     raise  # the sampler's own
                 batch = Raised(error)
             yield seen.popleft(), batch
+
+
+def open_supply(loader: DataLoader[Any], model: nn.Module, *, views: int, asked: bool) -> Supply:
+    """Return the supply of a loader; its `reason` says why nothing of it is cached, if so it is.
+
+    Loads a few samples, twice, to find random augmentation. Where they differ in shape, loads all samples
+    once to sort them by it. Where workers are prepared by a function, one loads them as well.
+
+    Args:
+        loader: whatever the user gave.
+        model: as the user gave it, wrappers included.
+        views: draws of each sample that are stored.
+        asked: the user asked for a cache, and is warned where there is none.
+    """
+    supply = Supply(loader, views=views, asked=asked)
+    try:
+        _refuse_unusable(model)
+        supply.read(LoaderReader(loader))
+        watch, reader = DataWatch(loader.dataset, loader.collate_fn), supply.reader
+        random, samples = reader.randomness()
+        if views == 1:
+            watch.loaded(samples)
+            supply.watch = watch
+        if random and views == 1:
+            supply.refuse(random + STORE_VIEWS)
+        elif not random and reader.differ_in_workers(samples):
+            supply.refuse("worker_init_fn makes other samples than are loaded in this process")
+        elif supply.looks_ragged():
+            supply.sort()
+    except CacheError as error:
+        supply.refuse(str(error))
+    except Exception as error:  # the dataset's own code; if it is at fault, the plain loop will say so
+        supply.refuse(_NOT_LOADED + one_line(error))
+    return supply
+
+
+def _refuse_unusable(model: nn.Module) -> None:
+    """Raise CacheError if no pass of this model can be cached."""
+    inner = unwrap(model)
+    compiled = any(type(m).__name__ == "OptimizedModule" for m in (model, getattr(model, "module", model)))
+    if compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in inner.modules()):
+        raise CacheError(COMPILED)
+    if process_count() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in inner.modules()):
+        raise CacheError(
+            "the model's SyncBatchNorm layers talk to the other processes in each forward pass, and the "
+            "cache runs passes of its own, in which the others take no part"
+        )
 
 
 @dataclass(frozen=True)

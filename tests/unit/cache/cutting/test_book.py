@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import layerwise
 from cache_loops import freeze_prefix, images, unfreeze_gradually
 from layerwise.cache.cutting import book as books
-from layerwise.cache.cutting.phases import Phases
 from layerwise.choosing.space import names_by_depth
 
 
@@ -115,11 +114,11 @@ def test_a_cut_found_in_eval_mode_does_not_hold_in_train_mode() -> None:
     # a validation that comes first skips a batch-norm; the reverse holds, as less depends on the batch then
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[:2].requires_grad_(False)
-    book, given = books.CutBook(model, Phases(None, {})), (torch.randn(3, 4),)
+    book, given = books.CutBook(model, books.Phases(None, {})), (torch.randn(3, 4),)
 
     def skipped(training: bool) -> list[str]:
         model.train(training)
-        return [call.path for call in book.find(given, {}, form="").skipped]
+        return [call.path for call in book.find(given, {}, form=books.Form("")).skipped]
 
     assert skipped(training=False) == ["0", "1"]
     assert skipped(training=True) == ["0"]
@@ -155,12 +154,12 @@ def test_the_cut_of_a_later_phase_is_that_of_the_present_settings() -> None:
     # a domain that comes back: the recording in the other one came last, and tells nothing of this one
     model, given = Deep(), (torch.randn(3, 8),)
     freeze_prefix(model, "head")
-    book = books.CutBook(model, Phases(None, {LATER: 2}))
+    book = books.CutBook(model, books.Phases(None, {LATER: 2}))
 
     def structure(scale: float) -> str:
         model.stem.scale = scale
-        book.find(given, {}, form="")
-        ((epochs, cut),) = book.later("")
+        book.find(given, {}, form=books.Form(""))
+        ((epochs, cut),) = book.later(books.Form(""))
         assert epochs == 2
         return cut.sources[cut.frontier[0]].structure
 
@@ -168,7 +167,7 @@ def test_the_cut_of_a_later_phase_is_that_of_the_present_settings() -> None:
     assert first != second
     assert structure(1.0) == first
     model.stem.scale = 3.0
-    assert book.later("") == []
+    assert book.later(books.Form("")) == []
 
 
 def test_the_cut_of_a_later_phase_holds_in_the_present_modes() -> None:
@@ -176,15 +175,17 @@ def test_the_cut_of_a_later_phase_holds_in_the_present_modes() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 4))
     model[:3].requires_grad_(False)
     given = (torch.randn(3, 8),)
-    book = books.CutBook(model, Phases(None, {frozenset({"2.weight", "2.bias", "3.weight", "3.bias"}): 1}))
+    book = books.CutBook(
+        model, books.Phases(None, {frozenset({"2.weight", "2.bias", "3.weight", "3.bias"}): 1})
+    )
     model.eval()
-    book.find(given, {}, form="")
-    (found,) = book.later("")
+    book.find(given, {}, form=books.Form(""))
+    (found,) = book.later(books.Form(""))
     assert [call.path for call in found[1].skipped] == ["0", "1"]
     model[1].train()
-    assert book.later("") == []
-    book.find(given, {}, form="")
-    (found,) = book.later("")
+    assert book.later(books.Form("")) == []
+    book.find(given, {}, form=books.Form(""))
+    (found,) = book.later(books.Form(""))
     assert [call.path for call in found[1].skipped] == ["0"]
 
 

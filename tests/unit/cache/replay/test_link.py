@@ -119,14 +119,14 @@ def test_another_caches_ghost_is_the_loops_own() -> None:
     # it is not looked at
     x = images()
     other = handed((2, 3), torch.float32, load=lambda: pytest.fail("it was loaded"))
-    assert link_of(x, other, leaves=[x]).changing == {1}
+    assert link_of(x, other, leaves=[x]).form.changing == {1}
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
 def test_an_argument_without_memory_of_its_own() -> None:
     x = images()
     masked = torch.masked.masked_tensor(torch.ones(2, 3), torch.ones(2, 3) > 0)
-    assert link_of(x, masked, leaves=[x]).changing == {1}
+    assert link_of(x, masked, leaves=[x]).form.changing == {1}
 
 
 def test_functions_and_classes_are_told_by_who_they_are() -> None:

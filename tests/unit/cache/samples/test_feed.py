@@ -15,8 +15,7 @@ from layerwise.cache.replay.fixed import Circumstances, Fixed
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
-from layerwise.cache.samples.feed import Feed, SiteColumn
-from layerwise.cache.samples.phase import Phase
+from layerwise.cache.samples.feed import Feed, Phase, SiteColumn
 from layerwise.cache.samples.reading import LoaderReader
 from layerwise.cache.stock import CachePool
 from layerwise.cache.store.column import Column, RowSpec

@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader
 
 from cache_loops import images
 from helpers import TinyCNN
-from layerwise.cache.samples.opening import open_supply
+from layerwise.cache.samples.supply import open_supply
 from layerwise.errors import LayerwiseWarning
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_layers_that_talk_to_other_processes(processes, monkeypatch) -> None:
     # those would wait for ever for one that looks at a batch
-    monkeypatch.setattr("layerwise.cache.samples.opening.process_count", lambda: processes)
+    monkeypatch.setattr("layerwise.cache.samples.supply.process_count", lambda: processes)
     model, loader = nn.SyncBatchNorm.convert_sync_batchnorm(TinyCNN()), DataLoader(images(), 4)
     if processes == 1:
         assert open_supply(loader, model, views=1, asked=True).reason == ""
