@@ -107,30 +107,36 @@ class FrozenPart:
         args, kwargs = link.apart(args, kwargs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.running())
-            stack.enter_context(
-                traceless(self.model, self._before)
-            )  # it may go another way, and run to its end
+            stack.enter_context(traceless(self.model, self._before))  # it may go another way, to its end
             stack.enter_context(torch.set_grad_enabled(link.grad))
             for kind, enabled, dtype in link.autocast:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 seed_everything(seed)
-            before = self._drawn() if log is not None else ()
-            with contextlib.ExitStack() as watching:
-                if log is not None:  # it does not see what compiled functions do
-                    watching.enter_context(uncompiled())
-                    watching.enter_context(log)
-                found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
-            if log is not None and self._drawn() != before:
-                raise CacheError(
-                    "the frozen part draws random numbers of Python's or numpy's, and what they decide "
-                    "cannot be seen."
-                )
+            if log is not None:
+                stack.enter_context(self._logged(log))
+            found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
         if found.not_come:
             raise CacheError(
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."
             )
         return found
+
+    @contextlib.contextmanager
+    def _logged(self, log: ElementwiseLog) -> Iterator[None]:
+        """Within: `log` notes what runs, compiled functions included.
+
+        Raises:
+            CacheError: Python's or numpy's random numbers were drawn.
+        """
+        before = self._drawn()
+        with uncompiled(), log:
+            yield
+        if self._drawn() != before:
+            raise CacheError(
+                "the frozen part draws random numbers of Python's or numpy's, and what they decide cannot be "
+                "seen."
+            )
 
     def _drawn(self) -> tuple[Any, ...]:
         """Return what Python's and numpy's generators have drawn, the model's own ones included."""

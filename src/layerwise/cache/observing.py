@@ -31,6 +31,7 @@ from layerwise.cache.replay.layout import copied, memory_order
 from layerwise.cache.replay.link import Link, versions_of
 from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.feed import Feed, Phase
+from layerwise.cache.samples.supply import one_line
 from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless
@@ -192,13 +193,12 @@ class Observer:
             fixed.note(cuts, found, named_tensors(self._model))
             self._stock.adopt(feed, cuts, values, live.rows)
         expected, suffix_s = self._replayed(seen, values)
-        leaves = list(live.leaves)
 
         def compare(output: Any) -> None:
             problem = expected.difference(output)
             if problem:
                 raise CacheError(f"a replayed batch is not the plain one: {problem}.")
-            self._store(seen, values, leaves, prefix_s, suffix_s)
+            self._store(seen, values, prefix_s, suffix_s)
 
         return compare
 
@@ -263,18 +263,12 @@ class Observer:
             except CacheError:
                 raise
             except Exception as error:  # code between modules reads a ghost in a way of its own (numpy)
-                why = " ".join(str(error).split())[:200]
-                raise CacheError(f"a replay raised {type(error).__name__}: {why}") from error
+                raise CacheError(f"a replay raised {one_line(error)}") from error
         check_replayed(output, replay.not_come)
         return Result.of(output), suffix_s
 
     def _store(
-        self,
-        seen: _Seen,
-        values: Mapping[Site, torch.Tensor],
-        leaves: list[torch.Tensor],
-        prefix_s: float,
-        suffix_s: float,
+        self, seen: _Seen, values: Mapping[Site, torch.Tensor], prefix_s: float, suffix_s: float
     ) -> None:
         feed, rows, phase, later = seen.live.feed, seen.live.rows, seen.phase, seen.later
         if self._is_stored(feed, phase, rows):
@@ -292,5 +286,5 @@ class Observer:
             raise CacheError(phase.decision.reason)
         self._stock.provide(feed, phase.cut, phase.ghosts, values, where)
         self._stock.provide_later(feed, later, values, where)
-        self._frozen.put(feed, values, leaves, rows)
+        self._frozen.put(feed, values, seen.live.leaves, rows)
         phase.verified = True

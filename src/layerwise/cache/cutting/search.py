@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layerwise.cache.changes.outlines import outline
+from layerwise.cache.comparing import outline
 from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site, lost_speed
 from layerwise.cache.cutting.dirty import find_dirty, frozen_flops
 from layerwise.cache.cutting.doors import (

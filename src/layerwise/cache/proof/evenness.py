@@ -135,7 +135,7 @@ def uneven_places(
     within = between = ""
     for one, other in zip(full, part):
         name = str(one.function)
-        key = f"{name} {_shapes(one)} {_shapes(other)}"
+        key = f"{name} {one.arguments} {other.arguments}"
         if key in seen:
             continue
         seen.add(key)
@@ -230,10 +230,6 @@ def _run(run: Elementwise, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     args, kwargs = tree_map_only(Outline, lambda _: next(source), run.arguments)
     output: torch.Tensor = run.function(*args, **kwargs)
     return output
-
-
-def _shapes(run: Elementwise) -> str:
-    return f"{run.outlines} {_scalars(run)}"
 
 
 def _scalars(run: Elementwise) -> str:

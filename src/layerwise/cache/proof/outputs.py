@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.cache.changes.outlines import outline
-from layerwise.cache.comparing import same_bits
+from layerwise.cache.comparing import outline, same_bits
 from layerwise.layers.structures import tensors_in
 
 _CAST = "ToCopyBackward0"

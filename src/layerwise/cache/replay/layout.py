@@ -152,15 +152,13 @@ def find_layout(
         CacheError: the shape depends on the batch size in another way than samples side by side along
             one dimension.
     """
-    differ = [
-        dim for dim in range(one.dim()) if other.dim() != one.dim() or one.shape[dim] != other.shape[dim]
-    ]
-    if one.dim() == other.dim() and not differ:
+    if one.shape == other.shape:
         return None
-    if one.dim() == other.dim() and len(differ) == 1:
-        dim = differ[0]
-        per_sample = one.shape[dim] // batch
-        if one.shape[dim] == per_sample * batch and other.shape[dim] == per_sample * other_batch:
+    if one.dim() == other.dim():
+        differ = [dim for dim in range(one.dim()) if one.shape[dim] != other.shape[dim]]
+        dim, per_sample = differ[0], one.shape[differ[0]] // batch
+        grows = one.shape[dim] == per_sample * batch and other.shape[dim] == per_sample * other_batch
+        if len(differ) == 1 and grows:
             order = memory_order(one)
             repeated = tuple((d, one.shape[d]) for d in repeated_dims(one) if d != dim)
             if repeated and repeated_dims(other) == repeated_dims(one):

@@ -47,22 +47,15 @@ class Noting:
 def own_generators(dataset: Any, collate: Any) -> Snapshot:
     """Return the random generators that loading uses, and that are not the global ones.
 
+    Methods that load a sample are asked as well: they may draw by globals of a module.
+
     Args:
         dataset: map-style; those in it are looked into as well.
         collate: the collate function; None where there is none.
     """
-    return Snapshot([*datasets_in(dataset), collate, *loading_code(dataset)], generators_only=True)
-
-
-def loading_code(dataset: Any) -> list[Any]:
-    """Return the methods that load a sample, of a dataset and of those in it: they may draw by globals."""
-    names = ("__getitem__", "__getitems__")
-    return [
-        getattr(type(part), name)
-        for part in datasets_in(dataset)
-        for name in names
-        if hasattr(type(part), name)
-    ]
+    parts, names = datasets_in(dataset), ("__getitem__", "__getitems__")
+    code = [getattr(type(part), name, None) for part in parts for name in names]
+    return Snapshot([*parts, collate, *code], generators_only=True)
 
 
 def says_it_drew(dataset: Any) -> bool:
