@@ -58,116 +58,124 @@ def total(parts: Sequence[Filled]) -> Filled:
     )
 
 
-def fill_rest(
-    frozen: FrozenPart,
-    supply: Supply,
-    feed: Feed,
-    phase: Phase,
-    *,
-    batch_size: int | None,
-    fold: bool,
-) -> Filled:
-    """Compute and store what is missing of a feed's samples.
+@dataclass(frozen=True)
+class Filling:
+    """A recording pass over the samples of one feed.
 
-    Args:
+    Attributes:
         frozen: computes samples.
         supply: the loader.
         feed: of those of its samples that are to be computed.
         phase: under way, and verified: the values of its cut are computed, and those of later phases for
             which there is room.
-        batch_size: of this pass; None for the loader's.
-        fold: fold batch-norms.
     """
-    samples, notes = feed.members or list(range(feed.size)), []
-    folding, difference = None, 0.0
-    if fold:
-        try:
-            folding, difference = _folding(frozen, feed, phase.cut)
-        except CacheError as error:
-            notes.append(f"nothing is folded: {str(error).rstrip('.')}")
-    size, reason = batch_size or feed.full, ""
-    if size != feed.full and feed.places is not None:
-        reason = "last bits depend on the place in a batch"
-    elif size > feed.size and feed.sizes is not None:
-        size = feed.full  # no batch is so large
-    elif feed.sizes is not None and size not in feed.sizes:
-        reason = _other_bits(frozen, feed, phase.cut, size)
-        feed.sizes = feed.sizes if reason else feed.sizes | {size}
-    if reason:
-        notes.append(f"batches of {size} are not used: {reason}")
-        size = feed.full
-    done = sum(_fill(frozen, supply, feed, phase, samples, size, view, folding) for view in range(feed.views))
-    return Filled(done, size, 0 if folding is None else len(folding), difference, tuple(notes))
 
+    frozen: FrozenPart
+    supply: Supply
+    feed: Feed
+    phase: Phase
 
-def _fill(
-    frozen: FrozenPart,
-    supply: Supply,
-    feed: Feed,
-    phase: Phase,
-    samples: Sequence[int],
-    size: int,
-    view: int,
-    folding: Folding | None,
-) -> int:
-    """Compute the samples of which something is missing, in batches of `size`; return how many there were."""
-    frozen.thread = get_ident()
-    batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
-    rows = [feed.rows_of(batch, view) for batch in batches]
-    absent = [int(feed.missing(phase, some).sum()) for some in rows]
-    wanted = [number for number, count in enumerate(absent) if count]
-    loaded = feed.reader.load(iter([batches[number] for number in wanted]))
-    with frozen.in_a_row() if wanted and folding is None else contextlib.nullcontext():
-        for number, batch in zip(wanted, loaded):
-            with folding or contextlib.nullcontext():
-                live = Live(supply, feed, rows[number], batches[number], frozen.state.number(), phase)
-                frozen.complete(live, batch)
-    return sum(absent)
+    def run(self, batch_size: int | None, *, fold: bool) -> Filled:
+        """Compute and store what is missing.
 
+        Args:
+            batch_size: of this pass; None for the loader's.
+            fold: fold batch-norms.
+        """
+        feed, notes = self.feed, []
+        folding, difference = None, 0.0
+        if fold:
+            try:
+                folding, difference = self._folding()
+            except CacheError as error:
+                notes.append(f"nothing is folded: {str(error).rstrip('.')}")
+        size, reason = batch_size or feed.full, ""
+        if size != feed.full and feed.places is not None:
+            reason = "last bits depend on the place in a batch"
+        elif size > feed.size and feed.sizes is not None:
+            size = feed.full  # no batch is so large
+        elif feed.sizes is not None and size not in feed.sizes:
+            reason = self._other_bits(size)
+            feed.sizes = feed.sizes if reason else feed.sizes | {size}
+        if reason:
+            notes.append(f"batches of {size} are not used: {reason}")
+            size = feed.full
+        done = sum(self._fill(size, view, folding) for view in range(feed.views))
+        return Filled(done, size, 0 if folding is None else len(folding), difference, tuple(notes))
 
-def _other_bits(frozen: FrozenPart, feed: Feed, cut: Cut, size: int) -> str:
-    """Return how a batch of `size` samples differs from batches of `feed.full`; ``""`` if no bit does."""
-    cuts, full, samples = frozen.stored_cuts(feed, cut), feed.full, feed.members or range(feed.size)
-    taken = [samples[number % len(samples)] for number in range(-(-size // full) * full)]
-    leaves = feed.shape.check(feed.reader.load_now(taken), len(taken))
-    runs: list[ElementwiseLog] = []
+    def _fill(self, size: int, view: int, folding: Folding | None) -> int:
+        """Compute the samples of which something is missing, in batches of `size`; return how many."""
+        frozen, feed, phase, samples = self.frozen, self.feed, self.phase, self.feed.indices
+        frozen.thread = get_ident()
+        batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+        rows = [feed.rows_of(batch, view) for batch in batches]
+        absent = [int(feed.missing(phase, some).sum()) for some in rows]
+        wanted = [number for number, count in enumerate(absent) if count]
+        loaded = feed.reader.load(iter([batches[number] for number in wanted]))
+        with frozen.in_a_row() if wanted and folding is None else contextlib.nullcontext():
+            for number, batch in zip(wanted, loaded):
+                with folding or contextlib.nullcontext():
+                    key = frozen.state.number()
+                    live = Live(self.supply, feed, rows[number], batches[number], key, phase)
+                    frozen.complete(live, batch)
+        return sum(absent)
 
-    def compute(start: int, count: int) -> dict[Site, torch.Tensor]:
-        runs.append(ElementwiseLog())
-        args, kwargs = feed.link.build([leaf[start : start + count] for leaf in leaves])
-        found = frozen.run(feed.link, cuts, args, kwargs, batch=count, skeletons=False, log=runs[-1]).values
-        return {site: feed.sites[site].layout.to_rows(found[site]) for each in cuts for site in each.frontier}
+    def _other_bits(self, size: int) -> str:
+        """Return how a batch of `size` samples differs from batches of `feed.full`; ``""`` if no bit does."""
+        feed, full = self.feed, self.feed.full
+        taken = [feed.indices[number % feed.size] for number in range(-(-size // full) * full)]
+        leaves = feed.shape.check(feed.reader.load_now(taken), len(taken))
+        runs: list[ElementwiseLog] = []
 
-    values = compute(0, size)
-    for start in range(0, size, full):
-        for site, rows in compute(start, full).items():
-            part = values[site][start : start + full]
-            if not same_bits(part, rows[: len(part)]):
-                return f"the last bits of the value at {site} differ from those in batches of {full}"
-    within, between = uneven_places(runs[1].runs, full, runs[0].runs, size)
-    if within or between:
-        return f"the last bits of {within or between} depend on the size of the batch"
-    return ""
+        def compute(start: int, count: int) -> dict[Site, torch.Tensor]:
+            runs.append(ElementwiseLog())
+            values = self._computed([leaf[start : start + count] for leaf in leaves], log=runs[-1])
+            return {site: feed.sites[site].layout.to_rows(value) for site, value in values.items()}
 
+        values = compute(0, size)
+        for start in range(0, size, full):
+            for site, rows in compute(start, full).items():
+                part = values[site][start : start + full]
+                if not same_bits(part, rows[: len(part)]):
+                    return f"the last bits of the value at {site} differ from those in batches of {full}"
+        within, between = uneven_places(runs[1].runs, full, runs[0].runs, size)
+        if within or between:
+            return f"the last bits of {within or between} depend on the size of the batch"
+        return ""
 
-def _folding(frozen: FrozenPart, feed: Feed, cut: Cut) -> tuple[Folding, float]:
-    """Return the folding, and its relative difference on the first batch.
+    def _folding(self) -> tuple[Folding, float]:
+        """Return the folding, and its relative difference on the first batch.
 
-    Raises:
-        CacheError: nothing can be folded, or values would differ by too much.
-    """
-    cuts, link, count = frozen.stored_cuts(feed, cut), feed.link, feed.full
-    args, kwargs = link.build(tensors_in(feed.reader.load_now((feed.members or range(count))[:count])))
-    with torch.no_grad():
-        folding = Folding(frozen.model, find_pairs(record(frozen.model, args, kwargs), cuts))
-    plain = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
-    with folding:
-        folded = frozen.run(link, cuts, args, kwargs, batch=count, skeletons=False).values
-    if not len(folding):
-        raise CacheError("no frozen batch-norm follows a frozen convolution directly")
-    difference = relative_difference(plain, folded, (site for each in cuts for site in each.frontier))
-    if not difference <= FOLD_TOLERANCE:
-        raise CacheError(
-            f"values would differ by {difference:.1e} of the largest, more than {FOLD_TOLERANCE:.0e}"
+        Raises:
+            CacheError: nothing can be folded, or values would differ by too much.
+        """
+        feed, model = self.feed, self.frozen.model
+        leaves = tensors_in(feed.reader.load_now(feed.indices[: feed.full]))
+        with torch.no_grad():
+            recording = record(model, *feed.link.build(leaves))
+            folding = Folding(model, find_pairs(recording, self._cuts))
+        plain = self._computed(leaves)
+        with folding:
+            folded = self._computed(leaves)
+        if not len(folding):
+            raise CacheError("no frozen batch-norm follows a frozen convolution directly")
+        difference = relative_difference(plain, folded)
+        if not difference <= FOLD_TOLERANCE:
+            raise CacheError(
+                f"values would differ by {difference:.1e} of the largest, more than {FOLD_TOLERANCE:.0e}"
+            )
+        return folding, difference
+
+    @property
+    def _cuts(self) -> list[Cut]:
+        return self.frozen.stored_cuts(self.feed, self.phase.cut)
+
+    def _computed(
+        self, leaves: list[torch.Tensor], log: ElementwiseLog | None = None
+    ) -> dict[Site, torch.Tensor]:
+        """Return the stored values of a batch that has these tensors, computed anew."""
+        link, cuts = self.feed.link, self._cuts
+        found = self.frozen.run(
+            link, cuts, *link.build(leaves), batch=len(leaves[0]), skeletons=False, log=log
         )
-    return folding, difference
+        return {site: found.values[site] for cut in cuts for site in cut.frontier}

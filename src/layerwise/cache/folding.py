@@ -167,14 +167,12 @@ class Folding(TorchFunctionMode):
             )
 
 
-def relative_difference(
-    one: Mapping[Site, torch.Tensor], other: Mapping[Site, torch.Tensor], sites: Iterable[Site]
-) -> float:
-    """Return the largest difference at `sites`, relative to the largest number of each value; NaN of NaN."""
+def relative_difference(one: Mapping[Site, torch.Tensor], other: Mapping[Site, torch.Tensor]) -> float:
+    """Return the largest difference at a site, relative to the largest number of its value; NaN of NaN."""
     found = [0.0]
-    for site in sites:
-        wide = torch.complex128 if one[site].is_complex() else torch.float64
-        a, b = one[site].to(wide), other[site].to(wide)
+    for site, value in one.items():
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        a, b = value.to(wide), other[site].to(wide)
         gaps, sizes = (a - b).abs()[a != b], a.abs()[a.isfinite()]
         gap, scale = (float(part.max()) if part.numel() else 0.0 for part in (gaps, sizes))
         found.append(gap / scale if scale else gap)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from layerwise.cache.calls import Calls
 from layerwise.cache.cutting.book import CutBook, Phases
 from layerwise.cache.dealing import Dealer, Epoch
-from layerwise.cache.filling import Filled, fill_rest, total
+from layerwise.cache.filling import Filled, Filling, total
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import AtHand
 from layerwise.cache.observing import Observer
@@ -24,9 +24,9 @@ from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.prepared import inner, is_prepared, iterated, stand_in
 from layerwise.cache.samples.reading import Order
 from layerwise.cache.samples.supply import Raised, Supply, open_supply
-from layerwise.cache.stock import CachePool, Stock, checked_folder
+from layerwise.cache.stock import CachePool, Stock
 from layerwise.cache.store.decision import Decision, Storage
-from layerwise.cache.telling import decided, described, told_last
+from layerwise.cache.telling import described, last_phase, told
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError, warn
 from layerwise.layers.isolation import unwrap
@@ -117,7 +117,7 @@ class PrefixCache:
         self.storage: Storage = storage
         self.views = views
         self.keep_inputs = keep_inputs
-        self.stock = Stock(self.model, storage, budget_bytes, checked_folder(folder), dtype, pool)
+        self.stock = Stock(self.model, storage, budget_bytes, folder, dtype, pool)
         self._given = model  # wrappers included
         self._why_off = "switched off"  # where `storage` says so
         self._exact = exact
@@ -234,12 +234,9 @@ class PrefixCache:
         supply = self._supply(inner(self._loader(loader)))
         with kept_random_state():
             found = self._looked_at(supply, call or self._call)
-            done = [
-                fill_rest(self._frozen, supply, feed, phase, batch_size=batch_size, fold=fold)
-                for feed, phase in found
-            ]
+            passes = [Filling(self._frozen, supply, feed, phase) for feed, phase in found]
+            filled = total([one.run(batch_size, fold=fold) for one in passes])
         self.stock.shelf.publish_complete()
-        filled = total(done)
         for note in filled.notes:
             warn(f"prefix cache: {note}.")
         return filled
@@ -251,14 +248,18 @@ class PrefixCache:
     @property
     def decision(self) -> Decision | None:
         """What was chosen last for the class's own loader; None before its first batch."""
-        supply = self._known_supply(inner(self.loader))
-        return None if supply is None else decided(supply)
+        last = self._last_phase()
+        return None if last is None else last.decision
 
     @property
     def decision_text(self) -> str:
         """What `describe` says of `decision`; ``""`` before the first batch."""
+        last = self._last_phase()
+        return "" if last is None else f"prefix cache: {told(last)}"
+
+    def _last_phase(self) -> Phase | None:
         supply = self._known_supply(inner(self.loader))
-        return "" if supply is None else told_last(supply)
+        return None if supply is None else last_phase(supply)
 
     def close(self) -> None:
         """Give memory and temporary files back. The model is as it was; the cache can be used no more."""
@@ -326,9 +327,8 @@ class PrefixCache:
             self._frozen.drop_stale([feed])
             phase = feed.phases.get(self._state.number())
             if phase is None or not (phase.verified or phase.reason):
-                samples = feed.members or range(feed.size)
                 size = min(feed.reader.batch_size or feed.full or 1, feed.size)
-                live = self._dealer.deal(supply, list(samples[:size]), None, view=0)
+                live = self._dealer.deal(supply, list(feed.indices[:size]), None, view=0)
                 with self._calls.expecting([live]), traceless(self.model):
                     call(live.batch)
                 phase = feed.phases.get(self._state.number())

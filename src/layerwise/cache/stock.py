@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.datawatch import DataNames
-from layerwise.cache.changes.fingerprint import (
-    column_key,
-    data_digest,
-    named_tensors,
-    quick_state,
-    weights_digest,
-)
+from layerwise.cache.changes.fingerprint import data_digest, named_tensors, quick_state, weights_digest
 from layerwise.cache.cutting.cut import Cut, Site, Source
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
@@ -59,7 +54,7 @@ class Stock:
         storage: what the user asked for.
         budget_bytes: most bytes to hold in memory; in files where they are asked for. None for a part of
             what is free.
-        folder: of a lasting cache; None if there is none.
+        folder: of a lasting cache, in which ``~`` is resolved; None if there is none.
         dtype: in which wider floating-point values are stored; None for their own.
         pool: columns that several caches of this process share; None if there is none.
     """
@@ -69,7 +64,7 @@ class Stock:
         model: nn.Module,
         storage: Storage,
         budget_bytes: int | None,
-        folder: Path | None,
+        folder: str | Path | None,
         dtype: torch.dtype | None,
         pool: CachePool | None,
     ) -> None:
@@ -77,7 +72,7 @@ class Stock:
         self._storage: Storage = storage
         self._dtype = dtype
         self._pool = pool
-        self.shelf = Shelf(folder)
+        self.shelf = Shelf(None if folder is None else Path(folder).expanduser())
         self._memory_bytes = int(free_memory_bytes() * _MEMORY_FRAC) if budget_bytes is None else budget_bytes
         is_of_files = storage == "disk" or folder is not None
         self._disk_bytes = budget_bytes if is_of_files else None
@@ -90,13 +85,6 @@ class Stock:
             return max(self._memory_bytes - held, 0)
         free = int(free_disk_bytes(self.shelf.root) * _DISK_FRAC)
         return free if self._disk_bytes is None else min(free, max(self._disk_bytes - held, 0))
-
-    def spec(self, layout: Layout, value: torch.Tensor) -> RowSpec:
-        """Return what one row of a site's column is like."""
-        stored = value.dtype
-        if self._dtype is not None and stored.is_floating_point and stored.itemsize > self._dtype.itemsize:
-            stored = self._dtype
-        return RowSpec(tuple(layout.to_rows(value).shape[1:]), value.dtype, stored)
 
     # -- sharing ------------------------------------------------------------------------------
 
@@ -125,7 +113,7 @@ class Stock:
         if not self._shares or feed.places is not None or feed.views > 1:
             return ""
         weights = weights_digest(named_tensors(self._model), source.tensors) if source is not None else ""
-        return column_key(
+        parts = (
             f"torch {torch.__version__} {_processor(feed.link.device)}",
             what,
             weights,
@@ -136,6 +124,7 @@ class Stock:
             feed.link.name,
             _bits_of(feed),
         )
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
 
     def _shared(self, key: str, rows: int, spec: RowSpec) -> Column | None:
         if self._pool is not None and key in self._pool.columns:
@@ -155,25 +144,16 @@ class Stock:
                 where it is exact, else but for rounding.
             rows: int64.
         """
-        if not self._shares:
-            return
-        for cut in cuts:
-            for site in cut.frontier:
-                if site in feed.sites or site not in values:
-                    continue
-                layout = feed.layouts[site]
-                spec = self.spec(layout, values[site])
-                key = self._key(feed, cut.sources[site], str(site), spec)
-                column = self._shared(key, feed.rows, spec)
-                if column is None:
-                    continue
-                there = column.filled[rows]
-                if not there.any():
+        for cut in cuts if self._shares else ():
+            for site, spec in self._lacking_sites(feed, cut, values).items():
+                column = self._shared(self._key(feed, cut.sources[site], str(site), spec), feed.rows, spec)
+                if column is None or not column.filled[rows].any():
                     continue  # its name does not tell in which modes it was computed
-                fresh = layout.to_rows(values[site])[there]
+                there = column.filled[rows]
+                fresh = feed.layouts[site].to_rows(values[site])[there]
                 if column.agrees(rows[there], fresh, exact=feed.sizes is not None):
                     logger.info("prefix cache: found the values at %s, computed before", site)
-                    feed.sites[site] = self._site_column(column, layout, cut.sources[site])
+                    feed.sites[site] = self._site_column(column, feed.layouts[site], cut.sources[site])
 
     def _site_column(self, column: Column, layout: Layout, source: Source) -> SiteColumn:
         weights = quick_state(named_tensors(self._model), source.tensors)
@@ -181,20 +161,34 @@ class Stock:
 
     # -- making -------------------------------------------------------------------------------
 
-    def _lacking(
-        self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor]
-    ) -> dict[Site | int, RowSpec]:
-        """Return what `cut` needs and has no column: sites, and numbers of the batch's own tensors."""
-        found: dict[Site | int, RowSpec] = {
-            site: self.spec(feed.layouts[site], values[site])
-            for site in cut.frontier
-            if site not in feed.sites
-        }
-        for number in feed.stored_leaves(ghosts):
-            if number not in feed.leaves:
-                shape, dtype = feed.shape.rows[number]
-                found[number] = RowSpec(shape, dtype, dtype)
+    def _lacking_sites(
+        self, feed: Feed, cut: Cut, values: Mapping[Site, torch.Tensor]
+    ) -> dict[Site, RowSpec]:
+        """Return the sites of `cut` with a value and without a column, and what one row of each is like."""
+        found = {}
+        for site in cut.frontier:
+            if site in values and site not in feed.sites:
+                rows = feed.layouts[site].to_rows(values[site])
+                found[site] = RowSpec(tuple(rows.shape[1:]), rows.dtype, self._stored_as(rows.dtype))
         return found
+
+    def _stored_as(self, computed: torch.dtype) -> torch.dtype:
+        narrow = self._dtype
+        if narrow is None or not computed.is_floating_point or computed.itemsize <= narrow.itemsize:
+            return computed
+        return narrow
+
+    def _lacking_leaves(self, feed: Feed, ghosts: frozenset[int]) -> dict[int, RowSpec]:
+        """Return the numbers of the batch's own tensors that are to be stored and have no column."""
+        rows = {number: feed.shape.rows[number] for number in feed.stored_leaves(ghosts)}
+        return {n: RowSpec(shape, dtype, dtype) for n, (shape, dtype) in rows.items() if n not in feed.leaves}
+
+    def _lacking_bytes(
+        self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor]
+    ) -> int:
+        """Return how many bytes a sample takes of which there is no column yet."""
+        sites, leaves = self._lacking_sites(feed, cut, values), self._lacking_leaves(feed, ghosts)
+        return sum(spec.row_bytes for spec in (*sites.values(), *leaves.values()))
 
     def decide(
         self,
@@ -209,10 +203,9 @@ class Stock:
         epochs: int | None,
     ) -> Decision:
         """Choose whether and where to store what `cut` needs; see `decide`."""
-        lacking = self._lacking(feed, cut, ghosts, values)
         choice = decide(
             self._storage,
-            bytes_per_sample=_row_bytes(lacking),
+            bytes_per_sample=self._lacking_bytes(feed, cut, ghosts, values),
             samples=feed.rows,
             batch=batch,
             prefix_s=prefix_s,
@@ -224,7 +217,8 @@ class Stock:
             processes=process_count(),
         )
         there = [feed.sites[site].column.spec for site in cut.frontier if site in feed.sites]
-        if any(spec.stored != spec.dtype for spec in (*there, *lacking.values())):
+        lacking = self._lacking_sites(feed, cut, values).values()
+        if any(spec.stored != spec.dtype for spec in (*there, *lacking)):
             short = str(self._dtype).removeprefix("torch.")
             choice = dataclasses.replace(choice, reason=f"{choice.reason}; stored as {short}, not exact")
         return choice
@@ -242,17 +236,15 @@ class Stock:
         Raises:
             OSError: the disk is full.
         """
-        for place, spec in self._lacking(feed, cut, ghosts, values).items():
-            if isinstance(place, int):
-                what = f"batch tensor {place}"
-                key = self._key(feed, None, what, spec)
-                shared = self._shared(key, feed.rows, spec)
-                feed.leaves[place] = shared or self._made(key, feed.rows, spec, where, what)
-            else:
-                source, what = cut.sources[place], f"{type(self._model).__name__} {place}"
-                key = self._key(feed, source, str(place), spec)
-                column = self._made(key, feed.rows, spec, where, what)
-                feed.sites[place] = self._site_column(column, feed.layouts[place], source)
+        for site, spec in self._lacking_sites(feed, cut, values).items():
+            source, what = cut.sources[site], f"{type(self._model).__name__} {site}"
+            column = self._made(self._key(feed, source, str(site), spec), feed.rows, spec, where, what)
+            feed.sites[site] = self._site_column(column, feed.layouts[site], source)
+        for number, spec in self._lacking_leaves(feed, ghosts).items():
+            what = f"batch tensor {number}"
+            key = self._key(feed, None, what, spec)
+            shared = self._shared(key, feed.rows, spec)
+            feed.leaves[number] = shared or self._made(key, feed.rows, spec, where, what)
 
     def _made(self, key: str, rows: int, spec: RowSpec, where: Where, what: str) -> Column:
         column = self.shelf.create(key, rows, spec, what) if where == "disk" else Column(rows, spec)
@@ -276,10 +268,10 @@ class Stock:
         for epochs, cut in later:
             if all(site in values for site in cut.frontier):
                 ghosts = feed.ghosts_of(cut, keep_inputs=False)
-                size = _row_bytes(self._lacking(feed, cut, ghosts, values))
+                size = self._lacking_bytes(feed, cut, ghosts, values)
                 ranked.append((epochs * cut.skipped_flops / max(size, 1), cut, ghosts))
         for _, cut, ghosts in sorted(ranked, key=lambda item: -item[0]):
-            size = _row_bytes(self._lacking(feed, cut, ghosts, values)) * feed.rows  # some are made by now
+            size = self._lacking_bytes(feed, cut, ghosts, values) * feed.rows  # some are made by now
             why = format_bytes(size)
             for place in places:
                 if size <= self._spare(place):
@@ -299,19 +291,10 @@ class Stock:
         self.shelf.close()
 
 
-def _row_bytes(columns: Mapping[Any, RowSpec]) -> int:
-    return sum(spec.row_bytes for spec in columns.values())
-
-
 def _inner(dataset: Any) -> Any:
     """Return the dataset inside the wrapper that each run of `layerwise.fit` puts around it."""
     wrapped = type(dataset).__module__.startswith("layerwise.") and hasattr(dataset, "data")
     return dataset.data if wrapped else dataset
-
-
-def checked_folder(folder: str | Path | None) -> Path | None:
-    """Return `folder` as a path with ``~`` resolved."""
-    return None if folder is None else Path(folder).expanduser()
 
 
 def _processor(device: torch.device) -> str:

@@ -45,23 +45,10 @@ def described(supplies: Sequence[Supply]) -> str:
     return "\n".join(lines) or "prefix cache: waiting for the first batch"
 
 
-def decided(supply: Supply) -> Decision | None:
-    """Return what was chosen last for a loader; None before its first batch."""
+def last_phase(supply: Supply) -> Phase | None:
+    """Return the phase for which something was chosen last, all shapes together; None before that."""
     if supply.reason:
-        return Decision("off", supply.reason)
-    last = _last_phase(supply)
-    return None if last is None else last.decision
-
-
-def told_last(supply: Supply) -> str:
-    """Return what was chosen last for a loader, for people; ``""`` before its first batch."""
-    if supply.reason:
-        return f"prefix cache: off: {supply.reason}"
-    last = _last_phase(supply)
-    return "" if last is None else f"prefix cache: {told(last)}"
-
-
-def _last_phase(supply: Supply) -> Phase | None:
+        return Phase(Decision("off", supply.reason))
     chosen = [phase for phase in phases_of(supply).values() if phase.decision is not None]
     return chosen[-1] if chosen else None
 

@@ -155,8 +155,3 @@ def _is_told(dataset: Any) -> bool:
     fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
     tensors = getattr(dataset, "tensors", None) or ()
     return isinstance(fingerprint, str) or any(isinstance(tensor, torch.Tensor) for tensor in tensors)
-
-
-def column_key(*parts: str) -> str:
-    """Return the name of a cached value that depends on all of `parts`."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]

@@ -128,9 +128,14 @@ class Feed:
         return self.holds_under[0].link
 
     @property
+    def indices(self) -> Sequence[int]:
+        """Of its samples in the data set."""
+        return range(self.reader.size) if self.members is None else self.members
+
+    @property
     def size(self) -> int:
         """Number of samples."""
-        return self.reader.size if self.members is None else len(self.members)
+        return len(self.indices)
 
     @property
     def rows(self) -> int:
@@ -158,9 +163,8 @@ class Feed:
             raise CacheError(
                 "only one sample has this shape, so a part of it cannot be compared with others."
             )
-        if self.members is None:
-            return (index + 1) % self.size
-        return self.members[(self._positions[index] + 1) % self.size]
+        position = index if self.members is None else self._positions[index]
+        return self.indices[(position + 1) % self.size]
 
     @functools.cached_property
     def digest(self) -> str:
