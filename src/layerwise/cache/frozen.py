@@ -227,11 +227,7 @@ class FrozenPart:
         return found
 
     def put(
-        self,
-        feed: Feed,
-        values: Mapping[Site, torch.Tensor],
-        leaves: list[torch.Tensor],
-        rows: torch.Tensor,
+        self, feed: Feed, values: Mapping[Site, torch.Tensor], leaves: list[torch.Tensor], rows: torch.Tensor
     ) -> None:
         """Store what is not there yet of the values and tensors of a batch of `rows` (int64)."""
         feed.forget_draws(rows)

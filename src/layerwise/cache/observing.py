@@ -86,13 +86,7 @@ class Observer:
     """
 
     def __init__(
-        self,
-        frozen: FrozenPart,
-        stock: Stock,
-        *,
-        keep_inputs: bool,
-        exact: bool,
-        epochs: int | None,
+        self, frozen: FrozenPart, stock: Stock, *, keep_inputs: bool, exact: bool, epochs: int | None
     ) -> None:
         self._frozen, self._model, self._book, self._stock = frozen, frozen.model, frozen.book, stock
         self._keep_inputs, self._exact, self._epochs = keep_inputs, exact, epochs

@@ -224,12 +224,7 @@ class Stock:
         return choice
 
     def provide(
-        self,
-        feed: Feed,
-        cut: Cut,
-        ghosts: frozenset[int],
-        values: Mapping[Site, torch.Tensor],
-        where: Where,
+        self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor], where: Where
     ) -> None:
         """Make the columns of `cut` and of the batch's own tensors that do not exist yet.
 
@@ -254,11 +249,7 @@ class Stock:
         return column
 
     def provide_later(
-        self,
-        feed: Feed,
-        later: Iterable[tuple[int, Cut]],
-        values: Mapping[Site, torch.Tensor],
-        where: Where,
+        self, feed: Feed, later: Iterable[tuple[int, Cut]], values: Mapping[Site, torch.Tensor], where: Where
     ) -> None:
         """Make columns for the phases to come, those first that save most work per byte, while they fit."""
         places: list[Where] = [where]

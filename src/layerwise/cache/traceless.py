@@ -71,7 +71,7 @@ def normal_tensors() -> Iterator[None]:
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
     """Within: a pass of the cache's own amid the loop; hooks of the loop's own see nothing of it."""
-    with normal_tensors(), saved_tensors_hooks(_without_history, _as_it_is):
+    with normal_tensors(), saved_tensors_hooks(_without_history, lambda tensor: tensor):
         yield
 
 
@@ -82,7 +82,3 @@ def _without_history(tensor: torch.Tensor) -> torch.Tensor:
     """
     with _disable_current_modes():  # no recording sees it
         return tensor.detach()
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor

@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_DRAWN_AT_ONCE = (SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 def reads_alike(one: Any, other: Any) -> bool:
@@ -62,12 +63,7 @@ def draws_at_once(loader: DataLoader[Any]) -> bool:
     sampler: Any = batches.sampler
     if type(sampler) is RandomSampler:
         return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-    return type(sampler) in (
-        SequentialSampler,
-        SubsetRandomSampler,
-        WeightedRandomSampler,
-        DistributedSampler,
-    )
+    return type(sampler) in _DRAWN_AT_ONCE
 
 
 def _bound(function: FunctionType) -> list[Any]:

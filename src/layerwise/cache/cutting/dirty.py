@@ -40,10 +40,12 @@ class Dirt:
     Attributes:
         flags: for each operation, whether it is dirty.
         first: a sentence about the first dirty operation.
+        frozen_flops: of the operations that nothing which learns feeds: all that a cut could skip.
     """
 
     flags: list[bool]
     first: str
+    frozen_flops: int
 
     def is_clean(self, read: Read) -> bool:
         """Return whether a value was made by an operation of the pass, and by a clean one."""
@@ -65,6 +67,7 @@ def find_dirty(
         mixed: where values were seen that mix the samples of a batch.
     """
     learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
+    frozen_flops = _frozen_flops(recording, learning)
     learning |= _in_memory_of(learning, recording)
     mixing = _writers(recording, mixed)
     computed = _computed_by_the_network(recording)
@@ -87,12 +90,11 @@ def find_dirty(
             where = op.call.path if op.call is not None and op.call.path else "the model's own forward"
             first = f"the operation {op.name!r} in {where} {why}"
         flags.append(bool(why) or any(flags[source] for source in op.sources))
-    return Dirt(flags, first or "nothing learns")
+    return Dirt(flags, first or "nothing learns", frozen_flops)
 
 
-def frozen_flops(recording: Recording, trainable: frozenset[str]) -> int:
-    """Return the floating-point operations that nothing which learns feeds: all that a cut could skip."""
-    learning = {first for first, names in recording.names.items() if not trainable.isdisjoint(names)}
+def _frozen_flops(recording: Recording, learning: set[str]) -> int:
+    """Return `Dirt.frozen_flops`."""
     learns: list[bool] = []
     for op in recording.ops:
         reads = not learning.isdisjoint((*op.parameters, *op.buffers))

@@ -117,10 +117,9 @@ def handed_through(call: Call) -> dict[int, int]:
     found = {}
     inputs = list(zip(taken(call), tensors_in(call.arguments)))
     for slot, (read, output) in enumerate(zip(given(call), tensors_in(call.output))):
-        same = (number for number, (at, it) in enumerate(inputs) if at == read and _same_view(it, output))
-        number = next(same, None)
-        if number is not None:
-            found[slot] = number
+        same = [n for n, (at, it) in enumerate(inputs) if at == read and _view(it) == _view(output)]
+        if same:  # the first one, where an argument was passed twice
+            found[slot] = same[0]
     return found
 
 
@@ -176,10 +175,5 @@ def _can_change(output: Any) -> bool:
     )
 
 
-def _same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool(
-        one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
-        and one.storage_offset() == other.storage_offset()
-    )
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset()

@@ -24,7 +24,7 @@ import torch
 
 from layerwise.cache.comparing import outline
 from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site, lost_speed
-from layerwise.cache.cutting.dirty import find_dirty, frozen_flops
+from layerwise.cache.cutting.dirty import Dirt, find_dirty
 from layerwise.cache.cutting.doors import (
     Door,
     Read,
@@ -68,7 +68,7 @@ def find_cut(
     Raises:
         NothingToSkipError: nothing can be skipped; says which operation is in the way.
     """
-    return _Search(recording, trainable, changing, mixed).find(at_inputs)
+    return _Search(recording, find_dirty(recording, trainable, changing, mixed)).find(at_inputs)
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,12 @@ class _Needs:
 
 
 class _Search:
-    """State of one search: built once for a recording and a set of trainable parameters."""
+    """State of one search: built once for a recording and what is dirty in it."""
 
-    def __init__(
-        self,
-        recording: Recording,
-        trainable: frozenset[str],
-        changing: frozenset[int],
-        mixed: Set[Site],
-    ) -> None:
-        self.recording = recording
-        self.dirt = find_dirty(recording, trainable, changing, mixed)
-        self.frozen_flops = frozen_flops(recording, trainable)
-        self.dirty, self.depends = self.dirt.flags, recording.input_dependent
-        self.guards = Guards(recording, self.dirt)
+    def __init__(self, recording: Recording, dirt: Dirt) -> None:
+        self.recording, self.dirt = recording, dirt
+        self.dirty, self.depends = dirt.flags, recording.input_dependent
+        self.guards = Guards(recording, dirt)
         self.reads, returned = reads_of(recording)
         kept = (Read(key, recording.values[key].writer) for key in recording.kept_keys)
         self.returned = frozenset([*returned, *kept])
@@ -256,7 +248,7 @@ class _Search:
             returned_bytes_per_sample=only_returned // batch,
             flops=sum(op.flops for op in ops),
             skipped_flops=sum(op.flops for op in ops if op.index in owner),
-            frozen_flops=self.frozen_flops,
+            frozen_flops=self.dirt.frozen_flops,
             first_dirty=self.dirt.first,
             leading=frozenset(call_id(call) for call in skipped if call.start < end),
         )
@@ -271,7 +263,7 @@ class _Search:
         scripted = next((path for path, module in named if isinstance(module, torch.jit.ScriptModule)), "")
         if scripted:
             what += f" (calls of a ScriptModule, as {scripted} is, cannot be skipped)"
-        lost = lost_speed(sum(op.flops for op in self.recording.ops), self.frozen_flops, 0)
+        lost = lost_speed(sum(op.flops for op in self.recording.ops), self.dirt.frozen_flops, 0)
         return f"{what}: {self.dirt.first}{lost}{FREEZE_BEFORE}"
 
 
