@@ -224,7 +224,7 @@ class Calls:
         self._hook.at_end(lambda output: self._state.settings.after_forward())
         try:
             with apart():
-                compare = self._observer.observe(live, link, args, kwargs)
+                compare = self._observer.observe(live, link, (args, kwargs))
             self._hook.at_end(functools.partial(_compare, live, compare))
         except OtherShapeError as error:
             live.supply.sort_anew(error)

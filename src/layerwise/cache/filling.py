@@ -175,7 +175,5 @@ class Filling:
     ) -> dict[Site, torch.Tensor]:
         """Return the stored values of a batch that has these tensors, computed anew."""
         link, cuts = self.feed.link, self._cuts
-        found = self.frozen.run(
-            link, cuts, *link.build(leaves), batch=len(leaves[0]), skeletons=False, log=log
-        )
+        found = self.frozen.run(link, cuts, link.build(leaves), batch=len(leaves[0]), log=log)
         return {site: found.values[site] for cut in cuts for site in cut.frontier}

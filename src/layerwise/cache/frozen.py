@@ -31,6 +31,7 @@ from layerwise.layers.holding import told
 from layerwise.layers.isolation import uncompiled
 from layerwise.layers.randomness import drawn_outside_torch, seed_everything
 from layerwise.layers.snapshot import Snapshot
+from layerwise.layers.structures import Arguments
 
 logger = logging.getLogger("layerwise.cache")
 
@@ -88,11 +89,10 @@ class FrozenPart:
         self,
         link: Link,
         cuts: list[Cut],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        given: Arguments,
         *,
         batch: int,
-        skeletons: bool,
+        skeletons: bool = False,
         seed: int | None = None,
         log: ElementwiseLog | None = None,
     ) -> Captured:
@@ -104,7 +104,6 @@ class FrozenPart:
         Raises:
             CacheError: it does not call the modules that it called on the first batch.
         """
-        args, kwargs = link.apart(args, kwargs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.running())
             stack.enter_context(traceless(self.model, self._before))  # it may go another way, to its end
@@ -115,7 +114,7 @@ class FrozenPart:
                 seed_everything(seed)
             if log is not None:
                 stack.enter_context(self._logged(log))
-            found = capture(self.model, cuts, args, kwargs, batch=batch, skeletons=skeletons)
+            found = capture(self.model, cuts, *link.apart(given), batch=batch, skeletons=skeletons)
         if found.not_come:
             raise CacheError(
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."
@@ -217,8 +216,7 @@ class FrozenPart:
         if size != count:
             repeated = [number % count for number in range(size)]
             leaves = [leaf[repeated] for leaf in leaves]
-        args, kwargs = feed.link.build(leaves)
-        found = self.run(feed.link, cuts, args, kwargs, batch=size, skeletons=False)
+        found = self.run(feed.link, cuts, feed.link.build(leaves), batch=size)
         if size != count:
             for site, value in found.values.items():
                 if site in feed.sites:

@@ -7,7 +7,6 @@ compared with the plain one.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
-from layerwise.layers.structures import map_tensors
+from layerwise.layers.structures import Arguments, map_tensors
 
 
 class OtherValuesError(CacheError):
@@ -58,7 +57,7 @@ class _Seen:
 
     live: Live
     link: Link
-    given: tuple[tuple[Any, ...], dict[str, Any]]
+    given: Arguments
     here: Circumstances
     later: list[tuple[int, Cut]]
     known: list[Fixed]
@@ -69,9 +68,9 @@ class _Seen:
         assert self.live.phase is not None
         return self.live.phase
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self) -> Arguments:
         """Return ``(args, kwargs)`` for a pass of the cache's, which may write to them."""
-        return self.link.apart(*self.given)
+        return self.link.apart(self.given)
 
 
 class Observer:
@@ -91,9 +90,7 @@ class Observer:
         self._frozen, self._model, self._book, self._stock = frozen, frozen.model, frozen.book, stock
         self._keep_inputs, self._exact, self._epochs = keep_inputs, exact, epochs
 
-    def observe(
-        self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[[Any], None]:
+    def observe(self, live: Live, link: Link, given: Arguments) -> Callable[[Any], None]:
         """Find the cut, compute the batch's values, and run a replay.
 
         Returns:
@@ -118,11 +115,10 @@ class Observer:
             raise CacheError("the model is called in another way than for the first batch.")
         feed.forget_moved(live.rows)
         feed.forget_draws(live.rows)
-        find = functools.partial(self._book.find, form=link.form)
-        cut = find(*link.apart(args, kwargs))
+        cut = self._book.find(link.apart(given), link.form)
         awake = frozenset(module for module in self._model.modules() if module.training)
         here = Circumstances(link, awake)
-        seen = _Seen(live, link, (args, kwargs), here, self._book.later(link.form), feed.fixed)
+        seen = _Seen(live, link, given, here, self._book.later(link.form), feed.fixed)
         later = [other for _, other in seen.later]
         feed.keep_only([cut, *later])
 
@@ -131,7 +127,7 @@ class Observer:
             if later:  # a later phase's value may be at fault
                 yield [cut]
             if cut.entered:  # code between modules may need values
-                yield [find(*seen.arguments(), at_inputs=False)]
+                yield [self._book.find(seen.arguments(), link.form, at_inputs=False)]
 
         problem: CacheError | None = None
         for cuts in tried():
@@ -143,7 +139,7 @@ class Observer:
                 problem = error
                 if self._book.note_mixed(link.form, error.site):
                     try:
-                        return self.observe(live, link, args, kwargs)
+                        return self.observe(live, link, given)
                     except MixedError:  # nearer to where the mixing begins
                         raise
                     except CacheError:  # what mixes may be all there is
@@ -174,7 +170,7 @@ class Observer:
         else:
             started = time.perf_counter()
             log, run, count = ElementwiseLog(), self._frozen.run, len(live.indices)
-            found = run(link, cuts, *seen.given, batch=count, skeletons=True, log=log)
+            found = run(link, cuts, seen.given, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values
             agrees = self._agrees_with_stored(feed, values, live.rows)

@@ -12,6 +12,9 @@ from torch import nn
 
 from layerwise.layers.holding import LEAVES, slots_of
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of a call: ``(args, kwargs)``."""
+
 _OBJECT_DEPTH = 3  # objects in objects: enough for key-value caches, and ends on circular references
 
 

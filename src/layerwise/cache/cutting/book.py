@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from layerwise.cache.cutting.dirty import MOST_MIXED
 from layerwise.cache.cutting.search import find_cut
 from layerwise.errors import CacheError
 from layerwise.layers.recording import Recording, record
+from layerwise.layers.structures import Arguments
 
 if TYPE_CHECKING:
     from layerwise.tuning.tuner import Tuner
@@ -117,16 +118,13 @@ class CutBook:
         self._cuts: defaultdict[tuple[frozenset[str], Form, int], list[_Known]] = defaultdict(list)
         self._mixed: defaultdict[Form, set[Site]] = defaultdict(set)
 
-    def find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, form: Form, at_inputs: bool = True
-    ) -> Cut:
+    def find(self, given: Arguments, form: Form, *, at_inputs: bool = True) -> Cut:
         """Return the cut for the present state, recording one forward pass if it has to be looked for.
 
         The same recording tells the cuts of later phases.
 
         Args:
-            args: of the model's forward.
-            kwargs: of the model's forward.
+            given: to the model's forward.
             form: of the call.
             at_inputs: see `find_cut`; False replaces the cut that was found before.
 
@@ -145,7 +143,7 @@ class CutBook:
             )
         if isinstance(known, str):
             raise NothingToSkipError(known)
-        recording = record(self._model, args, kwargs, grad=torch.is_grad_enabled())
+        recording = record(self._model, *given, grad=torch.is_grad_enabled())
         self.state.settings.remembers(recording.remembering, recording.keeping)
         if recording.rewritten:
             raise CacheError(

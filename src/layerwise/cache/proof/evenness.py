@@ -130,15 +130,13 @@ def uneven_places(
     """
     if [run.function for run in full] != [run.function for run in part]:  # in pieces of so many samples, say
         return next((str(run.function) for run in full if _is_uneven(run)), ""), "another order of operations"
+    pairs = {
+        f"{one.function} {one.arguments} {other.arguments}": (one, other) for one, other in zip(full, part)
+    }
     telling: dict[str, list[list[Any]]] = {}
-    seen: set[str] = set()
     within = between = ""
-    for one, other in zip(full, part):
+    for one, other in pairs.values():
         name = str(one.function)
-        key = f"{name} {one.arguments} {other.arguments}"
-        if key in seen:
-            continue
-        seen.add(key)
         kind = f"{name} {_scalars(one)}"
         if kind not in telling:
             telling[kind] = _telling_numbers(one)

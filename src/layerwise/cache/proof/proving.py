@@ -69,7 +69,7 @@ def prove(
     part_count = len(part_leaves[0])
     part_log = ElementwiseLog()
     part = run_prefix(
-        link, cuts, *link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
+        link, cuts, link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
     )
     compare_skeletons(found.skeletons, part.skeletons)
     sites = dict.fromkeys(site for cut in cuts for site in cut.frontier)
@@ -90,8 +90,7 @@ def prove(
         return {site: layout.to_rows(values[site]) for site, layout in layouts.items()}
 
     def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:
-        built, size = link.build(again), len(again[0])
-        return run_prefix(link, cuts, *built, batch=size, skeletons=False, seed=seed).values
+        return run_prefix(link, cuts, link.build(again), batch=len(again[0]), seed=seed).values
 
     def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
         values = run_batch([leaf[positions] for leaf in leaves], seed)

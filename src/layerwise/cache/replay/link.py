@@ -24,7 +24,7 @@ from layerwise.cache.replay.handed import Handed
 from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
 from layerwise.cache.replay.layout import in_order, lies_in, memory_order
 from layerwise.errors import CacheError
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 _TENSOR = "a tensor"
@@ -80,9 +80,7 @@ class Link:
         held = Contents(self.arguments, "anywhere")
         return re.sub(" at 0x[0-9a-f]+", "", f"{self.arguments} {held.texts} {held.data}")
 
-    def build(
-        self, leaves: Sequence[torch.Tensor], like: Any = None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def build(self, leaves: Sequence[torch.Tensor], like: Any = None) -> Arguments:
         """Return ``(args, kwargs)`` for the batch with the given tensors.
 
         Args:
@@ -99,20 +97,16 @@ class Link:
                 return in_order(leaves[number].to(self.device, dtype), order)
             return given if like is not None or own is None else _rows(own, self._row_count(own, now))
 
-        built: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
-            self.template if like is None else like, leaf
-        )
+        built: Arguments = map_tensors(self.template if like is None else like, leaf)
         return built
 
-    def apart(self, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def apart(self, given: Arguments) -> Arguments:
         """Return the arguments of a call in containers of their own, and copies of what the loop made.
 
         For a pass of the cache's: the model may write to either.
         """
         numbers = iter(self.leaves)
-        found: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(
-            (args, kwargs), lambda tensor: tensor.clone() if next(numbers) is None else tensor
-        )
+        found: Arguments = map_tensors(given, lambda t: t.clone() if next(numbers) is None else t)
         return found
 
     def _count(self, leaves: Sequence[torch.Tensor]) -> int:

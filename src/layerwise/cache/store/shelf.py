@@ -232,7 +232,7 @@ def entries(folder: Path) -> list[Entry]:
                 Entry(
                     key=path.name,
                     nbytes=data.stat().st_size if data.is_file() else 0,
-                    rows=meta["rows"] if meta else 0,
+                    rows=meta.get("rows", 0),
                     what=str(meta.get("what", "")) if meta else "damaged",
                     modified_s=path.lstat().st_mtime,
                 )
@@ -274,18 +274,19 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _meta(folder: Path) -> dict[str, Any] | None:
+def _meta(folder: Path) -> dict[str, Any]:
+    """Return what is told of a published column; nothing of a damaged one."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # the last one of JSON that is nested too deeply
-        return None
-    return meta if isinstance(meta, dict) and type(meta.get("rows")) is int else None
+        return {}
+    return meta if isinstance(meta, dict) and type(meta.get("rows")) is int else {}
 
 
 def _can_be_trusted(folder: Path, rows: int, spec: RowSpec) -> bool:
     meta, data = _meta(folder), folder / "rows.bin"
     wanted = [FORMAT, list(spec.shape), str(spec.dtype), str(spec.stored), rows]
-    if meta is None or [meta.get(name) for name in ("format", "shape", "dtype", "stored", "rows")] != wanted:
+    if [meta.get(name) for name in ("format", "shape", "dtype", "stored", "rows")] != wanted:
         return False
     is_complete = data.is_file() and data.stat().st_size == max(rows * spec.row_bytes, 1)
     return is_complete and sha256(data) == meta.get("sha256")

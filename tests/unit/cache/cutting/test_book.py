@@ -118,7 +118,7 @@ def test_a_cut_found_in_eval_mode_does_not_hold_in_train_mode() -> None:
 
     def skipped(training: bool) -> list[str]:
         model.train(training)
-        return [call.path for call in book.find(given, {}, form=books.Form("")).skipped]
+        return [call.path for call in book.find((given, {}), books.Form("")).skipped]
 
     assert skipped(training=False) == ["0", "1"]
     assert skipped(training=True) == ["0"]
@@ -158,7 +158,7 @@ def test_the_cut_of_a_later_phase_is_that_of_the_present_settings() -> None:
 
     def structure(scale: float) -> str:
         model.stem.scale = scale
-        book.find(given, {}, form=books.Form(""))
+        book.find((given, {}), books.Form(""))
         ((epochs, cut),) = book.later(books.Form(""))
         assert epochs == 2
         return cut.sources[cut.frontier[0]].structure
@@ -179,12 +179,12 @@ def test_the_cut_of_a_later_phase_holds_in_the_present_modes() -> None:
         model, books.Phases(None, {frozenset({"2.weight", "2.bias", "3.weight", "3.bias"}): 1})
     )
     model.eval()
-    book.find(given, {}, form=books.Form(""))
+    book.find((given, {}), books.Form(""))
     (found,) = book.later(books.Form(""))
     assert [call.path for call in found[1].skipped] == ["0", "1"]
     model[1].train()
     assert book.later(books.Form("")) == []
-    book.find(given, {}, form=books.Form(""))
+    book.find((given, {}), books.Form(""))
     (found,) = book.later(books.Form(""))
     assert [call.path for call in found[1].skipped] == ["0"]
 
