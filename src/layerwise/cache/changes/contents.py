@@ -102,14 +102,9 @@ class Contents:
         return _differing(self.texts, other.texts), _differing(self.data, other.data)
 
     def _add(self, thing: Any, path: str, depth: int, words: int, into: _Hashes | None) -> None:
-        """Add what `thing` holds.
+        """Add what `thing` holds, reading so many `words` (numbers) of it.
 
-        Args:
-            thing: anything.
-            path: to it.
-            depth: objects and containers around it.
-            words: numbers to read of it.
-            into: where its numbers and data belong; None for texts and data each to their own.
+        Numbers and data belong `into` the given hashes; None is for texts and data each to their own.
         """
         if path in self._without:
             return
@@ -268,8 +263,7 @@ class Contents:
                 self._add_array(array, data[path], words)
 
 
-def _new_hash() -> Any:
-    return hashlib.blake2b(digest_size=16)
+_new_hash = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 def _differing(one: dict[str, str], other: dict[str, str]) -> set[str]:
@@ -315,10 +309,8 @@ def _attributes(thing: Any) -> dict[str, Any]:
             or not (name.startswith("__") or isinstance(value, MemberDescriptorType))
         }
     if isinstance(thing, MethodType | BuiltinFunctionType):
-        held = thing.__self__
-        return (
-            {} if isinstance(held, type | ModuleType) else {"self": held, "of": getattr(thing, "__func__", 0)}
-        )
+        held, of = thing.__self__, getattr(thing, "__func__", 0)
+        return {} if isinstance(held, type | ModuleType) else {"self": held, "of": of}
     found = {}
     if isinstance(thing, FunctionType):
         cells = enumerate(thing.__closure__ or ())

@@ -90,12 +90,7 @@ class Guards:
         """Return the calls at a door that only look up or shape inputs which are at hand anyway.
 
         The decoder's token embedding of a sequence-to-sequence model is one: running it costs less than
-        storing its output.
-
-        Args:
-            owner: see `must_run`.
-            doors: see `must_run`.
-            kept: numbers of the inputs that are at hand.
+        storing its output. `kept` are the inputs that are at hand; for the others see `must_run`.
         """
         at_hand: list[bool] = []
         for op in self._recording.ops:

@@ -72,13 +72,7 @@ def find_layouts(
 ) -> dict[Site, Layout]:
     """Return how each site's value is made of samples, from two batch sizes.
 
-    Args:
-        sites: where.
-        full: values of a whole batch.
-        batch: its number of samples.
-        part: values of some samples.
-        part_batch: their number.
-        chosen: positions in the batch of the first of them.
+    Of the `part_batch` samples behind `part` the first stand at the positions `chosen` in the whole batch.
 
     Raises:
         MixedError: a value does not grow with the batch although it depends on the input, or is not made

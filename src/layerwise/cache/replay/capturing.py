@@ -73,18 +73,10 @@ def capture(
     batch: int,
     skeletons: bool = True,
 ) -> Captured:
-    """Run the model until the values at all sites of all `cuts` are there.
+    """Run the model until the values at all sites of all `cuts` are there: one pass serves several phases.
 
-    Args:
-        model: the model, in the modes in which it trains.
-        cuts: of one phase, or of several: one pass serves them all.
-        args: positional arguments of its forward.
-        kwargs: keyword arguments.
-        batch: number of samples in them.
-        skeletons: also note what each skipped call returns (needed once for each shape of input).
-
-    Returns:
-        Copies of the values, detached; sites that this pass did not reach are missing.
+    `skeletons` also notes what each skipped call returns (needed once for each shape of input). What is
+    returned are copies of the values, detached; sites that this pass did not reach are missing.
     """
     watch = _Watch(list(cuts), batch, skeletons)
     with watch, contextlib.suppress(_Stop):

@@ -37,14 +37,7 @@ class Intercepted(ABC):
 
     @abstractmethod
     def answer(self, call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the output of a call.
-
-        Args:
-            call: which one.
-            original: makes it.
-            args: its arguments.
-            kwargs: its keyword arguments.
-        """
+        """Return the output of a call, which `original` makes."""
 
     def __enter__(self) -> Self:
         """Begin."""

@@ -141,12 +141,7 @@ def find_layout(
 ) -> Layout | None:
     """Compare a value at two batch sizes; return how it depends on them, or None if it does not.
 
-    Args:
-        one: the value for `batch` samples.
-        batch: its batch size.
-        other: the value for `other_batch` samples; a different number.
-        other_batch: its batch size.
-        where: what the value is, for the message.
+    `where` says what the value is, for the message.
 
     Raises:
         CacheError: the shape depends on the batch size in another way than samples side by side along

@@ -126,12 +126,7 @@ class Link:
     ) -> bool:
         """Return whether the arguments are those of the batch that was handed out as `leaves`.
 
-        Args:
-            args: of the call.
-            kwargs: of the call.
-            leaves: of the batch.
-            tag: of the ghosts among them.
-            versions: of the leaves when they were handed out (`versions_of`).
+        `tag` is that of the ghosts among them, and `versions` what `versions_of` said at the time.
         """
         tensors = tensors_in((args, kwargs))
         if len(tensors) != len(self.leaves):
