@@ -113,8 +113,8 @@ def test_poison(case) -> None:
         cut = find_cut(record(model, (x,)), names)
     except NothingToSkipError:
         return
-    whole = capture(model, [cut], (x,), {}, batch=4)
-    compare_skeletons(whole.skeletons, capture(model, [cut], (x[:2],), {}, batch=2).skeletons)
+    whole = capture(model, [cut], ((x,), {}), batch=4)
+    compare_skeletons(whole.skeletons, capture(model, [cut], ((x[:2],), {}), batch=2).skeletons)
     expected = model(x)
     poison = torch.full_like(x, float("nan"))  # nothing reads the input but what is skipped
     given_input = poison if 0 not in cut.inputs else x

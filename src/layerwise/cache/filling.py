@@ -14,7 +14,7 @@ from threading import get_ident
 import torch
 
 from layerwise.cache.comparing import same_bits
-from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.folding import FOLD_TOLERANCE, Folding, find_pairs, relative_difference
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
@@ -127,7 +127,7 @@ class Filling:
         leaves = feed.shape.check(feed.reader.load_now(taken), len(taken))
         runs: list[ElementwiseLog] = []
 
-        def compute(start: int, count: int) -> dict[Site, torch.Tensor]:
+        def compute(start: int, count: int) -> Values:
             runs.append(ElementwiseLog())
             values = self._computed([leaf[start : start + count] for leaf in leaves], log=runs[-1])
             return {site: feed.sites[site].layout.to_rows(value) for site, value in values.items()}
@@ -170,9 +170,7 @@ class Filling:
     def _cuts(self) -> list[Cut]:
         return self.frozen.stored_cuts(self.feed, self.phase.cut)
 
-    def _computed(
-        self, leaves: list[torch.Tensor], log: ElementwiseLog | None = None
-    ) -> dict[Site, torch.Tensor]:
+    def _computed(self, leaves: list[torch.Tensor], log: ElementwiseLog | None = None) -> Values:
         """Return the stored values of a batch that has these tensors, computed anew."""
         link, cuts = self.feed.link, self._cuts
         found = self.frozen.run(link, cuts, link.build(leaves), batch=len(leaves[0]), log=log)

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 
 from layerwise.cache.changes.fingerprint import named_tensors
-from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.errors import CacheError
 from layerwise.layers.graph import Op, Recording
 
@@ -167,7 +167,7 @@ class Folding(TorchFunctionMode):
             )
 
 
-def relative_difference(one: Mapping[Site, torch.Tensor], other: Mapping[Site, torch.Tensor]) -> float:
+def relative_difference(one: Values, other: Values) -> float:
     """Return the largest difference at a site, relative to the largest number of its value; NaN of NaN."""
     found = [0.0]
     for site, value in one.items():

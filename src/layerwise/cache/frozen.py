@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from layerwise.cache.changes.fingerprint import joint_state, named_tensors, quick_state
 from layerwise.cache.changes.modelstate import OtherStateError
 from layerwise.cache.cutting.book import CutBook
-from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.live import Live
 from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.remedies import LET_IT_LEARN
@@ -114,7 +114,7 @@ class FrozenPart:
                 seed_everything(seed)
             if log is not None:
                 stack.enter_context(self._logged(log))
-            found = capture(self.model, cuts, *link.apart(given), batch=batch, skeletons=skeletons)
+            found = capture(self.model, cuts, link.apart(given), batch=batch, skeletons=skeletons)
         if found.not_come:
             raise CacheError(
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."
@@ -224,9 +224,7 @@ class FrozenPart:
                     found.values[site] = layout.from_rows(layout.to_rows(value)[:count])
         return found
 
-    def put(
-        self, feed: Feed, values: Mapping[Site, torch.Tensor], leaves: list[torch.Tensor], rows: torch.Tensor
-    ) -> None:
+    def put(self, feed: Feed, values: Values, leaves: list[torch.Tensor], rows: torch.Tensor) -> None:
         """Store what is not there yet of the values and tensors of a batch of `rows` (int64)."""
         feed.forget_draws(rows)
         wanted = torch.ones(len(rows), dtype=torch.bool)

@@ -8,7 +8,7 @@ compared with the plain one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.changes.fingerprint import named_tensors
-from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.proof.checkpoints import check_backward, is_checkpointed
@@ -197,9 +197,7 @@ class Observer:
         feed.keep_only([])
         feed.holds_under = [here]
 
-    def _agrees_with_stored(
-        self, feed: Feed, values: Mapping[Site, torch.Tensor], rows: torch.Tensor
-    ) -> bool:
+    def _agrees_with_stored(self, feed: Feed, values: Values, rows: torch.Tensor) -> bool:
         """Return whether values of a batch are those that an earlier phase stored; False if it stored none.
 
         Raises:
@@ -225,7 +223,7 @@ class Observer:
         """Whether a batch can be replayed from what was stored in an earlier phase."""
         return phase.fixed.has_skeletons(phase.cut) and feed.has_values(phase, rows)
 
-    def _replayed(self, seen: _Seen, values: Mapping[Site, torch.Tensor]) -> tuple[Result, float]:
+    def _replayed(self, seen: _Seen, values: Values) -> tuple[Result, float]:
         """Replay this batch; return what the model gives, and its seconds. All side effects are undone."""
         link, phase = seen.link, seen.phase
         numbers = iter(link.leaves)
@@ -257,9 +255,7 @@ class Observer:
         check_replayed(output, replay.not_come)
         return Result.of(output), suffix_s
 
-    def _store(
-        self, seen: _Seen, values: Mapping[Site, torch.Tensor], prefix_s: float, suffix_s: float
-    ) -> None:
+    def _store(self, seen: _Seen, values: Values, prefix_s: float, suffix_s: float) -> None:
         feed, rows, phase, later = seen.live.feed, seen.live.rows, seen.phase, seen.later
         if self._is_stored(feed, phase, rows):
             phase.decision = kept(phase.cut, feed.sites[phase.cut.frontier[0]].column.where, feed.rows)

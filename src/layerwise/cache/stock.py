@@ -15,7 +15,7 @@ from torch import nn
 
 from layerwise.cache.changes.datawatch import DataNames
 from layerwise.cache.changes.fingerprint import data_digest, named_tensors, quick_state, weights_digest
-from layerwise.cache.cutting.cut import Cut, Site, Source
+from layerwise.cache.cutting.cut import Cut, Site, Source, Values
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
 from layerwise.cache.store.column import Column, RowSpec, Where
@@ -132,9 +132,7 @@ class Stock:
             return column if column.spec == spec and len(column.filled) == rows else None
         return self.shelf.find(key, rows, spec) if key else None
 
-    def adopt(
-        self, feed: Feed, cuts: Iterable[Cut], values: Mapping[Site, torch.Tensor], rows: torch.Tensor
-    ) -> None:
+    def adopt(self, feed: Feed, cuts: Iterable[Cut], values: Values, rows: torch.Tensor) -> None:
         """Give `feed` the columns of `cuts` that others have filled, if they agree with `values`.
 
         Args:
@@ -161,9 +159,7 @@ class Stock:
 
     # -- making -------------------------------------------------------------------------------
 
-    def _lacking_sites(
-        self, feed: Feed, cut: Cut, values: Mapping[Site, torch.Tensor]
-    ) -> dict[Site, RowSpec]:
+    def _lacking_sites(self, feed: Feed, cut: Cut, values: Values) -> dict[Site, RowSpec]:
         """Return the sites of `cut` with a value and without a column, and what one row of each is like."""
         found = {}
         for site in cut.frontier:
@@ -183,9 +179,7 @@ class Stock:
         rows = {number: feed.shape.rows[number] for number in feed.stored_leaves(ghosts)}
         return {n: RowSpec(shape, dtype, dtype) for n, (shape, dtype) in rows.items() if n not in feed.leaves}
 
-    def _lacking_bytes(
-        self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor]
-    ) -> int:
+    def _lacking_bytes(self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Values) -> int:
         """Return how many bytes a sample takes of which there is no column yet."""
         sites, leaves = self._lacking_sites(feed, cut, values), self._lacking_leaves(feed, ghosts)
         return sum(spec.row_bytes for spec in (*sites.values(), *leaves.values()))
@@ -195,7 +189,7 @@ class Stock:
         feed: Feed,
         cut: Cut,
         ghosts: frozenset[int],
-        values: Mapping[Site, torch.Tensor],
+        values: Values,
         *,
         batch: int,
         prefix_s: float,
@@ -223,9 +217,7 @@ class Stock:
             choice = dataclasses.replace(choice, reason=f"{choice.reason}; stored as {short}, not exact")
         return choice
 
-    def provide(
-        self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Mapping[Site, torch.Tensor], where: Where
-    ) -> None:
+    def provide(self, feed: Feed, cut: Cut, ghosts: frozenset[int], values: Values, where: Where) -> None:
         """Make the columns of `cut` and of the batch's own tensors that do not exist yet.
 
         Raises:
@@ -249,7 +241,7 @@ class Stock:
         return column
 
     def provide_later(
-        self, feed: Feed, later: Iterable[tuple[int, Cut]], values: Mapping[Site, torch.Tensor], where: Where
+        self, feed: Feed, later: Iterable[tuple[int, Cut]], values: Values, where: Where
     ) -> None:
         """Make columns for the phases to come, those first that save most work per byte, while they fit."""
         places: list[Where] = [where]

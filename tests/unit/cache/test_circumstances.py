@@ -420,7 +420,7 @@ def test_other_frozen_modules_than_were_recorded_are_an_error() -> None:
     x, mask, _ = masked(*range(4), shape=(5, 8), count=4).tensors
     cut = find_cut(record(model, (x, mask)), frozenset({"head.weight", "head.bias"}))
     assert [str(site) for site in cut.frontier] == ["input of head"]
-    found, part = (capture(model, [cut], (x[:n], mask[:n]), {}, batch=n) for n in (4, 2))
+    found, part = (capture(model, [cut], ((x[:n], mask[:n]), {}), batch=n) for n in (4, 2))
     compare_skeletons(found.skeletons, part.skeletons)
     options = {"batch": 4, "device": torch.device("cpu")}
     with Replay(cut, found.values, found.skeletons, **options) as replay:

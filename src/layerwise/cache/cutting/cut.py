@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from layerwise.errors import CacheError, percent
@@ -34,6 +36,10 @@ class Site(NamedTuple):
         nth = f"#{self.call.nth}" if self.call.nth else ""
         slot = f"[{self.slot}]" if self.slot else ""
         return f"{'input of ' if self.side == 'in' else ''}{self.call.path}{nth}{slot}"
+
+
+Values = Mapping[Site, torch.Tensor]
+"""What is at some sites, for one batch."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 import torch
 
 from layerwise.cache.comparing import is_near, same_bits, same_but_for_tensors
-from layerwise.cache.cutting.cut import CallId, Site
+from layerwise.cache.cutting.cut import CallId, Site, Values
 from layerwise.cache.replay.capturing import Skeleton
 from layerwise.cache.replay.layout import Layout, find_layout
 from layerwise.errors import CacheError
@@ -36,7 +36,7 @@ class MixedError(CacheError):
         self.site = site
 
 
-Run = Callable[[list[int], int], Mapping[Site, torch.Tensor]]
+Run = Callable[[list[int], int], Values]
 """Runs the prefix on some samples of the batch (by position), under a seed; returns rows by site."""
 
 
@@ -63,12 +63,7 @@ def compare_skeletons(one: Mapping[CallId, Skeleton], other: Mapping[CallId, Ske
 
 
 def find_layouts(
-    sites: Iterable[Site],
-    full: Mapping[Site, torch.Tensor],
-    batch: int,
-    part: Mapping[Site, torch.Tensor],
-    part_batch: int,
-    chosen: list[int],
+    sites: Iterable[Site], full: Values, batch: int, part: Values, part_batch: int, chosen: list[int]
 ) -> dict[Site, Layout]:
     """Return how each site's value is made of samples, from two batch sizes.
 
@@ -101,13 +96,7 @@ def _fits(layout: Layout, full: torch.Tensor, part: torch.Tensor, chosen: list[i
     return is_near(layout.to_rows(full)[chosen], layout.to_rows(part)[: len(chosen)])
 
 
-def size_sensitive(
-    full: Mapping[Site, torch.Tensor],
-    part: Mapping[Site, torch.Tensor],
-    chosen: list[int],
-    run: Run,
-    indices: Sequence[int],
-) -> bool:
+def size_sensitive(full: Values, part: Values, chosen: list[int], run: Run, indices: Sequence[int]) -> bool:
     """Return whether a sample's bits depend on how many samples are computed with it.
 
     Compares the values of a whole batch with those of some of its samples, which were computed on their
@@ -174,14 +163,12 @@ def at_other_places(positions: Sequence[int]) -> list[int]:
     return paired + odd[len(even) :] + even[len(odd) :]
 
 
-def _unequal(
-    full: Mapping[Site, torch.Tensor], positions: list[int], part: Mapping[Site, torch.Tensor]
-) -> list[Site]:
+def _unequal(full: Values, positions: list[int], part: Values) -> list[Site]:
     """Return the sites at which samples of the batch have other bits than `part`, computed from them."""
     return [site for site, rows in full.items() if not same_bits(rows[positions], part[site])]
 
 
-def _few_numbers(full: Mapping[Site, torch.Tensor], positions: list[int], indices: Sequence[int]) -> bool:
+def _few_numbers(full: Values, positions: list[int], indices: Sequence[int]) -> bool:
     """Return whether some site has too few numbers at these positions; zeros have no bits to differ in."""
     distinct = list({indices[position]: position for position in positions}.values())
     return any(
@@ -191,12 +178,10 @@ def _few_numbers(full: Mapping[Site, torch.Tensor], positions: list[int], indice
 
 def check_companions(
     layouts: Mapping[Site, Layout],
-    known: Mapping[Site, torch.Tensor],
+    known: Values,
     leaves: Sequence[torch.Tensor],
-    inputs: Sequence[int | None],
-    run: Callable[[list[torch.Tensor], int], Mapping[Site, torch.Tensor]],
-    *,
-    copies_only: bool,
+    strange: Container[int | None],
+    run: Callable[[list[torch.Tensor], int], Values],
 ) -> None:
     """Compute some samples beside strange ones, and compare; last bits do not count.
 
@@ -211,16 +196,14 @@ def check_companions(
         layouts: of the sites to compare.
         known: what the sites hold for some samples, as rows.
         leaves: the tensors of these samples.
-        inputs: which of them reach the model.
+        strange: numbers of those tensors in which there may be other numbers than the data's.
         run: gives the values for other samples, under a seed.
-        copies_only: have nothing but copies of the samples beside them.
 
     Raises:
         MixedError: a sample's values depend on its companions.
     """
     kinds = [
-        _kinds(leaf) if number in inputs and not copies_only else leaf[[0, -1, 0, -1]]
-        for number, leaf in enumerate(leaves)
+        _kinds(leaf) if number in strange else leaf[[0, -1, 0, -1]] for number, leaf in enumerate(leaves)
     ]
     try:
         one, other = (run([kind[list(batch)] for kind in kinds], 4) for batch in (_ONE_BATCH, _OTHER_BATCH))

@@ -6,12 +6,12 @@ under other seeds. What comes of it must be the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from layerwise.cache.comparing import same_bits
-from layerwise.cache.cutting.cut import Cut, Site
+from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
 from layerwise.cache.proof.mixing import (
     PlaceError,
@@ -86,13 +86,13 @@ def prove(
     layouts = find_layouts(sites, found.values, count, part.values, part_count, chosen)
     feed.layouts |= layouts
 
-    def in_rows(values: Mapping[Site, torch.Tensor]) -> dict[Site, torch.Tensor]:
+    def in_rows(values: Values) -> Values:
         return {site: layout.to_rows(values[site]) for site, layout in layouts.items()}
 
-    def run_batch(again: list[torch.Tensor], seed: int) -> dict[Site, torch.Tensor]:
+    def run_batch(again: list[torch.Tensor], seed: int) -> Values:
         return run_prefix(link, cuts, link.build(again), batch=len(again[0]), seed=seed).values
 
-    def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
+    def run(positions: list[int], seed: int) -> Values:
         values = run_batch([leaf[positions] for leaf in leaves], seed)
         for site in layouts:
             if site not in values:
@@ -106,7 +106,7 @@ def prove(
     except PlaceError as error:
         place = str(error)
     few = [leaf[: len(chosen)] for leaf in part_leaves]
-    check_companions(layouts, seen, few, link.leaves, run_batch, copies_only=bool(log.foreign))
+    check_companions(layouts, seen, few, () if log.foreign else link.leaves, run_batch)
     if not exact:
         feed.sizes = None
         return

@@ -16,7 +16,7 @@ from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.ghost import Ghost, ghost
 from layerwise.cache.replay.intercepting import Forward, Intercepted
 from layerwise.cache.replay.layout import Layout, copied, memory_order
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 
 class _Stop(BaseException):
@@ -65,13 +65,7 @@ class Captured:
 
 
 def capture(
-    model: nn.Module,
-    cuts: Iterable[Cut],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    batch: int,
-    skeletons: bool = True,
+    model: nn.Module, cuts: Iterable[Cut], given: Arguments, *, batch: int, skeletons: bool = True
 ) -> Captured:
     """Run the model until the values at all sites of all `cuts` are there: one pass serves several phases.
 
@@ -80,7 +74,7 @@ def capture(
     """
     watch = _Watch(list(cuts), batch, skeletons)
     with watch, contextlib.suppress(_Stop):
-        model(*args, **kwargs)
+        model(*given[0], **given[1])
     return watch.found
 
 
