@@ -209,7 +209,7 @@ class Calls:
 
     def _look(self, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out how the call is made of the batch, and have the observer do the rest."""
-        link = find_link(live.leaves, args, kwargs)
+        link = find_link(live.leaves, args, kwargs, self._model.modules())
         if link is None:
             return
         live.seen, self._frozen.thread = True, get_ident()

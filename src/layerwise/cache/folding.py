@@ -125,12 +125,10 @@ class Folding(TorchFunctionMode):
     def _fold(self, key: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return folded weight and bias of a convolution, and the running mean that its batch-norm has."""
         if key not in self._folded:
-            pair = self._pairs[key]
-            weight, bias = (self._tensors.get(name) for name in pair.convolution)
-            scale, shift, mean, variance = (self._tensors.get(name) for name in pair.norm)
-            assert weight is not None
-            assert mean is not None
-            assert variance is not None
+            tensors, pair = self._tensors, self._pairs[key]
+            weight, bias = tensors[pair.convolution[0]], tensors.get(pair.convolution[1])
+            scale, shift = (tensors.get(name) for name in pair.norm[:2])
+            mean, variance = (tensors[name] for name in pair.norm[2:])
             with torch.no_grad():
                 one, other = fuse_conv_bn_weights(weight, bias, mean, variance, pair.eps, scale, shift)
             self._folded[key] = one.detach(), other.detach(), mean

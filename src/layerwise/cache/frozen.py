@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from typing import Any
@@ -32,8 +31,6 @@ from layerwise.layers.isolation import uncompiled
 from layerwise.layers.randomness import drawn_outside_torch, seed_everything
 from layerwise.layers.snapshot import Snapshot
 from layerwise.layers.structures import Arguments
-
-logger = logging.getLogger("layerwise.cache")
 
 _BUSY: set[nn.Module] = set()  # models that run for a cache
 
@@ -140,9 +137,8 @@ class FrozenPart:
     def _drawn(self) -> tuple[Any, ...]:
         """Return what Python's and numpy's generators have drawn, the model's own ones included."""
         own = Snapshot(self.model.modules(), generators_only=True).generators
-        return *drawn_outside_torch(), *(
-            str(told(one)) for one in own if not isinstance(one, torch.Generator)
-        )
+        states = [str(told(one)) for one in own if not isinstance(one, torch.Generator)]
+        return *drawn_outside_torch(), *states
 
     def complete(self, live: Live, batch: Any) -> Any:
         """Compute and store what is missing of a batch's samples.

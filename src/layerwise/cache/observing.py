@@ -24,7 +24,7 @@ from layerwise.cache.proof.evenness import ElementwiseLog
 from layerwise.cache.proof.mixing import MixedError
 from layerwise.cache.proof.outputs import Result
 from layerwise.cache.proof.proving import prove
-from layerwise.cache.replay.fixed import Circumstances, Fixed
+from layerwise.cache.replay.fixed import Fixed
 from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.layout import copied, memory_order
 from layerwise.cache.replay.link import Link, versions_of
@@ -50,7 +50,6 @@ class _Seen:
         live: the batch.
         link: how it reached the model.
         given: ``(args, kwargs)``.
-        here: the circumstances.
         later: cuts of later phases and runs, with the epochs that each lasts.
         known: what is known of other phases that is the same for every batch.
     """
@@ -58,7 +57,6 @@ class _Seen:
     live: Live
     link: Link
     given: Arguments
-    here: Circumstances
     later: list[tuple[int, Cut]]
     known: list[Fixed]
 
@@ -116,9 +114,7 @@ class Observer:
         feed.forget_moved(live.rows)
         feed.forget_draws(live.rows)
         cut = self._book.find(link.apart(given), link.form)
-        awake = frozenset(module for module in self._model.modules() if module.training)
-        here = Circumstances(link, awake)
-        seen = _Seen(live, link, given, here, self._book.later(link.form), feed.fixed)
+        seen = _Seen(live, link, given, self._book.later(link.form), feed.fixed)
         later = [other for _, other in seen.later]
         feed.keep_only([cut, *later])
 
@@ -151,17 +147,17 @@ class Observer:
 
     def _prepared(self, seen: _Seen, cuts: list[Cut]) -> Callable[[Any], None]:
         """Compute the batch's values at the first of `cuts`, and at the others on the way; replay it."""
-        live, link, here, phase, cut = seen.live, seen.link, seen.here, seen.phase, cuts[0]
+        live, link, phase, cut = seen.live, seen.link, seen.phase, cuts[0]
         feed, phase.cut = live.feed, cut
         around = set[nn.Module]().union(*map(self._book.in_or_around, cuts))
-        as_stored = any(here.agree(one, around) for one in feed.holds_under)
+        as_stored = any(link.is_called_as(one, around) for one in feed.holds_under)
         if not feed.sites or not (as_stored or all(site in feed.sites for site in cut.frontier)):
-            self._compute_under(feed, here)
+            self._compute_under(feed, link)
             as_stored = True
         phase.ghosts = feed.ghosts_of(cut, self._keep_inputs)
-        fixed = Fixed(here)
+        fixed = Fixed(link)
         for known in seen.known:
-            if here.agree(known.circumstances, around):
+            if link.is_called_as(known.link, around):
                 fixed.take(known, cuts)
         phase.fixed = fixed
         prefix_s = 0.0
@@ -175,9 +171,9 @@ class Observer:
             values = found.values
             agrees = self._agrees_with_stored(feed, values, live.rows)
             if agrees and not as_stored:
-                feed.holds_under.append(here)
+                feed.holds_under.append(link)
             elif not as_stored:
-                self._compute_under(feed, here)
+                self._compute_under(feed, link)
             prove(feed, link, cuts, found, log, live.indices, live.leaves, run, exact=self._exact)
             feed.forget_moved(live.rows)
             fixed.note(cuts, found, named_tensors(self._model))
@@ -192,10 +188,10 @@ class Observer:
 
         return compare
 
-    def _compute_under(self, feed: Feed, here: Circumstances) -> None:
+    def _compute_under(self, feed: Feed, link: Link) -> None:
         """Have the values of a feed computed as the loop calls the model now; forget the others."""
         feed.keep_only([])
-        feed.holds_under = [here]
+        feed.holds_under = [link]
 
     def _agrees_with_stored(self, feed: Feed, values: Values, rows: torch.Tensor) -> bool:
         """Return whether values of a batch are those that an earlier phase stored; False if it stored none.

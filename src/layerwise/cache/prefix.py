@@ -176,7 +176,6 @@ class PrefixCache:
             supply.refuse(f"the dataset changes from epoch to epoch ({changed})")
         supply.moves = self._state.moves
         self._frozen.drop_stale(supply.feeds)
-        assert supply.reader is not None
         return supply.begun(self._deal(supply, supply.reader.order()))
 
     def _deal(self, supply: Supply, order: Order) -> Iterator[Any]:

@@ -127,7 +127,6 @@ def _loaded_again(
     Raises:
         CacheError: they are not the same this time, or one of them is not when it is collated with itself.
     """
-    assert feed.shape is not None
     chosen = _positions(feed, len(indices)) if len(indices) > 1 else [0]
     beside = [feed.neighbour(indices[0])] if len(indices) == 1 else []
     drawn = [leaf[chosen] for leaf in leaves]

@@ -1,35 +1,17 @@
-"""`Fixed`: what skipped calls give for every batch alike, in some circumstances."""
+"""`Fixed`: what skipped calls give for every batch alike, where the model is called in some way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from layerwise.cache.changes.fingerprint import quick_state
 from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.capturing import Captured, Skeleton
 from layerwise.cache.replay.link import Link
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """In which a frozen part ran.
-
-    Attributes:
-        link: how the model was called.
-        awake: its modules in train mode.
-    """
-
-    link: Link
-    awake: frozenset[nn.Module]
-
-    def agree(self, other: Circumstances, around: Set[nn.Module]) -> bool:
-        """Return whether modules, autocast, gradients and kernels are the same; of modules only `around`."""
-        return self.link.is_called_as(other.link) and (self.awake ^ other.awake).isdisjoint(around)
 
 
 @dataclass
@@ -40,13 +22,13 @@ class Fixed:
     was found tells of another output.
 
     Attributes:
-        circumstances: in which they ran.
+        link: how the model was called.
         skeletons: of the calls.
         constants: values that do not depend on the input, with `quick_state` of the weights behind them.
         told: what the cut tells of each call's output, and of the operations behind each value.
     """
 
-    circumstances: Circumstances
+    link: Link
     skeletons: dict[CallId, Skeleton] = field(default_factory=dict)
     constants: dict[Site, tuple[torch.Tensor, tuple[Any, ...]]] = field(default_factory=dict)
     told: dict[CallId | Site, str] = field(default_factory=dict)

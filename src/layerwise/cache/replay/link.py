@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 from layerwise.cache.changes.contents import Contents
 from layerwise.cache.comparing import same_bits
@@ -51,6 +52,7 @@ class Link:
         autocast: state of autocast around the call.
         grad: gradients were on.
         backends: see `backend_state`.
+        awake: modules of the model that were in train mode.
         device: of the arguments.
     """
 
@@ -64,6 +66,7 @@ class Link:
     autocast: Autocast
     grad: bool
     backends: list[Any]
+    awake: frozenset[nn.Module] = field(repr=False)
     device: torch.device
 
     @property
@@ -154,9 +157,10 @@ class Link:
         )
         return bool(one == another)
 
-    def is_called_as(self, other: Link) -> bool:
-        """Return whether autocast, gradients and kernels are the same around the call."""
-        return (self.autocast, self.grad, self.backends) == (other.autocast, other.grad, other.backends)
+    def is_called_as(self, other: Link, around: Set[nn.Module]) -> bool:
+        """Return whether modes, autocast, gradients and kernels are the same; of modules only `around`."""
+        one, another = ((link.autocast, link.grad, link.backends) for link in (self, other))
+        return one == another and (self.awake ^ other.awake).isdisjoint(around)
 
     def same_constants(self, args: Any, kwargs: Any) -> bool:
         """Return whether the structure, and all that is not a tensor, is as in the first call."""
@@ -164,8 +168,12 @@ class Link:
         return (_ONE_TENSOR if is_one_tensor else _outline((args, kwargs))) == self.arguments
 
 
-def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | None:
+def find_link(
+    leaves: Sequence[torch.Tensor], args: Any, kwargs: Any, modules: Iterable[nn.Module] = ()
+) -> Link | None:
     """Return how the arguments come from the batch's tensors; None if the call is not about this batch.
+
+    `modules` are those of the model.
 
     A tensor argument is a leaf of the batch if it is the same object or has the same values (after a
     move to another device, a cast, or a change of memory format). Where several leaves have these values, it
@@ -220,6 +228,7 @@ def find_link(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> Link | 
         autocast=autocast_state(device),
         grad=torch.is_grad_enabled(),
         backends=backend_state(device),
+        awake=frozenset(module for module in modules if module.training),
         device=device,
     )
 

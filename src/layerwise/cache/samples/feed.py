@@ -14,7 +14,7 @@ import torch
 
 from layerwise.cache.changes.alike import keeps_order
 from layerwise.cache.cutting.cut import Cut, Site
-from layerwise.cache.replay.fixed import Circumstances, Fixed
+from layerwise.cache.replay.fixed import Fixed
 from layerwise.cache.replay.handed import handed
 from layerwise.cache.replay.layout import Layout, copied, in_order
 from layerwise.cache.replay.link import Link
@@ -88,8 +88,8 @@ class Feed:
         kind: what the samples look like; None if the first batch is to tell.
         members: their indices in the data set; None for all.
         shape: of the batches. There once one was seen.
-        holds_under: circumstances in which a frozen part is known to give what is stored; first those in
-            which it was computed.
+        holds_under: ways to call the model in which a frozen part is known to give what is stored; first
+            that in which it was computed.
         full: number of samples in the batches in which values are computed; 0 before one was seen.
         sizes: batch sizes that give a sample the same bits as `full` does: kernels are chosen by size.
             Values are computed in batches of such a size, and other batches go through the plain model.
@@ -111,7 +111,7 @@ class Feed:
     kind: Kind | None = None
     members: list[int] | None = None
     shape: BatchShape = field(init=False)
-    holds_under: list[Circumstances] = field(default_factory=list)
+    holds_under: list[Link] = field(default_factory=list)
     full: int = 0
     sizes: set[int] | None = field(default_factory=set)
     places: torch.Tensor | None = None
@@ -125,7 +125,7 @@ class Feed:
     @property
     def link(self) -> Link:
         """How its batches reached the model when what is stored was first computed."""
-        return self.holds_under[0].link
+        return self.holds_under[0]
 
     @property
     def indices(self) -> Sequence[int]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cache_loops import both, images
 from layerwise.cache.cutting.cut import CallId, Cut, Site
-from layerwise.cache.replay.fixed import Circumstances, Fixed
+from layerwise.cache.replay.fixed import Fixed
 from layerwise.cache.replay.layout import Layout
 from layerwise.cache.replay.link import find_link
 from layerwise.cache.samples.batchshape import BatchShape
@@ -27,7 +27,7 @@ def feed_of(count: int = 4) -> Feed:
     batch = [torch.arange(2)]
     link = find_link(batch, batch, {})
     assert link is not None
-    feed.shape, feed.holds_under = BatchShape.of(batch, 2), [Circumstances(link, frozenset())]
+    feed.shape, feed.holds_under = BatchShape.of(batch, 2), [link]
     return feed
 
 
@@ -41,7 +41,7 @@ def cut_of(**changes: Any) -> Cut:
 def phase_of(cut: Cut, ghosts: frozenset[int] = frozenset()) -> Phase:
     phase = Phase(verified=True)
     phase.cut, phase.ghosts = cut, ghosts
-    phase.fixed = Fixed(Circumstances(cast(Any, None), frozenset()))
+    phase.fixed = Fixed(cast(Any, None))
     return phase
 
 
