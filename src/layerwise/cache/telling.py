@@ -31,7 +31,7 @@ def described(supplies: Sequence[Supply]) -> str:
         shown = (phase for phase in phases.values() if phase.decision or not supply.reason)
         lines += dict.fromkeys(f"{name}: {when}{told(phase)}" for phase in shown)
         key = next(reversed(phases), None)
-        stored, samples = supply.stored(key), supply.samples
+        stored, samples = supply.stored(key), sum(feed.rows for feed in supply.feeds)
         if 0 < stored < samples:
             lines.append(f"{name}: {stored:,} of {samples:,} samples stored so far")
         if supply.is_idle(key):

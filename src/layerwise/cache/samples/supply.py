@@ -199,13 +199,8 @@ class Supply:
             raise CacheError(_MIXED)
         return feeds.pop()
 
-    @property
-    def samples(self) -> int:
-        """Number of samples, times views."""
-        return sum(feed.rows for feed in self.feeds)
-
     def stored(self, key: Any) -> int:
-        """Return how many of `samples` are stored for the phase `key`."""
+        """Return how many samples, times views, are stored for the phase `key`."""
         count = 0
         for feed in self.feeds:
             phase = feed.phases.get(key)
