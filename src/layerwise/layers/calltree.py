@@ -8,8 +8,9 @@ layer, or a single convolution of the stem. What decides is what the module comp
 2. A kind of module that occurs inside itself (a tree of trees, a level of a recursive U-net) is opened if
    it is a sequence, wraps one module, or holds a stack (see 4) or several modules with several layers.
 3. A kind that occurs several times is a *block* if, somewhere, it keeps the shape of its input and a
-   value of that shape passes by one of its weighted children on the way to the output: a residual
-   connection. Blocks are units wherever they occur, also where a stage's first one has no shortcut.
+   value of that shape passes by one of its weighted children on the way to the output, by each of its
+   stacks (see 4) if it has any: a residual connection. Blocks are units wherever they occur, also where a
+   stage's first one has no shortcut.
 4. Any other kind that occurs several times is opened if, somewhere, it holds a *stack*, several
    siblings of one kind with two or more weighted layers each: a ResNet stage, a dense block, a
    cross-stage-partial stage. Wrappers of what differs (``Residual(Attention)``, ``Residual(MLP)``) are none.
@@ -60,8 +61,7 @@ class CallTree:
         composite = {call.module: self.kind(call.module) for call in self._calls if self.children(call)}
         self._instances = collections.Counter(composite.values())
         self._nested = self._kinds_inside_themselves()
-        self._stacked: set[Call] = set()
-        self._stacks = self._calls_with_stacks()
+        self._stacks = self._stacks_by_call()
         self._stacked_kinds = {self.kind(call.module) for call in self._stacks}
         self._blocks = {
             self.kind(call.module)
@@ -113,7 +113,9 @@ class CallTree:
             return True
         if _numberless(call.path) in self._block_paths:
             return False
-        return not self._is_residual(call) and (several or not self._passes_by(call, any_shape=True))
+        if self._is_residual(call):
+            return False
+        return several or not self._passes_by(call, children, any_shape=True)
 
     def children(self, call: Call) -> list[Call]:
         """Return the calls directly inside that have parameters and run at least one operation.
@@ -199,9 +201,12 @@ class CallTree:
             to_visit += [(child, (*above, kind)) for child in self.children(call)]
         return nested
 
-    def _calls_with_stacks(self) -> set[Call]:
-        """Return the calls that hold, at any depth, siblings of one kind with several layers each."""
-        found: set[Call] = set()
+    def _stacks_by_call(self) -> dict[Call, list[list[Call]]]:
+        """Return the calls that hold, at any depth, siblings of one kind with several layers each.
+
+        A stack is several children, or one in which there is a stack.
+        """
+        found: dict[Call, list[list[Call]]] = {}
         for call in reversed(self._calls):  # children come before their parent
             families: dict[Hashable, list[Call]] = collections.defaultdict(list)
             for child in self.children(call):
@@ -211,8 +216,7 @@ class CallTree:
             stacks = [calls for calls in families.values() if self._are_alike(calls)]
             stacks += [[child] for child in self.children(call) if child in found]
             if stacks:
-                found.add(call)
-                self._stacked.update(max(stacks, key=lambda calls: sum(self.weights(c) for c in calls)))
+                found[call] = stacks
         return found
 
     def _are_alike(self, calls: list[Call]) -> bool:
@@ -229,29 +233,28 @@ class CallTree:
         return found
 
     def _is_residual(self, call: Call) -> bool:
-        """Whether the call keeps the shape of its input and a value of that shape passes by a layer."""
+        """Whether the call keeps the shape of its input and a value of that shape passes by a layer.
+
+        Where it holds stacks it must pass by each of them: to pass by a side branch is no shortcut.
+        """
         received = [tuple(tensor.shape) for tensor in _main_input(call)]
         returned = [tuple(tensor.shape) for tensor in tensors_in(call.output)]
+        parts = self._stacks.get(call) or [[c for c in self.children(call) if self.weights(c)]]
         return (
             bool(received)
             and received == returned[: len(received)]
-            and self._passes_by(call, any_shape=False)
+            and all(self._passes_by(call, part, any_shape=False) for part in parts)
         )
 
-    def _passes_by(self, call: Call, *, any_shape: bool) -> bool:
-        """Whether some operation reads a value that was made before one of the call's children ran.
+    def _passes_by(self, call: Call, children: list[Call], *, any_shape: bool) -> bool:
+        """Whether some operation reads a value that was made before one of the call's `children` ran.
 
         The children are intervals of operations, one after the other, so an edge from operation `s` to
-        operation `i` passes by those with ``s < start`` and ``end <= i``. Without `any_shape` only
-        children with weights count (only those of the largest stack, if there is one: to pass by a
-        side branch is no shortcut), and only values that have as many elements as the call's output.
-        Values from outside count if they are the call's main input (masks and memories do not).
+        operation `i` passes by those with ``s < start`` and ``end <= i``. Without `any_shape` only values
+        count that have as many elements as the call's output. Values from outside count if they are the
+        call's main input (masks and memories do not).
         """
         recording = self._recording
-        children = self.children(call)
-        if not any_shape:
-            stack = call in self._stacks
-            children = [c for c in children if (c in self._stacked if stack else self.weights(c))]
         starts = [child.start for child in children]
         ends = [child.end for child in children]
         main = set(_main_keys(call))

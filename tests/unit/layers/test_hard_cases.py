@@ -345,6 +345,22 @@ def test_layers_written_as_lists_in_a_list() -> None:
     assert_complete(layers, model)
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_a_stage_whose_input_passes_by_a_side_branch_alone_is_opened(side: int) -> None:
+    # as GCViT's, which makes a query for its blocks; also where the branch is larger than the blocks
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Sequential(*(Residual() for _ in range(side)))
+            self.blocks = nn.Sequential(Residual(), Residual())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x + self.side(x).mean(-1, keepdim=True))
+
+    layers = layer_map(nn.Sequential(Stage(), Stage(), nn.Linear(8, 2)), torch.zeros(2, 8))
+    assert layers.names[: side + 2] == (*(f"0.side.{n}" for n in range(side)), "0.blocks.0", "0.blocks.1")
+
+
 @pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
 def test_a_layer_of_two_wrappers_of_what_differs_is_one_group(kind: type[nn.Module]) -> None:
     # `Residual(attention)` and `Residual(mlp)`; two wrappers of the same are two blocks, as a ResNet's are
