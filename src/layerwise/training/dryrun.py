@@ -47,7 +47,7 @@ class PhaseCost:
     Attributes:
         name: of the phase.
         trainable: scalars that learn, norms that follow a policy included.
-        step_s: seconds of one optimiser step, its batches loaded.
+        step_s: seconds of one optimiser step, its batches loaded; not of a smaller last one.
         epoch_s: seconds of one epoch of training and validation, as many for each sample as in the step.
         peak_bytes: highest use of memory in a step (see `layerwise.training.memory`).
     """
@@ -202,7 +202,8 @@ def dry_run(
         with peak_memory(accelerator.device) as peak, without_key_cache(tried):
             timed = _timed_steps(tried, tuner, batches, task, accelerator, accumulate=accumulate)
         exact &= peak.exact
-        step_s, samples = min(timed[1:] or timed, key=lambda step: step[0] / step[1])
+        samples = max(size for _, size in timed[1:] or timed)
+        step_s = min(seconds for seconds, size in timed[1:] or timed if size == samples)
         validation_s = 0.0
         if held_out is not None:
             began_s = time.perf_counter()

@@ -37,6 +37,8 @@ def test_a_smaller_last_batch_is_no_measure_of_the_others(
         model, train, train, plan=tiny_plan(), layers=tiny_layers(model), batch_size=5, accumulate=accumulate
     )
     assert [cost.epoch_s for cost in found.costs] == [2 * samples] * 2
+    if accumulate == 1:
+        assert [cost.step_s for cost in found.costs] == [min(samples, 5)] * 2
 
 
 def test_the_batches_of_a_loader_are_taken_for_equal(monkeypatch: pytest.MonkeyPatch) -> None:
