@@ -7,11 +7,14 @@ so comparing the values of one batch does not find it; asking each operation doe
 
 How: a number for which the two routines differ is looked for. If there is one, the operation is run on
 tensors of the real shape filled with it. Where all samples get the same bits, no place is special.
+
+A product of small matrices may round a row by where it lies in memory. Of a few rows of few numbers all may
+be equal by luck. So such a product is run on one sample, drawn at random, in all places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +32,9 @@ _PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_
 _OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "profiler"})
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution"})
+_SMALL = 4096  # numbers that a product gives for a batch: of more, the values themselves tell
+_COMPARED = 256  # numbers of a product that are compared
 _TELLING = 4  # of those that differ, how many are used
 _FOUND: dict[tuple[Any, ...], list[list[Any]]] = {}  # `_telling_numbers` of torch's operations
 
@@ -56,7 +62,7 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """One run of an operation that works number by number.
+    """One run of an operation that works number by number, or of a product of matrices.
 
     Attributes:
         function: the operation.
@@ -71,13 +77,18 @@ class Elementwise:
     device: torch.device
 
     @property
+    def is_product(self) -> bool:
+        """Whether it is a product."""
+        return _name(self.function) in _PRODUCTS
+
+    @property
     def outlines(self) -> list[Outline]:
         """Of the tensors that it gets."""
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Outline)]
 
 
 class ElementwiseLog(TorchDispatchMode):
-    """Within: notes each operation that makes floating-point or complex numbers one by one.
+    """Within: notes each operation that makes floating-point or complex numbers one by one, or by a product.
 
     Attributes:
         runs: in order.
@@ -100,17 +111,21 @@ class ElementwiseLog(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return run_inside(func, self, args, kwargs)
         output = func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
+        name = _name(func)
         if name in _PACKING:
             self.packing = self.packing or name
         if func.namespace not in _OF_TORCH:
             self.foreign = self.foreign or func._schema.name
-        if torch.Tag.pointwise in func.tags and isinstance(output, torch.Tensor):
+        if (torch.Tag.pointwise in func.tags or name in _PRODUCTS) and isinstance(output, torch.Tensor):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             if tensors and (output.is_floating_point() or output.is_complex()):
                 arguments = tree_map_only(torch.Tensor, Outline.of, (args, kwargs))
                 self.runs.append(Elementwise(func, arguments, Outline.of(output), output.device))
         return output
+
+
+def _name(function: Any) -> str:
+    return str(function._schema.name.partition("::")[2])
 
 
 def uneven_places(
@@ -138,10 +153,14 @@ def uneven_places(
     for one, other in pairs.values():
         name = str(one.function)
         kind = f"{name} {_scalars(one)}"
-        if kind not in telling:
+        if kind not in telling and not one.is_product:
             telling[kind] = _telling_numbers(one)
-        for numbers in telling[kind]:
-            rows, part_rows = _filled(one, numbers), _filled(other, numbers)
+        results: Iterable[tuple[torch.Tensor, torch.Tensor]] = (
+            _products(one, batch, other, part_batch)
+            if one.is_product
+            else ((_filled(one, numbers), _filled(other, numbers)) for numbers in telling[kind])
+        )
+        for rows, part_rows in results:
             try:
                 layout = find_layout(
                     one.output.tensor(), batch, other.output.tensor(), part_batch, where=name
@@ -161,8 +180,47 @@ def uneven_places(
 
 def _is_uneven(run: Elementwise) -> bool:
     """Return whether an operation rounds a number otherwise at some place."""
+    if run.is_product:
+        return False
     results = (_filled(run, numbers).flatten() for numbers in _telling_numbers(run))
     return any(not torch.equal(result, result[:1].expand_as(result)) for result in results)
+
+
+def _products(
+    one: Elementwise, batch: int, other: Elementwise, part_batch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what a small product gives for batches of one sample, drawn anew each time, in all places."""
+    size = torch.Size(one.output.shape).numel()
+    if not 0 < size <= _SMALL:
+        return
+    outlines = list(zip(one.outlines, other.outlines))
+    try:
+        layouts = [find_layout(a.tensor(), batch, b.tensor(), part_batch, where="") for a, b in outlines]
+    except CacheError:  # not made of samples
+        return
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1 + _COMPARED * batch // size):
+        given: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+        for pair, layout in zip(outlines, layouts):
+            drawn = torch.randn(pair[0].shape, generator=generator).to(one.device, pair[0].dtype)
+            for outline, tensors in zip(pair, given):
+                made = torch.empty_strided(
+                    outline.shape, outline.strides, dtype=outline.dtype, device=one.device
+                )
+                tensors.append(made)
+                if layout is None:
+                    _fill(made, drawn)
+                else:
+                    _fill(layout.to_rows(made), layout.to_rows(drawn)[:1])
+        yield _run(one, given[0]), _run(other, given[1])
+
+
+def _fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Write `values` into a tensor, one number where one stands for several."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
 
 
 def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -107,6 +107,46 @@ def test_what_is_not_made_of_samples(shape, found) -> None:
     assert ["silu" in name for name in uneven] == [found, found]
 
 
+def product(name: str, scale: float):
+    """Return an operation of that name, some of whose numbers are rounded otherwise at odd places."""
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = x * weight
+        y[1::2, ..., -1:] *= scale
+        return y
+
+    operation = torch.library.custom_op(f"layerwise_{round(scale * 2**20)}::{name}", mutates_args=())
+    return operation(multiply)
+
+
+@pytest.mark.parametrize("counts", [(5, 2), (6, 1), (1, 4)])
+@pytest.mark.parametrize(("name", "shape"), [("mm", (6,)), ("bmm", (2, 5)), ("convolution", (2, 1, 3))])
+def test_small_products_that_round_some_rows_otherwise(name, shape, counts) -> None:
+    # of a weight, or of one that is repeated for each sample; an operation of another name is not tried
+    for kind, scale in ((name, 1 + 2**-20), (name, 1.0), ("add", 1 + 2**-20)):
+        multiply, weight = product(kind, scale), torch.randn(shape)
+        for expanded in (False, True):
+            runs = [
+                logged(multiply, torch.randn(n, *shape), weight.expand(n, *shape) if expanded else weight)
+                for n in counts
+            ]
+            found = uneven_places(runs[0], counts[0], runs[1], counts[1])
+            odd = kind == name and scale != 1
+            assert [kind in place for place in found] == [odd and counts[0] > 1, odd and counts[1] > 1]
+            assert all(place == "" or odd for place in found)
+
+
+def test_products_that_are_not_tried() -> None:
+    # of many numbers the values tell; of none, and of what is not made of samples, nothing is told
+    multiply = product("mm", 1 + 2**-20)
+    for shape in ((5000,), (0,), (None, 3)):
+        runs = [
+            logged(multiply, *[torch.randn(n, *(n if s is None else s for s in shape))] * 2) for n in (5, 2)
+        ]
+        assert uneven_places(runs[0], 5, runs[1], 2) == ("", "")
+        assert uneven_places(runs[0], 5, runs[1] * 2, 2) == ("", "another order of operations")
+
+
 def test_numbers_are_looked_for_once_under_the_same_settings(monkeypatch) -> None:
     # a second time they are those that are found anew; another setting of torch is another case
     looked = []
