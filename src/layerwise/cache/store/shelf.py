@@ -226,12 +226,11 @@ def entries(folder: Path) -> list[Entry]:
         if not _KEY.fullmatch(path.name):
             continue
         meta = _meta(path)
-        data = path / "rows.bin"
         with contextlib.suppress(FileNotFoundError):  # another process removed it
             found.append(
                 Entry(
                     key=path.name,
-                    nbytes=data.stat().st_size if data.is_file() else 0,
+                    nbytes=_file_bytes(path / "rows.bin"),
                     rows=meta.get("rows", 0),
                     what=str(meta.get("what", "")) if meta else "damaged",
                     modified_s=path.lstat().st_mtime,
@@ -264,6 +263,13 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
             _delete(folder / entry.key)
     remove_leftovers(folder)
     return chosen
+
+
+def _file_bytes(path: Path) -> int:
+    """Return the size of a file; 0 for what is none, or lies in a folder that this user may not read."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size if path.is_file() else 0
+    return 0
 
 
 def _delete(path: Path) -> None:

@@ -82,6 +82,21 @@ def test_what_cannot_be_trusted_is_refused_and_removed(tmp_path, damage, rows, s
     assert not (tmp_path / KEY).exists()
 
 
+def test_a_column_of_another_user_who_keeps_it_closed_is_listed(tmp_path, monkeypatch) -> None:
+    # and those beside it
+    published(tmp_path)
+    published(tmp_path, "b" * 40)
+    look = Path.stat
+
+    def closed(path: Path, **options: bool) -> os.stat_result:
+        if path.parent.name == KEY:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    assert {(entry.key, entry.nbytes) for entry in entries(tmp_path)} == {(KEY, 0), ("b" * 40, 24)}
+
+
 def a_file(path: Path, folder: Path) -> None:
     path.touch()
 
