@@ -132,7 +132,7 @@ def read_texts(
     Raises:
         DataError: a column is missing (those there are are named), rows have no text or label or too
             long a text, there is one class only, or validation has labels that training has not (or a
-            split leaves it none of). All problems found are in one message.
+            split leaves it none of). All such rows are in one message, and then all such labels.
         MissingExtraError: a package that the format needs is not installed.
     """
     if task not in TEXT_TASKS:
