@@ -14,7 +14,7 @@ from torch import nn
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
-from layerwise.choosing.terms import plain, weights_of
+from layerwise.choosing.terms import OF_TRAINING, plain, weights_of
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
@@ -95,7 +95,7 @@ class Experiment:
         if key in ("loss", "val_loss"):  # a history has the second name for it, a result the first
             key = "val_loss" if "val_loss" in entry else "loss"
         if key not in entry:
-            numbers = [name for name, value in entry.items() if isinstance(value, float)]
+            numbers = [n for n, value in entry.items() if isinstance(value, float) and n not in OF_TRAINING]
             raise DataError(
                 f"metric {self.metric!r} is not measured on this data; expected one of {', '.join(numbers)}."
             )

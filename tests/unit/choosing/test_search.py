@@ -315,7 +315,9 @@ def test_bad_budgets_metrics_and_missing_validation(model, data):
     # zero trials, a metric that nobody measures, and no validation data
     with pytest.raises(DataError, match="trials is 0"):
         searched(model, data, trials=0)
-    with pytest.raises(DataError, match="'speed' is not measured"):
+    with pytest.raises(
+        DataError, match="'speed' is not measured on this data; expected one of val_loss, acc"
+    ):
         searched(model, data, trials=1, metric="speed")
     with pytest.raises(DataError, match=r"val is None.*--val-frac"):
         search(model, data[0], None)
