@@ -135,8 +135,8 @@ def read_text(path: Path, encoding: str) -> str:
         name = "utf-16" if utf16 else "cp1252"
         raise DataError(
             f"table {str(path)!r} is not {error.encoding.replace('-sig', '')}: line {line} has the byte "
-            f"0x{content[error.start]:02x}. Save it as UTF-8; of texts the encoding can be named: --encoding "
-            f"{name} (encoding={name!r}{'' if utf16 else ', Western Windows'})."
+            f"0x{content[error.start]:02x}. Save it as UTF-8; of texts layerwise fit and predict take "
+            f"another: --encoding {name} (encoding={name!r}{'' if utf16 else ', Western Windows'})."
         ) from error
 
 

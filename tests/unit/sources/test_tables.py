@@ -67,7 +67,7 @@ def test_wrong_encoding_names_the_line(tmp_path):
     path.write_bytes("text,label\nplain,a\nfür,b\n".encode("cp1252"))
     with pytest.raises(
         DataError,
-        match=r"not utf-8: line 3 has the byte 0xfc. Save it as UTF-8; of texts .*--encoding cp1252 \(encod",
+        match=r"not utf-8: line 3 has the byte 0xfc. Save it .* fit and .*--encoding cp1252 \(encod",
     ):
         read_rows(path)
     assert read_rows(path, encoding="cp1252")[1]["text"] == "für"
