@@ -122,14 +122,16 @@ MODELS: dict[str, Callable[[], Net]] = {
 }
 
 
-def trained(make: Callable[[], nn.Module], learning: tuple[str, ...], *, cached: bool) -> tuple[Any, str]:
+def trained(
+    make: Callable[[], nn.Module], learning: tuple[str, ...], *, cached: bool, shuffle: bool = True
+) -> tuple[Any, str]:
     torch.manual_seed(0)
     model = make()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(learning))
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(COUNT, SIZE, generator=generator), torch.arange(COUNT) % 4)
-    loader = DataLoader(data, BATCH, shuffle=True)
+    loader = DataLoader(data, BATCH, shuffle=shuffle)
     cache = layerwise.PrefixCache(model, loader, storage="memory") if cached else None
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
@@ -202,8 +204,9 @@ class PopsItsInput(nn.Module):
     ],
 )
 def test_values_are_computed_with_gradients_on_or_off_as_in_the_loop(make) -> None:
-    plain, _ = trained(make, ("head", "2"), cached=False)
-    cached, text = trained(make, ("head", "2"), cached=True)
+    # in order: with AVX2, an LSTM of oneDNN's rounds samples by their place
+    plain, _ = trained(make, ("head", "2"), cached=False, shuffle=False)
+    cached, text = trained(make, ("head", "2"), cached=True, shuffle=False)
     assert_same(plain, cached)
     assert "cut at" in text
 

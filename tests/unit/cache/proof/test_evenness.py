@@ -65,7 +65,7 @@ def test_exact_arithmetic_is_even() -> None:
 
 def test_other_operations_for_a_part() -> None:
     # a model that computes otherwise for few samples: nothing can be said of them
-    runs = [logged(function, torch.randn(3, 8)) for function in (torch.sigmoid, torch.tanh)]
+    runs = [logged(function, torch.randn(3, 32)) for function in (torch.sigmoid, torch.tanh)]
     assert uneven_places(runs[0], 3, runs[1], 3) == ("", "another order of operations")
 
 
