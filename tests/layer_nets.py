@@ -39,6 +39,17 @@ class Tokens(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+class Texts(nn.Module):
+    """Classifies the mean of token embeddings; the output layer is registered first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.embed = nn.Linear(8, 3), nn.Embedding(20, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.embed(ids).mean(1))
+
+
 class ConvBlock(nn.Module):
     """A residual block of two convolutions with batch-norm."""
 

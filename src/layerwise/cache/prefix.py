@@ -116,7 +116,6 @@ class PrefixCache:
         self.loader = loader
         self.storage: Storage = storage
         self.views = views
-        self.keep_inputs = keep_inputs
         self.stock = Stock(self.model, storage, budget_bytes, folder, dtype, pool)
         self._given = model  # wrappers included
         self._why_off = "switched off"  # where `storage` says so

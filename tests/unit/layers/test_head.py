@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from layer_nets import SmallResNet, image
+from layer_nets import SmallResNet, Texts, image
 from layerwise import layer_map, replace_head
 from layerwise.errors import ModelError
 
@@ -41,14 +41,6 @@ def test_new_weights_come_from_the_global_generator() -> None:
 
 def test_an_input_is_derived_as_for_the_layer_map() -> None:
     # where what the first linear layer tells does not do, the first embedding does
-    class Texts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.out, self.embed = nn.Linear(8, 3), nn.Embedding(20, 8)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.out(self.embed(ids).mean(1))
-
     model = Texts()
     assert replace_head(model, 7).modules == ("out",)
     assert model.out.out_features == 7

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from layer_nets import ConvBlock, Residual, SmallResNet, Tokens, image
+from layer_nets import ConvBlock, Residual, SmallResNet, Texts, Tokens, image
 from layerwise import layer_map
 from layerwise.errors import ModelError, PlanError, RecordingError
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerMap
@@ -253,14 +253,6 @@ def test_a_pooler_whose_result_is_kept_for_the_loop_is_used() -> None:
 
 def test_a_model_of_texts_may_register_its_output_layer_first() -> None:
     # registration order plays no part, in the input that is derived either
-    class Texts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.out, self.embed = nn.Linear(8, 3), nn.Embedding(20, 8)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.out(self.embed(ids).mean(1))
-
     layers = layer_map(Texts())
     assert layers.names == ("embed", "out")
     assert layers.notes == ("example input made up from the first embedding: 2x8",)
