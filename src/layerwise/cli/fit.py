@@ -16,7 +16,6 @@ from layerwise.cli.output import (
     check_output,
     friendly,
     given_options,
-    not_empty,
     print_json,
     print_table,
     say,
@@ -65,7 +64,6 @@ def fit(
         str | None,
         typer.Option(
             help="Folder with a folder of images a class, or a table of paths; for hf: text models of texts.",
-            callback=not_empty,
             metavar="PATH",
             rich_help_panel=_DATA,
         ),

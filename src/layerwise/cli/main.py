@@ -31,6 +31,17 @@ from layerwise.cli import (
 
 
 class _Commands(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty text, as an unset variable of a shell is; a path would be the current folder."""
+        for before, text in zip(["layerwise", *args], args):
+            name, equals, value = text.partition("=")
+            if not text or (name.startswith("--") and equals and not value):
+                raise typer.BadParameter(
+                    f"an empty text is given after {name or before!r}; expected a value (a path of . is "
+                    "the current folder). Is a variable of the shell unset?"
+                )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command; what typer says of an illegal value lacks the value, which is put in."""
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
-from layerwise.cli.output import not_empty, say, seed_of_all, share
+from layerwise.cli.output import say, seed_of_all, share
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 SourceOption = Annotated[
     str | None,
-    typer.Option(
-        help="Images of the source domain, any folder of them; or a table of its texts.", callback=not_empty
-    ),
+    typer.Option(help="Images of the source domain, any folder of them; or a table of its texts."),
 ]
 SignatureOption = Annotated[
     Path | None, typer.Option(help="Signature of the source domain, from layerwise signature.")
@@ -51,10 +49,7 @@ class TaskOptions:
     ]
     data: Annotated[
         str,
-        typer.Option(
-            help="Folder with a folder of images a class, a table of paths, or a table of texts.",
-            callback=not_empty,
-        ),
+        typer.Option(help="Folder with a folder of images a class, a table of paths, or a table of texts."),
     ]
     path_column: text.PathColumn = None
     text_column: text.TextColumn = None

@@ -93,18 +93,6 @@ def above_zero(value: float | None) -> float | None:
     return value
 
 
-def not_empty(value: str | None) -> str | None:
-    """Return the text of an option that is a path.
-
-    Raises:
-        BadParameter: it is empty, as an unset variable of a shell is; Python takes that for the current
-            folder.
-    """
-    if value == "":
-        raise typer.BadParameter("an empty text is given; expected a path (. for the current folder).")
-    return value
-
-
 def seed_of_all(value: int) -> int:
     """Return the number of ``--seed``; numpy takes no others.
 

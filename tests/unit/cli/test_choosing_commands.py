@@ -333,7 +333,7 @@ def test_a_search_is_not_put_into_its_data(images, weights, inside):
         (["search", "--depths", "1,x"], "--depths is '1,x'"),
         (["search", "--lr", "fast"], "--lr is 'fast'"),
         (["search", "--decay", "1,2,3"], "--decay is '1,2,3'"),
-        (["curve", "--depths", ""], "--depths is ''"),
+        (["curve", "--depths", " "], "--depths is ' '"),
         (["curve", "--depths", "1,0"], "--depths is '1,0'; expected numbers of at least 1"),
         (["search", "--depths", "-1"], "--depths is '-1'; expected numbers of at least 1"),
     ],

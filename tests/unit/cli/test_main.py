@@ -248,8 +248,6 @@ def test_help_is_whole_at_80_columns(name: str) -> None:
         (["fit", "--clip-norm", "-1"], "'--clip-norm': -1.0 is given; expected a finite number above 0"),
         (["fit", "--label-smoothing", "1"], "'--label-smoothing': 1.0 is given; expected a share"),
         (["plan", "m", "--epochs", "0"], "'--epochs': '0' is given; expected greater than or equal to 1"),
-        (["fit", "--data", ""], "'--data': an empty text is given; expected a path"),
-        (["advise", "m", "--data", ""], "'--data': an empty text is given; expected a path"),
         (["fit", "--keep", "all"], "'--keep': 'all' is not one of 'best', 'last'."),
     ],
 )
@@ -258,3 +256,21 @@ def test_a_number_out_of_range_is_named_with_its_option(arguments: list[str], sa
     result = CliRunner().invoke(main.app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "after"),
+    [
+        (["fit", "--data", ""], "--data"),
+        (["fit", "--resume", ""], "--resume"),
+        (["fit", "--out=", "--lr", "1"], "--out"),
+        (["advise", "m", "--data", "d", "-o", ""], "-o"),
+        (["cache", "rm", "", "--all"], "rm"),
+        (["predict", "run", ""], "run"),
+    ],
+)
+def test_an_empty_text_is_no_path(arguments: list[str], after: str) -> None:
+    # As an unset variable of a shell gives one: Python takes it for the current folder.
+    result = CliRunner().invoke(main.app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"an empty text is given after {after!r}; expected" in result.stderr
