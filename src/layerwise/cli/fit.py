@@ -327,7 +327,7 @@ def fit(
         ),
     )
     if dry_run:
-        _dry_run(job, as_json)
+        _dry_run(job, workers, as_json)
     else:
         budget = {"budget_minutes": budget_minutes, "search_share": search_share}
         _show(_start(job, Path(str(out)), budget, workers=workers, trackers=tracker), as_json)
@@ -344,7 +344,8 @@ def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
     check_output(out, "--out", folder=True)
     auto = job.strategy == "auto"
     # The thresholds of the advice were measured by stages; the strategy is only a place holder.
-    prepared = open_job(dataclasses.replace(job, strategy="full", granularity="stages") if auto else job)
+    first = dataclasses.replace(job, strategy="full", granularity="stages") if auto else job
+    prepared = open_job(first, **more)
     for note in prepared.notes:
         say(note)
     if auto:
@@ -360,10 +361,10 @@ def _resume(run: Path, **more: Any) -> Result:
     return resume_job(run, say=say, **more)
 
 
-def _dry_run(job: Job, as_json: bool) -> None:
+def _dry_run(job: Job, workers: int, as_json: bool) -> None:
     from layerwise.training.job import open_job
 
-    prepared = open_job(job)
+    prepared = open_job(job, workers=workers)
     for note in prepared.notes:
         say(note)
     found = prepared.dry_run()

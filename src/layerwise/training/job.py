@@ -137,10 +137,15 @@ class Prepared:
         )
 
 
-def open_job(job: Job, *, plan: Plan | None = None) -> Prepared | PreparedText:
+def open_job(job: Job, *, plan: Plan | None = None, **more: Any) -> Prepared | PreparedText:
     """Open the model and the data of a job, on texts where the model reads them, else on images.
 
     See `prepare` and `prepare_text`. Names and options are looked at before the data are read.
+
+    Args:
+        job: what to do.
+        plan: to use instead of what the job names.
+        more: options that its ``fit`` will be given besides (`workers`), to be looked at with the job's own.
 
     Raises:
         TrainingError: options of `fit` cannot be used; all are listed.
@@ -151,7 +156,7 @@ def open_job(job: Job, *, plan: Plan | None = None) -> Prepared | PreparedText:
 
     plan = plan if plan is not None else _named_plan(job)
     defaults = {name: option.default for name, option in inspect.signature(fit).parameters.items()}
-    check_options({**defaults, **job.options})
+    check_options({**defaults, **job.options, **more})
     check_name(job.model, pretrained=job.pretrained and job.weights is None)  # data may take long to read
     if job.weights is not None:
         check_weights(job.weights)
@@ -294,7 +299,7 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
     if job.weights is not None and begun and not Path(job.weights).exists():
         say(f"weights file {job.weights!r} is gone; all weights are in the checkpoint")
         job = dataclasses.replace(job, weights=None, pretrained=False)
-    prepared = open_job(job, plan=Plan.model_validate(about["plan"]))
+    prepared = open_job(job, plan=Plan.model_validate(about["plan"]), **more)
     for note in prepared.notes:
         say(note)
     return prepared.fit(out=path, resume=True, **more)

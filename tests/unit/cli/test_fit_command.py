@@ -507,6 +507,8 @@ def test_near_names_of_runs_come_first(run: Path, tmp_path: Path) -> None:
         (["--optimizer", "adam_w"], "Did you mean 'adamw'"),
         (["--precision", "fp16"], "precision is 'fp16', which needs a GPU"),
         (["--tracker", "nothing"], "tracker 'nothing' is not known"),
+        (["--workers", "999999"], "workers is 999999; expected"),
+        (["--workers", "999999", "--dry-run"], "workers is 999999; expected"),
         (["--schedule", "cosin"], "Did you mean 'cosine'"),
         (["--norms", "frezze"], "Did you mean 'freeze'"),
         (["--augment", "flop"], "Did you mean 'flip'"),
@@ -523,4 +525,14 @@ def test_names_that_are_wrong_are_told_before_data_are_read(
     result = fit("--data", tmp_path / "data", "--out", tmp_path / "run", *options)
     assert told in result.output.replace("\n", " ")
     assert result.exit_code == 1
+    assert not read
+
+
+def test_too_many_workers_of_a_resumed_run_are_told_before_data_are_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As for a new run.
+    read = []
+    monkeypatch.setattr("layerwise.training.job._open_data", lambda *args: read.append(args))
+    fails(command("fit", "--resume", run, "--workers", "999999"), "workers is 999999; expected")
     assert not read
