@@ -18,7 +18,14 @@ from layerwise.cache.stock import CachePool
 from layerwise.choosing.features import map_for
 from layerwise.choosing.space import names_by_depth, spread_depths
 from layerwise.choosing.tables import text_table
-from layerwise.choosing.terms import SET_FOR_ALL, check_fit_options, metric_and_mode, plain, weights_of
+from layerwise.choosing.terms import (
+    SET_FOR_ALL,
+    check_fit_options,
+    metric_and_mode,
+    plain,
+    value_of,
+    weights_of,
+)
 from layerwise.errors import DataError, PlanError, RunError
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
@@ -124,6 +131,7 @@ def transfer_curve(
         PlanError: a depth is not between 1 and the number of groups.
         DataError: no validation data, the metric is not measured or of the training data, or `fit_options`
             that a curve sets itself.
+        TrainingError: `fit_options` are out of range.
         RunError: `out` holds another experiment.
 
     Source: Yosinski et al. 2014, How transferable are features in deep neural networks?, section 4. Theirs
@@ -176,11 +184,7 @@ def transfer_curve(
                     cache_pool=pool,
                     **{"progress": False, **options},
                 )
-                if metric not in result.metrics:
-                    raise DataError(
-                        f"metric {metric!r} is not measured; there are {', '.join(result.metrics)}."
-                    )
-                done[key] = result.metrics[metric]
+                done[key] = value_of(metric, result.metrics)
                 if out is not None:
                     write_json(Path(out), {"about": about, "values": done})
                 say(f"{series}, {k} new group{'s' * (k > 1)}, seed {seed}: {metric} {done[key]:.4f}")

@@ -119,6 +119,7 @@ def search(
         PlanError: the search space cannot be used.
         DataError: no validation data, a metric that is unknown or of the training data, a budget that is
             not positive, or `fit_options` that a search sets itself.
+        TrainingError: `fit_options` are out of range.
         RunError: the study in the storage is about something else, the storage cannot be opened, or `out`
             holds a run, or a plan of something else.
         LayerwiseError: the first three trials all failed; the last one's error.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.fingerprint import named_tensors, weights_digest
-from layerwise.errors import DataError
+from layerwise.errors import DataError, did_you_mean
 from layerwise.training.classification import Classification
+from layerwise.training.fit import fit
 from layerwise.training.known_tasks import task_of
+from layerwise.training.options import check_options
+from layerwise.training.tasks import Task
 from layerwise.tuning.stall import Mode
 
 LOWER_IS_BETTER = ("loss", "val_loss", "rmse", "mae", "perplexity")
@@ -32,11 +37,12 @@ def metric_and_mode(metric: str | None, train: Any, options: Mapping[str, Any]) 
         options: of `layerwise.fit`, among them perhaps the task. Without one it is classification.
 
     Raises:
-        DataError: the metric is of the training data.
+        DataError: the metric is of the training data, or the task is known not to measure it.
     """
     task = options.get("task", "auto")
     if task == "auto":
-        task = task_of(train.dataset if isinstance(train, DataLoader) else train) or Classification(())
+        named = task_of(train.dataset if isinstance(train, DataLoader) else train)
+        task = named or Classification(("0", "1"))  # of any classes the metrics have the same names
     metric = task.monitor if metric is None else metric
     if metric in OF_TRAINING:
         raise DataError(
@@ -45,25 +51,65 @@ def metric_and_mode(metric: str | None, train: Any, options: Mapping[str, Any]) 
         )
     if metric == task.monitor:
         return metric, task.mode
+    measured = ["loss", "val_loss", *_metrics_of(task)]
+    if len(measured) > 2 and metric not in measured:
+        raise _not_measured(metric, measured[1:])
     return metric, "min" if metric in LOWER_IS_BETTER or metric.endswith("loss") else "max"
 
 
+def _metrics_of(task: Task) -> list[str]:
+    """Return the names of what a task measures; none where it tells them of counted batches alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchmetrics says that nothing was counted
+        try:
+            return [*task.scores(task.metrics()).values]
+        except Exception:  # the caller's own task, of which this is not expected
+            return []
+
+
+def value_of(metric: str, entry: Mapping[str, Any]) -> float:
+    """Return a metric in an entry of a history, or in the metrics of a result.
+
+    Raises:
+        DataError: it is not measured.
+    """
+    key = metric
+    if key in ("loss", "val_loss"):  # a history has the second name for it, a result the first
+        key = "val_loss" if "val_loss" in entry else "loss"
+    if key not in entry:
+        raise _not_measured(metric, (n for n, v in entry.items() if isinstance(v, float)))
+    return float(entry[key])
+
+
+def _not_measured(metric: str, names: Iterable[str]) -> DataError:
+    known = [name for name in names if name not in OF_TRAINING]
+    return DataError(
+        f"metric {metric!r} is not measured on this data; expected one of {', '.join(known)}."
+        f"{did_you_mean(metric, known)}"
+    )
+
+
 def check_fit_options(options: Mapping[str, Any], taken: tuple[str, ...], what: str) -> None:
-    """Refuse options of `layerwise.fit` that are set for all trainings of a comparison.
+    """Refuse options of `layerwise.fit` that no training of a comparison can be given.
 
     Args:
         options: given by the caller.
-        taken: names of those that are set.
+        taken: names of those that are set for all its trainings.
         what: who sets them, for the message.
 
     Raises:
-        DataError: there are some; they are named.
+        DataError: some are taken; they are named.
+        TrainingError: some are out of range.
+        TypeError: `layerwise.fit` has no such option.
     """
     if found := [name for name in options if name in taken]:
         raise DataError(
             f"fit_options has {', '.join(found)}, which {what} sets for all its trainings. Give it to {what} "
             "itself if there is an argument of that name, else leave it out."
         )
+    given = inspect.signature(fit).bind_partial(**options)
+    given.apply_defaults()
+    check_options(given.arguments)
 
 
 def weights_of(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
-from layerwise.choosing.terms import OF_TRAINING, plain, weights_of
+from layerwise.choosing.terms import plain, value_of, weights_of
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
@@ -84,22 +84,6 @@ class Experiment:
         }
         gc.collect()  # pins of frozen modules are reference cycles: the model before would stay for long
         return fit(copy.deepcopy(self.model), self.train, self.val, plan=plan, lr=lr, seed=seed, **given)
-
-    def value(self, entry: Mapping[str, Any]) -> float:
-        """Return the metric in an entry of a history, or in the metrics of a result.
-
-        Raises:
-            DataError: it is not measured.
-        """
-        key = self.metric
-        if key in ("loss", "val_loss"):  # a history has the second name for it, a result the first
-            key = "val_loss" if "val_loss" in entry else "loss"
-        if key not in entry:
-            numbers = [n for n, value in entry.items() if isinstance(value, float) and n not in OF_TRAINING]
-            raise DataError(
-                f"metric {self.metric!r} is not measured on this data; expected one of {', '.join(numbers)}."
-            )
-        return float(entry[key])
 
 
 @dataclass(frozen=True)
@@ -178,7 +162,7 @@ def run_trial(
     may_prune = known and drawn.seed == found.seed
 
     def watch(entry: Mapping[str, Any]) -> None:
-        trial.report(found.value(entry), entry["epoch"])
+        trial.report(value_of(found.metric, entry), entry["epoch"])
         if may_prune and trial.should_prune():
             raise optuna.TrialPruned
         unfinished = entry["epoch"] + 1 < found.space.epochs
@@ -188,7 +172,7 @@ def run_trial(
     try:
         plan = found.space.plan(found.layers, drawn.choice, drawn.decay)
         result = found.train_by(plan, drawn.lr, drawn.seed, on_epoch=watch)
-        value = found.value(result.metrics)
+        value = value_of(found.metric, result.metrics)
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         say(f"trial {trial.number}: {settings}: pruned")

@@ -41,6 +41,7 @@ from layerwise.training.job import resume_job
 from layerwise.training.run import read_run
 from layerwise.training.tasks import Scores
 from layerwise.training.text_tasks import Regression
+from layerwise.training.token_tasks import LanguageModelling
 
 from .small import images, map_of, pretrained
 
@@ -625,7 +626,11 @@ def test_a_metric_that_the_task_does_not_monitor_is_known_by_its_name():
     task = Regression(monitor="r2", mode="max")
     assert metric_and_mode(None, None, {"task": task}) == ("r2", "max")
     assert metric_and_mode("mae", None, {"task": task}) == ("mae", "min")
-    assert metric_and_mode("perplexity", None, {}) == ("perplexity", "min")
+    assert metric_and_mode("perplexity", None, {"task": LanguageModelling("masked_lm")}) == (
+        "perplexity",
+        "min",
+    )
+    assert metric_and_mode("val_loss", None, {}) == ("val_loss", "min")
     assert metric_and_mode(None, None, {}) == ("balanced_accuracy", "max")
     assert metric_and_mode("accuracy", None, {}) == ("accuracy", "max")
 
@@ -637,6 +642,45 @@ def test_a_metric_of_the_training_data_is_refused_before_the_first_trial(model, 
     with pytest.raises(DataError, match=f"'{metric}' is of the training data.*'balanced_accuracy'"):
         searched(model, data, trials=1, metric=metric, say=said.append)
     assert not said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (
+            {"metric": "accurracy"},
+            r"'accurracy' is not measured.*val_loss, accuracy.* Did you mean 'accuracy'",
+        ),
+        ({"fit_options": {"accumulate": 0}}, "accumulate is 0; expected a whole number"),
+        ({"fit_options": {"acumulate": 2}}, "unexpected keyword argument 'acumulate'"),
+    ],
+)
+def test_a_wrong_option_does_not_bind_the_folder(model, data, tmp_path, wrong, error):
+    # nothing is written or trained before all are looked at, so the corrected call is no other search
+    said = []
+    with pytest.raises((DataError, TrainingError, TypeError), match=error):
+        searched(model, data, trials=1, out=tmp_path / "s", say=said.append, **wrong)
+    assert not said
+    assert not (tmp_path / "s").exists()
+
+
+class Late(Classification):
+    """Tells its metrics only where something was counted."""
+
+    def scores(self, metrics):
+        if not metrics["accuracy"].update_called:
+            raise ValueError
+        return super().scores(metrics)
+
+
+def test_a_metric_that_only_training_can_tell_is_refused_after_an_epoch(model, data):
+    # of a task that does not tell its metrics beforehand
+    options = {"task": Late(tuple("0123"))}
+    assert searched(model, data, trials=1, metric="accuracy", fit_options=options).metric == "accuracy"
+    with pytest.raises(
+        DataError, match="'speed' is not measured on this data; expected one of val_loss, acc"
+    ):
+        searched(model, data, trials=1, metric="speed", fit_options=options)
 
 
 def test_options_that_a_search_sets_itself_are_refused_by_name(model, data):
@@ -796,15 +840,9 @@ def test_a_new_leader_is_confirmed_and_one_that_failed_is_not(model, data):
 
 def test_more_trials_can_improve_a_search_with_seeds(model, data, tmp_path, monkeypatch):
     # outcomes by rate alone: continued from one trial to six, the winner is the best rate of all
-    real = module.Experiment.value
     rates = []
-
-    def by_rate(self, entry):
-        real(self, entry)
-        return rates[-1]
-
     train_by = module.Experiment.train_by
-    monkeypatch.setattr(module.Experiment, "value", by_rate)
+    monkeypatch.setattr(module, "value_of", lambda metric, entry: rates[-1])
     monkeypatch.setattr(
         module.Experiment,
         "train_by",
