@@ -8,15 +8,19 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp-"
 """Every unfinished file or folder begins like this, so that what a kill left behind is recognised."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How the system says that there is no room for a file: on the disk, in the quota, in one file."""
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -27,8 +31,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     new one has those that the system gives new files, whatever `write` chooses.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the temporary file is removed. Or `path`
-            is a device or a pipe, which a rename would put an end to.
+        OSError: the disk is full (the room on it is told) or the folder cannot be written; the temporary
+            file is removed. Or `path` is a device or a pipe, which a rename would put an end to.
     """
     path = Path(os.path.realpath(path))
     if is_special(path):
@@ -38,18 +42,14 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     temporary = _temporary(path)
     try:
-        # nobody may read meanwhile what only the owner may
-        temporary.touch(mode=0o666 if mode is None else 0o600)
-        mode = stat.S_IMODE(temporary.stat().st_mode) if mode is None else mode
-        write(temporary)
-        sync(temporary)
-        temporary.chmod(mode)  # safetensors makes a file of its own, that only the owner may read
-        temporary.replace(path)
-    except OSError as error:
-        unnamed = error.errno is not None and error.filename is None  # one with a text alone would lose it
-        if unnamed or str(error.filename) == str(temporary):
-            error.filename = str(path)  # the name that the caller knows
-        raise
+        with _named(path, temporary):
+            # nobody may read meanwhile what only the owner may
+            temporary.touch(mode=0o666 if mode is None else 0o600)
+            mode = stat.S_IMODE(temporary.stat().st_mode) if mode is None else mode
+            write(temporary)
+            sync(temporary)
+            temporary.chmod(mode)  # safetensors makes a file of its own, that only the owner may read
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # a read-only disk refuses to remove even what is not there
             temporary.unlink()
@@ -75,19 +75,49 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        usual = stat.S_IMODE(temporary.stat().st_mode) & 0o666
-        for file in temporary.iterdir():
-            if file.is_file():
-                file.chmod(usual)
-            sync(file)
-        sync(temporary)
+        with _named(path, temporary):
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            usual = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+            for file in temporary.iterdir():
+                if file.is_file():
+                    file.chmod(usual)
+                sync(file)
+            sync(temporary)
         while not _put(temporary, path):
             pass  # another writer was faster between the two renames, so there is a folder to replace again
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path) -> Iterator[None]:
+    """Give an error of the system the name that the caller knows; of a full disk also the room on it.
+
+    What safetensors tells of the system is made such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error).__name__ == "SafetensorError" and told:
+            found = OSError(int(told[1]), os.strerror(int(told[1])))
+        elif isinstance(error, OSError) and error.errno is not None:  # one with a text alone would lose it
+            found = error
+        else:
+            raise
+        if found.filename is None or str(found.filename).startswith(str(temporary)):
+            found.filename = str(path)
+        if found.errno in FULL and found.strerror == os.strerror(found.errno):  # else it was told before
+            found.strerror = f"{found.strerror} ({free_room(path)} free there)"
+        raise found from None if found is error else error
+
+
+def free_room(path: Path) -> str:
+    """Return the free space of the disk on which `path` is, or will be, for messages."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB"
 
 
 def _temporary(path: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from layerwise.files import is_special
+from layerwise.files import FULL, is_special
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -204,7 +204,8 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
                 if getattr(cause, "filename", None)
                 else ""
             )
-            typer.echo(f"{where}{getattr(cause, 'strerror', None) or cause}", err=True)
+            what_next = ". Make room, or name another place." if getattr(cause, "errno", None) in FULL else ""
+            typer.echo(f"{where}{getattr(cause, 'strerror', None) or cause}{what_next}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo(f"Interrupted; {error}" if str(error) else "Interrupted.", err=True)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from layerwise.errors import RunError
-from layerwise.files import remove_leftovers, sha256, write_folder, write_json
+from layerwise.files import free_room, remove_leftovers, sha256, write_folder, write_json
 
 FORMAT = 1
 """Version of the checkpoint format; another one is refused."""
@@ -83,10 +83,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         folder.mkdir(parents=True, exist_ok=True)
         write_folder(path, fill)
     except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as RuntimeError
+        room = "" if isinstance(error, OSError) else f" ({free_room(folder)} free there)"
         left = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
         raise RunError(
-            f"the checkpoint of step {step} could not be written to {folder}: {_first_line(error)} "
-            f"({_free(folder)} free there). Checkpoints that are whole: {left}. "
+            f"the checkpoint of step {step} could not be written to {folder}: {_first_line(error)}"
+            f"{room}. Checkpoints that are whole: {left}. "
             f"Make room, then go on with: layerwise fit --resume {shlex.quote(str(folder.parent))}"
         ) from error
     there = list_checkpoints(folder)
@@ -169,8 +170,3 @@ def load_latest(folder: Path) -> Checkpoint | None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _free(folder: Path) -> str:
-    folder = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import RunError, TrainingError
+from layerwise.files import FULL
 from layerwise.layers.structures import tensors_in
 from layerwise.training.checkpoint import list_checkpoints
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_UNWRITABLE = (*FULL, errno.EROFS)
 
 
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
@@ -125,7 +126,7 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
     except RunError:
         raise
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _UNWRITABLE:
             raise
         raise RunError(
             f"writing failed after step {where()}: {error}. Make room on the disk. {_last_checkpoint(out)}"

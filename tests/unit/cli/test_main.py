@@ -1,5 +1,6 @@
 """The `layerwise` command itself: how it starts, and what it makes of the system's errors."""
 
+import errno
 import gc
 import io
 import json
@@ -19,6 +20,7 @@ import layerwise
 from layerwise.cli import main, output
 from layerwise.cli.tables import new_table
 from layerwise.errors import DataError, LayerwiseWarning
+from layerwise.files import write_file
 
 
 def test_python_m_layerwise_is_the_command_line() -> None:
@@ -198,11 +200,16 @@ def test_errors_of_the_system_are_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     app = typer.Typer()
 
+    def cut_short(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     @app.command()
     @output.friendly
-    def write(ours: bool = False) -> None:
+    def write(ours: bool = False, full: bool = False) -> None:
         if ours:
             raise SafetensorError("disk is full")
+        if full:
+            write_file(tmp_path / "page.html", cut_short)
         (tmp_path / "no" / "file").write_text("")
 
     result = CliRunner().invoke(app, [])
@@ -211,6 +218,9 @@ def test_errors_of_the_system_are_one_line(tmp_path: Path, monkeypatch: pytest.M
         result.stderr == f"{tmp_path / 'no' / 'file'} cannot be read or written: No such file or directory\n"
     )
     assert CliRunner().invoke(app, ["--ours"]).stderr == "disk is full\n"
+    told = CliRunner().invoke(app, ["--full"]).stderr
+    reason = r"No space left on device \([\d,]+ MiB free there\)"
+    assert re.fullmatch(rf"\S+page.html cannot be read or written: {reason}. Make room, or .* place.\n", told)
     monkeypatch.setattr(output, "debug", True)
     assert isinstance(CliRunner().invoke(app, []).exception, FileNotFoundError)
 

@@ -2,14 +2,13 @@
 
 import errno
 import json
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from file_limit import file_limit
 from layerwise import files
 from layerwise.errors import RunError
 from layerwise.training import checkpoint
@@ -159,15 +158,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     # A real write limit of the system: the message names step and folder, nothing half-written stays.
     save_checkpoint(tmp_path, 1, state(1.0))
     big = {**state(2.0), "big": torch.zeros(300_000)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
-    try:
-        with pytest.raises(RunError, match=r"checkpoint of step 2 could not be written.*step-00000001"):
-            save_checkpoint(tmp_path, 2, big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with (
+        file_limit(400_000),
+        pytest.raises(RunError, match=r"checkpoint of step 2 could not be written.*step-00000001"),
+    ):
+        save_checkpoint(tmp_path, 2, big)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     latest = load_latest(tmp_path)
     assert latest is not None

@@ -4,6 +4,7 @@ import errno
 import gc
 import io
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
+from file_limit import file_limit
 from layerwise import files
 from layerwise.errors import ModelError, RunError, TrainingError
 from layerwise.training import history, kept_weights, memory, run, text_demo
@@ -122,6 +125,39 @@ def test_a_file_that_a_full_disk_cuts_short_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as caught:
         files.write_file(tmp_path / "plan.yaml", fill)
     assert caught.value.filename == str(tmp_path / "plan.yaml")
+
+
+def test_a_full_disk_is_told_with_the_room_on_it(tmp_path: Path) -> None:
+    # once, by the folder's own name, also where a file in it was written whole
+    def fill(folder: Path) -> None:
+        files.write_file(folder / "a", cut_short)
+
+    def cut_short(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = re.escape(f": '{tmp_path / 'new'}'")
+    for write in (
+        lambda: files.write_folder(tmp_path / "new", fill),
+        lambda: files.write_file(tmp_path / "new", cut_short),
+    ):
+        with pytest.raises(OSError, match=rf"No space left on device \([\d,]+ MiB free there\){told}$"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_that_safetensors_tells_is_an_error_of_the_system(tmp_path: Path) -> None:
+    # a real limit of the system; safetensors' own error names no file
+    def save(path: Path) -> None:
+        save_file({"big": torch.zeros(300_000)}, path / "a" if path.is_dir() else path)
+
+    with file_limit(400_000):
+        for write in (files.write_file, files.write_folder):
+            with pytest.raises(
+                OSError, match=r"File too large \([\d,]+ MiB free there\): '.*weights'$"
+            ) as caught:
+                write(tmp_path / "weights", save)
+            assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_a_new_folder_have_the_usual_permissions(tmp_path: Path) -> None:
