@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -72,6 +72,8 @@ def load_file(
     notes = [f"left out the prefix {prefix!r} of the names in {path.name}"] if prefix else []
     state, added = files.add_prefix(state, model)
     notes += [f"put {added!r} before the names in {path.name}"] if added else []
+    state, unread = files.drop_unread(state, model)
+    notes += _not_used(unread)
     mismatch = files.compare(state, model)
     if not mismatch:
         files.load_state(model, state)
@@ -115,15 +117,19 @@ def load_file(
         if all(name.startswith(of_head) for name in mismatch.missing):
             files.load_state(model, kept)
             notes.append(f"loaded {len(kept)} tensors of {path.name}, which has no output layer")
-            if mismatch.unexpected:
-                count = plural(len(mismatch.unexpected), "tensor of the file is", "tensors of the file are")
-                notes.append(f"{count} not used ({shorten(mismatch.unexpected)})")
+            notes += _not_used(mismatch.unexpected)
             new = dict.fromkeys(name.rpartition(".")[0] for name in mismatch.missing)
             return Loaded(tuple(notes), head_is_new=True, new=tuple(new))
     raise ModelError(
         f"weights file {str(path)!r} does not fit {spec!r}: {mismatch}. Expected the weights of this "
         f"architecture; list its parameters with: layerwise inspect {spec}"
     )
+
+
+def _not_used(names: Sequence[str]) -> list[str]:
+    """Return a line about tensors of a file that go nowhere; none where there are none."""
+    count = plural(len(names), "tensor of the file is", "tensors of the file are")
+    return [f"{count} not used ({shorten(names)})"] if names else []
 
 
 def _parts(names: Iterable[str]) -> set[str]:

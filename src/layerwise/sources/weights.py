@@ -236,18 +236,42 @@ def strip_prefixes(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[
 
 
 def add_prefix(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """Return `state` with the path of the one part of `model` that it is a state dict of, and that path.
+    """Return `state` with the path of the part of `model` that it is of before its names, and that path.
 
-    So the file of a body (``embeddings.…``) fits a classifier that holds it (``bert.embeddings.…``). Nothing
-    is put before the names where one fits as it is, or where several parts have all of them.
+    So the file of a body (``embeddings.…``) fits a classifier that holds it (``bert.embeddings.…``). That is
+    the one part that has all names, or the body of a transformers model: then names of other parts (a head)
+    stay as they are. Nothing is put before the names where one fits that part as it is.
     """
     own = set(model.state_dict())
     first = next(iter(state), "")
     found = [name.removesuffix(first) for name in own if name.endswith(f".{first}")]
     fitting = [prefix for prefix in found if all(prefix + name in own for name in state)]
-    if len(fitting) != 1 or own.intersection(state):
+    if len(fitting) == 1 and not own.intersection(state):
+        return {fitting[0] + name: value for name, value in state.items()}, fitting[0]
+    body = f"{getattr(model, 'base_model_prefix', '')}."
+    inside = {name.removeprefix(body) for name in own if name.startswith(body)}
+    if not inside.intersection(state) or any(name.startswith(body) for name in state):
         return dict(state), ""
-    return {fitting[0] + name: value for name, value in state.items()}, fitting[0]
+    parts = {name.partition(".")[0] for name in inside}
+    added = {name: body + name for name in state if name.partition(".")[0] in parts and name not in own}
+    return {added.get(name, name): value for name, value in state.items()}, body
+
+
+def drop_unread(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Return `state` without what a transformers model does not read of its own files, and those names.
+
+    That is what its class names so (``attn.bias``, a mask, of GPT-2), what transformers passes over in every
+    file (counted positions), and a pooler that a classifier lacks. Of other models nothing is dropped.
+    """
+    if not getattr(model, "base_model_prefix", ""):
+        return dict(state), []
+    passed = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_PASSED_OVER]
+    own, unread = set(model.state_dict()), re.compile("|".join(passed))
+    dropped = [name for name in state if name not in own and unread.search(name)]
+    return {name: value for name, value in state.items() if name not in dropped}, dropped
+
+
+_PASSED_OVER = (r"position_ids$", r"rotary_emb\.inv_freq$", r"(^|\.)pooler\.")
 
 
 def match_in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:

@@ -161,6 +161,52 @@ def test_a_file_of_a_language_model_goes_under_a_new_head(tmp_path):
         open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
 
 
+def test_a_file_of_the_body_with_more_than_the_body_goes_under_the_head(tmp_path):
+    # what transformers reads itself: counted positions (as in MiniLM's file), a language model's head, and
+    # the classifier's own; but not one layer more
+    theirs = save_bert(tmp_path / "m", "BertForSequenceClassification", num_labels=3)
+    body = theirs.bert.state_dict()
+    ids, head = {"embeddings.position_ids": torch.arange(24)[None]}, theirs.classifier.state_dict()
+    for more, told in (
+        (ids, "1 tensor of the file is not used (bert.embeddings.position_ids)"),
+        (
+            {"cls.predictions.bias": torch.zeros(30)},
+            "1 tensor of the file is not used (cls.predictions.bias)",
+        ),
+        ({f"classifier.{k}": v for k, v in head.items()}, "loaded 41 tensors of w.pth, matched by name"),
+    ):
+        torch.save({**body, **more}, tmp_path / "w.pth")
+        opened = open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+        assert all(torch.equal(value, body[name]) for name, value in opened.model.bert.state_dict().items())
+        assert {"put 'bert.' before the names in w.pth", told} <= {*opened.notes}
+    assert torch.equal(opened.model.classifier.weight, theirs.classifier.weight)
+    assert opened.replaced_head is None
+    layer = {k.replace("layer.1", "layer.2"): v for k, v in body.items() if "layer.1" in k}
+    torch.save({**body, **ids, **layer}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"; 16 that the model has not \(bert\.encoder\.layer\.2"):
+        open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+
+
+def test_a_pooler_that_a_classifier_of_images_has_not_is_not_used(tmp_path):
+    # an encoder's file has one, and the classifier reads the first token without it
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+    )
+    theirs = transformers.ViTModel(config)
+    theirs.save_pretrained(tmp_path / "m")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "m")
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    opened = open_model(f"hf:{tmp_path}/m", weights=tmp_path / "w.pth", num_classes=3)
+    assert torch.equal(opened.model.vit.embeddings.cls_token, theirs.embeddings.cls_token)
+    assert "2 tensors of the file are not used (pooler.dense.weight, pooler.dense.bias)" in opened.notes
+
+
 @pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "masked_lm")])
 def test_a_new_output_layer_of_a_language_model_has_an_output_a_token(tmp_path, family, task):
     # where the folder has the body alone; not as many as the configuration has labels
