@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from layerwise.errors import ModelError
 from layerwise.layers.randomness import seed_everything
-from layerwise.sources.texttable import TextPart, TextTable
+from layerwise.sources.texttable import TextPart, TextTable, default_text_column
 from layerwise.training.fit import fit
 from layerwise.training.token_tasks import LanguageModelling
 from layerwise.training.transformers_folder import move_body
@@ -120,6 +120,7 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     settings = {name: value for name, value in {**job.options, **more}.items() if name in _PASSED_ON}
     room = max(1, TOKENS_A_BATCH // data.max_length)
     settings["batch_size"] = min(settings.get("batch_size", 32), room)
+    column = options.text_column or default_text_column(options.task)
     notes = []
     task = LanguageModelling(kind)
     if data.val is not None:
@@ -135,7 +136,11 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
         lr=options.lm_lr,
         out=out,
         resume=stage_exists(out),
-        about={"model": opened.to_dict(), "data": {"source": job.data, "task": kind}},
+        about={
+            "model": opened.to_dict(),
+            "data": {"source": job.data, "task": kind, "max_length": data.max_length},
+            "table": {"text_column": column, "encoding": options.encoding},  # a pair is two texts here
+        },
         **settings,
     )
     if data.val is not None:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from layerwise.cli.main import app
+from layerwise.training.run import load_run
 from tiny_text import save_tiny, topic_rows, write_csv
 
 pytest.importorskip("transformers")
@@ -76,6 +77,37 @@ def test_files_are_read_in_the_encoding_of_training(work, tmp_path):
         result = command("predict", tmp_path / "run", *arguments, "--json", stdin=stdin)
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout)["predictions"][0]["text"] == "caf\xe9"
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        (("words", "topic"), ["--text-column", "words", "--label-column", "topic", "--encoding", "latin-1"]),
+        (("tokens", "tags"), ["--task", "token_classification", "--encoding", "latin-1"]),
+    ],
+)
+def test_the_language_model_s_run_reads_tables_as_its_classifier_s_does(work, tmp_path, columns, options):
+    # its own texts have that column and encoding; its length is told as well, and a pair is two texts to it
+    rows = [{"text": f"caf\xe9 {row['text']}", "label": row["topic"]} for row in topic_rows(16)]
+    text, label = columns
+    if label == "tags":
+        rows = [
+            {"text": row["text"].split(), "label": ["O", *(["B-X"] * (len(row["text"].split()) - 1))]}
+            for row in rows
+        ]
+    file = tmp_path / "a.jsonl"
+    lines = [
+        json.dumps({text: row["text"], label: row["label"], "other": "red"}, ensure_ascii=False)
+        for row in rows
+    ]
+    file.write_text("\n".join(lines), encoding="latin-1")
+    options = [*options, "--strategy", "linear_probe", "--lm-epochs", 1, "--max-length", 12]
+    options += [] if label == "tags" else ["--pair-column", "other"]
+    fit(work / "bert", file, tmp_path / "run", *options)
+    result = command("predict", tmp_path / "run" / "language-model", file, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["predictions"][0]["text"].startswith("caf\xe9 ")
+    assert load_run(tmp_path / "run" / "language-model").about["data"]["max_length"] == 12
 
 
 def test_several_labels(work, tmp_path):
