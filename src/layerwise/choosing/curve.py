@@ -109,7 +109,7 @@ def transfer_curve(
     before them, once with those frozen and once with all learning. Where the two part, the kept groups are
     too special for the task, or were torn from groups they had learned to work with; where both fall, what
     the pretrained network knows there is missed. It is an experiment to understand a network by, with two
-    trainings a depth and seed; to choose a plan, use `layerwise.search`.
+    trainings a depth and seed (one where all groups start anew); to choose a plan, use `layerwise.search`.
 
     Args:
         model: the pretrained network; unchanged.
@@ -171,23 +171,27 @@ def transfer_curve(
                 key = f"{series}/{k}/{seed}"
                 if key in done:
                     continue
-                gc.collect()  # pins of frozen modules are reference cycles: the model before would stay
-                result = fit(
-                    copy.deepcopy(model),
-                    train,
-                    val,
-                    plan=cut_plan(layers, k, series, epochs=epochs),
-                    lr=lr,
-                    seed=seed,
-                    layers=layers,
-                    batch_size=batch_size,
-                    cache_pool=pool,
-                    **{"progress": False, **options},
-                )
-                done[key] = value_of(metric, result.metrics)
+                same = f"frozen/{k}/{seed}"
+                if k == groups and same in done:  # nothing is kept, so there is nothing to freeze
+                    done[key], told = done[same], " (as frozen: nothing is kept)"
+                else:
+                    gc.collect()  # pins of frozen modules are reference cycles: the model before would stay
+                    result = fit(
+                        copy.deepcopy(model),
+                        train,
+                        val,
+                        plan=cut_plan(layers, k, series, epochs=epochs),
+                        lr=lr,
+                        seed=seed,
+                        layers=layers,
+                        batch_size=batch_size,
+                        cache_pool=pool,
+                        **{"progress": False, **options},
+                    )
+                    done[key], told = value_of(metric, result.metrics), ""
                 if out is not None:
                     write_json(Path(out), {"about": about, "values": done})
-                say(f"{series}, {k} new group{'s' * (k > 1)}, seed {seed}: {metric} {done[key]:.4f}")
+                say(f"{series}, {k} new group{'s' * (k > 1)}, seed {seed}: {metric} {done[key]:.4f}{told}")
     points = []
     for series in SERIES:
         for k in chosen:

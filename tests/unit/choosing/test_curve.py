@@ -63,7 +63,7 @@ def test_what_is_kept_and_what_starts_anew(model, data, monkeypatch):
 
 
 def test_an_interrupted_curve_goes_on(model, data, tmp_path, monkeypatch):
-    # two trainings, an interruption, then only the two that are missing; another experiment is refused
+    # two trainings, an interruption, then only the one that is missing; another experiment is refused
     real, calls = module.fit, []
 
     def counted(*args, **options):
@@ -77,11 +77,29 @@ def test_an_interrupted_curve_goes_on(model, data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         curve(model, data, out=out)
     found = curve(model, data, out=out)
-    assert len(calls) == 5
-    assert calls[3] == calls[2]
+    assert calls[2:] == ["transfer_curve(new=5, kept=frozen)"] * 2
     assert len(json.loads(out.read_text())["values"]) == len(found.points) == 4
     with pytest.raises(RunError, match="another experiment"):
         curve(model, data, out=out, epochs=3)
+
+
+def test_where_nothing_is_kept_both_series_are_one_training(model, data, monkeypatch):
+    # the deepest point; its figures are those of the two trainings that it was
+    one, other = (cut_plan(map_of(model), 5, series, epochs=2) for series in module.SERIES)
+    assert one.phases == other.phases
+    calls, said, real = [], [], module.fit
+
+    def counted(*args, **options):
+        calls.append((options["plan"].strategy, options["seed"]))
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "fit", counted)
+    found = curve(model, data, depths=(5,), seeds=2, say=said.append)
+    assert calls == [("transfer_curve(new=5, kept=frozen)", seed) for seed in (0, 1)]
+    frozen, tuned = found.points
+    assert (frozen.mean, frozen.error) == (tuned.mean, tuned.error)
+    assert len(said) == 4
+    assert said[2].endswith(" (as frozen: nothing is kept)")
 
 
 def test_seeds_give_errors(model, data):
