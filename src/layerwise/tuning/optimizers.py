@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import PlanError
+from layerwise.errors import PlanError, warn
 from layerwise.tuning.param_groups import GroupSpec, as_dict
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
@@ -60,12 +60,16 @@ class OptimizerBuilder:
 
         Raises:
             PlanError: it is an LBFGS; or `weight_decay` is given and the optimiser has none.
+
+        Warns:
+            LayerwiseWarning: it does not follow the rates of its groups (Rprop, relative steps).
         """
         optimizer: torch.optim.Optimizer = self._factory(
             [as_dict(spec, lr=self._options.get("lr", 0.0)) for spec in specs], **self._options
         )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise PlanError(_LBFGS)
+        _check_rates_are_read(optimizer)
         self.name = type(optimizer).__name__
         if self.weight_decay is not None and "weight_decay" not in optimizer.param_groups[0]:
             raise PlanError(
@@ -172,6 +176,19 @@ def _even_momentum(optimizer: torch.optim.Optimizer) -> None:
             if len(lacking) < len(group["params"]):
                 for parameter in lacking:
                     state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _check_rates_are_read(optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.Rprop):
+        how, after, other = "the rate of a parameter at its first step alone", " after it", ""
+    elif any(group.get("relative_step") for group in optimizer.param_groups):
+        how, after, other = "no rate, as relative_step is True", "", " relative_step=False, or"
+    else:
+        return
+    warn(
+        f"{type(optimizer).__name__} reads {how}: the plan's rates, warm-up and schedules do nothing{after}. "
+        f"Take{other} an optimiser that reads its rate at each step (AdamW, SGD)"
+    )
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

@@ -76,6 +76,9 @@ class Tuner:
             DistributedDataParallel that does not look for unused parameters, though the plan freezes; or a
             phase starts anew what knows no initialisation.
 
+    Warns:
+        LayerwiseWarning: the optimiser does not follow the rates that it is given (Rprop, relative steps).
+
     >>> from layerwise.plans.strategies import linear_probe
     >>> from layerwise.layers.layermap import LayerGroup, LayerMap
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

@@ -1132,10 +1132,42 @@ def test_options_that_the_user_set_on_a_group_stay_when_it_changes() -> None:
 
 def test_an_optimiser_without_decay_gets_none() -> None:
     """Groups of later phases too: no key that it does not know."""
-    tuner = make(gradual, optimizer=torch.optim.Rprop)
+    with pytest.warns(LayerwiseWarning, match="Rprop reads"):
+        tuner = make(gradual, optimizer=torch.optim.Rprop)
     train(tuner)
     assert len(tuner.optimizer.param_groups) > 2
     assert not any("weight_decay" in group for group in tuner.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"),
+    [
+        (torch.optim.Rprop, "Rprop reads the rate of a parameter at its first step alone"),
+        (
+            lambda groups: HFAdafactor(groups, relative_step=True),
+            r"Adafactor reads no rate.*relative_step=False",
+        ),
+    ],
+)
+def test_an_optimiser_that_does_not_follow_the_rates_is_told_once(optimizer: Any, told: str) -> None:
+    """And rightly: a tenth of the rate from each parameter's second step on changes nothing."""
+    ends = []
+    for factor in (1.0, 0.1):
+        with pytest.warns(LayerwiseWarning, match=told) as found:
+            tuner = make(gradual, optimizer=optimizer)
+        assert len(found) == 1
+        give = tuner._rates.give
+
+        def given(optimizer: Any, *args: Any, give: Any = give, factor: float = factor) -> None:
+            give(optimizer, *args)
+            for group in optimizer.param_groups:
+                if all(parameter in optimizer.state for parameter in group["params"]):
+                    group["lr"] *= factor
+
+        tuner._rates.give = given  # type: ignore[method-assign]
+        train(tuner)
+        ends.append(snapshot(tuner._model))
+    assert not changed(*ends)
 
 
 def test_a_state_of_a_model_with_other_parameters_is_refused() -> None:
