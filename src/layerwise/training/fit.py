@@ -275,7 +275,7 @@ def fit(
 
     def save(*, inside: bool) -> None:
         """Write a checkpoint of the moment; `inside` says that the epoch at hand is not over."""
-        check_weights(model, step=tuner.step_count, out=folder)
+        check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)
         randoms = gather_objects(accelerator, get_random_state())
         if folder is None or not accelerator.is_main_process:
             return
@@ -322,7 +322,7 @@ def fit(
     with (
         Interrupt() as interrupt,
         reporter,
-        explained(lambda: tuner.step_count, out=folder),
+        explained(lambda: tuner.step_count, out=folder, precision=precision),
         watched or contextlib.nullcontext(),
         without_key_cache(model),
         prefix or contextlib.nullcontext(),
@@ -349,7 +349,16 @@ def fit(
                 with accelerator.autocast():
                     output = task.forward(runner, batch)
                     loss = task.loss(output, batch)
-                value = finite_loss(loss, batch, step=tuner.step_count, epoch=epoch, index=index, out=folder)
+                value = finite_loss(
+                    loss,
+                    batch,
+                    step=tuner.step_count,
+                    epoch=epoch,
+                    index=index,
+                    out=folder,
+                    precision=precision,
+                    clip_norm=clip_norm,
+                )
                 if index % accumulate == 0:
                     window = Window(accelerator, batches=min(accumulate, count - index))
                 size = task.size(batch)

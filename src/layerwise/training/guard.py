@@ -22,6 +22,7 @@ from layerwise.errors import RunError, TrainingError
 from layerwise.files import FULL
 from layerwise.layers.structures import tensors_in
 from layerwise.training.checkpoint import list_checkpoints
+from layerwise.training.options import Precision
 
 _UNWRITABLE = (*FULL, errno.EROFS)
 
@@ -65,10 +66,21 @@ class Interrupt:
             raise KeyboardInterrupt(told)
 
 
-def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, out: Path | None) -> float:
+def finite_loss(
+    loss: Tensor,
+    batch: Any,
+    *,
+    step: int,
+    epoch: int,
+    index: int,
+    out: Path | None,
+    precision: Precision = "fp32",
+    clip_norm: float | None = None,
+) -> float:
     """Return a loss as a number.
 
-    On a GPU this waits for the batch to be computed, which is the price of naming the step.
+    On a GPU this waits for the batch to be computed, which is the price of naming the step. `precision` and
+    `clip_norm` are the run's, so that the message does not propose what is in use.
 
     Raises:
         TrainingError: it is NaN or infinite; the step and the last checkpoint are named.
@@ -76,11 +88,12 @@ def finite_loss(loss: Tensor, batch: Any, *, step: int, epoch: int, index: int, 
     value = float(loss.detach())
     if math.isfinite(value):
         return value
+    remedies = ["lower lr", _clipping(clip_norm), "add warm-up to the plan's schedule"]
+    remedies += [] if precision == "fp32" else ["use precision='fp32'"]
     cause = (
         "The batch itself holds values that are not finite: look at the data."
         if not all(map(_is_finite, tensors_in(batch)))
-        else "The batch is finite, so training diverged: lower lr, set clip_norm=1.0, add warm-up to the "
-        "plan's schedule, or use precision='fp32'."
+        else f"The batch is finite, so training diverged: {', '.join(remedies[:-1])}, or {remedies[-1]}."
     )
     raise TrainingError(
         f"the loss became {value} at step {step + 1} (epoch {epoch + 1}, batch {index + 1}), before the "
@@ -98,18 +111,22 @@ def check_start(model: nn.Module) -> None:
             )
 
 
-def check_weights(model: nn.Module, *, step: int, out: Path | None) -> None:
+def check_weights(model: nn.Module, *, step: int, out: Path | None, clip_norm: float | None = None) -> None:
     """Raise `TrainingError` if a trainable parameter is not finite, so that no checkpoint keeps it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not _is_finite(parameter):
             raise TrainingError(
-                f"parameter {name!r} holds values that are not finite after step {step}. Lower lr or set "
-                f"clip_norm=1.0. {_last_checkpoint(out, remedied=True)}"
+                f"parameter {name!r} holds values that are not finite after step {step}. Lower lr or "
+                f"{_clipping(clip_norm)}. {_last_checkpoint(out, remedied=True)}"
             )
 
 
+def _clipping(clip_norm: float | None) -> str:
+    return "set clip_norm=1.0" if clip_norm is None else f"set clip_norm below {clip_norm:g}"
+
+
 @contextlib.contextmanager
-def explained(where: Any, *, out: Path | None) -> Iterator[None]:
+def explained(where: Any, *, out: Path | None, precision: Precision = "fp32") -> Iterator[None]:
     """Turn what torch tells tersely in the body into an error of ours that names the step.
 
     That is: running out of memory or of disk, a process that loads samples gone, and a batch of one sample in
@@ -118,6 +135,7 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
     Args:
         where: called for the number of optimiser steps made so far.
         out: the run's folder.
+        precision: of the run, so that its own is not proposed.
     """
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -150,10 +168,12 @@ def explained(where: Any, *, out: Path | None) -> Iterator[None]:
         if not (out_of_memory or should_reduce_batch_size(error)):
             raise
         told = str(error).splitlines() or [type(error).__name__]
+        less = "a plan that trains less, or precision='bf16'"
+        less = less if precision == "fp32" else "or a plan that trains less"
         raise TrainingError(
             f"memory ran out at step {where() + 1} ({told[0].rstrip('.')}). "
-            "Take a smaller batch_size and raise accumulate by the same factor, a plan that trains less, "
-            f"or precision='bf16', in a new run. {_last_checkpoint(out)}"
+            f"Take a smaller batch_size and raise accumulate by the same factor, {less}, in a new run. "
+            f"{_last_checkpoint(out)}"
         ) from error
 
 

@@ -394,8 +394,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert f"at step {latest.step + 1} " in str(caught.value)
     assert str(latest.path) in str(caught.value)
     assert all(torch.isfinite(t).all() for t in latest.state["model"].values())
-    with pytest.raises(TrainingError, match=r"training diverged: lower lr"):
-        run(plan=one_phase(), lr=1e30, optimizer="sgd", out=tmp_path / "b")
+    for precision, told in (("fp32", "or add warm-up"), ("bf16", "or use precision='fp32'")):
+        with pytest.raises(TrainingError, match=rf"training diverged: lower lr.*{told}"):
+            run(plan=one_phase(), lr=1e30, optimizer="sgd", out=tmp_path / precision, precision=precision)
     with pytest.raises(TrainingError, match="No checkpoint was kept"):
         run(train=Poisoned(3))
 

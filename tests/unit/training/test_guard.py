@@ -15,6 +15,7 @@ import torch
 from layerwise.errors import RunError, TrainingError
 from layerwise.training.fit import fit
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
+from layerwise.training.options import Precision
 from layerwise.training.result import Result
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
@@ -58,6 +59,38 @@ def test_a_weight_that_is_not_finite_is_named_with_its_step(tmp_path: Path) -> N
     model.head.bias.data[0] = math.inf
     with pytest.raises(TrainingError, match=r"'head.bias' .* after step 3. Lower lr.*has no checkpoint yet"):
         check_weights(model, step=3, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip_norm", "weights", "losses", "memory"),
+    [
+        (
+            "fp32",
+            None,
+            "set clip_norm=1.0.",
+            "or add warm-up to the plan's schedule.",
+            "or precision='bf16',",
+        ),
+        ("bf16", 5.0, "set clip_norm below 5.", "or use precision='fp32'.", "or a plan that trains less,"),
+    ],
+)
+def test_what_is_in_use_is_not_proposed(
+    precision: Precision, clip_norm: float | None, weights: str, losses: str, memory: str
+) -> None:
+    # fp32 to one that trains in it, nor the norm that gradients are clipped to already
+    at = {"step": 4, "epoch": 0, "index": 4, "out": None, "precision": precision, "clip_norm": clip_norm}
+    with pytest.raises(TrainingError) as of_loss:
+        finite_loss(torch.tensor(math.nan), {"inputs": torch.ones(1)}, **at)
+    assert losses in str(of_loss.value)
+    assert weights.removesuffix(".") + "," in str(of_loss.value)
+    model = Tiny()
+    model.head.bias.data[0] = math.inf
+    with pytest.raises(TrainingError) as of_weights:
+        check_weights(model, step=3, out=None, clip_norm=clip_norm)
+    assert weights in str(of_weights.value)
+    with pytest.raises(TrainingError) as of_memory, explained(lambda: 7, out=None, precision=precision):
+        raise MemoryError
+    assert memory in str(of_memory.value)
 
 
 def test_only_the_errors_that_are_known_are_explained() -> None:
