@@ -103,7 +103,6 @@ def examine(found: Examined, make: Make) -> None:
             seen += [f"buffer {n} {_digest(b)}" for n, b in model.named_buffers()]
         return seen
 
-    plain = epoch(loader)
     with layerwise.PrefixCache(model, loader, storage="memory") as cache:
         replays: list[bool] = []
         first = epoch(cache.batches())
@@ -111,6 +110,7 @@ def examine(found: Examined, make: Make) -> None:
         (supply,) = cache._supplies
         phases, reason = list(phases_of(supply).values()), supply.reason
         found.why = cache.describe()
+    plain = epoch(loader)  # last: the cache must be right from the model's very first call
     unequal = [what for what, *others in zip(plain, first, second, strict=True) if {what} != set(others)]
     if unequal:
         stable = plain == epoch(loader)

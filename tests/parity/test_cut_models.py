@@ -53,14 +53,16 @@ def test_transformers(name) -> None:
     ["BertForSequenceClassification", "AlbertForSequenceClassification", "LlamaForCausalLM",
      "ViTForImageClassification", "T5ForConditionalGeneration"],
 )  # fmt: skip
-def test_outputs_collected_by_hooks(name, what) -> None:
-    # the hooks stay on the layers after the first call; what they collect is part of the output
+@pytest.mark.parametrize("before", [True, False])
+def test_outputs_collected_by_hooks(name, what, before) -> None:
+    # the first call hangs the hooks on the layers for good; what they collect is part of the output
     def make(batch):
         model = NAMES[name].build()
         model.set_attn_implementation("eager")  # the others compute no attentions
         setattr(model.config, what, True)
         samples = cuts.text_samples(NAMES[name], batch)
-        model(**{key: value[None] for key, value in samples[0].items()})
+        if before:
+            model(**{key: value[None] for key, value in samples[0].items()})
         return model, samples
 
     found = examined("transformers", name, make, 0.6)

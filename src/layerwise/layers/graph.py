@@ -128,6 +128,8 @@ class Call:
             None for an input, parameter or buffer handed through untouched. Together with
             `input_ops`, this tells whether the call made the value or only passed it on.
         input_ops: the same for `input_keys` when the call began.
+        is_collected: see `layerwise.layers.memory.collectors`; the first pass may hang them on.
+        collects: see `layerwise.layers.memory.collects_below`.
     """
 
     path: str
@@ -143,6 +145,8 @@ class Call:
     output: Any = None
     output_keys: tuple[int, ...] = ()
     output_ops: tuple[int | None, ...] = ()
+    is_collected: bool = False
+    collects: bool = False
 
     def __repr__(self) -> str:
         return f"<Call {self.path!r} #{self.nth} ops {self.start}..{self.end}>"

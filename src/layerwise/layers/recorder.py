@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layerwise.errors import RecordingError
 from layerwise.layers.flops import flops
 from layerwise.layers.graph import Call, Effect, Op
+from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.operators import (
     TRAINING_ARGUMENTS,
     argument_of,
@@ -237,6 +238,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                     call.output = map_tensors(output, lambda tensor: tensor)
                     call.output_keys = tuple(self.values.key(tensor) for tensor in tensors_in(output))
                     call.output_ops = tuple(self.values.all[key].writer for key in call.output_keys)
+                    call.is_collected, call.collects = bool(collectors(module)), collects_below(module)
                     return
 
         handles = []

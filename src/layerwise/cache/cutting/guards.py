@@ -9,7 +9,6 @@ from torch import nn
 
 from layerwise.cache.cutting.dirty import Dirt
 from layerwise.cache.cutting.doors import Door, Read, given, has_numbers, is_rebuildable
-from layerwise.layers.memory import collectors, collects_below
 from layerwise.layers.recording import Call, Op, Recording
 
 
@@ -24,9 +23,7 @@ class Guards:
     def __init__(self, recording: Recording, dirt: Dirt) -> None:
         self._recording, self._dirt = recording, dirt
         self._keeping = _calls_with(recording, recording.keeping)
-        self._collected = [
-            call for call in recording.calls if call.end > call.start and collectors(call.module)
-        ]
+        self._collected = [call for call in recording.calls if call.end > call.start and call.is_collected]
 
     def may_skip(self, call: Call) -> bool:
         """Return whether a call may be skipped, as far as it can be told from the call alone.
@@ -126,6 +123,6 @@ def _is_collected_outside(call: Call, around: Call) -> bool:
     """Whether a hook hands what `call` returned to code outside of another call, which it is in."""
     while call is not around and call.parent is not None:
         call = call.parent
-        if collects_below(call.module):
+        if call.collects:
             return False
     return True
