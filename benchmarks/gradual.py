@@ -1,6 +1,7 @@
 """Whole runs on real photos, decoding and first pass included: cached, plain, peers, and the floor.
 
-    python -m benchmarks gradual [pipeline|gradual|depths ...] [--images 128] [--rounds 3] [--resume]
+    python -m benchmarks gradual [pipeline|gradual|depths ...] [--images 128] [--size 224] [--batch 32]
+                                 [--rounds 3] [--resume]
 
 *pipeline*: the last three groups of EfficientNet-Lite0 trained for 8 epochs on ELPV. *gradual*: gradual
 unfreezing over 10 epochs. *depths*: five freeze depths, 5 epochs each, the deepest training half of the
@@ -32,16 +33,23 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.sources.demo import elpv_rows
 
-SIZE, BATCH, RATE = 128, 16, 7e-4
+RATE = 7e-4
 PlanOf = Callable[[LayerMap], Plan]
 Save = Callable[[dict[str, Any]], None]
 """Keeps the figures of the rounds so far."""
 
 
 class Photos(Dataset[Any]):
-    """ELPV photos, decoded and resized each time one is asked for."""
+    """ELPV photos, decoded and resized each time one is asked for.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        count: how many.
+        size: width and height, in pixels.
+        batch: how many a loader puts together.
+    """
+
+    def __init__(self, count: int, *, size: int, batch: int) -> None:
+        self.size, self.batch = size, batch
         rows = elpv_rows()
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         self.rows = [rows[i][:2] for i in order[:count]]
@@ -55,16 +63,20 @@ class Photos(Dataset[Any]):
 
         path, label = self.rows[index]
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            pixels = np.asarray(image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC))
         return (torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255 - 0.5) / 0.5, label
+
+    def loader(self) -> DataLoader[Any]:
+        """Return a loader of them all that shuffles."""
+        return DataLoader(self, batch_size=self.batch, shuffle=True)
 
 
 def prepared(plan_of: PlanOf, data: Photos) -> tuple[nn.Module, DataLoader[Any], layerwise.Tuner]:
     """Return a network, its loader, and a tuner that carries the plan out; always the same."""
     torch.manual_seed(0)
     model = lite0(2)
-    loader: DataLoader[Any] = DataLoader(data, batch_size=BATCH, shuffle=True)
-    layers = layerwise.layer_map(model, torch.zeros(2, 3, SIZE, SIZE), granularity="stages")
+    loader = data.loader()
+    layers = layerwise.layer_map(model, torch.zeros(2, 3, data.size, data.size), granularity="stages")
     tuner = layerwise.Tuner(
         model, plan_of(layers), torch.optim.AdamW, lr=RATE, steps_per_epoch=len(loader), layers=layers
     )
@@ -163,8 +175,7 @@ def whole_run(plan_of: PlanOf, data: Photos, save: Save, *, rounds: int, limits:
         def run() -> float:
             phases = phases_of(prepared(plan_of, data)[2])
             torch.manual_seed(0)
-            loader: DataLoader[Any] = DataLoader(data, batch_size=BATCH, shuffle=True)
-            return PEERS[name][1](lite0(2), loader, phases, RATE)
+            return PEERS[name][1](lite0(2), data.loader(), phases, RATE)
 
         return run
 
@@ -177,7 +188,7 @@ def whole_run(plan_of: PlanOf, data: Photos, save: Save, *, rounds: int, limits:
 
     def after_round(timed: list[Seconds]) -> None:
         same = all(torch.equal(value, cached[name]) for name, value in plain.items())
-        save({**_compared(timed, "cached", limits), "images": len(data), "bit_equal_to_plain": same})
+        save({**_compared(timed, "cached", limits), "bit_equal_to_plain": same})
 
     by_runs(contenders, rounds=rounds, after_round=after_round)
 
@@ -201,7 +212,7 @@ def depths(data: Photos, save: Save, *, rounds: int, limits: dict[str, float]) -
     def after_round(timed: list[Seconds]) -> None:
         pairs = zip(ends["shared"], ends["independent"])
         same = all(torch.equal(value, one[name]) for one, other in pairs for name, value in other.items())
-        save({**_compared(timed, "shared", limits), "images": len(data), "bit_equal_to_plain": same})
+        save({**_compared(timed, "shared", limits), "bit_equal_to_plain": same})
 
     by_runs({"shared": shared, "independent": independent}, rounds=rounds, after_round=after_round)
 
@@ -219,8 +230,8 @@ def _compared(timed: list[Seconds], one: str, limits: dict[str, float]) -> dict[
 def lines(row: dict[str, Any]) -> str:
     """Return the table of one part."""
     same = "bit-equal to the plain loop's" if row["bit_equal_to_plain"] else "NOT those of the plain loop"
-    size = f"{plural(row['images'], 'photo')}, {plural(row['rounds'], 'round')}"
-    found = [f"-- {row['work']}; {size}; weights {same}"]
+    photos = f"{plural(row['images'], 'photo')} of {row['size']} pixels in batches of {row['batch']}"
+    found = [f"-- {row['work']}; {photos}; {plural(row['rounds'], 'round')}; weights {same}"]
     for name, values in row["ratios"].items():
         ratio = Ratio(*values)
         found.append(f"   of {name:22s} {ratio!s:22s} {verdict(ratio.median, row['limits'].get(name))}")
@@ -231,12 +242,16 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gradual")
     parser.add_argument("what", nargs="*", help="of pipeline, gradual, depths; default all")
     parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224, help="pixels; the network's own by default")
+    parser.add_argument("--batch", type=int, default=32, help="photos; as in `layerwise fit` by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resume", action="store_true", help="measure only what the results lack")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    data, results = Photos(options.images), Results("gradual")
+    data = Photos(options.images, size=options.size, batch=options.batch)
+    about = {"images": len(data), "size": data.size, "batch": data.batch}
+    results = Results("gradual")
     third = {"plain": 0.3, "fastai": 0.3, "finetuning-scheduler": 0.3}
     parts: dict[str, tuple[str, PlanOf | None, dict[str, float]]] = {
         "pipeline": ("last three groups, 8 epochs", lambda m: layerwise.top_k(m, k=3, epochs=8), third),
@@ -249,13 +264,14 @@ def main(arguments: list[str]) -> None:
     }
     for name in options.what or parts:
         work, plan_of, limits = parts[name]
-        if not (options.resume and name in results.rows):
+        key = " ".join(map(str, (name, *about.values())))
+        if not (options.resume and key in results.rows):
 
-            def save(row: dict[str, Any], name: str = name, work: str = work) -> None:
-                results.save(name, {"work": work, **row})
+            def save(row: dict[str, Any], key: str = key, work: str = work) -> None:
+                results.save(key, {"work": work, **about, **row})
 
             if plan_of is None:
                 depths(data, save, rounds=options.rounds, limits=limits)
             else:
                 whole_run(plan_of, data, save, rounds=options.rounds, limits=limits)
-        print(lines(results.rows[name]), flush=True)
+        print(lines(results.rows[key]), flush=True)

@@ -5,6 +5,9 @@ from benchmarks.gradual import lines
 
 def test_one_round_is_said_as_one() -> None:
     # Also one photo.
-    row = {"work": "work", "images": 1, "rounds": 1, "bit_equal_to_plain": True, "ratios": {}}
-    assert lines(row) == "-- work; 1 photo, 1 round; weights bit-equal to the plain loop's"
-    assert "; 128 photos, 3 rounds;" in lines({**row, "images": 128, "rounds": 3})
+    photos = {"images": 1, "size": 224, "batch": 32}
+    row = {"work": "work", **photos, "rounds": 1, "bit_equal_to_plain": True, "ratios": {}}
+    told = "1 photo of 224 pixels in batches of 32; 1 round; weights bit-equal to the plain loop's"
+    assert lines(row) == f"-- work; {told}"
+    assert "; 128 photos of 224 " in lines({**row, "images": 128})
+    assert "; 3 rounds;" in lines({**row, "rounds": 3})
