@@ -47,6 +47,37 @@ def test_a_batch_of_two_is_not_proved_by_a_batch_of_one() -> None:
     assert "late (" in cached.text
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
+def test_the_layers_that_adapters_adapt_are_cached_too() -> None:
+    # of a layer with LoRA only the adapter learns; its frozen products of the layer before are stored
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    ids = torch.randint(0, 50, (16, 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(ids)]
+
+    def trained(cached: bool) -> tuple[dict[str, Tensor], str]:
+        torch.manual_seed(0)
+        bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
+        lora = peft.LoraConfig("SEQ_CLS", r=2, lora_dropout=0.1, layers_to_transform=[2])
+        model = peft.get_peft_model(bert, lora)
+        layers = layerwise.layer_map(model, {"input_ids": ids[:2]})
+        plan = layerwise.top_k(layers, k=2, epochs=3)
+        loader = DataLoader(data, 4, shuffle=True)
+        tuner = layerwise.Tuner(model, plan, torch.optim.AdamW, lr=1e-2, steps_per_epoch=4, layers=layers)
+        cache = layerwise.PrefixCache(model, loader, storage="memory", tuner=tuner)
+        for _ in tuner.epochs():
+            model.train()
+            for batch in cache.batches() if cached else loader:
+                model(**batch).loss.backward()
+                tuner.step()
+        return {n: p.detach().clone() for n, p in model.named_parameters()}, cache.describe()
+
+    (plain, _), (weights, told) = trained(False), trained(True)
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name)  # zero at the start
+    assert "encoder.layer.1, " in told and "layer.2.attention.self.query.base_layer" in told
+
+
 @pytest.mark.filterwarnings("ignore:The prefix cache is off")
 def test_layers_that_have_no_shape_yet() -> None:
     # they take it from the loop's first batch; from then on the model is cached
