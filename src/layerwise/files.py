@@ -114,10 +114,15 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
         raise found from None if found is error else error
 
 
-def free_room(path: Path) -> str:
-    """Return the free space of the disk on which `path` is, or will be, for messages."""
+def free_disk_bytes(path: Path) -> int:
+    """Return the free space of the disk on which `path` is, or will be."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB"
+    return shutil.disk_usage(there).free
+
+
+def free_room(path: Path) -> str:
+    """Return `free_disk_bytes` for messages."""
+    return f"{free_disk_bytes(path) / 2**20:,.0f} MiB"
 
 
 def _temporary(path: Path) -> Path:

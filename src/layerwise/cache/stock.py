@@ -20,8 +20,9 @@ from layerwise.cache.replay.layout import Layout
 from layerwise.cache.samples.feed import Feed, SiteColumn
 from layerwise.cache.store.column import Column, RowSpec, Where
 from layerwise.cache.store.decision import Decision, Storage, decide, process_count
-from layerwise.cache.store.room import format_bytes, free_disk_bytes, free_memory_bytes
+from layerwise.cache.store.room import format_bytes, free_memory_bytes
 from layerwise.cache.store.shelf import Shelf
+from layerwise.files import free_disk_bytes
 
 logger = logging.getLogger("layerwise.cache")
 

@@ -1,11 +1,10 @@
-"""How much room there is in memory and on disk, and how to give some back."""
+"""How much room there is in memory, and how to give some back."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-import shutil
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -29,13 +28,6 @@ def free_memory_bytes() -> int:
         free = min(free, max(int(text) - used, 0))
     together = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return free // max(int(together), 1) if together.isdigit() else free
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Return the free space of the disk on which `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def format_bytes(count: float) -> str:

@@ -7,7 +7,8 @@ import pytest
 from layerwise.cache.cutting.cut import Cut
 from layerwise.cache.store import room
 from layerwise.cache.store.decision import decide, kept
-from layerwise.cache.store.room import free_disk_bytes, free_memory_bytes
+from layerwise.cache.store.room import free_memory_bytes
+from layerwise.files import free_disk_bytes
 
 USUAL = {
     "bytes_per_sample": 1_000,
