@@ -18,7 +18,7 @@ from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.folding import FOLD_TOLERANCE, Folding, find_pairs, relative_difference
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
-from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.proof.evenness import OpLog, uneven_places
 from layerwise.cache.samples.feed import Feed, Phase
 from layerwise.cache.samples.supply import Supply
 from layerwise.errors import CacheError
@@ -125,10 +125,10 @@ class Filling:
         feed, full = self.feed, self.feed.full
         taken = [feed.indices[number % feed.size] for number in range(-(-size // full) * full)]
         leaves = feed.shape.check(feed.reader.load_now(taken), len(taken))
-        runs: list[ElementwiseLog] = []
+        runs: list[OpLog] = []
 
         def compute(start: int, count: int) -> Values:
-            runs.append(ElementwiseLog())
+            runs.append(OpLog())
             values = self._computed([leaf[start : start + count] for leaf in leaves], log=runs[-1])
             return {site: feed.sites[site].layout.to_rows(value) for site, value in values.items()}
 
@@ -170,7 +170,7 @@ class Filling:
     def _cuts(self) -> list[Cut]:
         return self.frozen.stored_cuts(self.feed, self.phase.cut)
 
-    def _computed(self, leaves: list[torch.Tensor], log: ElementwiseLog | None = None) -> Values:
+    def _computed(self, leaves: list[torch.Tensor], log: OpLog | None = None) -> Values:
         """Return the stored values of a batch that has these tensors, computed anew."""
         link, cuts = self.feed.link, self._cuts
         found = self.frozen.run(link, cuts, link.build(leaves), batch=len(leaves[0]), log=log)

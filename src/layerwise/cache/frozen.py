@@ -16,7 +16,7 @@ from layerwise.cache.changes.modelstate import OtherStateError
 from layerwise.cache.cutting.book import CutBook
 from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.live import Live
-from layerwise.cache.proof.evenness import ElementwiseLog
+from layerwise.cache.proof.evenness import OpLog
 from layerwise.cache.remedies import LET_IT_LEARN
 from layerwise.cache.replay.capturing import Captured, capture
 from layerwise.cache.replay.kernels import backend_state
@@ -91,7 +91,7 @@ class FrozenPart:
         batch: int,
         skeletons: bool = False,
         seed: int | None = None,
-        log: ElementwiseLog | None = None,
+        log: OpLog | None = None,
     ) -> Captured:
         """Run the model up to the last site, leaving no trace in it, its arguments and the random numbers.
 
@@ -119,7 +119,7 @@ class FrozenPart:
         return found
 
     @contextlib.contextmanager
-    def _logged(self, log: ElementwiseLog) -> Iterator[None]:
+    def _logged(self, log: OpLog) -> Iterator[None]:
         """Within: `log` notes what runs, compiled functions included.
 
         Raises:

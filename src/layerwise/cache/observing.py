@@ -20,7 +20,7 @@ from layerwise.cache.cutting.cut import Cut, Values
 from layerwise.cache.frozen import FrozenPart
 from layerwise.cache.live import Live
 from layerwise.cache.proof.checkpoints import check_backward, is_checkpointed
-from layerwise.cache.proof.evenness import ElementwiseLog
+from layerwise.cache.proof.evenness import OpLog
 from layerwise.cache.proof.mixing import MixedError
 from layerwise.cache.proof.outputs import Result
 from layerwise.cache.proof.proving import prove
@@ -165,7 +165,7 @@ class Observer:
             values = feed.values(phase, live.rows, link.device)
         else:
             started = time.perf_counter()
-            log, run, count = ElementwiseLog(), self._frozen.run, len(live.indices)
+            log, run, count = OpLog(), self._frozen.run, len(live.indices)
             found = run(link, cuts, seen.given, batch=count, skeletons=True, log=log)
             prefix_s = time.perf_counter() - started
             values = found.values

@@ -61,7 +61,7 @@ class Outline:
 
 
 @dataclass(frozen=True, slots=True)
-class Elementwise:
+class OpRun:
     """One run of an operation that works number by number, or of a product of matrices.
 
     Attributes:
@@ -87,7 +87,7 @@ class Elementwise:
         return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Outline)]
 
 
-class ElementwiseLog(TorchDispatchMode):
+class OpLog(TorchDispatchMode):
     """Within: notes each operation that makes floating-point or complex numbers one by one, or by a product.
 
     Attributes:
@@ -100,7 +100,7 @@ class ElementwiseLog(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.runs: list[Elementwise] = []
+        self.runs: list[OpRun] = []
         self.packing = self.foreign = ""
 
     def __torch_dispatch__(
@@ -120,7 +120,7 @@ class ElementwiseLog(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             if tensors and (output.is_floating_point() or output.is_complex()):
                 arguments = tree_map_only(torch.Tensor, Outline.of, (args, kwargs))
-                self.runs.append(Elementwise(func, arguments, Outline.of(output), output.device))
+                self.runs.append(OpRun(func, arguments, Outline.of(output), output.device))
         return output
 
 
@@ -129,7 +129,7 @@ def _name(function: Any) -> str:
 
 
 def uneven_places(
-    full: Sequence[Elementwise], batch: int, part: Sequence[Elementwise], part_batch: int
+    full: Sequence[OpRun], batch: int, part: Sequence[OpRun], part_batch: int
 ) -> tuple[str, str]:
     """Return the operations that treat some places of a batch differently.
 
@@ -178,7 +178,7 @@ def uneven_places(
     return within, between
 
 
-def _is_uneven(run: Elementwise) -> bool:
+def _is_uneven(run: OpRun) -> bool:
     """Return whether an operation rounds a number otherwise at some place."""
     if run.is_product:
         return False
@@ -187,7 +187,7 @@ def _is_uneven(run: Elementwise) -> bool:
 
 
 def _products(
-    one: Elementwise, batch: int, other: Elementwise, part_batch: int
+    one: OpRun, batch: int, other: OpRun, part_batch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield what a small product gives for batches of one sample, drawn anew each time, in all places."""
     size = torch.Size(one.output.shape).numel()
@@ -230,7 +230,7 @@ def _drawn(dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, _COUNTED, (_TRIED,), generator=generator).to(dtype)
 
 
-def _telling_numbers(run: Elementwise) -> list[list[Any]]:
+def _telling_numbers(run: OpRun) -> list[list[Any]]:
     """Return inputs (one number a tensor) that the two routines of an operation answer differently.
 
     For torch's own operations they are looked for once in a process under the same settings of torch.
@@ -248,7 +248,7 @@ def _telling_numbers(run: Elementwise) -> list[list[Any]]:
     return _FOUND[key]
 
 
-def _look_for_numbers(run: Elementwise) -> list[list[Any]]:
+def _look_for_numbers(run: OpRun) -> list[list[Any]]:
     tensors = run.outlines
     generator = torch.Generator().manual_seed(0)
     drawn = [_drawn(tensor.dtype, generator).to(run.device) for tensor in tensors]
@@ -270,7 +270,7 @@ def _look_for_numbers(run: Elementwise) -> list[list[Any]]:
     return found
 
 
-def _filled(run: Elementwise, numbers: Sequence[Any]) -> torch.Tensor:
+def _filled(run: OpRun, numbers: Sequence[Any]) -> torch.Tensor:
     """Return what the operation gives for tensors of the real shapes, each filled with one number."""
     inputs = []
     for outline, number in zip(run.outlines, numbers, strict=True):
@@ -281,13 +281,13 @@ def _filled(run: Elementwise, numbers: Sequence[Any]) -> torch.Tensor:
     return _run(run, inputs)
 
 
-def _run(run: Elementwise, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+def _run(run: OpRun, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     source = iter(inputs)
     args, kwargs = tree_map_only(Outline, lambda _: next(source), run.arguments)
     output: torch.Tensor = run.function(*args, **kwargs)
     return output
 
 
-def _scalars(run: Elementwise) -> str:
+def _scalars(run: OpRun) -> str:
     """Return the types of the tensors and all other arguments, as text."""
     return str(tree_map_only(Outline, lambda outline: outline.dtype, run.arguments))

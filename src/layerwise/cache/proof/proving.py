@@ -12,7 +12,7 @@ import torch
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Values
-from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.proof.evenness import OpLog, uneven_places
 from layerwise.cache.proof.mixing import (
     PlaceError,
     at_other_places,
@@ -34,7 +34,7 @@ def prove(
     link: Link,
     cuts: list[Cut],
     found: Captured,
-    log: ElementwiseLog,
+    log: OpLog,
     indices: Sequence[int],
     leaves: Sequence[torch.Tensor],
     run_prefix: Callable[..., Captured],
@@ -67,7 +67,7 @@ def prove(
     count = len(indices)
     part_leaves, chosen = _loaded_again(feed, indices, leaves)
     part_count = len(part_leaves[0])
-    part_log = ElementwiseLog()
+    part_log = OpLog()
     part = run_prefix(
         link, cuts, link.build(part_leaves), batch=part_count, skeletons=True, seed=1, log=part_log
     )

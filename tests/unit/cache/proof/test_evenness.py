@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from layerwise.cache.proof import evenness
-from layerwise.cache.proof.evenness import ElementwiseLog, uneven_places
+from layerwise.cache.proof.evenness import OpLog, uneven_places
 
 
 def logged(function, *inputs):
-    with torch.no_grad(), ElementwiseLog() as log:
+    with torch.no_grad(), OpLog() as log:
         function(*inputs)
     return log.runs
 
@@ -169,7 +169,7 @@ def test_numbers_are_looked_for_once_under_the_same_settings(monkeypatch) -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         evenness._telling_numbers(run)
     assert len(looked) == 3
-    with ElementwiseLog():  # a mode may change what an operation gives
+    with OpLog():  # a mode may change what an operation gives
         evenness._telling_numbers(run)
         evenness._telling_numbers(run)
     assert len(looked) == 5
