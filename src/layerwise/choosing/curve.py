@@ -22,8 +22,8 @@ from layerwise.choosing.terms import (
     SET_FOR_ALL,
     check_fit_options,
     metric_and_mode,
+    outcome_of,
     plain,
-    value_of,
     weights_of,
 )
 from layerwise.errors import DataError, PlanError, RunError
@@ -131,7 +131,7 @@ def transfer_curve(
         PlanError: a depth is not between 1 and the number of groups.
         DataError: no validation data, the metric is not measured or of the training data, or `fit_options`
             that a curve sets itself.
-        TrainingError: `fit_options` are out of range.
+        TrainingError: `fit_options` are out of range, or the metric came to NaN or infinity.
         RunError: `out` holds another experiment.
 
     Source: Yosinski et al. 2014, How transferable are features in deep neural networks?, section 4. Theirs
@@ -188,7 +188,7 @@ def transfer_curve(
                         cache_pool=pool,
                         **{"progress": False, **options},
                     )
-                    done[key], told = value_of(metric, result.metrics), ""
+                    done[key], told = outcome_of(metric, result.metrics), ""
                 if out is not None:
                     write_json(Path(out), {"about": about, "values": done})
                 say(f"{series}, {k} new group{'s' * (k > 1)}, seed {seed}: {metric} {done[key]:.4f}{told}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.fingerprint import named_tensors, weights_digest
-from layerwise.errors import DataError, did_you_mean
+from layerwise.errors import DataError, TrainingError, did_you_mean
 from layerwise.training.classification import Classification
 from layerwise.training.fit import fit
 from layerwise.training.known_tasks import task_of
@@ -79,6 +80,22 @@ def value_of(metric: str, entry: Mapping[str, Any]) -> float:
     if key not in entry:
         raise _not_measured(metric, (n for n, v in entry.items() if isinstance(v, float)))
     return float(entry[key])
+
+
+def outcome_of(metric: str, metrics: Mapping[str, Any]) -> float:
+    """Return a metric of a training that has ended, to compare it by.
+
+    Raises:
+        DataError: it is not measured.
+        TrainingError: it is NaN or infinite.
+    """
+    value = value_of(metric, metrics)
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"{metric} is {value}, by which no plan can be compared. Look for NaN in the validation data, or "
+            "lower lr."
+        )
+    return value
 
 
 def _not_measured(metric: str, names: Iterable[str]) -> DataError:

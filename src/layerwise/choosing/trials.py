@@ -14,7 +14,7 @@ from torch import nn
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
-from layerwise.choosing.terms import plain, value_of, weights_of
+from layerwise.choosing.terms import outcome_of, plain, value_of, weights_of
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
@@ -172,7 +172,7 @@ def run_trial(
     try:
         plan = found.space.plan(found.layers, drawn.choice, drawn.decay)
         result = found.train_by(plan, drawn.lr, drawn.seed, on_epoch=watch)
-        value = value_of(found.metric, result.metrics)
+        value = outcome_of(found.metric, result.metrics)
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         say(f"trial {trial.number}: {settings}: pruned")

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from layerwise.choosing import curve as module
 from layerwise.choosing.curve import cut_plan, transfer_curve
-from layerwise.errors import DataError, PlanError, RunError
+from layerwise.errors import DataError, PlanError, RunError, TrainingError
 from layerwise.training.classification import Classification
 
 from .small import images, map_of, pretrained
@@ -81,6 +81,14 @@ def test_an_interrupted_curve_goes_on(model, data, tmp_path, monkeypatch):
     assert len(json.loads(out.read_text())["values"]) == len(found.points) == 4
     with pytest.raises(RunError, match="another experiment"):
         curve(model, data, out=out, epochs=3)
+
+
+def test_a_metric_that_is_no_number_is_told(model, data, tmp_path):
+    # NaN among the validation images; JSON could not hold it
+    train, val = data
+    blind = TensorDataset(val.tensors[0] * float("nan"), val.tensors[1])
+    with pytest.raises(TrainingError, match="val_loss is nan, by which no plan can be compared"):
+        curve(model, (train, blind), metric="val_loss", out=tmp_path / "curve.json")
 
 
 def test_where_nothing_is_kept_both_series_are_one_training(model, data, monkeypatch):

@@ -1,5 +1,6 @@
 """Search on a tiny network: what is tried, the budget, continuation, two workers, the winner."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -842,7 +843,8 @@ def test_more_trials_can_improve_a_search_with_seeds(model, data, tmp_path, monk
     # outcomes by rate alone: continued from one trial to six, the winner is the best rate of all
     rates = []
     train_by = module.Experiment.train_by
-    monkeypatch.setattr(module, "value_of", lambda metric, entry: rates[-1])
+    for name in ("value_of", "outcome_of"):  # after an epoch, and in the end
+        monkeypatch.setattr(module, name, lambda metric, entry: rates[-1])
     monkeypatch.setattr(
         module.Experiment,
         "train_by",
@@ -965,6 +967,22 @@ def test_trials_that_fail_are_trials_of_the_budget(model, data, monkeypatch):
     found = searched(model, data, trials=4, refit="none")
     assert [row.state for row in found.trials] == ["complete", *["failed"] * 3]
     assert found.best.choice == "last 1"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_trial_whose_metric_is_no_number_has_failed(model, data, monkeypatch, loss):
+    # it chooses nothing; left out of the budget, NaN in each trial would make a search that never ends
+    real, known = module.fit, []
+
+    def fit(*args, **options):
+        result = real(*args, **options)
+        known.append(result.metrics)
+        return dataclasses.replace(result, metrics={**result.metrics, "loss": loss}) if known[1:] else result
+
+    monkeypatch.setattr(module, "fit", fit)
+    found = searched(model, data, trials=3, metric="val_loss", refit="none")
+    assert [row.state for row in found.trials] == ["complete", "failed", "failed"]
+    assert found.trials[1].error.startswith(f"val_loss is {loss}, by which no plan can be compared.")
 
 
 def test_a_part_of_the_minutes_is_kept_for_confirming():
