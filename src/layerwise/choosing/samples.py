@@ -59,9 +59,10 @@ def parts_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     if isinstance(batch, Mapping):
         rest = {key: value for key, value in batch.items() if key != "labels"}
         return (), rest, batch.get("labels")
-    if isinstance(batch, Sequence) and len(batch) == 1:
+    listed = isinstance(batch, Sequence) and not isinstance(batch, str)
+    if listed and len(batch) == 1:
         return parts_of(batch[0])
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
+    if listed and len(batch) == 2:
         if isinstance(batch[0], Mapping):
             return (), dict(batch[0]), batch[1]
         return (batch[0],), {}, batch[1]
@@ -73,11 +74,15 @@ def parts_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
 
 
 def _checked_labels(labels: Any) -> Tensor:
-    found = torch.as_tensor(labels)
-    if found.ndim != 1 or found.is_floating_point():
+    try:
+        found = torch.as_tensor(labels)
+    except (RuntimeError, TypeError, ValueError):  # names of classes, boxes
+        found = None
+    if found is None or found.ndim != 1 or found.is_floating_point():
+        what = named_kind(labels) if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
         raise DataError(
-            f"labels are {found.dtype} of shape {tuple(found.shape)}; expected one integer for each sample. "
-            "To measure shift alone, leave the labels out."
+            f"labels are {what}; expected one integer for each sample. To measure shift alone, leave the "
+            "labels out."
         )
     return found.detach().cpu()
 

@@ -27,7 +27,7 @@ def as_labels(labels: npt.ArrayLike, samples: int) -> Labels:
     given = np.asarray(labels)
     if given.shape != (samples,):
         raise DataError(f"labels have the shape {given.shape}; expected one for each of {samples} samples.")
-    if not (np.issubdtype(given.dtype, np.integer) or (given == np.round(given)).all()):
+    if given.dtype.kind not in "biuf" or (given != np.round(given)).any():
         raise DataError(
             f"labels are {given.dtype} values such as {given[0]}; transferability is defined for class "
             "labels (integers). A regression target has none."

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from layerwise.choosing.depths import score_depths, transferability
 from layerwise.choosing.features import collect_features, map_for
 from layerwise.choosing.pooling import pool, pool_all
-from layerwise.choosing.samples import KeptBatches
+from layerwise.choosing.samples import KeptBatches, parts_of, split_inputs
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.mapping import layer_map
 from layerwise.layers.randomness import drawn
@@ -431,3 +431,16 @@ def test_a_single_layer_is_told_to_stand_in_a_model():
             collect_features(layer, x, layer_map(layer, x))
     model = nn.Sequential(nn.Linear(4, 2))
     assert collect_features(model, x, layer_map(model, x)).groups["0"].shape == (9, 4)
+
+
+@pytest.mark.parametrize("labels", [["cat", "dog"], [{"boxes": 1}, {"boxes": 2}], {"boxes": 1}, [None, None]])
+def test_labels_that_no_tensor_holds_are_told(labels):
+    # names of classes, boxes: as for any other labels that are no integers
+    with pytest.raises(DataError, match=r"expected one integer for each sample"):
+        split_inputs((torch.zeros(2, 3), labels))
+
+
+def test_a_batch_of_one_letter_is_told():
+    # whose first entry is itself
+    with pytest.raises(DataError, match="a batch is a str of 1"):
+        parts_of(["a"])

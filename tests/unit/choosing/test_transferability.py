@@ -136,6 +136,7 @@ def test_labels_of_any_integers_are_renumbered():
         ([1] * 6, "all 6 samples have the label 1"),
         ([0, 1, 0], r"shape \(3,\).*6 samples"),
         ([0.5, 1.5, 0, 1, 2, 3], "class labels"),
+        (list("aabbcc"), "labels are <U1 values such as a"),
     ],
 )
 def test_bad_labels_are_named(labels, message):
