@@ -152,8 +152,8 @@ def advise(
         ModelError: a signature of another model.
         MissingExtraError: scikit-learn is not installed.
     """
-    if batch_size < 1 or (epochs is not None and epochs < 1):
-        raise DataError(f"batch_size is {batch_size} and epochs {epochs}; expected at least 1.")
+    if epochs is not None and epochs < 1:
+        raise DataError(f"epochs is {epochs}; expected at least 1.")
     if pretraining not in DECAY:
         raise DataError(f"pretraining is {pretraining!r}; expected one of {', '.join(DECAY)}.")
     evidence, layers = gather_evidence(

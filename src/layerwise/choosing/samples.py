@@ -152,8 +152,14 @@ def open_sample(
     See `layerwise.choosing.features.collect_features` for the arguments.
 
     Raises:
-        DataError: the data is of an unknown kind or empty, or inputs and labels differ in number.
+        DataError: the data is of an unknown kind or empty, inputs and labels differ in number, or an argument
+            is out of range.
     """
+    if (max_samples is not None and max_samples < 1) or batch_size < 1 or seed < 0:
+        raise DataError(
+            f"batch_size is {batch_size}, seed {seed} and max_samples {max_samples}; expected at least 1, 0 "
+            "and 1 (or None, for all)."
+        )
     if isinstance(data, KeptBatches):
         return data, data.total
     if isinstance(data, Tensor):

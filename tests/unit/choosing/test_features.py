@@ -444,3 +444,10 @@ def test_a_batch_of_one_letter_is_told():
     # whose first entry is itself
     with pytest.raises(DataError, match="a batch is a str of 1"):
         parts_of(["a"])
+
+
+@pytest.mark.parametrize("wrong", [{"max_samples": 0}, {"max_samples": -1}, {"batch_size": 0}, {"seed": -1}])
+def test_numbers_out_of_range_are_told(wrong):
+    # by name, whatever measures; -1 left one sample out
+    with pytest.raises(DataError, match=f"{next(iter(wrong))} (is )?{next(iter(wrong.values()))}"):
+        transferability(Net(), images(8), layers=map_of(Net()), **wrong)
