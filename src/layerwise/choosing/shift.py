@@ -14,7 +14,7 @@ from layerwise.choosing.depths import score_depths
 from layerwise.choosing.features import Features, collect_features, mapped_features
 from layerwise.choosing.group_shift import Drawn, mean_figure, shift_from_source, shift_of_norms
 from layerwise.choosing.shift_result import GroupShift, InputShift, LabelSide, Method, Shift, Where
-from layerwise.choosing.signature import Signature, check_belongs, summarise
+from layerwise.choosing.signature import Signature, shared_groups, summarise
 from layerwise.errors import DataError, MissingExtraError, ModelError
 from layerwise.layers.layermap import LayerMap
 
@@ -140,8 +140,7 @@ def measure(
             "(--source; in Python source=), or a signature made where the source is (--signature): "
             "layerwise signature MODEL --data SOURCE -o sig.safetensors"
         )
-    if reference is not None:
-        check_belongs(reference, target, layers)
+    shared = set() if reference is None else shared_groups(reference, target, layers)
     rng = np.random.default_rng(seed)
     options: dict[str, Any] = {"draws": draws, "level": level, "seed": seed}
     main: list[Drawn] = []
@@ -153,7 +152,7 @@ def measure(
             if not norms:
                 continue
             figure, figures = shift_of_norms(norms, **options)
-        elif name in reference.groups and name in target.groups:
+        elif name in shared:
             source = reference.groups[name]
             figure, figures = shift_from_source(
                 target.groups[name], source, reference.samples, **options, rng=rng

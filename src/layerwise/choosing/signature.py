@@ -263,12 +263,14 @@ def spread(var: npt.ArrayLike) -> Array:
     return result
 
 
-def check_belongs(found: Signature, features: Features, layers: LayerMap) -> None:
-    """Refuse a signature that was not made with this model, this layer map and inputs of this kind.
+def shared_groups(found: Signature, features: Features, layers: LayerMap) -> set[str]:
+    """Return the layer groups that can be compared: all, but for a head of another width.
+
+    Refuses a signature that was not made with this model, this layer map and inputs of this kind.
 
     Raises:
-        DataError: modality, input shape (of images) differ; all differences are named.
-        ModelError: the layer groups, or their widths, differ.
+        DataError: modality or input shape (of all but texts) differ.
+        ModelError: the layer groups, or the widths of those before the head, differ.
     """
     if found.modality != features.modality:
         raise DataError(
@@ -286,13 +288,14 @@ def check_belongs(found: Signature, features: Features, layers: LayerMap) -> Non
     ours = {name: values.shape[1] for name, values in features.groups.items()}
     head = layers.head.name if layers.head is not None else None
     shared = {name for name in widths.keys() & ours.keys() if widths[name] == ours[name]}
-    if odd := sorted((widths.keys() ^ ours.keys() | (widths.keys() & ours.keys())) - shared - {head}):
+    if odd := sorted((widths.keys() | ours.keys()) - shared - ({head} if shared else set())):
         raise ModelError(
             f"the signature was made with {found.model_class or 'another model'} at granularity "
             f"{found.granularity!r}; its groups differ from this model's ({layers.model_class}, "
             f"{layers.granularity!r}) in {', '.join(odd[:6])}{', ...' if len(odd) > 6 else ''}. "
             "Use a signature of the same model and granularity."
         )
+    return shared
 
 
 def _sides(shape: tuple[int, ...]) -> str:

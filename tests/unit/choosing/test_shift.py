@@ -391,3 +391,23 @@ def test_a_chunk_counts_by_its_samples():
     (value, drawn), _ = shift_of_norms([norm], draws=50, level=0.9, seed=0)
     assert value == pytest.approx((0.01**2 + ((1.01 - 0.01**2) ** 0.5 - 1) ** 2) / 1.1, rel=1e-5)
     assert drawn.max() > 0.5  # a draw of the small chunk alone
+
+
+class Both(Net):
+    """A `Net` whose new head gets the average and the highest value of each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(48, 4)
+
+    def forward(self, x):
+        for i in range(4):
+            x = getattr(self, f"stage{i}")(x)
+        return self.fc(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+
+def test_a_head_of_another_width_is_left_out(model, sketch):
+    # a head is new as a rule: what its output layer gets cannot be compared then, all else can
+    other = Both()
+    found = shift(other, images(40)[0], sketch, layers=map_of(other))
+    assert [group.group for group in found.groups] == ["stage0", "stage1", "stage2", "stage3"]
