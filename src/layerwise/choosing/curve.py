@@ -128,11 +128,11 @@ def transfer_curve(
         say: told of every training.
 
     Raises:
-        PlanError: a depth is not between 1 and the number of groups.
-        DataError: no validation data, the metric is not measured or of the training data, or `fit_options`
-            that a curve sets itself.
+        PlanError: a depth is not between 1 and the number of groups, or there is none.
+        DataError: no validation data, `seeds` below 1, the metric is not measured or of the training data, or
+            `fit_options` that a curve sets itself.
         TrainingError: `fit_options` are out of range, or the metric came to NaN or infinity.
-        RunError: `out` holds another experiment.
+        RunError: `out` holds another experiment, or its folder is not there.
 
     Source: Yosinski et al. 2014, How transferable are features in deep neural networks?, section 4. Theirs
     are the curves BnB, AnB (here "frozen") and AnB+ ("fine-tuned") over layers.
@@ -142,12 +142,16 @@ def transfer_curve(
             "the curve is of a validation metric, and val is None. Split some off train: --val-frac "
             "(in Python, give val)."
         )
+    if seeds < 1:
+        raise DataError(f"seeds is {seeds}; expected at least 1.")
     options = dict(fit_options or {})
     check_fit_options(options, SET_FOR_ALL, "transfer_curve")
     metric, _ = metric_and_mode(metric, train, options)
     layers = map_for(model, train, layers, example_input, batch_size=batch_size)
     groups = len(layers)
     chosen = spread_depths(groups) if depths is None else tuple(sorted(set(depths)))
+    if not chosen:
+        raise PlanError("there is no depth to cut at; give some, or None for about six")
     if wrong := [k for k in chosen if not 1 <= k <= groups]:
         raise PlanError(f"depths {wrong} are not between 1 and the {groups} groups of the layer map")
     about = {
@@ -233,13 +237,15 @@ def read_values(out: str | Path | None, about: Mapping[str, Any] | None = None) 
         about: what the curve is about; None is not compared.
 
     Raises:
-        RunError: it holds no curve's values, or those of another experiment.
+        RunError: it holds no curve's values, or those of another experiment; or its folder is not there.
     """
+    if out is not None and not Path(out).parent.is_dir():
+        raise RunError(f"{out} cannot be written: {Path(out).parent} does not exist. Name another place.")
     if out is None or not Path(out).exists():
         return {}
     try:
         found = json.loads(Path(out).read_text(encoding="utf-8"))
-    except ValueError:
+    except (IsADirectoryError, ValueError):
         found = None
     if not isinstance(found, dict) or "values" not in found:
         raise RunError(f"{out} is there, and no curve's values are in it; give another file.")

@@ -91,6 +91,25 @@ def test_a_metric_that_is_no_number_is_told(model, data, tmp_path):
         curve(model, (train, blind), metric="val_loss", out=tmp_path / "curve.json")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"seeds": 0}, DataError, "seeds is 0; expected at least 1"),
+        ({"depths": ()}, PlanError, "there is no depth"),
+        ({"out": "missing/curve.json"}, RunError, "missing does not exist"),
+        ({"out": ""}, RunError, "no curve's values are in it"),
+    ],
+)
+def test_what_no_curve_comes_of_is_told_before_the_first_training(
+    model, data, tmp_path, wrong, error, message
+):
+    # no seed, no depth, a file in no folder, a folder for the file
+    if "out" in wrong:
+        wrong = {"out": tmp_path / wrong["out"]}
+    with pytest.raises(error, match=message):
+        curve(model, data, say=pytest.fail, **wrong)
+
+
 def test_where_nothing_is_kept_both_series_are_one_training(model, data, monkeypatch):
     # the deepest point; its figures are those of the two trainings that it was
     one, other = (cut_plan(map_of(model), 5, series, epochs=2) for series in module.SERIES)
