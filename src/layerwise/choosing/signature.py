@@ -136,20 +136,20 @@ class Signature:
                 for name in about["groups"]
             }
             inputs = {name: tensors[f"inputs/{name}"].astype(np.float64) for name in about["inputs"]}
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            return cls(
+                model_class=about["model_class"],
+                granularity=about["granularity"],
+                samples=about["samples"],
+                shape=tuple(about["shape"]),
+                modality=about["modality"],
+                groups=groups,
+                inputs=inputs,
+            )
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{source} cannot be read as a signature ({type(error).__name__}: {error}). Make it again: "
                 "layerwise signature MODEL --data SOURCE"
             ) from error
-        return cls(
-            model_class=about["model_class"],
-            granularity=about["granularity"],
-            samples=about["samples"],
-            shape=tuple(about["shape"]),
-            modality=about["modality"],
-            groups=groups,
-            inputs=inputs,
-        )
 
 
 def signature(

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from layerwise.choosing.distances import Estimate
@@ -411,3 +412,12 @@ def test_a_head_of_another_width_is_left_out(model, sketch):
     other = Both()
     found = shift(other, images(40)[0], sketch, layers=map_of(other))
     assert [group.group for group in found.groups] == ["stage0", "stage1", "stage2", "stage3"]
+
+
+@pytest.mark.parametrize("about", ["3", "[]", '{"groups": [], "inputs": []}'])
+def test_a_signature_whose_description_was_altered_is_told(sketch, tmp_path, about):
+    # it is JSON, and not what was written
+    path = sketch.save(tmp_path / "a.safetensors")
+    save_file(load_file(path), path, {"layerwise_signature": "1", "about": about})
+    with pytest.raises(DataError, match="cannot be read as a signature"):
+        Signature.load(path)
