@@ -19,8 +19,7 @@ BENCHMARKS = {
     "recording": "benchmarks.recording",
     "text": "benchmarks.text",
 }
-"""Name -> module; each has a ``main(arguments)`` that prints its figures."""
-
+"""Name -> module; each has a ``main(arguments)`` that prints its figures and may return an exit code."""
 
 USUAL = ("cache", "gradual", "recording")
 """What the prefix cache is held to. The others take hours, or print what an earlier ``--run`` left."""
@@ -34,11 +33,13 @@ def main() -> None:
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}")
+    code = 0
     for name in names:
         print(f"== {name}", flush=True)
-        importlib.import_module(BENCHMARKS[name]).main(options)
+        code = importlib.import_module(BENCHMARKS[name]).main(options) or code
     if others:
         print(f"== others, by name: {', '.join(others)}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

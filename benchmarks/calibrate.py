@@ -157,7 +157,3 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def input_side(figures: list[float]) -> float:
     """Return the mean over the first two thirds of the groups, as `Shift.input_side` does."""
     return float(np.mean(figures[: max(1, round(len(figures) * 2 / 3))]))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main([]))
