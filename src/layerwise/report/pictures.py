@@ -206,12 +206,8 @@ def history_picture(history: Sequence[Mapping[str, Any]]) -> Chart:
         raise DataError("the history has no epochs, so there are no curves. Train for one at least.")
     alt = _altair()
     losses = {"train_loss": "training loss", "val_loss": "validation loss"}
-    metrics = [
-        key
-        for key, value in history[-1].items()
-        if isinstance(value, float) and key not in losses and not key.endswith("_s")
-    ]
-
+    numbers = dict.fromkeys(k for entry in history for k, value in entry.items() if isinstance(value, float))
+    metrics = [key for key in numbers if key not in losses and not key.endswith("_s")]
     epochs = [entry["epoch"] + 1 for entry in history]
     ticks = list(range(min(epochs), max(epochs) + 1, -(-len(epochs) // _TICKS)))  # no half epochs
 

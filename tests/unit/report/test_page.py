@@ -194,6 +194,19 @@ def test_page_of_a_run_without_metrics_has_no_tables_of_them(run, tmp_path):
     assert "validation " not in page
 
 
+def test_a_metric_that_is_no_number_is_a_dash(run, tmp_path):
+    # null in the file
+    import shutil
+
+    shutil.copytree(run, tmp_path / "blind")
+    about = json.loads((run / "run.json").read_text())
+    about["result"] |= {"metrics": {"loss": None}, "test": {"loss": None}}
+    (tmp_path / "blind" / "run.json").write_text(json.dumps(about))
+    page = write_report(tmp_path / "blind").read_text()
+    for part in ("validation", "test"):
+        assert f"<tr><td>{part} loss</td><td class=words>-</td></tr>" in page
+
+
 def test_a_wrong_path_is_told_with_what_is_there(run, tmp_path):
     # a folder of something else, a file, nothing; runs beside it are named
     beside = f"Runs in {run.parent}: a."

@@ -146,6 +146,13 @@ def test_history_picture_has_a_panel_for_each_unit(measured, panels):
     assert [chart["encoding"]["color"]["sort"] for chart in charts] == panels
 
 
+def test_history_picture_keeps_a_metric_that_was_no_number_in_the_last_epoch():
+    # null in the file; where it was a number is what one looks for then
+    history = [{"epoch": i, "train_loss": 1.0, "r2": value} for i, value in enumerate([None, 0.5, None])]
+    rows = values_of(pictures.history_picture(history))
+    assert [(row["epoch"], row["value"]) for row in rows if row["series"] == "r2"] == [(2, 0.5)]
+
+
 def test_history_picture_of_one_epoch_does_not_round_its_value():
     # an accuracy of 0.5 is no 1
     history = [{"epoch": 0, "train_loss": 0.25, "accuracy": 0.5}]
