@@ -181,7 +181,7 @@ def check_source(source: str | None, signature: str | Path | None) -> Signature 
     """
     if source is not None and signature is not None:
         raise DataError("a source folder and a signature are both given; give one of them.")
-    if source is not None and not source.startswith(NAMED) and not Path(source).exists():
+    if source is not None and not Path(source).exists():
         raise DataError(f"source {source!r} does not exist; expected a folder of images, or a file of texts.")
     return None if signature is None else Signature.load(signature)
 

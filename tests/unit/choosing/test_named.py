@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from layerwise.choosing.named import open_inputs
+from layerwise.choosing.named import check_source, open_inputs
+from layerwise.errors import DataError
 from tiny_text import save_tiny, topic_rows
 
 
@@ -27,3 +28,10 @@ def test_images_of_the_demo_come_without_their_labels():
     opened, samples, _ = open_inputs("timm:test_efficientnet", "demo:elpv", pretrained=False, input_size=32)
     assert samples[0].shape == (3, 32, 32)
     assert opened.preprocessing.crop == (32, 32)
+
+
+@pytest.mark.parametrize("source", ["missing", "demo:elpv"])
+def test_a_source_that_cannot_be_opened_is_told_before_the_model_is(source):
+    # data sets by name are no sources
+    with pytest.raises(DataError, match=f"source '{source}' does not exist; expected a folder"):
+        check_source(source, None)
