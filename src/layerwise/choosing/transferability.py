@@ -7,6 +7,7 @@ verdict: on single tasks such scores can rank models the wrong way round (LEEP's
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,8 @@ def logme(
             gamma = float((s2 / (s2 + ratio)).sum())
             residual = float((projected * (ratio / (s2 + ratio)) ** 2).sum()) + outside
             weight = float((s2 * projected / (s2 + ratio) ** 2).sum())
-            alpha = gamma / (weight + 1e-12)
-            beta = (n - gamma) / (residual + 1e-12)
+            alpha = gamma / (weight + 1e-12 / s2[0])
+            beta = max(n - gamma, 1e-12) / (residual + 1e-12)
             if abs(alpha / beta - ratio) <= tolerance * ratio:
                 break
         # the evidence at the alpha and beta reached, with the posterior mean that belongs to them
@@ -165,16 +166,18 @@ def soft_clusters(
         raise MissingExtraError("scikit-learn", "search", "the transferability scores") from error
     x = as_features(features)
     kept = max(1, min(dimensions, x.shape[1], len(x) - 1))
-    reduced = PCA(kept, random_state=seed).fit_transform(x) if len(x) > 1 else x
     count = max(1, min(clusters, len(x) // 5))
-    mixture = GaussianMixture(
-        count,
-        covariance_type="diag",
-        reg_covar=1e-3 * float(reduced.var()) + 1e-9,
-        random_state=seed,
-        tol=1e-2,
-    )
-    result: Array = mixture.fit(reduced).predict_proba(reduced)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are constant, or fewer of them differ than clusters
+        reduced = PCA(kept, random_state=seed).fit_transform(x) if len(x) > 1 else x
+        mixture = GaussianMixture(
+            count,
+            covariance_type="diag",
+            reg_covar=1e-3 * float(reduced.var()) + 1e-9,
+            random_state=seed,
+            tol=1e-2,
+        )
+        result: Array = mixture.fit(reduced).predict_proba(reduced)
     return result
 
 

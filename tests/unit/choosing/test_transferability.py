@@ -160,6 +160,23 @@ def test_constant_features_score_nothing():
     assert np.isfinite(tr.logme(constant, labels))
 
 
+def test_clusters_of_features_of_few_values_are_found_in_silence():
+    # a dead ReLU, samples that are there several times: all that are equal belong to the same clusters
+    for distinct in (1, 3):
+        values = np.eye(4)[np.arange(30) % distinct]
+        clusters = tr.soft_clusters(values)
+        np.testing.assert_allclose(clusters.sum(1), 1)
+        np.testing.assert_allclose(clusters, clusters[np.arange(30) % distinct])
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6, 1e8, 1e12])
+@pytest.mark.parametrize("shape", [(9, 26), (40, 10)])
+def test_logme_does_not_depend_on_the_unit_of_the_features(shape, unit):
+    # weights of large features are small, not 0; nor is the noise where features explain all there is
+    features, labels = np.random.default_rng(0).normal(size=shape), np.arange(shape[0]) % 2
+    assert tr.logme(features * unit, labels) == pytest.approx(tr.logme(features, labels), abs=5e-3)
+
+
 def test_logme_of_dead_features_is_that_of_no_weights():
     # all features 0: finite, and what features too small to explain anything come to as well
     labels = np.arange(90) % 3
