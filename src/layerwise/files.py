@@ -70,9 +70,11 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     permissions that the system gives new files, whatever `fill` chooses.
 
     Raises:
-        OSError: as for `write_file`.
+        OSError: as for `write_file`; or `path` is a file.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "there is a file, and no folder", str(path))
     temporary = _temporary(path)
     try:
         with _named(path, temporary):

@@ -176,6 +176,14 @@ def test_files_of_a_new_folder_have_the_usual_permissions(tmp_path: Path) -> Non
     assert modes == {"a": 0o640, "b": 0o640, "in": 0o750}
 
 
+def test_a_folder_is_not_written_over_a_file(tmp_path: Path) -> None:
+    # It was put away under a temporary name.
+    (tmp_path / "mine").write_text("text")
+    with pytest.raises(NotADirectoryError, match=f"there is a file, and no folder: '{tmp_path / 'mine'}'"):
+        files.write_folder(tmp_path / "mine", lambda path: (path / "a").write_text("new"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("mine", "text")]
+
+
 @pytest.mark.parametrize("name", ["é" * 120 + ".html", "x" * 255, "." + "x" * 254])
 def test_a_name_as_long_as_the_system_takes_is_written(tmp_path: Path, name: str) -> None:
     # The temporary name is not longer than the one that was asked for.
