@@ -131,8 +131,7 @@ def search(
     if tokenizer is not None and tuned is not None and tuned.out is not None:
         save_transformers(tuned.model, tuned.out / FOLDER, tokenizer=tokenizer, task=tuned.task)
     if plot is not None:
-        points = [p for p in found.to_dict()["curve"] if p["trained_groups"] is not None]
-        say(f"wrote {save_picture(depth_picture(points, metric=found.metric), plot)}")
+        say(f"wrote {save_picture(depth_picture(found.to_dict()['curve'], metric=found.metric), plot)}")
     if as_json:
         print_json(found.to_dict())
         return

@@ -161,9 +161,8 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
     tested = (found["run"] or {}).get("test") or {}
     summary += [[f"test {name}", _number(value)] for name, value in tested.items()]
     sections = [("Summary", _table(["", ""], summary, words=(1,)))]
-    points = [point for point in found["curve"] if point["trained_groups"] is not None]
-    if points:
-        picture = _svg(pictures.depth_picture(points, metric=metric))
+    if any(point["trained_groups"] is not None for point in found["curve"]):
+        picture = _svg(pictures.depth_picture(found["curve"], metric=metric))
         sections.append(("Accuracy by depth" if "accuracy" in metric else f"{metric} by depth", picture))
     columns = ["trained", "from", metric, "seeds", "lr", "decay"]
     rows = [

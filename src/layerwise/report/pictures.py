@@ -257,7 +257,8 @@ def depth_picture(
 
     Args:
         rows: mappings with ``"trained_groups"``, ``"first"`` (name of the first group that learns),
-            ``"mean"``, ``"error"`` (standard error, 0 if unknown), and perhaps ``"series"``.
+            ``"mean"``, ``"error"`` (standard error, 0 if unknown), and perhaps ``"series"``. Those without a
+            number of groups (a search's named strategies) are left out.
         metric: title of the vertical axis.
         counted: what the number of groups is of.
     """
@@ -272,6 +273,7 @@ def depth_picture(
             "label": f"{row['trained_groups']}: from {row['first']}",
         }
         for row in rows
+        if row["trained_groups"] is not None
     ]
     labels = {row["trained_groups"]: row["label"] for row in values}
     order = [labels[count] for count in sorted(labels)]
@@ -293,7 +295,7 @@ def depth_picture(
             base.mark_rule(strokeWidth=1.5, xOffset=aside).encode(y=low, y2="high:Q"),
             base.mark_point(filled=True, size=60, opacity=1, xOffset=aside, tooltip=True).encode(y=y),
         ]
-    bars = "bars: one standard error" if any(row["error"] for row in rows) else ""
+    bars = "bars: one standard error" if any(row["error"] for row in values) else ""
     return _finished(
         alt.layer(*parts), f"{metric.capitalize()} by depth", bars, width=max(360, 72 * len(order))
     )

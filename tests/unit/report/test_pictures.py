@@ -114,6 +114,13 @@ def test_depth_picture_has_bars_of_one_standard_error():
     assert rows[0]["label"] == "2: from layer2"
 
 
+def test_depth_picture_leaves_out_named_strategies():
+    # a search's curve has them, without a number of groups
+    depth = {"trained_groups": 2, "first": "layer2", "mean": 0.8, "error": 0.05}
+    named = {**depth, "trained_groups": None, "first": "lp_ft"}
+    assert {row["first"] for row in values_of(pictures.depth_picture([named, depth]))} == {"layer2"}
+
+
 def test_history_picture_leaves_out_what_was_not_measured():
     # a run without validation has one curve
     history = [{"epoch": i, "train_loss": 1.0 / (i + 1), "rates": {"fc": 0.1}} for i in range(3)]
