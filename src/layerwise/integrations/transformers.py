@@ -66,7 +66,8 @@ class TunerCallback(_Base):  # type: ignore[misc]
 
     Args:
         tuner: made for Trainer's model.
-        metric: name of an evaluation metric (``"eval_accuracy"``), for plans that wait for it to stall.
+        metric: name of an evaluation metric (``"eval_accuracy"``; of one of several data sets
+            ``"eval_NAME_accuracy"``), for plans that wait for it to stall.
         mode: whether more of it is better.
 
     Attributes:
@@ -116,14 +117,16 @@ class TunerCallback(_Base):  # type: ignore[misc]
         control.should_training_stop = control.should_training_stop or self.tuner.done
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Take the metric in."""
-        if self._metric is not None and metrics is not None and self._metric not in metrics:
+        """Take the metric in; other data sets' evaluations, by whose names Trainer begins theirs, pass."""
+        if self._metric is None or metrics is None:
+            return
+        if self._metric in metrics:
+            self._driver.take(float(metrics[self._metric]))
+            self._end_epoch(control)
+        elif "eval_runtime" in metrics:
             raise ModelError(
                 f"metric={self._metric!r} is not among the evaluation metrics ({', '.join(metrics)})."
             )
-        if metrics is not None and self._metric is not None:
-            self._driver.take(float(metrics[self._metric]))
-            self._end_epoch(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the Tuner's epoch, unless an evaluation is still to come that it waits for."""

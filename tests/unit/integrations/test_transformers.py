@@ -188,6 +188,20 @@ def test_a_phase_ends_when_the_metric_stalls_and_the_run_with_the_plan(data, tmp
     assert trainer.state.global_step == tuner.step_count < plan.total_steps(3)
 
 
+def test_an_evaluation_of_another_data_set_is_let_pass(data, tmp_path):
+    # several sets, of which one has the metric; and the test set, when all is over
+    model = start()
+    layers = layerwise.layer_map(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, granularity="stages")
+    plan = layerwise.gradual_unfreezing(layers, epochs_per_group=5, patience_epochs=1, last_epochs=1)
+    tuner = tuner_of(model, plan)
+    trainer = train(
+        model, tuner, data, tmp_path, metric="eval_near_score", eval_strategy="epoch", save_strategy="no",
+        num_train_epochs=plan.total_epochs(3), eval_set={"far": data[:8], "near": data},
+    )  # fmt: skip
+    assert trainer.state.global_step == tuner.step_count < plan.total_steps(3)
+    assert "test_score" in trainer.evaluate(data, metric_key_prefix="test")
+
+
 def test_accumulated_batches_count_as_one_step(data, tmp_path):
     model = start()
     tuner = tuner_of(model, steps_per_epoch=2)
