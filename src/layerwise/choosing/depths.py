@@ -115,7 +115,7 @@ def transferability(
         seed: of the draw and of the folds.
 
     Raises:
-        DataError: no labels, a single class, fewer samples than classes.
+        DataError: no labels, a single class, or no class with two samples.
         MissingExtraError: scikit-learn is not installed.
     """
     features, _ = mapped_features(

@@ -274,7 +274,7 @@ def gather_evidence(
     has_batchnorm = any(norm.kind == "running" for norm in find_norms(model))
     recalibrated = None
     if has_batchnorm and level in ("somewhat", "dissimilar"):
-        recalibrated = _recalibrated(model, train, layers, batch_size, collate, options, seed)
+        recalibrated = _recalibrated(model, train, layers, **options)
     evidence = Evidence(
         samples=total,
         classes=transfer.classes,
@@ -341,16 +341,10 @@ def chance_of(counts: npt.ArrayLike) -> float:
 
 
 def _recalibrated(
-    model: nn.Module,
-    train: Any,
-    layers: LayerMap,
-    batch_size: int,
-    collate: Any,
-    options: dict[str, Any],
-    seed: int,
-) -> Transferability | None:
+    model: nn.Module, train: Any, layers: LayerMap, *, seed: int, **options: Any
+) -> Transferability:
     """Return the scores after batch-norm statistics were set to the target's, on a copy of the model."""
-    loader, _ = open_sample(train, CALIBRATION_SAMPLES, batch_size, collate, seed)
+    loader, _ = open_sample(train, seed=seed, **{**options, "max_samples": CALIBRATION_SAMPLES})
     inputs: list[Any] = []
     with reading(loader, seed):
         for batch in loader:
@@ -361,7 +355,7 @@ def _recalibrated(
     copied = copy.deepcopy(model)
     device = next(copied.parameters()).device
     calibrate_batchnorm(copied, to_device(_joined(inputs), device), forward=_forward)
-    return score_depths(collect_features(copied, train, layers, norms=False, **options), seed=seed)
+    return score_depths(collect_features(copied, train, layers, norms=False, seed=seed, **options), seed=seed)
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
