@@ -118,7 +118,7 @@ def search(
     Raises:
         PlanError: the search space cannot be used.
         DataError: no validation data, a metric that is unknown or of the training data, a budget that is
-            not positive, or `fit_options` that a search sets itself.
+            not positive, another `refit`, or `fit_options` that a search sets itself.
         TrainingError: `fit_options` are out of range.
         RunError: the study in the storage is about something else, the storage cannot be opened, or `out`
             holds a run, or a plan of something else.
@@ -139,6 +139,8 @@ def search(
             f"trials is {trials}, minutes {minutes}, seeds {seeds}; expected numbers above 0 (or None for no "
             "limit of that kind)."
         )
+    if refit not in ("winner", "none"):
+        raise DataError(f"refit is {refit!r}; expected 'winner' or 'none'.")
     folder = None if out is None else Path(out)
     if folder is not None:
         require_own(folder)

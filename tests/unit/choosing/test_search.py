@@ -313,6 +313,12 @@ def test_bad_spaces_are_refused_with_all_problems(model, data, options, message)
         searched(model, data, **options)
 
 
+def test_another_word_for_refit_is_refused(model, data):
+    # it left out the winner's run
+    with pytest.raises(DataError, match="refit is 'best'; expected 'winner' or 'none'"):
+        searched(model, data, refit="best", say=pytest.fail)
+
+
 def test_bad_budgets_metrics_and_missing_validation(model, data):
     # zero trials, a metric that nobody measures, and no validation data
     with pytest.raises(DataError, match="trials is 0"):
