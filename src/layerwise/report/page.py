@@ -130,7 +130,7 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
         ("Settings", f"<pre>{html.escape(json.dumps(known, indent=1, ensure_ascii=False))}</pre>")
     )
     if (folder / "plan.yaml").exists():
-        text = html.escape((folder / "plan.yaml").read_text(encoding="utf-8"))
+        text = html.escape(_read(folder / "plan.yaml", _read_text))
         sections.append(("Plan file", f"<pre>{text}</pre>"))
     return f"Run {folder.name}", sections
 
@@ -197,8 +197,12 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
     return f"Search {folder.name}", sections
 
 
+def _read_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
 def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(_read_text(file))
 
 
 def _read(file: Path, read: Callable[[Path], Any] = _read_json) -> Any:

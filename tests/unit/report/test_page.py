@@ -278,3 +278,13 @@ def test_a_damaged_file_is_told(run, tmp_path, name):
         (tmp_path / "r" / "run.json").unlink()
     with pytest.raises(RunError, match=rf"{name} cannot be read: Unterminated string"):
         write_report(tmp_path / "r")
+
+
+def test_a_plan_file_that_is_no_text_in_utf_8_is_told(run, tmp_path):
+    # saved by an editor in an encoding of its own
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "plan.yaml").write_text("phases: []", encoding="utf-16")
+    with pytest.raises(RunError, match=r"plan\.yaml cannot be read: 'utf-8' codec"):
+        write_report(tmp_path / "r")
