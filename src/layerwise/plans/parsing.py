@@ -51,7 +51,7 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             ``blocks:[layer3, fc]``, ``discriminative:rates={layer4: 0.5, fc: 1},frozen=:layer3``. An argument
             without a name is the strategy's first one (several make a list). A number may be a fraction.
             What is in quotes is a name: ``blocks:'2'`` is the group called 2. ``blocks:2`` is the first two
-            groups, or an error where one is called so.
+            groups, or an error where one is called so; ``blocks:1.0`` is the group called 1.0.
         layers: the layer map.
         **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
             those that `text` gives win.
@@ -217,8 +217,9 @@ def _converted(value: Any, hint: Any) -> Any:
     """Return `value`, which is text or made of it, as the type `hint` asks for.
 
     Whole numbers are tried before words, so that ``frozen=2`` counts groups and ``frozen=layer2`` names one.
+    Where groups are meant, no other number is tried.
     """
-    value = _numbers(value)
+    value = _numbers(value, (int,) if _counts_or_names(hint) else (int, float))
     if value in ("true", "false") and _accepts(hint, bool):
         return value == "true"
     config = ConfigDict(arbitrary_types_allowed=True)
@@ -227,11 +228,11 @@ def _converted(value: Any, hint: Any) -> Any:
 
 def _count_or_name(value: Any, hint: Any, layers: LayerMap) -> str:
     """Return what is unclear where a whole number counts groups and is the name of one; else ``""``."""
-    if not (_accepts(hint, int) and _accepts(hint, str)):
+    if not _counts_or_names(hint):
         return ""
     parts = value if isinstance(value, list) else [value]
     for part in parts:
-        if part in layers.names and not isinstance(part, _Quoted) and isinstance(_number(part), int):
+        if part in layers.names and not isinstance(part, _Quoted) and isinstance(_number(part, (int,)), int):
             return (
                 f"{part} is a number of groups and the name of one; write '{part}' in quotes for the group, "
                 f"or a range (:NAME) for the first ones"
@@ -239,26 +240,31 @@ def _count_or_name(value: Any, hint: Any, layers: LayerMap) -> str:
     return ""
 
 
-def _numbers(value: Any) -> Any:
-    """Return `value` with the texts in it that are numbers as numbers."""
+def _numbers(value: Any, kinds: tuple[type[int] | type[float], ...]) -> Any:
+    """Return `value` with the texts in it that are numbers of one of `kinds` as numbers."""
     if isinstance(value, list):
-        return [_numbers(item) for item in value]
+        return [_numbers(item, kinds) for item in value]
     if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    return _number(value)
+        return {key: _numbers(item, kinds) for key, item in value.items()}
+    return _number(value, kinds)
 
 
-def _number(text: Any) -> Any:
+def _number(text: Any, kinds: tuple[type[int] | type[float], ...]) -> Any:
     """Return the number that `text` is (``3``, ``0.9``, ``1/2.6``), or `text`."""
     if not isinstance(text, str) or isinstance(text, _Quoted):
         return text
     over, slash, under = text.partition("/")
-    for kind in (int, float):
+    for kind in kinds:
         try:
             return kind(over) / float(under) if slash else kind(text)
         except (ValueError, ZeroDivisionError):
             continue
     return text
+
+
+def _counts_or_names(hint: Any) -> bool:
+    """Return whether `hint` is that of groups, which are counted or named."""
+    return _accepts(hint, int) and _accepts(hint, str)
 
 
 def _accepts(hint: Any, kind: type) -> bool:

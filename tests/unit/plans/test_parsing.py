@@ -106,6 +106,15 @@ def test_a_group_with_a_number_for_a_name_is_named_in_quotes() -> None:
     assert parse_strategy("blocks:1", layers).phases[0].rates == {"0": 1.0}
 
 
+def test_a_path_of_numbers_is_a_name() -> None:
+    # A stage of an nn.Sequential in another: it was the count that a float of that value is.
+    layers = named_map("0.0", "1.0", "2.0", "3")
+    assert parse_strategy("blocks:1.0", layers).phases[0].rates == {"1.0": 1.0}
+    assert parse_strategy("blocks:[1.0, 1]", layers).phases[0].rates == {"0.0": 1.0, "1.0": 1.0}
+    assert list(parse_strategy("surgical:which=2.0", layers).phases[0].rates) == ["2.0", "3"]
+    assert list(parse_strategy("discriminative:frozen=2.0", layers).phases[0].rates) == ["0.0", "1.0", "3"]
+
+
 def test_auto_is_told_to_be_of_fit() -> None:
     """The strategy that only `layerwise fit` has is not called a misspelt one."""
     with pytest.raises(PlanError, match="layerwise fit --strategy auto") as error:
