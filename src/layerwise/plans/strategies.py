@@ -233,11 +233,14 @@ def surgical(
         **options: see `PhaseOptions`.
 
     Raises:
-        PlanError: the model is too small to be divided, a group is unknown, or all groups would learn.
+        PlanError: the model is too small to be divided, a group or `head` is unknown, or all groups would
+            learn.
 
     Source: Lee et al. 2023, Surgical Fine-Tuning Improves Adaptation to Distribution Shifts, section 2.
     """
     last = require_head(layers, "surgical")
+    if head not in ("train", "freeze"):
+        raise PlanError(f"surgical(head={head!r}): expected 'train' or 'freeze'")
     body = [name for name in layers.names if name != last]
     if isinstance(which, str) and which in ("first", "middle", "last"):
         if len(body) < 3:

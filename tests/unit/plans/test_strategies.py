@@ -231,6 +231,10 @@ REFUSED: dict[str, tuple[Callable[[LayerMap], Plan], str]] = {
         lambda m: strategies.full(m, schedule="cos"),
         "schedule 'cos' is not known .* 'cosine'",
     ),  # type: ignore[arg-type]
+    "a head neither trained nor frozen": (
+        lambda m: strategies.surgical(m, head="frozen"),  # type: ignore[arg-type]
+        r"surgical\(head='frozen'\): expected 'train' or 'freeze'",
+    ),
     "two lengths": (lambda m: strategies.full(m, epochs=1, steps=1), "exactly one of"),
 }
 
