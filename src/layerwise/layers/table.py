@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from layerwise.errors import percent, plural, shorten
 from layerwise.layers.isolation import unwrap
@@ -78,11 +79,12 @@ def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) 
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for depth, row in zip(range(len(layers) - 1, -2, -1), zip(*columns.values())):
-        table.add_row(*row, end_section=depth == 0)
+        table.add_row(*map(Text, row), end_section=depth == 0)  # names may hold [red] or :x:
     lines = [*layers.notes]
     if layers.unused:
         lines.append(f"not read in the forward pass: {shorten(layers.unused, _MODULES_SHOWN)}")
-    table.caption = "\n".join(f"note: {line}" for line in lines) or None
+    if lines:
+        table.caption = Text("\n".join(f"note: {line}" for line in lines), style="table.caption")
     table.caption_justify = "left"
     return table
 

@@ -191,7 +191,7 @@ class Explanation:
                     *(right[row] if row < len(right) else nothing),
                 ]
                 table.add_row(
-                    *(cell for title, cell in zip(titles, cells) if title in shown),
+                    *(Text(cell) for title, cell in zip(titles, cells) if title in shown),
                     end_section=row + 1 == max(len(left), len(right)) and not last and not self._is_long,
                 )
         return table
@@ -229,7 +229,7 @@ class Explanation:
             cells = Text()
             for rate in row:
                 cells.append(*_cell(rate, lowest, highest))
-            table.add_row(name, cells)
+            table.add_row(Text(name), cells)
         table.add_row("", Text(self._axis()))
         return table
 

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -358,6 +359,14 @@ def test_prints_as_a_table() -> None:
     assert "trainable" in console.export_text()
     console.print(layers)
     assert "layer2" in console.export_text()
+
+
+def test_names_of_groups_are_no_markup() -> None:
+    # the key of a ModuleDict may be anything without a dot; a closing tag ended in a traceback
+    names = ["[/x]", "[red]", ":fire:"]
+    layers = layer_map(nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names)))
+    layers = dataclasses.replace(layers, unused=("[/y]",))
+    assert all(name in str(layers) for name in [*names, "[/y]"])
 
 
 @pytest.mark.parametrize("width", [46, 56, 66])

@@ -464,6 +464,16 @@ def test_explain_prints_a_timeline_and_a_heat_map() -> None:
     assert max(map(len, lines)) <= 110
 
 
+def test_names_of_groups_and_phases_are_no_markup() -> None:
+    # Shown letter for letter; a closing tag ended in a traceback.
+    layers = named_map("[red]", ":fire:")
+    plan = full(layers, epochs=1)
+    plan = plan.with_changes(phases=(plan.phases[0].with_changes(name="all [/b]"),))
+    told = str(plan.explain(layers))
+    assert "all [/b]" in told
+    assert told.count("[red]") == told.count(":fire:") == 2  # in the timeline and in the heat map
+
+
 @pytest.mark.parametrize("count", [8, 40])
 def test_explain_is_whole_on_a_narrow_terminal(count: int) -> None:
     """At 80 columns some columns go; no name or figure is cut, and words wrap."""
