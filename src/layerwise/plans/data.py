@@ -34,7 +34,7 @@ class Data(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         token = _depth.set(_depth.get() + 1)
         found: list[str] = []
         try:

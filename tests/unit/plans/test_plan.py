@@ -307,6 +307,8 @@ def test_saving_leaves_no_temporary_file_and_keeps_the_old_one_on_failure(
         ("just words", "expected a mapping with `groups` and `phases`"),
         ("version: 7\ngroups: [a]\nphases: []\n", "format version 7; this layerwise reads version 1"),
         ("groups: [a]\n", "'phases' is missing"),
+        ("groups: [a]\nphases: []\nself: 1\n", "there is no setting 'self'"),
+        ("groups: [a]\nphases: [{self: 1}]\n", "there is no setting 'self'"),
         (
             "groups: !!python/object/apply:os.system ['touch /tmp/oops']\n",
             "not a YAML file that can be read safely",
