@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from layerwise.errors import ModelError, did_you_mean
@@ -80,9 +81,9 @@ def replace_head(
         class_names: names for a transformers configuration's ``id2label``.
 
     Raises:
-        ModelError: there is no output layer; there are several of different sizes (say which by
-            `outputs`); its weights are tied to another layer's; or it is of a class that cannot be made
-            anew. Nothing is changed then.
+        ModelError: `num_classes`, `outputs` or `class_names` is wrong; there is no output layer; there are
+            several of different sizes (say which by `outputs`); its weights are tied to another layer's; or
+            it is of a class that cannot be made anew. Nothing is changed then.
         RecordingError: the forward pass raised with this input.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1000))
@@ -91,8 +92,8 @@ def replace_head(
     >>> net[2]
     Linear(in_features=8, out_features=3, bias=True)
     """
-    if num_classes < 1:
-        raise ModelError(f"num_classes is {num_classes}; expected at least 1.")
+    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
+        raise ModelError(f"num_classes is {num_classes!r}; expected a whole number of at least 1.")
     if class_names is not None and len(class_names) != num_classes:
         raise ModelError(f"{len(class_names)} class_names were given for {num_classes} classes.")
     model = unwrap(model)

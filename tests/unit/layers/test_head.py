@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -149,12 +151,14 @@ def test_heads_of_different_sizes_need_a_choice() -> None:
     ("classes", "options", "message"),
     [
         (0, {}, "at least 1"),
+        (2.0, {}, r"num_classes is 2\.0; expected a whole number of at least 1"),
+        ("3", {}, "num_classes is '3'; expected a whole number"),
         (3, {"class_names": ["a"]}, "1 class_names were given for 3"),
         (3, {"outputs": ["fcc"]}, "no module of SmallResNet.*Did you mean 'fc'"),
         (3, {"outputs": ["bn1"]}, "is a BatchNorm2d; expected nn.Linear"),
     ],
 )
-def test_bad_requests(classes: int, options: dict[str, object], message: str) -> None:
+def test_bad_requests(classes: Any, options: dict[str, object], message: str) -> None:
     # each gets one message
     with pytest.raises(ModelError, match=message):
         replace_head(SmallResNet(), classes, **options)  # type: ignore[arg-type]
