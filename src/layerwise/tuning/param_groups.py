@@ -12,7 +12,7 @@ from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.plans.rates import multipliers
-from layerwise.tuning.matching import check_plan
+from layerwise.tuning.matching import check_plan, parameters_of
 from layerwise.tuning.wrappers import unwrapped
 
 
@@ -118,6 +118,7 @@ def param_groups(
 
     Raises:
         PlanError: the plan was made for another model, or has no such phase.
+        ModelError: the model's parameters are not those of the layer map.
 
     Source: decay on matrices only: Loshchilov and Hutter 2019 leave it open; this is the rule of GPT-2, BEiT
     and timm.
@@ -137,9 +138,8 @@ def param_groups(
             raise PlanError(f"the plan has no phase number {phase}; it has {len(plan.phases)}, from 0")
         wanted = multipliers(plan.phases[phase], layers)
     inner = unwrapped(model)
-    parameters = {name: inner.get_parameter(name) for group in layers for name in group.parameters}
     groups = []
-    for spec in group_specs(layers, parameters, wanted, no_decay_names(inner, layers)):
+    for spec in group_specs(layers, parameters_of(inner, layers), wanted, no_decay_names(inner, layers)):
         made = as_dict(spec, lr=lr * spec.multiplier)
         if not spec.decays:
             made["weight_decay"] = 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 
 from helpers import map_by_children, tiny_cnn, tiny_mlp
-from layerwise.errors import PlanError
+from layerwise.errors import ModelError, PlanError
 from layerwise.plans.plan import Plan
 from layerwise.plans.strategies import discriminative, linear_probe
 from layerwise.plans.unfreezing import lp_ft
@@ -75,6 +77,15 @@ def test_a_phase_that_is_not_there_is_an_error() -> None:
     layers = map_by_children(model)
     with pytest.raises(PlanError, match="no phase number 1; it has 1"):
         param_groups(model, linear_probe(layers), lr=0.1, layers=layers, phase=1)
+
+
+def test_the_map_of_another_model_is_told() -> None:
+    """Both sides' names, as by the Tuner: a parameter in no group would not learn, without a word."""
+    layers = map_by_children(tiny_mlp(blocks=1))
+    with pytest.raises(ModelError, match=r"only the map has 'b0\.0\.weight'.*; only the model has nothing"):
+        param_groups(nn.Sequential(OrderedDict(head=nn.Linear(6, 3))), layers, lr=0.1)
+    with pytest.raises(ModelError, match=r"only the map has nothing; only the model has 'b1\.0\.weight'"):
+        param_groups(tiny_mlp(blocks=2), layers, lr=0.1)
 
 
 def test_the_name_of_a_strategy_is_no_plan() -> None:
