@@ -36,7 +36,7 @@ class Stall:
             self.best is None or (metric > self.best if mode == "max" else metric < self.best)
         )
         if better:
-            self.best = metric
+            self.best = float(metric)  # not numpy's or torch's: it is saved
         self.bad_epochs = 0 if better else self.bad_epochs + 1
         return self.bad_epochs
 

@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from timm.optim import Lamb, Lion, Lookahead
@@ -551,6 +552,16 @@ def test_phase_ends_when_validation_stalls() -> None:
     train(tuner, metric=metric)
     assert phases == [0, 0, 1, 1, 2, 2, 3]
     assert tuner.total_epochs == tuner.epoch == 7
+
+
+@pytest.mark.parametrize("metric", [np.float64(0.5), torch.tensor(0.5)])
+def test_a_metric_of_numpy_or_torch_is_kept_as_a_number(metric: Any) -> None:
+    """The state is data that weights_only=True loads, whatever the loop computes its metric with."""
+    plateau = Schedule(shape="plateau")
+    tuner = make(lambda layers: gradual(layers, patience_epochs=1, epochs_per_group=5, schedule=plateau))
+    train(tuner, stop=STEPS)
+    tuner.end_epoch(metric)
+    assert [type(tuner.state_dict()[name]["best"]) for name in ("stall", "plateau")] == [float, float]
 
 
 def test_validation_before_the_first_step_of_a_phase_is_not_its_own() -> None:
