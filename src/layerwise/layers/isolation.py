@@ -17,19 +17,14 @@ from layerwise.layers.memory import global_hooks
 from layerwise.layers.randomness import kept_random_state
 from layerwise.layers.snapshot import Snapshot
 
-_WRAPPED_AS = {
-    "OptimizedModule": "_orig_mod",  # torch.compile(model)
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-}
+_WRAPPED_AS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names that no other module's child has: of torch.compile, FSDP and activation checkpointing."""
 
 _COMPILING = ("torch._dynamo.eval_frame", "torch.nn.attention.flex_attention")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of ``torch.compile``, DDP, DataParallel and FSDP.
+    """Return the module inside the wrappers of torch.compile, DDP, DataParallel, FSDP and checkpointing.
 
     Layer maps and plans use the names of the unwrapped model, so one made before wrapping holds after it.
     PEFT models are returned as they are: their parameters are new ones with names of their own.
@@ -45,10 +40,17 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"layerwise.open_model('timm:resnet18')"
         )
     while True:
-        inner = getattr(model, _WRAPPED_AS.get(type(model).__name__, ""), None)
-        if not isinstance(inner, nn.Module) or not type(model).__module__.startswith("torch."):
+        names = (*_WRAPPED_AS, "module") if _is_data_parallel(model) else _WRAPPED_AS
+        inner = next((part for name, part in model._modules.items() if name in names), None)
+        if inner is None:
             return model
         model = inner
+
+
+def _is_data_parallel(model: nn.Module) -> bool:
+    """Return whether a model is one of torch's wrappers, or of those that apex and fairscale have."""
+    kinds = type(model).__mro__
+    return len(model._modules) == 1 and any(kind.__name__.endswith("DataParallel") for kind in kinds)
 
 
 def check_ready(model: nn.Module) -> None:

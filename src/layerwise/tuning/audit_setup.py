@@ -13,12 +13,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from layerwise.errors import LayerwiseError, ModelError, named_kind, shorten
+from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import NormLayer, find_norms
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 from layerwise.tuning.norms import look_through, module_owners
-from layerwise.tuning.wrappers import unwrapped
 
 Severity = Literal["error", "warning", "info"]
 
@@ -64,7 +64,7 @@ class Setup:
         batch_size: int | None,
     ) -> None:
         self.model = model
-        self.root = unwrapped(model) if layers is None else look_through(model, layers)
+        self.root = unwrap(model) if layers is None else look_through(model, layers)
         self.optimizers = optimizers
         self.schedulers = schedulers
         self.layers = layers

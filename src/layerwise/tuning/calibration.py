@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import DataError, ModelError, did_you_mean, named_kind, shorten
+from layerwise.layers.isolation import unwrap
 from layerwise.layers.norms import NormLayer, find_norms
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.moments import Moments, clone_statistics, mean_shift, restore_statistics
 from layerwise.tuning.passes import Enough, Forward, Passes, before_forward, feed
 from layerwise.tuning.processes import distributed
-from layerwise.tuning.wrappers import unwrapped
 
 Method = Literal["exact", "one_pass", "moving"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -149,7 +149,7 @@ def calibrate_batchnorm(
             "each layer. Give a DataLoader or a list of batches, or method='one_pass'."
         )
     began = time.perf_counter()
-    root = unwrapped(model)
+    root = unwrap(model)
     norms, odd = _chosen(root, names)
     run = Passes(root, loader, samples, forward or feed)
     with held_modes(root), torch.no_grad(), torch.compiler.set_stance("force_eager"), run.randomness():

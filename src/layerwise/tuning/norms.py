@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.errors import ModelError
+from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.settings import NormKind, Norms, affine_learns, moves_and_learns
@@ -298,7 +299,8 @@ def look_through(model: nn.Module, layers: LayerMap) -> nn.Module:
     while isinstance(inner, nn.Module):
         if wanted in dict(inner.named_parameters(remove_duplicate=False)):
             return inner
-        inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
+        inside = unwrap(inner)
+        inner = inside if inside is not inner else getattr(inner, "module", None)
     raise ModelError(
         f"the layer map (of {layers.model_class or 'a model'}) names a parameter {wanted!r}, which this "
         f"{type(model).__name__} does not have. Make the map from the same model: layerwise.layer_map(model)"

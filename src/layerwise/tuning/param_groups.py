@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from layerwise.errors import PlanError
+from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.plans.rates import multipliers
 from layerwise.tuning.matching import check_plan, parameters_of
-from layerwise.tuning.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def param_groups(
         if not 0 <= phase < len(plan.phases):
             raise PlanError(f"the plan has no phase number {phase}; it has {len(plan.phases)}, from 0")
         wanted = multipliers(plan.phases[phase], layers)
-    inner = unwrapped(model)
+    inner = unwrap(model)
     groups = []
     for spec in group_specs(layers, parameters_of(inner, layers), wanted, no_decay_names(inner, layers)):
         made = as_dict(spec, lr=lr * spec.multiplier)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import PlanError, plural, shorten, warn
+from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining, learning
@@ -41,7 +42,6 @@ from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained
 from layerwise.tuning.reinit import check_reinit, reinit
 from layerwise.tuning.stall import Mode, Stall
 from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
-from layerwise.tuning.wrappers import unwrapped
 
 
 class Tuner:
@@ -113,7 +113,7 @@ class Tuner:
     ) -> None:
         check_numbers(lr, steps_per_epoch, weight_decay)
         check_plan(plan)
-        self._model = unwrapped(model)
+        self._model = unwrap(model)
         self.layers = layers_for(self._model, plan, layers, example_input)
         plan.check(self.layers)
         self.plan = plan

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from layerwise.errors import ModelError, plural, shorten
+from layerwise.layers.isolation import unwrap
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norm_layers import frozen_norms
-from layerwise.tuning.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Watch:
         trained: Collection[str],
         adapting: Collection[str],
     ) -> None:
-        self._model = unwrapped(model)
+        self._model = unwrap(model)
         self._optimizer = optimizer
         self._trained = set(trained)
         self._adapting = set(adapting)

@@ -1,9 +1,8 @@
-"""Models that stand inside other models: DistributedDataParallel, torch.compile, PEFT."""
+"""Models that PEFT has put adapters into, and the names that they have then."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch import nn
 
@@ -13,22 +12,6 @@ from layerwise.plans.plan import Plan
 
 PEFT_PREFIX = "base_model.model."
 PEFT_PARTS = ("base_layer", "original_module", "modules_to_save", "lora_", "ia3_", "vera_", "adapter")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside of DistributedDataParallel, DataParallel, FSDP and torch.compile.
-
-    A PEFT model is not looked through: its adapters are parameters of its own.
-    """
-    inner: Any = model
-    while isinstance(inner, nn.Module):
-        if "_orig_mod" in inner._modules:
-            inner = inner._modules["_orig_mod"]
-        elif type(inner).__name__.endswith(("DataParallel", "FullyShardedDataParallel")):
-            inner = inner._modules["module"]
-        else:
-            return inner
-    raise ModelError(f"{type(model).__name__} wraps no module; pass the model itself")
 
 
 def is_peft(model: nn.Module) -> bool:

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 
 from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import ModelError
 from layerwise.plans.strategies import full, linear_probe, top_k
 from layerwise.plans.unfreezing import gradual_unfreezing, lp_ft
+from layerwise.tuning.audit import audit
 from layerwise.tuning.tuner import Tuner
+from layerwise.tuning.watch import watch
 
 
 def run(model: nn.Module, tuner: Tuner, *, shape: tuple[int, ...] = (6,), classes: int = 3) -> None:
@@ -67,6 +71,39 @@ def test_ddp_may_be_built_after_the_tuner() -> None:
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
     run(wrapped, tuner)
     assert not changed(plain_result(), snapshot(model))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_fsdp_and_checkpoint_wrappers_are_looked_through() -> None:
+    """Tuner, audit and watch see the model that a layer map is of; over one process it trains alike."""
+    model = tiny_mlp()
+    layers = map_by_children(model)
+    wrapped = checkpoint_wrapper(
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    )
+    with watch(wrapped) as watched:
+        tuner = Tuner(
+            wrapped, lp_ft(layers, epochs=2), torch.optim.AdamW, lr=0.1, steps_per_epoch=2, layers=layers
+        )
+        run(wrapped, tuner)
+    assert not audit(wrapped, tuner.optimizer, layers=layers).errors
+    assert set(watched.report.moved) == {name for group in layers for name in group.parameters}
+    assert not changed(plain_result(), snapshot(model))
+
+
+def test_a_model_of_the_users_is_no_wrapper_for_its_name() -> None:
+    """What is called DataParallel holds a module."""
+
+    class OwnDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b0, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    model = OwnDataParallel()
+    layers = map_by_children(model)
+    tuner = Tuner(model, full(layers), torch.optim.SGD, lr=0.1, steps_per_epoch=2, layers=layers)
+    assert len(tuner.trainable_names()) == 4
 
 
 @pytest.mark.usefixtures("process_group")
