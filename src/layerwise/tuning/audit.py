@@ -48,7 +48,7 @@ class RateRow:
 
     Attributes:
         name: layer group, or param group where no layer map is at hand.
-        lr: lowest and highest learning rate in it; None where nothing trains.
+        lr: lowest and highest learning rate in it; None where nothing trains, or the optimiser makes its own.
         weight_decay: the highest weight decay.
         trainable: number of scalars that train.
         frozen: number of scalars that do not.
@@ -135,8 +135,8 @@ class Audit:
             for column in ("group", "learning rate", "weight decay", "trainable", "frozen"):
                 rates.add_column(column, justify="left" if column == "group" else "right")
             for row in self.rates:
-                low, high = row.lr or (0.0, 0.0)
-                rate = "frozen" if row.lr is None else f"{low:g}" if low == high else f"{low:g} .. {high:g}"
+                rate = " .. ".join(f"{rate:g}" for rate in dict.fromkeys(row.lr or ()))
+                rate = rate or ("its own" if row.trainable else "frozen")
                 rates.add_row(
                     Text(row.name), rate, f"{row.weight_decay:g}", f"{row.trainable:,}", f"{row.frozen:,}"
                 )
@@ -221,7 +221,7 @@ def _rates(setup: Setup) -> Iterator[RateRow]:
 
 def _row(name: str, members: list[tuple[nn.Parameter, dict[str, Any] | None]]) -> RateRow:
     training = [(p, group) for p, group in members if p.requires_grad and group is not None]
-    rates = [float(group["lr"]) for _, group in training]
+    rates = [float(group["lr"]) for _, group in training if group["lr"] is not None]
     size = sum(p.numel() for p, _ in training)
     return RateRow(
         name=name,

@@ -127,7 +127,7 @@ def frozen_in_optimizer(setup: Setup) -> Iterator[Finding]:
 def rate_zero(setup: Setup) -> Iterator[Finding]:
     """A learning rate, or multiplier, of 0 in place of freezing."""
     names: list[str] = []
-    for _, group in setup.param_groups:
+    for _, group in setup.rated:
         # a rate that a warm-up will raise has its peak in initial_lr
         peak = max(float(group.get(key, 0)) for key in ("lr", "initial_lr", "max_lr"))
         if peak == 0 or group.get("lr_scale") == 0 or group.get("lr_mult") == 0:
@@ -181,7 +181,7 @@ def decay_on_norms_and_biases(setup: Setup) -> Iterator[Finding]:
 
 def scales_without_effect(setup: Setup) -> Iterator[Finding]:
     """``lr_scale`` of timm's layer decay, which only timm's own schedulers read."""
-    scaled = [(name, group) for name, group in setup.param_groups if "lr_scale" in group]
+    scaled = [(name, group) for name, group in setup.rated if "lr_scale" in group]
     if len(scaled) < 2:
         return
     scales = {float(group["lr_scale"]) for _, group in scaled}
@@ -211,7 +211,7 @@ def broken_ratios(setup: Setup) -> Iterator[Finding]:
     """Groups that the schedule does not move together."""
     if any(isinstance(scheduler, LayerwiseLR) for scheduler in setup.schedulers):
         return  # it sets all rates anew before the next step, those of joining groups lower on purpose
-    live = [(name, g) for name, g in setup.param_groups if any(p.requires_grad for p in g["params"])]
+    live = [(name, g) for name, g in setup.rated if any(p.requires_grad for p in g["params"])]
     known = [(name, g) for name, g in live if float(g.get("initial_lr", 0)) > 0]
     factors = {name: float(group["lr"]) / float(group["initial_lr"]) for name, group in known}
     late = [name for name, group in live if known and "initial_lr" not in group]
@@ -288,7 +288,7 @@ def without_state(setup: Setup) -> Iterator[Finding]:
 
 def head_slower_than_backbone(setup: Setup) -> Iterator[Finding]:
     """A head, fresh from initialisation, that learns more slowly than the pretrained layers."""
-    if len({float(group["lr"]) for _, group in setup.param_groups}) < 2 or _of_two_kinds(setup):
+    if len({float(group["lr"]) for _, group in setup.rated}) < 2 or _of_two_kinds(setup):
         return
     rates = rates_by_group(setup)
     layers = setup.map
@@ -310,7 +310,7 @@ def head_slower_than_backbone(setup: Setup) -> Iterator[Finding]:
 
 def uneven_decay(setup: Setup) -> Iterator[Finding]:
     """One step in an otherwise even layer-wise decay that is skipped or taken twice."""
-    if len({float(group["lr"]) for _, group in setup.param_groups}) < 4 or _of_two_kinds(setup):
+    if len({float(group["lr"]) for _, group in setup.rated}) < 4 or _of_two_kinds(setup):
         return
     rates = rates_by_group(setup)
     if rates is None or setup.map is None:
@@ -344,7 +344,7 @@ def rates_by_group(setup: Setup) -> dict[str, float] | None:
     if layers is None:
         return None
     found: dict[str, float] = {}
-    for _, group in setup.param_groups:
+    for _, group in setup.rated:
         for name in setup.named(p for p in group["params"] if p.requires_grad):
             home = setup.home(name)
             found[home] = max(found.get(home, 0.0), float(group["lr"]))

@@ -190,6 +190,11 @@ class Setup:
             for index, group in enumerate(optimizer.param_groups)
         ]
 
+    @cached_property
+    def rated(self) -> list[tuple[str, dict[str, Any]]]:
+        """Those that have a rate; Adafactor makes its own where the rate is None."""
+        return [(name, group) for name, group in self.param_groups if group["lr"] is not None]
+
     def state_of(self, parameter: Tensor) -> Mapping[str, Any]:
         """Return what the optimisers have stored for a parameter."""
         for optimizer in self.optimizers:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.optimization import Adafactor
 
 from helpers import map_by_children
 from layerwise.errors import ModelError
@@ -266,6 +267,22 @@ def test_a_rate_of_zero_is_not_freezing_but_a_warm_up_from_zero_is_fine(net):
     lr_scheduler.LambdaLR(warm, lambda step: step / 10)
     assert warm.param_groups[0]["lr"] == 0
     assert audit(net, warm).findings == ()
+
+
+def test_an_optimiser_that_makes_its_rates_itself_is_no_fault(net):
+    # transformers' Adafactor with relative steps, which are its default, has lr None
+    frozen(net, "stem")
+    report = audit(net, Adafactor(net.parameters()), layers=map_by_children(net))
+    assert report.codes == {"frozen-in-optimizer"}
+    assert [(row.name, row.lr, row.trainable > 0) for row in report.rates] == [
+        ("stem", None, False), ("mid", None, True), ("fc", None, True)
+    ]  # fmt: skip
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report)
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert [row[:3] for row in rows if row and row[0] in ("stem", "mid")] == [
+        ["stem", "frozen", "0"], ["mid", "its", "own"]
+    ]  # fmt: skip
 
 
 def test_decay_on_norms_and_biases(net):
