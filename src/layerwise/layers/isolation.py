@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from layerwise.errors import ModelError, named_kind
+from layerwise.errors import ModelError, named_kind, shorten
 from layerwise.layers.memory import global_hooks
 from layerwise.layers.randomness import kept_random_state
 from layerwise.layers.snapshot import Snapshot
@@ -54,19 +54,24 @@ def _is_data_parallel(model: nn.Module) -> bool:
 
 
 def check_ready(model: nn.Module) -> None:
-    """Refuse a model that has lazy modules whose shapes are not known yet.
+    """Refuse a model that cannot be recorded: TorchScript, or with lazy modules of which no shape is known.
 
     Raises:
-        ModelError: a module is still uninitialised; all of them are named.
+        ModelError: it is; of modules that are still uninitialised the first are named.
     """
+    if _scripted(model):
+        raise ModelError(
+            f"{type(model).__name__} is TorchScript, of which no call can be seen. Give the Python model, "
+            "and script it after training."
+        )
     lazy = [
         name for name, parameter in [*model.named_parameters(), *model.named_buffers()] if is_lazy(parameter)
     ]
     if lazy:
         raise ModelError(
             f"{type(model).__name__} has lazy modules whose parameters have no shape yet "
-            f"({', '.join(lazy[:5])}{', ...' if len(lazy) > 5 else ''}). Run one real batch through the "
-            f"model first, so that they take their shapes, then ask again."
+            f"({shorten(lazy, 5)}). Run one real batch through the model first, so that they take their "
+            "shapes, then ask again."
         )
 
 

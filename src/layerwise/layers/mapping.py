@@ -41,7 +41,8 @@ def layer_map(model: nn.Module, example_input: Any = None, granularity: Granular
         The map: plain data that keeps no reference to `model`.
 
     Raises:
-        ModelError: the model has no parameters or uninitialised lazy modules; the granularity is unknown.
+        ModelError: the model has no parameters or uninitialised lazy modules, or is TorchScript; the
+            granularity is unknown.
         RecordingError: the forward pass raised with this input.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

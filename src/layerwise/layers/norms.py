@@ -34,8 +34,7 @@ class NormLayer:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    buffers = module._buffers
-    if any(buffers.get(name) is not None for name in _RUNNING):
+    if any(name in _RUNNING for name, _ in module.named_buffers(recurse=False)):
         # torchvision's FrozenBatchNorm2d and its many copies hold the statistics as constants: no momentum.
         return "running" if isinstance(module, _NormBase) or hasattr(module, "momentum") else None
     if isinstance(module, _BatchNorm):

@@ -68,7 +68,7 @@ def record(
         The recording; see `layerwise.layers.graph` for its words.
 
     Raises:
-        ModelError: the model has lazy modules that have not seen a batch yet.
+        ModelError: the model is TorchScript, or has lazy modules that have not seen a batch yet.
         RecordingError: the forward pass raised, on fake tensors and on real samples.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

@@ -251,6 +251,14 @@ def test_script_modules_count_to_their_caller() -> None:
     assert [call.path for call in recording.calls] == ["", "1"]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_a_model_that_is_wholly_torchscript_is_refused() -> None:
+    # no call of it can be seen, and so no layer
+    scripted = torch.jit.trace(nn.Linear(4, 3), torch.zeros(2, 4))
+    with pytest.raises(ModelError, match=r"TopLevelTracedModule is TorchScript.*Give the Python model"):
+        record(scripted, (torch.zeros(2, 4),))
+
+
 # -- leaves no trace --------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from helpers import map_by_children
-from layerwise.errors import ModelError, PlanError
+from layerwise.errors import LayerwiseWarning, ModelError, PlanError
+from layerwise.layers.mapping import layer_map
 from layerwise.layers.norms import find_norms
 from layerwise.plans.settings import Norms
 from layerwise.tuning.modes import pin_eval, pinned
@@ -73,6 +74,19 @@ class Scale(nn.Module):
 def test_norms_are_known_by_their_build(module, kind):
     found = find_norms(nn.Sequential(module))
     assert [norm.kind for norm in found] == ([kind] if kind else [])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+def test_the_norms_of_a_scripted_part_are_found_and_held():
+    # a body in TorchScript has no dictionaries of buffers, only something like them
+    body = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    model = nn.Sequential(body, nn.Linear(4, 2))
+    assert [(norm.name, norm.kind) for norm in find_norms(model)] == [("0.1", "running")]
+    layers = layer_map(model, torch.zeros(2, 3))
+    assert layers.norms == {"0.1.weight": "running", "0.1.bias": "running"}
+    with pytest.warns(LayerwiseWarning, match="TorchScript"):
+        record = apply_norms(model, layers, [layers.names[0]], Norms())
+    assert record.fixed == ("0.1",)
 
 
 @pytest.mark.parametrize(
