@@ -14,6 +14,7 @@ from layerwise.layers.structures import tensors_in
 from layerwise.tuning.audit_setup import Finding, Setup
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.passes import Forward, Passes
+from layerwise.tuning.watch import digest
 
 
 def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Finding]:
@@ -89,7 +90,7 @@ def _moved(setup: Setup, before: dict[str, Tensor]) -> Iterator[str]:
         if module in held:
             for key, buffer in module._buffers.items():
                 name = f"{path}.{key}".removeprefix(".")
-                if buffer is not None and name in before and not torch.equal(buffer, before[name]):
+                if buffer is not None and name in before and digest(buffer) != digest(before[name]):
                     yield name
 
 

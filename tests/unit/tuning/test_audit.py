@@ -660,6 +660,14 @@ def test_drift_is_measured_on_a_batch(net):
     assert audit(net, loader=data()).findings == ()
 
 
+@pytest.mark.parametrize("table", [torch.eye(4).to_sparse(), torch.full((4,), torch.nan)])
+def test_frozen_buffers_of_any_form_that_stay_are_no_finding(net, table):
+    # an adjacency matrix; a value that is not known: NaN is not equal to itself
+    net.mid.register_buffer("table", table)
+    frozen(net, "mid")
+    assert audit(net, loader=data()).findings == ()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_reentrant_checkpointing_over_a_frozen_prefix(net, reentrant):
     class Checkpointed(Net):

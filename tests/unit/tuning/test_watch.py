@@ -141,10 +141,12 @@ def test_every_kind_of_tensor_has_a_hash_of_its_values(tensor):
     assert digest(nn.UninitializedParameter()) != digest(tensor)
 
 
-def test_sparse_buffers_are_watched() -> None:
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffers_are_watched(layout) -> None:
     """Their memory cannot be read in one piece."""
     model = nn.Linear(2, 2)
-    model.register_buffer("table", torch.eye(2).to_sparse())
+    model.register_buffer("table", torch.eye(2).to_sparse(layout=layout))
     with watch(model) as watched:
         model.table = 2 * model.table
     assert watched.report.buffers_moved == ("table",)
