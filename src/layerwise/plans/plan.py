@@ -306,5 +306,5 @@ def _asks(norms: Any) -> bool:
 def _is_above_zero(rate: Any) -> bool:
     try:
         return not float(rate) <= 0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return True  # reported as such

@@ -644,7 +644,11 @@ def test_counts_of_one_are_singular() -> None:
 
 def test_a_rate_that_is_no_number_is_told_once() -> None:
     """Not also as a phase that trains nothing, which may be untrue."""
-    for rates, told in (({"a": "fast"}, "rates.a is 'fast'"), (5, "rates is 5")):
+    for rates, told in (
+        ({"a": "fast"}, "rates.a is 'fast'"),
+        (5, "rates is 5"),
+        ({"a": 10**400}, "rates.a is"),
+    ):
         with pytest.raises(PlanError) as caught:
             Plan(strategy="s", groups=("a",), phases=[{"name": "p", "rates": rates, "epochs": 1}])
         assert told in str(caught.value)
