@@ -105,10 +105,15 @@ def length_given(options: PhaseOptions, strategy: str) -> dict[str, int]:
     given = _lengths(options)
     if len(given) > 1:
         raise PlanError(f"{strategy}: epochs = {given['epochs']!r} and steps = {given['steps']!r}; keep one")
-    for name, count in given.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise PlanError(f"{strategy}: {name} is {count!r}; expected a whole number of at least 1")
+    check_lengths(strategy, given)
     return given
+
+
+def check_lengths(strategy: str, lengths: Mapping[str, Any]) -> None:
+    """Raise `PlanError` unless each of `lengths`, by name, is a whole number above 0, or None."""
+    for name, count in lengths.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise PlanError(f"{strategy}: {name} is {count!r}; expected a whole number of at least 1")
 
 
 def make_plan(layers: LayerMap, strategy: str, phases: list[Phase]) -> Plan:

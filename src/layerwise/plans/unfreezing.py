@@ -11,6 +11,7 @@ from layerwise.plans.options import (
     DEFAULT_EPOCHS,
     PhaseOptions,
     call,
+    check_lengths,
     length_given,
     make_plan,
     require_groups,
@@ -174,6 +175,7 @@ def lp_ft(
     """
     head = require_head(layers, "lp_ft")
     require_groups(layers, "lp_ft")
+    check_lengths("lp_ft", {"probe_epochs": probe_epochs, "probe_steps": probe_steps})
     given = length_given(options, "lp_ft")
     unit, total = next(iter(given.items()), ("epochs", None))
     probe, other = (probe_steps, probe_epochs) if unit == "steps" else (probe_epochs, probe_steps)
@@ -184,7 +186,7 @@ def lp_ft(
         )
     total = max(DEFAULT_EPOCHS, 2 * (probe or 0)) if total is None else total
     probe = max(1, total // 2) if probe is None else probe
-    if not 0 < probe < total:
+    if probe >= total:
         raise PlanError(
             f"lp_ft: {probe} of {total} {unit} for the probe leaves {total - probe} for the second phase; "
             "both need at least 1"
@@ -238,13 +240,14 @@ def fine_tune(
         raise PlanError(
             "fine_tune is counted in epochs and brings its own schedule; leave out steps and schedule"
         )
-    if lr_mult <= 1 or not math.isfinite(lr_mult):
+    if not isinstance(lr_mult, int | float) or not 1 < lr_mult < math.inf:
         raise PlanError(
             f"fine_tune(lr_mult={lr_mult!r}): expected a number above 1; at 1 all rates are equal"
         )
     require_groups(layers, "fine_tune")
+    check_lengths("fine_tune", {"freeze_epochs": freeze_epochs})
     total = length_given(options, "fine_tune").get("epochs", max(DEFAULT_EPOCHS, freeze_epochs + 1))
-    if not 0 < freeze_epochs < total:
+    if freeze_epochs >= total:
         raise PlanError(
             f"fine_tune: {freeze_epochs} frozen of {total} epochs leaves {total - freeze_epochs} for "
             "everything; both phases need at least 1"
@@ -295,11 +298,16 @@ def _lengths(
     patience_epochs: int | None,
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Return the length of each unfreezing phase, that of the last one, and the number of the former."""
-    by_steps = any(value is not None for value in (steps_per_group, last_steps, options.get("steps")))
-    by_epochs = any(
-        value is not None for value in (epochs_per_group, last_epochs, options.get("epochs"), patience_epochs)
-    )
-    if by_steps and by_epochs:
+    in_steps = {"steps_per_group": steps_per_group, "last_steps": last_steps, "steps": options.get("steps")}
+    by_steps = any(value is not None for value in in_steps.values())
+    in_epochs = {
+        "epochs_per_group": epochs_per_group,
+        "last_epochs": last_epochs,
+        "epochs": options.get("epochs"),
+        "patience_epochs": patience_epochs,
+    }
+    check_lengths("gradual_unfreezing", in_steps | in_epochs)
+    if by_steps and any(value is not None for value in in_epochs.values()):
         raise PlanError(
             "gradual_unfreezing is counted in epochs or in steps, not both: give epochs_per_group, "
             "last_epochs, epochs and patience_epochs, or steps_per_group, last_steps and steps"
@@ -310,7 +318,7 @@ def _lengths(
     phases = groups - 1
     if total is not None and each is None:
         room = total - last if last is not None else total // 2
-        if room < 1 or total < 2:
+        if room < 1:
             raise PlanError(
                 f"gradual_unfreezing: {total} {unit} leave no room to unfreeze before the last phase; at "
                 f"least 2 are needed, and for one group a phase {2 * phases}"

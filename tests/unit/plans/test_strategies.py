@@ -290,6 +290,29 @@ def test_what_the_options_of_a_strategy_leave_open_is_told() -> None:
         unfreezing.gradual_unfreezing(resnet_map(), last_steps=100)
     with pytest.raises(PlanError, match=r"fine_tune\(lr_mult=1\): expected a number above 1"):
         unfreezing.fine_tune(resnet_map(), lr_mult=1)
+    with pytest.raises(PlanError, match=r"fine_tune\(lr_mult='2'\): expected a number above 1"):
+        unfreezing.fine_tune(resnet_map(), lr_mult="2")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("odd", ["2", 0, -1, True, 1.5])
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (unfreezing.gradual_unfreezing, "epochs"),
+        (unfreezing.gradual_unfreezing, "last_steps"),
+        (unfreezing.gradual_unfreezing, "patience_epochs"),
+        (unfreezing.ulmfit, "epochs_per_group"),
+        (unfreezing.lp_ft, "probe_epochs"),
+        (unfreezing.lp_ft, "probe_steps"),
+        (unfreezing.fine_tune, "freeze_epochs"),
+    ],
+)
+def test_a_length_that_is_no_whole_number_is_told_by_its_name(
+    strategy: Callable[..., Plan], name: str, odd: Any
+) -> None:
+    """Of the option that was given, and not of a phase that would come of it."""
+    with pytest.raises(PlanError, match=rf"{name} is {odd!r}; expected a whole number of at least 1"):
+        strategy(resnet_map(), **{name: odd})
 
 
 @pytest.mark.parametrize("strategy", [unfreezing.lp_ft, unfreezing.fine_tune])
