@@ -29,6 +29,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import math
 import re
 import weakref
 from collections.abc import Hashable, Iterator
@@ -271,7 +272,7 @@ class CallTree:
                     continue
                 if source is not None and not depends[source]:
                     continue
-                if not any_shape and _numel(recording.values[key].shape) not in sizes:
+                if not any_shape and math.prod(recording.values[key].shape) not in sizes:
                     continue
                 first = 0 if outside or source is None else bisect.bisect_right(starts, source)
                 if first <= last:
@@ -308,10 +309,3 @@ def _main_input(call: Call) -> list[torch.Tensor]:
 
 def _main_keys(call: Call) -> tuple[int, ...]:
     return call.input_keys[: len(_main_input(call))]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from layerwise.layers.graph import Recording
+from layerwise.layers.layermap import Role
 from layerwise.layers.order import Order
 from layerwise.layers.owners import is_leaf, is_list, module_of
 from layerwise.layers.units import Unit
-
-Role = Literal["stem", "trunk", "head"]
 
 
 @dataclass(eq=False)
@@ -160,18 +159,13 @@ def _inside(unit: Unit, containers: list[str]) -> bool:
 
 
 def _common(one: str, other: str) -> int:
-    """Return how many module path components two paths begin with together."""
-    return _shared_path([one, other])
+    """Return how many module path components two paths begin with together.
 
-
-def _shared_path(paths: list[str]) -> int:
-    """Return how many module path components all `paths` begin with together.
-
-    >>> _shared_path(["encoder.layer.0", "encoder.layer.1", "encoder.pooler"])
-    1
+    >>> _common("encoder.layer.0", "encoder.layer.1")
+    2
     """
-    levels = zip(*(path.split(".") for path in paths))
-    return sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    levels = zip(one.split("."), other.split("."))
+    return sum(1 for _ in itertools.takewhile(lambda level: level[0] == level[1], levels))
 
 
 def group_stages(recording: Recording, groups: list[Group]) -> list[Group]:
@@ -283,10 +277,7 @@ def _positions(unit: Unit, recording: Recording) -> int:
     for op in reversed(recording.ops[unit.calls[0].start : unit.calls[0].end]):
         shape = recording.values[op.writes[-1]].shape if op.writes else ()
         if op.name == "convolution":
-            size = 1
-            for length in shape[2:]:
-                size *= length
-            return size
+            return math.prod(shape[2:])
         if op.name in ("addmm", "mm") and op.parameters:
             return shape[0] // max(recording.batch_size, 1)
     return 0

@@ -13,9 +13,7 @@ from torch import nn
 from layerwise.errors import ModelError, RecordingError, named_kind
 from layerwise.layers.graph import Recording
 from layerwise.layers.recording import record
-from layerwise.layers.structures import map_tensors, tensors_in
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 _TOKENS = 8  # length of a made-up text
 _AUDIO_S = 1  # length of a made-up waveform

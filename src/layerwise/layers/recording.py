@@ -24,7 +24,7 @@ from layerwise.layers.isolation import (
 from layerwise.layers.memory import Attributes, Change, kept_tensors, watched
 from layerwise.layers.randomness import drawn_outside_torch
 from layerwise.layers.recorder import Recorder
-from layerwise.layers.structures import map_tensors, tensors_in
+from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 _MAX_FILLED_BYTES = 4 * 2**30
 
@@ -127,7 +127,7 @@ def record_without_data(
 
 def _attempt(
     model: nn.Module,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: Arguments,
     *,
     fake: bool,
     grad: bool,
@@ -188,7 +188,7 @@ def _attempt(
 
 def _pass(
     model: nn.Module,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: Arguments,
     *,
     fake: bool,
     grad: bool,
@@ -211,7 +211,7 @@ def _pass(
 
 def _only_keeps(
     model: nn.Module,
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    arguments: Arguments,
     first: Recorder,
     keeping: set[nn.Module],
     *,
@@ -252,9 +252,7 @@ def _on_device_of(model: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(devices.pop())
 
 
-def _two_real_samples(
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _two_real_samples(arguments: Arguments) -> Arguments:
     """Cut the example to two samples and give meta tensors a content."""
     batch = _batch_size(arguments)
     generator = torch.Generator().manual_seed(0)
@@ -265,11 +263,11 @@ def _two_real_samples(
             tensor = like.normal_(generator=generator) if tensor.is_floating_point() else like + 1
         return tensor[:2] if batch > 2 and tensor.ndim and len(tensor) == batch else tensor
 
-    mapped: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(arguments, real)
+    mapped: Arguments = map_tensors(arguments, real)
     return mapped
 
 
-def _batch_size(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+def _batch_size(arguments: Arguments) -> int:
     """Return the number of samples: the length of the first tensor, or of the first list of tensors."""
     args, kwargs = arguments
     for value in (*args, *kwargs.values()):
