@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypedDict, TypeVar, cast, get_args
 
 from layerwise.errors import PlanError, did_you_mean, named_kind
@@ -73,15 +73,8 @@ def settings(options: PhaseOptions) -> dict[str, Any]:
     """Return the fields of a phase that `options` set, lengths left out.
 
     Raises:
-        PlanError: an option is not known, or the name of a schedule or a norm policy is not.
+        PlanError: the name of a schedule or a norm policy is not known.
     """
-    known = PhaseOptions.__annotations__
-    for name in options:
-        if name not in known:
-            raise PlanError(
-                f"strategies have no option {name!r} (common ones: {', '.join(known)})."
-                f"{did_you_mean(name, known)}"
-            )
     given = {name: value for name, value in options.items() if name not in ("epochs", "steps")}
     schedule, norms = given.get("schedule"), given.get("norms")
     if isinstance(schedule, str):
@@ -147,7 +140,7 @@ def call(name: str, **arguments: Any) -> str:
     return f"{name}({shown})" if shown else name
 
 
-def require_freezing(layers: LayerMap, trained: Mapping[str, float] | list[str], strategy: str) -> None:
+def require_freezing(layers: LayerMap, trained: Collection[str], strategy: str) -> None:
     """Raise `PlanError` when a strategy that is meant to freeze groups leaves none frozen."""
     if len(set(trained) & set(layers.names)) == len(layers):
         raise PlanError(

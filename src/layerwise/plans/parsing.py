@@ -272,7 +272,7 @@ def _accepts(hint: Any, kind: type) -> bool:
 
 
 def _is_model(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, object) and hasattr(hint, "model_fields")
+    return isinstance(hint, type) and hasattr(hint, "model_fields")
 
 
 def _shown(hint: Any) -> str:

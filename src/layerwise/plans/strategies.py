@@ -78,7 +78,7 @@ def top_k(layers: LayerMap, *, k: int, **options: Unpack[PhaseOptions]) -> Plan:
             "granularity gives more or fewer"
         )
     trained = layers.names[len(layers) - k :]
-    require_freezing(layers, list(trained), f"top_k(k={k})")
+    require_freezing(layers, trained, f"top_k(k={k})")
     return one_phase(layers, call("top_k", k=k), dict.fromkeys(trained, 1.0), options)
 
 

@@ -207,7 +207,7 @@ def _switch(
 def _wholly_frozen(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yield the modules that have parameters, none of them trainable, and all modules below these."""
     still: set[nn.Module] = set()
-    for _, module in model.named_modules():
+    for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             still.update(module.modules())
