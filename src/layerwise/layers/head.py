@@ -100,7 +100,7 @@ def replace_head(
     recording, _, _ = record_example(model, example_input, mode="eval")
     order = order_of(recording)
     found = output_layers(recording, order)
-    paths = tuple(outputs) if outputs is not None else found
+    paths = tuple(dict.fromkeys(outputs)) if outputs is not None else found
     _check_paths(model, paths, found)
     layers = [model.get_submodule(path) for path in paths]
     for path in paths:

@@ -143,7 +143,7 @@ def test_heads_of_different_sizes_need_a_choice() -> None:
     with pytest.raises(ModelError, match=r"kind \(3 outputs\), box \(4 outputs\).*outputs="):
         replace_head(model, 6)
     assert model.kind.out_features == 3
-    assert replace_head(model, 6, outputs=["kind"]).modules == ("kind",)
+    assert replace_head(model, 6, outputs=["kind", "kind"]).modules == ("kind",)
     assert (model.kind.out_features, model.box.out_features) == (6, 4)
 
 
