@@ -342,7 +342,10 @@ class _Finished:
         return [total // batch for total in flops], [total // batch for total in sizes]
 
     def _name(self, group: Group, names: list[str], modules: list[str]) -> str:
-        """Return the stage's or block's path; of a stem or bare parameters, the first module or parameter."""
-        if group.role != "stem" and modules:
+        """Return the stage's or block's path; else the first module or parameter.
+
+        A stem, bare parameters, and a model that is one layer as a whole have no such path.
+        """
+        if group.role != "stem" and modules and group.core:
             return group.stage or group.core
         return next((path for name in names for path in modules if _under(name, path)), names[0])

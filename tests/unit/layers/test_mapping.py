@@ -476,6 +476,21 @@ def test_bare_parameters_between_blocks_have_a_name_of_their_own() -> None:
         assert sum("scale" in group.parameters for group in layers.groups) == 1
 
 
+def test_a_model_that_calls_none_of_its_modules_has_a_group_with_a_name() -> None:
+    # it is one layer to the map; "" could not be typed
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.first.weight * self.second.weight
+
+    layers = layer_map(Scales(), torch.zeros(2, 4))
+    assert layers.names == ("first",)
+    assert set(layers["first"].modules) == {"first", "second"}
+
+
 def test_groups_in_another_order_or_of_another_size_are_told() -> None:
     # neither is visible in the names alone
     one = layer_map(SmallResNet(), image())
