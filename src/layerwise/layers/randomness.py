@@ -1,4 +1,4 @@
-"""The random state of the process: torch on all its devices, numpy and Python, put back as it was."""
+"""The random state of the process: torch on the CPU and CUDA, numpy and Python, put back as it was."""
 
 from __future__ import annotations
 
