@@ -38,7 +38,7 @@ def before_forward(module: nn.Module, look: Callable[[Tensor], object]) -> Itera
 
 
 class Passes:
-    """The data of a calibration, gone through again and again in the same way."""
+    """The data of a calibration or an audit, gone through again and again in the same way."""
 
     def __init__(
         self, model: nn.Module, loader: Iterable[Any], samples: int | None, forward: Forward
@@ -129,7 +129,10 @@ class Passes:
             if self.samples is not None and self.seen >= self.samples:
                 return
         if empty:
-            raise DataError("the loader gives no batch; calibration needs some target data.")
+            raise DataError(
+                "the loader gives no batch; expected one at least. Give it more samples: an empty data set "
+                "gives none, nor do fewer than batch_size with drop_last."
+            )
 
     def _read(self) -> tuple[RandomState, list[torch.Tensor]]:
         return random_state(), [generator.get_state() for generator in self._generators]

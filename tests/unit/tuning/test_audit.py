@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.optimization import Adafactor
 
 from helpers import map_by_children
-from layerwise.errors import ModelError
+from layerwise.errors import DataError, ModelError
 from layerwise.plans.settings import Norms
 from layerwise.plans.strategies import full, linear_probe
 from layerwise.tuning.audit import audit
@@ -658,6 +658,13 @@ def test_drift_is_measured_on_a_batch(net):
     assert (found.code, found.module) == ("frozen-statistics-drift", "mid.seen")
     pin_eval(net.mid.modules())
     assert audit(net, loader=data()).findings == ()
+
+
+def test_a_loader_without_a_batch_is_told(net):
+    # of fewer samples than a batch, with drop_last; nothing is said of a calibration
+    empty = DataLoader(TensorDataset(torch.zeros(3, 3)), batch_size=4, drop_last=True)
+    with pytest.raises(DataError, match=r"gives no batch; expected one at least.*drop_last"):
+        audit(net, loader=empty)
 
 
 @pytest.mark.parametrize("table", [torch.eye(4).to_sparse(), torch.full((4,), torch.nan)])
