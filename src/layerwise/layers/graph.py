@@ -77,7 +77,6 @@ class Op:
             ``bool()``), or the shape of a result that the data decide (``nonzero()``, ``x[mask]``).
         flops: floating-point operations of matrix products, convolutions and attention for the whole
             recorded batch; a multiply and an add count as two; 0 for every other operation.
-        output_bytes: size of the results that it newly made, for the whole recorded batch.
         constants: its arguments as text: numbers, and what part of its memory each tensor is.
     """
 
@@ -95,7 +94,6 @@ class Op:
     effect: Effect | None
     syncs: bool
     flops: int
-    output_bytes: int
     constants: str = ""
 
     def __repr__(self) -> str:

@@ -130,7 +130,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             for result in results:
                 self.values.add_view(result, reads[0])
             return output
-        known = len(self.values.all)
         made = [self.values.add_result(result) for result in results]
         writes = tuple(dict.fromkeys((*mutates, *made)))
         self._book(
@@ -141,7 +140,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             effect=effect_of(facts, args, kwargs),
             syncs=bool(reads) and (not writes or is_shaped_by_data(facts, args)),
             flops=flops(facts.name, args, results[0]) if facts.counts_flops and results else 0,
-            output_bytes=sum(value.nbytes for value in self.values.all[known:]),
             constants=constants_of(facts, args, kwargs),
         )
         return output
@@ -156,7 +154,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         effect: Effect | None = None,
         syncs: bool,
         flops: int = 0,
-        output_bytes: int = 0,
         constants: str = "",
     ) -> None:
         """Add an operation of the innermost call to `ops`; its fields are those of `Op`."""
@@ -184,7 +181,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
                 effect=effect,
                 syncs=syncs,
                 flops=flops,
-                output_bytes=output_bytes,
                 constants=constants,
             )
         )

@@ -38,7 +38,6 @@ def test_operations_know_parameters_sources_and_their_module() -> None:
     assert (relu.name, relu.parameters, relu.sources, relu.inputs) == ("relu", (), (0,), ())
     assert (linear.call.path, relu.call.path) == ("0", "1")
     assert linear.flops == 2 * 2 * 3 * 4
-    assert linear.output_bytes == 2 * 3 * 4
 
 
 def test_calls_form_a_tree_and_know_inputs_and_outputs() -> None:
