@@ -350,7 +350,7 @@ def _classes(
         seen[name] = _labels_in(task, part)
     train = seen["train"]
     problems = []
-    if task == "text_classification" and len(train) == 1:
+    if len(train) == 1:
         problems.append(
             f"there is one class ({next(iter(train))!r}); expected at least two. Add texts of another"
         )

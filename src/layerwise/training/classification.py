@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.training.tasks import Batch, Scores, raise_found, run_model, settle_mode, split_batch
+from layerwise.training.tasks import Batch, Scores, raise_found, run_model, settle_mode, split_batch, too_few
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -83,9 +83,7 @@ class Classification:
             DataError: the output is not [N, number of classes], or a label is no class index.
         """
         labels = split_batch(batch)[2]
-        found: list[str] = []
-        if len(self.classes) < 2:
-            found.append(f"there is one class {_some(self.classes)}; expected at least two, to tell apart")
+        found = too_few(self.classes)
         if output.ndim != 2 or output.shape[1] != len(self.classes):
             found.append(
                 f"the model's output has shape {tuple(output.shape)}; expected [N, {len(self.classes)}] for "

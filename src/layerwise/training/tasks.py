@@ -172,6 +172,14 @@ def kind_of(labels: Any) -> str:
     return f"{labels.dtype} of shape {tuple(labels.shape)}"
 
 
+def too_few(classes: Sequence[str], what: str = "class") -> list[str]:
+    """Return the problem of a task with fewer than two classes, none of any other."""
+    if len(classes) > 1:
+        return []
+    named = f"{'one' if classes else 'no'} {what} ({', '.join(classes)})"
+    return [f"there is {named}; expected at least two, to tell apart"]
+
+
 def raise_found(found: list[str]) -> None:
     """Raise one `DataError` that tells all problems, if there are any."""
     if found:

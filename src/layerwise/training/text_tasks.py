@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.errors import DataError
-from layerwise.training.tasks import Batch, Scores, kind_of, raise_found, run_model, settle_mode, split_batch
+from layerwise.training.tasks import (
+    Batch,
+    Scores,
+    kind_of,
+    raise_found,
+    run_model,
+    settle_mode,
+    split_batch,
+    too_few,
+)
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -68,10 +77,11 @@ class MultiLabel:
         """Compare outputs, labels and classes.
 
         Raises:
-            DataError: output or labels are not [N, number of classes], or labels are not 0 and 1.
+            DataError: there is one label, output or labels are not [N, number of classes], or labels are not
+                0 and 1.
         """
         labels = split_batch(batch)[2]
-        found = _wrong_width(output, len(self.classes), "classes")
+        found = too_few(self.classes, "label") + _wrong_width(output, len(self.classes), "classes")
         if not isinstance(labels, Tensor) or labels.shape != (len(output), len(self.classes)):
             found.append(f"labels are {kind_of(labels)}; expected [{len(output)}, {len(self.classes)}]")
         elif not bool(((labels == 0) | (labels == 1)).all()):

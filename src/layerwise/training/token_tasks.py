@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.training.tasks import Batch, Scores, kind_of, raise_found, run_model, split_batch
+from layerwise.training.tasks import Batch, Scores, kind_of, raise_found, run_model, split_batch, too_few
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -81,9 +81,10 @@ class TokenClassification:
         """Compare outputs, labels and tags.
 
         Raises:
-            DataError: the output is not [N, tokens, tags], or labels are no tags of its tokens.
+            DataError: there is one tag, the output is not [N, tokens, tags], or labels are no tags of its tokens.
         """
-        raise_found(_wrong_tokens(output, split_batch(batch)[2], len(self.classes), "tags"))
+        wrong = _wrong_tokens(output, split_batch(batch)[2], len(self.classes), "tags")
+        raise_found(too_few(self.classes, "tag") + wrong)
 
     def metrics(self) -> MetricCollection:
         """Return accuracy and macro F1 of tokens and, for BIO tags, counts of entities."""

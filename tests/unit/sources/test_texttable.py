@@ -336,8 +336,13 @@ def test_labels_without_a_separator_are_refused(tmp_path):
 
 def test_one_class_is_no_task(tmp_path):
     path = write_csv(tmp_path / "t.csv", [("x", "same")] * 5)
-    with pytest.raises(DataError, match=r"one class \('same'\)"):
-        read_texts(path)
+    for task in ("text_classification", "multi_label"):
+        with pytest.raises(DataError, match=r"one class \('same'\)"):
+            read_texts(path, task=task)
+    path = tmp_path / "t.conll"
+    path.write_text("only O\nsuch O\n\n" * 5)
+    with pytest.raises(DataError, match=r"one class \('O'\)"):
+        read_texts(path, task="token_classification")
 
 
 def test_sources_that_are_none(tmp_path):

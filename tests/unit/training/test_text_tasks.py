@@ -293,6 +293,19 @@ def test_a_first_batch_of_prompts_only_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("task", "output", "labels"),
+    [
+        (TokenClassification(("O",)), torch.zeros(2, 3, 1), torch.zeros(2, 3).long()),
+        (MultiLabel(("O",)), torch.zeros(2, 1), torch.zeros(2, 1)),
+    ],
+)
+def test_one_tag_or_label_is_nothing_to_tell_apart(task, output, labels):
+    # Said before training, and not by torchmetrics, which names no task.
+    with pytest.raises(DataError, match=r"there is one (tag|label) \(O\); expected at least two"):
+        task.check(output, {"labels": labels})
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"mean": (1.0,)}, "mean has 1 values for 2 numbers"),
