@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.training.tasks import Batch, Scores, raise_found, run_model, settle_mode, split_batch, too_few
+from layerwise.training.tasks import (
+    Batch,
+    Scores,
+    class_labels,
+    raise_found,
+    run_model,
+    settle_mode,
+    split_batch,
+    too_few,
+)
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -52,7 +61,7 @@ class Classification:
 
     def size(self, batch: Batch) -> float:
         """Return the number of labels; the sum of their weights where classes have some."""
-        labels = split_batch(batch)[2]
+        labels = class_labels(batch)
         if self.class_weights is None:
             return len(labels)
         return float(torch.tensor(self.class_weights, dtype=torch.float64)[labels.cpu()].sum())
@@ -66,7 +75,7 @@ class Classification:
         weight = None
         if self.class_weights is not None:
             weight = output.new_tensor(self.class_weights)
-        labels = split_batch(batch)[2]
+        labels = class_labels(batch)
         try:
             loss = F.cross_entropy(output, labels, weight=weight, label_smoothing=self.label_smoothing)
         except (IndexError, RuntimeError, ValueError):  # torch names neither the classes nor the batch
@@ -124,7 +133,7 @@ class Classification:
 
     def update(self, metrics: MetricCollection, output: Tensor, batch: Batch) -> None:
         """Count one batch."""
-        metrics.update(output, split_batch(batch)[2])
+        metrics.update(output, class_labels(batch))
 
     def scores(self, metrics: MetricCollection) -> Scores:
         """Return the counted metrics as numbers and tables."""

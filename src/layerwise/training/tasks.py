@@ -131,6 +131,12 @@ def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     )
 
 
+def class_labels(batch: Batch) -> Tensor:
+    """Return the labels of a batch, integers of any width as int64: torch's loss takes few others."""
+    labels: Tensor = split_batch(batch)[2]
+    return labels if labels.is_floating_point() else labels.long()
+
+
 def run_model(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's output tensor for a batch: its ``logits`` where it returns a structure."""
     args, kwargs, _ = split_batch(batch)

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.training.tasks import Batch, Scores, kind_of, raise_found, run_model, split_batch, too_few
+from layerwise.training.tasks import (
+    Batch,
+    Scores,
+    class_labels,
+    kind_of,
+    raise_found,
+    run_model,
+    split_batch,
+    too_few,
+)
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -75,13 +84,14 @@ class TokenClassification:
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the scored tokens; 0 where none is."""
-        return _token_loss(output, split_batch(batch)[2])
+        return _token_loss(output, class_labels(batch))
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Compare outputs, labels and tags.
 
         Raises:
-            DataError: there is one tag, the output is not [N, tokens, tags], or labels are no tags of its tokens.
+            DataError: there is one tag, the output is not [N, tokens, tags], or labels are no tags of its
+                tokens.
         """
         wrong = _wrong_tokens(output, split_batch(batch)[2], len(self.classes), "tags")
         raise_found(too_few(self.classes, "tag") + wrong)
@@ -177,7 +187,7 @@ class LanguageModelling:
 
     def _targets(self, batch: Batch) -> Tensor:
         """Return int64[N, tokens]: what the output at each position is compared with."""
-        labels: Tensor = split_batch(batch)[2]
+        labels = class_labels(batch)
         if self.name == "masked_lm":
             return labels
         # Labels move, not logits: a shifted copy of [N, tokens, vocabulary] would double the memory.

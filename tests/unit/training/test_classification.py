@@ -69,6 +69,19 @@ def test_loss_is_cross_entropy_with_the_task_s_options() -> None:
     assert not torch.equal(expected, F.cross_entropy(output, labels))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("class_weights", [None, (0.0, 3.0)])
+def test_integers_of_any_width_are_labels(
+    dtype: torch.dtype, class_weights: tuple[float, ...] | None
+) -> None:
+    # torch's loss takes int64 and uint8 alone, and as an index uint8 and bool choose where they are not 0.
+    output, labels = torch.randn(5, 2), torch.tensor([1, 0, 1, 1, 0])
+    task = Classification(("ant", "bee"), class_weights=class_weights)
+    task.check(output, (None, labels.to(dtype)))
+    assert torch.equal(task.loss(output, (None, labels.to(dtype))), task.loss(output, (None, labels)))
+    assert task.size((None, labels.to(dtype))) == task.size((None, labels))
+
+
 def test_a_batch_of_classes_without_weight_has_loss_zero_and_a_gradient() -> None:
     # Torch's weighted mean of it is 0 / 0, which looked like training that diverged.
     output = torch.randn(4, 3, requires_grad=True)

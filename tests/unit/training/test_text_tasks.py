@@ -209,6 +209,14 @@ def test_token_loss_is_a_mean_over_scored_tokens_only():
     assert task.size({"labels": labels}) == 3
 
 
+@pytest.mark.parametrize("task", [TokenClassification(TAGS), LanguageModelling()], ids=lambda task: task.name)
+def test_integers_of_any_width_are_labels_of_tokens(task):
+    # torch's loss takes int64 alone.
+    output, labels = torch.randn(2, 3, 5), torch.tensor([[1, IGNORED, 2], [0, 4, 3]])
+    assert torch.equal(task.loss(output, {"labels": labels.int()}), task.loss(output, {"labels": labels}))
+    assert count(task, (output, labels.int())) == count(task, (output, labels))
+
+
 def test_plain_tags_are_judged_by_token():
     # Parts of speech have no entities.
     task = TokenClassification(("NOUN", "VERB"))
