@@ -199,9 +199,10 @@ class Regression:
         """
         columns = labels.double().reshape(len(labels), -1)
         scale = columns.std(dim=0, correction=0)
-        for name, one in zip(classes, scale.tolist()):
-            if not math.isfinite(one) or one == 0:
-                what = "is the same in all samples" if one == 0 else "is not finite in some samples"
+        same = (columns == columns[:1]).all(dim=0)  # their deviation may be of rounding, not 0
+        for name, one, is_same in zip(classes, scale.tolist(), same.tolist()):
+            if is_same or not math.isfinite(one):
+                what = "is the same in all samples" if is_same else "is not finite in some samples"
                 raise DataError(f"{name!r} {what}; there is nothing to learn. Look at its column.")
         return cls(classes, tuple(columns.mean(dim=0).tolist()), tuple(scale.tolist()))
 

@@ -136,9 +136,11 @@ def test_regression_of_a_single_sample_has_finite_scores():
     assert all(math.isfinite(value) for value in scores.values.values())
 
 
-def test_regression_refuses_a_constant_column():
+@pytest.mark.parametrize(("value", "samples"), [(2.0, 2), (0.1, 3), (1e9 + 0.1, 7)])
+def test_regression_refuses_a_constant_column(value, samples):
+    # The deviation of three times 0.1 is 1e-17: rounding, by which no number can be divided.
     with pytest.raises(DataError, match="'price' is the same in all samples"):
-        Regression.fitted(torch.tensor([2.0, 2.0]), ("price",))
+        Regression.fitted(torch.full((samples,), value, dtype=torch.float64), ("price",))
 
 
 def test_regression_refuses_labels_that_are_not_finite():
