@@ -155,8 +155,8 @@ def run_model(model: nn.Module, batch: Batch) -> Tensor:
 
 
 _MODES: dict[str, Literal["max", "min"]] = {
-    **dict.fromkeys(("loss", "rmse", "mae"), "min"),
-    **dict.fromkeys(("r2", "pearson"), "max"),
+    **dict.fromkeys(("loss", "rmse", "mae", "perplexity"), "min"),
+    **dict.fromkeys(("r2", "pearson", "token_accuracy"), "max"),
 }
 """Monitor -> the only mode that makes sense with it."""
 

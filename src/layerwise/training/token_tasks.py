@@ -23,6 +23,7 @@ from layerwise.training.tasks import (
     kind_of,
     raise_found,
     run_model,
+    settle_mode,
     split_batch,
     too_few,
 )
@@ -172,14 +173,18 @@ class LanguageModelling:
     Attributes:
         name: ``"causal_lm"`` or ``"masked_lm"``.
         classes: empty: the vocabulary belongs to the tokenizer.
-        monitor: metric that picks the best epoch.
-        mode: ``"min"``.
+        monitor: metric that picks the best epoch: ``"perplexity"``, ``"token_accuracy"`` or ``"loss"``.
+        mode: that of the monitor: ``"max"`` for the accuracy, else ``"min"``.
     """
 
     name: str = "causal_lm"
     classes: tuple[str, ...] = ()
     monitor: str = "perplexity"
     mode: Literal["max", "min"] = "min"
+
+    def __post_init__(self) -> None:
+        """Take the mode that the monitor has."""
+        settle_mode(self)
 
     def collate(self, samples: list[Any]) -> Batch:
         """Return samples of equal length stacked; texts are padded by the collator of their data."""

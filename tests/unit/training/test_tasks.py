@@ -9,6 +9,7 @@ from layerwise.training.classification import Classification
 from layerwise.training.known_tasks import task_from_dict
 from layerwise.training.tasks import run_model, split_batch
 from layerwise.training.text_tasks import MultiLabel, Regression
+from layerwise.training.token_tasks import LanguageModelling
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -18,6 +19,7 @@ def test_the_loss_is_better_when_it_is_lower() -> None:
     for task in (Classification(CLASSES, monitor="loss"), MultiLabel(CLASSES, monitor="loss")):
         assert task.mode == task_from_dict(task.to_dict()).mode == "min"
     assert Regression(monitor="r2").mode == "max"
+    assert LanguageModelling(monitor="token_accuracy").mode == "max"
     assert Classification(CLASSES, monitor="accuracy").mode == "max"
 
 
