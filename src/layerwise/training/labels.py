@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from layerwise.errors import DataError
+from layerwise.training.tasks import kind_of
 
 
 def labels_of(data: Any) -> Tensor:
@@ -41,11 +42,15 @@ def labels_of(data: Any) -> Tensor:
         found = next((data[name] for name in ("labels", "label") if name in columns), None)
     if found is None:
         found = [_label(data[index]) for index in range(len(data))]
-    labels = torch.as_tensor(found if isinstance(found, Tensor) else list(found))
-    if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(data):
+    try:
+        labels = torch.as_tensor(found if isinstance(found, Tensor) else list(found))
+    except (TypeError, ValueError, RuntimeError):
+        labels = None
+    if labels is None or labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(data):
+        kind = "no single numbers" if labels is None else kind_of(labels)
         raise DataError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)} for {len(data)} samples; expected "
-            "one integer each. Class weights and weighted sampling need that."
+            f"labels are {kind} for {len(data)} samples; expected one integer each. Class weights and "
+            "weighted sampling need that."
         )
     return labels.long()
 
@@ -56,10 +61,10 @@ def _transformed(labels: Any, transform: Callable[[Any], Any] | None) -> Any:
     return [transform(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
 
 
-def _label(sample: Any) -> int:
-    if isinstance(sample, dict):
-        return int(sample["labels"] if "labels" in sample else sample["label"])
-    return int(sample[1])
+def _label(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return sample.get("labels", sample.get("label"))
+    return sample[1] if isinstance(sample, Sequence) and len(sample) > 1 else None
 
 
 def balanced_class_weights(labels: Tensor, classes: Sequence[str]) -> tuple[float, ...]:
@@ -69,9 +74,9 @@ def balanced_class_weights(labels: Tensor, classes: Sequence[str]) -> tuple[floa
     (0.6666666666666666, 2.0)
 
     Raises:
-        DataError: a class has no sample.
+        DataError: a class has no sample, or a label is no class number.
     """
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    counts = _counts(labels, len(classes)).tolist()
     if missing := [name for name, count in zip(classes, counts) if not count]:
         raise DataError(
             f"class {', '.join(map(repr, missing))} has no training sample, so it has no balanced weight. "
@@ -81,5 +86,18 @@ def balanced_class_weights(labels: Tensor, classes: Sequence[str]) -> tuple[floa
 
 
 def sampling_weights(labels: Tensor) -> Tensor:
-    """Return one weight a sample, float64, so that all classes are drawn equally often."""
-    return 1.0 / torch.bincount(labels).double()[labels]
+    """Return one weight a sample, float64, so that all classes are drawn equally often.
+
+    Raises:
+        DataError: a label is below 0.
+    """
+    return 1.0 / _counts(labels).double()[labels]
+
+
+def _counts(labels: Tensor, classes: int | None = None) -> Tensor:
+    """Return the number of samples of each class."""
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or (classes is not None and highest >= classes):
+        expected = "0 and above" if classes is None else f"0 to {classes - 1}"
+        raise DataError(f"labels go from {lowest} to {highest}; expected {expected}.")
+    return torch.bincount(labels, minlength=classes or 0)

@@ -55,6 +55,33 @@ def test_rare_classes_weigh_more() -> None:
     assert drawn.float().mean() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("sample", "told"),
+    [
+        ((0, 0.7), r"float32 of shape \(2,\)"),  # was taken for 0
+        ((0, torch.tensor([0, 1])), "no single numbers"),
+        ({"labels": [1, 0, 1]}, r"int64 of shape \(2, 3\)"),
+        ((0, "cat"), "no single numbers"),
+        ({"input_ids": [1]}, "no single numbers"),
+        ((0,), "no single numbers"),
+    ],
+)
+def test_a_sample_with_another_label_than_one_integer_is_told(sample: object, told: str) -> None:
+    # Of several labels, numbers, tags: torch and Python would tell it by errors of their own.
+    with pytest.raises(DataError, match=f"labels are .*{told}.* for 2 samples; expected one integer each"):
+        labels_of([sample, sample])
+
+
+def test_a_label_that_is_no_class_number_is_told_before_it_is_counted() -> None:
+    # -1 is what data sets of images call a sample without a label.
+    with pytest.raises(DataError, match="labels go from -1 to 1; expected 0 and above"):
+        sampling_weights(torch.tensor([0, 1, -1]))
+    with pytest.raises(DataError, match="labels go from -1 to 1; expected 0 to 1"):
+        balanced_class_weights(torch.tensor([0, 1, -1]), ["a", "b"])
+    with pytest.raises(DataError, match="labels go from 0 to 5; expected 0 to 1"):
+        balanced_class_weights(torch.tensor([0, 1, 5]), ["a", "b"])
+
+
 def test_labels_stand_in_a_column_of_a_table() -> None:
     # Hugging Face's data sets: a column by name, without loading a sample.
     class Table(dict):
