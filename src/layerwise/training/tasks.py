@@ -138,18 +138,30 @@ def class_labels(batch: Batch) -> Tensor:
 
 
 def run_model(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's output tensor for a batch: its ``logits`` where it returns a structure."""
+    """Return the model's output tensor for a batch: its ``logits`` where it returns a structure.
+
+    Raises:
+        DataError: it returns no tensor, or a single number.
+    """
     args, kwargs, _ = split_batch(batch)
     output = model(*args, **kwargs)
     if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        logits: Any = output
+    elif isinstance(output, Mapping):
+        logits = output.get("logits")
+    else:
+        logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Sequence) and output and isinstance(output[0], Tensor):
         logits = output[0]
     if not isinstance(logits, Tensor):
         raise DataError(
             f"the model returned {named_kind(output)}; expected a tensor, a structure with .logits, "
             "or a tuple that begins with the logits."
+        )
+    if not logits.ndim:
+        raise DataError(
+            "the model returned one number for a batch, such as its loss; expected outputs of one row a "
+            "sample. Let forward return the logits."
         )
     return logits
 

@@ -44,3 +44,5 @@ def test_batches_and_outputs_of_many_kinds_are_understood() -> None:
         assert torch.equal(run_model(Returns(wrap), (x, None)), x)
     with pytest.raises(DataError, match="returned a str"):
         run_model(Returns(lambda t: "no"), (x, None))
+    with pytest.raises(DataError, match=r"returned one number.*one row a sample"):
+        run_model(Returns(lambda t: t.sum()), (x, None))  # its loss, mostly
