@@ -60,7 +60,9 @@ def first_batch(batches: Batches) -> Batch:
         if isinstance(data, IterableDataset):
             return next(batches.epoch(0))
         own = own_generators(data, loader.collate_fn)
-        first = loader.collate_fn([data[i] for i in range(min(2, len(data)))])  # type: ignore[arg-type]
+        whole = loader.batch_sampler is None  # batch_size=None: a sample is a batch
+        count = min(2, len(data))  # type: ignore[arg-type]
+        first = loader.collate_fn(data[0] if whole else [data[i] for i in range(count)])
         own.restore()
         return first
 

@@ -119,3 +119,12 @@ def test_a_train_loader_must_tell_its_length() -> None:
         run(loader(Endless()))
     with pytest.raises(DataError, match=r"fewer samples than batch_size.*--batch-size.*--drop-last.* out"):
         run(tiny_data(5), batch_size=8, drop_last=True)
+
+
+def test_a_data_set_of_whole_batches_trains_as_one_of_their_samples() -> None:
+    # batch_size=None hands its samples out as they are; two of them are no pair of inputs and labels.
+    batches = [DATA[start : start + 8] for start in range(0, 48, 8)]
+    whole = run(DataLoader(batches, batch_size=None, generator=torch.Generator()))
+    plain = run(loader(DATA))
+    assert whole.steps == plain.steps == 18
+    assert whole.history == plain.history
