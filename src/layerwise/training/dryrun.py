@@ -23,6 +23,7 @@ from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.data import Batches, open_batches
 from layerwise.training.evaluate import first_output
+from layerwise.training.guard import require_values
 from layerwise.training.key_cache import without_key_cache
 from layerwise.training.memory import peak_memory
 from layerwise.training.options import find_optimizer
@@ -165,6 +166,7 @@ def dry_run(
     """
     from accelerate.utils import send_to_device
 
+    require_values(model)
     accelerator = open_accelerator(precision, device, None, None)
     batches = open_batches(train, train=True, batch_size=batch_size, seed=seed)
     held_out = None if val is None else open_batches(val, train=False, batch_size=batch_size)

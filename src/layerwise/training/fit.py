@@ -22,7 +22,14 @@ from layerwise.training.accumulating import Window
 from layerwise.training.checkpoint import load_latest, save_checkpoint
 from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
-from layerwise.training.guard import Interrupt, check_start, check_weights, explained, finite_loss
+from layerwise.training.guard import (
+    Interrupt,
+    check_start,
+    check_weights,
+    explained,
+    finite_loss,
+    require_values,
+)
 from layerwise.training.history import History, name_of, not_finite
 from layerwise.training.kept_weights import load_weights, require_weights_file, save_weights, weights_file
 from layerwise.training.key_cache import without_key_cache
@@ -166,6 +173,7 @@ def fit(
         TrainingError: an option is out of range (all are listed); the loss is not finite, memory ran out,
             or a batch is too small for batch-norm (the step is named, the last checkpoint stays); the
             task's monitor is not measured.
+        ModelError: parameters or buffers of the model are on the meta device; or the audit finds an error.
         PlanError: the plan does not fit the model.
         DataError: data, labels, classes and output do not belong together.
         RunError: `out` already holds a run, or there is none to resume, or it was started with other
@@ -180,6 +188,7 @@ def fit(
     from accelerate.utils import send_to_device
 
     check_options(options)
+    require_values(model)
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise RunError("resume=True needs out=, the folder of the run to go on with.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.cache.replay.ghost import Ghost
-from layerwise.errors import RunError, TrainingError
+from layerwise.errors import ModelError, RunError, TrainingError, plural, shorten
 from layerwise.files import FULL
 from layerwise.layers.structures import tensors_in
 from layerwise.training.checkpoint import list_checkpoints
@@ -99,6 +99,17 @@ def finite_loss(
         f"the loss became {value} at step {step + 1} (epoch {epoch + 1}, batch {index + 1}), before the "
         f"weights were changed by it. {cause} {_last_checkpoint(out, remedied=True)}"
     )
+
+
+def require_values(model: nn.Module) -> None:
+    """Raise `ModelError` if tensors of a model are on the meta device, which keeps no values."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if without := [name for name, tensor in tensors if tensor.is_meta]:
+        raise ModelError(
+            f"{plural(len(without), 'tensor')} of the model ({shorten(without)}) on the meta device hold no "
+            "values; expected weights to train. Load them: model.load_state_dict(state, assign=True), or "
+            "make room for new ones (to_empty) and initialise them."
+        )
 
 
 def check_start(model: nn.Module) -> None:

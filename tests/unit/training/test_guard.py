@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from layerwise.errors import RunError, TrainingError
+from layerwise.errors import ModelError, RunError, TrainingError
+from layerwise.training.dryrun import dry_run
 from layerwise.training.fit import fit
 from layerwise.training.guard import Interrupt, check_weights, explained, finite_loss
 from layerwise.training.options import Precision
@@ -59,6 +61,15 @@ def test_a_weight_that_is_not_finite_is_named_with_its_step(tmp_path: Path) -> N
     model.head.bias.data[0] = math.inf
     with pytest.raises(TrainingError, match=r"'head.bias' .* after step 3. Lower lr.*has no checkpoint yet"):
         check_weights(model, step=3, out=tmp_path)
+
+
+@pytest.mark.parametrize("call", [fit, dry_run])
+def test_a_model_without_values_is_refused(call: Callable[..., object]) -> None:
+    # torch tells that it cannot be moved, and not which tensors have none.
+    model, layers = Tiny(), tiny_layers(Tiny())
+    model.body.to("meta")
+    with pytest.raises(ModelError, match=r"7 tensors .*body.0.weight, .*meta.*assign=True"):
+        call(model, tiny_data(), plan=tiny_plan(), layers=layers)
 
 
 @pytest.mark.parametrize(
