@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ def find_optimizer(
         TrainingError: no optimiser has that name.
     """
     if not isinstance(optimizer, str):
-        return optimizer, dict(options or {}), getattr(optimizer, "__qualname__", repr(optimizer))
+        name = getattr(optimizer, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(optimizer))
+        return optimizer, dict(options or {}), name
     if optimizer not in OPTIMIZERS:
         raise TrainingError(_unknown(optimizer))
     given = dict(options or {})
@@ -156,11 +158,8 @@ def check_same_run(about: Mapping[str, Any], *, now: Mapping[str, Any], plan: Pl
         RunError: they differ; each difference is listed. A resumed run would not be the same run.
     """
     found = []
-    if (before := about["plan"]) != (after := plan.model_dump(mode="json")):
-        found += [
-            f"plan.{key}: {before[key]!r} -> {after[key]!r}" for key in after if before.get(key) != after[key]
-        ]
-    for part in ("settings", "data", "task"):
+    now = {**now, "plan": plan.model_dump(mode="json")}
+    for part in ("plan", "settings", "data", "task"):
         old, new = about.get(part) or {}, now.get(part) or {}
         for key in sorted(set(old) | set(new)):
             if _differ(key, old.get(key), new.get(key)):

@@ -1,6 +1,8 @@
 """Options of fit: every wrong one is listed, and a run is resumed only with the same ones."""
 
+import functools
 import math
+import re
 
 import pytest
 import torch
@@ -99,6 +101,17 @@ def test_optimisers_by_name_and_as_classes() -> None:
         find_optimizer("adam_w", None, device=cpu)
 
 
+def test_the_name_of_a_factory_is_the_same_in_every_process() -> None:
+    # It goes into run.json, and a resumed run must have the same; an address differs.
+    def make(parameters: object, momentum: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, momentum=momentum)
+
+    factory = functools.partial(make, momentum=0.5)
+    assert " at 0x" in repr(factory)
+    name = find_optimizer(factory, None, device=torch.device("cpu"))[2]
+    assert re.fullmatch(r"functools\.partial\(<function .*make>, momentum=0\.5\)", name)
+
+
 def test_a_resumed_run_must_be_the_same_run() -> None:
     # Every difference in plan, settings, data, task or model is listed; none passes.
     plan = Plan.model_validate(
@@ -127,6 +140,10 @@ def test_a_resumed_run_must_be_the_same_run() -> None:
     longer = plan.model_copy(update={"strategy": "another"})
     with pytest.raises(RunError, match=r"plan\.strategy"):
         check_same_run(about, now=about, plan=longer, out="runs/x")
+    lacking = {name: value for name, value in about["plan"].items() if name != "strategy"}
+    for before, told in ((lacking, "plan.strategy: None ->"), ({**about["plan"], "x": 3}, "plan.x: 3 -> None")):
+        with pytest.raises(RunError, match=re.escape(told)):  # of another version, or altered
+            check_same_run({**about, "plan": before}, now=about, plan=plan, out="runs/x")
 
 
 def test_better_and_stalled() -> None:
