@@ -39,16 +39,20 @@ def task_from_dict(data: dict[str, Any]) -> Task:
     """Return the task that `Task.to_dict` described.
 
     Raises:
-        DataError: its name is not in `TASKS`.
+        DataError: its name is not in `TASKS`, or it has other fields than the task of that name.
     """
-    try:
-        build = TASKS[data["name"]]
-    except KeyError:
+    name = str(data.get("name"))
+    if name not in TASKS:
         raise DataError(
-            f"task {data.get('name')!r} is not known ({', '.join(TASKS)})."
-            f"{did_you_mean(str(data.get('name')), TASKS)}"
-        ) from None
-    return build(data)
+            f"task {data.get('name')!r} is not known ({', '.join(TASKS)}).{did_you_mean(name, TASKS)}"
+        )
+    try:
+        return TASKS[name](data)
+    except TypeError as error:
+        raise DataError(
+            f"the task {name!r} does not have the fields that it was saved with ({error}). Another version "
+            "of layerwise wrote it, or it was altered: use that version, or put the file back."
+        ) from error
 
 
 def task_of(data: Any) -> Task | None:

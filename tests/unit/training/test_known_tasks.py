@@ -38,6 +38,10 @@ def test_an_unknown_name_is_told_with_the_close_one() -> None:
     # A run of a later layerwise, or an edited one.
     with pytest.raises(DataError, match="Did you mean 'text_classification'"):
         task_from_dict({"name": "text_clasification"})
+    with pytest.raises(DataError, match=r"the task 'regression' .*'robust'.* version"):
+        task_from_dict({**Regression().to_dict(), "robust": True})
+    with pytest.raises(DataError, match=r"task \[\] is not known"):
+        task_from_dict({"name": []})
 
 
 def test_the_first_batch_tells_the_task() -> None:
