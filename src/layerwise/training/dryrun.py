@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count, cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich import box
@@ -126,14 +126,17 @@ def dry_run(
     optimizer: Any = "adamw",
     weight_decay: float | None = None,
     optimizer_options: Mapping[str, Any] | None = None,
+    task: Task | Literal["auto"] = "auto",
+    classes: Sequence[str] | None = None,
     batch_size: int = 32,
+    drop_last: bool = False,
     accumulate: int = 1,
     seed: int = 0,
-    workers: int = 0,
-    classes: Sequence[str] | None = None,
     precision: Any = "fp32",
-    device: Any = "auto",
+    class_weights: Literal["balanced"] | Sequence[float] | None = None,
+    sampler: Literal["weighted"] | None = None,
     label_smoothing: float = 0.0,
+    device: Any = "auto",
     **_other: Any,
 ) -> DryRun:
     """Return what `fit` with the same arguments would do, measured on a few steps of each phase.
@@ -152,14 +155,19 @@ def dry_run(
         optimizer: likewise.
         weight_decay: likewise.
         optimizer_options: likewise.
+        task: likewise.
+        classes: likewise.
         batch_size: likewise.
+        drop_last: likewise.
         accumulate: likewise.
         seed: likewise.
-        workers: of `fit`; loading is measured in this process.
-        classes: likewise.
         precision: likewise.
-        device: likewise.
+        class_weights: likewise.
+        sampler: likewise.
         label_smoothing: likewise.
+        device: likewise.
+        _other: further options of `fit`, which cost next to nothing; and `workers`, as loading is measured in
+            this process.
 
     Raises:
         LayerwiseError: as `layerwise.fit` would before training.
@@ -168,16 +176,19 @@ def dry_run(
 
     require_values(model)
     accelerator = open_accelerator(precision, device, None, None)
-    batches = open_batches(train, train=True, batch_size=batch_size, seed=seed)
-    held_out = None if val is None else open_batches(val, train=False, batch_size=batch_size)
+    share: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    share |= {} if task == "auto" else {"collate": task.collate}
+    weighted = sampler == "weighted"
+    batches = open_batches(train, train=True, weighted=weighted, drop_last=drop_last, **share)
+    held_out = None if val is None else open_batches(val, train=False, **share)
     first = setup.first_batch(batches)
     task = setup.find_task(
         model,
         batches,
         first,
-        task="auto",
+        task=task,
         classes=classes,
-        class_weights=None,
+        class_weights=class_weights,
         label_smoothing=label_smoothing,
     )
     steps_per_epoch = -(-setup.batch_count(batches) // accumulate)

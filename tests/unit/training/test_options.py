@@ -141,7 +141,10 @@ def test_a_resumed_run_must_be_the_same_run() -> None:
     with pytest.raises(RunError, match=r"plan\.strategy"):
         check_same_run(about, now=about, plan=longer, out="runs/x")
     lacking = {name: value for name, value in about["plan"].items() if name != "strategy"}
-    for before, told in ((lacking, "plan.strategy: None ->"), ({**about["plan"], "x": 3}, "plan.x: 3 -> None")):
+    for before, told in (
+        (lacking, "plan.strategy: None ->"),
+        ({**about["plan"], "x": 3}, "plan.x: 3 -> None"),
+    ):
         with pytest.raises(RunError, match=re.escape(told)):  # of another version, or altered
             check_same_run({**about, "plan": before}, now=about, plan=plan, out="runs/x")
 
