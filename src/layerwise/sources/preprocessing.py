@@ -60,8 +60,12 @@ interpolation='bilinear', keep_ratio=False)
             )
         if any(not value > 0 for value in self.std):
             problems.append(f"std is {self.std}; expected values above 0")
-        sides = self.crop if self.resize is None else (*self.crop, *_pair(self.resize))
-        if any(side < 1 for side in sides):
+        sizes = [self.crop] if self.resize is None else [self.crop, _pair(self.resize)]
+        sides = [s for size in sizes if isinstance(size, tuple | list) and len(size) == 2 for s in size]
+        if len(sides) < 2 * len(sizes) or not all(isinstance(side, int) for side in sides):
+            expected = "a height and a width in whole pixels (of a resize also one side, or None)"
+            problems.append(f"crop is {self.crop} and resize {self.resize}; expected {expected}")
+        elif any(side < 1 for side in sides):
             problems.append(f"crop is {self.crop} and resize {self.resize}; expected sides of at least 1")
         if self.interpolation not in INTERPOLATIONS:
             problems.append(

@@ -207,6 +207,9 @@ def test_unknown_keys_and_values_are_reported_together():
         Preprocessing.from_dict({"crop": [2, 2]})
     with pytest.raises(DataError) as caught:
         Preprocessing(crop=(0, 4), resize=4, mean=(0.5, 0.5), std=(0.0, 1.0), interpolation="cubic")
+    for crop, resize in ((224, 256), (224, None), ((3, 224, 224), None), ((8.0, 8.0), 8)):
+        with pytest.raises(DataError, match=r"crop is .* resize .*; expected a height and a width"):
+            Preprocessing.from_dict({"crop": crop, "resize": resize})
     for part in ("mean has 2", "std is (0.0, 1.0)", "crop is (0, 4)", "interpolation is 'cubic'"):
         assert part in str(caught.value)
 
