@@ -190,7 +190,7 @@ def _read_json(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
     if text.lstrip().startswith("["):
         try:
             entries = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"table {str(path)!r} is not JSON: {error}.") from error
         kind = "entry"
     else:
@@ -200,7 +200,7 @@ def _read_json(path: Path, encoding: str) -> tuple[list[str], list[Row]]:
                 continue
             try:
                 entries.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"table {str(path)!r} is not JSON lines: line {number}: {error}. "
                     f"Expected one object a line."

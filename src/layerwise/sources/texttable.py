@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -248,6 +248,9 @@ class _Reader:
         text = "" if self.tags else self._text(row, self.text_column)
         pair = self._text(row, self.pair_column) if self.pair_column else None
         response = self._text(row, self.response_column) if self.response_column else None
+        group = row[self.group_column] if self.group_column else None
+        if not isinstance(group, Hashable):
+            raise _BadRowError(f"has {named_kind(group)} in {self.group_column!r}; expected one value")
         target: Any = None if self.label_column is None else self.parse_label(row[self.label_column])
         if words is not None and len(target) != len(words):
             raise _BadRowError(f"has {plural(len(words), 'word')} and {plural(len(target), 'tag')}")
@@ -257,7 +260,7 @@ class _Reader:
             (part.pairs, pair),
             (part.responses, response),
             (part.targets, target),
-            (part.groups, row[self.group_column] if self.group_column else None),
+            (part.groups, group),
         ]
         for values, value in columns:
             if values is not None:
@@ -324,7 +327,7 @@ def _label_parser(task: TextTask, names: tuple[str, ...] | None, separator: str)
     def number(value: Any) -> float:
         try:
             found = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise _BadRowError(f"has {value!r} as label; expected a number") from None
         if not math.isfinite(found):
             raise _BadRowError(f"has {value!r} as label; expected a finite number")
