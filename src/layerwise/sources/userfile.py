@@ -36,7 +36,7 @@ def call_function(spec: str, num_classes: int | None) -> tuple[nn.Module, Prepro
     options = {"num_classes": num_classes} if takes and num_classes is not None else {}
     try:
         returned = function(**options)
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         given = ", ".join(f"{name}={value}" for name, value in options.items()) or "no arguments"
         raise ModelError(f"{spec}, called with {given}, raised {type(error).__name__}: {error}") from error
     model, preprocessing = (
@@ -107,7 +107,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         if before is None:
             del sys.modules[name]
         else:

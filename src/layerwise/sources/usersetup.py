@@ -29,7 +29,7 @@ def call_setup(spec: str) -> dict[str, Any]:
         returned = function()
     except LayerwiseError:
         raise
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise ModelError(
             f"{spec}, called without arguments, raised {type(error).__name__}: {error}"
         ) from error

@@ -299,6 +299,9 @@ def user_file(tmp_path):
 
             def number():
                 return 3
+
+            def leaves():
+                raise SystemExit(0)
             """
         )
     )
@@ -326,6 +329,7 @@ def test_a_users_own_function_with_a_fixed_head(user_file):
         ("buidl", "Did you mean 'build'"),
         ("broken", "raised KeyError: 'no weights here'"),
         ("number", "returned an int; expected an nn.Module"),
+        ("leaves", "raised SystemExit: 0"),
     ],
 )
 def test_what_a_users_function_can_do_wrong(user_file, function, message):
@@ -339,6 +343,9 @@ def test_what_a_users_file_can_do_wrong(user_file):
     (user_file.parent / "wrong.py").write_text("import nowhere_to_be_found\n")
     with pytest.raises(ModelError, match="raised ModuleNotFoundError"):
         open_model(f"{user_file.parent}/wrong.py:build")
+    (user_file.parent / "script.py").write_text("import sys\nsys.exit(0)\n")  # without a guard for imports
+    with pytest.raises(ModelError, match=r"script\.py' raised SystemExit: 0"):
+        open_model(f"{user_file.parent}/script.py:build")
 
 
 def test_a_users_file_that_breaks_leaves_the_module_of_before(user_file):

@@ -33,6 +33,9 @@ def misnamed():
 def broken():
     raise KeyError("oops")
 
+def leaves():
+    raise SystemExit(0)
+
 def named():
     return {"model": alone(), "loader": [[1, 2]]}
 
@@ -86,6 +89,7 @@ def test_layerwises_own_errors_stay_what_they_are(script):
         ("nothing", "an int"),
         ("misnamed", "Did you mean 'optimizer'"),
         ("broken", "raised KeyError"),
+        ("leaves", "raised SystemExit: 0"),
         ("without_model", r"returned no nn\.Module \(it returned a dict\)"),
         ("", "names no function"),
         ("brokn", "Did you mean 'broken'"),
