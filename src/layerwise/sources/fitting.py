@@ -140,10 +140,9 @@ def _parts(names: Iterable[str]) -> set[str]:
 def _class_names_beside(path: Path) -> str:
     """Return the class names of the run that `path` was saved by, for a message; "" for other files."""
     try:
-        record = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        classes = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["task"]["classes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
-    classes = record.get("classes") if isinstance(record, dict) else None
     return f" ({', '.join(map(str, classes))})" if isinstance(classes, list) else ""
 
 

@@ -306,7 +306,7 @@ def test_weights_for_other_classes_are_refused_or_lose_their_head(run: Path, tmp
     # Two classes in the file, three in the data: told; with --mismatched drop_head the rest is taken.
     three = make_images(tmp_path / "three", classes=("green", "red", "blue"))
     start = ["--data", three, "--weights", run / "model.safetensors"]
-    fails(fit(*start, "--out", tmp_path / "a"), "is for 2 classes, not 3")
+    fails(fit(*start, "--out", tmp_path / "a"), "is for 2 classes (green, red), not 3")
     result = fit(*start, "--out", tmp_path / "b", "--mismatched", "drop_head")
     assert result.exit_code == 0, result.output
     assert layerwise.load_run(tmp_path / "b").classes == ("blue", "green", "red")

@@ -88,7 +88,7 @@ def test_weights_of_a_run_with_the_same_classes_keep_their_head(tmp_path):
 
 def test_weights_of_a_run_with_other_classes_are_an_error_or_lose_their_head(tmp_path):
     theirs, path = random_weights(tmp_path, classes=4)
-    (tmp_path / "run.json").write_text(json.dumps({"classes": ["a", "b", "c", "d"]}))
+    (tmp_path / "run.json").write_text(json.dumps({"task": {"classes": ["a", "b", "c", "d"]}}))
     with pytest.raises(ModelError, match=r"is for 4 classes \(a, b, c, d\), not 3.*drop_head"):
         open_model("timm:resnet10t", num_classes=3, weights=path)
     opened = open_model("timm:resnet10t", num_classes=3, weights=path, mismatched="drop_head")
