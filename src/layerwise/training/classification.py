@@ -15,6 +15,7 @@ from layerwise.training.tasks import (
     Batch,
     Scores,
     class_labels,
+    kind_of,
     raise_found,
     run_model,
     settle_mode,
@@ -99,8 +100,7 @@ class Classification:
                 f"the {len(self.classes)} classes {_some(self.classes)}. Give the model a head of that size"
             )
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
-            kind = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
-            found.append(f"labels are {kind}; expected one integer for each sample")
+            found.append(f"labels are {kind_of(labels)}; expected one integer for each sample")
         elif labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
             found.append(
                 f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to "

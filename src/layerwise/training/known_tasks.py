@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.errors import DataError, did_you_mean
 from layerwise.training.classification import Classification
-from layerwise.training.tasks import Batch, Task, split_batch
+from layerwise.training.tasks import Batch, Task, kind_of, split_batch
 from layerwise.training.text_tasks import MultiLabel, Regression
 from layerwise.training.token_tasks import LanguageModelling, TokenClassification
 
@@ -93,12 +93,9 @@ def infer_task(batch: Batch, *, classes: Sequence[str] | None, outputs: int, **o
     """
     _, kwargs, labels = split_batch(batch)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
-        kind = (
-            f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
-        )
         raise DataError(
-            f"labels of the first batch are {kind}; task='auto' knows one integer for each sample. "
-            "Give fit a task object that says what they mean: fit(..., task=...)."
+            f"labels of the first batch are {kind_of(labels)}; task='auto' knows one integer for each "
+            "sample. Give fit a task object that says what they mean: fit(..., task=...)."
         )
     names = tuple(classes) if classes is not None else tuple(str(i) for i in range(outputs))
     name = "text_classification" if kwargs else "image_classification"
