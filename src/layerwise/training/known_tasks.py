@@ -76,7 +76,9 @@ def task_of(data: Any) -> Task | None:
     return None
 
 
-def infer_task(batch: Batch, *, classes: Sequence[str] | None, outputs: int, **options: Any) -> Task:
+def infer_task(
+    batch: Batch, *, classes: Sequence[str] | None, outputs: int, label_smoothing: float = 0.0
+) -> Classification:
     """Return the task that a first batch speaks for.
 
     Integer labels, one for each sample, mean classification; ``"text_classification"`` where the
@@ -86,7 +88,7 @@ def infer_task(batch: Batch, *, classes: Sequence[str] | None, outputs: int, **o
         batch: the first batch.
         classes: names of the classes; None names them by number.
         outputs: width of the model's output, the number of classes where `classes` is None.
-        options: further fields of the task.
+        label_smoothing: of the task.
 
     Raises:
         DataError: labels are of another kind.
@@ -99,4 +101,4 @@ def infer_task(batch: Batch, *, classes: Sequence[str] | None, outputs: int, **o
         )
     names = tuple(classes) if classes is not None else tuple(str(i) for i in range(outputs))
     name = "text_classification" if kwargs else "image_classification"
-    return Classification(names, name, **options)
+    return Classification(names, name, label_smoothing=label_smoothing)

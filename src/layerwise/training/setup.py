@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -129,13 +130,7 @@ def find_task(
                     f"class_weights has {len(weights)} numbers for {len(found.classes)} classes "
                     f"({', '.join(found.classes)})."
                 )
-            found = infer_task(
-                first,
-                classes=found.classes,
-                outputs=output.shape[-1],
-                label_smoothing=label_smoothing,
-                class_weights=tuple(weights),
-            )
+            found = dataclasses.replace(found, class_weights=tuple(weights))
         return found
     given = [n for n, v in (("class_weights", class_weights), ("label_smoothing", label_smoothing)) if v]
     if lacking := [name for name in given if not hasattr(task, name)]:
