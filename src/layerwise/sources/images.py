@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from layerwise.errors import DataError, did_you_mean, listed, plural
 from layerwise.sources.copies import images_with_content, tell_copies
@@ -207,14 +207,3 @@ def _readable(
         if index not in bad:
             kept[part].append((path, label))
     return kept, [(str(every[index][1]), reason) for index, reason in bad.items()]
-
-
-def as_dict(data: ImageData) -> dict[str, Any]:
-    """Return what a run keeps of its data, as plain data: classes, sizes, what was left out."""
-    return {
-        "classes": list(data.classes),
-        "samples": {name: len(part) for name, part in data.parts().items()},
-        "counts": {name: part.counts for name, part in data.parts().items()},
-        "skipped": [list(entry) for entry in data.skipped],
-        "notes": list(data.notes),
-    }

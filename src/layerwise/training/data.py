@@ -162,7 +162,6 @@ class Batches:
 
     def __init__(self, loader: DataLoader[Any], data: Any, *, exact: bool) -> None:
         self.loader, self.data, self.exact = loader, data, exact
-        self._random: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.loader)

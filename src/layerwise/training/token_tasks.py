@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerwise.sources.encoding import IGNORED
 from layerwise.training.tasks import (
     Batch,
     Scores,
@@ -30,9 +31,6 @@ from layerwise.training.tasks import (
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
-
-IGNORED = -100
-"""Label of a token that is not scored; torch's and transformers' own choice."""
 
 
 @dataclass(frozen=True)

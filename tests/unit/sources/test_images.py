@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from layerwise.errors import DataError
-from layerwise.sources.images import as_dict, image_list, open_images
+from layerwise.sources.images import image_list, open_images
 from layerwise.sources.preprocessing import Preprocessing
 from layerwise.training.job import _digest
 
@@ -362,14 +362,6 @@ def test_a_table_of_paths_needs_no_labels(tmp_path):
     table(tmp_path / "t.csv", [["path", "n"], ["a/i0.png", "1"], ["", "2"]])
     with pytest.raises(DataError, match="row 2 has no path"):
         image_list([tmp_path / "t.csv"], SMALL)
-
-
-def test_record_for_a_run_is_plain_data(tmp_path):
-    data = open_images(tree(tmp_path), SMALL, val_frac=0.5)
-    record = json.loads(json.dumps(as_dict(data)))
-    assert record["classes"] == ["cat", "dog"]
-    assert record["samples"] == {"train": 6, "val": 6}
-    assert record["counts"]["val"] == {"cat": 3, "dog": 3}
 
 
 def test_classes_and_samples_are_those_of_torchvisions_folders(tmp_path):

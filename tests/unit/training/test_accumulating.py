@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from layerwise.sources.encoding import IGNORED
 from layerwise.training.accumulating import Window
 from layerwise.training.classification import Classification
 from layerwise.training.evaluate import evaluate
-from layerwise.training.token_tasks import IGNORED, LanguageModelling, TokenClassification
+from layerwise.training.token_tasks import LanguageModelling, TokenClassification
 
 
 class Processes:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from helpers import map_by_children
 from layerwise.errors import DataError
 from layerwise.plans.strategies import full
+from layerwise.sources.encoding import IGNORED
 from layerwise.training.entities import spans
 from layerwise.training.fit import fit
 from layerwise.training.text_tasks import MultiLabel, Regression
-from layerwise.training.token_tasks import IGNORED, LanguageModelling, TokenClassification
+from layerwise.training.token_tasks import LanguageModelling, TokenClassification
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
