@@ -204,7 +204,7 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
     if for_texts := [name for name in job.text or {} if name not in IMAGE_TABLE]:
         raise ModelError(
             f"texts need a model that brings its tokenizer; {job.model!r} takes images. Give "
-            f"hf:FOLDER_OR_ID, or leave {', '.join(map(_option, for_texts))} out."
+            f"hf:FOLDER_OR_ID, or leave {', '.join(map(option_name, for_texts))} out."
         )
 
     # The data says how many classes the head must tell apart, the model how it wants its images; so the
@@ -330,9 +330,8 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
 
     augment = cast(Any, job.augment)
     if job.text and (job.data.startswith(DEMO_DATA) or Path(job.data).is_dir()):
-        raise DataError(
-            f"{', '.join(map(_option, job.text))}: {job.data!r} is no table. Leave it out, or give a table."
-        )
+        given = ", ".join(map(option_name, job.text))
+        raise DataError(f"{given}: {job.data!r} is no table. Leave it out, or give a table.")
     if job.data.startswith(("hf:", "demo:")) and not job.data.startswith(DEMO_DATA):
         raise DataError(
             f"data {job.data!r} is no set of images: named are {DEMO_DATA} alone, and hf: data are "
@@ -352,7 +351,7 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
     counts = job.data.removeprefix(DEMO_DATA).lstrip(":").split("/")
     sizes = {}
     if counts != [""]:
-        if len(counts) != 3 or not all(count.isdigit() for count in counts):
+        if len(counts) != 3 or not all(count.isdecimal() for count in counts):
             raise DataError(
                 f"data {job.data!r}: expected {DEMO_DATA} or {DEMO_DATA}:TRAIN/VAL/TEST, three numbers."
             )
@@ -362,8 +361,9 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
     return dataclasses.replace(data, notes=(*data.notes, *unused))
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def option_name(name: str) -> str:
+    """Return what the command line calls a field of `Job.text`."""
+    return f"--{name.replace('_', '-')}{'-data' if name in ('val', 'test') else ''}"
 
 
 def _prepared(part: ImageSet, preprocessing: Preprocessing) -> ImageSet:

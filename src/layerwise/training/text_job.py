@@ -34,6 +34,8 @@ MAX_LENGTH = 256
 """Tokens of a sample where nothing else is said; the model may take fewer."""
 LANGUAGE_MODEL = "language-model"
 """Name of the folder of the language model's run, inside the classifier's."""
+_OF_ALL_TEXTS = ("path_column", "max_length", "padding", "pooling", "lm_epochs", "lm_lr", "lm_strategy")
+"""What can be said of texts that are no table (in vain of the paths of images, which is told)."""
 
 
 @dataclass(frozen=True)
@@ -307,10 +309,15 @@ def length_for(options: TextOptions, opened: OpenedModel) -> int:
 
 
 def open_texts(job: Job, options: TextOptions) -> TextTable:
-    """Return the texts of a job, checked and split."""
+    """Return the texts of a job, checked and split.
+
+    Raises:
+        DataError: they cannot be read or split, or are named and options of a table are given.
+    """
     from layerwise.sources.debian import debian_texts
+    from layerwise.sources.splits import fracs_to_split
     from layerwise.sources.texttable import read_texts
-    from layerwise.training.job import DEMO_DATA
+    from layerwise.training.job import DEMO_DATA, option_name
 
     if job.data.startswith(DEMO_DATA):
         raise DataError(
@@ -319,11 +326,17 @@ def open_texts(job: Job, options: TextOptions) -> TextTable:
         )
     if job.data.startswith(DEBIAN):
         count = job.data.removeprefix(DEBIAN).lstrip(":")
-        if count and not count.isdigit():
+        if count and not count.isdecimal():
             raise DataError(
                 f"data {job.data!r}: expected {DEBIAN} or {DEBIAN}:NUMBER of texts of each topic."
             )
-        return debian_texts(seed=job.seed, per_section=int(count or 200))
+        if of_tables := [option_name(name) for name in job.text or {} if name not in _OF_ALL_TEXTS]:
+            raise DataError(
+                f"{', '.join(of_tables)}: {job.data!r} is no table. Leave it out, or give a table."
+            )
+        table = debian_texts(seed=job.seed, per_section=int(count or 200))
+        _, unused = fracs_to_split(table.parts, val_frac=job.val_frac, test_frac=job.test_frac)
+        return dataclasses.replace(table, notes=(*table.notes, *unused))
     return read_texts(
         job.data,
         task=cast(Any, options.task),

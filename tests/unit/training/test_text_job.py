@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from layerwise.errors import DataError, LayerwiseError, ModelError, PlanError
-from layerwise.sources.texttable import TextPart
+from layerwise.sources.texttable import TextPart, TextTable
 from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
 from layerwise.training.fit import fit
@@ -326,6 +326,17 @@ def test_a_dry_run_of_texts_measures_their_own_task(work):
         ),
         ({"data": "demo:elpv"}, {}, r"'demo:elpv' are images, and 'hf:.*reads texts. Give a table"),
         ({"data": "demo:debian:many"}, {}, r"'demo:debian:many': expected demo:debian or demo:debian:NUMBER"),
+        ({"data": "demo:debian:3²"}, {}, r"'demo:debian:3²': expected demo:debian or demo:debian:NUMBER"),
+        (
+            {"data": "demo:debian"},
+            {"task": "regression", "val": "more.csv"},
+            "--label-column, --task, --val-data: 'demo:debian' is no table. Leave it out, or give a table",
+        ),
+        (
+            {"model": "timm:resnet18"},
+            {"val": "more.csv"},
+            "'timm:resnet18' takes images. Give hf:FOLDER_OR_ID, or leave --val-data out",
+        ),
         (
             {"model": "timm:resnet18"},
             {"lm_epochs": 1},
@@ -347,6 +358,17 @@ def test_jobs_that_contradict_themselves_are_told(changes, text, message, work):
     # What was given, and what to give instead.
     with pytest.raises(LayerwiseError, match=message):
         open_job(dataclasses.replace(job(work, **text), **changes))
+
+
+def test_shares_are_told_where_the_demo_is_split_already(work, monkeypatch):
+    # As of the demo's images.
+    part = TextPart(texts=["red", "blue"] * 2, targets=["a", "b"] * 2)
+    ready = TextTable("text_classification", dict.fromkeys(("train", "val", "test"), part), ("a", "b"))
+    monkeypatch.setattr("layerwise.sources.debian.debian_texts", lambda **_: ready)
+    demo = dataclasses.replace(job(work), data="demo:debian", text=None, val_frac=0.4)
+    assert [note for note in open_job(demo).notes if "frac" in note] == [
+        "--val-frac 0.4 (val_frac=) is not used: the data have a val part of their own"
+    ]
 
 
 def test_held_out_texts_of_which_nothing_is_scored_are_told(work):
