@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
-from layerwise.cli.output import say, seed_of_all, share
+from layerwise.cli.output import given_options, say, seed_of_all, share
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -173,12 +173,7 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
     Raises:
         BadParameter: there are any; `why` is told.
     """
-    typed = []
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            typed.append(f"--{name.replace('_', '-')}")
-    if typed:
+    if typed := [option for name, option in given_options(context).items() if name in names]:
         raise typer.BadParameter(f"{', '.join(typed)}: {why}; leave it out.")
 
 

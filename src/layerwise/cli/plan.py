@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from layerwise.cli.output import JsonFlag, check_output, friendly, given_options, print_json, print_table
+from layerwise.cli.options import numbers, refuse
+from layerwise.cli.output import (
+    JsonFlag,
+    above_zero,
+    check_output,
+    friendly,
+    given_options,
+    print_json,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -53,10 +62,13 @@ def plan(
         Path | None, typer.Option("--out", "-o", help="Write the plan to this file.", rich_help_panel=_SHOW)
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Base rate; without one, multiples of it.", rich_help_panel=_SHOW)
+        float | None,
+        typer.Option(
+            help="Base rate; without one, multiples of it.", callback=above_zero, rich_help_panel=_SHOW
+        ),
     ] = None,
     steps_per_epoch: Annotated[
-        int | None, typer.Option(help="Optimiser steps in an epoch.", rich_help_panel=_SHOW)
+        int | None, typer.Option(help="Optimiser steps in an epoch.", min=1, rich_help_panel=_SHOW)
     ] = None,
     rate_table: Annotated[
         bool,
@@ -80,12 +92,12 @@ def plan(
 
     layerwise plan timm:resnet18 --plan plan.yaml --lr 1e-3 --steps-per-epoch 25
     """
-    for name, value in (("--steps-per-epoch", steps_per_epoch), ("--lr", lr)):
-        if value is not None and not value > 0:
-            raise typer.BadParameter(f"{name} is {value}; expected a number above 0.")
     if rate_table:
+        own = ("rate_table", "layers", "decay", "lr", "as_json")
+        refuse(ctx, [name for name in ctx.params if name not in own], "--rate-table has no use for it")
         _rate_table(layers, lr, decay, as_json)
         return
+    refuse(ctx, ["layers", "decay"], "only --rate-table uses it")
     if model is None:
         raise typer.BadParameter("MODEL is missing (or give --rate-table).")
     if (strategy is None) == (plan_file is None):
@@ -137,10 +149,7 @@ def _show(plan: Plan, explanation: Explanation, out: Path | None, as_json: bool)
 def _rate_table(layers: int, lr: float | None, decay: str, as_json: bool) -> None:
     from layerwise.plans.rates import check_decay, rate_table
 
-    try:
-        alphas = [float(text) for text in decay.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--decay is {decay!r}; expected numbers with commas between.") from error
+    alphas = numbers(decay, "--decay", kind=float)
     for alpha in alphas:
         check_decay(alpha)
     eta = 3e-5 if lr is None else lr

@@ -89,7 +89,9 @@ def test_the_rate_table_is_the_one_in_the_docs():
         (["--strategy", "full"], 2, "MODEL is missing"),
         ([MODEL, "--strategy", "topk:2"], 1, "Did you mean 'top_k'"),
         ([MODEL, "--strategy", "top_k:99"], 1, "k is a whole number from 1 to"),
-        ([MODEL, "--strategy", "full", "--lr", "-1"], 2, "expected a number above 0"),
+        ([MODEL, "--strategy", "full", "--lr", "-1"], 2, "expected a finite number above 0"),
+        ([MODEL, "--strategy", "full", "--steps-per-epoch", "0"], 2, "'0' is given; expected greater than"),
+        ([MODEL, "--strategy", "full", "--layers", "3"], 2, "--layers: only --rate-table uses it; leave it"),
         ([MODEL, "--plan", "nowhere.yaml"], 1, "does not exist"),
         ([MODEL, "--strategy", "lp_ft:epochs=3", "--epochs", "6"], 1, "epochs is given twice: 3 and 6"),
         ([MODEL, "--plan", "p.yaml", "--epochs", "6"], 1, "epochs and a plan file are both given"),
@@ -98,7 +100,8 @@ def test_the_rate_table_is_the_one_in_the_docs():
         ([MODEL, "--strategy", "full", "-o", "/nowhere/p.yaml"], 2, "/nowhere does not exist"),
         (["--rate-table", "--decay", "0.9,x"], 2, "expected numbers with commas"),
         (["--rate-table", "--decay", "-1"], 1, "decay is -1.0"),
-        (["--rate-table", "--lr", "-1"], 2, "--lr is -1.0; expected a number above 0"),
+        (["--rate-table", "--lr", "inf"], 2, "'--lr': inf is given; expected a finite number above 0"),
+        (["--rate-table", "--plan", "p.yaml", "-o", "t"], 2, "--plan, --out: --rate-table has no use for"),
     ],
 )
 def test_mistakes_get_one_message(arguments: list[str], code: int, told: str):
