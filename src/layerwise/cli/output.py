@@ -15,7 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from layerwise.files import FULL, is_special
+from layerwise.files import FULL, is_special, with_nulls
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,7 +29,11 @@ debug = False
 
 
 def print_json(data: Any) -> None:
-    """Print `data` as one JSON document on stdout; escaped where stdout is not UTF-8 or a name is no text."""
+    """Print `data` as one JSON document on stdout; numbers that are not finite are null.
+
+    Escaped where stdout is not UTF-8 or a name is no text.
+    """
+    data = with_nulls(data)
     text = json.dumps(data, indent=2, default=str, ensure_ascii=False)
     utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
     if not utf8 or any("\ud800" <= letter <= "\udfff" for letter in text):

@@ -4,6 +4,7 @@ import errno
 import gc
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -170,6 +171,12 @@ def test_output_that_was_cut_short_is_a_failure(tmp_path: Path, unbuffered: str)
     assert done.returncode == 1
     assert "standard output cannot be written: File too large" in done.stderr
     assert "ignored" not in done.stderr  # Python's own second try
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    # As in a run's files: NaN is Python's own, and no JSON that other programs read.
+    output.print_json({"loss": math.nan, "rows": [(1.0, -math.inf)], "out": Path("a")})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [[1.0, None]], "out": "a"}
 
 
 def test_a_name_that_is_no_text_can_be_read_back_from_json(capsys: pytest.CaptureFixture[str]) -> None:
