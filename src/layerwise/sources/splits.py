@@ -70,6 +70,11 @@ def stratified_split(
     """
     members, wanted = _members(labels, fracs, names)
     small = {label: len(indices) for label, indices in members.items() if len(indices) < wanted}
+    if small and len(members) == 1:  # of numbers and of texts without labels
+        raise DataError(
+            f"{plural(len(labels), 'sample')} cannot be split into {wanted} parts. Add samples, or set a "
+            "share to 0: --val-frac, --test-frac."
+        )
     if small:
         listed = shorten((f"{label!r} has {count}" for label, count in sorted(small.items(), key=str)), 10)
         raise DataError(

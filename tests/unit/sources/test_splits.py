@@ -91,3 +91,11 @@ def test_a_share_is_checked_and_told_where_the_part_is_there() -> None:
     assert fracs == [0.3, 0.0]
     assert notes == ["--test-frac 0.99 (test_frac=) is not used: the data have a test part of their own"]
     assert fracs_to_split({"train", "val", "test"}, val_frac=0.2, test_frac=0.0) == ([0.0, 0.0], [])
+
+
+def test_samples_without_classes_are_not_told_of_a_class():
+    # Numbers and texts of language models are split as if they had one.
+    with pytest.raises(
+        DataError, match=r"^1 sample cannot be split into 2 parts\. Add samples.*frac"
+    ):
+        stratified_split([0], [0.2], seed=0)
