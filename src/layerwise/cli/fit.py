@@ -249,8 +249,10 @@ def fit(
                 f"a resumed run goes on as it began, so {', '.join(extra)} cannot be given beside --resume "
                 "(only --workers, --cache and --json). For other options start a new run: --out."
             )
+        from layerwise.training.job import resume_job
+
         more: dict[str, Any] = {"cache": cache} if "cache" in named else {}
-        _show(_resume(resume, workers=workers, **more), as_json)
+        _show(resume_job(resume, say=say, workers=workers, **more), as_json)
         return
     if missing := [n for n, v in given.items() if v is None and not (dry_run and n == "--out")]:
         raise typer.BadParameter(
@@ -353,12 +355,6 @@ def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
 
         prepared = choose_plan(prepared, **budget, say=say)
     return prepared.fit(out=out, **more)
-
-
-def _resume(run: Path, **more: Any) -> Result:
-    from layerwise.training.job import resume_job
-
-    return resume_job(run, say=say, **more)
 
 
 def _dry_run(job: Job, workers: int, as_json: bool) -> None:

@@ -56,6 +56,7 @@ def predict(
 
     echo "a text" | layerwise predict runs/b
     """
+    from layerwise.cli.tables import prediction_table
     from layerwise.training.predict import predict_images
     from layerwise.training.run import load_run
 
@@ -88,13 +89,7 @@ def predict(
     elif form == "csv":
         _print_csv(found.rows, loaded.classes)
     else:
-        print_table(_table(found.rows, loaded.classes))
-
-
-def _table(rows: list[dict[str, Any]], classes: tuple[str, ...]) -> Any:
-    from layerwise.cli.tables import prediction_table
-
-    return prediction_table(rows, classes)
+        print_table(prediction_table(found.rows, loaded.classes))
 
 
 def _print_csv(rows: Iterable[Mapping[str, Any]], classes: tuple[str, ...]) -> None:
