@@ -95,7 +95,5 @@ def test_a_share_is_checked_and_told_where_the_part_is_there() -> None:
 
 def test_samples_without_classes_are_not_told_of_a_class():
     # Numbers and texts of language models are split as if they had one.
-    with pytest.raises(
-        DataError, match=r"^1 sample cannot be split into 2 parts\. Add samples.*frac"
-    ):
+    with pytest.raises(DataError, match=r"^1 sample cannot be split into 2 parts\. Add samples.*frac"):
         stratified_split([0], [0.2], seed=0)
