@@ -326,5 +326,6 @@ def _pytorchcv(largest: int) -> dict[str, tuple[Any, Samples | None]]:
             continue
         classifies = hasattr(model, "num_classes") and getattr(model, "in_channels", 3) == 3
         if classifies and sum(parameter.numel() for parameter in model.parameters()) <= largest:
-            found[name] = functools.partial(get_model, name), None
+            small = numbers(3, 32, 32) if name.endswith(("cifar10", "cifar100", "svhn")) else None
+            found[name] = functools.partial(get_model, name), small
     return found
