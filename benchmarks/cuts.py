@@ -267,7 +267,7 @@ def table(results: Iterable[Examined]) -> str:
     for one in sorted(results, key=lambda one: (one.state, one.part, one.name)):
         if one.state != "exact":
             frozen = "all but the head" if one.frozen_frac == 1 else f"{one.frozen_frac:.0%}"
-            why = one.why.removeprefix("prefix cache: off: ").replace("|", r"\|")
+            why = one.why.removeprefix("prefix cache: off: ").replace("|", r"\|").replace("\n", "; ")
             rows.append(f"| {one.part} {one.name} | {one.batch} | {frozen} | {one.state} | {why} |")
     return "\n".join(rows)
 
