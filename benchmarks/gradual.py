@@ -5,18 +5,21 @@
 
 *pipeline*: the last three groups of EfficientNet-Lite0 trained for 8 epochs on ELPV. *gradual*: gradual
 unfreezing over 10 epochs. *depths*: five freeze depths, 5 epochs each, the deepest training half of the
-network's work, as a search runs them, against five independent runs. The peers, fastai and Lightning with
+network's work, as a search runs them, against five runs of their own. The peers, fastai and Lightning with
 finetuning-scheduler, train the same parameters in the same phases from the same loader.
 
 *floor*: one forward of the data, and each phase's trained part on ready tensors. CPU time of one thread;
-the contenders take turns run by run, and are compared within a round.
+the contenders take turns run by run, and are compared within a round. Each run has a process of its own: what
+ran before in a process decides how fast glibc hands out memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from time import process_time
 from typing import Any
 
@@ -25,9 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
-from benchmarks.measuring import Ratio, Results, Seconds, by_runs, verdict
+from benchmarks.measuring import Ratio, Results, Seconds, by_runs, in_new_process, verdict
 from benchmarks.peers import PEERS, Phases, installed
 from benchmarks.tasks import lite0
+from layerwise.cache.changes.fingerprint import weights_digest
 from layerwise.errors import plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
@@ -35,8 +39,46 @@ from layerwise.sources.demo import elpv_rows
 
 RATE = 7e-4
 PlanOf = Callable[[LayerMap], Plan]
-Save = Callable[[dict[str, Any]], None]
-"""Keeps the figures of the rounds so far."""
+Run = tuple[float, str]
+"""CPU seconds, and a digest of the weights at the end; ``""`` of who trains others than the plain loop."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the contenders do.
+
+    Attributes:
+        title: for people.
+        plans: trained one after the other.
+        limits: contender -> most that the cached run may take of its time.
+    """
+
+    title: str
+    plans: tuple[PlanOf, ...]
+    limits: dict[str, float]
+
+    def contenders(self) -> list[str]:
+        """Return who does it: of several plans only the cached and the plain loop."""
+        return ["cached", "plain", *(["floor", *installed()] if len(self.plans) == 1 else [])]
+
+
+WORKS = {
+    "pipeline": Work(
+        "last three groups, 8 epochs",
+        (lambda layers: layerwise.top_k(layers, k=3, epochs=8),),
+        {"plain": 0.3, "fastai": 0.3, "finetuning-scheduler": 0.3},
+    ),
+    "gradual": Work(
+        "gradual unfreezing, 10 epochs",
+        (lambda layers: layerwise.gradual_unfreezing(layers, epochs=10),),
+        {"floor": 1.1},
+    ),
+    "depths": Work(
+        "five freeze depths, 5 epochs each",
+        tuple(partial(layerwise.top_k, k=k, epochs=5) for k in (1, 2, 3, 4, 5)),
+        {"plain": 0.5},
+    ),
+}
 
 
 class Photos(Dataset[Any]):
@@ -92,10 +134,8 @@ def phases_of(tuner: layerwise.Tuner) -> Phases:
     ]
 
 
-def train(
-    plan_of: PlanOf, data: Photos, weights: dict[str, Tensor], *, cached: bool, pool: Any = None
-) -> float:
-    """Train by a plan; return the CPU seconds, and leave what was learned in `weights`."""
+def train(plan_of: PlanOf, data: Photos, *, cached: bool, pool: Any = None) -> Run:
+    """Train by a plan."""
     model, loader, tuner = prepared(plan_of, data)
     make_cache = layerwise.PrefixCache  # imported by that, as peers are before their time begins
     began_s = process_time()
@@ -106,8 +146,17 @@ def train(
             nn.functional.cross_entropy(model(images), labels).backward()
             tuner.step()
     seconds = process_time() - began_s
-    weights.update({name: value.clone() for name, value in model.state_dict().items()})
-    return seconds
+    weights = model.state_dict()
+    return seconds, weights_digest(weights, weights)
+
+
+def train_all(plans: Sequence[PlanOf], data: Photos, *, cached: bool) -> Run:
+    """Train by one plan after the other; with a cache, by what they share of it."""
+    pool = None
+    if cached and len(plans) > 1:
+        pool = layerwise.CachePool(upcoming=dict(phases_of(prepared(one, data)[2])[0] for one in plans))
+    seconds, ends = zip(*(train(one, data, cached=cached, pool=pool) for one in plans))
+    return sum(seconds), " ".join(ends)
 
 
 def floor(plan_of: PlanOf, data: Photos) -> float:
@@ -166,65 +215,46 @@ def _rest(model: nn.Module, value: Tensor, start: int) -> Tensor:
     return model.forward_head(model.bn2(model.conv_head(value)))
 
 
-def whole_run(plan_of: PlanOf, data: Photos, save: Save, *, rounds: int, limits: dict[str, float]) -> None:
-    """Measure the cached run's time over that of each other contender."""
-    plain: dict[str, Tensor] = {}
-    cached: dict[str, Tensor] = {}
-
-    def peer(name: str) -> Callable[[], float]:
-        def run() -> float:
-            phases = phases_of(prepared(plan_of, data)[2])
-            torch.manual_seed(0)
-            return PEERS[name][1](lite0(2), data.loader(), phases, RATE)
-
-        return run
-
-    contenders: dict[str, Callable[[], float]] = {
-        "cached": lambda: train(plan_of, data, cached, cached=True),
-        "floor": lambda: floor(plan_of, data),
-        "plain": lambda: train(plan_of, data, plain, cached=False),
-        **{name: peer(name) for name in installed()},
-    }
-
-    def after_round(timed: list[Seconds]) -> None:
-        same = all(torch.equal(value, cached[name]) for name, value in plain.items())
-        save({**_compared(timed, "cached", limits), "bit_equal_to_plain": same})
-
-    by_runs(contenders, rounds=rounds, after_round=after_round)
+def run(contender: str, work: str, data: Photos) -> Run:
+    """Do a work as one of the contenders does; for a new process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    plans = WORKS[work].plans
+    if contender == "floor":
+        return floor(plans[0], data), ""
+    if contender in PEERS:
+        phases = phases_of(prepared(plans[0], data)[2])
+        torch.manual_seed(0)
+        return PEERS[contender][1](lite0(2), data.loader(), phases, RATE), ""
+    return train_all(plans, data, cached=contender == "cached")
 
 
-def depths(data: Photos, save: Save, *, rounds: int, limits: dict[str, float]) -> None:
-    """Measure five depths that share their stored values over five runs of their own, 5 epochs each."""
-    counts = (1, 2, 3, 4, 5)
-    plans: list[PlanOf] = [lambda layers, k=k: layerwise.top_k(layers, k=k, epochs=5) for k in counts]  # type: ignore[misc]
-    ends: dict[str, list[dict[str, Tensor]]] = {"shared": [], "independent": []}
+def measure(name: str, data: Photos, save: Callable[[dict[str, Any]], None], *, rounds: int) -> None:
+    """Measure the cached run's time over that of each other contender; `save` gets the rounds so far."""
+    work = WORKS[name]
+    ends: dict[str, str] = {}
 
-    def shared() -> float:
-        upcoming = [phases_of(prepared(plan_of, data)[2])[0] for plan_of in plans]
-        pool = layerwise.CachePool(upcoming=dict(upcoming))
-        ends["shared"] = [{} for _ in plans]
-        return sum(train(p, data, w, cached=True, pool=pool) for p, w in zip(plans, ends["shared"]))
+    def contender(one: str) -> Callable[[], float]:
+        def timed() -> float:
+            seconds, ends[one] = in_new_process(run, one, name, data, environment={})
+            return float(seconds)
 
-    def independent() -> float:
-        ends["independent"] = [{} for _ in plans]
-        return sum(train(p, data, w, cached=False) for p, w in zip(plans, ends["independent"]))
+        return timed
 
     def after_round(timed: list[Seconds]) -> None:
-        pairs = zip(ends["shared"], ends["independent"])
-        same = all(torch.equal(value, one[name]) for one, other in pairs for name, value in other.items())
-        save({**_compared(timed, "shared", limits), "bit_equal_to_plain": same})
+        others = [one for one in timed[0] if one != "cached"]
+        save(
+            {
+                "work": work.title,
+                "ratios": {one: Ratio.of(timed, "cached", one).to_list() for one in others},
+                "limits": work.limits,
+                "cpu_s": {one: [round(seconds[one], 1) for seconds in timed] for one in timed[0]},
+                "rounds": len(timed),
+                "bit_equal_to_plain": ends["cached"] == ends["plain"],
+            }
+        )
 
-    by_runs({"shared": shared, "independent": independent}, rounds=rounds, after_round=after_round)
-
-
-def _compared(timed: list[Seconds], one: str, limits: dict[str, float]) -> dict[str, Any]:
-    others = [name for name in timed[0] if name != one]
-    return {
-        "ratios": {name: Ratio.of(timed, one, name).to_list() for name in others},
-        "limits": limits,
-        "cpu_s": {name: [round(seconds[name], 1) for seconds in timed] for name in timed[0]},
-        "rounds": len(timed),
-    }
+    by_runs({one: contender(one) for one in work.contenders()}, rounds=rounds, after_round=after_round)
 
 
 def lines(row: dict[str, Any]) -> str:
@@ -247,31 +277,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--resume", action="store_true", help="measure only what the results lack")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     data = Photos(options.images, size=options.size, batch=options.batch)
     about = {"images": len(data), "size": data.size, "batch": data.batch}
     results = Results("gradual")
-    third = {"plain": 0.3, "fastai": 0.3, "finetuning-scheduler": 0.3}
-    parts: dict[str, tuple[str, PlanOf | None, dict[str, float]]] = {
-        "pipeline": ("last three groups, 8 epochs", lambda m: layerwise.top_k(m, k=3, epochs=8), third),
-        "gradual": (
-            "gradual unfreezing, 10 epochs",
-            lambda m: layerwise.gradual_unfreezing(m, epochs=10),
-            {"floor": 1.1},
-        ),
-        "depths": ("five freeze depths, 5 epochs each", None, {"independent": 0.5}),
-    }
-    for name in options.what or parts:
-        work, plan_of, limits = parts[name]
+    for name in options.what or WORKS:
         key = " ".join(map(str, (name, *about.values())))
         if not (options.resume and key in results.rows):
 
-            def save(row: dict[str, Any], key: str = key, work: str = work) -> None:
-                results.save(key, {"work": work, **about, **row})
+            def save(row: dict[str, Any], key: str = key) -> None:
+                results.save(key, {**about, **row})
 
-            if plan_of is None:
-                depths(data, save, rounds=options.rounds, limits=limits)
-            else:
-                whole_run(plan_of, data, save, rounds=options.rounds, limits=limits)
+            measure(name, data, save, rounds=options.rounds)
         print(lines(results.rows[key]), flush=True)
