@@ -51,7 +51,8 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             ``blocks:[layer3, fc]``, ``discriminative:rates={layer4: 0.5, fc: 1},frozen=:layer3``. An argument
             without a name is the strategy's first one (several make a list). A number may be a fraction.
             What is in quotes is a name: ``blocks:'2'`` is the group called 2. ``blocks:2`` is the first two
-            groups, or an error where one is called so; ``blocks:1.0`` is the group called 1.0.
+            groups, or an error where one is called so (``discriminative:frozen=2`` likewise); ``blocks:1.0``
+            is the group called 1.0.
         layers: the layer map.
         **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
             those that `text` gives win.
@@ -80,8 +81,8 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
         if key not in hints:
             problems.append(f"no option {key!r} (known: {', '.join(hints)}).{did_you_mean(key, hints)}")
             continue
-        if key == "groups" and (unclear := _count_or_name(value, hints[key], layers)):
-            problems.append(unclear)
+        if unclear := _count_or_name(value, hints[key], layers):
+            problems.append(f"{key}: {unclear}")
             continue
         try:
             arguments[key] = _converted(value, hints[key])
@@ -216,7 +217,8 @@ def _parameters(function: Callable[..., Plan]) -> Mapping[str, Any]:
 def _converted(value: Any, hint: Any) -> Any:
     """Return `value`, which is text or made of it, as the type `hint` asks for.
 
-    Whole numbers are tried before words, so that ``frozen=2`` counts groups and ``frozen=layer2`` names one.
+    Whole numbers are tried before words, so that ``frozen=2`` counts groups and ``frozen=layer2`` names one;
+    a number that is also a name was refused before.
     Where groups are meant, no other number is tried.
     """
     value = _numbers(value, (int,) if _counts_or_names(hint) else (int, float))

@@ -106,6 +106,21 @@ def test_a_group_with_a_number_for_a_name_is_named_in_quotes() -> None:
     assert parse_strategy("blocks:1", layers).phases[0].rates == {"0": 1.0}
 
 
+@pytest.mark.parametrize("option", ["discriminative:frozen", "surgical:which"])
+def test_a_count_or_a_name_is_asked_for_wherever_groups_are_meant(option: str) -> None:
+    # As for blocks: frozen=2 froze the first two groups of a map with a group called 2.
+    layers = named_map("0", "2", "4", "6", "head")
+    for value in ("2", "[0:0, 2]"):
+        with pytest.raises(
+            PlanError, match=f"{option.partition(':')[2]}: 2 is a number of groups and the name of one"
+        ):
+            parse_strategy(f"{option}={value}", layers)
+    inverse = option.endswith("frozen")
+    for value, meant in {"'2'": "2", "3": "024", ":2": "02"}.items():
+        phase = parse_strategy(f"{option}={value}", layers).phases[0]
+        assert [name for name in "0246" if phase.trains(name) != inverse] == list(meant)
+
+
 def test_a_path_of_numbers_is_a_name() -> None:
     # A stage of an nn.Sequential in another: it was the count that a float of that value is.
     layers = named_map("0.0", "1.0", "2.0", "3")
