@@ -149,6 +149,19 @@ def shorten(names: Iterable[object], count: int = 3) -> str:
     return ", ".join(texts[:count]) + rest
 
 
+def repeated(names: Iterable[object]) -> str:
+    """Return which names of a model's outputs stand several times, and where; ``""`` where none does.
+
+    >>> repeated(["bee", "ant", "bee"])
+    "'bee' names outputs 0 and 2"
+    """
+    places: dict[object, list[int]] = {}
+    for index, name in enumerate(names):
+        places.setdefault(name, []).append(index)
+    several = {name: found for name, found in places.items() if len(found) > 1}
+    return shorten(f"{name!r} names outputs {found[0]} and {found[1]}" for name, found in several.items())
+
+
 def listed(summary: str, problems: Sequence[str], count: int = 10) -> str:
     """Return a message of a summary and the first of its problems, a line each.
 

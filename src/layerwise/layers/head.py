@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from layerwise.errors import ModelError, did_you_mean
+from layerwise.errors import ModelError, did_you_mean, repeated
 from layerwise.layers.graph import Recording
 from layerwise.layers.inputs import record_example
 from layerwise.layers.isolation import unwrap
@@ -96,6 +96,8 @@ def replace_head(
         raise ModelError(f"num_classes is {num_classes!r}; expected a whole number of at least 1.")
     if class_names is not None and len(class_names) != num_classes:
         raise ModelError(f"{len(class_names)} class_names were given for {num_classes} classes.")
+    if twice := repeated(class_names or ()):
+        raise ModelError(f"class_names: {twice}; expected a name of its own for each. Rename one of them.")
     model = unwrap(model)
     recording, _, _ = record_example(model, example_input, mode="eval")
     order = order_of(recording)

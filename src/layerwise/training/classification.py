@@ -18,6 +18,7 @@ from layerwise.training.tasks import (
     kind_of,
     raise_found,
     run_model,
+    same_names,
     settle_mode,
     split_batch,
     too_few,
@@ -90,10 +91,11 @@ class Classification:
         """Compare outputs, labels and classes.
 
         Raises:
-            DataError: the output is not [N, number of classes], or a label is no class index.
+            DataError: there is one class, or two of one name; the output is not [N, number of classes]; or a
+                label is no class index.
         """
         labels = split_batch(batch)[2]
-        found = too_few(self.classes)
+        found = too_few(self.classes) + same_names(self.classes)
         if output.ndim != 2 or output.shape[1] != len(self.classes):
             found.append(
                 f"the model's output has shape {tuple(output.shape)}; expected [N, {len(self.classes)}] for "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from layerwise.errors import DataError, named_kind
+from layerwise.errors import DataError, named_kind, repeated
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -196,6 +196,12 @@ def too_few(classes: Sequence[str], what: str = "class") -> list[str]:
         return []
     named = f"{'one' if classes else 'no'} {what} ({', '.join(classes)})"
     return [f"there is {named}; expected at least two, to tell apart"]
+
+
+def same_names(classes: Sequence[str]) -> list[str]:
+    """Return the problem of a task with two outputs of one name, none of any other."""
+    twice = repeated(classes)
+    return [f"{twice}; expected a name of its own for each. Give such: classes=[...]"] if twice else []
 
 
 def raise_found(found: list[str]) -> None:

@@ -23,6 +23,7 @@ from layerwise.training.tasks import (
     kind_of,
     raise_found,
     run_model,
+    same_names,
     settle_mode,
     split_batch,
     too_few,
@@ -77,11 +78,12 @@ class MultiLabel:
         """Compare outputs, labels and classes.
 
         Raises:
-            DataError: there is one label, output or labels are not [N, number of classes], or labels are not
-                0 and 1.
+            DataError: there is one label, or two of one name; output or labels are not [N, number of
+                classes]; or labels are not 0 and 1.
         """
         labels = split_batch(batch)[2]
-        found = too_few(self.classes, "label") + _wrong_width(output, len(self.classes), "classes")
+        found = too_few(self.classes, "label") + same_names(self.classes)
+        found += _wrong_width(output, len(self.classes), "classes")
         if not isinstance(labels, Tensor) or labels.shape != (len(output), len(self.classes)):
             found.append(f"labels are {kind_of(labels)}; expected [{len(output)}, {len(self.classes)}]")
         elif not bool(((labels == 0) | (labels == 1)).all()):
@@ -241,10 +243,11 @@ class Regression:
         """Compare outputs and labels.
 
         Raises:
-            DataError: the output is not [N, numbers], or labels do not have one number for each.
+            DataError: two numbers have one name, the output is not [N, numbers], or labels do not have one
+                number for each.
         """
         labels = split_batch(batch)[2]
-        found = _wrong_width(output, len(self.classes), "numbers")
+        found = same_names(self.classes) + _wrong_width(output, len(self.classes), "numbers")
         if not isinstance(labels, Tensor) or labels.numel() != len(output) * len(self.classes):
             found.append(f"labels are {kind_of(labels)}; expected [{len(output)}, {len(self.classes)}]")
         elif not bool(torch.isfinite(labels).all()):

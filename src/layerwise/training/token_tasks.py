@@ -24,6 +24,7 @@ from layerwise.training.tasks import (
     kind_of,
     raise_found,
     run_model,
+    same_names,
     settle_mode,
     split_batch,
     too_few,
@@ -89,11 +90,11 @@ class TokenClassification:
         """Compare outputs, labels and tags.
 
         Raises:
-            DataError: there is one tag, the output is not [N, tokens, tags], or labels are no tags of its
-                tokens.
+            DataError: there is one tag, or two of one name; the output is not [N, tokens, tags]; or labels
+                are no tags of its tokens.
         """
         wrong = _wrong_tokens(output, split_batch(batch)[2], len(self.classes), "tags")
-        raise_found(too_few(self.classes, "tag") + wrong)
+        raise_found(too_few(self.classes, "tag") + same_names(self.classes) + wrong)
 
     def metrics(self) -> MetricCollection:
         """Return accuracy and macro F1 of tokens and, for BIO tags, counts of entities."""

@@ -9,7 +9,7 @@ from layerwise.training.classification import Classification
 from layerwise.training.known_tasks import task_from_dict
 from layerwise.training.tasks import run_model, split_batch
 from layerwise.training.text_tasks import MultiLabel, Regression
-from layerwise.training.token_tasks import LanguageModelling
+from layerwise.training.token_tasks import LanguageModelling, TokenClassification
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -46,3 +46,10 @@ def test_batches_and_outputs_of_many_kinds_are_understood() -> None:
         run_model(Returns(lambda t: "no"), (x, None))
     with pytest.raises(DataError, match=r"returned one number.*one row a sample"):
         run_model(Returns(lambda t: t.sum()), (x, None))  # its loss, mostly
+
+
+@pytest.mark.parametrize("kind", [Classification, MultiLabel, TokenClassification, Regression])
+def test_two_outputs_of_one_name_are_refused(kind) -> None:
+    # By name a prediction has room for one of them: the other's probability was lost.
+    with pytest.raises(DataError, match="'bee' names outputs 0 and 2; expected a name of its own for each"):
+        kind(("bee", "ant", "bee")).check(torch.zeros(2, 3), {"labels": torch.zeros(2, 3).long()})
