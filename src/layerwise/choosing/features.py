@@ -27,7 +27,7 @@ from layerwise.choosing.taps import OUTPUT, Floats, NormInputs, Taps
 from layerwise.choosing.tokens import measure_tokens
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.isolation import untouched
-from layerwise.layers.layermap import LayerMap
+from layerwise.layers.layermap import LayerMap, check_map
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.norms import look_through
 
@@ -158,8 +158,13 @@ def map_for(
         example_input: as for `layerwise.layer_map`.
         batch_size: of data that is no loader.
         collate: makes a batch of samples.
+
+    Raises:
+        PlanError: `layers` is something else.
+        DataError: there are no samples to make an example of.
     """
     if layers is not None:
+        check_map(layers)
         return layers
     from layerwise.layers.mapping import layer_map
 

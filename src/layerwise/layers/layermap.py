@@ -215,3 +215,12 @@ class LayerMap:
             notes=tuple(data["notes"]),
             norms=data.get("norms"),
         )
+
+
+def check_map(layers: object) -> None:
+    """Raise `PlanError` where something else was given for a layer map."""
+    if not isinstance(layers, LayerMap):
+        raise PlanError(
+            f"layers is {named_kind(layers)}; expected the layer map of a model: "
+            "layerwise.layer_map(model, example_input, granularity)"
+        )

@@ -171,8 +171,11 @@ class Plan(Data):
         """Raise unless the plan fits `layers`: same granularity and groups, known parameter names.
 
         Raises:
-            PlanError: with all differences, from both sides.
+            PlanError: with all differences, from both sides; or `layers` is no layer map.
         """
+        from layerwise.layers.layermap import check_map
+
+        check_map(layers)
         found = []
         if self.granularity != layers.granularity:
             found.append(
@@ -217,7 +220,7 @@ class Plan(Data):
             steps_per_epoch: optimiser steps per epoch; None assumes 100 and says so.
 
         Raises:
-            PlanError: the plan does not fit `layers`.
+            PlanError: the plan does not fit `layers`, or that is no layer map.
         """
         from layerwise.plans.explain import explain
 

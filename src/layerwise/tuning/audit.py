@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.errors import ModelError
-from layerwise.layers.layermap import LayerMap
+from layerwise.layers.layermap import LayerMap, check_map
 from layerwise.tuning import audit_graph, audit_modes, audit_optimizer, audit_schedulers
 from layerwise.tuning.audit_probe import probe
 from layerwise.tuning.audit_setup import Finding, Setup, optimizers_of
@@ -177,6 +177,7 @@ def audit(
 
     Raises:
         ModelError: `layers` is of another model, or `optimizer` is none.
+        PlanError: `layers` is no layer map.
         DataError: the batch begins with no tensor of samples, or the model's forward fails on it.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -189,6 +190,8 @@ def audit(
         batch_size = found if isinstance(found, int) else None
     schedulers = [] if scheduler is None else scheduler
     schedulers = schedulers if isinstance(schedulers, list | tuple) else [scheduler]
+    if layers is not None:
+        check_map(layers)
     setup = Setup(model, optimizers_of(optimizer), schedulers, layers, batch_size)
     measured = [] if loader is None else list(probe(setup, loader, forward))  # first: it sees the modes too
     findings = [*(finding for check in CHECKS for finding in check(setup)), *measured]

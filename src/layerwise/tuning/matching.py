@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from layerwise.errors import ModelError, PlanError, named_kind, shorten
-from layerwise.layers.layermap import LayerMap
+from layerwise.layers.layermap import LayerMap, check_map
 from layerwise.layers.norms import find_norms
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
@@ -27,6 +27,7 @@ def layers_for(model: nn.Module, plan: Plan, layers: LayerMap | None, example_in
         from layerwise.layers.mapping import layer_map
 
         return fit_names(plan, layer_map(model, example_input, granularity=plan.granularity))
+    check_map(layers)
     if is_peft(model) and layers.groups[0].parameters[0] not in dict(model.named_parameters()):
         return rebased(layers, model)
     return fit_names(plan, layers)

@@ -70,8 +70,8 @@ class Tuner:
         plan: the plan.
 
     Raises:
-        PlanError: the plan was made for another model; `lr` or `steps_per_epoch` is out of range; the
-            optimiser cannot be used.
+        PlanError: the plan was made for another model; `layers` is no layer map; `lr` or `steps_per_epoch` is
+            out of range; the optimiser cannot be used.
         ModelError: the model has parameters that the layer map does not know; or it is wrapped by a
             DistributedDataParallel that does not look for unused parameters, though the plan freezes; or a
             phase starts anew what knows no initialisation.

@@ -1059,6 +1059,24 @@ def test_a_plan_must_be_a_plan() -> None:
         make("plan.yaml")
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, plan: Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=model),
+        lambda model, plan: plan.explain(model),
+        lambda model, plan: layerwise.param_groups(model, plan, lr=0.1, layers=model),
+        lambda model, plan: layerwise.audit(model, layers=model),
+        lambda model, plan: layerwise.signature(model, [torch.zeros(4, 2)], layers=model),
+    ],
+)
+def test_a_model_in_the_place_of_its_layer_map_is_told_in_one_line(call: Any) -> None:
+    """Wherever a map can be given, in the words of layerwise and not of Python."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
+    with pytest.raises(PlanError, match=r"layers is a Sequential; expected .* layerwise.layer_map\(") as told:
+        call(model, strategies.full(map_by_children(model)))
+    assert len(str(told.value)) < 250
+
+
 def test_a_model_in_the_place_of_the_plan_is_told_in_one_line() -> None:
     """The arguments the other way round."""
     model, plan = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20))), make(strategies.full).plan
