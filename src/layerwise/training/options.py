@@ -115,11 +115,21 @@ def check_options(values: Mapping[str, Any]) -> None:
     )
     expect("keep_checkpoints", whole("keep_checkpoints", 1), "a whole number of at least 1")
     expect("seed", whole("seed", 0) and values["seed"] < 2**32, "a whole number from 0 to 2**32 - 1")
-    expect("precision", values["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    expect("precision", values["precision"] in list(PRECISIONS), f"one of {', '.join(PRECISIONS)}")
     expect("label_smoothing", 0 <= number("label_smoothing") < 1, "a number from 0 to below 1")
     expect("keep", values["keep"] in ("best", "last"), "'best' or 'last'")
     expect("sampler", values["sampler"] in (None, "weighted"), "None or 'weighted'")
     expect("cache", values["cache"] in ("auto", "memory", "disk", "off"), "'auto', 'memory', 'disk' or 'off'")
+    expect("device", values["device"] in ("auto", "cpu"), "'auto' or 'cpu'")
+    is_task = values["task"] == "auto" or hasattr(values["task"], "collate")
+    expect(
+        "task",
+        is_task,
+        "'auto' or a task object, as layerwise.training.classification.Classification(classes)",
+    )
+    trackers = values["trackers"]
+    named = isinstance(trackers, list | tuple) and all(isinstance(name, str) for name in trackers)
+    expect("trackers", named or isinstance(trackers, str | None), "None, or the names of trackers")
     if values["weight_decay"] is not None:
         expect("weight_decay", number("weight_decay") >= 0, "None or a finite number of at least 0")
     if values["clip_norm"] is not None:

@@ -9,6 +9,7 @@ import torch
 
 from layerwise.errors import RunError, TrainingError
 from layerwise.plans.plan import Plan
+from layerwise.training.classification import Classification
 from layerwise.training.monitoring import has_stalled, is_better
 from layerwise.training.options import check_options, check_same_run, find_optimizer
 
@@ -30,6 +31,9 @@ GOOD = {
     "early_stopping": None,
     "checkpoint_every_steps": None,
     "class_weights": None,
+    "task": "auto",
+    "device": "auto",
+    "trackers": None,
 }
 
 
@@ -37,6 +41,7 @@ def test_good_options_pass() -> None:
     # Defaults and the other legal values raise nothing.
     check_options(GOOD)
     check_options({**GOOD, "class_weights": [1, 2.0], "clip_norm": 1, "early_stopping": 3, "weight_decay": 0})
+    check_options({**GOOD, "task": Classification(("a", "b")), "device": "cpu", "trackers": ["tensorboard"]})
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,13 @@ def test_good_options_pass() -> None:
         ("seed", -1),
         ("precision", "fp8"),
         ("precision", "fp16"),
+        ("precision", ["fp32"]),
+        ("device", "cuda:1"),
+        ("device", ["cpu"]),
+        ("task", "image_classification"),
+        ("task", 3),
+        ("trackers", 3),
+        ("trackers", [3]),
         ("label_smoothing", 1.0),
         ("class_weights", "rare"),
         ("class_weights", [1.0, -1.0]),
