@@ -114,8 +114,8 @@ def calibrate_batchnorm(
         What was measured, and how far each layer's mean moved.
 
     Raises:
-        ModelError: the model has no norm with a running mean and variance, or `names` has an unknown one, or
-            none.
+        ModelError: the model has no norm with a running mean and variance, or a scripted one; or `names` has
+            an unknown one, or none.
         DataError: `loader` is no iterable of batches (a tensor is one batch, a mapping too); a batch begins
             with no tensor of samples, or the model's forward fails on it; no data, or NaN and infinity in it;
             one value per channel only; or a one-shot iterator where several passes are needed.
@@ -201,6 +201,12 @@ def _chosen(root: nn.Module, names: Iterable[str] | None) -> tuple[list[NormLaye
         raise ModelError(
             f"this {type(root).__name__} has no norm with running statistics: nothing to calibrate. "
             "Use another normalisation policy than 'calibrate'."
+        )
+    if scripted := [name for name in wanted if isinstance(found[name].module, torch.jit.ScriptModule)]:
+        raise ModelError(
+            f"{shorten(scripted)} of this {type(root).__name__} is compiled by torch.jit, so what it reads "
+            "cannot be measured. Calibrate the Python model and script it after that, or name other norms: "
+            "names=[...]."
         )
     odd = [name for name in wanted if not _mean_and_variance(found[name].module)]
     if len(odd) == len(wanted):

@@ -364,6 +364,19 @@ def test_a_model_without_running_statistics_is_refused():
         calibrate_batchnorm(nn.LayerNorm(3), [torch.randn(4, 3)])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("method", ["exact", "one_pass", "moving"])
+def test_scripted_norms_are_refused_unless_others_are_named(method):
+    # Nothing can look into them; it was an error of torch's own.
+    net = nn.Sequential(nn.BatchNorm1d(3), torch.jit.script(nn.Sequential(nn.BatchNorm1d(3))))
+    data = [torch.randn(6, 3)]
+    with pytest.raises(
+        ModelError, match=r"1\.0 of this Sequential is compiled by torch.jit.* script it after"
+    ):
+        calibrate_batchnorm(net, data, method=method)
+    assert calibrate_batchnorm(net, data, method=method, names=["0"]).norms == ("0",)
+
+
 def test_norms_that_track_no_mean_are_refused_when_there_are_no_others():
     # EvoNorm tracks a variance alone; beside a batch-norm it is skipped.
     layers = pytest.importorskip("timm").layers
