@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from layerwise.layers.isolation import unwrap
 from layerwise.layers.order import order_of
 from layerwise.layers.outputs import is_borrowed, output_layers
 from layerwise.layers.owners import module_of
+from layerwise.layers.randomness import kept_random_state
 
 _SIZE_ATTRIBUTES = ("num_classes", "num_labels", "n_classes")
 
@@ -67,7 +70,9 @@ def replace_head(
     convolutions and transformers' ``Conv1D`` are replaced by one of the same class, bias, device and
     precision, with gradients on. Several output layers of one size (a distilled DeiT) are all replaced,
     and so are layers of that size that only training uses. A ``num_classes`` or ``num_labels`` attribute
-    that held the old number, and a transformers configuration's ``num_labels`` and ``id2label``, follow.
+    that held the old number, and a transformers configuration's ``num_labels`` and ``id2label``, follow. A
+    class of your own gets again what its constructor takes and the old layer holds under the same name;
+    where that is not all that the constructor was given, as far as its other attributes tell, it is refused.
 
     The new weights are torch's default initialisation, drawn from the global generator: call
     ``torch.manual_seed`` before for repeatable ones. The layer is new even where the old one already had
@@ -83,7 +88,7 @@ def replace_head(
     Raises:
         ModelError: `num_classes`, `outputs` or `class_names` is wrong; there is no output layer; there are
             several of different sizes (say which by `outputs`); its weights are tied to another layer's; or
-            it is of a class that cannot be made anew. Nothing is changed then.
+            it is of a class that cannot be made anew, or would lose what the old one has. Nothing is changed.
         RecordingError: the forward pass raised with this input.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1000))
@@ -215,34 +220,75 @@ def _is_conv1d(layer: nn.Module) -> bool:
 
 
 def _new_layer(path: str, layer: nn.Module, num_classes: int) -> nn.Module:
-    new: nn.Module
     kind: Any = type(layer)
-    try:
-        if isinstance(layer, nn.Linear):
-            new = kind(layer.in_features, num_classes, bias=layer.bias is not None)
-        elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            new = kind(
-                layer.in_channels,
-                num_classes,
-                layer.kernel_size,
-                stride=layer.stride,
-                padding=layer.padding,
-                dilation=layer.dilation,
-                bias=layer.bias is not None,
-                padding_mode=layer.padding_mode,
-            )
-        else:
-            weight: Any = layer.weight
-            new = kind(num_classes, int(weight.shape[0]))
-    except TypeError as error:
-        raise ModelError(
-            f"the output layer {path!r} is a {kind.__name__}, which cannot be made by its features and bias "
-            f"alone ({error}). Replace it yourself: model.{path} = ..."
-        ) from error
+    make: Callable[..., nn.Module]
+    given: dict[str, Any] = {"bias": getattr(layer, "bias", None) is not None}
+    if isinstance(layer, nn.Linear):
+        make, old_classes = functools.partial(kind, layer.in_features), layer.out_features
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        make, old_classes = functools.partial(kind, layer.in_channels), layer.out_channels
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        given |= {name: getattr(layer, name) for name in names}
+    else:  # transformers' Conv1D takes the number of classes first
+        weight: Any = layer.weight
+        make, given, old_classes = kind, {"nx": int(weight.shape[0])}, int(weight.shape[1])
+    if not kind.__init__.__module__.startswith(("torch.", "transformers.")):
+        given = _arguments(path, layer, make, given, old_classes)
+    new = make(num_classes, **given)
     old = next(layer.parameters())
     if old.device.type == "meta":
         return new.to_empty(device="meta").to(dtype=old.dtype).train(layer.training)
     return new.to(device=old.device, dtype=old.dtype).train(layer.training)
+
+
+def _arguments(
+    path: str, layer: nn.Module, make: Callable[..., nn.Module], given: dict[str, Any], old_classes: int
+) -> dict[str, Any]:
+    """Return the arguments with which the constructor of a class of the user's own makes such a `layer`.
+
+    They are those of `given` that it takes and, where these do not do, attributes of `layer` that are called
+    as its arguments. Whether they do is told by a layer made for `old_classes`. An attribute that holds that
+    number is passed on last: it may follow from it.
+
+    Raises:
+        ModelError: none of them do.
+    """
+    kind = type(layer)
+    parameters = inspect.signature(kind).parameters
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    given = {name: value for name, value in given.items() if any_name or name in parameters}
+    held = {name: vars(layer)[name] for name in list(parameters)[2:] if name in vars(layer)}
+    others = {
+        name: value for name, value in held.items() if not (isinstance(value, int) and value == old_classes)
+    }
+    problem: object = None
+    for arguments in (given, others | given, held | given):
+        try:
+            with kept_random_state():
+                same = make(old_classes, **arguments)
+        except Exception as error:  # whatever a user's constructor raises
+            problem = error
+            continue
+        lost = _lost(layer, same)
+        if not lost:
+            return arguments
+        problem = f"a new one would have {lost}"
+    raise ModelError(
+        f"the output layer {path!r} is a {kind.__name__}, which cannot be made by its features, bias and "
+        f"attributes alone ({problem}). Replace it yourself: model.{path} = ..."
+    )
+
+
+def _lost(layer: nn.Module, same: nn.Module) -> str:
+    """Return how `same` differs from `layer` in what its constructor sets; ``""`` where it does not."""
+    shapes, others = ({n: p.shape for n, p in module.named_parameters()} for module in (layer, same))
+    if shapes != others:
+        return f"parameters {others} and not {shapes}"
+    for name in [name for name in vars(same) if name not in vars(nn.Module())]:
+        new, old = repr(vars(same)[name]), vars(layer).get(name)
+        if isinstance(old, int | float | str | tuple | None) and new != repr(old):
+            return f"{name} = {new} and not {old!r}"
+    return ""
 
 
 def _unused_of_size(model: nn.Module, recording: Recording, size: int) -> tuple[str, ...]:

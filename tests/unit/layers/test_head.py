@@ -243,13 +243,77 @@ def test_layers_that_cannot_be_made_anew_are_told() -> None:
     with pytest.raises(ModelError, match="the Linear is itself the output layer; make a new one instead"):
         replace_head(nn.Linear(4, 3), 2)
 
-    class Plain(nn.Linear):
-        def __init__(self, features: int, classes: int) -> None:
-            super().__init__(features, classes)
-
-    with pytest.raises(ModelError, match=r"'1' is a Plain, which cannot be made.*'bias'.*model.1 = "):
-        replace_head(nn.Sequential(nn.Linear(4, 4), Plain(4, 3)), 2)
     assert grouped[2].out_channels == 4
+
+
+class Scaled(nn.Linear):
+    """A layer with an argument of its own, held under its name, and one held under another."""
+
+    def __init__(self, features: int, classes: int, scale: float, *, shift: float = 0.0) -> None:
+        super().__init__(features, classes, bias=False)
+        self.scale, self.moved, self.names = scale, shift, [f"class {i}" for i in range(classes)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale + self.moved
+
+
+class Tempered(nn.Linear):
+    """A layer whose argument has a default, and one that follows the number of classes."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, t: float = 1.0, k: int | None = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.t, self.k = t, k or out_features
+
+
+def test_arguments_of_a_subclass_are_those_of_the_old_layer() -> None:
+    # read from its attributes; at a default of the constructor's they were lost in silence
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Scaled(8, 5, 3.0))
+    torch.manual_seed(0)
+    replace_head(model, 2)
+    assert (type(model[2]), model[2].scale, model[2].bias, len(model[2].names)) == (Scaled, 3.0, None, 2)
+    torch.manual_seed(0)
+    assert torch.equal(model[2].weight, nn.Linear(8, 2, bias=False).weight)
+    for given, kept in (({"t": 0.5}, (0.5, 2)), ({}, (1.0, 2)), ({"bias": False}, (1.0, 2))):
+        model[2] = Tempered(8, 5, **given)
+        replace_head(model, 2)
+        assert (type(model[2]), (model[2].t, model[2].k)) == (Tempered, kept)
+        assert (model[2].bias is None) == ("bias" in given)
+
+
+def test_a_convolution_of_a_class_of_its_own_keeps_its_form() -> None:
+    # what its constructor does not take is fixed by it, or told as lost
+    class Same(nn.Conv2d):
+        def __init__(self, inputs: int, outputs: int, kernel_size: int, *, stride: int = 1) -> None:
+            super().__init__(inputs, outputs, kernel_size, stride, padding=1, padding_mode="reflect")
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Same(8, 5, 3, stride=2))
+    replace_head(model, 300, example_input=image())
+    replace_head(model, 4, example_input=image())
+    assert (type(model[2]), model[2].stride, model[2].padding_mode) == (Same, (2, 2), "reflect")
+    model[2].padding = (0, 0)
+    with pytest.raises(ModelError, match=r"padding = \(1, 1\) and not \(0, 0\)"):
+        replace_head(model, 2, example_input=image())
+
+
+def test_a_subclass_whose_arguments_are_not_known_is_told() -> None:
+    # nothing tells what it was built with: what a new one would lose is named, and the old one stays
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Scaled(8, 5, 3.0, shift=1.5))
+    with pytest.raises(
+        ModelError, match=r"'2' is a Scaled.* have moved = 0.0 and not 1.5.*yourself: model.2 ="
+    ):
+        replace_head(model, 2)
+    assert model[2].moved == 1.5
+
+    class Turned(nn.Linear):
+        def __init__(self, turn: float, features: int, classes: int) -> None:
+            super().__init__(features, classes)
+            self.angle = turn
+
+    model[2] = Turned(0.5, 8, 5)
+    with pytest.raises(ModelError, match=r"'2' is a Turned, which cannot .*missing 1 required.*'classes'"):
+        replace_head(model, 2)
 
 
 def test_the_transposed_layer_of_transformers_is_replaced() -> None:
