@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from layerwise.choosing.signature import Signature
 from layerwise.errors import DataError
@@ -24,6 +24,7 @@ def open_task(
     data: str,
     *,
     weights: str | None = None,
+    mismatched: Literal["error", "drop_head"] = "error",
     pretrained: bool = True,
     input_size: int | None = None,
     granularity: str = "stages",
@@ -39,6 +40,7 @@ def open_task(
         model: spec of the model.
         data: folder or table of labelled images, a table of texts, or a data set's name.
         weights: file to load instead of the library's own.
+        mismatched: what to do with `weights` for other classes, as `layerwise.open_model` takes it.
         pretrained: take the library's weights; False leaves random ones.
         input_size: side of the images in pixels.
         granularity: of the layer map.
@@ -58,6 +60,7 @@ def open_task(
         data=data if data.startswith(NAMED) else str(Path(data).resolve()),
         strategy="full",
         weights=weights,
+        mismatched=mismatched,
         pretrained=pretrained,
         granularity=granularity,
         input_size=input_size,
@@ -74,6 +77,7 @@ def open_inputs(
     data: str,
     *,
     weights: str | None = None,
+    mismatched: Literal["error", "drop_head"] = "error",
     pretrained: bool = True,
     input_size: int | None = None,
     granularity: str = "stages",
@@ -87,6 +91,8 @@ def open_inputs(
         data: a folder of images, whatever its sub-folders; a table of images or texts; lines of texts; a
             data set's name.
         weights: file to load instead of the library's own.
+        mismatched: what to do with `weights` for other classes, as `layerwise.open_model` takes it; of a text
+            model the head is left in any case.
         pretrained: take the library's weights; False leaves random ones.
         input_size: side of the images in pixels.
         granularity: of the layer map.
@@ -100,14 +106,16 @@ def open_inputs(
     from layerwise.layers.randomness import seed_everything
     from layerwise.sources.models import open_model, takes_texts
 
+    given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "input_size": input_size}
+    given["mismatched"] = mismatched
     if data.startswith(NAMED):
-        given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "input_size": input_size}
         task = open_task(model, data, **given, granularity=granularity, val_frac=0.0, seed=seed, text=text)
         return task.opened, _Inputs(task.data.train), task.layers
     seed_everything(seed)
     # a text model has a head to be named by the same groups as when it is tuned
-    more: dict[str, Any] = {"num_classes": 2, "task": "text_classification"} if takes_texts(model) else {}
-    opened = open_model(model, weights=weights, pretrained=pretrained, input_size=input_size, **more)
+    if takes_texts(model):
+        given |= {"num_classes": 2, "task": "text_classification", "mismatched": "drop_head"}
+    opened = open_model(model, **given)
     samples = unlabelled(opened, data, text=text)
     return opened, samples, layer_map(opened.model, opened.example_input, cast(Any, granularity))
 

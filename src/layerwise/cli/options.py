@@ -34,6 +34,11 @@ ValFracOption = Annotated[
     float, typer.Option(help="Share to validate on, where there is no val folder.", callback=share)
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Of training.")]
+Mismatched = Annotated[
+    Literal["error", "drop_head"],
+    # as for the granularity, choices of this width do not fit into 80 columns
+    typer.Option(help="Weights for other classes: error, or drop_head to leave it.", metavar="<name>"),
+]
 MetricOption = Annotated[str | None, typer.Option(help="Of the validation data; the task's own.")]
 
 
@@ -57,6 +62,7 @@ class TaskOptions:
     pair_column: text.PairColumn = None
     max_length: text.MaxLength = None
     weights: Annotated[Path | None, typer.Option(help="Weights file instead of the library's own.")] = None
+    mismatched: Mismatched = "error"
     pretrained: Annotated[bool, typer.Option(help="Take the library's pretrained weights.")] = True
     input_size: Annotated[
         int | None, typer.Option(min=1, max=10**9, help="Side of the images in pixels.")
@@ -67,6 +73,13 @@ class TaskOptions:
         typer.Option(help="What one layer group is: stages, blocks or layers.", metavar="<name>"),
     ] = "stages"
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.", callback=seed_of_all)] = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is said of weights that are not given."""
+        if self.weights is None and self.mismatched != "error":
+            raise typer.BadParameter(
+                "--mismatched: it is for the file of --weights, which is not given; leave it out."
+            )
 
     @property
     def weights_file(self) -> str | None:
@@ -103,6 +116,7 @@ class TaskOptions:
             self.model,
             self.data,
             weights=self.weights_file,
+            mismatched=self.mismatched,
             pretrained=self.pretrained,
             input_size=self.input_size,
             granularity=self.granularity,
@@ -123,6 +137,7 @@ class TaskOptions:
             self.model,
             self.data,
             weights=self.weights_file,
+            mismatched=self.mismatched,
             pretrained=self.pretrained,
             input_size=self.input_size,
             granularity=self.granularity,

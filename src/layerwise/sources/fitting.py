@@ -103,7 +103,7 @@ def load_file(
         raise ModelError(
             f"weights file {str(path)!r} is for {classes} classes{_class_names_beside(path)}, {wanted}. "
             f"Expected data with the same classes; to start a new output layer on top of these weights: "
-            f"mismatched='drop_head'."
+            f"--mismatched drop_head (mismatched=)."
         )
     elif classes is not None:
         kept = {name: value for name, value in state.items() if name not in mismatch.shapes}

@@ -230,6 +230,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
         num_classes=outputs,
         weights=job.weights,
         pretrained=job.pretrained,
+        mismatched=cast(Any, job.mismatched),
         task=cast(Any, model_task),
         problem=problem,
     )

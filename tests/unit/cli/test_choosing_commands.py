@@ -408,6 +408,39 @@ def test_texts_need_no_labels_for_signature_and_diagnosis(texts, tmp_path):
         assert {entry["name"] for entry in data["inputs"]} == {"length", "fertility", "unknown"}
 
 
+def test_weights_for_other_classes_lose_their_head_if_asked(images, tmp_path):
+    # the error names an option, which only fit had
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path / "w.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=5).state_dict(), path)
+    given = [MODEL, "--data", images, *SIZE, "--weights", path]
+    refused = command("advise", *given)
+    assert refused.exit_code == 1
+    assert "is for 5 classes, not 2" in refused.stderr
+    option = re.search(r"--\w+ drop_head", refused.stderr)[0].split()
+    told = command("advise", *given, *option, "-o", tmp_path / "plan.yaml")
+    assert told.exit_code == 0, told.output
+    assert "--mismatched drop_head" in told.stderr  # of the fit command to go on with
+    vain = command("advise", MODEL, "--data", images, *option)
+    assert vain.exit_code == 2
+    assert "--mismatched: it is for the file of --weights" in " ".join(vain.stderr.replace("│", "").split())
+
+
+def test_a_signature_of_texts_takes_weights_of_any_classes(texts, tmp_path):
+    # it does not look at the head, which is made up
+    from safetensors.torch import save_file
+
+    from layerwise.sources.models import open_model
+
+    model, path = f"hf:{texts / 'bert'}", tmp_path / "w.safetensors"
+    save_file(open_model(model, num_classes=3).model.state_dict(), path)
+    made = command("signature", model, "--data", texts / "a.csv", "--text-column", "text", "--weights", path,
+                   "-o", tmp_path / "sig.safetensors")  # fmt: skip
+    assert made.exit_code == 0, made.output
+
+
 def test_texts_without_a_source_say_how_to_make_a_signature(texts):
     # BERT has no batch-norm; the message holds the command
     result = command("diagnose", f"hf:{texts / 'bert'}", "--data", texts / "a.csv", *COLUMNS)

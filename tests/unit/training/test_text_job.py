@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from layerwise.errors import DataError, LayerwiseError, ModelError, PlanError
+from layerwise.sources.models import open_model
 from layerwise.sources.texttable import TextPart, TextTable
 from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
@@ -380,3 +382,16 @@ def test_held_out_texts_of_which_nothing_is_scored_are_told(work):
     prepared = open_job(dataclasses.replace(masked, data=str(write_csv(work / "masked.csv", rows))))
     with pytest.raises(DataError, match=r"nothing in the held-out data is scored.*Give more of them"):
         prepared.fit(progress=False)
+
+
+def test_weights_for_other_classes_lose_their_head_if_asked(work, tmp_path):
+    # As for images; what was asked for on the command line was not passed on.
+    weights = tmp_path / "two.safetensors"
+    theirs = open_model(job(work).model, num_classes=2).model.state_dict()
+    safetensors.torch.save_file(theirs, weights)
+    given = dataclasses.replace(job(work), weights=str(weights))
+    with pytest.raises(ModelError, match=r"is for 2 classes, not 3.* --mismatched drop_head \(mismatched=\)"):
+        open_job(given)
+    opened = open_job(dataclasses.replace(given, mismatched="drop_head")).opened
+    assert opened.model.classifier.out_features == 3
+    assert torch.equal(opened.model.bert.pooler.dense.weight, theirs["bert.pooler.dense.weight"])
