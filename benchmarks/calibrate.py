@@ -56,7 +56,7 @@ def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
     """Add the rows of one source data set that are missing, saving after each."""
     torch.manual_seed(0)
     pixels, labels = PIXELS[name](SIZE)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = drawn(len(labels))
     source, target = order[:SOURCE], order[SOURCE : SOURCE + TARGET]
     model = lite0()
     calibrate_batchnorm(model, [normalised(pixels[source])])  # one batch needs one pass
@@ -81,7 +81,7 @@ def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
         if done is None:
             if kind.startswith("domain:"):
                 x, y = PIXELS[kind.partition(":")[2]](SIZE)
-                found, accuracy = collect(x[torch.randperm(len(y))[:TARGET]]), None
+                found, accuracy = collect(x[drawn(len(y))[:TARGET]]), None
             else:
                 found = collect(corrupt(pixels[target], kind, strength), labels[target])
                 accuracy = balanced_accuracy(probe(found), found.labels)
@@ -107,6 +107,11 @@ def measure_source(name: str, rows: list[dict[str, Any]]) -> None:
         )
         print(f"{name:8} {kind:16} {strength:.1f} harm {done['harm']:.2f}", flush=True)
     write_json(RESULTS, rows)
+
+
+def drawn(count: int) -> Tensor:
+    """Return the numbers of `count` samples in an order that is always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def fit_probe(features: Features) -> Any:
