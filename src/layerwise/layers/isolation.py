@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,6 +24,15 @@ _WRAPPED_AS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 _COMPILING = ("torch._dynamo.eval_frame", "torch.nn.attention.flex_attention")
 
 
+def require_module(model: object) -> None:
+    """Raise `ModelError` where something else was given for a model."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"model is {reprlib.repr(model)}, {named_kind(model)}; expected a torch.nn.Module. Open one by "
+            "name: layerwise.open_model('timm:resnet18')"
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of torch.compile, DDP, DataParallel, FSDP and checkpointing.
 
@@ -34,11 +44,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     >>> unwrap(nn.DataParallel(layer)) is layer
     True
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"model is {model!r}, {named_kind(model)}; expected a torch.nn.Module. Open one by name: "
-            f"layerwise.open_model('timm:resnet18')"
-        )
+    require_module(model)
     while True:
         names = (*_WRAPPED_AS, "module") if _is_data_parallel(model) else _WRAPPED_AS
         inner = next((part for name, part in model._modules.items() if name in names), None)

@@ -177,6 +177,7 @@ class LayerMap:
         """Return what changes from this map to `other`; it is false, and prints so, if nothing does."""
         from layerwise.layers.difference import difference
 
+        check_map(other)
         return difference(self, other)
 
     def __rich__(self) -> LayerTable:

@@ -11,7 +11,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from layerwise.errors import PlanError, did_you_mean
+from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans import recipes, strategies, unfreezing
 from layerwise.plans.options import PhaseOptions, settings
@@ -58,9 +58,14 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             those that `text` gives win.
 
     Raises:
-        PlanError: the strategy or an argument is unknown, a value has the wrong type or is missing, or the
-            strategy itself refuses.
+        PlanError: `text` is none, the strategy or an argument is unknown, a value has the wrong type or is
+            missing, or the strategy itself refuses.
     """
+    if not isinstance(text, str):
+        raise PlanError(
+            "a strategy is a text such as 'top_k:k=2', given before the layer map; received "
+            f"{named_kind(text)}"
+        )
     name, given, positional = _split(text)
     if name == "auto":
         raise PlanError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from layerwise.errors import MissingExtraError, ModelError, did_you_mean
+from layerwise.errors import MissingExtraError, ModelError, did_you_mean, named_kind
 from layerwise.sources.fetching import fetch, hub_if_found, read_folder
 from layerwise.sources.fitting import Mismatched, fit_head, load_file, output_layers, replace_head
 from layerwise.sources.opened import OpenedModel, Task, example_image
@@ -229,6 +229,11 @@ class _Found:
 
 def _split(spec: str) -> tuple[str, str]:
     """Return the kind of source (``"timm"``, ``"torchvision"``, ``"hf"``, ``"file"``) and the rest."""
+    if not isinstance(spec, str):
+        raise ModelError(
+            f"model is {named_kind(spec)}; expected its name, such as 'timm:resnet18'. One that is built "
+            "already needs no opening."
+        )
     kind, colon, name = spec.partition(":")
     if kind in SOURCES and name:
         return kind, name

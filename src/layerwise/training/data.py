@@ -302,10 +302,10 @@ def open_batches(
                 f"{what} is a pair of tensors; expected a map-style data set or a DataLoader. Make one: "
                 f"torch.utils.data.TensorDataset(inputs, labels)."
             )
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        if isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise DataError(
                 f"{what} is {named_kind(data)}; expected a map-style data set (with __len__ and "
-                "__getitem__) or a DataLoader."
+                "__getitem__) or a DataLoader. Of a folder of images: layerwise.open_images(...).train"
             )
         source, shuffle = data, train
         collate = getattr(data, "collate", collate)  # texts know their own padding

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from layerwise.cache.replay.ghost import Ghost
 from layerwise.errors import ModelError, RunError, TrainingError, plural, shorten
 from layerwise.files import FULL
+from layerwise.layers.isolation import require_module
 from layerwise.layers.structures import tensors_in
 from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.options import Precision
@@ -102,7 +103,8 @@ def finite_loss(
 
 
 def require_values(model: nn.Module) -> None:
-    """Raise `ModelError` if tensors of a model are on the meta device, which keeps no values."""
+    """Raise `ModelError` for what is no model, or has tensors on the meta device, which keeps no values."""
+    require_module(model)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if without := [name for name, tensor in tensors if tensor.is_meta]:
         raise ModelError(

@@ -99,6 +99,6 @@ def infer_task(
             f"labels of the first batch are {kind_of(labels)}; task='auto' knows one integer for each "
             "sample. Give fit a task object that says what they mean: fit(..., task=...)."
         )
-    names = tuple(classes) if classes is not None else tuple(str(i) for i in range(outputs))
+    names = tuple(str(name) for name in (classes if classes is not None else range(outputs)))
     name = "text_classification" if kwargs else "image_classification"
     return Classification(names, name, label_smoothing=label_smoothing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -127,6 +127,9 @@ def check_options(values: Mapping[str, Any]) -> None:
         is_task,
         "'auto' or a task object, as layerwise.training.classification.Classification(classes)",
     )
+    classes = values["classes"]  # a set has no order, and a text would be one class a letter
+    listed = isinstance(classes, Iterable) and not isinstance(classes, str | set | frozenset | Mapping)
+    expect("classes", classes is None or listed, "None, or a list of names in the order of the outputs")
     trackers = values["trackers"]
     named = isinstance(trackers, list | tuple) and all(isinstance(name, str) for name in trackers)
     expect("trackers", named or isinstance(trackers, str | None), "None, or the names of trackers")
@@ -155,9 +158,9 @@ def check_options(values: Mapping[str, Any]) -> None:
     if values["precision"] == "fp16" and not torch.cuda.is_available():
         found.append("precision is 'fp16', which needs a GPU; there is none here. Take 'fp32' or 'bf16'")
     if found:
-        listed = "".join(f"\n  - {problem}" for problem in found)
+        problems = "".join(f"\n  - {problem}" for problem in found)
         raise TrainingError(
-            f"{len(found)} option{'s' if len(found) > 1 else ''} of fit cannot be used:{listed}"
+            f"{len(found)} option{'s' if len(found) > 1 else ''} of fit cannot be used:{problems}"
         )
 
 

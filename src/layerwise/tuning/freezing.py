@@ -11,6 +11,7 @@ from weakref import WeakSet
 from torch import nn
 
 from layerwise.errors import ModelError, percent, plural
+from layerwise.layers.isolation import require_module
 from layerwise.plans.selection import match_names
 from layerwise.tuning.modes import first_encoder_layers, pin_eval, unpin
 
@@ -153,8 +154,9 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         model: as its ``requires_grad`` are now; unchanged.
 
     Raises:
-        ModelError: a lazy layer has no shape yet.
+        ModelError: `model` is none, or a lazy layer has no shape yet.
     """
+    require_module(model)
     numbers = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -168,6 +170,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _switch(
     model: nn.Module, patterns: tuple[str, ...], action: Literal["freeze", "unfreeze"]
 ) -> FreezeRecord:
+    require_module(model)
     every = dict(model.named_parameters(remove_duplicate=False))
     chosen = match_names(patterns, every) if patterns else list(every)
     wanted = action == "unfreeze"

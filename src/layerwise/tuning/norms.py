@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from layerwise.errors import ModelError
-from layerwise.layers.isolation import unwrap
+from layerwise.layers.isolation import require_module, unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.settings import NormKind, Norms, affine_learns, moves_and_learns
@@ -69,6 +69,7 @@ def freeze_batchnorm(model: nn.Module, *, affine: bool = True) -> FrozenNorms:
     >>> model.train()[1].training
     False
     """
+    require_module(model)
     norms = [norm for norm in find_norms(model) if norm.kind == "running"]
     modules = pin_eval(module for norm in norms for module in norm.module.modules())
     parameters = tuple(

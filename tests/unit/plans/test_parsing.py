@@ -130,6 +130,12 @@ def test_a_path_of_numbers_is_a_name() -> None:
     assert list(parse_strategy("discriminative:frozen=2.0", layers).phases[0].rates) == ["0.0", "1.0", "3"]
 
 
+def test_the_arguments_the_other_way_round_are_told() -> None:
+    # The strategies themselves take the layer map first.
+    with pytest.raises(PlanError, match=r"a strategy is a text .*'top_k:k=2'.*; received a LayerMap"):
+        parse_strategy(LAYERS, "full")  # type: ignore[arg-type]
+
+
 def test_auto_is_told_to_be_of_fit() -> None:
     """The strategy that only `layerwise fit` has is not called a misspelt one."""
     with pytest.raises(PlanError, match="layerwise fit --strategy auto") as error:

@@ -396,3 +396,8 @@ def test_a_folder_that_timm_saved(tmp_path):
     assert reopen(opened.to_dict()).num_classes == 7
     with pytest.raises(ModelError, match=r"names a folder without config\.json"):
         open_model(f"timm:local-dir:{tmp_path}/nowhere")
+
+
+def test_a_model_is_not_opened_by_itself():
+    with pytest.raises(ModelError, match=r"model is a Linear; expected its name, .* needs no opening"):
+        open_model(nn.Linear(2, 2))

@@ -173,6 +173,14 @@ def test_data_that_cannot_be_used_is_told() -> None:
         labels_of(Stream())
 
 
+def test_the_name_of_a_folder_is_no_data() -> None:
+    # It has a length and items, its letters, which went into the model.
+    with pytest.raises(
+        DataError, match=r"val is a str; expected a map-style data set .* layerwise.open_images"
+    ):
+        open_batches("photos", train=False, batch_size=2)
+
+
 def test_batches_by_length_hold_every_sample_once_and_little_padding():
     # Grouping loses no sample, keeps the smaller last batch last, differs by epoch, and saves padding.
     lengths = torch.randint(1, 100, (103,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -50,5 +50,6 @@ def test_the_first_batch_tells_the_task() -> None:
     assert (pair.name, pair.classes) == ("image_classification", ("0", "1", "2"))
     mapping = {"input_ids": torch.zeros(2, 5), "labels": torch.tensor([0, 1])}
     assert infer_task(mapping, classes=CLASSES, outputs=3).name == "text_classification"
+    assert infer_task(mapping, classes=[7, 8, 9], outputs=3).classes == ("7", "8", "9")
     with pytest.raises(DataError, match="float32"):
         infer_task((torch.zeros(2, 3), torch.zeros(2)), classes=None, outputs=3)

@@ -32,6 +32,7 @@ GOOD = {
     "checkpoint_every_steps": None,
     "class_weights": None,
     "task": "auto",
+    "classes": None,
     "device": "auto",
     "trackers": None,
 }
@@ -68,6 +69,9 @@ def test_good_options_pass() -> None:
         ("task", "image_classification"),
         ("task", 3),
         ("trackers", 3),
+        ("classes", 3),
+        ("classes", "abc"),
+        ("classes", {"a"}),
         ("trackers", [3]),
         ("label_smoothing", 1.0),
         ("class_weights", "rare"),

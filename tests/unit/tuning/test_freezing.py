@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import layerwise
 from helpers import changed, snapshot, tiny_cnn, tiny_mlp
 from layerwise.errors import ModelError, PlanError
 from layerwise.tuning.freezing import ParameterCount, count_parameters, freeze, unfreeze
@@ -18,6 +20,22 @@ from layerwise.tuning.modes import pinned
 from layerwise.tuning.norms import freeze_batchnorm
 
 NAMES = [name for name, _ in tiny_cnn().named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        freeze,
+        unfreeze,
+        count_parameters,
+        freeze_batchnorm,
+        lambda model: layerwise.fit(model, [], plan=None),
+    ],
+)
+def test_the_name_of_a_model_is_no_model(call: Any) -> None:
+    # As where a layer map is made of it.
+    with pytest.raises(ModelError, match=r"model is 'timm:a', a str; expected a torch.nn.Module"):
+        call("timm:a")
 
 
 def state(model: nn.Module) -> dict[str, object]:

@@ -1064,6 +1064,7 @@ def test_a_plan_must_be_a_plan() -> None:
     [
         lambda model, plan: Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=model),
         lambda model, plan: plan.explain(model),
+        lambda model, plan: map_by_children(model).diff(model),
         lambda model, plan: layerwise.param_groups(model, plan, lr=0.1, layers=model),
         lambda model, plan: layerwise.audit(model, layers=model),
         lambda model, plan: layerwise.signature(model, [torch.zeros(4, 2)], layers=model),
