@@ -72,10 +72,11 @@ def _input_table(found: Shift) -> Table:
 
 
 def transfer_table(found: Transferability) -> Table:
-    """Return the scores of every depth."""
+    """Return the scores of every depth; on a narrow console those of the probe and the neighbours alone."""
     table = new_table(
         f"Frozen features at each depth ({found.samples} samples; largest class {found.chance:.3f})",
         ["group", "depth", "linear probe", "kNN", "LogME", "NLEEP", "H-score"],
+        spare=3,
     )
     for d in found.depths:
         table.add_row(*d.cells())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -16,9 +18,39 @@ if TYPE_CHECKING:
     from layerwise.training.result import Result
 
 
-def new_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
-    """Return an empty table whose first `left` columns are words and the others numbers."""
-    table = Table(
+_LEAST_WORDS = 16
+"""Letters of a cell of words that stay in one line where numbers need the room."""
+
+
+class _Fitting(Table):
+    """A table that moves closer, and leaves out its last `spare` columns, before a number is broken."""
+
+    spare = 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = copy.copy(self)
+        if not _fits(shown, console, options):
+            shown.padding = (0, 1, 0, 0)
+            shown.columns = [copy.copy(column) for column in self.columns]
+            for column in shown.columns:
+                column.max_width = _LEAST_WORDS if column.justify == "left" else None
+            if self.spare and not _fits(shown, console, options):
+                del shown.columns[-self.spare :]
+            for column in shown.columns:
+                column.max_width = None
+        yield from Table.__rich_console__(shown, console, options)
+
+
+def _fits(table: Table, console: Console, options: ConsoleOptions) -> bool:
+    return console.measure(table, options=options.update(width=10_000)).maximum <= options.max_width
+
+
+def new_table(title: str, columns: Sequence[str], *, left: int = 1, spare: int = 0) -> Table:
+    """Return an empty table whose first `left` columns are words and the others numbers.
+
+    Where the console is too narrow its columns move closer, and the last `spare` ones are left out.
+    """
+    table = _Fitting(
         title=title,
         title_justify="left",
         title_style="bold",
@@ -27,6 +59,7 @@ def new_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
         pad_edge=False,
         min_width=len(title),
     )
+    table.spare = spare
     for index, name in enumerate(columns):
         # a long path goes on in the next line: its end tells the rows apart
         table.add_column(name, justify="left" if index < left else "right", overflow="fold")
@@ -83,9 +116,12 @@ def confusion_table(confusion: Sequence[Sequence[int]], classes: Sequence[str]) 
 
 
 def prediction_table(rows: Sequence[Mapping[str, Any]], classes: Sequence[str], *, limit: int = 6) -> Table:
-    """Return a row for each image: label, its probability, and (for few classes) all probabilities."""
+    """Return a row for each image: label, its probability, and (for few classes) all probabilities.
+
+    A narrow console goes without the probabilities of all classes.
+    """
     shown = list(classes) if len(classes) <= limit else []
-    table = new_table("", ["image", "label", "probability", *shown], left=2)
+    table = new_table("", ["image", "label", "probability", *shown], left=2, spare=len(shown))
     for row in rows:
         every = (f"{row['probabilities'][name]:.3f}" for name in shown)
         table.add_row(row["image"], row["label"], f"{row['probability']:.3f}", *every)

@@ -129,15 +129,17 @@ def predict_and_print(
     elif form == "csv":
         _print_csv([_flat(row) for row in rows])
     else:
-        print_table(_table([_flat(row) for row in rows]))
+        print_table(_table([_flat(row, digits=3) for row in rows]))
 
 
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a prediction as cells: probabilities as columns, lists as words."""
+def _flat(row: Mapping[str, Any], *, digits: int = 6) -> dict[str, Any]:
+    """Return a prediction as cells: probabilities as columns with so many digits, lists as words."""
     cells: dict[str, Any] = {}
     for name, value in row.items():
         if name == "probabilities" and isinstance(value, Mapping):
-            cells |= {f"p_{key}": f"{number:.6f}" for key, number in value.items()}
+            cells |= {f"p_{key}": f"{number:.{digits}f}" for key, number in value.items()}
+        elif name == "probability":
+            cells[name] = f"{value:.{digits}f}"
         elif name == "entities":
             cells[name] = "; ".join(f"{entity['text']} ({entity['type']})" for entity in value)
         elif name == "fillers":
@@ -158,13 +160,15 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], *, limit: int = 9) -> Any:
-    """Return a table for people: long texts are cut, and many probabilities left out."""
+    """Return a table for people: long texts are cut, and probabilities left out that have no room."""
     from layerwise.cli.tables import new_table
 
     names = [name for name in rows[0] if name != "words"]
     if len(names) > limit:
         names = [name for name in names if not name.startswith("p_")]
-    table = new_table("", names, left=len(names))
+    of_classes = [name for name in names if name.startswith("p_")]
+    numbers = len(of_classes) + ("probability" in names)
+    table = new_table("", names, left=len(names) - numbers, spare=len(of_classes))
     for row in rows:
         table.add_row(*(_short(str(row[name])) for name in names))
     return table

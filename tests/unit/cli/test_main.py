@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import layerwise
+from layerwise.choosing.depths import DepthScores, Transferability
 from layerwise.cli import main, output
-from layerwise.cli.tables import new_table
+from layerwise.cli.choosing_tables import transfer_table
+from layerwise.cli.tables import new_table, prediction_table
 from layerwise.errors import DataError, LayerwiseWarning
 from layerwise.files import write_file
 
@@ -199,6 +202,26 @@ def test_names_of_the_user_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "Per class [bold]" in shown
     assert all(shown.count(name) == 2 for name in names)
+
+
+@pytest.mark.parametrize("width", [200, 80, 60])
+def test_a_narrow_terminal_breaks_no_number(width: int) -> None:
+    # Columns move closer, then probabilities of classes and the rarer scores are left out, all or none.
+    every = {"defective": 0.998, "functional": 0.002}
+    row = {"image": "new/cell1501.png", "label": "defective", "probability": 0.998, "probabilities": every}
+    depth = DepthScores("blocks.0", 8, -0.342, -0.36, 0.683, 0.938, 0.891)
+    scores = Transferability((depth,), 64, 2, 0.5, None)
+    shown = []
+    for table in (prediction_table([row], list(every)), transfer_table(scores)):
+        console = Console(width=width)
+        with console.capture() as printed:
+            console.print(table)
+        shown.append(printed.get())
+    wide = width > 60
+    assert "new/cell1501.png" in shown[0]
+    assert [shown[0].count("0.998"), shown[0].count("functional")] == ([2, 1] if wide else [1, 0])
+    assert [number in shown[1] for number in ("0.891", "0.938")] == [True, True]
+    assert [number in shown[1] for number in ("-0.342", "-0.360", "0.683")] == [wide] * 3
 
 
 def test_errors_of_the_system_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
