@@ -49,9 +49,9 @@ class RateRow:
     Attributes:
         name: layer group, or param group where no layer map is at hand.
         lr: lowest and highest learning rate in it; None where nothing trains, or the optimiser makes its own.
-        weight_decay: the highest weight decay.
+        weight_decay: the highest weight decay of what trains; 0 where nothing does.
         trainable: number of scalars that train.
-        frozen: number of scalars that do not.
+        frozen: number of scalars that do not: they need no gradient, or no optimiser holds them.
     """
 
     name: str
@@ -132,14 +132,12 @@ class Audit:
             shown.append(Padding(Text(f"Fix: {found.fix}"), (0, 0, 1, 2)))
         if self.rates:
             rates = Table(title="Rates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-            for column in ("group", "learning rate", "weight decay", "trainable", "frozen"):
+            for column in ("group", "learning rate", "weight decay", "learns", "does not"):
                 rates.add_column(column, justify="left" if column == "group" else "right")
             for row in self.rates:
                 rate = " .. ".join(f"{rate:g}" for rate in dict.fromkeys(row.lr or ()))
-                rate = rate or ("its own" if row.trainable else "frozen")
-                rates.add_row(
-                    Text(row.name), rate, f"{row.weight_decay:g}", f"{row.trainable:,}", f"{row.frozen:,}"
-                )
+                settings = (rate or "its own", f"{row.weight_decay:g}") if row.trainable else ("-", "-")
+                rates.add_row(Text(row.name), *settings, f"{row.trainable:,}", f"{row.frozen:,}")
             shown.append(rates)
         return Group(*shown, *map(Text, self.notes))
 

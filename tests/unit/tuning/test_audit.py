@@ -281,7 +281,7 @@ def test_an_optimiser_that_makes_its_rates_itself_is_no_fault(net):
     console.print(report)
     rows = [line.split() for line in console.file.getvalue().splitlines()]
     assert [row[:3] for row in rows if row and row[0] in ("stem", "mid")] == [
-        ["stem", "frozen", "0"], ["mid", "its", "own"]
+        ["stem", "-", "-"], ["mid", "its", "own"]
     ]  # fmt: skip
 
 
@@ -754,6 +754,21 @@ def test_an_audit_leaves_no_trace(net):
 
 
 # -------------------------------------------------------------------------------------------------- the faces
+
+
+def test_the_table_of_rates_does_not_speak_against_the_findings(net):
+    # What no optimiser holds is not called frozen, and no decay is told of what never learns.
+    net.stem.requires_grad_(False)
+    freeze_batchnorm(net)
+    held = [*net.stem.parameters(), *net.fc.parameters()]
+    report = audit(net, AdamW(held, lr=0.1, weight_decay=0.5), layers=map_by_children(net))
+    assert {"trainable-not-in-optimizer", "frozen-with-decay"} <= report.codes
+    console = Console(width=100, file=io.StringIO())
+    console.print(report)
+    rows = [line.split() for line in console.file.getvalue().partition("Rates")[2].splitlines()]
+    shown = {row[0]: row[1:3] for row in rows if len(row) > 3}
+    assert shown["stem"] == shown["mid"] == ["-", "-"]
+    assert shown["fc"] == ["0.1", "0.5"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
