@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +14,7 @@ from layerwise.cli.output import (
     check_output,
     friendly,
     given_options,
+    pasted,
     print_json,
     print_table,
 )
@@ -117,7 +117,8 @@ def plan(
     if made is None:
         assert strategy is not None
         made = parse_strategy(strategy, mapped, **common)
-    _show(made, explain(made, mapped, lr=lr, steps_per_epoch=steps_per_epoch, held=held), out, as_json)
+    explained = explain(made, mapped, lr=lr, steps_per_epoch=steps_per_epoch, held=held)
+    _show(made, explained, lr, out, as_json)
 
 
 def _map(
@@ -134,7 +135,7 @@ def _map(
     return mapped, constants_of(opened.model, mapped)
 
 
-def _show(plan: Plan, explanation: Explanation, out: Path | None, as_json: bool) -> None:
+def _show(plan: Plan, explanation: Explanation, lr: float | None, out: Path | None, as_json: bool) -> None:
     if out is not None:
         plan.save(out)
     if as_json:
@@ -142,8 +143,11 @@ def _show(plan: Plan, explanation: Explanation, out: Path | None, as_json: bool)
         return
     print_table(explanation)
     if out is not None:
-        name = shlex.quote(str(out))
-        typer.echo(f"Written to {out}. Run it: layerwise fit --plan {name} --model ... --data ... --out ...")
+        rate = "" if lr is None else f" --lr {lr:g}"
+        typer.echo(
+            f"Written to {out}. Run it: layerwise fit --plan {pasted(out)}{rate} --model ... --data ... "
+            "--out ..."
+        )
 
 
 def _rate_table(layers: int, lr: float | None, decay: str, as_json: bool) -> None:

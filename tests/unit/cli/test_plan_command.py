@@ -27,12 +27,21 @@ def test_a_plan_is_shown_and_written_and_read_back(tmp_path: Path):
     made = command(MODEL, "--strategy", "discriminative:decay=0.5,frozen=1", "--epochs", 3, "-o", out)
     assert made.exit_code == 0, made.output
     assert "discriminative(decay=0.5, frozen=1): 1 phase, 3 epochs" in made.stdout
+    assert f"layerwise fit --plan {out} --model ..." in made.stdout
     plan = Plan.load(out)
     assert plan.phases[0].epochs == 3
     shown = command(MODEL, "--plan", out, "--lr", 0.01, "--steps-per-epoch", 7)
     assert shown.exit_code == 0, shown.output
     assert "base rate 0.01; 7 steps an epoch" in shown.stdout
     assert plan.groups[1] in shown.stdout
+
+
+def test_the_way_to_run_a_plan_names_the_rate_that_was_shown(tmp_path: Path):
+    # A plan holds multiples; without --lr the run would learn at fit's own rate.
+    out = tmp_path / "plan.yaml"
+    made = command(MODEL, "--strategy", "linear_probe", "--lr", 0.03, "-o", out)
+    assert "base rate 0.03" in made.stdout
+    assert f"layerwise fit --plan {out} --lr 0.03 --model ..." in made.stdout
 
 
 def test_json_holds_the_plan_and_the_timeline():
