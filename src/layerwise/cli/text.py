@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from layerwise.cli.output import above_zero, print_json, print_table
+from layerwise.cli.output import above_zero, print_json, print_table, say
 
 if TYPE_CHECKING:
     from layerwise.training.run import Run
@@ -124,6 +124,9 @@ def predict_and_print(
         encoding=encoding or (None if typed else run.table.get("encoding")) or "utf-8",
     )
     rows = predict_texts(run, texts, batch_size=batch_size, new_tokens=new_tokens)
+    if all(row.get("fillers") == [] for row in rows):
+        mask = run.tokenizer.mask_token
+        say(f"no text holds {mask}, so there is nothing to fill in; write it where a word is asked for")
     if form == "json":
         print_json({"predictions": rows})
     elif form == "csv":

@@ -197,6 +197,9 @@ def test_fillers_as_a_table(work, tmp_path):
         io.StringIO(command("predict", tmp_path / "run", "--format", "csv", stdin=text).stdout)
     )
     assert len(answer["fillers"]) == 2
+    told = command("predict", tmp_path / "run", stdin="no mask at all\n").stderr
+    assert "no text holds [MASK], so there is nothing to fill in; write it where a word is asked for" in told
+    assert "[MASK]" not in command("predict", tmp_path / "run", stdin=text).stderr
     assert row["fillers"] == " ".join(f"{f['token']} ({f['probability']:.2f})" for f in answer["fillers"])
 
 
