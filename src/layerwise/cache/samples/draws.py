@@ -12,7 +12,8 @@ from layerwise.cache.changes.fingerprint import datasets_in
 from layerwise.layers.randomness import drawn
 from layerwise.layers.snapshot import Snapshot
 
-DRAWS = "loading a sample draws random numbers (a random augmentation)"
+BY_CHANCE = "(random augmentation, or random masks)"
+DRAWS = f"loading a sample draws random numbers {BY_CHANCE}"
 
 
 class Noting:

@@ -24,7 +24,7 @@ from layerwise.cache.changes.alike import draws_at_once
 from layerwise.cache.changes.fingerprint import spread
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.samples.batchshape import leaves_of
-from layerwise.cache.samples.draws import DRAWS, Draws, Noting, own_generators, says_it_drew
+from layerwise.cache.samples.draws import BY_CHANCE, DRAWS, Draws, Noting, own_generators, says_it_drew
 from layerwise.cache.samples.prepared import is_stand_in
 from layerwise.errors import CacheError
 from layerwise.layers.randomness import drawn, drawn_outside_torch, kept_random_state, seed_everything
@@ -247,7 +247,7 @@ class LoaderReader:
             with _next_epoch(self.loader.dataset):
                 second = self.load_probes()
         if not _are_same(first, second):
-            return "the same sample is different each time it is loaded (a random augmentation)", first
+            return f"the same sample is different each time it is loaded {BY_CHANCE}", first
         return "", first
 
     def differ_in_workers(self, samples: list[Any]) -> bool:
