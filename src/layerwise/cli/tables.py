@@ -33,7 +33,10 @@ class _Fitting(Table):
             shown.padding = (0, 1, 0, 0)
             shown.columns = [copy.copy(column) for column in self.columns]
             for column in shown.columns:
-                column.max_width = _LEAST_WORDS if column.justify == "left" else None
+                if column.justify == "left":
+                    column.max_width = _LEAST_WORDS
+                else:
+                    column.header = str(column.header).replace(" ", "\n")
             if self.spare and not _fits(shown, console, options):
                 del shown.columns[-self.spare :]
             for column in shown.columns:

@@ -211,14 +211,17 @@ def test_a_narrow_terminal_breaks_no_number(width: int) -> None:
     row = {"image": "new/cell1501.png", "label": "defective", "probability": 0.998, "probabilities": every}
     depth = DepthScores("blocks.0", 8, -0.342, -0.36, 0.683, 0.938, 0.891)
     scores = Transferability((depth,), 64, 2, 0.5, None)
+    closing = new_table("", ["strategy", "balanced accuracy", "macro F1", "trained parameters", "seconds"])
+    closing.add_row("full fine-tuning", "0.650", "0.662", "2,562 (0.1%)", "6")
     shown = []
-    for table in (prediction_table([row], list(every)), transfer_table(scores)):
+    for table in (prediction_table([row], list(every)), transfer_table(scores), closing):
         console = Console(width=width)
         with console.capture() as printed:
             console.print(table)
         shown.append(printed.get())
     wide = width > 60
     assert "new/cell1501.png" in shown[0]
+    assert "2,562 (0.1%)" in shown[2]
     assert [shown[0].count("0.998"), shown[0].count("functional")] == ([2, 1] if wide else [1, 0])
     assert [number in shown[1] for number in ("0.891", "0.938")] == [True, True]
     assert [number in shown[1] for number in ("-0.342", "-0.360", "0.683")] == [wide] * 3
