@@ -22,8 +22,9 @@ def audit(
 ) -> None:
     """Say what will go wrong in a training set-up, why, and what to do about it.
 
-    THIS RUNS THE FILE AND THE FUNCTION, with all your rights: that is the point, the audit looks at the
-    real objects. With a loader one batch is run forward and backward as well; nothing is trained or saved.
+    THIS RUNS THE FILE AND THE FUNCTION, with all your rights: the audit looks at the real objects.
+
+    With a loader one batch is run forward and backward as well; nothing is trained or saved.
 
     The exit code is 1 if there is a finding of severity error, else 0.
     """
