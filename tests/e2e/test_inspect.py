@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from forked import Forked, layerwise
+from tiny_text import save_tiny
 
 OWN_MODEL = """
 from torch import nn
@@ -40,6 +41,13 @@ def test_json_of_an_own_model(tmp_path: Path) -> None:
     assert [(group["name"], group["depth"]) for group in data["groups"]] == [("0", 1), ("2", 0)]
     assert data["groups"][1]["trainable"] == data["groups"][1]["numel"] == 18
     assert data["outputs"] == ["2"]
+
+
+def test_a_size_for_a_model_of_texts_is_told_to_be_in_vain(tmp_path: Path) -> None:
+    # fit says the same; the map is printed all the same
+    result = run("inspect", f"hf:{save_tiny(tmp_path)}", "--input-size", "64")
+    assert result.returncode == 0, result.stderr
+    assert f"--input-size is for images; hf:{tmp_path} reads texts, so it is not used" in result.stderr
 
 
 def test_unknown_model() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from layerwise.cli.output import JsonFlag, friendly, print_json, print_table
+from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
 
 
 @friendly
@@ -34,6 +34,8 @@ def inspect(
     from layerwise.layers.table import LayerTable, trainable_numel
 
     opened = _open_without_weights(model, input_size)
+    if opened.tokenizer is not None and input_size is not None:
+        say(f"--input-size is for images; {model} reads texts, so it is not used")
     own_function = ".py:" in model and input_size is None  # its input is not known to be an image
     example = None if own_function else _usable(opened.example_input)
     layers = layer_map(opened.model, example, granularity)
