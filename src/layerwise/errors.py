@@ -129,6 +129,15 @@ def percent(part: float, whole: float, *, digits: int = 1) -> str:
     return text
 
 
+def figure(value: float) -> str:
+    """Return a loss or a metric with four decimals; only what is exactly 0 reads so.
+
+    >>> figure(0.8125), figure(3.318e-5), figure(0)
+    ('0.8125', '3.3e-05', '0.0000')
+    """
+    return f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value:.4f}"
+
+
 def points(difference: float) -> str:
     """Return a difference of two shares in percentage points, with its sign.
 

@@ -14,7 +14,7 @@ from layerwise.choosing.named import fit_options
 from layerwise.choosing.search import search
 from layerwise.choosing.search_result import SearchResult
 from layerwise.choosing.space import spread_depths
-from layerwise.errors import DataError, plural, points
+from layerwise.errors import DataError, figure, plural, points
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 
@@ -237,7 +237,7 @@ def pick(
         return advice.plan, advice.lr, "the search did not get to the advised plan, which stays"
     gain = best.mean - advised.mean
     if found.mode == "min" or not 0 <= best.mean <= 1:
-        return found.plan, found.lr, f"the search found better: {found.metric} {best.mean:.4f}"
+        return found.plan, found.lr, f"the search found better: {found.metric} {figure(best.mean)}"
     error = sum(p * (1 - p) for p in (best.mean, advised.mean)) / max(val_samples, 1)
     error = float(error**0.5)
     clear = clear_errors(len(found.curve) - 1)

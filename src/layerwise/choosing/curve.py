@@ -26,7 +26,7 @@ from layerwise.choosing.terms import (
     plain,
     weights_of,
 )
-from layerwise.errors import DataError, PlanError, RunError
+from layerwise.errors import DataError, PlanError, RunError, figure, plural
 from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
@@ -61,8 +61,8 @@ class TransferPoint:
 
     def cells(self) -> list[str]:
         """Return the point as a row of a table; a single seed has no error."""
-        error = f"{self.error:.4f}" if self.seeds > 1 else "-"
-        return [self.series, str(self.trained_groups), self.first, f"{self.mean:.4f}", error, str(self.seeds)]
+        error = figure(self.error) if self.seeds > 1 else "-"
+        return [self.series, str(self.trained_groups), self.first, figure(self.mean), error, str(self.seeds)]
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def transfer_curve(
                     done[key], told = outcome_of(metric, result.metrics), ""
                 if out is not None:
                     write_json(Path(out), {"about": about, "values": done})
-                say(f"{series}, {k} new group{'s' * (k > 1)}, seed {seed}: {metric} {done[key]:.4f}{told}")
+                say(f"{series}, {plural(k, 'new group')}, seed {seed}: {metric} {figure(done[key])}{told}")
     points = []
     for series in SERIES:
         for k in chosen:

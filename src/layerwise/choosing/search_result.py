@@ -13,6 +13,7 @@ import numpy as np
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow
 from layerwise.choosing.tables import text_table
+from layerwise.errors import figure
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.training.result import Result
@@ -60,8 +61,8 @@ class CurvePoint:
         return [
             self.choice,
             "-" if self.trained_groups is None else self.first,
-            f"{self.mean:.4f}",
-            f"{self.error:.4f}" if self.seeds > 1 else "-",
+            figure(self.mean),
+            figure(self.error) if self.seeds > 1 else "-",
             str(self.seeds),
             f"{self.lr:.2g}",
             "-" if self.trained_groups in (None, 1) else f"{self.decay:.2f}",
@@ -122,7 +123,7 @@ class SearchResult:
         columns = [self.metric if name == "metric" else name for name in CURVE_COLUMNS]
         return "\n".join(
             [
-                f"best: {self.best.described} at lr {self.lr:.2g}: {self.metric} {self.best.mean:.4f}",
+                f"best: {self.best.described} at lr {self.lr:.2g}: {self.metric} {figure(self.best.mean)}",
                 text_table(columns, [point.cells() for point in self.curve]),
                 self.counted,
                 *self.notes,

@@ -15,7 +15,7 @@ from layerwise.cache.stock import CachePool
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
 from layerwise.choosing.terms import outcome_of, plain, value_of, weights_of
-from layerwise.errors import DataError, LayerwiseError
+from layerwise.errors import DataError, LayerwiseError, figure
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.training.fingerprint import fingerprint
@@ -191,7 +191,7 @@ def run_trial(
         raise
     else:
         study.tell(trial, value)
-        say(f"trial {trial.number}: {settings}, seed {drawn.seed}: {found.metric} {value:.4f}")
+        say(f"trial {trial.number}: {settings}, seed {drawn.seed}: {found.metric} {figure(value)}")
 
 
 def _ended_alike(found: Experiment, rows: Sequence[TrialRow], drawn: Drawn) -> TrialRow | None:

@@ -25,6 +25,7 @@ from layerwise.cli.output import (
     say,
     share,
 )
+from layerwise.errors import figure
 
 _BUDGET = "Budget"
 _SPACE = "What is tried"
@@ -148,10 +149,10 @@ def search(
         table.add_row(choice + (" *" if point == found.best else ""), *cells)
     print_table(table)
     best = found.best
-    error = f" ± {best.error:.4f}" if best.seeds > 1 else ""
-    typer.echo(f"* best: {best.described}: {found.metric} {best.mean:.4f}{error}")
+    error = f" ± {figure(best.error)}" if best.seeds > 1 else ""
+    typer.echo(f"* best: {best.described}: {found.metric} {figure(best.mean)}{error}")
     if found.run is not None and found.run.test:
-        measured = ", ".join(f"{key} {value:.4f}" for key, value in found.run.test.items())
+        measured = ", ".join(f"{key} {figure(value)}" for key, value in found.run.test.items())
         typer.echo(f"its run on the test data: {measured}")
     typer.echo(found.counted)
     for note in found.notes:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.cli.output import pasted
-from layerwise.errors import percent
+from layerwise.errors import figure, percent
 
 if TYPE_CHECKING:
     from layerwise.training.result import Result
@@ -75,9 +75,9 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
 
     summary = new_table("Result", ["", ""])
     for name, value in result.metrics.items():
-        summary.add_row(f"validation {name}", f"{value:.4f}")
+        summary.add_row(f"validation {name}", figure(value))
     for name, value in (result.test or {}).items():
-        summary.add_row(f"test {name}", f"{value:.4f}")
+        summary.add_row(f"test {name}", figure(value))
     summary.add_row("kept epoch", f"{result.best_epoch + 1} of {len(result.history)} ({result.stopped})")
     share = percent(result.trained_parameters, result.total_parameters)
     summary.add_row("trained parameters", f"{result.trained_parameters:,} ({share}%)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.choosing.search_result import CurvePoint
-from layerwise.errors import RunError, percent, plural
+from layerwise.errors import RunError, figure, percent, plural
 from layerwise.files import write_text
 from layerwise.report import pictures
 from layerwise.training.history import read_history
@@ -183,7 +183,7 @@ def _search(folder: Path) -> tuple[str, list[Section]]:
         [
             str(t["number"]), t["choice"], f"{t['lr']:.3g}",
             _decay({**t, "trained_groups": groups.get(t["choice"], 0)}), str(t["seed"]),
-            "-" if t["value"] is None else f"{t['value']:.4f}", str(t["epochs"]),
+            "-" if t["value"] is None else figure(t["value"]), str(t["epochs"]),
             "-" if t["seconds"] is None else f"{t['seconds']:.1f}",
             t["state"] + (f": {t['error']}" if t["error"] else ""),
         ]
@@ -276,9 +276,9 @@ def _decay(point: Mapping[str, Any]) -> str:
 
 
 def _with_error(point: Mapping[str, Any]) -> str:
-    error = f" ± {point['error']:.4f}" if point["seeds"] > 1 else ""
-    return f"{point['mean']:.4f}{error}"
+    error = f" ± {figure(point['error'])}" if point["seeds"] > 1 else ""
+    return f"{figure(point['mean'])}{error}"
 
 
 def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else figure(value) if isinstance(value, float) else str(value)

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from layerwise.errors import figure
+
 
 class _Bar(Progress):
     """A bar, and a line below it: both on one would leave no room for the bar in 80 columns."""
@@ -94,21 +96,21 @@ class Reporter:
     def step(self, *, epoch: int, phase: str, step: int, loss: float, rates: Mapping[str, float]) -> None:
         """Show where the run is after an optimiser step."""
         if self._bar is not None:
-            parts = [phase, f"loss {loss:.4f}", self._monitor, f"lr {format_rates(rates)}"]
+            parts = [phase, f"loss {figure(loss)}", self._monitor, f"lr {format_rates(rates)}"]
             self._bar.status = "  ".join(filter(None, parts))
             self._bar.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self.total_epochs}")
 
     def epoch(self, entry: Mapping[str, Any], *, monitor: str, steps_left: int, seconds: float) -> None:
         """Print the line of a finished epoch."""
         if monitor in entry:
-            self._monitor = f"{monitor} {entry[monitor]:.4f}"
+            self._monitor = f"{monitor} {figure(entry[monitor])}"
         left_s = steps_left * seconds / max(entry["steps"], 1)
         parts = [
             f"epoch {entry['epoch'] + 1}/{self.total_epochs}",
             f"phase {entry['phase']}",
-            f"loss {entry['train_loss']:.4f}",
+            f"loss {figure(entry['train_loss'])}",
         ]
-        parts += [f"val_loss {entry['val_loss']:.4f}"] if "val_loss" in entry else []
+        parts += [f"val_loss {figure(entry['val_loss'])}"] if "val_loss" in entry else []
         parts += [self._monitor] if monitor in entry and monitor != "val_loss" else []
         parts += [f"lr {format_rates(entry['rates'])}", f"{seconds:.1f} s"]
         parts += [f"{format_seconds(left_s)} left"] if steps_left else []

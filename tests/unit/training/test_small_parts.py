@@ -333,6 +333,15 @@ def test_progress_is_one_line_an_epoch_outside_of_a_terminal() -> None:
     assert "left" not in second
 
 
+def test_a_small_loss_is_not_shown_as_none() -> None:
+    # Targets in a large unit (metres for micrometres) have losses of any size, and perfect fits tiny ones.
+    text = io.StringIO()
+    small = {**entry(0), "train_loss": 3.318e-5, "val_loss": 4e-9, "accuracy": 0.0}
+    with Reporter(enabled=True, total_steps=1, total_epochs=1, console=Console(file=text)) as reporter:
+        reporter.epoch(small, monitor="accuracy", steps_left=0, seconds=5.0)
+    assert "  loss 3.3e-05  val_loss 4.0e-09  accuracy 0.0000  " in text.getvalue()
+
+
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_progress_is_a_bar_in_a_terminal(width: int) -> None:
     # The bar shows the step; loss and rates stand below it, and the line of an epoch above it.
