@@ -78,7 +78,8 @@ def curve(
     from layerwise.cli.tables import new_table
 
     table = new_table(
-        "Training on top of each depth", ["kept groups", "new groups", "from", found.metric, "error", "seeds"]
+        "Training on top of each depth",
+        ["kept groups", "new groups", "from", found.metric.replace("_", " "), "error", "seeds"],
     )
     for p in found.points:
         table.add_row(*p.cells())

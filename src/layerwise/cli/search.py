@@ -141,8 +141,9 @@ def search(
 
     table = new_table(
         f"Best setting of each choice, by {found.metric} on the validation data",
-        [found.metric if name == "metric" else name for name in CURVE_COLUMNS],
+        [found.metric.replace("_", " ") if name == "metric" else name for name in CURVE_COLUMNS],
         left=2,
+        spare=1,
     )
     for point in found.curve:
         choice, *cells = point.cells()

@@ -213,8 +213,10 @@ def test_a_narrow_terminal_breaks_no_number(width: int) -> None:
     scores = Transferability((depth,), 64, 2, 0.5, None)
     closing = new_table("", ["strategy", "balanced accuracy", "macro F1", "trained parameters", "seconds"])
     closing.add_row("full fine-tuning", "0.650", "0.662", "2,562 (0.1%)", "6")
+    search = new_table("", ["trained", "from", "accuracy", "error", "seeds", "lr", "decay"], left=2, spare=1)
+    search.add_row("last 10 *", "conv_stem", "0.8125", "0.0000", "2", "0.001", "0.90")
     shown = []
-    for table in (prediction_table([row], list(every)), transfer_table(scores), closing):
+    for table in (prediction_table([row], list(every)), transfer_table(scores), closing, search):
         console = Console(width=width)
         with console.capture() as printed:
             console.print(table)
@@ -222,6 +224,7 @@ def test_a_narrow_terminal_breaks_no_number(width: int) -> None:
     wide = width > 60
     assert "new/cell1501.png" in shown[0]
     assert "2,562 (0.1%)" in shown[2]
+    assert ["conv_stem" in shown[3], "0.90" in shown[3]] == [True, wide]
     assert [shown[0].count("0.998"), shown[0].count("functional")] == ([2, 1] if wide else [1, 0])
     assert [number in shown[1] for number in ("0.891", "0.938")] == [True, True]
     assert [number in shown[1] for number in ("-0.342", "-0.360", "0.683")] == [wide] * 3
