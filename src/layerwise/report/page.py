@@ -14,7 +14,7 @@ from layerwise.errors import RunError, figure, percent, plural
 from layerwise.files import write_text
 from layerwise.report import pictures
 from layerwise.training.history import read_history
-from layerwise.training.run import read_run, runs_beside
+from layerwise.training.run import read_run, runs_beside, runs_in
 
 Section = tuple[str, str]
 """A heading and its HTML."""
@@ -61,8 +61,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         raise RunError(f"{folder} {there}.{runs_beside(folder)} Give the folder of a run or a search.")
     else:
         raise RunError(
-            f"{folder} holds neither a run (run.json) nor a search (search.json). Give the folder that "
-            "layerwise fit --out or layerwise search --out wrote."
+            f"{folder} holds neither a run (run.json) nor a search (search.json).{runs_in(folder)} Give the "
+            "folder that layerwise fit --out or layerwise search --out wrote."
         )
     body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections)
     page = (
@@ -100,10 +100,9 @@ def _run(folder: Path) -> tuple[str, list[Section]]:
     sections.append(("Summary", _table(["", ""], summary, words=(1,))))
     if advice := about.get("advice"):
         reasons = [[r["about"], r["confidence"], r["text"]] for r in advice["reasons"]]
-        said = html.escape(
-            f"{advice.get('described', advice['strategy'])} ({advice['confidence']} confidence)"
-        )
-        text = f"<p>Advice: {said}</p>"
+        said = f"{advice.get('described', advice['strategy'])} ({advice['confidence']} confidence)"
+        said += f": {advice['why']}" if "why" in advice else ""
+        text = f"<p>Advice: {html.escape(said)}</p>"
         if chosen := about.get("choice"):
             text += f"<p>{html.escape(chosen)}</p>"
         sections.append(

@@ -138,7 +138,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
         there = "is not a run (it has no run.json)" if folder.is_dir() else "does not exist"
         if folder.is_file():
             there = "is a file, and a run is a folder"
-        known = _runs_in(folder) or runs_beside(folder)
+        known = runs_in(folder) or runs_beside(folder)
         raise RunError(f"{folder} {there}.{known} Make one: layerwise fit --out FOLDER")
     try:
         data: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -160,10 +160,11 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 def runs_beside(folder: Path) -> str:
     """Return what runs lie beside `folder`: names like its own first, eight at most; ``""`` for none."""
-    return _runs_in(folder.parent, like=folder.name)
+    return runs_in(folder.parent, like=folder.name)
 
 
-def _runs_in(folder: Path, *, like: str = "") -> str:
+def runs_in(folder: Path, *, like: str = "") -> str:
+    """Return what runs lie in `folder`, as `runs_beside` does."""
     names = sorted(p.parent.name for p in folder.glob("*/run.json"))
     if not names:
         return ""

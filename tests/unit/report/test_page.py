@@ -102,6 +102,16 @@ def test_page_of_a_run_that_was_cut_off_in_its_first_epoch(run, tmp_path):
     assert "<svg" not in page
 
 
+def test_the_advice_has_its_sentence(run, tmp_path):
+    # without the sentence the reasons below may seem to speak for another plan
+    about = json.loads((run / "run.json").read_text())
+    about["advice"]["why"] = "few samples & unlike: only the last groups"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    page = write_report(tmp_path / "run").read_text()
+    assert "<p>Advice: x&lt;y (low confidence): few samples &amp; unlike: only the last groups</p>" in page
+
+
 def test_why_a_plan_was_chosen_is_told_beside_the_advice(run, tmp_path):
     # what --strategy auto said of the search
     import shutil
@@ -219,6 +229,11 @@ def test_a_wrong_path_is_told_with_what_is_there(run, tmp_path):
         (
             run / "run.json",
             f"{run / 'run.json'} is a file. Give the folder of a run or a search.",
+        ),
+        (
+            run.parent,
+            f"{run.parent} holds neither a run (run.json) nor a search (search.json). {beside} Give the "
+            "folder that layerwise fit --out or layerwise search --out wrote.",
         ),
         (
             run.parent / "b",
