@@ -9,7 +9,8 @@ How: a number for which the two routines differ is looked for. If there is one, 
 tensors of the real shape filled with it. Where all samples get the same bits, no place is special.
 
 A product of small matrices may round a row by where it lies in memory. Of a few rows of few numbers all may
-be equal by luck. So such a product is run on one sample, drawn at random, in all places.
+be equal by luck. So such a product is run on one sample, drawn at random, in all places. So are sums and
+softmaxes, of any size: over another dimension than the last they take columns together, samples side by side.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ _PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_
 _OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "profiler"})
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution"})
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_cdist_forward"})
+_SUMS = frozenset({"sum", "mean", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax"})
 _SMALL = 4096  # numbers that a product gives for a batch: of more, the values themselves tell
 _COMPARED = 256  # numbers of a product that are compared
+_SAMPLES, _DRAWN = 128, 2**20  # of a sum so many samples, unless their batches hold more numbers than these
 _TELLING = 4  # of those that differ, how many are used
 _FOUND: dict[tuple[Any, ...], list[list[Any]]] = {}  # `_telling_numbers` of torch's operations
 
@@ -62,7 +65,7 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class OpRun:
-    """One run of an operation that works number by number, or of a product of matrices.
+    """One run of an operation that works number by number, of a product of matrices, or of sums.
 
     Attributes:
         function: the operation.
@@ -77,9 +80,9 @@ class OpRun:
     device: torch.device
 
     @property
-    def is_product(self) -> bool:
-        """Whether it is a product."""
-        return _name(self.function) in _PRODUCTS
+    def is_by_sample(self) -> bool:
+        """Whether it does not work number by number, and is tried on whole samples."""
+        return _name(self.function) in _PRODUCTS | _SUMS
 
     @property
     def outlines(self) -> list[Outline]:
@@ -88,7 +91,7 @@ class OpRun:
 
 
 class OpLog(TorchDispatchMode):
-    """Within: notes each operation that makes floating-point or complex numbers one by one, or by a product.
+    """Within: notes each operation that makes floating-point numbers one by one, by a product or by a sum.
 
     Attributes:
         runs: in order.
@@ -116,7 +119,9 @@ class OpLog(TorchDispatchMode):
             self.packing = self.packing or name
         if func.namespace not in _OF_TORCH:
             self.foreign = self.foreign or func._schema.name
-        if (torch.Tag.pointwise in func.tags or name in _PRODUCTS) and isinstance(output, torch.Tensor):
+        if (torch.Tag.pointwise in func.tags or name in _PRODUCTS | _SUMS) and isinstance(
+            output, torch.Tensor
+        ):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             if tensors and (output.is_floating_point() or output.is_complex()):
                 arguments = tree_map_only(torch.Tensor, Outline.of, (args, kwargs))
@@ -153,11 +158,11 @@ def uneven_places(
     for one, other in pairs.values():
         name = str(one.function)
         kind = f"{name} {_scalars(one)}"
-        if kind not in telling and not one.is_product:
+        if kind not in telling and not one.is_by_sample:
             telling[kind] = _telling_numbers(one)
         results: Iterable[tuple[torch.Tensor, torch.Tensor]] = (
-            _products(one, batch, other, part_batch)
-            if one.is_product
+            _of_one_sample(one, batch, other, part_batch)
+            if one.is_by_sample
             else ((_filled(one, numbers), _filled(other, numbers)) for numbers in telling[kind])
         )
         for rows, part_rows in results:
@@ -180,26 +185,31 @@ def uneven_places(
 
 def _is_uneven(run: OpRun) -> bool:
     """Return whether an operation rounds a number otherwise at some place."""
-    if run.is_product:
+    if run.is_by_sample:
         return False
     results = (_filled(run, numbers).flatten() for numbers in _telling_numbers(run))
     return any(not torch.equal(result, result[:1].expand_as(result)) for result in results)
 
 
-def _products(
+def _of_one_sample(
     one: OpRun, batch: int, other: OpRun, part_batch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield what a small product gives for batches of one sample, drawn anew each time, in all places."""
-    size = torch.Size(one.output.shape).numel()
-    if not 0 < size <= _SMALL:
+    """Yield what it gives for batches of one sample, drawn anew each time, in all places.
+
+    Nothing for large products.
+    """
+    size, read = (sum(torch.Size(o.shape).numel() for o in some) for some in ([one.output], one.outlines))
+    is_product = _name(one.function) in _PRODUCTS
+    if size == 0 or (is_product and size > _SMALL):
         return
+    more = _COMPARED * batch // size if is_product else min(_SAMPLES, _DRAWN // read)
     outlines = list(zip(one.outlines, other.outlines))
     try:
         layouts = [find_layout(a.tensor(), batch, b.tensor(), part_batch, where="") for a, b in outlines]
     except CacheError:  # not made of samples
         return
     generator = torch.Generator().manual_seed(0)
-    for _ in range(1 + _COMPARED * batch // size):
+    for _ in range(1 + more):
         given: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         for pair, layout in zip(outlines, layouts):
             drawn = torch.randn(pair[0].shape, generator=generator).to(one.device, pair[0].dtype)

@@ -147,6 +147,41 @@ def test_products_that_are_not_tried() -> None:
         assert uneven_places(runs[0], 5, runs[1] * 2, 2) == ("", "another order of operations")
 
 
+def places_differ(function, x: torch.Tensor) -> bool:
+    """Whether this processor gives one sample other bits at some place; samples are the second dimension."""
+    same = x[:, :1].expand_as(x).contiguous()
+    found = function(same)
+    return not torch.equal(found, found[..., :1].expand_as(found))
+
+
+@pytest.mark.parametrize("length", [6, 50])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "sum", "mean", "logsumexp"])
+def test_sums_over_time_that_round_the_left_over_samples_otherwise(name, length) -> None:
+    # time first, as recurrent networks have it: 16 or 32 samples are taken at once, and the others one by one
+    def function(x):
+        return getattr(torch, name)(x, 0)
+
+    x = torch.randn(length, 37, generator=torch.Generator().manual_seed(1))
+    if sum(places_differ(function, x.roll(by, 1)) for by in range(37)) < 4:
+        pytest.skip("this processor computes it by one routine, or by two that hardly differ")
+    within, _ = uneven_places(logged(function, x), 37, logged(function, x[:, :5].contiguous()), 5)
+    assert name in within
+    runs = [logged(function, torch.randn(length, n, 32)) for n in (4, 2)]  # no number is left over
+    assert uneven_places(runs[0], 4, runs[1], 2) == ("", "")
+
+
+def test_sums_of_many_numbers_are_tried_a_few_times(monkeypatch) -> None:
+    # else it would take as long as the first epoch of large images
+    drawn = []
+    run = evenness._run
+    monkeypatch.setattr(evenness, "_run", lambda op, given: drawn.append(given[0].numel()) or run(op, given))
+    for size, most in ((8, 2 * 129), (512, 2 * 2)):
+        drawn.clear()
+        runs = [logged(lambda x: x.mean((1, 2)), torch.randn(n, size, size)) for n in (4, 2)]
+        assert uneven_places(runs[0], 4, runs[1], 2) == ("", "")
+        assert 0 < len(drawn) <= most
+
+
 def test_numbers_are_looked_for_once_under_the_same_settings(monkeypatch) -> None:
     # a second time they are those that are found anew; another setting of torch is another case
     looked = []
