@@ -10,7 +10,8 @@ tensors of the real shape filled with it. Where all samples get the same bits, n
 
 A product of small matrices may round a row by where it lies in memory. Of a few rows of few numbers all may
 be equal by luck. So such a product is run on one sample, drawn at random, in all places. So are sums and
-softmaxes, of any size: over another dimension than the last they take columns together, samples side by side.
+softmaxes, of any size: over another dimension than the last they take columns together, samples side by side,
+and where one thread ends and the next begins a sample is taken apart, as by ``glu``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "p
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "_cdist_forward"})
-_SUMS = frozenset({"sum", "mean", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax"})
+_BY_SAMPLE = frozenset({"sum", "mean", "logsumexp", "_softmax", "_log_softmax", "_safe_softmax", "glu"})
 _SMALL = 4096  # numbers that a product gives for a batch: of more, the values themselves tell
 _COMPARED = 256  # numbers of a product that are compared
 _SAMPLES, _DRAWN = 128, 2**20  # of a sum so many samples, unless their batches hold more numbers than these
@@ -82,7 +83,7 @@ class OpRun:
     @property
     def is_by_sample(self) -> bool:
         """Whether it does not work number by number, and is tried on whole samples."""
-        return _name(self.function) in _PRODUCTS | _SUMS
+        return _name(self.function) in _PRODUCTS | _BY_SAMPLE
 
     @property
     def outlines(self) -> list[Outline]:
@@ -119,7 +120,7 @@ class OpLog(TorchDispatchMode):
             self.packing = self.packing or name
         if func.namespace not in _OF_TORCH:
             self.foreign = self.foreign or func._schema.name
-        if (torch.Tag.pointwise in func.tags or name in _PRODUCTS | _SUMS) and isinstance(
+        if (torch.Tag.pointwise in func.tags or name in _PRODUCTS | _BY_SAMPLE) and isinstance(
             output, torch.Tensor
         ):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

@@ -170,6 +170,26 @@ def test_sums_over_time_that_round_the_left_over_samples_otherwise(name, length)
     assert uneven_places(runs[0], 4, runs[1], 2) == ("", "")
 
 
+@pytest.mark.parametrize("name", ["glu", "softmax"])
+def test_samples_that_two_threads_share(name) -> None:
+    # where the second thread begins, a sample's numbers are taken in other groups
+    def function(x):
+        return getattr(nn.functional, name)(x, dim=1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        samples = torch.randn(12, 1, 8, 1517, generator=torch.Generator().manual_seed(1))
+        found = [function(one.expand(17, -1, -1).contiguous()) for one in samples]
+        if sum(not torch.equal(one, one[:1].expand_as(one)) for one in found) < 6:
+            pytest.skip("this processor computes it by one routine, or by two that hardly differ")
+        runs = [logged(function, torch.randn(n, 8, 1517)) for n in (17, 2)]
+        within, _ = uneven_places(runs[0], 17, runs[1], 2)
+    finally:
+        torch.set_num_threads(before)
+    assert name in within
+
+
 def test_sums_of_many_numbers_are_tried_a_few_times(monkeypatch) -> None:
     # else it would take as long as the first epoch of large images
     drawn = []
