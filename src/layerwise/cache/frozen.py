@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from typing import Any
@@ -98,9 +99,32 @@ class FrozenPart:
         Gradients are on where the loop has them on: some kernels give other last bits without. Frozen layers
         keep nothing for them.
 
+        What is noted in `log` comes from a pass of its own: a mode changes what some operations give. Within
+        one there is no autocast, which matters to those that call others (torch's fused attention).
+
         Raises:
             CacheError: it does not call the modules that it called on the first batch.
         """
+        run = functools.partial(self._run, link, cuts, given, batch=batch, skeletons=skeletons, seed=seed)
+        if log is not None:
+            run(around=self._logged(log))
+        started = time.perf_counter()
+        found = run()
+        found.seconds = time.perf_counter() - started
+        return found
+
+    def _run(
+        self,
+        link: Link,
+        cuts: list[Cut],
+        given: Arguments,
+        *,
+        batch: int,
+        skeletons: bool,
+        seed: int | None,
+        around: contextlib.AbstractContextManager[None] | None = None,
+    ) -> Captured:
+        """Run it once, within `around`."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.running())
             stack.enter_context(traceless(self.model, self._before))  # it may go another way, to its end
@@ -109,8 +133,8 @@ class FrozenPart:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 seed_everything(seed)
-            if log is not None:
-                stack.enter_context(self._logged(log))
+            if around is not None:
+                stack.enter_context(around)
             found = capture(self.model, cuts, link.apart(given), batch=batch, skeletons=skeletons)
         if found.not_come:
             raise CacheError(

@@ -156,6 +156,26 @@ class EntersAutocast(TinyCNN):
             return super().forward(images) + self.fc(self.layer2(features).mean((2, 3)))
 
 
+def test_operations_that_call_others_under_autocast() -> None:
+    # torch's fused attention casts within: not so where a mode of the cache's own sees it
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1, 2)).mean(1))
+
+    def step(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+    assert (
+        "memory, cut at" in both(Attends, images, "head", step=step, loader_options={"drop_last": True}).text
+    )
+
+
 def test_a_forward_that_enters_autocast_and_uses_a_weight_twice() -> None:
     # autocast remembers the weight in the loop, and not in passes of the cache's own: that is no difference
     assert "cut at layer1" in both(EntersAutocast, images, "layer2", "fc").text

@@ -48,7 +48,7 @@ def prove(
         link: how the model is called.
         cuts: of this phase, and of later ones.
         found: what the prefix gave for the whole batch; gets the layouts of its skeletons.
-        log: of that pass.
+        log: of such a pass.
         indices: of the batch's samples.
         leaves: the batch's tensors.
         run_prefix: `layerwise.cache.frozen.FrozenPart.run`.

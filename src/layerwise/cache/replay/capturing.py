@@ -57,11 +57,13 @@ class Captured:
         values: at each site.
         skeletons: of each skipped call.
         not_come: calls that lead to the values and did not come: the model took another way.
+        seconds: that the pass took.
     """
 
     values: dict[Site, torch.Tensor]
     skeletons: dict[CallId, Skeleton]
     not_come: set[CallId] = field(default_factory=set)
+    seconds: float = 0.0
 
 
 def capture(
