@@ -99,18 +99,17 @@ class FrozenPart:
         Gradients are on where the loop has them on: some kernels give other last bits without. Frozen layers
         keep nothing for them.
 
-        What is noted in `log` comes from a pass of its own: a mode changes what some operations give. Within
-        one there is no autocast, which matters to those that call others (torch's fused attention).
+        Under autocast, what is noted in `log` comes from a pass of its own: a mode switches autocast off
+        within an operation, which matters to those that call others (torch's fused attention).
 
         Raises:
             CacheError: it does not call the modules that it called on the first batch.
         """
         run = functools.partial(self._run, link, cuts, given, batch=batch, skeletons=skeletons, seed=seed)
-        if log is not None:
-            run(around=self._logged(log))
-        started = time.perf_counter()
-        found = run()
-        found.seconds = time.perf_counter() - started
+        found = run(contextlib.nullcontext() if log is None else self._logged(log))
+        is_cast = any(enabled for _, enabled, _ in link.autocast)
+        if log is not None and (is_cast or log.enters_autocast):
+            found = run(contextlib.nullcontext())
         return found
 
     def _run(
@@ -118,11 +117,11 @@ class FrozenPart:
         link: Link,
         cuts: list[Cut],
         given: Arguments,
+        around: contextlib.AbstractContextManager[None],
         *,
         batch: int,
         skeletons: bool,
         seed: int | None,
-        around: contextlib.AbstractContextManager[None] | None = None,
     ) -> Captured:
         """Run it once, within `around`."""
         with contextlib.ExitStack() as stack:
@@ -133,9 +132,10 @@ class FrozenPart:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 seed_everything(seed)
-            if around is not None:
-                stack.enter_context(around)
+            stack.enter_context(around)
+            started = time.perf_counter()
             found = capture(self.model, cuts, link.apart(given), batch=batch, skeletons=skeletons)
+            found.seconds = time.perf_counter() - started
         if found.not_come:
             raise CacheError(
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."

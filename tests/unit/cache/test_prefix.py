@@ -8,6 +8,7 @@ import io
 import pickle
 import random
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,8 @@ class EntersAutocast(TinyCNN):
             return super().forward(images) + self.fc(self.layer2(features).mean((2, 3)))
 
 
-def test_operations_that_call_others_under_autocast() -> None:
+@pytest.mark.parametrize("whose", ["loop", "model"])
+def test_operations_that_call_others_under_autocast(whose) -> None:
     # torch's fused attention casts within: not so where a mode of the cache's own sees it
     class Attends(nn.Module):
         def __init__(self) -> None:
@@ -165,10 +167,12 @@ def test_operations_that_call_others_under_autocast() -> None:
             self.head = nn.Linear(8, 4)
 
         def forward(self, x):
-            return self.head(self.body(x.flatten(1, 2)).mean(1))
+            entered = torch.autocast("cpu", dtype=torch.bfloat16) if whose == "model" else nullcontext()
+            with entered:
+                return self.head(self.body(x.flatten(1, 2)).mean(1))
 
     def step(model, batch):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=whose == "loop"):
             return nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
 
     assert (

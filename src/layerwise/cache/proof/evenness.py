@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -98,6 +98,7 @@ class OpLog(TorchDispatchMode):
         runs: in order.
         packing: the first operation that lays samples of several lengths end to end; ``""`` if none does.
         foreign: the first operation of a library other than torch; ``""`` if there is none.
+        enters_autocast: an operation ran within an autocast that what runs entered by itself.
     """
 
     supports_higher_order_operators = True
@@ -106,6 +107,13 @@ class OpLog(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.runs: list[OpRun] = []
         self.packing = self.foreign = ""
+        self.enters_autocast, self._around = False, _autocasts()
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._around = _autocasts()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -116,6 +124,7 @@ class OpLog(TorchDispatchMode):
             return run_inside(func, self, args, kwargs)
         output = func(*args, **kwargs)
         name = _name(func)
+        self.enters_autocast = self.enters_autocast or _autocasts() > self._around
         if name in _PACKING:
             self.packing = self.packing or name
         if func.namespace not in _OF_TORCH:
@@ -128,6 +137,12 @@ class OpLog(TorchDispatchMode):
                 arguments = tree_map_only(torch.Tensor, Outline.of, (args, kwargs))
                 self.runs.append(OpRun(func, arguments, Outline.of(output), output.device))
         return output
+
+
+def _autocasts() -> int:
+    """Return how many autocasts are entered; within a mode torch does not tell whether they are enabled."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
 
 
 def _name(function: Any) -> str:
