@@ -73,7 +73,7 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
         OSError: as for `write_file`; or `path` is a file.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_dir():
+    if _is_no_folder(path):
         raise NotADirectoryError(errno.ENOTDIR, "there is a file, and no folder", str(path))
     temporary = _temporary(path)
     try:
@@ -91,6 +91,14 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Return whether something else than a folder is there, by one look: other writers move it aside."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
