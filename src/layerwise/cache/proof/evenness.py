@@ -107,7 +107,7 @@ class OpLog(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.runs: list[OpRun] = []
         self.packing = self.foreign = ""
-        self.enters_autocast, self._around = False, _autocasts()
+        self.enters_autocast, self._around = False, 0
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -218,7 +218,7 @@ def _of_one_sample(
     is_product = _name(one.function) in _PRODUCTS
     if size == 0 or (is_product and size > _SMALL):
         return
-    more = _COMPARED * batch // size if is_product else min(_SAMPLES, _DRAWN // read)
+    more = _COMPARED * batch // size if is_product else min(_SAMPLES, _DRAWN // max(read, 1))
     outlines = list(zip(one.outlines, other.outlines))
     try:
         layouts = [find_layout(a.tensor(), batch, b.tensor(), part_batch, where="") for a, b in outlines]

@@ -190,6 +190,12 @@ def test_samples_that_two_threads_share(name) -> None:
     assert name in within
 
 
+def test_a_sum_of_no_numbers_is_no_fault() -> None:
+    # there is nothing to draw: zeros come out, in the same bits everywhere
+    runs = [logged(lambda x: x.sum(1), torch.empty(n, 0, 3)) for n in (4, 2)]
+    assert uneven_places(runs[0], 4, runs[1], 2) == ("", "")
+
+
 def test_sums_of_many_numbers_are_tried_a_few_times(monkeypatch) -> None:
     # else it would take as long as the first epoch of large images
     drawn = []
