@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from layerwise.sources.images import open_images as open_images
     from layerwise.sources.models import open_model as open_model
     from layerwise.sources.preprocessing import Preprocessing as Preprocessing
+    from layerwise.training.bylength import by_length as by_length
     from layerwise.training.fit import fit as fit
     from layerwise.training.result import Result as Result
     from layerwise.training.run import Run as Run
@@ -88,6 +89,7 @@ _HOME = {
     "audit": "layerwise.tuning.audit",
     "auto_rgn": "layerwise.plans.recipes",
     "blocks": "layerwise.plans.strategies",
+    "by_length": "layerwise.training.bylength",
     "calibrate_batchnorm": "layerwise.tuning.calibration",
     "count_parameters": "layerwise.tuning.freezing",
     "discriminative": "layerwise.plans.strategies",

@@ -1,9 +1,11 @@
 """Hugging Face's Trainer carries a plan out: the weights of the Tuner's own loop, also when interrupted."""
 
+import random
 import re
 
 import pytest
 import torch
+from tests.tiny_text import CONFIGS, WORDS, tiny_tokenizer
 
 import layerwise
 from layerwise.errors import LayerwiseWarning, ModelError
@@ -310,6 +312,56 @@ def test_the_trainer_makes_a_new_loader_for_each_evaluation(kind, data, tmp_path
     assert losses == expected
     loaders = re.findall(r"\(loader (\d)\): memory, cut at resnet", cache.describe())
     assert set(loaders) == {"1", "2"}  # one for training, one for all evaluations
+
+
+def train_texts(folder, *, cached, resume=None, **options):
+    """Train the last layer of a small BERT on texts that the collator pads to the longest of a batch."""
+    tokenizer = tiny_tokenizer()
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(2, 28))) for _ in range(41)]
+    samples = [{**tokenizer(text), "label": len(text) % 2} for text in texts]
+    kind, config = CONFIGS["bert"]
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(getattr(transformers, kind)(**config))
+    layers = layerwise.layer_map(model, {"input_ids": torch.ones(2, 6, dtype=torch.int64)})
+    tuner = layerwise.Tuner(
+        model,
+        layerwise.top_k(layers, k=2, epochs=4),
+        torch.optim.AdamW,
+        lr=0.01,
+        steps_per_epoch=6,
+        layers=layers,
+    )
+    cache = layerwise.PrefixCache(model, tuner=tuner, storage="memory") if cached else None
+
+    class Trainer(transformers.Trainer):
+        def get_train_dataloader(self):
+            loader = layerwise.by_length(super().get_train_dataloader())
+            return loader if cache is None else cache.as_loader(loader)
+
+    callback = integration.TunerCallback(tuner)
+    trainer = Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(folder), num_train_epochs=4, per_device_train_batch_size=8, use_cpu=True, report_to=[],
+            disable_tqdm=True, max_grad_norm=0.0, **options,
+        ),
+        train_dataset=samples,
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        callbacks=[callback],
+        optimizers=callback.optimizers,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return model.state_dict(), cache
+
+
+def test_texts_that_the_collator_pads_are_cached_by_length(tmp_path) -> None:
+    # what Trainer does with texts by default has no cache; by length it has one, and can be resumed
+    plain, _ = train_texts(tmp_path, cached=False, save_strategy="steps", save_steps=9)
+    for resume in (None, str(tmp_path / "checkpoint-9"), str(tmp_path / "checkpoint-18")):
+        weights, cache = train_texts(tmp_path / "cached", cached=True, resume=resume)
+        assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+        assert "cut at bert.encoder.layer.0" in cache.describe()
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 5}, {"num_train_epochs": 1.5}])

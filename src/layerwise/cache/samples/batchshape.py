@@ -122,7 +122,7 @@ class BatchShape:
             before, now = next(pair for pair in zip(*differing) if pair[0] != pair[1])
             raise OtherShapeError(
                 f"samples differ in shape from batch to batch ({before}, then {now}): "
-                f"padding to the longest of a batch changes the last bits of what the prefix computes. Pad "
-                f"each sample to a length of its own, and make batches of one length: "
-                f"layerwise.training.data.EpochBatches(lengths=...)."
+                f"padding to the longest of a batch changes the last bits of what the prefix computes. Let "
+                f"batches hold samples of one length, each padded to that in every epoch: "
+                f"layerwise.by_length(loader) does."
             )

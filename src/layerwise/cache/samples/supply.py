@@ -36,9 +36,8 @@ _NOT_LOADED = "a sample could not be loaded in this process: "
 _LOOKED_AT = 12  # samples whose shapes are compared before the first epoch
 _MIXED = (
     "a batch holds samples that have different shapes when each is collated alone, so a sample's padding "
-    "depends on the others of its batch, and with it the last bits of what the prefix computes. Pad each "
-    "sample to a length of its own, and make batches of one length: "
-    "layerwise.training.data.EpochBatches(lengths=...)."
+    "depends on the others of its batch, and with it the last bits of what the prefix computes. Let batches "
+    "hold samples of one length, each padded to that in every epoch: layerwise.by_length(loader) does."
 )
 
 
