@@ -309,9 +309,14 @@ def test_what_the_model_writes_past_torch_is_not_written_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: torch.eye(4).to_sparse_csr(), lambda: torch.nested.nested_tensor([torch.ones(2)])]
+    "make",
+    [
+        lambda: torch.eye(4).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor([torch.ones(2)]),
+        lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),  # as many as labels
+    ],
 )
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:.*quantiz")
 def test_arguments_that_are_not_dense_are_refused(make) -> None:
     class Weighted(TinyCNN):
         def forward(self, images, weights):
@@ -320,7 +325,7 @@ def test_arguments_that_are_not_dense_are_refused(make) -> None:
     text = off(
         Weighted, images, *LAST, step=lambda m, b: nn.functional.cross_entropy(m(b[0], make()), b[1])
     )  # fmt: skip
-    assert "sparse or nested" in text
+    assert "sparse, nested or quantised" in text
 
 
 class Remembering(TinyCNN):

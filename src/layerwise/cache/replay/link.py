@@ -25,6 +25,7 @@ from layerwise.cache.replay.handed import Handed
 from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
 from layerwise.cache.replay.layout import in_order, lies_in, memory_order
 from layerwise.errors import CacheError
+from layerwise.layers.forms import is_plain
 from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -137,7 +138,7 @@ class Link:
         for tensor, number, own, dtype, order, strides in zip(
             tensors, self.leaves, self.own, self.dtypes, self.orders, self.strides
         ):
-            if not _is_dense(tensor):
+            if not is_plain(tensor):
                 return False
             if number is None:
                 length = None if own is None else self._row_count(own, self._count(leaves))
@@ -193,8 +194,10 @@ def find_link(
     device = next((tensor.device for tensor, number in zip(tensors, found) if number is not None), None)
     if device is None:
         return None
-    if not all(map(_is_dense, tensors)):
-        raise CacheError("an argument of the model is a sparse or nested tensor. Let the model make it.")
+    if not all(map(is_plain, tensors)):
+        raise CacheError(
+            "an argument of the model is a sparse, nested or quantised tensor. Let the model make it."
+        )
     if any(tensor.requires_grad for tensor in tensors):
         raise CacheError("an argument of the model requires gradients, so nothing before it can be skipped.")
     own = [tensor for tensor, number in zip(tensors, found) if number is None]
@@ -239,10 +242,6 @@ def known_arguments(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> i
         _number_of(tensor, leaves) is not None or bool(_numbers_alike(tensor, leaves))
         for tensor in tensors_in((args, kwargs))
     )
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -298,7 +297,7 @@ def _number_of(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int | No
 
 def _numbers_alike(tensor: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[int]:
     """Return the leaves that have the values of a tensor, once they are moved and cast as it is."""
-    if isinstance(tensor, Ghost) or not _is_dense(tensor):
+    if isinstance(tensor, Ghost) or not is_plain(tensor):
         return []
     return [
         number
