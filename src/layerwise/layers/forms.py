@@ -33,6 +33,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
+def without_data(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a meta tensor of the shape, strides and type of a strided one."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return a tensor's shape; of a nested one, which has none, those of its parts."""
     return tuple(map(shape_of, tensor.unbind())) if tensor.is_nested else tuple(tensor.shape)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import RecordingError
+from layerwise.layers.forms import without_data
 from layerwise.layers.graph import Call, Op, Recording, Value
 from layerwise.layers.isolation import (
     check_ready,
@@ -144,10 +145,7 @@ def _attempt(
                 if not isinstance(module, torch.jit.ScriptModule):
                     module.training = False
         hooked = watched(model)
-        inputs = [
-            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            for tensor in tensors_in(arguments)
-        ]
+        inputs = list(map(without_data, tensors_in(arguments)))
         contents = {name: (p, p.detach()) for name, p in model.named_parameters()}
         undrawn = drawn_outside_torch()
         recorder, output, changes = _pass(model, arguments, fake=fake, grad=grad, draws=draws)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from layerwise.layers.forms import without_data
 from layerwise.layers.operators import factory_size
 from layerwise.layers.values import Values
 
@@ -162,7 +163,7 @@ class FakeRun:
             return self._twins[id(tensor)][1]
         key = self._values.find(tensor)
         empty = (
-            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            without_data(tensor)
             if tensor.layout == torch.strided
             else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         )

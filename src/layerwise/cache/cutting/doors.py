@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.cutting.cut import CallId, Site, Source
-from layerwise.layers.forms import is_plain
+from layerwise.layers.forms import is_plain, without_data
 from layerwise.layers.holding import slots_of
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -130,13 +130,13 @@ def is_rebuildable(call: Call) -> bool:
     """
     seen = 0
 
-    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+    def replaced(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal seen
         seen += is_plain(tensor)
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return without_data(tensor)
 
     try:
-        map_tensors(call.output, without_data)
+        map_tensors(call.output, replaced)
     except (RuntimeError, TypeError, ValueError):  # a type that checks its tensors, such as PackedSequence
         return False
     return seen == len(call.output_keys) > 0 and not _can_change(call.output)

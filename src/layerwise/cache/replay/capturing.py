@@ -16,6 +16,7 @@ from layerwise.cache.cutting.cut import CallId, Cut, Site
 from layerwise.cache.replay.ghost import Ghost, ghost
 from layerwise.cache.replay.intercepting import Forward, Intercepted
 from layerwise.cache.replay.layout import Layout, copied, memory_order
+from layerwise.layers.forms import without_data
 from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 
@@ -100,7 +101,7 @@ class _Watch(Intercepted):
             self._take(call, "in", tensors_in((args, kwargs)))
         output = original(*args, **kwargs)
         if call in self._shaped:
-            self.found.skeletons[call] = Skeleton(map_tensors(output, _without_data), self._batch)
+            self.found.skeletons[call] = Skeleton(map_tensors(output, without_data), self._batch)
             self._waiting.discard(call)
         if call in self._wanted or call in self._shaped:
             self._take(call, "out", tensors_in(output))
@@ -113,7 +114,3 @@ class _Watch(Intercepted):
                 self._waiting.discard(site)
         if not self._waiting:
             raise _Stop
-
-
-def _without_data(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from layerwise.cache.replay.content import Content
 from layerwise.errors import CacheError
+from layerwise.layers.forms import without_data
 from layerwise.layers.operators import SHAPE_ONLY
 
 PAST_THE_DISPATCHER = (
@@ -88,7 +89,7 @@ class Ghost(torch.Tensor):
         kwargs = kwargs or {}
         name = operation(func)
         if name in SHAPE_ONLY:
-            args, kwargs = tree_map_only(Ghost, _without_values, (args, kwargs))
+            args, kwargs = tree_map_only(Ghost, _any_values, (args, kwargs))
             return func(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         ghosts = [leaf for leaf in leaves if isinstance(leaf, Ghost)]
@@ -190,13 +191,11 @@ def place(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, Ghost):
         return tensor.shaped
-    return _without_values(tensor, torch.device("meta")) if tensor.device.type != "meta" else tensor
+    return without_data(tensor) if tensor.device.type != "meta" else tensor
 
 
-def _without_values(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    return torch.empty_strided(
-        tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device or tensor.device
-    )
+def _any_values(one: Ghost) -> torch.Tensor:
+    return torch.empty_strided(one.size(), one.stride(), dtype=one.dtype, device=one.device)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from layerwise.cache.replay.handed import Handed
 from layerwise.cache.replay.kernels import Autocast, autocast_state, backend_state
 from layerwise.cache.replay.layout import in_order, lies_in, memory_order
 from layerwise.errors import CacheError
-from layerwise.layers.forms import is_plain
+from layerwise.layers.forms import is_plain, without_data
 from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -227,7 +227,7 @@ def find_link(
         orders=tuple(memory_order(tensor) for tensor in tensors),
         strides=tuple(tensor.stride() for tensor in tensors),
         arguments=arguments,
-        template=map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")),
+        template=map_tensors((args, kwargs), without_data),
         autocast=autocast_state(device),
         grad=torch.is_grad_enabled(),
         backends=backend_state(device),

@@ -12,7 +12,7 @@ import torch
 from layerwise.cache.comparing import same_but_for_tensors
 from layerwise.cache.replay.layout import memory_order
 from layerwise.errors import CacheError
-from layerwise.layers.forms import is_plain
+from layerwise.layers.forms import is_plain, without_data
 from layerwise.layers.structures import map_tensors, tensors_in
 
 Kind = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -93,7 +93,7 @@ class BatchShape:
                 f"the tensors of a batch of {size} samples have the shapes {shapes}: the first dimension "
                 f"must count samples."
             )
-        template = _with(batch, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        template = _with(batch, without_data)
         return cls(template, kind_of(leaves), tuple(map(memory_order, leaves)))
 
     def check(self, batch: Any, size: int) -> list[torch.Tensor]:
