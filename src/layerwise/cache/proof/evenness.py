@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from layerwise.cache.replay.kernels import autocast_state, backend_state
 from layerwise.cache.replay.layout import find_layout
 from layerwise.errors import CacheError
-from layerwise.layers.operators import run_inside
+from layerwise.layers.operators import facts_of, run_inside
 
 _PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_padded_sequence"})
 _OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "profiler"})
@@ -83,7 +83,7 @@ class OpRun:
     @property
     def is_by_sample(self) -> bool:
         """Whether it does not work number by number, and is tried on whole samples."""
-        return _name(self.function) in _PRODUCTS | _BY_SAMPLE
+        return facts_of(self.function).name in _PRODUCTS | _BY_SAMPLE
 
     @property
     def outlines(self) -> list[Outline]:
@@ -123,7 +123,7 @@ class OpLog(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return run_inside(func, self, args, kwargs)
         output = func(*args, **kwargs)
-        name = _name(func)
+        name = facts_of(func).name
         self.enters_autocast = self.enters_autocast or _autocasts() > self._around
         if name in _PACKING:
             self.packing = self.packing or name
@@ -143,10 +143,6 @@ def _autocasts() -> int:
     """Return how many autocasts are entered; within a mode torch does not tell whether they are enabled."""
     torch.autocast_increment_nesting()
     return int(torch.autocast_decrement_nesting())
-
-
-def _name(function: Any) -> str:
-    return str(function._schema.name.partition("::")[2])
 
 
 def uneven_places(
@@ -215,7 +211,7 @@ def _of_one_sample(
     Nothing for large products.
     """
     size, read = (sum(torch.Size(o.shape).numel() for o in some) for some in ([one.output], one.outlines))
-    is_product = _name(one.function) in _PRODUCTS
+    is_product = facts_of(one.function).name in _PRODUCTS
     if size == 0 or (is_product and size > _SMALL):
         return
     more = _COMPARED * batch // size if is_product else min(_SAMPLES, _DRAWN // max(read, 1))

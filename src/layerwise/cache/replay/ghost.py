@@ -10,7 +10,6 @@ when it is written into a real tensor.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from layerwise.cache.replay.content import Content
 from layerwise.errors import CacheError
 from layerwise.layers.forms import without_data
-from layerwise.layers.operators import SHAPE_ONLY
+from layerwise.layers.operators import SHAPE_ONLY, argument_of, facts_of
 
 PAST_THE_DISPATCHER = (
     "numpy", "tolist", "data_ptr", "untyped_storage", "apply_", "map_", "map2_", "__dlpack__", "__reduce_ex__"
@@ -87,7 +86,7 @@ class Ghost(torch.Tensor):
     ) -> Any:
         """Run an operation on shapes alone."""
         kwargs = kwargs or {}
-        name = operation(func)
+        name = facts_of(func).name
         if name in SHAPE_ONLY:
             args, kwargs = tree_map_only(Ghost, _any_values, (args, kwargs))
             return func(*args, **kwargs)
@@ -178,11 +177,6 @@ def ghost(
     return Ghost(blank(shape, dtype, order), torch.device(device))
 
 
-def operation(func: Any) -> str:
-    """Return the name of an operation, its overload left out."""
-    return str(func.__name__).split(".")[0]
-
-
 def place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Return which elements of its memory a tensor is."""
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
@@ -198,22 +192,13 @@ def _any_values(one: Ghost) -> torch.Tensor:
     return torch.empty_strided(one.size(), one.stride(), dtype=one.dtype, device=one.device)
 
 
-@functools.cache
-def _written_argument(func: Any) -> tuple[int, str]:
-    """Return the position and the name of the first argument that an operation writes to."""
-    return next(
-        (position, argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-
-
 def written_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the tensors that an operation writes to."""
-    if not func._schema.is_mutable:
+    facts = facts_of(func)
+    if not facts.written:
         return []
-    position, name = _written_argument(func)
-    return tree_leaves(args[position] if position < len(args) else kwargs.get(name))
+    names = [name for name in facts.arguments if name in facts.written]
+    return tree_leaves([argument_of(facts, args, kwargs, name) for name in names])
 
 
 def needed(name: str, ghosts: list[Ghost], why: str = "") -> str:

@@ -22,12 +22,11 @@ from layerwise.cache.replay.ghost import (
     Ghost,
     blank,
     needed,
-    operation,
     place,
     written_to,
 )
 from layerwise.errors import CacheError
-from layerwise.layers.operators import SHAPE_ONLY
+from layerwise.layers.operators import SHAPE_ONLY, facts_of
 
 _COPIES = frozenset({"_to_copy", "clone", "_pin_memory"})
 _VIEWS = frozenset({"detach", "alias", "lift_fresh", "view", "_reshape_alias", "expand", "slice"})
@@ -98,7 +97,7 @@ class Handed(Ghost):
     ) -> Any:
         """Run an operation on the samples where that is possible, else on shapes."""
         kwargs = kwargs or {}
-        name = operation(func)
+        name = facts_of(func).name
         if name in SHAPE_ONLY:
             return super().__torch_dispatch__(func, types, args, kwargs)
         ghosts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Ghost)]

@@ -55,6 +55,7 @@ def test_type_and_layout_survive() -> None:
         lambda g: float(g.mean()),
         lambda g: torch.ones(2, 3).add_(g),
         lambda g: torch.ones(2, 3).copy_(g),
+        lambda g: torch.max(g, 1, out=(ghost((2,), g.dtype), torch.zeros(2, dtype=torch.int64))),
         lambda g: g + torch.ones(3, requires_grad=True),
         lambda g: nn.functional.linear(g, torch.ones(4, 3, requires_grad=True)),
         lambda g: nn.functional.mse_loss(torch.ones(2, 3, requires_grad=True), g),
