@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from threading import get_ident
 from typing import Any
 
@@ -24,7 +24,6 @@ from layerwise.cache.replay.kernels import backend_state
 from layerwise.cache.replay.link import Link
 from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.supply import Supply
-from layerwise.cache.store.column import Column
 from layerwise.cache.traceless import BeforePass, traceless
 from layerwise.errors import CacheError
 from layerwise.layers.holding import told
@@ -105,25 +104,6 @@ class FrozenPart:
         Raises:
             CacheError: it does not call the modules that it called on the first batch.
         """
-        run = functools.partial(self._run, link, cuts, given, batch=batch, skeletons=skeletons, seed=seed)
-        found = run(contextlib.nullcontext() if log is None else self._logged(log))
-        is_cast = any(enabled for _, enabled, _ in link.autocast)
-        if log is not None and (is_cast or log.enters_autocast):
-            found = run(contextlib.nullcontext())
-        return found
-
-    def _run(
-        self,
-        link: Link,
-        cuts: list[Cut],
-        given: Arguments,
-        around: contextlib.AbstractContextManager[None],
-        *,
-        batch: int,
-        skeletons: bool,
-        seed: int | None,
-    ) -> Captured:
-        """Run it once, within `around`."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.running())
             stack.enter_context(traceless(self.model, self._before))  # it may go another way, to its end
@@ -132,7 +112,8 @@ class FrozenPart:
                 stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
             if seed is not None:
                 seed_everything(seed)
-            stack.enter_context(around)
+            if log is not None:
+                stack.enter_context(self._logged(log))
             started = time.perf_counter()
             found = capture(self.model, cuts, link.apart(given), batch=batch, skeletons=skeletons)
             found.seconds = time.perf_counter() - started
@@ -140,6 +121,9 @@ class FrozenPart:
             raise CacheError(
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."
             )
+        is_cast = any(enabled for _, enabled, _ in link.autocast)
+        if log is not None and (is_cast or log.enters_autocast):
+            return self.run(link, cuts, given, batch=batch, skeletons=skeletons, seed=seed)
         return found
 
     @contextlib.contextmanager
@@ -251,20 +235,13 @@ class FrozenPart:
         if feed.views > 1:  # a sample that stands there twice was drawn twice
             first = {row: place for place, row in reversed([*enumerate(rows.tolist())])}
             wanted = torch.tensor([first[row] == place for place, row in enumerate(rows.tolist())])
-
-        def store(
-            column: Column, to_rows: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor
-        ) -> None:
+        stored = [(feed.sites[site], value) for site, value in values.items() if site in feed.sites]
+        taken = [(one.column, one.layout.to_rows(value)) for one, value in stored]
+        taken += [(column, leaves[number].detach()) for number, column in feed.leaves.items()]
+        for column, given in taken:
             absent = column.missing(rows) & wanted
             if absent.any():
-                taken = to_rows(value)
-                column.put(rows[absent], taken if bool(absent.all()) else taken[absent])
-
-        for site, value in values.items():
-            if site in feed.sites:
-                store(feed.sites[site].column, feed.sites[site].layout.to_rows, value)
-        for number, column in feed.leaves.items():
-            store(column, torch.Tensor.detach, leaves[number])
+                column.put(rows[absent], given if bool(absent.all()) else given[absent])
 
     def weights_moved(self, supply: Supply) -> bool:
         """Return whether frozen weights changed since this was last asked; what is stale is forgotten."""
