@@ -202,15 +202,13 @@ class Observer:
             stored = feed.sites.get(site)
             if stored is None or feed.views > 1:  # each draw is another one
                 continue
-            there = stored.column.filled[rows]
-            fresh = stored.layout.to_rows(value)[there]
-            if not stored.column.agrees(rows[there], fresh, exact=self._exact):
+            if not stored.column.agrees(rows, stored.layout.to_rows(value), exact=self._exact):
                 raise OtherValuesError(
                     f"the value at {site} is not what was stored, though no frozen weight changed: it "
                     f"depends on train or eval mode, on autocast, on whether gradients are on, or on a "
                     f"setting of torch. Use a PrefixCache for each."
                 )
-            compared |= bool(there.any())
+            compared |= bool(stored.column.filled[rows].any())
         return compared
 
     def _is_stored(self, feed: Feed, phase: Phase, rows: torch.Tensor) -> bool:

@@ -148,9 +148,8 @@ class Stock:
                 column = self._shared(self._key(feed, cut.sources[site], str(site), spec), feed.rows, spec)
                 if column is None or not column.filled[rows].any():
                     continue  # its name does not tell in which modes it was computed
-                there = column.filled[rows]
-                fresh = feed.layouts[site].to_rows(values[site])[there]
-                if column.agrees(rows[there], fresh, exact=feed.sizes is not None):
+                fresh = feed.layouts[site].to_rows(values[site])
+                if column.agrees(rows, fresh, exact=feed.sizes is not None):
                     logger.info("prefix cache: found the values at %s, computed before", site)
                     feed.sites[site] = self._site_column(column, feed.layouts[site], cut.sources[site])
 

@@ -132,11 +132,11 @@ class Column:
         return values
 
     def agrees(self, rows: torch.Tensor, values: torch.Tensor, *, exact: bool) -> bool:
-        """Return whether values just computed are those of `rows`, but for what storing rounds off.
+        """Return whether values just computed are what is stored of them, but for what storing rounds off.
 
         Args:
-            rows: int64, (n,), all filled.
-            values: (n, *shape).
+            rows: int64, (n,); those that are not filled are left out.
+            values: of `rows`; (n, *shape).
             exact: to the bit, and not but for rounding.
 
         Raises:
@@ -144,9 +144,11 @@ class Column:
         """
         if values.dtype != self.spec.dtype:
             return False
+        there = self.filled[rows]
+        values = values[there]
         if self.spec.stored != values.dtype:
             values = narrowed(values, self.spec.stored)
-        return (same_bits if exact else is_near)(values.cpu(), self._data.index_select(0, rows))
+        return (same_bits if exact else is_near)(values.cpu(), self._data.index_select(0, rows[there]))
 
     def flush(self) -> None:
         """Write what is still in the page cache to the disk, where the column is."""
