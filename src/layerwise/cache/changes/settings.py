@@ -41,6 +41,7 @@ from layerwise.layers.holding import (
     is_object,
     told,
 )
+from layerwise.layers.isolation import buffers_in, parameters_in
 from layerwise.layers.look import Look
 from layerwise.layers.memory import GLOBAL_HOOKS
 
@@ -268,7 +269,7 @@ class Settings:
         """Return a hidden module's epoch, modes in it, and who learns of its tensors or their checksums."""
         others = set(self._modules)
         own = [module for module in hidden.modules() if module not in others]
-        tensors = [t for m in own for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        tensors = (*parameters_in(own), *buffers_in(own))
         sums = [None if t.requires_grad or not _is_readable(t) else checksum(t) for t in tensors]
         return f"{_epoch_of(hidden)} {[module.training for module in own]} {sums}"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from layerwise.layers.isolation import parameters_in
+from layerwise.layers.isolation import buffers_in, parameters_in
 
 _SENTINELS = 8  # tensors whose content is compared
 _PROBED = 1024  # numbers of each of them
@@ -29,10 +29,7 @@ class Stillness:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         frozen = [p for p in parameters_in(modules) if not p.requires_grad]
         norms = [m for m in modules if isinstance(m, _NormBase) and not m.training]
-        written = [
-            *frozen,
-            *(buffer for norm in norms for buffer in norm._buffers.values() if buffer is not None),
-        ]
+        written = (*frozen, *buffers_in(norms))
         self._versioned = [tensor for tensor in written if not tensor.is_inference()]  # those have none
         self._versions = [tensor._version for tensor in self._versioned]
         self._placed = [p for p in frozen if type(p) is nn.Parameter and p.device.type != "meta"]

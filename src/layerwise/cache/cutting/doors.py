@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Set
 from enum import Enum
 from typing import Any, Literal, NamedTuple
@@ -153,11 +153,7 @@ def has_numbers(output: Any) -> bool:
 
 def calls_inside(call: Call, modules: Set[nn.Module]) -> dict[nn.Module, int]:
     """Return how often each of `modules` is called within the call."""
-    counts: dict[nn.Module, int] = {}
-    for inner in call.walk():
-        if inner is not call and inner.module in modules:
-            counts[inner.module] = counts.get(inner.module, 0) + 1
-    return counts
+    return Counter(one.module for one in call.walk() if one is not call and one.module in modules)
 
 
 def _can_change(output: Any) -> bool:

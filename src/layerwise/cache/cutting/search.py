@@ -40,6 +40,7 @@ from layerwise.cache.cutting.doors import (
 from layerwise.cache.cutting.guards import Guards
 from layerwise.cache.remedies import FREEZE_BEFORE
 from layerwise.errors import shorten
+from layerwise.layers.forms import shape_of, strides_of
 from layerwise.layers.operators import SHAPE_ONLY
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import tensors_in
@@ -268,11 +269,9 @@ class _Search:
 
 
 def _outline(call: Call) -> str:
-    """Return what a call returned as text: other objects are told by who they are."""
-    return " ".join(outline(call.output, _lying, lambda thing: f"{type(thing).__name__} {id(thing)}"))
+    """Return what a call returned as text: how tensors lie in memory, and who other objects are."""
 
+    def lying(tensor: torch.Tensor) -> str:
+        return f"{tensor.dtype} {tensor.layout} {shape_of(tensor)} {strides_of(tensor)}"
 
-def _lying(tensor: torch.Tensor) -> str:
-    """Return how a tensor lies in memory; of one without strides its type."""
-    is_plain = tensor.layout == torch.strided and not tensor.is_nested
-    return f"{tensor.dtype} {(tuple(tensor.shape), tensor.stride()) if is_plain else tensor.layout}"
+    return " ".join(outline(call.output, lying, lambda thing: f"{type(thing).__name__} {id(thing)}"))
