@@ -266,7 +266,7 @@ class PrefixCache:
                 feed.forget()
             supply.reason = "the cache was closed"
         self._calls.end_leavers(seen_or_not=True)
-        self.stock.close()
+        self.stock.shelf.close()
 
     def __enter__(self) -> PrefixCache:
         """Return the cache; `close` is called at the end of the block."""

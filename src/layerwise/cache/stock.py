@@ -269,10 +269,6 @@ class Stock:
                     why,
                 )
 
-    def close(self) -> None:
-        """Remove temporary files."""
-        self.shelf.close()
-
 
 def _inner(dataset: Any) -> Any:
     """Return the dataset inside the wrapper that each run of `layerwise.fit` puts around it."""

@@ -33,6 +33,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return which elements of its memory a strided tensor is."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+
+
 def without_data(tensor: torch.Tensor) -> torch.Tensor:
     """Return a meta tensor of the shape, strides and type of a strided one."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from layerwise.cache.cutting.cut import CallId, Site, Source
-from layerwise.layers.forms import is_plain, without_data
+from layerwise.layers.forms import is_plain, place_of, without_data
 from layerwise.layers.holding import slots_of
 from layerwise.layers.recording import Call, Recording
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -117,7 +117,7 @@ def handed_through(call: Call) -> dict[int, int]:
     found = {}
     inputs = list(zip(taken(call), tensors_in(call.arguments)))
     for slot, (read, output) in enumerate(zip(given(call), tensors_in(call.output))):
-        same = [n for n, (at, it) in enumerate(inputs) if at == read and _view(it) == _view(output)]
+        same = [n for n, (at, it) in enumerate(inputs) if at == read and place_of(it) == place_of(output)]
         if same:  # the first one, where an argument was passed twice
             found[slot] = same[0]
     return found
@@ -169,7 +169,3 @@ def _can_change(output: Any) -> bool:
     return (
         hasattr(output, "__dict__") or bool(slots_of(output)) or isinstance(output, set | deque | bytearray)
     )
-
-
-def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset()

@@ -66,8 +66,8 @@ class Ghost(torch.Tensor):
         self.look_like(new)
 
     def look_like(self, tensor: torch.Tensor) -> None:
-        """Take the shape, strides, type and device of `tensor`."""
-        if place(tensor)[:2] != place(self)[:2] or tensor.dtype != self.dtype:
+        """Take the shape, strides and type of `tensor`."""
+        if (tensor.shape, tensor.stride(), tensor.dtype) != (self.shape, self.stride(), self.dtype):
             self.shaped = _meta(tensor)
             with torch._C._DisableTorchDispatch():
                 torch.Tensor.data.__set__(self, Ghost(self.shaped, self.device))  # type: ignore[attr-defined]
@@ -175,11 +175,6 @@ def ghost(
     layerwise.errors.CacheError: the operation '_local_scalar_dense' needs the value of a tensor that ...
     """
     return Ghost(blank(shape, dtype, order), torch.device(device))
-
-
-def place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return which elements of its memory a tensor is."""
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:

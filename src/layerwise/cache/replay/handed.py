@@ -22,10 +22,10 @@ from layerwise.cache.replay.ghost import (
     Ghost,
     blank,
     needed,
-    place,
     written_to,
 )
 from layerwise.errors import CacheError
+from layerwise.layers.forms import place_of
 from layerwise.layers.operators import SHAPE_ONLY, facts_of
 
 _COPIES = frozenset({"_to_copy", "clone", "_pin_memory"})
@@ -140,7 +140,7 @@ for _name in PAST_THE_DISPATCHER:
 def _alias(source: Handed, func: Any, args: Any, kwargs: Any) -> Handed | None:
     """Return a view of all elements in the same order; None if it is another view."""
     meta = func(source.shaped, *args[1:], **kwargs)
-    if place(meta) != place(source.shaped):
+    if place_of(meta) != place_of(source.shaped):
         return None
     made = Handed(meta, source.device, source.stands_for)
     made._narrowed = source._narrowed
