@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -340,6 +341,38 @@ def test_a_replay_that_is_interrupted_leaves_nothing_behind() -> None:
     assert torch.equal(model(next(batches)[0]), model(images().inputs[4:8]))
     del batches
     assert "_call_impl" not in vars(model)
+
+
+def test_a_first_forward_that_is_interrupted_decides_nothing() -> None:
+    # the loop's own one, which comes after those of the cache: there is no output to compare a replay with
+    calls: list[int] = []
+
+    class Counting(TinyCNN):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            output = super().forward(images)
+            if len(calls) == interrupted:
+                raise KeyboardInterrupt
+            return output
+
+    def looked_at(times: int) -> str:
+        torch.manual_seed(0)  # how many passes the cache makes depends on the numbers
+        model = Counting()
+        model.stem.requires_grad_(False)
+        cache = layerwise.PrefixCache(model.eval(), DataLoader(images(), batch_size=4), storage="memory")
+        batches = iter(cache.batches())
+        for _ in range(times):
+            with contextlib.suppress(KeyboardInterrupt):
+                model(next(batches)[0])
+        return cache.describe()
+
+    interrupted = 0
+    assert "cut at" in looked_at(1)
+    interrupted = len(calls)
+    calls.clear()
+    assert looked_at(1) == "prefix cache: waiting for the first batch"
+    calls.clear()
+    assert "cut at" in looked_at(2)
 
 
 def test_trainable_set_changes() -> None:

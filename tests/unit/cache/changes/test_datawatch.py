@@ -375,6 +375,7 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
     "large sparse": (lambda: torch.eye(600).to_sparse(), lambda h: h._values()[77:].mul_(2)),
     "quantised": (lambda: quantised(1.0), lambda h: h.copy_(quantised(2.0))),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), lambda h: h[1].mul_(2)),
+    "without numbers": (lambda: torch.zeros(2**19, device="meta"), lambda h: h.resize_(9)),
     "large tensor without a version": (large_inference_tensor, lambda h: h.numpy()[: 2**18].fill(1)),
     "bytes": (lambda: bytearray(9), lambda h: h.__setitem__(5, 1)),
     "compact array": (lambda: array("i", range(9)), lambda h: h.__setitem__(5, 1)),

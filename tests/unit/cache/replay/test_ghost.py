@@ -110,6 +110,14 @@ def test_one_ghost_serves_all_steps_until_it_is_written_to() -> None:
     assert again.shape == (4, 3)
 
 
+def test_whose_data_are_replaced(phantom: Ghost) -> None:
+    # it looks like what it was given, and nobody knows what it stands for
+    phantom.data = torch.zeros(4, 5, dtype=torch.float64)
+    assert phantom.shape == (4, 5)
+    assert phantom.dtype == torch.float64
+    assert phantom.stands_for.was_written
+
+
 def test_a_shape_that_a_replay_changes_in_place() -> None:
     phantom = ghost((2, 3), torch.float32)
     phantom.unsqueeze_(1)

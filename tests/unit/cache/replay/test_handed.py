@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.cache.replay.ghost import ghost
 from layerwise.cache.replay.handed import Handed, OnlyShapes, handed, real
 from layerwise.errors import CacheError
 
@@ -181,6 +182,19 @@ def test_a_gradient_flows_back_from_where_samples_take_its_place() -> None:
     for x in (phantom, plain):
         (real(x) ** 2).sum().backward()
     assert torch.equal(phantom.grad, plain.grad)
+
+
+@pytest.mark.parametrize("made", [lambda: handed((2, 3), torch.float32, tag="x"), lambda: without(pair()[0])])
+def test_what_cannot_be_loaded_has_no_real_tensor(made: Callable[[], Handed]) -> None:
+    # another draw of the same sample is another one; and of a ghost in its place nobody knows the numbers
+    with pytest.raises(CacheError, match="needs the value"):
+        real(made())
+
+
+def without(phantom: Handed) -> Handed:
+    """Put a tensor that no one computed into the place of what was loaded."""
+    phantom.data = ghost((4, 3), torch.float32)
+    return phantom
 
 
 def test_nothing_is_read_during_a_replay() -> None:
