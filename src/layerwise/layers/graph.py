@@ -14,7 +14,7 @@ Plain data, read by the layer map and by the frozen-prefix cache. The words:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -215,10 +215,14 @@ class Recording:
     @cached_property
     def input_dependent(self) -> list[bool]:
         """For each operation, whether its result depends on the model's input."""
-        depends = [False] * len(self.ops)
+        return self.fed_by(lambda op: bool(op.inputs))
+
+    def fed_by(self, begins: Callable[[Op], bool]) -> list[bool]:
+        """Return for each operation whether `begins` holds of it or of one that feeds it, near or far."""
+        found: list[bool] = []
         for op in self.ops:
-            depends[op.index] = bool(op.inputs) or any(depends[source] for source in op.sources)
-        return depends
+            found.append(begins(op) or any(found[source] for source in op.sources))
+        return found
 
     @cached_property
     def unread(self) -> tuple[str, ...]:

@@ -95,10 +95,7 @@ def find_dirty(
 
 def _frozen_flops(recording: Recording, learning: set[str]) -> int:
     """Return `Dirt.frozen_flops`."""
-    learns: list[bool] = []
-    for op in recording.ops:
-        reads = not learning.isdisjoint((*op.parameters, *op.buffers))
-        learns.append(reads or any(learns[source] for source in op.sources))
+    learns = recording.fed_by(lambda op: not learning.isdisjoint((*op.parameters, *op.buffers)))
     return sum(op.flops for op, moves in zip(recording.ops, learns) if not moves)
 
 
@@ -172,16 +169,15 @@ def _computed_by_the_network(recording: Recording) -> list[bool]:
     any padding.
     """
     buffers = dict(recording.model.named_buffers())
-    computed: list[bool] = []
-    for op in recording.ops:
-        numbers = (
+
+    def computes(op: Op) -> bool:
+        return recording.input_dependent[op.index] and (
             bool(op.parameters)
             or any(buffers[name].is_floating_point() for name in op.buffers if name in buffers)
             or any(recording.inputs[number].is_floating_point() for number in op.inputs)
-            or any(computed[source] for source in op.sources)
         )
-        computed.append(numbers and recording.input_dependent[op.index])
-    return computed
+
+    return recording.fed_by(computes)
 
 
 def _writers(recording: Recording, sites: Set[Site]) -> set[int]:
