@@ -54,7 +54,7 @@ class Calls:
     def __init__(self, frozen: FrozenPart, observer: Observer) -> None:
         self._frozen, self._observer = frozen, observer
         self._model, self._state = frozen.model, frozen.state
-        self._hook = RootHook()
+        self._hook = RootHook(self._model)
         self._at_hand: list[Collection[Live]] = []
         self._leaving: list[tuple[Collection[Live], contextlib.ExitStack]] = []
         self._replaying = False  # the call under way is a replay
@@ -64,7 +64,7 @@ class Calls:
         """Within: calls of the model are seen, and what is in `lives` may come to it: the loop has got it."""
         self._at_hand.append(lives)
         try:
-            with self._hook.attached(self._model, self._before):
+            with self._hook.attached(self._before):
                 yield
         finally:
             self._at_hand = [one for one in self._at_hand if one is not lives]
@@ -102,7 +102,7 @@ class Calls:
             if hook is self._hook.hook:
                 break
             if not isinstance(hook, OnlyHere):  # it came later, and what it does to the arguments is unknown
-                self._hook.come_last(self._model)
+                self._hook.come_last()
                 return self._with_real(args, kwargs)
         if self._leaving:
             self._hook.at_end(lambda output: self.end_leavers())

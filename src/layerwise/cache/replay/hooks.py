@@ -98,11 +98,15 @@ def _do(due: list[Due], output: Any) -> None:
 class RootHook:
     """Has a function called before every call of a model, while at least one ``with`` block is open.
 
+    Args:
+        model: whose calls.
+
     Attributes:
         hook: the hook on the model; None while no block is open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self.hook: OnlyHere | None = None
         self._open = 0
         self._calls = _CALLS  # while Python ends, there are no global names any more
@@ -110,14 +114,14 @@ class RootHook:
         self._call: _Call | None = None
 
     @contextlib.contextmanager
-    def attached(self, model: nn.Module, before: Before) -> Iterator[None]:
-        """Attach to `model`; of several blocks that are open, in whatever order they end, the first counts.
+    def attached(self, before: Before) -> Iterator[None]:
+        """Attach to the model; of several blocks that are open, in whatever order they end, the first counts.
 
         Args:
-            model: whose calls.
             before: gets the arguments; returns them changed (with every tensor replaced, for example), or
                 None to leave them.
         """
+        model = self._model
         self._open += 1
         if self._open == 1:
             # a hook of torch's: the compiler goes past `_call_impl`, and it comes after the user's own
@@ -141,10 +145,10 @@ class RootHook:
                     del vars(model)["_call_impl"]
                     self._calls.pop(model, None)  # it has gone where both are collected as garbage
 
-    def come_last(self, model: nn.Module) -> None:
+    def come_last(self) -> None:
         """Have `before` called after all hooks that the model has by now, from its next call on."""
         assert self._handle is not None
-        hooks: Any = model._forward_pre_hooks  # an OrderedDict
+        hooks: Any = self._model._forward_pre_hooks  # an OrderedDict
         hooks.move_to_end(self._handle.id)
 
     def at_end(self, due: Due) -> None:

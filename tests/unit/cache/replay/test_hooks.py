@@ -29,13 +29,13 @@ def seen() -> list[Any]:
 
 @pytest.fixture
 def net(seen: list[Any]) -> Iterator[nn.Module]:
-    model, hook = Net(), RootHook()
+    hook = RootHook(model := Net())
 
     def before(args: Any, kwargs: Any) -> None:
         seen.append(args[0].item())
         hook.at_end(lambda output: seen.append(output if output is RAISED else output.item()))
 
-    with hook.attached(model, before):
+    with hook.attached(before):
         yield model
     assert not vars(model).get("_call_impl")
     assert not model._forward_pre_hooks
@@ -64,7 +64,7 @@ def test_an_interrupted_call_has_an_end_too(net: nn.Module, seen: list[Any]) -> 
 
 def test_all_is_done_though_the_first_thing_raises(net: nn.Module, seen: list[Any]) -> None:
     # two caches on one model: what the one finds wrong reaches the caller, and the other ends its replay
-    other = RootHook()
+    other = RootHook(net)
 
     def wrong(output: Tensor) -> None:
         raise ValueError(output.item())
@@ -73,7 +73,7 @@ def test_all_is_done_though_the_first_thing_raises(net: nn.Module, seen: list[An
         for due in (wrong, seen.append):
             other.at_end(due)
 
-    with other.attached(net, before):
+    with other.attached(before):
         assert hook_count(net) == 2
         with pytest.raises(ValueError, match=r"2\.0"):
             net(torch.ones(1))
@@ -82,10 +82,10 @@ def test_all_is_done_though_the_first_thing_raises(net: nn.Module, seen: list[An
 
 
 def test_a_copy_takes_nothing_along_and_has_hooks_of_its_own(net: nn.Module, seen: list[Any]) -> None:
-    twin, hook, its = copy.deepcopy(net), RootHook(), []
+    hook, its = RootHook(twin := copy.deepcopy(net)), []
     twin(torch.ones(1))
     assert hook_count(twin) == 0
-    with hook.attached(twin, lambda args, kwargs: its.append(args[0].item())):
+    with hook.attached(lambda args, kwargs: its.append(args[0].item())):
         assert (hook_count(net), hook_count(twin)) == (1, 1)
         twin(torch.ones(1))
     assert "_call_impl" not in vars(twin)
@@ -105,8 +105,8 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("copied", [copy.copy, nn.Module._replicate_for_data_parallel])
 def test_a_shallow_copy_is_called_by_itself(copied: Any, seen: list[Any]) -> None:
     # though it has all that is in the model's __dict__; and also when the epoch is over
-    model, hook = Scaled(), RootHook()
-    with hook.attached(model, lambda args, kwargs: hook.at_end(seen.append)):
+    hook = RootHook(model := Scaled())
+    with hook.attached(lambda args, kwargs: hook.at_end(seen.append)):
         twin = copied(model)
         twin.scale = 3
         assert twin(torch.ones(1)).item() == 3
@@ -117,11 +117,11 @@ def test_a_shallow_copy_is_called_by_itself(copied: Any, seen: list[Any]) -> Non
 
 
 def test_it_comes_last_also_of_hooks_that_came_later(net: nn.Module) -> None:
-    hook, order = RootHook(), []
-    with hook.attached(net, lambda args, kwargs: order.append("ours")):
+    hook, order = RootHook(net), []
+    with hook.attached(lambda args, kwargs: order.append("ours")):
         net.register_forward_pre_hook(lambda module, args: order.append("theirs"))
         net(torch.ones(1))
-        hook.come_last(net)
+        hook.come_last()
         net(torch.ones(1))
     assert order == ["ours", "theirs", "theirs", "ours"]
     net._forward_pre_hooks.popitem()  # the user's; the fixture's is left
