@@ -26,9 +26,10 @@ What it works on:
   sorted by shape (`supply`), and what is stored of those of one shape (`feed`);
 - `store`: memory and files (`column`, `shelf`), and whether caching pays (`decision`).
 
-How it comes together: users call `prefix`; `dealing` makes an epoch's batches, `calls` sees them reach the
-model, `observing` looks at the first one of a phase, `frozen` runs the frozen part, `stock` keeps what it
-gives, and `telling` says what became of it. `filling` and `folding` are a recording pass of its own.
+How it comes together: users call `prefix`; `dealing` makes an epoch's batches (each a `live` one until the
+loop is done with it), `calls` sees them reach the model, `observing` looks at the first one of a phase,
+`frozen` runs the frozen part, `stock` keeps what it gives, and `telling` says what became of it. `filling`
+and `folding` are a recording pass of its own.
 
 Each folder imports only from those that `tests/unit/test_imports.py` lists before it.
 """

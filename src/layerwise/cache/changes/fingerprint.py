@@ -1,4 +1,4 @@
-"""What a cached value depends on, as a hash: weights, operations, data, precision.
+"""Weights and data as hashes, of all on which a cached value depends (`Stock` puts the name of one together).
 
 Two strengths. `weights_digest` and `data_digest` name a cache that outlives the process. `quick_state`
 costs a few milliseconds and is compared at each epoch, to notice that somebody changed the frozen prefix.

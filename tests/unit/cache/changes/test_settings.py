@@ -96,6 +96,7 @@ class Layer(Base):
         self.count, self.ring = itertools.count(), deque([0], maxlen=2)
         self.partial = functools.partial(torch.add, [1.0], alpha=1.0)
         self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
+        self.blank = torch.empty(99, device="meta")
         self.register_buffer("later", None)
         self.act = nn.Tanh()
         self.whole, self.zero, self.wholes, self.mixed = 1, 0.0, [1], {"a": 1}

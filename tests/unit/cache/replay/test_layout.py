@@ -65,9 +65,16 @@ def test_a_value_that_does_not_grow_has_no_layout() -> None:
     assert pair(lambda b: torch.randn(3, 3))[1] is None
 
 
-@pytest.mark.parametrize("make", [lambda b: torch.randn(b, b), lambda b: torch.randn(b + 1, 3)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b: torch.randn(b, b),
+        lambda b: torch.randn(b + 1, 3),
+        lambda b: torch.randn(*[b] * b),
+    ],
+)
 def test_what_is_not_made_of_samples_is_refused(make) -> None:
-    # similarity between samples, an extra row: neither can be taken apart
+    # similarity between samples, an extra row, another number of dimensions: none can be taken apart
     with pytest.raises(CacheError, match="cannot be taken apart"):
         pair(make)
 
