@@ -32,7 +32,6 @@ from layerwise.cache.replay.kernels import autocast_state, backend_state
 from layerwise.cache.replay.link import Link, OpenArgumentError, find_link, known_arguments
 from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.batchshape import OtherShapeError
-from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.supply import COMPILED, one_line
 from layerwise.cache.store.room import give_back_memory
 from layerwise.cache.telling import told
@@ -154,7 +153,7 @@ class Calls:
         if phase is not None and phase.reason and not live.replayed:
             live.supply.called_in = self._state.number()  # perhaps not that for which it was made
             return None
-        if phase is None or not (live.replayed or self._is_completed(live, phase)):
+        if phase is None or not (live.replayed or self._is_completed(live)):
             return None  # it was handed out real
         if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
@@ -183,10 +182,9 @@ class Calls:
         if output is not RAISED:
             check_replayed(output, replay.not_come)
 
-    def _is_completed(self, live: Live, phase: Phase) -> bool:
+    def _is_completed(self, live: Live) -> bool:
         """Compute what is missing of a batch that was handed out in another state; say if that went."""
-        usable = phase.verified and not live.supply.reason and live.feed.fits(len(live.indices))
-        if not usable or live.supply.views > 1 or self._state.number() != live.key:
+        if not live.may_be_replayed or live.supply.views > 1 or self._state.number() != live.key:
             return False
         try:
             with apart():

@@ -15,7 +15,6 @@ from layerwise.cache.remedies import KEEP_APART, STORE_VIEWS
 from layerwise.cache.replay.link import versions_of
 from layerwise.cache.samples.batchshape import BatchShape
 from layerwise.cache.samples.draws import DRAWS
-from layerwise.cache.samples.feed import Phase
 from layerwise.cache.samples.reading import Order
 from layerwise.cache.samples.supply import Raised, Supply
 from layerwise.cache.traceless import normal_tensors
@@ -153,13 +152,7 @@ class Dealer:
             rows = feed.rows_of(indices, view)
         phase = feed.phases.get(key)
         live = Live(supply, feed, rows, indices, key, phase)
-        if (
-            phase is not None
-            and phase.verified
-            and not supply.reason
-            and feed.fits(len(indices))
-            and self._replayed(live, phase, batch)
-        ):
+        if live.may_be_replayed and self._replayed(live, batch):
             return live
         sorted_anew = not (supply.reason or any(feed is one for one in supply.feeds))
         if sorted_anew or self.expected_state(supply) != key:
@@ -177,12 +170,14 @@ class Dealer:
                 supply.refuse(str(error))
         return live
 
-    def _replayed(self, live: Live, phase: Phase, batch: Any) -> bool:
+    def _replayed(self, live: Live, batch: Any) -> bool:
         """Compute what is missing of a batch, and put ghosts in place of its inputs; say if that went."""
+        feed, phase = live.feed, live.phase
+        assert phase is not None
         try:
             batch = self._frozen.complete(live, batch)
-            load = functools.cache(functools.partial(live.feed.reader.leaves, live.indices))
-            live.batch, live.leaves = live.feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
+            load = functools.cache(functools.partial(feed.reader.leaves, live.indices))
+            live.batch, live.leaves = feed.handed_out(phase.ghosts, live.rows, batch, live.tag, load)
         except (CacheError, OSError) as error:
             live.not_completed(error)
             return False

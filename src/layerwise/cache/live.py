@@ -55,6 +55,12 @@ class Live:
     tag: object = field(default_factory=object)
 
     @property
+    def may_be_replayed(self) -> bool:
+        """Whether a replay stands for a batch of its size in its phase, once nothing is missing of it."""
+        is_verified = self.phase is not None and self.phase.verified
+        return is_verified and not self.supply.reason and self.feed.fits(len(self.indices))
+
+    @property
     def is_awaited(self) -> bool:
         """Whether something is to be done when it comes to the model, as it has not yet."""
         to_complete = self.phase is not None and self.phase.verified
