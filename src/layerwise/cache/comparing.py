@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise.layers.holding import DEPTH, SCALARS, is_object, slots_of, told
+from layerwise.layers.holding import DEPTH, SCALARS, attributes_of, is_object, told
 from layerwise.layers.structures import map_tensors
 
 _NEAR = 1e-3  # relative difference up to which two results are the same but for rounding
@@ -86,7 +86,7 @@ def outline(
             yield from outline(item, of_tensor, of_other, depth)
     elif isinstance(structure, Mapping) or (depth < DEPTH and is_object(structure)):
         is_mapping = isinstance(structure, Mapping)
-        items = structure if is_mapping else getattr(structure, "__dict__", {}) | slots_of(structure)
+        items = structure if is_mapping else attributes_of(structure)
         yield f"{kind} of {len(items)}"
         for name, item in items.items():
             yield repr(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -54,6 +55,7 @@ class Kind(Enum):
         (Kind.ONE, Kind.OTHER), ({"a": 1}, {"b": 1}), ({"a": 1, "b": 1}, {"b": 1, "a": 1}), ({1, 2}, {1, 3}),
         ([1, [2]], [1, 2]), (np.arange(3), np.arange(3) * 2), (np.arange(3), np.arange(3.0)),
         (Held(1), Held(2)), (Held(np.ones(2)), Held(np.zeros(2))), (range(3), range(4)),
+        (functools.partial(print, 1), functools.partial(print, 2)),
     ],
 )  # fmt: skip
 def test_what_is_no_tensor_counts(one, other) -> None:
