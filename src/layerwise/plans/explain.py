@@ -12,7 +12,7 @@ from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems, trained
 from layerwise.plans.schedules import join_factor
 from layerwise.plans.settings import Norms, Schedule
-from layerwise.plans.timeline import joins, phase_factor
+from layerwise.plans.timeline import joins, learning, phase_factor
 
 ASSUMED_STEPS_PER_EPOCH = 100
 COLUMNS = 48
@@ -43,11 +43,10 @@ def explain(
     start = 0
     for number, phase in enumerate(plan.phases):
         length = phase.length_steps(per_epoch)
-        given = multipliers(phase, layers)
-        learning = trained(phase, layers, held=held)
-        values = {name: value if given[name] else 0.0 for name, value in learning.items()}
+        values, planned = trained(phase, layers, held=held), learning(plan, number, layers)
         highest = {
-            group.name: max(map(values.__getitem__, group.parameters), default=0.0) for group in layers
+            group.name: max(values[name] for name in group.parameters) if group.name in planned else 0.0
+            for group in layers
         }
         top = {name: value * (1.0 if lr is None else lr) for name, value in highest.items()}
         read = _rates_reader(plan, number, layers, per_epoch, top)

@@ -120,3 +120,16 @@ def test_norms_of_two_groups_that_share_a_parameter(kind, shared: str, granulari
             plan = strategy(layers, epochs=1, norms=norms)
             (told,) = plan.explain(layers, steps_per_epoch=2).phases
             assert [told.trainable] == trained(tied(), plan, layers), norms
+
+
+def test_the_row_of_a_group_tells_of_norms_that_learn_beside_its_overrides() -> None:
+    model = net()
+    layers = layer_map(model, torch.randn(2, 4), granularity="blocks")
+    phase = {"name": "a", "rates": {}, "overrides": {"2.0.weight": 0.2}, "epochs": 1}
+    phase["norms"] = Norms(policy="adapt", rate=0.5)
+    plan = Plan(granularity="blocks", groups=layers.names, phases=[phase])
+    tuner = Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=2, layers=layers)
+    (row,) = plan.explain(layers, lr=0.1, steps_per_epoch=2).phases[0].groups
+    learning = [p for p in model[2].parameters() if p.requires_grad]
+    assert (row.name, row.parameters) == ("2", sum(p.numel() for p in learning))
+    assert row.start == tuner.rates()["2"]
