@@ -104,8 +104,9 @@ class Norms(Data):
         momentum: exponential average instead of the exact one (calibrate), or the momentum (adapt,
             freeze_until).
         rate: multiplier of the norms' affine parameters, as a share of the base rate: wherever they learn by
-            ``"adapt"`` or ``"freeze_until"``, and in frozen groups by `tune`. None: that of the group, and 1
-            in frozen groups. A parameter in `Phase.overrides` keeps that multiplier where its group learns.
+            ``"adapt"`` or ``"freeze_until"``, and in frozen groups by `tune`. None: that of the group (0
+            where it learns by `Phase.overrides` alone), and 1 in groups of which nothing learns. A parameter
+            in `Phase.overrides` keeps that multiplier where something of its group learns.
         tune: also train the affine parameters of LayerNorm, GroupNorm and RMSNorm in frozen groups.
         groups: group name -> what its norms do instead of all of the above; or the name of a policy. None of
             these has `until` or `groups`. The statistics of a norm that stands in several groups go with the

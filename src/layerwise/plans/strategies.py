@@ -174,7 +174,7 @@ def discriminative(
         layers: the model's layer map.
         decay: α. 0.95-0.99 is gentle, 0.85-0.95 moderate, 0.7-0.85 aggressive; below 0.7 freeze instead.
             0.9 where neither `decay` nor `rates` is given.
-        rates: group (name, alias, or range) -> multiplier, on top of the decayed ones. Without `decay` every
+        rates: group (name, alias, or range) -> multiplier, in place of the decayed one. Without `decay` every
             group that is not `frozen` has to be named.
         frozen: groups that do not learn at all, as `select_groups` takes them; 2 is the first two.
         **options: see `PhaseOptions`.
@@ -227,8 +227,8 @@ def surgical(
 
     Args:
         layers: the model's layer map.
-        which: a third of the groups before the head (``"first"`` takes the larger part where they do not
-            divide evenly), or groups as `select_groups` takes them.
+        which: a third of the groups before the head (where they do not divide evenly ``"first"`` takes one
+            more, and ``"middle"`` where two are over), or groups as `select_groups` takes them.
         head: whether the head learns too. The paper keeps the source task's head; a new head has to learn.
         **options: see `PhaseOptions`.
 

@@ -44,11 +44,14 @@ def gradual_unfreezing(
     ``eta * decay ** (L - l)`` in every phase it learns in. A group that joins warms up over `join_steps`.
 
     By epochs: `epochs_per_group` (1 where nothing is given) and `last_epochs` (3).
-    By steps: `steps_per_group` and `last_steps`.
+    By steps: `steps_per_group` and `last_steps` (three times as long where not given).
     When validation stalls: `patience_epochs`; `epochs_per_group` is then the limit (10 where not given).
-    By total length: `epochs` or `steps` alone. Half of them unfreeze, in as many phases as there are groups
-    or, where that is more than half of the epochs, several groups a phase; the rest trains everything. With
-    `last_epochs` (`last_steps`) as well, all before the last phase unfreezes, in equal phases.
+    By total length: `epochs` or `steps` alone. Half of them, rounded down, unfreeze in equal phases: as many
+    as groups but one or, where there are fewer epochs, one an epoch, several groups at once. The last phase
+    gets the rest and trains everything. Phase i (from 0) of n before it trains the last
+    ``1 + round(i * (groups - 1) / n)`` groups. With `last_epochs` (`last_steps`) as well, all before the last
+    phase unfreezes, which has to divide; with `epochs_per_group` (`steps_per_group`), the last phase gets
+    what is left.
 
     Args:
         layers: the model's layer map.
@@ -160,7 +163,7 @@ def lp_ft(
 
     Args:
         layers: the model's layer map.
-        probe_epochs: length of the first phase; half of `epochs` where not given, at least 1.
+        probe_epochs: length of the first phase; half of `epochs`, rounded down, where not given, at least 1.
         probe_steps: the same in steps, for a plan in `steps`.
         tune_rate: multiplier of the second phase; the paper tunes its rate separately, and smaller rates than
             the probe's are usual.

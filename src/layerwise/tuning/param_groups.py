@@ -101,7 +101,8 @@ def param_groups(
     For loops without a Tuner. Parameters with two dimensions or more decay, embedding tables and convolutions
     included; biases, norm gains and other vectors do not, nor does what the model's ``no_weight_decay()``
     lists (class tokens and position tables of timm and torchvision models). ``requires_grad`` is not
-    touched: call `layerwise.freeze`, or use `layerwise.Tuner`.
+    touched, and norm policy and schedule of a plan are left to the Tuner: call `layerwise.freeze`, or use
+    `layerwise.Tuner`.
 
     Args:
         model: not changed.
