@@ -64,7 +64,7 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
             something of samples that cannot be cut into rows.
     """
     given = inner(loader)
-    batch_size, shuffle, rank, world = _way(given)
+    batch_size, drop_last, shuffle, rank, world = _way(given)
     collate: Callable[[list[Any]], Any] = given.collate_fn
     with kept_random_state():
         shapes = [_shape(collate([sample])) for sample in _samples(given.dataset)]
@@ -78,7 +78,7 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
             seed=seed,
             shuffle=shuffle,
             lengths=sizes,
-            drop_last=given.drop_last,
+            drop_last=drop_last,
             rank=rank,
             world=world,
         )
@@ -153,29 +153,32 @@ class _Padding:
         return map_tensors(batch, lambda tensor: tensor[: len(items)])
 
 
-def _way(loader: Any) -> tuple[int, bool, int, int]:
-    """Return batch size, whether the order is shuffled, and number and count of the processes that share it.
+def _way(loader: Any) -> tuple[int, bool, bool, int, int]:
+    """Return batch size, ``drop_last``, whether it shuffles, and number and count of the sharing processes.
 
     Raises:
         DataError: the samples are drawn otherwise.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        kind = named_kind(loader if not isinstance(loader, DataLoader) else loader.dataset)
+    is_plain = getattr(type(loader), "__iter__", None) is DataLoader.__iter__
+    if not is_plain or isinstance(loader.dataset, IterableDataset):
+        kind = named_kind(loader.dataset if is_plain else loader)
         raise DataError(f"by_length got {kind}; expected a torch DataLoader over a map-style data set.")
     batches: Any = loader.batch_sampler
-    rank, world = 0, 1
+    rank, world, parts = 0, 1, 1
     if hasattr(batches, "process_index"):  # of Accelerate, around the loader's own
-        rank, world, batches = batches.process_index, batches.num_processes, batches.batch_sampler
+        rank, world = batches.process_index, batches.num_processes
+        parts = world if batches.split_batches else 1
+        batches = batches.batch_sampler
     sampler: Any = getattr(batches, "sampler", None)
     if isinstance(sampler, DistributedSampler):
-        return batches.batch_size, sampler.shuffle, sampler.rank, sampler.num_replicas
+        return batches.batch_size, batches.drop_last, sampler.shuffle, sampler.rank, sampler.num_replicas
     if not isinstance(sampler, RandomSampler | SequentialSampler):
         kind = named_kind(batches if sampler is None else sampler)
         raise DataError(
             f"by_length makes batches itself, and this loader's are made by {kind}; expected torch's "
             f"random or sequential order. Give it DataLoader(data, batch_size, shuffle=True, collate_fn=...)."
         )
-    return batches.batch_size, isinstance(sampler, RandomSampler), rank, world
+    return batches.batch_size // parts, batches.drop_last, isinstance(sampler, RandomSampler), rank, world
 
 
 def _samples(data: Any) -> Iterator[Any]:

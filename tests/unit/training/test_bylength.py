@@ -184,10 +184,30 @@ def test_accelerates_loaders():
     assert sum(len(batch["ids"]) for batch in layerwise.by_length(prepared)) == 77
 
 
+@pytest.mark.parametrize(("split", "size"), [(False, 8), (True, 4)])
+def test_accelerates_loaders_keep_their_batches(split, size):
+    # The size and drop_last of what the loader was before Accelerate made it anew.
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    seen = []
+    for rank in range(2):
+        prepared = data_loader.prepare_data_loader(
+            loader_of(drop_last=True), num_processes=2, process_index=rank, split_batches=split
+        )
+        batches = [batch["index"].tolist() for batch in layerwise.by_length(prepared)]
+        assert {len(batch) for batch in batches} == {size}
+        seen += [index for batch in batches for index in batch]
+    assert len(seen) == 80  # the first batch again, for the other process
+
+
 def test_samples_of_one_shape_need_nothing():
     # The loader itself, which draws in its own order.
     loader = loader_of(Texts([7] * 20))
     assert layerwise.by_length(loader) is loader
+
+
+class OwnWay(DataLoader):
+    def __iter__(self):
+        yield from list(super().__iter__())[::2]
 
 
 class Endless(IterableDataset):
@@ -205,6 +225,7 @@ def cut_to_shortest(samples):
     [
         ([1, 2], r"by_length got a list; expected a torch DataLoader over a map-style data set"),
         (DataLoader(Endless()), r"by_length got an? Endless; expected a torch DataLoader"),
+        (OwnWay(Texts(), 8, collate_fn=collate), r"by_length got an OwnWay; expected a torch DataLoader"),
         (DataLoader(Texts(), batch_size=None), r"made by .*; expected torch's random or sequential order"),
         (
             DataLoader(Texts(), 8, sampler=WeightedRandomSampler([1.0] * 77, 77), collate_fn=collate),
