@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import (
@@ -15,7 +15,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from layerwise.cache.samples.prepared import inner
+from layerwise.cache.samples.prepared import inner, reading
 from layerwise.errors import DataError, named_kind
 from layerwise.layers.randomness import kept_random_state
 from layerwise.layers.structures import map_tensors, tensors_in
@@ -52,7 +52,8 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
 
     Args:
         loader: over a map-style data set, in torch's random or sequential order; as it is, or as Accelerate
-            has prepared it. What is returned moves nothing to a device; prepare it again for that.
+            has prepared it: then so is what is returned. In several processes prepare it before; Accelerate
+            fills the last batch up with samples of any length.
         seed: of the order.
 
     Returns:
@@ -91,7 +92,7 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
         data = _WithLength(given.dataset, order.padded)
         for one, fillers in longest.items():
             _check(padding, data, [order.padded.index(one), *fillers])
-    return ByLength(
+    made = ByLength(
         data,
         batch_sampler=order,
         collate_fn=padding,
@@ -104,6 +105,7 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
         prefetch_factor=given.prefetch_factor,
         persistent_workers=given.persistent_workers,
     )
+    return made if given is loader else cast("DataLoader[Any]", reading(loader, made))
 
 
 class _Epochs(EpochBatches):

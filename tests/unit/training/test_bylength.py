@@ -199,6 +199,22 @@ def test_accelerates_loaders_keep_their_batches(split, size):
     assert len(seen) == 80  # the first batch again, for the other process
 
 
+def test_what_is_made_of_a_prepared_loader_is_prepared():
+    # Accelerate takes it as its own: it moves batches and tells the last one, and is not shared out twice.
+    accelerator = pytest.importorskip("accelerate").Accelerator(gradient_accumulation_steps=3)
+    loader = layerwise.by_length(accelerator.prepare(loader_of()))
+    assert accelerator.prepare(loader) is loader
+    synced = []
+    for _ in loader:
+        with accelerator.accumulate(nn.Linear(1, 1)):
+            synced.append(accelerator.sync_gradients)
+    assert [number for number, is_synced in enumerate(synced) if is_synced] == [2, 5, 8, 9]
+    loader.set_epoch(3)
+    again = layerwise.by_length(loader_of())
+    again.set_epoch(3)
+    assert [batch["index"].tolist() for batch in loader] == [batch["index"].tolist() for batch in again]
+
+
 def test_samples_of_one_shape_need_nothing():
     # The loader itself, which draws in its own order.
     loader = loader_of(Texts([7] * 20))

@@ -52,8 +52,13 @@ def stand_in(loader: Any, begin: Callable[[], Iterator[Any]]) -> Any:
     """
     if not is_prepared(loader):
         return _Instead(loader, begin)
+    return reading(loader, _Instead(loader.base_dataloader, begin))
+
+
+def reading(loader: Any, other: Any) -> Any:
+    """Return a prepared loader that reads from another one, and is the given one in all else."""
     made = object.__new__(type(loader))
-    vars(made).update(vars(loader), base_dataloader=_Instead(loader.base_dataloader, begin))
+    vars(made).update(vars(loader), base_dataloader=other)
     return made
 
 
