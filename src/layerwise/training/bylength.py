@@ -15,6 +15,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from layerwise.cache.changes.alike import does_the_same, is_same_data
 from layerwise.cache.samples.prepared import inner, reading
 from layerwise.errors import DataError, named_kind
 from layerwise.layers.randomness import kept_random_state
@@ -134,6 +135,10 @@ class _WithLength(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
+    def is_same_as(self, other: _WithLength) -> bool:
+        """Return whether another one is known to give the same samples."""
+        return is_same_data(self.data, other.data) and self.padded == other.padded
+
 
 class _Padding:
     """A collate function that pads a batch to the length of its samples.
@@ -153,6 +158,11 @@ class _Padding:
         ]
         batch = self.collate([*(sample for sample, _ in items), *(self.data[index] for index in fillers)])
         return map_tensors(batch, lambda tensor: tensor[: len(items)])
+
+    def is_same_as(self, other: _Padding) -> bool:
+        """Return whether another one is known to make the same batches."""
+        is_same = is_same_data(self.data, other.data) and does_the_same(self.collate, other.collate)
+        return is_same and self.longest == other.longest
 
 
 def _way(loader: Any) -> tuple[int, bool, bool, int, int]:

@@ -135,6 +135,28 @@ def test_a_cache_works_on_it_to_the_bits_of_the_plain_loop():
         list(layerwise.PrefixCache(start, loader_of(), storage="memory").batches())
 
 
+def test_one_made_anew_goes_on_with_what_was_stored():
+    # As Trainer makes its loader anew for each evaluation; one that pads or reads otherwise begins anew.
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    model[:2].requires_grad_(False)
+    data, cache = Texts(), layerwise.PrefixCache(model, storage="memory")
+
+    def loads(data, **options):
+        loader = layerwise.by_length(loader_of(data, shuffle=False, **options))
+        before = data.loads
+        for batch in cache.batches(loader):
+            model(batch["ids"])
+        return data.loads - before
+
+    assert loads(data) >= 77
+    assert max(loads(data) for _ in range(3)) < 10  # a few, to see that they did not change
+    assert "loader 2" not in cache.describe()
+    assert loads(Texts(LENGTHS[::-1])) >= 77
+    assert loads(data, collate_fn=lambda samples: collate(samples)) >= 77
+    assert loads(data, batch_size=4) >= 77
+    assert "loader 4" in cache.describe()
+
+
 def test_fit_trains_from_it(capsys):
     # `fit` takes it as a loader of the user's own, and caches it.
     class Mean(nn.Module):

@@ -24,10 +24,10 @@ _DRAWN_AT_ONCE = (SequentialSampler, SubsetRandomSampler, WeightedRandomSampler,
 
 def reads_alike(one: Any, other: Any) -> bool:
     """Return whether two loaders make the same batches of the same samples, but for their order."""
-    if not type(one) is type(other) is DataLoader:
+    if type(one) is not type(other) or not (type(one) is DataLoader or hasattr(one.dataset, "is_same_as")):
         return False
     return (
-        _is_same_data(one.dataset, other.dataset)
+        is_same_data(one.dataset, other.dataset)
         and does_the_same(one.collate_fn, other.collate_fn)
         and does_the_same(one.worker_init_fn, other.worker_init_fn)
         and _batching(one) == _batching(other)
@@ -43,6 +43,8 @@ def does_the_same(one: Any, other: Any) -> bool:
     if type(one) is type(other) is functools.partial:
         pairs = (one.args, other.args), (one.keywords, other.keywords)
         return does_the_same(one.func, other.func) and all(_are_same(*pair) for pair in pairs)
+    if type(one) is type(other) and hasattr(one, "is_same_as"):  # of `by_length`
+        return bool(one.is_same_as(other))
     if callable(one) and hasattr(one, "__self__") and hasattr(other, "__self__"):
         return bool(one == other)  # methods of one object
     return False
@@ -81,14 +83,16 @@ def _are_same(one: Any, other: Any) -> bool:
     )
 
 
-def _is_same_data(one: Any, other: Any) -> bool:
+def is_same_data(one: Any, other: Any) -> bool:
     """Whether two data sets are one, the same part of one, or tables of `datasets` that were made alike."""
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if type(one) is Subset:
-        return _is_same_data(one.dataset, other.dataset) and list(one.indices) == list(other.indices)
+        return is_same_data(one.dataset, other.dataset) and list(one.indices) == list(other.indices)
+    if hasattr(one, "is_same_as"):
+        return bool(one.is_same_as(other))
     return type(one).__module__.partition(".")[0] == "datasets" and one._fingerprint == other._fingerprint
 
 
