@@ -57,7 +57,8 @@ class Snapshot:
     Args:
         roots: whose attributes are kept; what those hold is followed. An ``nn.Module`` met on the way is
             not followed: name each module as a root. Of a function, what it may write to is kept.
-        generators_only: keep random generators and nothing else.
+        generators_only: keep random generators and nothing else. One that an object or a dictionary comes to
+            hold later, as it is made when it is needed, is not held any more afterwards.
 
     Attributes:
         generators: random generators that were found.
@@ -67,6 +68,7 @@ class Snapshot:
         self._only = generators_only
         self._restores: list[_Restore] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._holders: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._seen: set[int] = set()
         self._stand_ins: dict[int, tuple[Any, Any]] = {}  # id(iterator) -> it, and what is used meanwhile
         self.generators: list[Any] = []
@@ -91,6 +93,8 @@ class Snapshot:
             restore()
         for now, content in self._dicts:
             _put_back(now, content)
+        for now, content in self._holders:
+            _put_names(now, _late(now, content), content)
 
     @property
     def has_stand_ins(self) -> bool:
@@ -98,8 +102,9 @@ class Snapshot:
         return bool(self._stand_ins)
 
     def states(self) -> list[str]:
-        """Return the present states of the random generators that were found, to be compared."""
-        return [str(told(generator)) for generator in self.generators]
+        """Return the present states of the random generators, those held since included, to be compared."""
+        late = (now[name] for now, content in self._holders for name in _late(now, content))
+        return [str(told(generator)) for generator in (*self.generators, *late)]
 
     def _keep(self, thing: Any, depth: int) -> None:
         if id(thing) in self._seen or isinstance(thing, nn.Module | torch.Tensor):
@@ -110,8 +115,11 @@ class Snapshot:
             self.generators.append(thing)
             self._restores.append(state)
         elif depth <= DEPTH and (isinstance(thing, (*CONTAINERS, np.ndarray)) or is_object(thing)):
+            names = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
             if not self._only:
                 self._keep_content(thing)
+            elif isinstance(names, dict) and len(names) <= LARGE:
+                self._holders.append((names, names.copy()))
             for item in held(thing, _LARGE):
                 self._keep(item, depth + 1)
 
@@ -225,6 +233,11 @@ def _notable(attributes: dict[Any, Any]) -> list[tuple[Any, Any]]:
     ]
 
 
+def _late(now: dict[Any, Any], before: dict[Any, Any]) -> list[Any]:
+    """Return the names of random generators that a dictionary did not hold before."""
+    return [n for n, v in now.items() if isinstance(v, _GENERATORS) and before.get(n) is not v]
+
+
 def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
     if now.keys() != before.keys():
         now.clear()
@@ -234,7 +247,7 @@ def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
 
 
 def _put_names(space: dict[str, Any], names: Iterable[str], before: dict[str, Any]) -> None:
-    """Give some of a module's global names what they stood for."""
+    """Give some names, a module's global ones for example, what they stood for."""
     for name in names:
         if name in before:
             space[name] = before[name]

@@ -351,6 +351,23 @@ def global_generator(run: Run) -> None:
     simple(run)
 
 
+class FlippedByLateDice(Counted):
+    """Makes its generator when the first sample is loaded, as transformers' collator for masked texts does."""
+
+    dice = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.dice is None:
+            self.dice = np.random.default_rng(0)
+        x, y = super().__getitem__(index)
+        return (-x if self.dice.random() < 0.5 else x), y
+
+
+def late_generator(run: Run) -> None:
+    run.data = FlippedByLateDice(run.data.inputs, run.data.labels)
+    simple(run)
+
+
 class Corrupt(Counted):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if index == 7:
@@ -950,6 +967,7 @@ LOOPS: dict[Callable[[Run], None], str] = {
     compiled_in_place_on_the_way: "off: the model is compiled",
     compiled_in_part: "off: the model is compiled",
     global_generator: "off: .* draws random numbers",
+    late_generator: "off: .* draws random numbers",
     few_samples_augmented: "off: .* draws random numbers",
     a_batch_that_cannot_be_loaded_once: CACHED,
     a_sample_is_lost_after_the_first_epoch: "off: a sample could not be loaded",
