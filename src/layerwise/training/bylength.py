@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from layerwise.cache.changes.alike import does_the_same, is_same_data
+from layerwise.cache.changes.alike import is_same_data
 from layerwise.cache.samples.prepared import inner, reading
 from layerwise.errors import DataError, named_kind
 from layerwise.layers.randomness import kept_random_state
@@ -89,7 +90,7 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
         for one in set(order.padded):
             members = [index for index, padded in enumerate(order.padded) if padded == one]
             longest[one] = sorted({max(members, key=lambda i: shapes[i][position]) for position in ragged})
-        padding = _Padding(given.dataset, collate, longest)
+        padding = functools.partial(_collate, collate, _Longest(given.dataset, longest))
         data = _WithLength(given.dataset, order.padded)
         for one, fillers in longest.items():
             _check(padding, data, [order.padded.index(one), *fillers])
@@ -140,29 +141,32 @@ class _WithLength(Dataset[Any]):
         return is_same_data(self.data, other.data) and self.padded == other.padded
 
 
-class _Padding:
-    """A collate function that pads a batch to the length of its samples.
+class _Longest:
+    """The longest samples of each length.
 
     Args:
         data: the samples.
-        collate: pads to the longest of what it is given.
         longest: for each length, the indices of the samples that give it.
     """
 
-    def __init__(self, data: Any, collate: Callable[[list[Any]], Any], longest: dict[int, list[int]]) -> None:
-        self.data, self.collate, self.longest = data, collate, longest
+    def __init__(self, data: Any, longest: dict[int, list[int]]) -> None:
+        self.data, self.longest = data, longest
 
-    def __call__(self, items: list[tuple[Any, int]]) -> Any:
-        fillers = [
-            index for length in sorted({length for _, length in items}) for index in self.longest[length]
-        ]
-        batch = self.collate([*(sample for sample, _ in items), *(self.data[index] for index in fillers)])
-        return map_tensors(batch, lambda tensor: tensor[: len(items)])
+    def of(self, lengths: Iterable[int]) -> list[Any]:
+        """Return those of some lengths."""
+        return [self.data[index] for length in sorted({*lengths}) for index in self.longest[length]]
 
-    def is_same_as(self, other: _Padding) -> bool:
-        """Return whether another one is known to make the same batches."""
-        is_same = is_same_data(self.data, other.data) and does_the_same(self.collate, other.collate)
-        return is_same and self.longest == other.longest
+    def is_same_as(self, other: _Longest) -> bool:
+        """Return whether others are known to be the same samples."""
+        return is_same_data(self.data, other.data) and self.longest == other.longest
+
+
+def _collate(
+    collate: Callable[[list[Any]], Any], longest: _Longest, items: list[tuple[Any, int]]
+) -> Any:
+    """Return a batch that is padded to the length of its samples, by a function that pads to the longest."""
+    batch = collate([*(sample for sample, _ in items), *longest.of(length for _, length in items)])
+    return map_tensors(batch, lambda tensor: tensor[: len(items)])
 
 
 def _way(loader: Any) -> tuple[int, bool, bool, int, int]:
@@ -235,7 +239,7 @@ def _ragged(shapes: Sequence[Shape]) -> list[int]:
     return [position for position, sizes in enumerate(zip(*shapes)) if len(set(sizes)) > 1]
 
 
-def _check(padding: _Padding, data: _WithLength, indices: list[int]) -> None:
+def _check(padding: Callable[[Any], Any], data: _WithLength, indices: list[int]) -> None:
     """Raise DataError unless samples of one length are padded to one shape."""
     shapes = {index: _shape(padding([data[index]])) for index in indices}
     if len(set(shapes.values())) > 1:

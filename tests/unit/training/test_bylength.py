@@ -157,6 +157,27 @@ def test_one_made_anew_goes_on_with_what_was_stored():
     assert "loader 4" in cache.describe()
 
 
+class Noised:
+    """A collator that draws from a generator of its own."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, samples):
+        batch = collate(samples)
+        return {**batch, "ids": torch.randint(1, 50, batch["ids"].shape, generator=self.generator)}
+
+
+def test_a_collators_own_generator_goes_on_as_in_the_plain_loop():
+    # The cache finds it behind the padding, and puts it back after it tried some samples.
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    model[:2].requires_grad_(False)
+    plain, cached = (layerwise.by_length(loader_of(collate_fn=Noised())) for _ in range(2))
+    cache = layerwise.PrefixCache(model, cached)
+    for one, other in zip(plain, cache.batches(), strict=True):
+        assert torch.equal(one["ids"], other["ids"])
+
+
 def test_fit_trains_from_it(capsys):
     # `fit` takes it as a loader of the user's own, and caches it.
     class Mean(nn.Module):
