@@ -14,6 +14,11 @@ LET_IT_LEARN = (
 KEEP_APART = ". Keep what no forward pass reads outside of the model"
 FREEZE_BEFORE = ". Freeze the groups before it, and hold them in eval mode (layerwise.Tuner does both)."
 
+MOVE_HOOK = (
+    ". Set the hook behind the frozen part, or remove it (that of transformers' gradient checkpointing: "
+    "model.disable_input_require_grads() when training begins)."
+)
+
 
 def without_remedies(reason: str) -> str:
     """Return a reason without what can be done about it.
@@ -21,6 +26,6 @@ def without_remedies(reason: str) -> str:
     >>> without_remedies("off: samples are random. A PrefixCache with views=V stores V draws of each sample")
     'off: samples are random'
     """
-    for remedy in (STORE_VIEWS, CALL_IT, LET_IT_LEARN, KEEP_APART, FREEZE_BEFORE):
+    for remedy in (STORE_VIEWS, CALL_IT, LET_IT_LEARN, KEEP_APART, FREEZE_BEFORE, MOVE_HOOK):
         reason = reason.replace(remedy, "")
     return reason

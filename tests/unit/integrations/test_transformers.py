@@ -314,7 +314,7 @@ def test_the_trainer_makes_a_new_loader_for_each_evaluation(kind, data, tmp_path
     assert set(loaders) == {"1", "2"}  # one for training, one for all evaluations
 
 
-def train_texts(folder, *, cached, resume=None, **options):
+def train_texts(folder, *, cached, resume=None, also=(), **options):
     """Train the last layer of a small BERT on texts that the collator pads to the longest of a batch."""
     tokenizer = tiny_tokenizer()
     draw = random.Random(0)
@@ -348,7 +348,7 @@ def train_texts(folder, *, cached, resume=None, **options):
         ),
         train_dataset=samples,
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
-        callbacks=[callback],
+        callbacks=[callback, *also],
         optimizers=callback.optimizers,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
@@ -373,3 +373,23 @@ def test_runs_that_end_inside_an_epoch_are_no_error(data, tmp_path, options):
     train(model, tuner, data, tmp_path, **options)
     assert tuner.done
     assert tuner.step_count == 5
+
+
+class NoInputGrads(transformers.TrainerCallback):
+    """Takes the hook off that Trainer sets on the embeddings where layers are checkpointed."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.disable_input_require_grads()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_gradient_checkpointing_is_cached_without_its_hook_on_the_embeddings(tmp_path) -> None:
+    # the reason says what to do, and doing that is enough
+    options = {"gradient_checkpointing": True, "save_strategy": "no"}
+    plain, _ = train_texts(tmp_path, cached=False, **options)
+    weights, cache = train_texts(tmp_path, cached=True, **options)
+    assert "model.disable_input_require_grads() when training begins" in cache.describe()
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    weights, cache = train_texts(tmp_path, cached=True, also=[NoInputGrads()], **options)
+    assert all(torch.equal(value, weights[name]) for name, value in plain.items())
+    assert "cut at bert.encoder.layer.0" in cache.describe()

@@ -30,6 +30,7 @@ from layerwise.cache.cutting.cut import Site
 from layerwise.cache.cutting.doors import Read, call_id, given, taken
 from layerwise.layers.recording import Call, Op, Recording
 
+SEES_THE_CALL = "which must see the call"
 MOST_MIXED = 4  # values that are found to mix samples one by one: each takes a recording and some passes
 
 
@@ -157,7 +158,7 @@ def _reason_of_module(recording: Recording, call: Call | None) -> str:
         if attribute is not None:
             return f"belongs to a module that changes its {attribute!r} from call to call"
         if hook is not None:
-            return f"belongs to a module with a hook ({hook}), which must see the call"
+            return f"belongs to a module with a hook ({hook}), {SEES_THE_CALL}"
         call = call.parent
     return ""
 

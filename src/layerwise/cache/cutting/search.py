@@ -24,7 +24,7 @@ import torch
 
 from layerwise.cache.comparing import outline
 from layerwise.cache.cutting.cut import Cut, NothingToSkipError, Site, lost_speed
-from layerwise.cache.cutting.dirty import Dirt, find_dirty
+from layerwise.cache.cutting.dirty import SEES_THE_CALL, Dirt, find_dirty
 from layerwise.cache.cutting.doors import (
     Door,
     Read,
@@ -38,7 +38,7 @@ from layerwise.cache.cutting.doors import (
     taken,
 )
 from layerwise.cache.cutting.guards import Guards
-from layerwise.cache.remedies import FREEZE_BEFORE
+from layerwise.cache.remedies import FREEZE_BEFORE, MOVE_HOOK
 from layerwise.errors import shorten
 from layerwise.layers.forms import shape_of, strides_of
 from layerwise.layers.operators import SHAPE_ONLY
@@ -265,7 +265,8 @@ class _Search:
         if scripted:
             what += f" (calls of a ScriptModule, as {scripted} is, cannot be skipped)"
         lost = lost_speed(sum(op.flops for op in self.recording.ops), self.dirt.frozen_flops, 0)
-        return f"{what}: {self.dirt.first}{lost}{FREEZE_BEFORE}"
+        remedy = MOVE_HOOK if self.dirt.first.endswith(SEES_THE_CALL) else FREEZE_BEFORE
+        return f"{what}: {self.dirt.first}{lost}{remedy}"
 
 
 def _outline(call: Call) -> str:

@@ -87,12 +87,16 @@ class BatchShape:
             CacheError: a tensor's first dimension does not count samples, or see `leaves_of`.
         """
         leaves = leaves_of(batch)
-        if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != size for leaf in leaves):
-            shapes = [tuple(leaf.shape) for leaf in leaves]
-            raise CacheError(
-                f"the tensors of a batch of {size} samples have the shapes {shapes}: the first dimension "
-                f"must count samples."
-            )
+        if not leaves:
+            raise CacheError(f"a batch of {size} samples holds no tensors.")
+        for leaf in leaves:
+            if leaf.dim() == 0 or leaf.shape[0] != size:
+                raise CacheError(
+                    f"a tensor of a batch of {size} samples has the shape {tuple(leaf.shape)}: the first "
+                    f"dimension must count samples. What a sample has several of (boxes, crops) goes into a "
+                    f"dimension of its own, padded to one number if need be, and is taken apart in the forward "
+                    f"of a module around the model: give the cache that module, and call it."
+                )
         template = _with(batch, without_data)
         return cls(template, kind_of(leaves), tuple(map(memory_order, leaves)))
 

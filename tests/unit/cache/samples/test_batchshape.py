@@ -126,7 +126,8 @@ def test_rows_that_are_no_samples() -> None:
             return super().forward(x.view(-1, 3, 8, 8))
 
     text = off(Joined, images, *LAST, **collating(lambda x, y: (x.flatten(0, 1), y)))
-    assert "a batch of 4 samples have the shapes [(12, 8, 8), (4,)]: the first dimension must count" in text
+    assert "a batch of 4 samples has the shape (12, 8, 8): the first dimension must count samples" in text
+    assert "taken apart in the forward of a module around the model" in text
 
 
 def test_what_is_no_tensor_is_compared() -> None:
@@ -134,5 +135,5 @@ def test_what_is_no_tensor_is_compared() -> None:
     assert not shape.has_other_values({"x": torch.zeros(2, 3), "name": "a"})
     assert shape.has_other_values({"x": torch.ones(2, 3), "name": "b"})
     assert BatchShape.of([torch.ones(2), Odd()], 2).has_other_values([torch.ones(2), Odd()])
-    with pytest.raises(CacheError, match="must count samples"):
+    with pytest.raises(CacheError, match="a batch of 2 samples holds no tensors"):
         BatchShape.of([], 2)
