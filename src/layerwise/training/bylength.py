@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor
+import numpy as np
+import torch
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -19,7 +20,7 @@ from torch.utils.data import (
 from layerwise.cache.changes.alike import is_same_data
 from layerwise.cache.samples.prepared import inner, reading
 from layerwise.errors import DataError, named_kind
-from layerwise.layers.randomness import kept_random_state
+from layerwise.layers.randomness import kept_random_state, seed_everything
 from layerwise.layers.structures import map_tensors, tensors_in
 from layerwise.training.data import EpochBatches
 
@@ -94,6 +95,9 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
         data = _WithLength(given.dataset, order.padded)
         for one, fillers in longest.items():
             _check(padding, data, [order.padded.index(one), *fillers])
+        for position in ragged:
+            by_size = sorted(range(len(shapes)), key=lambda index: shapes[index][position])
+            _check_order(collate, given.dataset, by_size[0], by_size[-1])
     made = ByLength(
         data,
         batch_sampler=order,
@@ -161,11 +165,20 @@ class _Longest:
         return is_same_data(self.data, other.data) and self.longest == other.longest
 
 
-def _collate(
-    collate: Callable[[list[Any]], Any], longest: _Longest, items: list[tuple[Any, int]]
-) -> Any:
-    """Return a batch that is padded to the length of its samples, by a function that pads to the longest."""
-    batch = collate([*(sample for sample, _ in items), *longest.of(length for _, length in items)])
+def _collate(collate: Callable[[list[Any]], Any], longest: _Longest, items: list[tuple[Any, int]]) -> Any:
+    """Return a batch that is padded to the length of its samples, by a function that pads to the longest.
+
+    Raises:
+        DataError: the function left samples out.
+    """
+    samples = [*(sample for sample, _ in items), *longest.of(length for _, length in items)]
+    batch = collate(samples)
+    if any(len(tensor) != len(samples) for tensor in tensors_in(batch)):
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(batch)]
+        raise DataError(
+            f"the collate function makes tensors of the shapes {shapes} of {len(samples)} samples; expected "
+            f"{len(samples)} rows. Leave samples out in the data set, by torch.utils.data.Subset."
+        )
     return map_tensors(batch, lambda tensor: tensor[: len(items)])
 
 
@@ -214,14 +227,21 @@ def _shape(batch: Any) -> Shape:
                 f"the collate function makes a tensor of the shape {tuple(tensor.shape)} of one sample; "
                 f"expected (1, ...): the first dimension of all must count samples."
             )
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    for part in parts if isinstance(parts, Iterable) and not isinstance(parts, Tensor) else ():
-        if isinstance(part, tuple | list) and not tensors_in(part):
-            raise DataError(
-                f"the collate function makes {named_kind(part)} of one sample, {part!r:.60}; expected "
-                f"tensors. Leave out what the model does not need."
-            )
+    _refuse_lists(batch, outermost=True)
     return tuple(size for tensor in tensors for size in tensor.shape[1:])
+
+
+def _refuse_lists(part: Any, *, outermost: bool = False) -> None:
+    """Raise DataError if a batch holds something of each sample that is no tensor."""
+    is_list = isinstance(part, tuple | list | np.ndarray)
+    if is_list and not outermost and not tensors_in(part):
+        raise DataError(
+            f"the collate function makes {named_kind(part)} of one sample, {part!r:.60}; expected "
+            f"tensors. Leave out what the model does not need."
+        )
+    inner = part.values() if isinstance(part, Mapping) else part if isinstance(part, tuple | list) else ()
+    for one in inner:
+        _refuse_lists(one)
 
 
 def _ragged(shapes: Sequence[Shape]) -> list[int]:
@@ -248,4 +268,18 @@ def _check(padding: Callable[[Any], Any], data: _WithLength, indices: list[int])
             f"beside the longest of their length, samples {one} and {other} are collated into the shapes "
             f"{shapes[one]} and {shapes[other]}; expected one shape: the collate function must pad all "
             f"samples of a batch to the longest."
+        )
+
+
+def _check_order(collate: Callable[[list[Any]], Any], data: Any, least: int, most: int) -> None:
+    """Raise DataError if a collate function sorts the samples of a batch, of which the last are dropped."""
+    made = []
+    for order in ([least, most], [most, least]):
+        seed_everything(0)
+        made.append(tensors_in(collate([data[index] for index in order])))
+    if all(map(torch.equal, *made)):
+        raise DataError(
+            f"the collate function makes the same batch of the samples {least} and {most} in either order; "
+            f"expected rows in the order of the samples. Sort them in the model, or in the loop "
+            f"(pack_padded_sequence has enforce_sorted=False)."
         )

@@ -352,7 +352,7 @@ def global_generator(run: Run) -> None:
 
 
 class FlippedByLateDice(Counted):
-    """Makes its generator when the first sample is loaded, as transformers' collator for masked texts does."""
+    """Makes its generator when the first sample is loaded, as transformers' collator for masks does."""
 
     dice = None
 

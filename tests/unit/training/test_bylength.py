@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -299,6 +300,24 @@ def cut_to_shortest(samples):
             r"a list of one sample, \['x'\]; expected",
         ),
         (loader_of(collate_fn=cut_to_shortest), r"into the shapes \(\d+,\) and \(\d+,\); expected one shape"),
+        (
+            loader_of(
+                collate_fn=lambda samples: {**collate(samples), "told": {"name": ["x"] * len(samples)}}
+            ),
+            r"a list of one sample, \['x'\]; expected",
+        ),
+        (
+            loader_of(collate_fn=lambda samples: {**collate(samples), "name": np.arange(len(samples))}),
+            r"an? ndarray of one sample, array\(\[0\]\); expected",
+        ),
+        (
+            loader_of(collate_fn=lambda samples: collate(sorted(samples, key=lambda s: -len(s[0])))),
+            r"the same batch of the samples \d+ and \d+ in either order; expected rows in the order",
+        ),
+        (
+            loader_of(collate_fn=lambda samples: collate(samples[:1])),
+            r"of 2 samples; expected 2 rows\. Leave samples out",
+        ),
         (
             loader_of(collate_fn=lambda samples: torch.ones(1, *[2] * (1 + samples[0][1] % 2))),
             r"samples 0 and 1 are collated into tensors of other numbers of dimensions",

@@ -94,8 +94,8 @@ class BatchShape:
                 raise CacheError(
                     f"a tensor of a batch of {size} samples has the shape {tuple(leaf.shape)}: the first "
                     f"dimension must count samples. What a sample has several of (boxes, crops) goes into a "
-                    f"dimension of its own, padded to one number if need be, and is taken apart in the forward "
-                    f"of a module around the model: give the cache that module, and call it."
+                    f"dimension of its own, padded to one number if need be, and is taken apart in the "
+                    f"forward of a module around the model: give the cache that module, and call it."
                 )
         template = _with(batch, without_data)
         return cls(template, kind_of(leaves), tuple(map(memory_order, leaves)))
