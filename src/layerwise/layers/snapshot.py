@@ -40,6 +40,7 @@ from layerwise.layers.holding import (
 )
 
 _LARGE = 10_000  # items: a longer container is data, and its items are not looked into
+_MANY = 100  # items: what a longer container holds are samples, and makes no generators of its own
 _ARRAY_BYTES = 2**24  # a larger array is data
 _KEPT = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -106,7 +107,7 @@ class Snapshot:
         late = (now[name] for now, content in self._holders for name in _late(now, content))
         return [str(told(generator)) for generator in (*self.generators, *late)]
 
-    def _keep(self, thing: Any, depth: int) -> None:
+    def _keep(self, thing: Any, depth: int, is_sample: bool = False) -> None:
         if id(thing) in self._seen or isinstance(thing, nn.Module | torch.Tensor):
             return
         self._seen.add(id(thing))
@@ -118,10 +119,11 @@ class Snapshot:
             names = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
             if not self._only:
                 self._keep_content(thing)
-            elif isinstance(names, dict) and len(names) <= LARGE:
+            elif isinstance(names, dict) and len(names) <= _MANY and not is_sample:
                 self._holders.append((names, names.copy()))
-            for item in held(thing, _LARGE):
-                self._keep(item, depth + 1)
+            items = held(thing, _LARGE)
+            for item in items:
+                self._keep(item, depth + 1, is_sample or len(items) > _MANY)
 
     def _keep_content(self, thing: Any) -> None:
         """Keep what a container, an object or an array holds, but not what is in that."""
