@@ -239,8 +239,8 @@ def _refuse_lists(part: Any, *, outermost: bool = False) -> None:
             f"the collate function makes {named_kind(part)} of one sample, {part!r:.60}; expected "
             f"tensors. Leave out what the model does not need."
         )
-    inner = part.values() if isinstance(part, Mapping) else part if isinstance(part, tuple | list) else ()
-    for one in inner:
+    parts = part.values() if isinstance(part, Mapping) else part if isinstance(part, tuple | list) else ()
+    for one in parts:
         _refuse_lists(one)
 
 
