@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerwise.sources.encoding import IGNORED
 from layerwise.training.tasks import (
     Batch,
     Scores,
@@ -33,8 +34,9 @@ class Classification:
     """One class for each sample; images and sequences alike.
 
     Cross-entropy, optionally weighted by class and with smoothed labels. Validation loss uses the same
-    weights and smoothing as the training loss, so that the two can be compared. A class of weight 0 is
-    left out: a batch of such samples alone has loss 0, as a batch of texts without scored tokens has.
+    weights and smoothing as the training loss, so that the two can be compared. Samples of a class of weight
+    0 are left out, smoothed or not: a batch of them alone has loss 0, as a batch of texts without scored
+    tokens has.
 
     Attributes:
         classes: names, in the order of the model's outputs.
@@ -75,17 +77,20 @@ class Classification:
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a batch (weighted mean where classes have weights)."""
         weight = None
+        labels = class_labels(batch)
         if self.class_weights is not None:
             weight = output.new_tensor(self.class_weights)
-        labels = class_labels(batch)
+            if 0 in self.class_weights:  # torch would keep their smoothed share; its mean of none is 0 / 0
+                without = [k for k, share in enumerate(self.class_weights) if share == 0]
+                left_out = torch.isin(labels, labels.new_tensor(without))
+                if left_out.all():
+                    return output.sum() * 0.0
+                labels = labels.masked_fill(left_out, IGNORED)
         try:
-            loss = F.cross_entropy(output, labels, weight=weight, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(output, labels, weight=weight, label_smoothing=self.label_smoothing)
         except (IndexError, RuntimeError, ValueError):  # torch names neither the classes nor the batch
             self.check(output, batch)
             raise
-        if weight is not None and 0 in (self.class_weights or ()) and not weight[labels].any():
-            return output.sum() * 0.0  # torch's mean over nothing is 0 / 0
-        return loss
 
     def check(self, output: Tensor, batch: Batch) -> None:
         """Compare outputs, labels and classes.

@@ -90,9 +90,18 @@ def test_a_batch_of_classes_without_weight_has_loss_zero_and_a_gradient() -> Non
     loss.backward()
     assert loss == 0
     assert torch.equal(output.grad, torch.zeros(4, 3))
-    mixed = torch.tensor([0, 1, 2, 0])
-    expected = F.cross_entropy(output, mixed, torch.tensor([0.0, 1.0, 2.0]), label_smoothing=0.1)
-    assert torch.equal(task.loss(output, (None, mixed)), expected)
+
+
+def test_a_class_of_weight_zero_is_left_out_with_smoothed_labels_too() -> None:
+    # torch weighs only the true class's part by it; the smoothed rest pulled towards the other classes.
+    output, labels = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    task = Classification(CLASSES, class_weights=(0.0, 1.0, 2.0), label_smoothing=0.1)
+    loss = task.loss(output, (None, labels))
+    loss.backward()
+    kept = labels > 0
+    expected = F.cross_entropy(output[kept], labels[kept], torch.tensor([0.0, 1.0, 2.0]), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    assert not output.grad[~kept].any()
 
 
 @pytest.mark.parametrize(
