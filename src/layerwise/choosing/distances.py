@@ -237,9 +237,9 @@ def proxy_a_distance(
     """Return the proxy A-distance ``2 (1 - 2 error)`` of a linear classifier that tells `x` from `y`.
 
     0 where the two cannot be told apart, 2 where they always can. The error is balanced (the mean of both
-    sides' errors), cross-validated with logistic regression on standardised features, so it needs no equal
-    sizes. It saturates at 2 for moderate shifts in many dimensions: it says *whether* there is a shift
-    better than how large it is.
+    sides' errors), cross-validated with logistic regression (C = 0.1, both sides weighing the same) on
+    standardised features, so it needs no equal sizes. It saturates at 2 for moderate shifts in many
+    dimensions: it says *whether* there is a shift better than how large it is.
 
     Args:
         x: shape (n, d), n at least `folds`.

@@ -63,8 +63,8 @@ class InputShift:
             ``"fertility"``, ``"unknown"`` of texts (`layerwise.choosing.tokens`).
         target: mean over the target's samples.
         source: mean over the source's, or None without a source.
-        effect: difference of the means in standard deviations, positive when the target has more of it;
-            None without a source.
+        effect: difference of the means over ``sqrt((target variance + source variance) / 2)``, between -20
+            and 20, positive when the target has more of it; None without a source.
     """
 
     name: str
@@ -107,12 +107,15 @@ class Shift:
         method: what it was compared with: ``"norms"`` (running statistics), ``"signature"`` or ``"source"``.
         groups: from input to output.
         overall: mean of the groups' main figures.
-        input_side: mean over the first two thirds of the groups: how strange the images themselves are.
-        label_side: mean over the last third, where features follow the classes. A target of few classes is
+        input_side: mean over the first two thirds of the groups, ``round(2 n / 3)`` of n: how strange the
+            images themselves are.
+        label_side: mean over the others, where features follow the classes. A target of few classes is
             narrow there and lies far from the source even when its images are quite ordinary.
-        where: in which third of the groups it sits: ``"early"`` speaks for a change of the inputs,
-            ``"late"`` for a change of what they mean; ``"none"`` when the interval of `overall` holds 0.
-        early_share: mean of the first third as a share of the sum of first and last third's means.
+        where: in which third of the groups it sits: ``"early"`` (`early_share` 0.6 or more) speaks for a
+            change of the inputs, ``"late"`` (0.4 or less) for a change of what they mean; ``"throughout"``
+            between them; ``"none"`` when the interval of `overall` holds 0.
+        early_share: mean of the first third as a share of the sum of first and last third's means, 0.5 where
+            both are 0; a third is ``round(n / 3)`` groups, at least one.
         inputs: properties of the raw images or texts; empty for other inputs.
         labels: the label side, or None for data without labels.
         samples: number of target samples measured.

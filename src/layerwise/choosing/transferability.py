@@ -146,7 +146,8 @@ def soft_clusters(
     """Return each sample's probabilities of belonging to the clusters of a Gaussian mixture.
 
     In place of a source classifier in `leep`, this gives a score at any depth (NLEEP). Features are first
-    reduced to their leading principal components.
+    reduced to their leading principal components. Covariances are diagonal, with 0.001 of the variance of
+    all reduced features added to each variance.
 
     Args:
         features: shape (n, d).

@@ -37,7 +37,8 @@ class LayerGroup:
             use, under one name.
         numel: number of scalars in `parameters`.
         flops: floating-point operations of one forward pass of one sample (multiply and add count
-            as two), or None where the recording could not tell.
+            as two; what `layerwise.layers.flops` has no formula for, norms and activations, as 0), or
+            None where the recording could not tell.
         sizes: number of scalars of each of `parameters`, in the same order; empty where a map made by hand
             does not tell.
         activation_bytes: size of what the group hands on to later groups or to the output, per sample,
