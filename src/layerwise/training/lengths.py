@@ -23,10 +23,10 @@ def padded_lengths(
 ) -> list[int]:
     """Return to how many tokens each sample is padded: the same in every epoch, and few different lengths.
 
-    Sorted by length, samples are cut into runs of whole batches, each padded to its longest sample. The
-    cuts are those that leave the least padding; a further length must save the tokens of one batch, which is
-    about what the prefix cache spends on looking at it. The samples that make no whole batch are the
-    shortest ones.
+    Sorted by length, samples are cut into runs of whole batches, each padded to its longest sample. Cuts lie
+    `least_batches` apart or a multiple of that (of many batches, at 64 places). Of all such cuts those are
+    taken that leave the fewest tokens, those of one more batch of each length counted in, which is about what
+    the prefix cache spends on looking at it. The samples that make no whole batch are the shortest ones.
 
     Args:
         lengths: of the samples, in tokens.

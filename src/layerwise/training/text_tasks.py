@@ -91,7 +91,7 @@ class MultiLabel:
         raise_found(found)
 
     def metrics(self) -> MetricCollection:
-        """Return macro and micro F1, exact match, and scores of each label."""
+        """Return macro and micro F1, exact match, and scores of each label; 0 where one is not defined."""
         from torchmetrics import MetricCollection
         from torchmetrics.classification import (
             MultilabelExactMatch,
@@ -162,8 +162,8 @@ class Regression:
         classes: names of the numbers, in the order of the model's outputs.
         mean: of each number; empty is 0.
         scale: of each number, above 0; empty is 1.
-        monitor: metric that picks the best epoch: ``"rmse"``, ``"mae"`` (both the mean over the
-            numbers), ``"loss"``, ``"r2"`` or ``"pearson"``.
+        monitor: metric that picks the best epoch: ``"rmse"``, ``"mae"``, ``"r2"`` or ``"pearson"`` (each
+            the mean over the numbers of their own), or ``"loss"``.
         mode: that of the monitor: ``"max"`` for R2 and the correlation, else ``"min"``.
         name: key in `layerwise.training.known_tasks.TASKS`.
     """
@@ -191,7 +191,7 @@ class Regression:
 
     @classmethod
     def fitted(cls, labels: Tensor, classes: tuple[str, ...] = ("value",)) -> Regression:
-        """Return the task with the mean and standard deviation of `labels`, float[N] or [N, numbers].
+        """Return the task with mean and standard deviation (over N) of `labels`, float[N] or [N, numbers].
 
         >>> Regression.fitted(torch.tensor([1.0, 3.0])).mean
         (2.0,)
