@@ -83,7 +83,9 @@ def calibrate_batchnorm(
       It depends on neither batch size nor order. Costs one pass *for each layer*, each ending at its
       layer: about (number of layers) / 2 forward passes over the data. **When the loader gives a
       single batch, one pass is enough** and is all that is run: for up to some hundred samples give
-      ``DataLoader(data, batch_size=len(data))``.
+      ``DataLoader(data, batch_size=len(data))``. A norm that the model calls several times is measured over
+      all its calls, with its old statistics and those of norms first called after it still in place: exact
+      where no later call depends on an earlier one. A single batch then takes a pass for each layer too.
     - ``"one_pass"``: all layers at once, each normalising by its own batch as in training. Exact for
       the first layer; deeper ones depend a little on how the data was cut into batches.
     - ``"moving"``: the exponential average of train mode with `momentum`, from the present statistics
@@ -95,11 +97,13 @@ def calibrate_batchnorm(
     pass starts from the same random state, so a shuffling loader gives the same samples each time. When
     anything raises, the old statistics are put back.
 
-    In several processes the moments are merged over all of them (``"exact"``, ``"one_pass"``).
+    In several processes the moments are merged over all of them (``"exact"``, ``"one_pass"``). InstanceNorm
+    gets the averages, over samples, of each sample's own mean and unbiased variance.
 
     Args:
         model: changed in place: ``running_mean``, ``running_var``, and ``num_batches_tracked``, which
-            becomes the number of batches. Wrappers (compile, DistributedDataParallel) are looked through.
+            becomes the number of calls with a batch (``"moving"`` adds them; InstanceNorm never counts).
+            Wrappers (compile, DistributedDataParallel) are looked through.
         loader: batches, gone through several times by ``"exact"``: a tensor, a tuple whose first item
             is the input, or a mapping of keyword arguments.
         samples: how many of the first samples to use, per process; None is all. Where the data are sorted
