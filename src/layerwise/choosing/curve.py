@@ -114,7 +114,8 @@ def transfer_curve(
     Args:
         model: the pretrained network; unchanged.
         train: as for `layerwise.fit`.
-        val: measured after each epoch; the best epoch counts.
+        val: measured after each epoch; what counts is the epoch that `layerwise.fit` keeps, the best by the
+            task's monitor (and so not always by another metric).
         depths: numbers of groups that start anew; None takes about six, denser at the output.
         epochs: of each training.
         seeds: trainings of each point.

@@ -37,7 +37,7 @@ class GroupSketch:
 
     Attributes:
         mean: float32[d].
-        var: float32[d], over samples.
+        var: float32[d], over samples, unbiased.
         sketch: float32[samples, min(d, 32)]: see `project`.
     """
 
