@@ -39,7 +39,8 @@ def shift_of_norms(
         drawn: Array = np.vstack([np.ones((1, parts)), _weights(parts, draws, seed)]) * entry.sizes
         weights = drawn / drawn.sum(1, keepdims=True)  # a chunk counts by its samples
         mean = weights @ entry.mean
-        var = np.maximum(weights @ entry.square - mean**2, 0)
+        square = weights @ entry.square
+        var = square if entry.instance else np.maximum(square - mean**2, 0)
         ref_mean, ref_var = entry.running_mean.astype(np.float64), entry.running_var.astype(np.float64)
         gaps.append(_gap(mean, var, ref_mean, ref_var, spread(ref_var)))
         divergences.append(_kl(mean, var, ref_mean, ref_var))

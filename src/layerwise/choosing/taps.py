@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from layerwise.choosing.pooling import pool_all
 from layerwise.choosing.samples import tensors
@@ -31,9 +32,11 @@ class NormInputs:
         group: name of its layer group.
         sizes: samples of each chunk, int64[chunks].
         mean: per chunk of samples and channel, float64[chunks, channels].
-        square: mean of the squares, likewise.
+        square: mean of the squares, likewise; of an InstanceNorm the mean of the samples' own unbiased
+            variances, as its running variance is.
         running_mean: of the source domain, float32[channels].
         running_var: likewise.
+        instance: whether it is an InstanceNorm.
     """
 
     group: str
@@ -42,6 +45,7 @@ class NormInputs:
     square: npt.NDArray[np.float64]
     running_mean: Floats
     running_var: Floats
+    instance: bool = False
 
 
 class Taps:
@@ -147,8 +151,13 @@ class Taps:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             value = next(tensors((args, kwargs)))
             rows = value.detach().float().flatten(2) if value.ndim > 2 else value.detach().float()[..., None]
-            variance, mean = (part.cpu().double() for part in torch.var_mean(rows, dim=2, correction=0))
-            self._sums[name].append((mean, variance + mean**2))  # float32 would lose a variance far from 0
+            own = isinstance(module, _InstanceNorm)
+            unbiased = int(own and rows.shape[2] > 1)
+            variance, mean = (
+                part.cpu().double() for part in torch.var_mean(rows, dim=2, correction=unbiased)
+            )
+            square = variance if own else variance + mean**2  # float32 would lose a variance far from 0
+            self._sums[name].append((mean, square))
 
         return hook
 
@@ -167,6 +176,7 @@ class Taps:
                 square=_means(square),
                 running_mean=cast(Tensor, norm.running_mean).detach().float().cpu().numpy(),
                 running_var=cast(Tensor, norm.running_var).detach().float().cpu().numpy(),
+                instance=isinstance(norm, _InstanceNorm),
             )
         return found
 

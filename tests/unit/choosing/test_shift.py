@@ -19,6 +19,7 @@ from layerwise.choosing.signature import GroupSketch, Signature, project, signat
 from layerwise.choosing.taps import NormInputs
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.mapping import layer_map
+from layerwise.tuning.calibration import calibrate_batchnorm
 
 from .small import Net, images, map_of, pretrained
 
@@ -308,6 +309,18 @@ def test_one_standard_deviation_off_is_as_documented():
     found = shift(model.eval(), x + 1).groups[0]
     assert found.norms.value == pytest.approx(1 / 1.1, rel=0.01)
     assert found.kl.value == pytest.approx(0.5 / 1.1, rel=0.01)
+
+
+def test_a_norm_of_single_samples_is_compared_with_their_own_variances():
+    # InstanceNorm's running variance is the mean of the samples' own: how their levels differ is not in it.
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    rest = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, *rest)
+    x = torch.randn(200, 3, 9, 9) + 2 * torch.randn(200, 3, 1, 1)
+    calibrate_batchnorm(net, [x])
+    assert shift(net, x, layers=layer_map(net, x[:2])).overall.nothing
+    assert shift(net, 3 * x, layers=layer_map(net, x[:2])).overall.low > 0.5
 
 
 def test_values_far_from_zero_are_no_shift():
