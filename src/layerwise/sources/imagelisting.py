@@ -52,6 +52,7 @@ def list_folders(root: Path) -> Listing:
     parts: dict[str, Samples] = {}
     problems = [f"{str(link)!r} is a link to nothing" for link in _broken_links(root, *part_folders)]
     others = 0
+    outside = sum(is_image(entry) for folder in {root, *part_folders} for entry in folder.iterdir())
     for folder, part in part_folders.items():
         samples: Samples = []
         for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
@@ -76,12 +77,23 @@ def list_folders(root: Path) -> Listing:
             f"data folder {str(root)!r} holds images itself; expected a folder for each class, with its "
             f"images inside. Move them into class folders, or give a table of paths and labels."
         )
-    notes = (
-        (f"{plural(others, 'file that is no image was', 'files that are no images were')} left out",)
-        if others
-        else ()
-    )
-    return Listing(parts, tuple(problems), notes)
+    notes = []
+    if others:
+        notes.append(
+            f"{plural(others, 'file that is no image was', 'files that are no images were')} left out"
+        )
+    if outside:
+        were = plural(
+            outside, "image outside of the class folders was", "images outside of the class folders were"
+        )
+        notes.append(f"{were} left out")
+    if root not in part_folders:
+        notes += [
+            f"{folder.name!r} beside the folders of the parts was left out"
+            for folder in folders
+            if folder not in part_folders
+        ]
+    return Listing(parts, tuple(problems), tuple(notes))
 
 
 def _broken_links(*folders: Path) -> list[Path]:

@@ -36,7 +36,7 @@ class ImageData:
         train: with the augmentation that was asked for.
         val: None where there is none.
         test: likewise.
-        classes: name of each class number, sorted.
+        classes: name of each class number, sorted as texts ("10" before "9").
         skipped: (path, reason) of the files that were left out because they cannot be read.
         notes: what was chosen, for people: how the split was made, files that are no images; and, up to 5,000
             images, which stand in several classes or parts.

@@ -325,6 +325,25 @@ def test_other_files_are_counted_and_hidden_ones_ignored(tmp_path):
     assert "2 files that are no images were left out" in data.notes
 
 
+def test_images_and_folders_that_belong_to_no_class_are_told(tmp_path):
+    root = tree(tmp_path / "photos")
+    fill(root, count=2)
+    assert "2 images outside of the class folders were left out" in open_images(root, SMALL).notes
+    for part in ("train", "val"):
+        tree(tmp_path / "parts" / part)
+    fill(tmp_path / "parts" / "held out" / "cat")
+    fill(tmp_path / "parts" / "train", count=1)
+    notes = open_images(tmp_path / "parts", SMALL).notes
+    assert "1 image outside of the class folders was left out" in notes
+    assert "'held out' beside the folders of the parts was left out" in notes
+
+
+def test_what_browsers_save_as_jfif_is_an_image(tmp_path):
+    root = tree(tmp_path)
+    Image.new("RGB", (20, 24)).save(root / "cat" / "photo.jfif")
+    assert len(open_images(root, SMALL, val_frac=0.0).train) == 13
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes")
 def test_a_class_folder_whose_name_is_no_text_is_told(tmp_path):
     # a run could not write it down; a file's name of such bytes does no harm
