@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli.output import above_zero, print_json, print_table, say
+from layerwise.errors import plural
 
 if TYPE_CHECKING:
     from layerwise.training.run import Run
@@ -124,7 +125,12 @@ def predict_and_print(
         encoding=encoding or (None if typed else run.table.get("encoding")) or "utf-8",
     )
     rows = predict_texts(run, texts, batch_size=batch_size, new_tokens=new_tokens)
-    if all(row.get("fillers") == [] for row in rows):
+    if cut := sum(row["cut"] for row in rows if "fillers" in row):
+        were = plural(
+            cut, "mask was cut off with the end of its text", "masks were cut off with the ends of texts"
+        )
+        say(f"{were}, of which the run reads {run.about['data']['max_length']} tokens; put masks before that")
+    elif all(row.get("fillers") == [] for row in rows):
         mask = run.tokenizer.mask_token
         say(f"no text holds {mask}, so there is nothing to fill in; write it where a word is asked for")
     if form == "json":

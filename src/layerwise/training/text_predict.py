@@ -143,7 +143,8 @@ def predict_texts(
         Mappings with ``"text"`` and what the task decodes: label and probabilities, numbers; for tokens
         ``"words"``, their ``"tags"`` (None for the words beyond `max_length`, which ``"cut"``
         counts) and the ``"entities"``; for a causal language model its
-        ``"completion"``; for a masked one the ``"fillers"`` of the masks.
+        ``"completion"``; for a masked one the ``"fillers"`` of the masks (``"cut"`` counts those beyond
+        `max_length`).
 
     Raises:
         RunError: the run has no tokenizer.
@@ -263,15 +264,18 @@ def _complete(
 
 
 def _fill(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list[dict[str, Any]]:
-    """Return the most likely token at each mask of each text, with its probability."""
+    """Return the most likely token at each mask of each text, with its probability.
+
+    Masks that were cut off are counted.
+    """
     batch = _encode(tokenizer, part, length)
     masks = batch["input_ids"] == tokenizer.mask_token_id
     found = []
-    for row, decoded in zip(masks, run.predict(batch), strict=True):
+    for text, row, decoded in zip(part, masks, run.predict(batch), strict=True):
         at = row.nonzero().flatten().tolist()
         fillers = [
             {"token": tokenizer.decode([decoded["tokens"][i]]), "probability": decoded["probabilities"][i]}
             for i in at
         ]
-        found.append({"fillers": fillers})
+        found.append({"fillers": fillers, "cut": text.text.count(tokenizer.mask_token) - len(at)})
     return found

@@ -200,6 +200,9 @@ def test_fillers_as_a_table(work, tmp_path):
     told = command("predict", tmp_path / "run", stdin="no mask at all\n").stderr
     assert "no text holds [MASK], so there is nothing to fill in; write it where a word is asked for" in told
     assert "[MASK]" not in command("predict", tmp_path / "run", stdin=text).stderr
+    told = command("predict", tmp_path / "run", stdin=f"{'the ' * 40}[MASK]\n").stderr
+    assert "no text holds" not in told
+    assert "1 mask was cut off with the end of its text" in told
     assert row["fillers"] == " ".join(f"{f['token']} ({f['probability']:.2f})" for f in answer["fillers"])
 
 
