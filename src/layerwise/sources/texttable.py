@@ -21,6 +21,8 @@ TextTask = Literal[
 TEXT_TASKS: tuple[str, ...] = get_args(TextTask)
 SEVERAL = ("multi_label", "token_classification")  # labels of a row
 MAX_CHARS = 1_000_000
+# As pandas and `datasets` write a list to CSV: ['a', 'b'], ["a"], [0, 3], [].
+WRITTEN_LIST = re.compile(r"""\[\s*(?:(['"]).*\1|[\d\s,]*)\s*\]""", re.DOTALL)
 
 
 @dataclass
@@ -313,6 +315,12 @@ def _label_parser(task: TextTask, names: tuple[str, ...] | None, separator: str)
         return label
 
     def listed(value: Any, split: Callable[[str], list[str]]) -> tuple[str, ...]:
+        if isinstance(value, str) and WRITTEN_LIST.fullmatch(value.strip()):
+            between = repr(separator) if task == "multi_label" else "blanks"
+            raise _BadRowError(
+                f"has the list {value:.40} as text; expected names joined by {between}, or a real list "
+                "(JSON lines or Parquet)"
+            )
         entries = split(value) if isinstance(value, str) else value
         if not isinstance(entries, Sequence):
             raise _BadRowError(f"has {value!r} as labels; expected a list or a text")

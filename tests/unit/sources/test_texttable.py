@@ -190,6 +190,29 @@ def test_several_labels(tmp_path):
     assert table.parts["train"].targets == [("x", "y"), (), ("z", "x")]
 
 
+@pytest.mark.parametrize(
+    ("task", "columns", "cell", "between"),
+    [
+        ("multi_label", ("text", "label"), "['x', 'y']", "';'"),
+        ("multi_label", ("text", "label"), '["x"]', "';'"),
+        ("multi_label", ("text", "label"), "[]", "';'"),
+        (TAGS, ("tokens", "tags"), "[0, 3]", "blanks"),
+        (TAGS, ("tokens", "tags"), "['O' 'B-X']", "blanks"),
+    ],
+)
+def test_a_list_that_was_written_as_text_is_no_name(tmp_path, task, columns, cell, between):
+    # as pandas and datasets write lists to CSV; "['x'" would be learned as a class
+    path = write_csv(tmp_path / "t.csv", [("a b", cell)], columns)
+    with pytest.raises(DataError, match=rf"row 1 of train has the list .* as text; .*joined by {between}"):
+        read_texts(path, task=task, label_separator=";")
+
+
+def test_names_in_brackets_are_names(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [("a", "[x];[y]"), ("b", "[y]")])
+    table = read_texts(path, task="multi_label", label_separator=";", val_frac=0)
+    assert table.classes == ("[x]", "[y]")
+
+
 def test_numbers(tmp_path):
     path = write_csv(tmp_path / "t.csv", [("a", "1.5"), ("b", "-2")])
     assert read_texts(path, task="regression", val_frac=0).parts["train"].targets == [1.5, -2.0]
