@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import DataError, MissingExtraError, did_you_mean
+from layerwise.errors import DataError, MissingExtraError, did_you_mean, listed
 from layerwise.sources.fetching import first_line, hub_if_found
 from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text, require_columns
 
@@ -82,14 +82,18 @@ def read_parts(
 def _split_by_column(source: str, rows: list[Row], column: str) -> dict[str, list[Row]]:
     require_columns(f"data {source!r}", list(rows[0]), {column: "--split-column"})
     parts: dict[str, list[Row]] = {}
+    bad = []
     for number, row in enumerate(rows, start=1):
         part = PARTS.get(str(row[column]).strip().lower())
         if part is None:
-            raise DataError(
-                f"row {number} of {source!r} has {row[column]!r} in {column!r}; expected train, val or test. "
-                "Name the column that says it: --split-column."
-            )
-        parts.setdefault(part, []).append(row)
+            bad.append(f"row {number} has {row[column]!r} in {column!r}; expected train, val or test")
+        else:
+            parts.setdefault(part, []).append(row)
+    if bad:
+        raise DataError(
+            listed(f"{len(bad)} of {len(rows)} rows of {source!r} are of no part", bad)
+            + "\nRepair or remove them, or name the column that says it: --split-column."
+        )
     return parts
 
 

@@ -72,7 +72,7 @@ def test_a_split_column(tmp_path):
     with pytest.raises(DataError, match=r"no column 'split'.*'text', 'label', 'part'"):
         read_texts(path, split_column="split")
     with pytest.raises(
-        DataError, match=r"row 1 of .* has 'cats' in 'label'; expected train, val or test.*--split-column"
+        DataError, match=r"(?s)row 1 has 'cats' in 'label'; expected train, val or test.*--split-column"
     ):
         read_texts(path, split_column="label")
     write_csv(path, [("x", "cats", "val"), ("y", "dogs", "test")], ("text", "label", "part"))
@@ -303,6 +303,13 @@ def test_cells_of_another_kind_are_named(tmp_path, task, row, reason):
     path = write_jsonl(tmp_path / "t.jsonl", [row])
     with pytest.raises(DataError, match=f"row 1 of train has {reason}"):
         read_texts(path, task=task)
+
+
+def test_all_rows_of_no_part_are_named(tmp_path):
+    rows = [("a", "x", "train"), ("b", "y", "hold"), ("c", "x", "val"), ("d", "y", "")]
+    path = write_csv(tmp_path / "t.csv", rows, ("text", "label", "part"))
+    with pytest.raises(DataError, match=r"(?s)2 of 4 rows .*row 2 has 'hold' in 'part'.*row 4 has ''"):
+        read_texts(path, split_column="part")
 
 
 def test_numbers_are_texts_and_nothing_is_no_label(tmp_path):
