@@ -125,9 +125,9 @@ def grouped_split(
     """Return the indices of the parts of a split in which all samples of one group are in one part.
 
     For samples that are near copies of each other (photos of one object, packages built from one
-    source): a random split would put copies on both sides and flatter the result. Groups are drawn in
-    random order and given to the part that lacks most samples, so shares are met up to one group's size.
-    Classes are not balanced.
+    source): a random split would put copies on both sides and flatter the result. Groups are taken by
+    size, the largest first and equal ones in random order, and each is given to the part that lacks the
+    largest share of its samples (of equal ones train, then the first). Classes are not balanced.
 
     Args:
         groups: what belongs together, for each sample.
