@@ -57,6 +57,7 @@ def read_texts(
     from layerwise.sources.textfiles import CONLL, read_table
 
     columns = [text_column, *([pair_column] if pair_column else [])]
+    options = dict(zip(columns, ("--text-column", "--pair-column")))
     texts: list[Text] = []
     for name in inputs or [STDIN]:
         path = Path(name)
@@ -65,7 +66,7 @@ def read_texts(
             texts += _lines(content, pair_column is not None)
         elif path.suffix.lower() in (*TABLES, *CONLL):
             rows = read_table(path, encoding)
-            require_columns(f"table {str(path)!r}", list(rows[0]), columns)
+            require_columns(f"table {str(path)!r}", list(rows[0]), options)
             texts += [_of_row(row, columns, f"row {number} of {name}") for number, row in enumerate(rows, 1)]
         else:
             texts += _lines(_read(path, encoding), pair_column is not None)

@@ -140,7 +140,9 @@ def test_tables_of_words_are_read_as_for_training(tmp_path):
     assert read_texts([tmp_path / "a.jsonl"], text_column="tokens") == [Text("red engine")]
     (tmp_path / "a.conll").write_text("red O\nengine N\n\nslow O\n")
     assert read_texts([tmp_path / "a.conll"], text_column="tokens") == [Text("red engine"), Text("slow")]
-    with pytest.raises(DataError, match="no column 'words'; its columns are 'tokens', 'tags'"):
+    with pytest.raises(
+        DataError, match="no column 'words'; its columns are 'tokens', 'tags'. Name yours: --text-column"
+    ):
         read_texts([tmp_path / "a.conll"], text_column="words")
     for cell in ("[1, 2]", "[]", '["red engine"]'):
         (tmp_path / "b.jsonl").write_text(f'{{"text": {cell}}}\n')
