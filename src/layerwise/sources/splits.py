@@ -50,8 +50,8 @@ def stratified_split(
     """Return the indices of the parts of a split in which every class has the same share of each part.
 
     Of each class, ``round(frac * n)`` samples go to a part, and at least one where `frac` is above 0; the
-    rest is the first part (train), which keeps at least one: parts that are too large for that get fewer. Nothing but `labels` and `seed` decides, so the same files give the
-    same split on every machine.
+    rest is the first part (train), which keeps at least one: parts that are too large for that get fewer.
+    Nothing but `labels` and `seed` decides, so the same files give the same split on every machine.
 
     Args:
         labels: the class of each sample.

@@ -141,7 +141,7 @@ def test_tables_of_words_are_read_as_for_training(tmp_path):
     (tmp_path / "a.conll").write_text("red O\nengine N\n\nslow O\n")
     assert read_texts([tmp_path / "a.conll"], text_column="tokens") == [Text("red engine"), Text("slow")]
     with pytest.raises(
-        DataError, match="no column 'words'; its columns are 'tokens', 'tags'. Name yours: --text-column"
+        DataError, match=r"no column 'words'; its columns are 'tokens', 'tags'\. Name yours: --text-column"
     ):
         read_texts([tmp_path / "a.conll"], text_column="words")
     for cell in ("[1, 2]", "[]", '["red engine"]'):
