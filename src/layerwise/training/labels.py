@@ -50,7 +50,8 @@ def labels_of(data: Any) -> Tensor:
         kind = "no single numbers" if labels is None else kind_of(labels)
         raise DataError(
             f"labels are {kind} for {len(data)} samples; expected one integer each. Class weights and "
-            "weighted sampling need that."
+            "weighted sampling need that; leave them out: --sampler, --class-weights (sampler=, "
+            "class_weights=)."
         )
     return labels.long()
 

@@ -68,7 +68,9 @@ def test_rare_classes_weigh_more() -> None:
 )
 def test_a_sample_with_another_label_than_one_integer_is_told(sample: object, told: str) -> None:
     # Of several labels, numbers, tags: torch and Python would tell it by errors of their own.
-    with pytest.raises(DataError, match=f"labels are .*{told}.* for 2 samples; expected one integer each"):
+    with pytest.raises(
+        DataError, match=f"labels are .*{told}.* for 2 samples; expected one integer each.*out: --sampler"
+    ):
         labels_of([sample, sample])
 
 
