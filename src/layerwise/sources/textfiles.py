@@ -120,9 +120,13 @@ def _read_source(source: str | Path, encoding: str) -> TextRows:
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _read_saved(path)
     files: dict[str, Path] = {}
+    notes = []
     for file in sorted(path.iterdir()):
         part = PARTS.get(file.stem.lower())
-        if part is None or file.suffix.lower() not in (*TABLES, *CONLL):
+        if file.suffix.lower() not in (*TABLES, *CONLL):
+            continue
+        if part is None:
+            notes.append(f"{file.name!r} beside the tables of the parts was left out")
             continue
         if part in files:
             raise DataError(
@@ -135,7 +139,8 @@ def _read_source(source: str | Path, encoding: str) -> TextRows:
             f"data folder {text!r} has no train table (it holds {inside}). Expected train.csv (or "
             f"{', '.join(TABLES[1:])}) and optionally val and test beside it."
         )
-    return TextRows({part: read_table(file, encoding) for part, file in files.items()})
+    parts = {part: read_table(file, encoding) for part, file in files.items()}
+    return TextRows(parts, notes=tuple(notes))
 
 
 def _read_conll(path: Path, encoding: str) -> list[Row]:

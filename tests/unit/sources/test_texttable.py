@@ -53,6 +53,8 @@ def test_a_folder_of_tables(tmp_path):
     (tmp_path / "README.md").write_text("where these come from")
     table = read_texts(tmp_path)
     assert [len(part) for part in table.parts.values()] == [6, 1]
+    write_csv(tmp_path / "held_out.csv", topics(1))
+    assert "'held_out.csv' beside the tables of the parts was left out" in read_texts(tmp_path).notes
     with pytest.raises(DataError, match=r"has a val part of its own, and .*train\.csv' is given too"):
         read_texts(tmp_path, val=tmp_path / "train.csv")
     with pytest.raises(DataError, match=r"split_column is 'part', but the parts \(val, train\)"):
