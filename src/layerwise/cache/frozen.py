@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from threading import get_ident
@@ -235,10 +236,11 @@ class FrozenPart:
         if feed.views > 1:  # a sample that stands there twice was drawn twice
             first = {row: place for place, row in reversed([*enumerate(rows.tolist())])}
             wanted = torch.tensor([first[row] == place for place, row in enumerate(rows.tolist())])
-        stored = [(feed.sites[site], value) for site, value in values.items() if site in feed.sites]
-        taken = [(one.column, one.layout.to_rows(value)) for one, value in stored]
-        taken += [(column, leaves[number].detach()) for number, column in feed.leaves.items()]
-        for column, given in taken:
+        # one after the other: what is put in rows may be a copy
+        stored = ((feed.sites[site], value) for site, value in values.items() if site in feed.sites)
+        made = ((one.column, one.layout.to_rows(value)) for one, value in stored)
+        loaded = ((column, leaves[number].detach()) for number, column in feed.leaves.items())
+        for column, given in itertools.chain(made, loaded):
             absent = column.missing(rows) & wanted
             if absent.any():
                 column.put(rows[absent], given if bool(absent.all()) else given[absent])
