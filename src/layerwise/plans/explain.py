@@ -174,8 +174,14 @@ def _notes(phase: Phase, layers: LayerMap, learning: Collection[str], *, first: 
     found = []
     if phase.schedule != Schedule():
         found.append(_schedule(phase.schedule))
-    if phase.patience_epochs:
-        found.append(f"ends after {plural(phase.patience_epochs, 'epoch')} without improvement")
+    if phase.patience_epochs is not None and phase.epochs is not None:
+        patience = plural(phase.patience_epochs, "epoch")
+        in_time = phase.patience_epochs + 1 < phase.epochs  # the first epoch is the best so far
+        found.append(
+            f"ends after {patience} without improvement"
+            if in_time
+            else f"too short for a patience of {patience}"
+        )
     if phase.join_steps and not first:
         found.append(f"{JOINING} {plural(phase.join_steps, 'step')}")
     if phase.norms.policy != "follow" or phase.norms.rate is not None:

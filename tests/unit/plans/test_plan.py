@@ -568,8 +568,9 @@ def test_explain_tells_what_is_special_about_each_phase() -> None:
     shared = {"epochs": 2, "rates": {"head": 1.0}}
     tuned = "norms of frozen groups learn"
     settings: list[tuple[dict, str | tuple[str, ...]]] = [
-        ({"patience_epochs": 1}, "ends after 1 epoch without improvement"),
-        ({"patience_epochs": 2}, "ends after 2 epochs without improvement"),
+        ({"patience_epochs": 1, "epochs": 3}, "ends after 1 epoch without improvement"),
+        ({"patience_epochs": 2, "epochs": 4}, "ends after 2 epochs without improvement"),
+        ({"patience_epochs": 1}, "too short for a patience of 1 epoch"),
         ({"norms": {"policy": "freeze"}}, "norms: freeze"),
         ({"norms": {"policy": "freeze_until", "until": "head"}}, "norms: freeze_until head"),
         ({"norms": {"policy": "freeze_until", "until": "body"}}, ("norms: freeze_until body", tuned)),
