@@ -166,6 +166,13 @@ class Batches:
     def __len__(self) -> int:
         return len(self.loader)
 
+    @property
+    def batch_size(self) -> int | None:
+        """Samples of the largest batch; None where a loader of the caller's own does not tell."""
+        size = getattr(self.loader.batch_sampler, "batch_size", None)
+        count = samples_in(self.data)
+        return size if size is None or count is None else min(size, count)
+
     def begin(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, and the first batch, of the next iteration of `loader`.
 

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -265,8 +266,7 @@ def fit(
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
     prefix = setup.open_cache(cache, model, batches, tuner, pool=cache_pool, folder=cache_folder)
-    forward_size = getattr(train, "batch_size", None) or batch_size
-    inspected = setup.inspect(model, tuner, forward_size) if audit else None
+    inspected = setup.inspect(model, tuner, batches.batch_size) if audit else None
     if previous is None:
         check_start(model)
     if written is not None and not resume:  # nothing is written before all of the above went well
@@ -328,6 +328,7 @@ def fit(
 
     learns = setup.names_that_learn(tuner)
     watched = watch(model, optimizer=tuner.optimizer, trained=learns) if audit else None
+    enter_phase = partial(setup.enter_phase, model, tuner, batches, train, share, watched, written)
     with (
         Interrupt() as interrupt,
         reporter,
@@ -346,7 +347,7 @@ def fit(
             phase, rates = now.within.phase or tuner.phase.name, tuner.rates()  # "" of older checkpoints
             start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
             batches.begin(epoch, start)  # before a phase measures statistics on the data
-            setup.enter_phase(model, tuner, train, share, watched, written)
+            enter_phase()
             stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
             for index, batch in enumerate(stream, start):
                 if index == count:
@@ -393,7 +394,7 @@ def fit(
                     save(inside=True)
                     interrupt.raise_if_requested(go_on)
                 if changed:  # after the checkpoint: resuming from it enters the phase
-                    setup.enter_phase(model, tuner, train, share, watched, written)
+                    enter_phase()
 
             del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
             tuner.optimizer.zero_grad()  # of a window that a loader with fewer batches than it told left open

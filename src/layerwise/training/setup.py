@@ -155,6 +155,7 @@ def _class_names(data: Any) -> Sequence[str] | None:
 def enter_phase(
     model: nn.Module,
     tuner: Tuner,
+    batches: Batches,
     train: Any,
     share: Mapping[str, Any],
     watched: Watch | None,
@@ -178,7 +179,8 @@ def enter_phase(
         watched.expect(adapting=(*norms.adapting, *norms.calibrating))
     if tuner.step_in_phase > 0:
         return
-    told = small_batch_warning(model, getattr(train, "batch_size", None) or share["batch_size"])
+    size = batches.batch_size
+    told = None if size is None else small_batch_warning(model, size)
     if told is not None:
         warn(f"phase {tuner.phase.name!r}: {told}")
         if out is not None and watched is not None and tuner.phase_index > 0:
@@ -232,7 +234,7 @@ def cache_note(prefix: PrefixCache) -> str:
     return without_remedies(prefix.decision_text)
 
 
-def inspect(model: nn.Module, tuner: Tuner, batch_size: int) -> Audit:
+def inspect(model: nn.Module, tuner: Tuner, batch_size: int | None) -> Audit:
     """Return what the audit finds in the set-up of the first phase.
 
     Raises:

@@ -171,7 +171,8 @@ def audit(
         layers: the model's layer map. Without one, the frozen part is told by the module tree.
         loader: batches to take one from; see `calibrate_batchnorm` for their form.
         forward: ``forward(model, batch)`` for batches of another form.
-        batch_size: samples in a batch; read from the loader if it has the attribute.
+        batch_size: samples in a batch; None takes those of the batch of `loader`, and without one nothing is
+            said of small batches.
 
     Raises:
         ModelError: `layers` is of another model, or `optimizer` is none.
@@ -183,9 +184,6 @@ def audit(
     >>> tuple((found.code, found.module) for found in audit(model))
     (('frozen-norm-trains', '1'),)
     """
-    if batch_size is None:
-        found = getattr(loader, "batch_size", None)
-        batch_size = found if isinstance(found, int) else None
     schedulers = [] if scheduler is None else scheduler
     schedulers = schedulers if isinstance(schedulers, list | tuple) else [scheduler]
     if layers is not None:

@@ -21,7 +21,8 @@ def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Fin
     """Run one batch in train mode, with gradients, and report what it shows.
 
     Weights, gradients, buffers, modes and random states are as before afterwards; `Setup.training` has the
-    modes that the forward pass left. Costs one forward and one backward pass, and a copy of the buffers.
+    modes that the forward pass left, and `Setup.batch_size`, where it was not given, the size of the batch.
+    Costs one forward and one backward pass, and a copy of the buffers.
     """
     # not through DistributedDataParallel, which would wait for the other processes
     is_ddp = isinstance(setup.model, nn.parallel.DistributedDataParallel)
@@ -31,6 +32,8 @@ def probe(setup: Setup, loader: Iterable[Any], forward: Forward) -> Iterator[Fin
         was = setup.model.training
         setup.model.train()
         batch = next(passes.batches())
+        if setup.batch_size is None:
+            setup.batch_size = passes.seen or None
         with warnings.catch_warnings(record=True) as caught, torch.enable_grad():
             warnings.simplefilter("always")
             output = passes.run(batch)

@@ -14,9 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from helpers import changed
 from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
@@ -102,6 +110,25 @@ def test_small_batches_of_training_batch_norm_are_warned_of_in_the_phase_that_tr
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("train", "size"),
+    [
+        (tiny_data(6), 6),
+        (DataLoader(tiny_data(6), 32), 6),
+        (DataLoader(tiny_data(9), batch_sampler=BatchSampler(SequentialSampler(range(9)), 3, False)), 3),
+        (DataLoader(tiny_data(8), 4, sampler=WeightedRandomSampler([1.0] * 8, 8)), 4),
+        (DataLoader(tiny_data(9), batch_sampler=[[0, 1, 2, 3, 4], [5, 6, 7, 8]]), None),
+    ],
+)
+def test_small_batches_are_those_that_the_data_give(train: object, size: int | None) -> None:
+    # Fewer samples than batch_size, and samplers of the user's own; one that tells no size draws no warning.
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(train=train, batch_size=32, plan=one_phase(epochs=1))
+    found = [re.search(r"batches of (\d+)", str(one.message)) for one in told]
+    assert [int(one[1]) for one in found if one] == ([] if size is None else [size])
 
 
 def test_history_says_what_happened_in_each_epoch() -> None:

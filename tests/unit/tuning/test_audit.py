@@ -207,6 +207,21 @@ def test_small_batches_are_named_with_the_layers(net):
     assert audit(net, batch_size=2).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("loader", "size"),
+    [
+        ([torch.randn(4, 3)], 4),
+        (DataLoader(torch.randn(8, 3), batch_sampler=[[0, 1, 2], [3, 4, 5]]), 3),
+        (DataLoader(torch.randn(6, 3), batch_size=32), 6),
+    ],
+)
+def test_the_size_of_a_batch_is_that_of_the_one_that_is_run(net, loader, size):
+    # A list of batches and a loader with a batch sampler tell no size; few samples make smaller batches.
+    (found,) = [f for f in audit(net, loader=loader) if f.code == "small-batch-norm"]
+    assert f"batches of {size} " in found.why
+    assert "small-batch-norm" not in audit(net, loader=loader, batch_size=32).codes
+
+
 # -------------------------------------------------------------------------------------------- the optimiser
 
 
