@@ -328,7 +328,7 @@ def fit(
 
     learns = setup.names_that_learn(tuner)
     watched = watch(model, optimizer=tuner.optimizer, trained=learns) if audit else None
-    enter_phase = partial(setup.enter_phase, model, tuner, batches, train, share, watched, written)
+    enter_phase = partial(setup.enter_phase, model, tuner, task, batches, train, share, watched, written)
     with (
         Interrupt() as interrupt,
         reporter,

@@ -155,6 +155,7 @@ def _class_names(data: Any) -> Sequence[str] | None:
 def enter_phase(
     model: nn.Module,
     tuner: Tuner,
+    task: Task,
     batches: Batches,
     train: Any,
     share: Mapping[str, Any],
@@ -164,9 +165,9 @@ def enter_phase(
     """Do what a phase needs from the data and the watch: called at each epoch, and when a phase changes.
 
     At the first step of a phase the statistics of batch-norms with the policy "calibrate" are measured on
-    the training data, of `Norms.samples` on the first ones in the order of epoch 0. The watch is told which
-    statistics move on purpose. Where there is a watch, what is warned of goes into the audit of the run in
-    `out` too; that of the first phase is there already.
+    the training data, fed by `task`, of `Norms.samples` on the first ones in the order of epoch 0. The watch
+    is told which statistics move on purpose. Where there is a watch, what is warned of goes into the audit of
+    the run in `out` too; that of the first phase is there already.
 
     Raises:
         PlanError: the policy is "calibrate", and all groups with norms have another one of their own.
@@ -201,7 +202,7 @@ def enter_phase(
     # Folders of images are sorted by class: of a share of them, or of their moving average, chance decides.
     in_order = how.samples is None and how.momentum is None
     loader = open_batches(train, train=not in_order, **share).loader
-    given: dict[str, Any] = {"samples": how.samples, "names": norms.calibrating}
+    given: dict[str, Any] = {"samples": how.samples, "names": norms.calibrating, "forward": task.forward}
     if how.momentum is not None:
         given |= {"method": "moving", "momentum": how.momentum}
     calibrate_batchnorm(model, loader, **given)

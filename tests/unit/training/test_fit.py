@@ -817,6 +817,23 @@ def test_a_share_of_the_data_is_drawn_for_calibration(how: dict[str, float]) -> 
     assert ((model.stem[1].running_mean - whole).abs() < 0.6 * spread).all()
 
 
+def test_statistics_are_calibrated_by_the_forward_of_the_task() -> None:
+    # Batches that only a task of one's own can feed are measured as they are trained on.
+    class Named(Classification):
+        def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return model(batch["picture"] + 1)
+
+    model, data = Tiny(), tiny_data()
+    plan = tiny_plan(
+        phases=[{"name": "head", "rates": {"head": 1.0}, "epochs": 1, "norms": {"policy": "calibrate"}}]
+    )
+    inputs, labels = data.tensors
+    expected = model.stem[0](inputs + 1).mean(0).detach()
+    rows = [{"picture": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
+    run(model, rows, None, plan=plan, task=Named(("a", "b", "c")))
+    assert torch.allclose(model.stem[1].running_mean, expected, atol=1e-6)
+
+
 def test_calibrating_in_no_group_is_an_error_that_names_their_policies() -> None:
     # All groups with norms have a policy of their own.
     norms = {"policy": "calibrate", "groups": {"stem": "freeze", "body": "adapt"}}
