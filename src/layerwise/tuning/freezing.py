@@ -102,10 +102,10 @@ class ParameterCount:
 def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
     """Freeze the parameters that `patterns` match (all, without patterns), and still their modules.
 
-    A module whose parameters are all frozen afterwards, and everything below it, is pinned in eval mode:
-    batch-norm statistics stop and dropout falls silent even when somebody calls ``model.train()``. Gradients
-    that lie on the parameters are dropped, so that an optimiser that already holds them leaves them alone,
-    weight decay included.
+    A module with such parameters that are all frozen afterwards, and everything below it, is pinned in eval
+    mode: batch-norm statistics stop and dropout falls silent even when somebody calls ``model.train()``. So
+    is one that was frozen before, by ``requires_grad`` alone. Gradients that lie on the parameters are
+    dropped, so that an optimiser that already holds them leaves them alone, weight decay included.
 
     Args:
         model: changed in place; `unfreeze`, or the record's ``undo()``, takes it back.
@@ -190,7 +190,10 @@ def _switch(
     if wanted:
         changed = unpin(module for module in still_before if module not in still)
     else:
-        changed = pin_eval(module for module in still if module not in still_before)
+        named = {id(every[name]) for name in chosen}
+        whole = (module for module in still if any(id(p) in named for p in module.parameters()))
+        inside = {below for module in whole for below in module.modules()}
+        changed = pin_eval(module for module in still if module in inside)
     _SWITCHED.update(changed)
     paths = still_before if wanted else still
     return FreezeRecord(

@@ -78,6 +78,21 @@ def test_frozen_stays_frozen_after_train_deepcopy_and_steps() -> None:
     assert torch.equal(copied.layer1(copied.stem(images)), model.layer1(model.stem(images)))
 
 
+def test_what_was_frozen_by_hand_is_held_once_it_is_named() -> None:
+    """``requires_grad`` was False before the call, which the norms' statistics do not stop at."""
+    model = tiny_cnn()
+    for name in ("stem", "layer1"):
+        model.get_submodule(name).requires_grad_(False)
+    before = state(model.train())
+    record = freeze(model, "stem")
+    assert record.names == ()
+    assert record.modules == ("stem", *(f"stem.{number}" for number in range(len(model.stem))))
+    assert not any(module.training for module in model.train().stem.modules())
+    assert all(module.training for module in model.layer1.modules())
+    record.undo()
+    assert state(model) == before
+
+
 def test_modules_of_which_a_part_learns_are_not_pinned() -> None:
     """Freezing one parameter of a batch-norm leaves it in train mode."""
     model = tiny_cnn()
