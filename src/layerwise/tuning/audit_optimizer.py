@@ -257,6 +257,8 @@ def without_state(setup: Setup) -> Iterator[Finding]:
         never = [p for p in live if not setup.state_of(p)]
         if len(never) == len(live) and "dampening" in group and not group.get("momentum"):
             continue  # a step of plain SGD leaves no state
+        if "line_search_fn" in group:
+            continue  # LBFGS keeps all of it with the first parameter
         stepped = stepped or len(never) < len(live)
         waiting = setup.named(p for p in never if p.grad is None)
         if len(never) < len(live) and "layer_group" not in group:  # to those of a Tuner parameters are added

@@ -565,6 +565,20 @@ def test_plain_sgd_beside_another_optimiser_is_not_taken_for_one_that_never_step
     assert codes(momentum=0.9) == {"group-never-stepped"}
 
 
+def test_an_optimiser_that_keeps_all_its_state_in_one_place_is_no_warning(net):
+    optimizer = torch.optim.LBFGS(net.parameters(), max_iter=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = net(torch.randn(16, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    assert audit(net, optimizer).findings == ()
+
+
 def test_parameters_that_join_norms_of_a_tuner_are_no_warning(net):
     """Where norms adapt in frozen groups, the rest of a group joins a param group that has stepped."""
     layers = map_by_children(net)
