@@ -15,7 +15,7 @@ from layerwise.errors import ModelError, plural, shorten
 from layerwise.layers.forms import tensor_digest
 from layerwise.layers.isolation import unwrap
 from layerwise.tuning.modes import pinned
-from layerwise.tuning.norm_layers import frozen_norms
+from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class WatchReport:
     """What moved between the beginning and the end of a watched run.
 
     A parameter is *frozen* if it required no gradients at the beginning and at the end and is not among
-    those that the watcher was told will learn; a buffer is frozen if all parameters of its module are, or if
-    its module was pinned in eval mode at both ends.
+    those that the watcher was told will learn; a buffer is frozen if all parameters of its module are (of a
+    module without any, those of the innermost one around it that has some), or if its module was pinned in
+    eval mode at both ends.
 
     Attributes:
         moved: parameters whose bytes changed.
@@ -103,7 +104,7 @@ class _Snapshot:
     digests: dict[str, str]
     requires_grad: dict[str, bool]
     buffers: dict[str, str]
-    held: frozenset[str]  # buffers of pinned modules
+    held: dict[str, tuple[str, ...]]  # frozen buffers, and the parameters that speak for each
     steps: dict[str, float]  # optimiser steps by parameter, -1 where its state does not count
 
 
@@ -214,16 +215,26 @@ def digest(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}" if tensor.is_meta else tensor_digest(tensor)
 
 
-def _held_buffers(model: nn.Module) -> frozenset[str]:
-    """Return the buffers that may not move: of pinned modules, and of modules with frozen parameters only."""
+def _held_buffers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the buffers that may not move, and for each the parameters that speak for it.
+
+    Those are its module's own, else those inside of it, else those of the module around it.
+    """
     norms = {norm.module for norm in frozen_norms(model)}
-    held: set[str] = set()
+    learns = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    held: dict[str, tuple[str, ...]] = {}
+    speakers: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
-        own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        frozen = own and not any(parameter.requires_grad for parameter in own)
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        inside = own or [name for name, _ in module.named_parameters()]
+        names = tuple(f"{path}.{name}".removeprefix(".") for name in inside)
+        speakers[path] = names = names or speakers.get(path.rpartition(".")[0], ())
+        frozen = names and module not in ADAPTING and not any(learns[name] for name in names)
         if pinned(module) or module in norms or frozen:
-            held.update(f"{path}.{name}".removeprefix(".") for name in module._buffers)
-    return frozenset(held)
+            held.update(
+                dict.fromkeys((f"{path}.{name}".removeprefix(".") for name in module._buffers), names)
+            )
+    return held
 
 
 def _compare(before: _Snapshot, after: _Snapshot, trained: set[str], adapting: set[str]) -> WatchReport:
@@ -232,8 +243,11 @@ def _compare(before: _Snapshot, after: _Snapshot, trained: set[str], adapting: s
     learning = {
         name for name in both if before.requires_grad[name] or after.requires_grad[name] or name in trained
     }
-    moving_homes = adapting | {name.rpartition(".")[0] for name in trained}
-    held = {name for name in before.held & after.held if name.rpartition(".")[0] not in moving_homes}
+    held = {
+        name
+        for name, speakers in before.held.items()
+        if name in after.held and name.rpartition(".")[0] not in adapting and trained.isdisjoint(speakers)
+    }
     buffers_moved = [
         name for name, value in before.buffers.items() if after.buffers.get(name, value) != value
     ]

@@ -40,6 +40,23 @@ def test_a_frozen_norm_in_train_mode_is_seen_drifting(net):
         report.raise_if_frozen_moved()
 
 
+def test_buffers_of_frozen_parts_without_parameters_of_their_own_are_frozen():
+    # The vectors of spectral_norm move in train mode; they stand in a module that has no parameters.
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    with watch(net) as watched:
+        net.train()(torch.randn(5, 3))
+    vectors = tuple(f"0.parametrizations.weight.0.{name}" for name in ("_u", "_v"))
+    assert watched.report.frozen_buffers_moved == vectors
+    with watch(net, trained=["0.parametrizations.weight.original"]) as watched:
+        net.train()(torch.randn(5, 3))
+    assert (watched.report.buffers_moved, watched.report.frozen_buffers_moved) == (vectors, ())
+    net.requires_grad_(True)
+    with watch(net) as watched:
+        net.train()(torch.randn(5, 3))
+    assert (watched.report.buffers_moved, watched.report.frozen_buffers) == (vectors, 0)
+
+
 def test_a_frozen_norm_that_is_held_is_clean(net):
     freeze_batchnorm(net)
     with watch(net) as watched:
