@@ -1,6 +1,5 @@
 """Unfreezing and resuming in the peers: each fault is built with the peer's own code, the audit or the watch
-finds it, and layerwise's own way is free of it. Composer's and DeepSpeed's faults are left out: neither
-package is installed here.
+finds it, and layerwise's own way is free of it. Composer's fault is left out: it needs an older torch.
 """
 
 import copy
@@ -149,6 +148,39 @@ def test_hugging_face_optimizer_steps_only_what_was_trainable_when_it_was_built(
         run(tuner, ours)
     assert "backbone.0.weight" in watched.report.moved
     assert layerwise.audit(ours, tuner.optimizer, layers=tuner.layers).findings == ()
+
+
+def test_deepspeeds_zero_ignores_what_is_unfrozen(monkeypatch, tmp_path):
+    # DeepSpeed #5639; layerwise's own way is that of the test above
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    deepspeed = pytest.importorskip("deepspeed")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")  # it asks whether they are there
+    net = nn.ModuleDict({"backbone": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    net.forward = lambda x: net["head"](net["backbone"](x))
+    net["backbone"].requires_grad_(False)
+    before = net["backbone"].weight.clone()
+    settings = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "torch_adam": True, "weight_decay": 0.0}},
+    }
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=net, model_parameters=list(net.parameters()), config=settings
+        )
+        assert grave(layerwise.audit(engine, optimizer)) == set()
+        net["backbone"].requires_grad_(True)
+        for _ in range(2):
+            engine.backward(engine(torch.randn(8, 4)).square().mean())
+            engine.step()
+        assert torch.equal(net["backbone"].weight, before)
+        (found,) = layerwise.audit(engine, optimizer).errors
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.code == "trainable-not-in-optimizer"
+    assert found.modules == ("module.backbone.weight", "module.backbone.bias")
 
 
 def test_ddp_with_lightnings_backbone_finetuning_does_not_average_the_backbone(net, tmp_path):

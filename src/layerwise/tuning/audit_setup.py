@@ -187,7 +187,7 @@ class Setup:
                 group,
             )
             for number, optimizer in enumerate(self.optimizers)
-            for index, group in enumerate(optimizer.param_groups)
+            for index, group in enumerate(_groups_of(optimizer))
         ]
 
     @cached_property
@@ -206,6 +206,18 @@ class Setup:
     def named(self, parameters: Iterable[Tensor]) -> tuple[str, ...]:
         """Return the names of `parameters`, those of the model only."""
         return tuple(self.names[id(p)] for p in parameters if id(p) in self.names)
+
+
+def _groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the param groups of an optimiser, with the tensors of the model that it steps.
+
+    DeepSpeed's ZeRO (stages 1 and 2) steps one flat copy for each group, and keeps what it was made of.
+    """
+    held = getattr(optimizer, "bit16_groups", None)
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    if held is None:
+        return groups
+    return [{**group, "params": members} for group, members in zip(groups, held, strict=True)]
 
 
 def drop_rate(module: nn.Module) -> float:

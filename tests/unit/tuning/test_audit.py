@@ -894,6 +894,20 @@ def test_optimisers_in_a_mapping_or_two_wrappers_deep_are_looked_into(net):
     assert not list(audit(net, wrapped))
 
 
+def test_zeros_flat_copies_stand_for_the_weights_that_they_were_made_of(net):
+    # DeepSpeed's ZeRO puts one flat tensor of its own into each param group, and keeps what it is made of.
+    frozen(net, "stem")
+    inner = torch.optim.SGD([torch.zeros(9, requires_grad=True)], lr=0.1)
+    held = [p for p in net.parameters() if p.requires_grad]
+    zero = SimpleNamespace(param_groups=inner.param_groups, state=inner.state, bit16_groups=[held])
+    freeze_batchnorm(net.stem)
+    assert not list(audit(net, zero))
+    net.stem.requires_grad_(True)
+    (found,) = audit(net, zero)
+    assert found.code == "trainable-not-in-optimizer"
+    assert set(found.modules) == {f"stem.{name}" for name, _ in net.stem.named_parameters()}
+
+
 def test_a_tie_is_looked_for_only_where_a_model_tells_its_ends():
     # A configuration that says so is not enough: other libraries have one too.
     net = Net()
