@@ -141,7 +141,11 @@ def fit(
         str | None, typer.Option(help="constant, linear, cosine, ...", rich_help_panel=_PLAN)
     ] = None,
     norms: Annotated[
-        str | None, typer.Option(help="Batch-norm policy: follow, freeze, ...", rich_help_panel=_PLAN)
+        str | None,
+        typer.Option(
+            help="Batch-norm policy: follow, freeze, ...; with settings: '{policy: adapt, momentum: 0.05}'.",
+            rich_help_panel=_PLAN,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the new run.", rich_help_panel=_TRAINING)

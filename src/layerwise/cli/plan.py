@@ -53,7 +53,11 @@ def plan(
         str | None, typer.Option(help="constant, linear, cosine, ...", rich_help_panel=_SOURCE)
     ] = None,
     norms: Annotated[
-        str | None, typer.Option(help="Batch-norm policy: follow, freeze, ...", rich_help_panel=_SOURCE)
+        str | None,
+        typer.Option(
+            help="Batch-norm policy: follow, freeze, ...; with settings: '{policy: adapt, momentum: 0.05}'.",
+            rich_help_panel=_SOURCE,
+        ),
     ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Outputs of a new head.", min=1, max=10**9, rich_help_panel=_SOURCE)

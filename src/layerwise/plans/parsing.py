@@ -54,8 +54,8 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             groups, or an error where one is called so (``discriminative:frozen=2`` likewise); ``blocks:1.0``
             is the group called 1.0.
         layers: the layer map.
-        **common: options such as `epochs`, `schedule` and `norms`; those that are None are left out, and
-            those that `text` gives win.
+        **common: options such as `epochs`, `schedule` and `norms`, as values or as text that may stand in
+            braces; those that are None are left out, and those that `text` gives win.
 
     Raises:
         PlanError: `text` is none, the strategy or an argument is unknown, a value has the wrong type or is
@@ -81,7 +81,9 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
             raise PlanError(f"strategy {text!r}: {positional[0]!r} has no name; write option=value")
         given[first] = positional[0] if len(positional) == 1 else positional
     problems = []
-    arguments: dict[str, Any] = {key: value for key, value in common.items() if value is not None}
+    arguments: dict[str, Any] = {
+        key: _in_braces(key, value) for key, value in common.items() if value is not None
+    }
     for key, value in given.items():
         if key not in hints:
             problems.append(f"no option {key!r} (known: {', '.join(hints)}).{did_you_mean(key, hints)}")
@@ -119,7 +121,7 @@ def check_strategy(text: str, **common: Any) -> None:
     name, given, _ = _split(text)
     if name != "auto":
         _check_known(name)
-    settings(cast(PhaseOptions, common))
+    settings(cast(PhaseOptions, {key: _in_braces(key, value) for key, value in common.items()}))
     if twice := [name for name in given if common.get(name) is not None]:
         told = "; ".join(f"{name} is given twice: {given[name]} and {common[name]}" for name in twice)
         raise PlanError(f"strategy {text!r}: {told}. Leave one of them out.")
@@ -202,6 +204,17 @@ def _value(text: str, whole: str) -> Any:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return _Quoted(text[1:-1])
     return text
+
+
+def _in_braces(option: str, value: Any) -> Any:
+    """Return the settings that an option in braces is, ``{policy: adapt, momentum: 0.1}``; else `value`.
+
+    Raises:
+        PlanError: they are wrong.
+    """
+    if not (isinstance(value, str) and value.startswith("{") and value.endswith("}")):
+        return value
+    return _converted(_value(value, value), get_type_hints(PhaseOptions)[option])
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -7,9 +7,9 @@ import pytest
 from helpers import named_map, resnet_map
 from layerwise.errors import PlanError
 from layerwise.plans import recipes, strategies, unfreezing
-from layerwise.plans.parsing import STRATEGIES, parse_strategy
+from layerwise.plans.parsing import STRATEGIES, check_strategy, parse_strategy
 from layerwise.plans.plan import Plan
-from layerwise.plans.settings import Norms
+from layerwise.plans.settings import Norms, Schedule
 
 LAYERS = resnet_map()
 
@@ -56,6 +56,22 @@ LAYERS = resnet_map()
 def test_text_becomes_the_same_plan_as_the_call(text: str, plan: Plan) -> None:
     """Colon and parentheses, names or order, lists, mappings and fractions mean what the call means."""
     assert parse_strategy(text, LAYERS) == plan
+
+
+def test_common_options_in_braces_are_settings() -> None:
+    """So --norms takes what its own errors advise, and tells what is wrong with it."""
+    given = {"norms": "{policy: freeze_until, until: layer3}", "schedule": "{shape: cosine, warmup_steps: 3}"}
+    check_strategy("full", **given)
+    assert parse_strategy("full", LAYERS, **given) == strategies.full(
+        LAYERS,
+        norms=Norms(policy="freeze_until", until="layer3"),
+        schedule=Schedule(shape="cosine", warmup_steps=3),
+    )
+    with pytest.raises(PlanError, match=r"no setting 'momentun'.*Did you mean 'momentum'"):
+        check_strategy("full", norms="{policy: adapt, momentun: 0.1}")
+    for unclosed in ("{policy: adapt", "{policy: adapt}}", "{"):
+        with pytest.raises(PlanError):
+            check_strategy("full", norms=unclosed)
 
 
 def test_common_options_are_passed_on_and_the_text_wins() -> None:
