@@ -177,7 +177,7 @@ def enter_phase(
     """
     norms = tuner.norms
     if watched is not None:
-        watched.expect(adapting=(*norms.adapting, *norms.calibrating))
+        watched.expect(adapting=norms.adapting)
     if tuner.step_in_phase > 0:
         return
     size = batches.batch_size
@@ -205,7 +205,9 @@ def enter_phase(
     given: dict[str, Any] = {"samples": how.samples, "names": norms.calibrating, "forward": task.forward}
     if how.momentum is not None:
         given |= {"method": "moving", "momentum": how.momentum}
-    calibrate_batchnorm(model, loader, **given)
+    calibrated = calibrate_batchnorm(model, loader, **given)
+    if watched is not None:
+        watched.expect(measured=calibrated.norms)
 
 
 def open_cache(

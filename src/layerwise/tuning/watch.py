@@ -122,6 +122,7 @@ class Watch:
         self._optimizer = optimizer
         self._trained = set(trained)
         self._adapting = set(adapting)
+        self._measured: dict[str, str] = {}  # buffers of norms measured on the way: hashes of that moment
         self._before: _Snapshot | None = None
         self._report: WatchReport | None = None
 
@@ -136,13 +137,27 @@ class Watch:
             raise ModelError("the watched block has not ended yet; read the report after `with watch(...)`.")
         return self._report
 
-    def expect(self, *, trained: Collection[str] = (), adapting: Collection[str] = ()) -> None:
-        """Say, while the run is on, that parameters learn or that norms (module paths) adapt on purpose.
+    def expect(
+        self,
+        *,
+        trained: Collection[str] = (),
+        adapting: Collection[str] = (),
+        measured: Collection[str] = (),
+    ) -> None:
+        """Say, while the run is on, what moves on purpose.
 
         For runs that freeze again what they trained: the watcher sees only the two ends by itself.
+
+        Args:
+            trained: names of parameters that learn.
+            adapting: module paths of norms whose statistics adapt.
+            measured: of norms whose statistics were measured just now: frozen ones may not move from here on.
         """
         self._trained.update(trained)
         self._adapting.update(adapting)
+        for path in measured:
+            for name, buffer in self._model.get_submodule(path).named_buffers(prefix=path):
+                self._measured[name] = digest(buffer)
 
     def __enter__(self) -> Watch:
         self._before = _snapshot(self._model, self._optimizer)
@@ -153,7 +168,7 @@ class Watch:
     ) -> None:
         assert self._before is not None  # __enter__ ran
         after = _snapshot(self._model, self._optimizer)
-        self._report = _compare(self._before, after, self._trained, self._adapting)
+        self._report = _compare(self._before, after, self._trained, self._adapting, self._measured)
 
 
 def watch(
@@ -237,7 +252,13 @@ def _held_buffers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return held
 
 
-def _compare(before: _Snapshot, after: _Snapshot, trained: set[str], adapting: set[str]) -> WatchReport:
+def _compare(
+    before: _Snapshot,
+    after: _Snapshot,
+    trained: set[str],
+    adapting: set[str],
+    measured: Mapping[str, str],
+) -> WatchReport:
     both = [name for name in before.digests if name in after.digests]
     moved = [name for name in both if before.digests[name] != after.digests[name]]
     learning = {
@@ -256,7 +277,11 @@ def _compare(before: _Snapshot, after: _Snapshot, trained: set[str], adapting: s
         still=tuple(name for name in both if name in learning and name not in set(moved)),
         frozen_moved=tuple(name for name in moved if name not in learning),
         buffers_moved=tuple(buffers_moved),
-        frozen_buffers_moved=tuple(name for name in buffers_moved if name in held),
+        frozen_buffers_moved=tuple(
+            name
+            for name, value in {**before.buffers, **measured}.items()
+            if name in held and after.buffers.get(name, value) != value
+        ),
         replaced=tuple(_replaced(before.parameters, after.parameters)),
         lost_state=tuple(
             name

@@ -786,6 +786,27 @@ def test_batch_norm_statistics_are_calibrated_where_the_plan_says() -> None:
     assert torch.allclose(model.stem[1].running_mean, expected, atol=1e-6)
 
 
+def test_calibrated_statistics_are_watched_afterwards(tmp_path: Path) -> None:
+    # They move once, as the plan says, and are frozen from then on.
+    def drift(model: Tiny, *_: object) -> None:
+        model.stem[1].running_mean.add_(0.1)
+
+    norms = {"policy": "calibrate"}
+    plan = tiny_plan(phases=[{"name": "head", "rates": {"head": 1.0}, "epochs": 2, "norms": norms}])
+    for drifts in (False, True):
+        model = Tiny()
+        if drifts:
+            model.register_forward_hook(drift)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run(model, plan=plan, out=tmp_path / str(drifts))
+        watched = json.loads((tmp_path / str(drifts) / "audit.json").read_text())["after"]
+        assert watched["frozen_buffers_moved"] == (["stem.1.running_mean"] if drifts else [])
+        assert watched["frozen_buffers"] == 6
+        assert set(watched["buffers_moved"]) >= {"stem.1.running_mean", "body.1.running_var"}
+        assert any("of frozen modules moved" in str(one.message) for one in told) is drifts
+
+
 @pytest.mark.parametrize("momentum", [None, 0.3])
 def test_statistics_are_calibrated_in_the_groups_that_say_so_alone(momentum: float | None) -> None:
     # Those of the body are measured on what the stem gives by the statistics that it keeps.

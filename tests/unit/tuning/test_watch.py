@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import layerwise
 from layerwise.errors import ModelError
 from layerwise.tuning.norms import freeze_batchnorm
 from layerwise.tuning.watch import digest, watch
@@ -101,6 +102,19 @@ def test_norms_that_adapt_on_purpose_are_no_fault(net):
         train(net)
     assert watched.report.ok
     assert "1.running_mean" in watched.report.buffers_moved
+
+
+def test_norms_that_were_measured_on_purpose_are_watched_from_then_on(net):
+    # They moved, which is no fault; what moves them afterwards is one.
+    net[:2].requires_grad_(False)
+    for drifts in (False, True):
+        with watch(net) as watched:
+            layerwise.calibrate_batchnorm(net, [torch.randn(16, 3)])
+            watched.expect(measured=["1"])
+            train(net) if drifts else None
+        assert watched.report.ok is not drifts
+        assert "1.running_mean" in watched.report.buffers_moved
+        assert watched.report.frozen_buffers == 3
 
 
 def test_a_replaced_parameter_is_named(net):
