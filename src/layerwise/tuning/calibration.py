@@ -119,7 +119,7 @@ def calibrate_batchnorm(
 
     Raises:
         ModelError: the model has no norm with a running mean and variance, or a scripted one; or `names` has
-            an unknown one, or none.
+            an unknown one, or none, or is a str.
         DataError: `loader` is no iterable of batches (a tensor is one batch, a mapping too); a batch begins
             with no tensor of samples, or the model's forward fails on it; no data, or NaN and infinity in it;
             one value per channel only; or a one-shot iterator where several passes are needed.
@@ -191,6 +191,8 @@ def calibrate_batchnorm(
 
 
 def _chosen(root: nn.Module, names: Iterable[str] | None) -> tuple[list[NormLayer], list[str]]:
+    if isinstance(names, str):  # which would be taken letter by letter
+        raise ModelError(f"names is {names!r}, a str; expected a list of module paths: names=[{names!r}].")
     found = {norm.name: norm for norm in find_norms(root) if norm.kind == "running"}
     wanted = list(found) if names is None else list(names)
     unknown = [name for name in wanted if name not in found]

@@ -316,6 +316,7 @@ def _calibrate_share(rank, folder):
         (None, {}, DataError, "loader is a NoneType; expected"),
         ([torch.randn(1, 2, 3, 3)], {"names": ["last.2"]}, DataError, "one value|1 value"),
         ([torch.randn(4, 2, 6, 6)], {"names": ["one.2"]}, ModelError, "Did you mean"),
+        ([torch.randn(4, 2, 6, 6)], {"names": "last.2"}, ModelError, r"a str; expected .*names=\['last.2'\]"),
         ([torch.randn(4, 2, 6, 6)], {"samples": 0}, ValueError, "at least 1"),
         ([torch.randn(4, 2, 6, 6)], {"method": "exakt"}, ValueError, "Did you mean 'exact'"),
         ([torch.randn(4, 2, 6, 6)], {"method": "moving", "momentum": 0}, ValueError, "momentum"),
