@@ -196,7 +196,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     from layerwise.plans.parsing import check_strategy, parse_strategy
     from layerwise.sources.models import open_model
     from layerwise.sources.pooled import mean_pooled
-    from layerwise.sources.text import MODEL_TASKS, encode
+    from layerwise.sources.text import MODEL_TASKS, encode, in_order_of_outputs
 
     given = dict(job.text or {})
     unused = {
@@ -236,6 +236,8 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     )
     if options.pooling == "mean":
         opened = mean_pooled(opened)
+    else:
+        table = in_order_of_outputs(table, opened)
     data = encode(table, opened.tokenizer, max_length=length_for(options, opened))
 
     layers = layer_map(

@@ -17,7 +17,7 @@ from layerwise.training.job import Job, open_job
 from layerwise.training.key_cache import without_key_cache
 from layerwise.training.language_first import language_model_of, texts_of
 from layerwise.training.run import load_run
-from tiny_text import save_tiny, topic_rows, write_csv
+from tiny_text import save_tiny, tiny_model, tiny_tokenizer, topic_rows, write_csv
 
 pytest.importorskip("transformers")
 
@@ -395,3 +395,45 @@ def test_weights_for_other_classes_lose_their_head_if_asked(work, tmp_path):
     opened = open_job(dataclasses.replace(given, mismatched="drop_head")).opened
     assert opened.model.classifier.out_features == 3
     assert torch.equal(opened.model.bert.pooler.dense.weight, theirs["bert.pooler.dense.weight"])
+
+
+def save_classifier(folder, names):
+    model = tiny_model("bert", num_labels=3)
+    model.config.id2label = dict(enumerate(names))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_published_classifier_keeps_the_order_of_its_classes(work, tmp_path):
+    # Its output layer knows which output is which class; sorted, they would begin as one another.
+    model = save_classifier(work / "published", ["Sport", "CARS", "food"])
+    prepared = open_job(job(work, model="published"))
+    assert prepared.data.classes == ("sport", "cars", "food")
+    assert torch.equal(prepared.opened.model.classifier.weight, model.classifier.weight)
+    assert "classes in the order of the model's own output layer: sport, cars, food" in prepared.notes
+    topics = [row["topic"] for row in topic_rows(40)]
+    part = prepared.data.train
+    assert part.counts == {name: prepared.table.parts["train"].targets.count(name) for name in set(topics)}
+    result = prepared.fit(out=tmp_path / "run", progress=False)
+    assert result.task.classes == load_run(tmp_path / "run").classes == ("sport", "cars", "food")
+
+
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (["cars", "food", "sport"], False),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], False),
+        (["good", "bad", "ugly"], True),
+    ],
+)
+def test_an_output_layer_of_other_classes_is_told(names, told, work):
+    # As many outputs by chance: nothing else would say what they were learned for.
+    save_classifier(work / names[0], names)
+    prepared = open_job(job(work, model=names[0]))
+    assert prepared.data.classes == ("cars", "food", "sport")
+    note = (
+        "the output layer is kept: it was for the classes good, bad, ugly, and goes on as that for "
+        "cars, food, sport, in this order"
+    )
+    assert [entry for entry in prepared.notes if "output layer" in entry] == ([note] if told else [])
