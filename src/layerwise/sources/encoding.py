@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from layerwise.errors import DataError
 
@@ -104,6 +104,17 @@ def encode_words(
         few, all_ = _unknown(tokenizer, [whole["input_ids"]])
         unknown, total = unknown + few, total + all_
     return Encodings(tuple(samples), truncated, longest, unknown=(unknown, total))
+
+
+def padding_side(tokenizer: Any) -> Literal["left", "right"]:
+    """Return where texts are padded for a forward pass: on the right, whatever the tokenizer says.
+
+    Decoders' tokenizers often say left, which is meant for generation. In a forward pass a table of positions
+    (GPT-2) would be read at other rows, and the first token would be scored as one that padding predicts.
+    XLNet alone reads a text at its last position.
+    """
+    is_xlnet = type(tokenizer).__name__.startswith("XLNet")
+    return "left" if is_xlnet and tokenizer.padding_side == "left" else "right"
 
 
 def as_in_text(tokenizer: Any, words: Sequence[str]) -> list[str]:

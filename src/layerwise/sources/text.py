@@ -19,6 +19,7 @@ from layerwise.sources.encoding import (
     encode_texts,
     encode_words,
     pack_texts,
+    padding_side,
 )
 from layerwise.sources.texttable import TextPart, TextTable, TextTask
 
@@ -101,16 +102,16 @@ class TextSet:
         """Return a sample with what belongs to tokens filled up to `length` of them; it may be longer.
 
         ``input_ids`` are padded with the padding token, ``attention_mask`` with 0, labels of tokens with
-        -100. Padding stands on the side that the tokenizer says.
+        -100. The side is that of `layerwise.sources.encoding.padding_side`.
         """
         filling = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
         filling["token_type_ids"] = getattr(self.tokenizer, "pad_token_type_id", 0)
+        left = padding_side(self.tokenizer) == "left"
         padded = dict(sample)
         for name, value in sample.items():
             if name != "labels" or _per_token(self.task):
                 assert isinstance(value, list)
                 padding = [filling.get(name, 0)] * (length - len(value))
-                left = self.tokenizer.padding_side == "left"
                 padded[name] = [*padding, *value] if left else [*value, *padding]
         return padded
 

@@ -189,10 +189,13 @@ def predict_texts(
 def _encode(tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
     if part[0].pair is not None:  # then all have one
         options["text_pair"] = [text.pair for text in part]
+    from layerwise.sources.encoding import padding_side
+
     limit = {"max_length": length} if length else {}
     batch = tokenizer(
         [text.text for text in part],
         padding=True,
+        padding_side=padding_side(tokenizer),
         truncation=True,
         return_tensors="pt",
         **limit,
@@ -206,14 +209,20 @@ def _tag(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list
 
     Words that were cut off have no tag, and are counted.
     """
-    from layerwise.sources.encoding import as_in_text
+    from layerwise.sources.encoding import as_in_text, padding_side
     from layerwise.training.entities import spans
 
     words = [text.text.split() for text in part]
     given = [as_in_text(tokenizer, row) for row in words]
     limit = {"max_length": length} if length else {}
     batch = tokenizer(
-        given, is_split_into_words=True, padding=True, truncation=True, return_tensors="pt", **limit
+        given,
+        is_split_into_words=True,
+        padding=True,
+        padding_side=padding_side(tokenizer),
+        truncation=True,
+        return_tensors="pt",
+        **limit,
     )
     found = []
     for index, decoded in enumerate(run.predict(dict(batch))):

@@ -58,10 +58,15 @@ def test_batches_are_padded_to_their_own_longest(tokenizer):
     for name, value in expected.items():
         assert torch.equal(batches[1][name], value)
     assert batches[1]["labels"].tolist() == [0, 1]
+
+
+def test_texts_are_padded_on_the_right_but_for_xlnet(tokenizer):
+    # On the left, as generation wants it, GPT-2 reads other positions; XLNet reads the last one.
+    data = encode(table(texts=TEXTS, targets=["y", "x", "x", "y"]), tokenizer, max_length=20).train
     tokenizer.padding_side = "left"
-    left = data.train.collate([data.train[2], data.train[3]])
-    assert left["attention_mask"][1].tolist() == [0] * 7 + [1] * 3
-    tokenizer.padding_side = "right"
+    assert data.collate([data[2], data[3]])["attention_mask"][1].tolist() == [1] * 3 + [0] * 7
+    tokenizer.__class__ = type("XLNetTokenizer", (type(tokenizer),), {})
+    assert data.collate([data[2], data[3]])["attention_mask"][1].tolist() == [0] * 7 + [1] * 3
 
 
 def test_long_texts_are_cut_and_counted(tokenizer):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import sys
 
 import pytest
@@ -107,6 +108,48 @@ def test_a_run_loaded_into_a_model_of_the_callers_has_its_tokenizer(work, tagger
     assert again.model is fresh
     texts = ["red engine fast"]
     assert predict_texts(again, texts) == predict_texts(tagger, texts)
+
+
+def left_padding(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": "left"}))
+
+
+@pytest.mark.parametrize("task", ["text_classification", "token_classification"])
+def test_a_tokenizer_for_generation_does_not_move_the_positions(task, work):
+    # GPT-2's tokenizers often pad on the left; a text would stand at other positions in longer company.
+    model = save_tiny(work / f"left-{task}", "gpt2")
+    left_padding(model)
+    words = {"tokens": "red engine fast", "tags": "O N O"}
+    rows = [words] * 10 if task.startswith("token") else [{"text": "red", "label": n} for n in "ab" * 10]
+    run = trained(work, model.name, rows, task=task)
+    assert run.tokenizer.padding_side == "left"  # what other libraries generate with
+    alone = predict_texts(run, ["red engine"])[0]
+    (beside, _) = predict_texts(run, ["red engine", "the red engine of the fast road " * 3])
+    assert {**beside, "probabilities": None} == {**alone, "probabilities": None}
+    if "probabilities" in alone:
+        assert beside["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-6)
+    inputs = run.tokenizer(["red engine"], return_tensors="pt")
+    with torch.no_grad():
+        logits = run.model(**inputs).logits[0]
+    assert alone.get("probabilities", {}) == pytest.approx(
+        dict(zip(run.classes, logits.softmax(-1).tolist())) if logits.ndim == 1 else {}, abs=1e-6
+    )
+
+
+def test_padding_predicts_no_token(work, tmp_path):
+    # Perplexity is over the tokens of a text but its first, wherever the tokenizer pads.
+    found = []
+    for side in ("right", "left"):
+        folder = save_tiny(work / f"llama-{side}", "llama", "CausalLM")
+        if side == "left":
+            left_padding(folder)
+        rows = [{"text": "the red engine of the fast road"}, {"text": "a wheel"}] * 2  # blocks of 8, 8 and 6
+        data = write_csv(tmp_path / "texts.csv", rows)
+        text = {"task": "causal_lm", "max_length": 8, "padding": "all", "val": str(data)}
+        job = Job(model=f"hf:{folder}", data=str(data), strategy="full", epochs=1, text=text)
+        found.append(open_job(job).fit(progress=False).metrics)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_an_empty_text_is_refused(writer, tagger):
