@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -71,6 +72,11 @@ def read(spec: str, call: Any, what: str = "model") -> Any:
             raise ModelError(
                 f"{spec!r} brings its own Python code, which layerwise never runs. Open the model yourself "
                 f"in a function after reading that code, and give FILE.py:FUNCTION."
+            ) from error
+        if unknown := re.search(r"Unrecognized configuration class.*(AutoModelFor\w+)", str(error)):
+            raise ModelError(
+                f"the model of {spec!r} is of a kind that transformers has no {unknown[1]} for, so it cannot do "
+                "the task. Choose another --task (task=), or another model."
             ) from error
         if is_download_error(error) and not local:
             # what has the form of an id may be a path: then the folder that it would lie in is there

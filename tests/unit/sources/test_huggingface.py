@@ -349,6 +349,17 @@ def test_tasks_that_do_not_fit(tmp_path):
         open_model(f"hf:{tmp_path}", task="masked_lm", num_classes=3)
 
 
+def test_a_task_that_the_kind_of_model_has_no_class_for(tmp_path):
+    # transformers' own message lists all of its classes.
+    save_gpt2(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        open_model(f"hf:{tmp_path}", task="masked_lm")
+    assert str(caught.value) == (
+        f"the model of 'hf:{tmp_path}' is of a kind that transformers has no AutoModelForMaskedLM for, so it "
+        "cannot do the task. Choose another --task (task=), or another model."
+    )
+
+
 def test_a_run_opens_the_same_network_again(tmp_path):
     save_bert(tmp_path)
     opened = open_model(f"hf:{tmp_path}", num_classes=3, problem="multi_label_classification")
