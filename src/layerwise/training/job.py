@@ -274,6 +274,13 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
         RunError: there is no run, or it is part of a search or of a run with ``--lm-epochs``, or it was
             started from Python with objects that have no names.
     """
+    from layerwise.training.text_job import LANGUAGE_MODEL, stage_exists
+
+    if not stage_exists(Path(path)) and stage_exists(Path(path) / LANGUAGE_MODEL):
+        raise RunError(
+            f"{path} was interrupted in its language model's part (--lm-epochs), before there was a run to "
+            "resume. Give the command or the call again that made it; it goes on there."
+        )
     about = read_run(path)
     if about.get("job") is None:
         folder = Path(path).resolve()

@@ -7,13 +7,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from layerwise.errors import DataError, LayerwiseError, ModelError, PlanError
+from layerwise.errors import DataError, LayerwiseError, ModelError, PlanError, RunError
 from layerwise.sources.models import open_model
 from layerwise.sources.texttable import TextPart, TextTable
 from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
 from layerwise.training.fit import fit
-from layerwise.training.job import Job, open_job
+from layerwise.training.job import Job, open_job, resume_job
 from layerwise.training.key_cache import without_key_cache
 from layerwise.training.language_first import language_model_of, texts_of
 from layerwise.training.run import load_run
@@ -269,6 +269,8 @@ def test_interrupted_in_the_language_model_it_says_how_to_go_on(work, tmp_path, 
             open_job(job(work, lm_epochs=2)).fit(progress=False)
     history = tmp_path / "cut/language-model/history.jsonl"
     assert len(history.read_text().splitlines()) == 1
+    with pytest.raises(RunError, match=r"cut was interrupted in its language model's part .* Give the command"):
+        resume_job(tmp_path / "cut")
     again = open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "cut", progress=False)
     assert len(history.read_text().splitlines()) == 2
     assert again.metrics == whole.metrics
