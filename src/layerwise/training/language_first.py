@@ -12,6 +12,7 @@ strategy is named.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -72,7 +73,9 @@ def texts_of(part: TextPart) -> list[str]:
     return [*part.texts, *(part.pairs or [])]
 
 
-def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any) -> list[str]:
+def tune_language_model(
+    prepared: PreparedText, *, out: Path | None, say: Callable[[str], None] = lambda _: None, **more: Any
+) -> list[str]:
     """Tune the language model on the texts of a prepared job, and move its body into the classifier.
 
     The classifier's body is changed in place; its head and pooler stay. Only the training part is learned
@@ -81,10 +84,11 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     Args:
         prepared: a job of a labelled task, its classifier not trained yet.
         out: folder of the language model's own run; one that was begun there is gone on with.
+        say: told each line as soon as it is known.
         more: options of `layerwise.fit`.
 
     Returns:
-        Lines for people: perplexity before and after, what moved.
+        Lines for people: an output layer that begins at random, perplexity before and after, what moved.
 
     Raises:
         ModelError: the model has no language model, or the task is language modelling already.
@@ -121,7 +125,17 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     room = max(1, TOKENS_A_BATCH // data.max_length)
     settings["batch_size"] = min(settings.get("batch_size", 32), room)
     column = options.text_column or default_text_column(options.task)
-    notes = []
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        say(line)
+
+    if opened.replaced_head is not None:
+        note(
+            f"{kind}: {opened.replaced_head}, at random, since the weights come without a language model's; its "
+            "first gradients are noise, in which the layers below learn too"
+        )
     task = LanguageModelling(kind)
     if data.val is not None:
         batches = open_batches(data.val, train=False, batch_size=settings["batch_size"], seed=job.seed)
@@ -145,5 +159,6 @@ def tune_language_model(prepared: PreparedText, *, out: Path | None, **more: Any
     )
     if data.val is not None:
         after = result.metrics["perplexity"]
-        notes.append(f"{kind}: perplexity of the validation texts {before:.1f} -> {after:.1f}")
-    return [*notes, str(move_body(result.model, classifier))]
+        note(f"{kind}: perplexity of the validation texts {before:.1f} -> {after:.1f}")
+    note(str(move_body(result.model, classifier)))
+    return notes

@@ -135,14 +135,12 @@ class PreparedText:
             from layerwise.training.language_first import tune_language_model
 
             below = None if folder is None else folder / LANGUAGE_MODEL
+            reporter = Reporter(enabled=more.get("progress", True), total_steps=0, total_epochs=0)
             try:
-                notes += tune_language_model(self, out=below, **more)
+                notes += tune_language_model(self, out=below, say=reporter.say, **more)
             except KeyboardInterrupt as error:
                 how = "" if below is None else "; the same command goes on with it"
                 raise KeyboardInterrupt(f"that was the language model's part{how}") from error
-            reporter = Reporter(enabled=more.get("progress", True), total_steps=0, total_epochs=0)
-            for note in notes:
-                reporter.say(note)
         result = fit(
             self.opened.model,
             self.data.train,

@@ -54,6 +54,26 @@ def test_the_body_of_the_language_model_is_where_the_classifier_starts(work, tmp
     assert len(moved) > 20
 
 
+class _BegunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind, told", [(None, True), ("MaskedLM", False)])
+def test_a_language_models_head_that_begins_at_random_is_told_before_it_learns(kind, told, work, monkeypatch):
+    # An encoder published without it (sentence encoders): perplexity begins above the number of tokens.
+    def begin(*args, **options):
+        raise _BegunError
+
+    said = []
+    monkeypatch.setattr(text_job.Reporter, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr(language_first, "fit", begin)
+    save_tiny(work / f"from-{kind}", "bert", kind)
+    with pytest.raises(_BegunError):
+        open_job(job(work, model=f"from-{kind}", lm_epochs=1)).fit(progress=False)
+    assert len(said) == told
+    assert all(line.startswith("masked_lm: new output layer cls.predictions") for line in said)
+
+
 def test_a_decoder_is_tuned_as_a_causal_language_model(work, tmp_path):
     # GPT-2 has no masks; its perplexity is told before and after.
     result = open_job(job(work, model="gpt2", lm_epochs=1)).fit(out=tmp_path / "run", progress=False)
