@@ -223,8 +223,8 @@ def in_order_of_outputs(table: TextTable, opened: OpenedModel) -> TextTable:
         note = f"classes in the order of the model's own output layer: {shorten(classes, 4)}"
     else:
         note = (
-            f"the output layer is kept: it was for the classes {shorten(outputs, 4)}, and goes on as that for "
-            f"{shorten(classes, 4)}, in this order"
+            f"the output layer is kept: it was for the classes {shorten(outputs, 4)}, and goes on as that "
+            f"for {shorten(classes, 4)}, in this order"
         )
     return dataclasses.replace(table, classes=classes, notes=(*table.notes, note))
 

@@ -75,8 +75,8 @@ def read(spec: str, call: Any, what: str = "model") -> Any:
             ) from error
         if unknown := re.search(r"Unrecognized configuration class.*(AutoModelFor\w+)", str(error)):
             raise ModelError(
-                f"the model of {spec!r} is of a kind that transformers has no {unknown[1]} for, so it cannot do "
-                "the task. Choose another --task (task=), or another model."
+                f"the model of {spec!r} is of a kind that transformers has no {unknown[1]} for, so it cannot "
+                "do the task. Choose another --task (task=), or another model."
             ) from error
         if is_download_error(error) and not local:
             # what has the form of an id may be a path: then the folder that it would lie in is there

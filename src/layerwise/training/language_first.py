@@ -133,8 +133,8 @@ def tune_language_model(
 
     if opened.replaced_head is not None:
         note(
-            f"{kind}: {opened.replaced_head}, at random, since the weights come without a language model's; its "
-            "first gradients are noise, in which the layers below learn too"
+            f"{kind}: {opened.replaced_head}, at random, since the weights come without a language model's; "
+            "its first gradients are noise, from which the layers below learn too"
         )
     task = LanguageModelling(kind)
     if data.val is not None:
