@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from layerwise.errors import shorten
 from layerwise.sources.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -85,6 +87,36 @@ class OpenedModel:
             "max_length": self.max_length,
             "problem": self.problem,
         }
+
+
+def in_order_of_outputs(classes: Sequence[str], opened: OpenedModel) -> tuple[tuple[str, ...], list[str]]:
+    """Return the names of classes in the order of the output layer that a published model brings, and notes.
+
+    Where the model's configuration names the same classes, upper and lower case apart, that is its order: one
+    of MNLI may begin with "entailment". Else they stay as they are. Of a layer that is kept and was for other
+    classes there is a note; names that transformers makes up (``LABEL_0``) say nothing.
+
+    Args:
+        classes: of the data, sorted.
+        opened: the model.
+    """
+    named = getattr(getattr(opened.model, "config", None), "id2label", None) or {}
+    outputs = [str(named[index]) for index in sorted(named)]
+    if len(outputs) != len(classes) or all(name.startswith("LABEL_") for name in outputs):
+        return tuple(classes), []
+    fold = str.casefold if len(set(map(str.casefold, outputs))) == len(outputs) else str
+    place = {fold(name): index for index, name in enumerate(outputs)}
+    if set(map(fold, classes)) == set(place):
+        ordered = tuple(sorted(classes, key=lambda name: place[fold(name)]))
+        is_new = ordered != tuple(classes)
+        told = f"classes in the order of the model's own output layer: {shorten(ordered, 4)}"
+        return ordered, [told] if is_new else []
+    if opened.replaced_head is not None or opened.weights == "random":
+        return tuple(classes), []
+    return tuple(classes), [
+        f"the output layer is kept: it was for the classes {shorten(outputs, 4)}, and goes on as that for "
+        f"{shorten(classes, 4)}, in this order"
+    ]
 
 
 def example_image(preprocessing: Preprocessing) -> Tensor:

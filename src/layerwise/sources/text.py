@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import DataError, ModelError, percent, shorten
+from layerwise.errors import DataError, ModelError, percent
 from layerwise.sources.encoding import (
     IGNORED,
     Encoded,
@@ -25,8 +24,6 @@ from layerwise.sources.texttable import TextPart, TextTable, TextTask
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from layerwise.sources.opened import OpenedModel
 
 # What `open_model` is asked for: (task, problem).
 MODEL_TASKS: dict[TextTask, tuple[str, str | None]] = {
@@ -193,40 +190,6 @@ class TextData:
         """Return the parts that there are, by name."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: part for name, part in named.items() if part is not None}
-
-
-def in_order_of_outputs(table: TextTable, opened: OpenedModel) -> TextTable:
-    """Return `table` with its classes in the order of the output layer that a published model brings.
-
-    Only where that layer is kept and its configuration names the same classes, upper and lower case apart: a
-    model of MNLI may begin with "entailment". For other names there is a note; those that transformers makes
-    up (``LABEL_0``) say nothing.
-
-    Args:
-        table: with its classes sorted, as `layerwise.sources.texttable.read_texts` returns it.
-        opened: with as many outputs.
-    """
-    config: Any = getattr(opened.model, "config", None)
-    named = getattr(config, "id2label", None) or {}
-    outputs = [str(named[index]) for index in sorted(named)]
-    if opened.replaced_head is not None or opened.weights == "random" or len(outputs) != len(table.classes):
-        return table
-    if all(name.startswith("LABEL_") for name in outputs):
-        return table
-    fold = str.casefold if len(set(map(str.casefold, outputs))) == len(outputs) else str
-    place = {fold(name): index for index, name in enumerate(outputs)}
-    classes = table.classes
-    if set(map(fold, classes)) == set(place):
-        classes = tuple(sorted(classes, key=lambda name: place[fold(name)]))
-        if classes == table.classes:
-            return table
-        note = f"classes in the order of the model's own output layer: {shorten(classes, 4)}"
-    else:
-        note = (
-            f"the output layer is kept: it was for the classes {shorten(outputs, 4)}, and goes on as that "
-            f"for {shorten(classes, 4)}, in this order"
-        )
-    return dataclasses.replace(table, classes=classes, notes=(*table.notes, note))
 
 
 def encode(table: TextTable, tokenizer: Any, *, max_length: int, mask_frac: float = 0.15) -> TextData:

@@ -198,6 +198,7 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
         LayerwiseError: model, weights, data or plan cannot be opened, or do not fit each other.
     """
     from layerwise.sources.models import open_model
+    from layerwise.sources.opened import in_order_of_outputs
     from layerwise.sources.preprocessing import Preprocessing
 
     plan = plan if plan is not None else _named_plan(job)
@@ -223,12 +224,9 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
     )
     if opened.preprocessing is None:
         raise ModelError(f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:).")
-    data = dataclasses.replace(
-        found,
-        train=_prepared(found.train, opened.preprocessing),
-        val=None if found.val is None else _prepared(found.val, opened.preprocessing),
-        test=None if found.test is None else _prepared(found.test, opened.preprocessing),
-    )
+    classes, told = in_order_of_outputs(found.classes, opened)
+    prepared = {name: _prepared(part, opened.preprocessing, classes) for name, part in found.parts().items()}
+    data = dataclasses.replace(found, **prepared, classes=classes, notes=(*found.notes, *told))
     return assemble(job, opened, data, plan=plan)
 
 
@@ -373,10 +371,12 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}{'-data' if name in ('val', 'test') else ''}"
 
 
-def _prepared(part: ImageSet, preprocessing: Preprocessing) -> ImageSet:
+def _prepared(part: ImageSet, preprocessing: Preprocessing, classes: tuple[str, ...]) -> ImageSet:
     from layerwise.sources.imageset import ImageSet
 
-    return ImageSet(part.paths, part.targets, part.classes, preprocessing, augment=part.augment)
+    number = {name: index for index, name in enumerate(classes)}
+    targets = [number[part.classes[target]] for target in part.targets]
+    return ImageSet(part.paths, targets, classes, preprocessing, augment=part.augment)
 
 
 def _digest(part: ImageSet) -> str:

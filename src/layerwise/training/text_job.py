@@ -193,8 +193,9 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     from layerwise.layers.mapping import layer_map
     from layerwise.plans.parsing import check_strategy, parse_strategy
     from layerwise.sources.models import open_model
+    from layerwise.sources.opened import in_order_of_outputs
     from layerwise.sources.pooled import mean_pooled
-    from layerwise.sources.text import MODEL_TASKS, encode, in_order_of_outputs
+    from layerwise.sources.text import MODEL_TASKS, encode
 
     given = dict(job.text or {})
     unused = {
@@ -235,7 +236,8 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     if options.pooling == "mean":
         opened = mean_pooled(opened)
     else:
-        table = in_order_of_outputs(table, opened)
+        classes, told = in_order_of_outputs(table.classes, opened)
+        table = dataclasses.replace(table, classes=classes, notes=(*table.notes, *told))
     data = encode(table, opened.tokenizer, max_length=length_for(options, opened))
 
     layers = layer_map(

@@ -187,10 +187,10 @@ def predict_texts(
 
 
 def _encode(tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
-    if part[0].pair is not None:  # then all have one
-        options["text_pair"] = [text.pair for text in part]
     from layerwise.sources.encoding import padding_side
 
+    if part[0].pair is not None:  # then all have one
+        options["text_pair"] = [text.pair for text in part]
     limit = {"max_length": length} if length else {}
     batch = tokenizer(
         [text.text for text in part],

@@ -1,18 +1,22 @@
 """Jobs: runs that are gone on with by their folder alone, and data that are named wrongly."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from image_folders import make_images
 from layerwise.errors import DataError, ModelError, RunError
 from layerwise.sources.models import open_model
 from layerwise.training.fit import fit
 from layerwise.training.job import Job, open_job, resume_job
 from layerwise.training.kept_weights import save_weights
+from layerwise.training.run import load_run
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 from tiny_text import save_tiny, topic_rows, write_csv
+from tiny_transformers import save_vit
 
 
 def test_a_run_of_objects_is_resumed_where_they_are(tmp_path: Path) -> None:
@@ -154,3 +158,22 @@ def test_wrong_weights_are_told_before_the_data_are_read(tmp_path: Path, file: s
     job = Job("timm:resnet10t", str(tmp_path / "nowhere"), strategy="full", weights=str(tmp_path / file))
     with pytest.raises(ModelError, match=f"weights .*{file}"):
         open_job(job)
+
+
+def test_a_published_image_classifier_keeps_the_order_of_its_classes(tmp_path: Path) -> None:
+    # Sorted, the rows of its output layer would be taken for one another. With other weights, too: a run is
+    # resumed without those that it began with.
+    data = make_images(tmp_path / "photos", classes=("green", "red"))
+    model = save_vit(tmp_path / "vit", classes=2)
+    model.config.id2label = {0: "Red", 1: "Green"}
+    model.save_pretrained(tmp_path / "vit")
+    job = Job(model=f"hf:{tmp_path / 'vit'}", data=str(data), strategy="linear_probe", epochs=1)
+    prepared = open_job(job)
+    assert prepared.data.classes == prepared.data.train.classes == ("red", "green")
+    folders = [Path(path).parent.name for path in prepared.data.train.paths]
+    assert folders == [prepared.data.classes[target] for target in prepared.data.train.targets]
+    assert torch.equal(prepared.opened.model.classifier.weight, model.classifier.weight)
+    assert "classes in the order of the model's own output layer: red, green" in prepared.notes
+    prepared.fit(out=tmp_path / "run", progress=False)
+    assert load_run(tmp_path / "run").classes == ("red", "green")
+    assert open_job(dataclasses.replace(job, pretrained=False)).data.classes == ("red", "green")
