@@ -225,7 +225,9 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
     if opened.preprocessing is None:
         raise ModelError(f"{job.model!r} takes no images; give a model that does (timm:, torchvision:, hf:).")
     classes, told = in_order_of_outputs(found.classes, opened)
-    prepared = {name: _prepared(part, opened.preprocessing, classes) for name, part in found.parts().items()}
+    prepared: dict[str, Any] = {
+        name: _prepared(part, opened.preprocessing, classes) for name, part in found.parts().items()
+    }
     data = dataclasses.replace(found, **prepared, classes=classes, notes=(*found.notes, *told))
     return assemble(job, opened, data, plan=plan)
 
