@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ SETTINGS = {"choice", "lr", "decay"}
 """What a trial draws, in this order."""
 NAMELESS_S = 60.0
 """A running trial without the name of its worker is given up after so many seconds."""
+MEETING_S = 30.0
+"""For so many seconds a worker tries to open a storage whose tables another worker is making."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def open_study(
     where: Any = None
     if storage is not None and "://" in str(storage):
         try:
-            where = optuna.storages.get_storage(str(storage))
+            where = _storage_at(str(storage))
         except Exception as error:  # SQLAlchemy and the drivers of its databases raise all kinds
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(
@@ -165,6 +168,23 @@ def open_study(
             "Give the same values to go on with it, or another name or folder for a new one."
         )
     return study
+
+
+def _storage_at(url: str) -> Any:
+    """Return Optuna's storage at a URL, its tables made where there are none.
+
+    Of workers that begin together all try to make them, and all but one find another's in their way: "table
+    studies already exists" (SQLite), "duplicate key value" (PostgreSQL). They look again, for `MEETING_S`.
+    """
+    until = time.monotonic() + MEETING_S
+    while True:
+        try:
+            return optuna_module().storages.get_storage(url)
+        except Exception as error:
+            met = any(word in str(error).lower() for word in ("already exists", "unique", "duplicate"))
+            if not met or time.monotonic() > until:
+                raise
+        time.sleep(0.2)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

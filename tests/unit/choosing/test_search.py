@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -253,6 +255,21 @@ def test_any_optuna_storage_url_works(model, data, tmp_path):
         study = optuna_module().load_study(study_name="mine", storage=url)
     assert len(study.trials) >= 2
     assert study.best_value > 0
+
+
+def test_workers_that_begin_together_on_a_new_storage_all_open_it(model, data, tmp_path):
+    # each tries to make the tables; without a second look all but one found "table studies already exists"
+    pytest.importorskip("sqlalchemy")
+    space, together = make_space(map_of(model)), threading.Barrier(4)
+
+    def begin(_: int) -> object:
+        together.wait()
+        return open_study(
+            f"sqlite:///{tmp_path / 'study.db'}", "a", about={}, space=space, mode="max", seed=0
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(list(pool.map(begin, range(4)))) == 4
 
 
 def test_minutes_stop_a_search(model, data):
