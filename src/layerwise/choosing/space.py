@@ -11,6 +11,7 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.plans.parsing import check_strategy, parse_strategy
 from layerwise.plans.plan import Plan
 from layerwise.plans.settings import NormKind, Schedule
+from layerwise.plans.strategies import discriminative
 
 _HEAD_ALONE = ("last 1", "linear_probe")
 
@@ -66,8 +67,8 @@ class Space:
             return parse_strategy("linear_probe", layers, **options)
         if decay >= 1:
             return parse_strategy("full" if k == groups else f"top_k(k={k})", layers, **options)
-        frozen = f", frozen={groups - k}" if k < groups else ""
-        return parse_strategy(f"discriminative(decay={decay}{frozen})", layers, **options)
+        # not by its text: a group of an nn.Sequential is called "1", and there "frozen=1" could mean both
+        return discriminative(layers, decay=decay, frozen=groups - k or None, **options)
 
     def first(self) -> list[dict[str, Any]]:
         """Return the trials that every search begins with: each depth and strategy once, mid-range.

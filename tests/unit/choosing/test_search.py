@@ -93,6 +93,17 @@ def test_every_choice_is_the_plan_it_says(model):
     assert len(space.plan(layers, "lp_ft", 1.0).phases) == 2
 
 
+def test_depths_of_groups_called_by_numbers_can_be_planned():
+    # "frozen=1" was the first group or the one called so: depths of an nn.Sequential failed as trials
+    parts = [layer for _ in range(4) for layer in (torch.nn.Linear(6, 6), torch.nn.ReLU())]
+    layers = layer_map(torch.nn.Sequential(*parts, torch.nn.Linear(6, 2)), torch.randn(2, 6))
+    space = make_space(layers)
+    assert "2" in layers.names
+    for k in space.depths:
+        plan = space.plan(layers, f"last {k}", 0.9)
+        assert [name for name in layers.names if plan.phases[0].rate(name) > 0] == list(layers.names[-k:])
+
+
 def test_search_tries_each_depth_first_and_returns_the_best(model, data):
     # five trials: the three depths, then two that TPE draws; the winner has the highest value of all
     said = []
