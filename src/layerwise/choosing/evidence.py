@@ -260,7 +260,7 @@ def gather_evidence(
     counts = np.bincount(np.unique(np.asarray(found.labels), return_inverse=True)[1])
     unknown = ""
     measured: Shift | None = None
-    method, reference = open_reference(model, source, layers, **options)
+    method, reference = open_reference(model, source, layers, found, **options)
     try:
         measured = measure(found, reference, layers, method=method, seed=seed)
     except ModelError as error:

@@ -75,6 +75,7 @@ def collect_features(
     norms: bool = True,
     tokenizer: Any = None,
     seed: int = 0,
+    target: Features | None = None,
 ) -> Features:
     """Return pooled features of every layer group, from one forward pass over (a sample of) `data`.
 
@@ -94,10 +95,11 @@ def collect_features(
         norms: also collect what goes into norm layers with running statistics.
         tokenizer: of texts, for fertility and unknown tokens; None takes the data set's own ``tokenizer``.
         seed: of the draw, and of samples that are random.
+        target: what these features, a source's, will be compared with; None for nothing.
 
     Raises:
-        DataError: no samples, batches of an unknown kind, labels that are no integers, or features that
-            are not finite (as those of inputs with NaN are).
+        DataError: no samples, batches of an unknown kind, labels that are no integers, features that are not
+            finite (as those of inputs with NaN are), or inputs of another kind or size than the target's.
         ModelError: no layer group hands on one tensor with a row for each sample, the model is a single
             layer, or the map is of another model.
     """
@@ -122,6 +124,8 @@ def collect_features(
             if not samples:
                 shape, modality = tuple(first.shape[1:]), _modality(first)
                 shape = () if modality == "tokens" else shape  # texts have lengths of their own
+                if target is not None:  # before the model fails at them in its own words
+                    require_alike(modality, shape, target)
             rows.append(taps.run(root, args, kwargs, size=len(first)))
             if given is not None:
                 labels.append(given)
@@ -266,6 +270,36 @@ def _gather(
         if missing
         else (),
     )
+
+
+def require_alike(modality: str, shape: tuple[int, ...], target: Features) -> None:
+    """Refuse a source whose inputs are of another modality or, of all but texts, of another shape.
+
+    Raises:
+        DataError: they are.
+    """
+    if modality != target.modality:
+        raise DataError(
+            f"the source is {_kind(modality, shape)} and the target {_kind(target.modality, target.shape)}; "
+            "a shift between them has no meaning. Give a source of the same kind, or a signature of one: "
+            "layerwise signature MODEL --data SOURCE"
+        )
+    if modality != "tokens" and shape != target.shape:
+        raise DataError(
+            f"the source's inputs have the shape {_sides(shape)}, the target's {_sides(target.shape)}; "
+            "features of another size differ for that reason alone. Bring both to one size: the model's own "
+            "preprocessing, or the same --input-size for both."
+        )
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _kind(modality: str, shape: tuple[int, ...]) -> str:
+    """Return what inputs are, in words."""
+    words = {"tokens": "texts (token ids)", "image": "images", "values": "tensors"}[modality]
+    return f"{words} of shape {_sides(shape)}" if shape else words
 
 
 def _modality(first: Tensor) -> str:

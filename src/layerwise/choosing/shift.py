@@ -76,12 +76,12 @@ def shift(
         "seed": seed,
     }
     found, layers = mapped_features(model, target, layers, example_input, norms=source is None, **options)
-    method, reference = open_reference(model, source, layers, **options)
+    method, reference = open_reference(model, source, layers, found, **options)
     return measure(found, reference, layers, method=method, draws=draws, level=level, seed=seed)
 
 
 def open_reference(
-    model: nn.Module, source: Any, layers: LayerMap, *, seed: int = 0, **options: Any
+    model: nn.Module, source: Any, layers: LayerMap, target: Features, *, seed: int = 0, **options: Any
 ) -> tuple[Method, Signature | None]:
     """Return what a shift is measured against, and what kind of thing it is.
 
@@ -89,11 +89,13 @@ def open_reference(
         model: the network; unchanged.
         source: as for `shift`.
         layers: the map that the target's features are collected with.
+        target: these features.
         seed: of the draw of the source's samples.
         options: of `layerwise.choosing.features.collect_features`.
 
     Raises:
-        DataError: there is no signature at that path, or the source's data cannot be used.
+        DataError: there is no signature at that path, or the source's data cannot be used or are of another
+            kind or size than the target's.
     """
     if source is None:
         return "norms", None
@@ -101,7 +103,7 @@ def open_reference(
         return "signature", source
     if isinstance(source, str | Path):
         return "signature", Signature.load(source)
-    features = collect_features(model, source, layers, norms=False, seed=seed, **options)
+    features = collect_features(model, source, layers, norms=False, seed=seed, target=target, **options)
     return "source", summarise(features, layers, seed=seed)
 
 

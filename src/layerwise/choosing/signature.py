@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch import nn
 
 from layerwise.choosing.distances import Array
-from layerwise.choosing.features import Features, mapped_features
+from layerwise.choosing.features import Features, mapped_features, require_alike
 from layerwise.choosing.taps import Floats
 from layerwise.errors import DataError, ModelError
 from layerwise.files import write_file
@@ -272,18 +272,7 @@ def shared_groups(found: Signature, features: Features, layers: LayerMap) -> set
         DataError: modality or input shape (of all but texts) differ.
         ModelError: the layer groups, or the widths of those before the head, differ.
     """
-    if found.modality != features.modality:
-        raise DataError(
-            f"the source is {_kind(found.modality, found.shape)} and the target "
-            f"{_kind(features.modality, features.shape)}; a shift between them has no meaning. Give a source "
-            "of the same kind, or a signature of one: layerwise signature MODEL --data SOURCE"
-        )
-    if found.modality != "tokens" and found.shape != features.shape:
-        raise DataError(
-            f"the source's inputs have the shape {_sides(found.shape)}, the target's "
-            f"{_sides(features.shape)}; features of another size differ for that reason alone. Bring both to "
-            "one size: the model's own preprocessing, or the same --input-size for both."
-        )
+    require_alike(found.modality, found.shape, features)
     widths = {name: len(group.mean) for name, group in found.groups.items()}
     ours = {name: values.shape[1] for name, values in features.groups.items()}
     head = layers.head.name if layers.head is not None else None
@@ -296,13 +285,3 @@ def shared_groups(found: Signature, features: Features, layers: LayerMap) -> set
             "Use a signature of the same model and granularity."
         )
     return shared
-
-
-def _sides(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _kind(modality: str, shape: tuple[int, ...]) -> str:
-    """Return what inputs are, in words."""
-    words = {"tokens": "texts (token ids)", "image": "images", "values": "tensors"}[modality]
-    return f"{words} of shape {_sides(shape)}" if shape else words

@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from layerwise.choosing.advice import advise
 from layerwise.choosing.distances import Estimate
 from layerwise.choosing.evidence import similarity
 from layerwise.choosing.group_shift import shift_from_source, shift_of_norms
@@ -203,6 +204,22 @@ def test_source_of_another_resolution_or_modality_is_refused(model):
         DataError, match=r"source is texts .token ids. of shape 7 and the target images of shape 3x24x24"
     ):
         measured(model, images(20)[0], tokens)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (torch.zeros(20, 9, dtype=torch.long), "the source is texts .token ids. and the target images"),
+        (torch.zeros(20, 1, 24, 24), "the source's inputs have the shape 1x24x24"),
+    ],
+)
+def test_a_source_that_the_model_cannot_run_on_is_told_before_it_does(model, source, named):
+    # not by the convolution, in torch's words; advice says the same
+    x, y = images(20)
+    with pytest.raises(DataError, match=named):
+        measured(model, x, source)
+    with pytest.raises(DataError, match=named):
+        advise(model, (x, y), source, layers=map_of(model))
 
 
 def test_signature_of_another_network_is_refused(model):
