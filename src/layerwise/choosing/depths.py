@@ -27,7 +27,8 @@ class DepthScores:
         leep: NLEEP: through soft clusters of the features in place of source classes.
         h_score: with shrinkage.
         knn: leave-one-out accuracy of five neighbours.
-        probe: cross-validated accuracy of a linear probe; NaN where a class has a single sample.
+        probe: cross-validated accuracy of a linear probe; samples that are the only one of their class are
+            missed, as by the neighbours. NaN where fewer than two classes have two samples.
         lead: by how many standard errors this probe beats the one at the output, both asked about the same
             held-out samples: ``(b - c) / sqrt(b + c)`` with b samples that only this one has right and c
             that only the other has (McNemar 1947). None where there is no probe.
@@ -158,9 +159,12 @@ def score_depths(features: Features, *, seed: int = 0) -> Transferability:
         shifted = np.exp(outputs - outputs.max(1, keepdims=True).astype(np.float64))
         head_leep = scores.leep(shifted / shifted.sum(1, keepdims=True), labels)
     right: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
-    if counts.min() >= 2:
+    asked = counts[labels] > 1  # a class of one sample cannot be held out: missed, as by the neighbours
+    if (counts > 1).sum() > 1:
+        codes = scores.as_labels(labels[asked], int(asked.sum()))
         for name, values in features.groups.items():
-            right[name] = scores.probe_predictions(values, labels, folds=3, seed=seed) == labels
+            right[name] = np.zeros(len(labels), dtype=bool)
+            right[name][asked] = scores.probe_predictions(values[asked], codes, folds=3, seed=seed) == codes
     last = right.get(list(features.groups)[-1])
     found = []
     for name, values in features.groups.items():

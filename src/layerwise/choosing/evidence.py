@@ -21,6 +21,7 @@ from layerwise.choosing.features import Features, collect_features, mapped_featu
 from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, tensors, to_device
 from layerwise.choosing.shift import measure, open_reference
 from layerwise.choosing.shift_result import Shift
+from layerwise.choosing.transferability import probe_predictions
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
@@ -92,7 +93,7 @@ class Evidence:
 
     Attributes:
         samples: number of training samples; of a stream that does not say, those that were measured.
-        classes: number of classes.
+        classes: number of classes: those that the data name, else those of the measured sample.
         imbalance: largest class over smallest, in the measured sample.
         imbalance_p: probability of counts as uneven as these, or more, if all classes were equally frequent
             (Pearson's chi-square test).
@@ -144,7 +145,7 @@ class Evidence:
 
     @property
     def probe(self) -> float:
-        """Held-out accuracy of a linear probe where the head stands; by neighbours where it has none."""
+        """Held-out accuracy of a linear probe where the head stands; of neighbours where there is none."""
         return _accuracy(self.transfer, -1)
 
     @property
@@ -277,7 +278,7 @@ def gather_evidence(
         recalibrated = _recalibrated(model, train, layers, **options)
     evidence = Evidence(
         samples=total,
-        classes=transfer.classes,
+        classes=len(classes) if isinstance(classes, Sized) else transfer.classes,
         imbalance=float(counts.max() / counts.min()),
         imbalance_p=chance_of(counts),
         width=next(reversed(found.groups.values())).shape[1],
@@ -308,20 +309,11 @@ def try_weights(features: npt.ArrayLike, labels: Any, *, seed: int = 0) -> Weigh
         labels: shape (n,), at least two of each class.
         seed: of the three folds (two where a class has two samples).
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    x = np.asarray(features)
     y = np.unique(np.asarray(labels), return_inverse=True)[1]
-    split = StratifiedKFold(min(3, int(np.bincount(y).min())), shuffle=True, random_state=seed)
-    right = []
-    for weights in (None, "balanced"):
-        # as layerwise.choosing.transferability.probe_predictions
-        classifier = LogisticRegression(C=x.shape[1] ** -0.5, max_iter=300, tol=1e-3, class_weight=weights)
-        predicted = cross_val_predict(make_pipeline(StandardScaler(), classifier), x, y, cv=split)
-        right.append((predicted == y).astype(float))
+    right = [
+        (probe_predictions(features, y, folds=3, class_weight=weights, seed=seed) == y).astype(float)
+        for weights in (None, "balanced")
+    ]
     return Weighting.of(right[0], right[1], y)
 
 

@@ -8,7 +8,7 @@ verdict: on single tasks such scores can rank models the wrong way round (LEEP's
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -250,6 +250,7 @@ def probe_predictions(
     *,
     folds: int = 5,
     strength: float | None = None,
+    class_weight: Literal["balanced"] | None = None,
     seed: int = 0,
 ) -> Labels:
     """Return the held-out predictions of a linear probe: cross-validated logistic regression.
@@ -263,6 +264,7 @@ def probe_predictions(
         folds: of the stratified cross-validation.
         strength: inverse penalty C of the regression; None for ``1 / d ** 0.5``, weaker features in greater
             number being trusted less.
+        class_weight: ``"balanced"`` lets all classes weigh the same.
         seed: of the folds.
 
     Returns:
@@ -287,11 +289,12 @@ def probe_predictions(
             f"{single} of {y.max() + 1} classes have a single sample; a held-out accuracy needs two of each. "
             "Give more samples, or leave those classes out."
         )
-    classifier = make_pipeline(
-        StandardScaler(), LogisticRegression(C=strength or x.shape[1] ** -0.5, max_iter=300, tol=1e-3)
-    )
+    strength = strength or x.shape[1] ** -0.5
+    classifier = LogisticRegression(C=strength, max_iter=300, tol=1e-3, class_weight=class_weight)
     split = StratifiedKFold(max(2, min(folds, smallest)), shuffle=True, random_state=seed)
-    predicted: Any = cross_val_predict(classifier, x, y, cv=split)
+    with warnings.catch_warnings():  # of classes with hardly more than a sample each it asks if they are any
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        predicted: Any = cross_val_predict(make_pipeline(StandardScaler(), classifier), x, y, cv=split)
     return np.asarray(predicted, dtype=np.int64)
 
 

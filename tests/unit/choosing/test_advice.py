@@ -118,6 +118,14 @@ def test_fewer_samples_than_declared_classes(model):
         advise(model, data, layers=map_of(model))
 
 
+def test_classes_that_the_draw_missed_are_counted(model):
+    # 512 of many samples need not show every class that the data set names
+    data = TensorDataset(*images(60))
+    data.classes = [f"class {i}" for i in range(40)]
+    found = advise(model, data, layers=map_of(model), max_samples=30)
+    assert "60 samples of 40 classes" in next(r.text for r in found.reasons if r.about == "size")
+
+
 def test_source_of_another_size_is_refused(model):
     # the error of shift reaches the caller
     with pytest.raises(DataError, match="3x32x32"):

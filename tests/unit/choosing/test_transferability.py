@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from layerwise.choosing import transferability as tr
-from layerwise.choosing.depths import DepthScores, Transferability
+from layerwise.choosing.depths import DepthScores, Transferability, score_depths
+from layerwise.choosing.features import Features
 from layerwise.errors import DataError
 
 
@@ -15,6 +16,12 @@ def task(seed=0, n=120, d=10, classes=3, apart=1.0):
     labels = np.arange(n) % classes
     centres = np.random.default_rng(7).normal(size=(classes, d)) * apart
     return centres[labels] + rng.normal(size=(n, d)), labels
+
+
+def features_of(values, labels):
+    """One group's features, as a pass over the data would have collected them."""
+    n = len(values)
+    return Features({"fc": values}, {"fc": 0}, labels, None, {}, {}, n, n, values.shape[1:], "values")
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 8), (20, 40)])
@@ -184,6 +191,31 @@ def test_logme_of_dead_features_is_that_of_no_weights():
     assert dead == pytest.approx(-(np.log(2 * np.pi / 3) + 1) / 2)
     features, labels = task()
     assert tr.logme(features, labels) > tr.logme(np.zeros_like(features), labels)
+
+
+def test_a_class_of_one_sample_leaves_the_others_their_probe():
+    # a draw of 512 from a hundred classes has such: they are missed, and the probe is asked about the rest
+    values, labels = task(n=60, apart=3.0)
+    whole = features_of(values, labels)
+    odd = features_of(np.vstack([values, values[:2]]), np.concatenate([labels, [7, 9]]))
+    (before,), (after,) = score_depths(whole).depths, score_depths(odd).depths
+    assert before.probe > 0.8
+    assert after.probe == pytest.approx(before.probe * 60 / 62)
+    assert after.lead == 0
+
+
+def test_many_classes_of_two_samples_are_probed_in_silence():
+    # scikit-learn asks whether such labels are numbers to regress; a warning is an error here
+    features, labels = task(n=60, classes=30, apart=3.0)
+    assert tr.probe_accuracy(features, labels) > 0.3
+
+
+def test_without_two_classes_of_two_samples_there_is_no_probe():
+    # nothing can be held out of single samples; neighbours are asked all the same
+    (scores,) = score_depths(features_of(np.eye(4), np.array([0, 0, 1, 2]))).depths
+    assert np.isnan(scores.probe)
+    assert scores.lead is None
+    assert np.isfinite(scores.knn)
 
 
 def test_scores_that_are_not_finite_are_none_in_json():
