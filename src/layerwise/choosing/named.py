@@ -123,8 +123,9 @@ def open_inputs(
 def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
     """Return whether data name the classes of their samples; of what cannot be opened, yes: so it is told.
 
-    A folder that holds images and no folder of images names none, nor does a table without the column
-    ``label`` for which no other column is named, nor a file of lines.
+    A folder that holds images and no folder of images names none, nor one whose images are all in one folder
+    (but a ``train`` folder), nor does a table without the column ``label`` for which no other column is named,
+    nor a file of lines.
     """
     from layerwise.sources.imagelisting import is_image
     from layerwise.sources.models import takes_texts
@@ -133,7 +134,8 @@ def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
     path, text = Path(data), text or {}
     if not takes_texts(model) and path.is_dir():
         loose = any(map(is_image, path.iterdir()))
-        return not loose or any(map(is_image, path.glob("*/**/*")))
+        folders = [part.name for part in path.iterdir() if any(map(is_image, part.glob("**/*")))]
+        return bool(folders) if loose else len(folders) != 1 or folders == ["train"]
     if text.get("label_column") is not None or not path.is_file():
         return True
     if path.suffix.lower() not in TABLES:

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from layerwise.choosing.named import check_source, open_inputs
+from layerwise.choosing.named import check_source, has_labels, open_inputs
 from layerwise.errors import DataError
 from tiny_text import save_tiny, topic_rows
 
@@ -35,3 +35,22 @@ def test_a_source_that_cannot_be_opened_is_told_before_the_model_is(source):
     # data sets by name are no sources
     with pytest.raises(DataError, match=f"source '{source}' does not exist; expected a folder"):
         check_source(source, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "labelled"),
+    [
+        (["a.png", "b.png"], False),
+        (["2024/a.png", "2024/b/c.png", "notes/x.txt"], False),
+        (["cat/a.png", "dog/b.png"], True),
+        (["train/cat/a.png", "train/dog/b.png"], True),
+        (["cat/a.png", "loose.png"], True),
+        ([], True),
+    ],
+)
+def test_images_in_one_folder_have_no_labels(tmp_path, files, labelled):
+    # one class is no label: diagnose measures their inputs; what cannot be opened is told by opening it
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert has_labels("timm:resnet18", str(tmp_path), None) == labelled
