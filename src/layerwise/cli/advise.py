@@ -67,7 +67,9 @@ def advise(
     )
     if out is not None:
         found.plan.save(out)
-        more = "".join(f" --{key.replace('_', '-')} {value}" for key, value in found.fit_options.items())
+        given = {"batch_size": (batch_size, 32), "val_frac": (val_frac, 0.2)}  # the advice is for these
+        options = {**found.fit_options, **{key: now for key, (now, usual) in given.items() if now != usual}}
+        more = "".join(f" --{key.replace('_', '-')} {value}" for key, value in options.items())
         say(f"wrote {out}; train with it: {task.fit_command()} --plan {shlex.quote(str(out))} --lr "
             f"{found.lr:g}{more} --out RUN")  # fmt: skip
     if as_json:

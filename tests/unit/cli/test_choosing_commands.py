@@ -192,6 +192,16 @@ def test_advise_writes_a_plan_that_fit_takes(images, weights, tmp_path):
     assert trained.exit_code == 0, trained.output
 
 
+def test_advise_tells_the_training_that_it_is_for(images, weights, tmp_path):
+    # norms and length follow from size of batch and training part: others would be another task
+    plan = tmp_path / "plan.yaml"
+    given = ["--batch-size", 8, "--val-frac", 0.3]
+    told = command("advise", MODEL, "--data", images, *SIZE, *weights, "-o", plan, *given)
+    assert "--batch-size 8 --val-frac 0.3 --out RUN" in told.stderr
+    told = command("advise", MODEL, "--data", images, *SIZE, *weights, "-o", tmp_path / "b.yaml")
+    assert "--batch-size" not in told.stderr
+
+
 def test_advise_prints_reasons_alternatives_and_yaml(images, weights):
     # what a person reads
     shown = command("advise", MODEL, "--data", images, *SIZE, *weights)
