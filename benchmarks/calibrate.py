@@ -8,7 +8,7 @@ lost.) A threshold is the figure at which the isotonic regression of harm on it 
 
 ``python -m benchmarks calibrate --run`` measures what is missing from
 ``benchmarks/results/calibration.json`` and writes ``src/layerwise/choosing/thresholds.json``; without
-``--run`` the results are only fitted and printed.
+``--run`` the results are only fitted and printed, with a table of where each kind of shift is said to sit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.tasks import CORRUPTIONS, PIXELS, corrupt, lite0, normalised
 from layerwise.choosing.features import Features, collect_features
-from layerwise.choosing.shift import measure
+from layerwise.choosing.shift import early_share, measure, where_of
 from layerwise.choosing.signature import summarise
 from layerwise.files import write_json
 from layerwise.layers.mapping import layer_map
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
             measure_source(name, rows)
         write_json(THRESHOLDS, fit(rows))
     print(json.dumps(fit(rows), indent=2))
+    print(places(rows))
     return 0
 
 
@@ -157,6 +159,22 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "agree_within_one": round(float((np.abs(level - told) <= 1).mean()), 3),
         }
     return found
+
+
+def places(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each corruption: how many of its rows are said to sit early, throughout and late."""
+    counts: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+    for row in rows:
+        for column in ("norms", "source_frechet"):
+            counts[row["kind"].partition(":")[0]][column, where_of(early_share(row[column]))] += 1
+    lines = [f"{'where it sits':14} {'norms: early, throughout, late':>32} {'source: the same':>20}"]
+    for kind, found in counts.items():
+        norms, source = (
+            ", ".join(str(found[column, place]) for place in ("early", "throughout", "late"))
+            for column in ("norms", "source_frechet")
+        )
+        lines.append(f"{kind:14} {norms:>32} {source:>20}")
+    return "\n".join(lines)
 
 
 def input_side(figures: list[float]) -> float:

@@ -341,8 +341,5 @@ def _classes_reason(evidence: Evidence) -> Reason:
 
 
 def _moved(evidence: Evidence) -> str:
-    moved = evidence.shift.moved if evidence.shift is not None else ()
-    if not moved:
-        return ""
-    named = (f"{m.name} {m.effect.value:+.1f} sd" for m in moved[:3] if m.effect is not None)
-    return f" (moved: {', '.join(named)})"
+    moved = evidence.shift.moved_most if evidence.shift is not None else ""
+    return f" (moved: {moved})" if moved else ""

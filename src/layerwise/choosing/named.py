@@ -123,9 +123,9 @@ def open_inputs(
 def has_labels(model: str, data: str, text: dict[str, Any] | None) -> bool:
     """Return whether data name the classes of their samples; of what cannot be opened, yes: so it is told.
 
-    A folder that holds images and no folder of images names none, nor one whose images are all in one folder
-    (but a ``train`` folder), nor does a table without the column ``label`` for which no other column is named,
-    nor a file of lines.
+    A folder that holds images and no folder of images names none, nor does one whose images are all in one
+    folder (but ``train``), a table without the column ``label`` for which no other column is named, or a file
+    of lines.
     """
     from layerwise.sources.imagelisting import is_image
     from layerwise.sources.models import takes_texts

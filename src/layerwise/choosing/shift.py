@@ -165,14 +165,14 @@ def measure(
         groups.append(GroupShift(name, layers.depth_of(name), **figures))
     overall = mean_figure(main, level=level)
     cut = max(1, round(len(main) * 2 / 3))
-    share = _early_share([group.main.value for group in groups])
+    share = early_share([group.main.value for group in groups])
     labels, notes = None, list(target.notes)
     if target.labels is not None:
         try:
             labels = label_side(target, seed=seed)
         except (DataError, MissingExtraError) as error:  # the shift of the inputs needs no labels
             notes.append(f"label side not measured: {error}")
-    where: Where = "none" if overall.nothing else _where(share)
+    where: Where = "none" if overall.nothing else where_of(share)
     return Shift(
         method=method,
         groups=tuple(groups),
@@ -205,11 +205,13 @@ def label_side(features: Features, *, seed: int = 0) -> LabelSide:
     )
 
 
-def _where(share: float) -> Where:
+def where_of(share: float) -> Where:
+    """Return in which third of the groups a shift sits, of which so much is in the first third."""
     return "early" if share >= EARLY else "late" if share <= LATE else "throughout"
 
 
-def _early_share(values: list[float]) -> float:
+def early_share(values: list[float]) -> float:
+    """Return the share of the first third's mean figure in its sum with the last third's."""
     third = max(1, round(len(values) / 3))
     early, late = float(np.mean(values[:third])), float(np.mean(values[-third:]))
     return early / (early + late) if early + late > 0 else 0.5

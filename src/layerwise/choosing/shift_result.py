@@ -112,8 +112,9 @@ class Shift:
         label_side: mean over the others, where features follow the classes. A target of few classes is
             narrow there and lies far from the source even when its images are quite ordinary.
         where: in which third of the groups it sits: ``"early"`` (`early_share` 0.6 or more) speaks for a
-            change of the inputs, ``"late"`` (0.4 or less) for a change of what they mean; ``"throughout"``
-            between them; ``"none"`` when the interval of `overall` holds 0.
+            change of the inputs; ``"late"`` (0.4 or less) for one of what they mean, unless `moved` names
+            something: blur and lost colour show late too; ``"throughout"`` between them; ``"none"`` when the
+            interval of `overall` holds 0.
         early_share: mean of the first third as a share of the sum of first and last third's means, 0.5 where
             both are 0; a third is ``round(n / 3)`` groups, at least one.
         inputs: properties of the raw images or texts; empty for other inputs.
@@ -152,12 +153,18 @@ class Shift:
         return tuple(entry for _, entry in sorted(found, key=lambda pair: -pair[0]))
 
     @property
+    def moved_most(self) -> str:
+        """The first three of `moved` with their effects, in words; empty where nothing moved."""
+        return ", ".join(f"{m.name} {m.effect.value:+.1f} sd" for m in self.moved[:3] if m.effect is not None)
+
+    @property
     def summary(self) -> str:
-        """The three means and where the shift sits, in three lines."""
+        """The three means and where the shift sits, in three lines; a fourth of what moved in the inputs."""
         return (
             f"input side (first two thirds): {self.input_side}\n"
             f"label side (last third): {self.label_side}\n"
             f"overall: {self.overall}; {_SITS[self.where]}"
+            + (f"\nthe inputs changed, wherever that shows: {self.moved_most}" if self.moved else "")
         )
 
     def to_dict(self) -> dict[str, Any]:

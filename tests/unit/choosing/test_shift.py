@@ -114,6 +114,7 @@ def test_the_dimension_that_moved_is_named(model, sketch, kind, name, sign):
     moved = {entry.name: entry.effect.value for entry in found.moved}
     assert name in moved
     assert np.sign(moved[name]) == sign
+    assert f"{name} {moved[name]:+.1f} sd" in found.summary
     if kind != "blur":  # which also takes the noise away
         assert found.moved[0].name == name
 
@@ -125,6 +126,7 @@ def test_label_permutation_is_not_an_input_shift_and_lowers_logme(model, sketch)
     found, shuffled = (measured(model, (x, labels), sketch) for labels in (y, permuted))
     assert shuffled.overall == found.overall
     assert shuffled.overall.nothing
+    assert "the inputs changed" not in shuffled.summary
     for before, after in zip(found.labels.transfer.depths, shuffled.labels.transfer.depths):
         assert after.logme < before.logme
     assert found.labels.separable > shuffled.labels.separable + 0.3
