@@ -357,6 +357,7 @@ def bootstrap(
     draws: int = 200,
     level: float = 0.9,
     seed: int = 0,
+    unbiased: bool = False,
     floor: float | None = 0.0,
     ceiling: float | None = None,
 ) -> Estimate:
@@ -368,7 +369,8 @@ def bootstrap(
         draws: number of bootstrap draws; each costs one call of `figure`.
         level: of the interval.
         seed: of the draws; the result is a function of the arguments alone.
-        floor: see `interval`.
+        unbiased: see `interval`.
+        floor: likewise.
         ceiling: likewise.
 
     >>> x = np.arange(100.0)[:, None]
@@ -379,4 +381,4 @@ def bootstrap(
     drawn = [
         figure(*(rows[rng.integers(len(rows), size=len(rows))] for rows in samples)) for _ in range(draws)
     ]
-    return interval(figure(*samples), drawn, level=level, floor=floor, ceiling=ceiling)
+    return interval(figure(*samples), drawn, level=level, unbiased=unbiased, floor=floor, ceiling=ceiling)

@@ -220,20 +220,15 @@ def early_share(values: list[float]) -> float:
 def _input_shifts(
     target: Features, reference: Signature | None, draws: int, level: float, seed: int
 ) -> tuple[InputShift, ...]:
+    options: dict[str, Any] = {"draws": draws, "level": level, "seed": seed, "unbiased": True, "floor": None}
     found = []
     for name, ours in target.inputs.items():
         theirs = None if reference is None else reference.inputs.get(name)
         if theirs is None or len(theirs) < 2:
             found.append(InputShift(name, float(ours.mean())))
             continue
-        found.append(
-            InputShift(
-                name,
-                float(ours.mean()),
-                float(theirs.mean()),
-                distances.bootstrap(_effect, ours, theirs, draws=draws, level=level, seed=seed, floor=None),
-            )
-        )
+        effect = distances.bootstrap(_effect, ours, theirs, **options)
+        found.append(InputShift(name, float(ours.mean()), float(theirs.mean()), effect))
     return tuple(found)
 
 

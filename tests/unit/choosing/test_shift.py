@@ -89,6 +89,14 @@ def test_identical_arrays_show_no_shift(model):
         assert group.cka.high > 0.95, group
 
 
+def test_inputs_of_equal_means_have_no_effect(model):
+    # a difference of means has no excess to be taken off, as distances have
+    x, _ = images(60, seed=3)
+    for entry in measured(model, x, x).inputs:
+        assert entry.effect.value == pytest.approx(0, abs=1e-3), entry
+        assert entry.effect.nothing
+
+
 @pytest.mark.parametrize("against", ["norms", "signature"])
 def test_low_level_corruption_raises_the_early_groups_first(model, sketch, against):
     # slight pixel noise: the first stage leaves zero while the last has not; more noise, more shift
