@@ -110,6 +110,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
         facts = facts_of(func)
         if facts.is_query:
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():  # functions made of operations come here as they are
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         read: list[torch.Tensor] = []
         written: list[torch.Tensor] = []
         for name, argument in (*zip(facts.arguments, args), *kwargs.items()):

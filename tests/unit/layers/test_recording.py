@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable
@@ -432,3 +433,31 @@ def test_modes_are_kept_or_set_to_eval() -> None:
     assert any(op.effect == "random" for op in kept.ops)
     assert not any(op.effect == "random" for op in evaluated.ops)
     assert all(module.training for module in model.modules())
+
+
+class Probed(nn.Module):
+    """A classifier on features of a network that may run in inference mode."""
+
+    def __init__(self, inference: bool) -> None:
+        super().__init__()
+        self.net, self.fc, self.inference = SmallResNet(), nn.Linear(5, 2), inference
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode() if self.inference else contextlib.nullcontext():
+            features = self.net(x)
+        return self.fc(features)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode_hides_no_operation(fake: bool, inside: bool) -> None:
+    # layers, costs and effects are seen in inference mode too, whether the caller or the model enters it
+    def told(net: nn.Module) -> list[Any]:
+        ops = record(net, (image(),), fake=fake).ops
+        return [(op.parameters, op.effect, op.flops) for op in ops if op.parameters or op.effect]
+
+    net = Probed(inference=inside)
+    with contextlib.nullcontext() if inside else torch.inference_mode():
+        found = told(net)
+    assert found == told(Probed(inference=False))
+    assert {effect for _, effect, _ in found} == {"batch", "random", None}
