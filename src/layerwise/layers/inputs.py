@@ -12,6 +12,7 @@ from torch import nn
 
 from layerwise.errors import ModelError, RecordingError, named_kind
 from layerwise.layers.graph import Recording
+from layerwise.layers.isolation import check_ready
 from layerwise.layers.recording import record
 from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
@@ -34,6 +35,7 @@ def record_example(
         ModelError: as `example_arguments` and `record`.
         RecordingError: the forward pass raised, with `example_input` or with each derived example.
     """
+    check_ready(model)
     arguments, notes = example_arguments(model, example_input)
     try:
         return record(model, *arguments, mode=mode), arguments, notes
@@ -80,7 +82,7 @@ def other_arguments(model: nn.Module) -> Iterator[tuple[Arguments, tuple[str, ..
     texts may register its output layer before its embedding.
     """
     yield _with_note(*_image(model, 3))
-    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)), None)
     if embedding is not None:
         yield _with_note(((_tokens(embedding.num_embeddings),), {}), "the first embedding")
 
@@ -118,7 +120,7 @@ def _derived(model: nn.Module) -> tuple[Arguments, str]:
     first = next((m for m in model.modules() if isinstance(m, _WITH_INPUT_SIZE)), None)
     if isinstance(first, nn.Linear):
         return ((_floats(model, 2, first.in_features),), {}), "the first linear layer"
-    if isinstance(first, nn.Embedding):
+    if isinstance(first, nn.Embedding | nn.EmbeddingBag):
         return ((_tokens(first.num_embeddings),), {}), "the first embedding"
     if isinstance(first, nn.LSTM | nn.GRU | nn.RNN):
         return ((_floats(model, 2, _TOKENS, first.input_size),), {}), "the first recurrent layer"
@@ -143,6 +145,7 @@ _WITH_INPUT_SIZE = (
     nn.Conv2d,
     nn.Conv3d,
     nn.Embedding,
+    nn.EmbeddingBag,
     nn.LSTM,
     nn.GRU,
     nn.RNN,

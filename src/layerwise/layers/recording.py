@@ -101,10 +101,13 @@ def record(
     except RecordingError:
         raise
     except Exception as error:
+        told = one_line(error)
+        if _batch_size(arguments) > 2 and why != told:
+            told = f"{why}; with the first two samples alone {told}"
         raise RecordingError(
             f"the forward pass of {type(model).__name__} failed with this example input "
-            f"({described(arguments)}): {one_line(error)}. Pass example_input= as the model's forward "
-            f"takes it: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+            f"({described(arguments)}): {told}. Pass example_input= as the model's forward takes it, batch "
+            f"dimension first: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
         ) from error
     filled = ", with random weights for those on meta" if on_meta else ""
     recording.notes += (

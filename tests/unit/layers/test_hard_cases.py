@@ -691,6 +691,8 @@ def test_lazy_modules() -> None:
     # there is nothing to group yet, and the message says what to do
     with pytest.raises(ModelError, match="Run one real batch"):
         layer_map(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2)), torch.zeros(2, 4))
+    with pytest.raises(ModelError, match="Run one real batch"):  # before an example is derived from shapes
+        layer_map(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)))
 
 
 def test_no_parameters() -> None:

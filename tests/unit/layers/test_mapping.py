@@ -185,6 +185,7 @@ def test_example_inputs_are_derived_and_named() -> None:
         (nn.Sequential(nn.Conv1d(2, 3, 3)), "first convolution", "2x2x1024"),
         (nn.Sequential(nn.Conv2d(1, 3, 3)), "usual image size", "2x1x224x224"),
         (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), "first embedding", "2x8"),
+        (nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 2)), "first embedding", "2x8"),
         (Recurrent(), "first recurrent layer", "2x8x5"),
         (nn.Sequential(nn.Conv3d(2, 3, 3, stride=8)), "first convolution", "2x2x16x112x112"),
     ]:

@@ -211,6 +211,13 @@ def test_wrong_input_gives_one_error_with_the_shapes() -> None:
         record(nn.Linear(4, 2), (torch.zeros(2, 5),))
 
 
+def test_a_single_image_gives_an_error_that_asks_for_a_batch() -> None:
+    # what stands first is not taken for the batch in the message, and it says what is missing
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(RecordingError, match=r"\(3, 8, 8\) float32.*got 3D input.*batch dimension first"):
+        record(net, (torch.zeros(3, 8, 8),))
+
+
 def test_a_branch_on_computed_values_of_a_meta_model() -> None:
     # random weights stand in for one pass; afterwards the model is on meta again, tied weights tied
     model = Routes().to("meta")
