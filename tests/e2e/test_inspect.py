@@ -17,6 +17,17 @@ def build():
 """
 
 
+GREY_MODEL = """
+from torch import nn
+
+def known():
+    return build(), dict(crop=(28, 28), resize=28, mean=(0.5,), std=(0.5,))
+
+def build():
+    return nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 24 * 24, 3))
+"""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return Forked(layerwise, *arguments).finish()
 
@@ -41,6 +52,28 @@ def test_json_of_an_own_model(tmp_path: Path) -> None:
     assert [(group["name"], group["depth"]) for group in data["groups"]] == [("0", 1), ("2", 0)]
     assert data["groups"][1]["trainable"] == data["groups"][1]["numel"] == 18
     assert data["outputs"] == ["2"]
+
+
+def test_an_own_model_of_small_grey_images(tmp_path: Path) -> None:
+    # the preprocessing that the function returns says the size, and so does an option; the error says how
+    file = tmp_path / "mein netz ü.py"
+    file.write_text(GREY_MODEL)
+    for arguments in (["known"], ["known", "--input-size", "28"], ["build", "--input-size", "28"]):
+        result = run("inspect", f"{file}:{arguments[0]}", *arguments[1:])
+        assert result.returncode == 0, result.stderr
+        assert "note: example input: 1x1x28x28" in result.stdout
+    result = run("inspect", f"{file}:build")
+    assert result.returncode == 1
+    assert "return a pair of the model and its Preprocessing" in result.stderr
+
+
+def test_plan_maps_an_own_model_as_inspect_does(tmp_path: Path) -> None:
+    # a network that takes no images has a plan too
+    file = tmp_path / "own.py"
+    file.write_text(OWN_MODEL)
+    result = run("plan", f"{file}:build", "--strategy", "linear_probe", "--json")
+    assert result.returncode == 0, result.stderr
+    assert '"2"' in result.stdout
 
 
 def test_a_size_for_a_model_of_texts_is_told_to_be_in_vain(tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from layerwise.layers.layermap import Granularity, LayerMap
+    from layerwise.sources.opened import OpenedModel
 
 
 @friendly
@@ -29,19 +33,12 @@ def inspect(
 
     The names are what plans and --strategy take.
     """
-    from layerwise.layers.mapping import layer_map
-    from layerwise.layers.structures import tensors_in
     from layerwise.layers.table import LayerTable, trainable_numel
 
     opened = _open_without_weights(model, input_size)
     if opened.tokenizer is not None and input_size is not None:
         say(f"--input-size is for images; {model} reads texts, so it is not used")
-    own_function = ".py:" in model and input_size is None  # its input is not known to be an image
-    example = None if own_function else _usable(opened.example_input)
-    layers = layer_map(opened.model, example, granularity)
-    if example is not None:
-        sizes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(example))
-        layers = dataclasses.replace(layers, notes=(*layers.notes, f"example input: {sizes}"))
+    layers = map_opened(opened, granularity, input_size)
     if as_json:
         trainable = trainable_numel(layers, opened.model)
         groups = [
@@ -69,12 +66,52 @@ def _open_without_weights(spec: str, input_size: int | None) -> Any:
         return open_model(spec, pretrained=False, input_size=input_size)
 
 
-def _usable(example: Any) -> Any:
-    """Return the example, or None if it holds token ids without values, for one to be derived."""
-    import torch
+def map_opened(opened: OpenedModel, granularity: Granularity, input_size: int | None = None) -> LayerMap:
+    """Return the layer map of an opened model; its notes say with which example input.
 
+    Raises:
+        RecordingError: the forward pass raised with this input.
+    """
+    from layerwise.errors import RecordingError
+    from layerwise.layers.mapping import layer_map
     from layerwise.layers.structures import tensors_in
 
+    example = _example(opened, input_size)
+    try:
+        layers = layer_map(opened.model, example, granularity)
+    except RecordingError as error:
+        if ".py:" not in opened.spec:
+            raise
+        raise RecordingError(
+            f"{error} On the command line: let the function return a pair of the model and its "
+            "Preprocessing, whose crop is the size of the images and whose mean has a number for each "
+            "channel; any other input is given in Python alone."
+        ) from error
+    if example is not None:
+        sizes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors_in(example))
+        layers = dataclasses.replace(layers, notes=(*layers.notes, f"example input: {sizes}"))
+    return layers
+
+
+def _example(opened: OpenedModel, input_size: int | None) -> Any:
+    """Return the example input of an opened model; None for one to be derived.
+
+    What a function of the user's own returns without a preprocessing may take anything, grey images too. A
+    text on meta is token ids without values.
+    """
+    import torch
+    from torch import nn
+
+    from layerwise.layers.structures import tensors_in
+    from layerwise.sources.models import DEFAULT_PREPROCESSING
+
+    if ".py:" in opened.spec:
+        if input_size is None and opened.preprocessing == DEFAULT_PREPROCESSING:
+            return None
+        if input_size is not None and opened.preprocessing == DEFAULT_PREPROCESSING.at(input_size):
+            first = next((m for m in opened.model.modules() if isinstance(m, nn.Conv2d)), None)
+            return torch.zeros(1, 3 if first is None else first.in_channels, input_size, input_size)
+    example = opened.example_input
     tensors: list[torch.Tensor] = tensors_in(example)
     on_meta = any(t.device.type == "meta" and not t.is_floating_point() for t in tensors)
     return None if on_meta or not tensors else example

@@ -129,13 +129,13 @@ def _map(
     model: str, granularity: Literal["stages", "blocks", "layers"], num_classes: int | None
 ) -> tuple[LayerMap, frozenset[str]]:
     """Return the model's map, and the parameters that no plan trains."""
-    from layerwise.layers.mapping import layer_map
+    from layerwise.cli.inspect import map_opened
     from layerwise.sources.models import open_model
     from layerwise.tuning.matching import constants_of
 
     # The weights are not read: a plan holds names alone.
     opened = open_model(model, num_classes=num_classes, pretrained=False)
-    mapped = layer_map(opened.model, opened.example_input, granularity=granularity)
+    mapped = map_opened(opened, granularity)
     return mapped, constants_of(opened.model, mapped)
 
 
