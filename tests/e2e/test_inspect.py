@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from forked import Forked, layerwise
+from layerwise.layers.layermap import LayerMap
 from tiny_text import save_tiny
 
 OWN_MODEL = """
@@ -52,6 +53,7 @@ def test_json_of_an_own_model(tmp_path: Path) -> None:
     assert [(group["name"], group["depth"]) for group in data["groups"]] == [("0", 1), ("2", 0)]
     assert data["groups"][1]["trainable"] == data["groups"][1]["numel"] == 18
     assert data["outputs"] == ["2"]
+    assert LayerMap.from_dict(data).names == ("0", "2")  # and can be read as one
 
 
 def test_an_own_model_of_small_grey_images(tmp_path: Path) -> None:

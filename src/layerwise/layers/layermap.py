@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.norms import Kind
@@ -197,26 +197,44 @@ class LayerMap:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerMap:
-        """Build a map from what `to_dict` returned (lists for tuples are fine, as JSON makes them)."""
-        groups = tuple(
-            LayerGroup(
-                **{
-                    **group,
-                    **{field: tuple(group.get(field, ())) for field in ("modules", "parameters", "sizes")},
-                }
+        """Build a map from what `to_dict` returned (lists for tuples are fine, as JSON makes them).
+
+        What ``layerwise inspect --json`` prints is one too; its further fields are left out.
+
+        Raises:
+            PlanError: `data` is nothing of the kind.
+        """
+        try:
+            return cls(
+                groups=tuple(map(_group_from, data["groups"])),
+                granularity=_known_granularity(data["granularity"]),
+                model_class=data["model_class"],
+                aliases=dict(data["aliases"]),
+                unused=tuple(data["unused"]),
+                outputs=tuple(data["outputs"]),
+                notes=tuple(data["notes"]),
+                norms=data.get("norms"),
             )
-            for group in data["groups"]
-        )
-        return cls(
-            groups=groups,
-            granularity=data["granularity"],
-            model_class=data["model_class"],
-            aliases=dict(data["aliases"]),
-            unused=tuple(data["unused"]),
-            outputs=tuple(data["outputs"]),
-            notes=tuple(data["notes"]),
-            norms=data.get("norms"),
-        )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(
+                f"this is no layer map ({type(error).__name__}: {error}); expected what LayerMap.to_dict "
+                "returns or layerwise inspect --json prints"
+            ) from error
+
+
+def _group_from(data: dict[str, Any]) -> LayerGroup:
+    values: dict[str, Any] = {}
+    for known in dataclasses.fields(LayerGroup):
+        if known.name in data:
+            value = data[known.name]
+            values[known.name] = tuple(value) if isinstance(value, list) else value
+    return LayerGroup(**values)
+
+
+def _known_granularity(name: Any) -> Granularity:
+    if name not in GRANULARITIES:
+        raise ValueError(f"granularity is {name!r}, not one of {', '.join(GRANULARITIES)}")
+    return cast(Granularity, name)
 
 
 def check_map(layers: object) -> None:

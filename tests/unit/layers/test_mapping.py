@@ -9,6 +9,8 @@ import json
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -328,6 +330,23 @@ def test_survives_a_state_dict_reload_and_json() -> None:
     assert loaded == layers
     assert loaded["fc"].flops == layers["fc"].flops
     assert loaded.depth_of("conv1.weight") == len(loaded) - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda data: data.pop("groups"), "'groups'"),
+        (lambda data: data["groups"][0].pop("role"), "'role'"),
+        (lambda data: data.update(granularity="block"), "'block'.*stages, blocks, layers"),
+        (lambda data: data.update(groups=3), "int"),
+    ],
+)
+def test_what_is_no_layer_map_is_told(change: Callable[[Any], Any], told: str) -> None:
+    # the message names what is missing or wrong, and where a map comes from
+    data = layer_map(SmallResNet(), image()).to_dict()
+    change(data)
+    with pytest.raises(PlanError, match=rf"no layer map.*{told}.*to_dict"):
+        LayerMap.from_dict(data)
 
 
 def test_aliases_of_group_names() -> None:
