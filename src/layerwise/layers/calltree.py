@@ -40,6 +40,7 @@ from torch.nn.utils import parametrize
 
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.order import Order
+from layerwise.layers.owners import module_of
 from layerwise.layers.structures import tensors_in
 
 _CONTAINERS = nn.ModuleList | nn.ModuleDict | nn.Sequential  # their elements are called one by one
@@ -178,11 +179,22 @@ class CallTree:
         return self._kinds[module]
 
     def weights(self, call: Call) -> int:
-        """Return the number of weighted layers in a call: distinct first weights of its products."""
+        """Return the number of weighted layers in a call: distinct first weights of its products.
+
+        A recurrent module has one for each of its layers and directions, and two at the least: whether its
+        weights enter one product or several depends on the kernel.
+        """
         if call not in self._weights:
-            names = {names[0] for names in self._weighted[call.start : call.end] if names}
-            self._weights[call] = len(names)
+            used = [names for names in self._weighted[call.start : call.end] if names]
+            recurrent = {owner for names in used if (owner := self._recurrent_owner(names[0])) is not None}
+            single = {names[0] for names in used if self._recurrent_owner(names[0]) is None}
+            counts = (module.num_layers * (1 + module.bidirectional) for module in recurrent)
+            self._weights[call] = len(single) + sum(max(2, count) for count in counts)
         return self._weights[call]
+
+    def _recurrent_owner(self, name: str) -> nn.RNNBase | None:
+        owner = self._modules.get(module_of(name))
+        return owner if isinstance(owner, nn.RNNBase) else None
 
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a module has parameters, and is none that only makes another's weight."""

@@ -56,7 +56,7 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
     """Group the units of the trunk (the head is taken out before): one block a group.
 
     - What stands before the first block is the stem, one group, except what lies in the first block's
-      own stage module. A network of single layers has none.
+      own stage module. A network of single layers has one where it begins with a table (an embedding).
     - What stands between two blocks joins one of them, so that a step of depth is always one block: the
       one whose module path it shares more of; else a norm joins the block before and a layer with
       weights (a downsampling) the block that it feeds. Units that do not read the block before begin
@@ -79,6 +79,10 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
         if inside:
             groups.append(Group("stem", units[:inside], units[0].path))
         waiting = units[inside:first]
+    elif any(
+        recording.model.get_parameter(name).ndim > 1 for unit in units[:first] for name in unit.parameters
+    ):
+        groups.append(Group("stem", units[:first], units[0].path))
     else:
         waiting = units[:first]
     for place in range(first, last + 1):

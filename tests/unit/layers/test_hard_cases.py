@@ -1060,3 +1060,73 @@ def test_sparse_matrices() -> None:
     layers = layer_map(Graph(), torch.zeros(5, 4))
     assert layers.names == ("first", "out")
     assert not any("real samples" in note for note in layers.notes)
+
+
+class Sentences(nn.Module):
+    """An embedding, a recurrent layer and a classifier of two layers on its mean."""
+
+    def __init__(self, recurrent: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.rnn = recurrent(8, 8, batch_first=True, **options)
+        self.embedding = nn.Embedding(30, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.rnn(self.embedding(ids))[0].mean(1))
+
+
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_an_embedding_before_a_recurrent_layer_is_a_stem(recurrent: Any, precision: torch.dtype) -> None:
+    # LSTMs of one layer too, whatever kernel they take in that precision
+    for number in (1, 2):
+        layers = layer_map(Sentences(recurrent, num_layers=number).to(precision))
+        assert layers.names == ("embedding", "rnn", "classifier.2")
+        assert [group.role for group in layers] == ["stem", "trunk", "head"]
+
+
+class Reader(nn.Module):
+    """Convolutions over an image, and a recurrent layer that reads the columns."""
+
+    def __init__(self, recurrent: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cnn = nn.ModuleList(nn.Conv2d(1 if n == 0 else 4, 4, 3, padding=1) for n in range(5))
+        self.rnn = recurrent(4, 8, 2, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.cnn:
+            x = layer(x).relu()
+        return self.out(self.rnn(x.mean(2).transpose(1, 2))[0])
+
+
+@pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_of_all_kinds_weigh_alike(recurrent: Any) -> None:
+    # the weights of a GRU's kernels do not outnumber the convolutions where those of an LSTM do not
+    convolutions = [f"cnn.{number}" for number in range(5)]
+    for precision in (torch.float32, torch.bfloat16):
+        layers = layer_map(Reader(recurrent).to(precision), torch.zeros(2, 1, 8, 16, dtype=precision))
+        assert layers.names == (*convolutions, "rnn", "out")
+
+
+class Searching(nn.Module):
+    """A convolutional network of texts: an embedding, parallel convolutions, a maximum over each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 8)
+        self.widths = nn.ModuleList(nn.Conv1d(8, 4, width) for width in (2, 3, 4))
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids).transpose(1, 2)
+        return self.out(torch.cat([layer(x).amax(2) for layer in self.widths], 1))
+
+
+def test_an_embedding_before_single_layers_is_a_stem() -> None:
+    # it is a layer of its own, which one may want frozen; the norm of an input is not
+    layers = layer_map(Searching())
+    assert layers.names == ("words", "widths.0", "widths.1", "widths.2", "out")
+    assert layers["stem"].parameters == ("words.weight",)
+    normed = layer_map(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    assert normed.names == ("1", "3")
