@@ -70,11 +70,11 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
         return [Group("trunk", units, units[0].path)] if units else []
     first = is_block.index(True)
     last = len(units) - 1 - is_block[::-1].index(True)
-    stages = _numbered_containers([unit.path for unit, block in zip(units, is_block) if block])
+    blocks = [unit for unit, block in zip(units, is_block) if block]
     groups: list[Group] = []
     waiting: list[Unit] = []
     if any(unit.weights >= 2 for unit in units[first:]):
-        own = [path for path in stages if units[first].path.startswith(path + ".")]
+        own = _own_stages(recording, blocks, units[first])
         inside = next((n for n in range(first) if _inside(units[n], own)), first)
         if inside:
             groups.append(Group("stem", units[:inside], units[0].path))
@@ -94,7 +94,7 @@ def group_blocks(recording: Recording, units: list[Unit]) -> list[Group]:
             waiting = _share_out(recording, groups, waiting, block)
         groups.append(Group("trunk", [*waiting, block], block.path))
         waiting = []
-    own = [path for path in stages if units[last].path.startswith(path + ".")]
+    own = _own_stages(recording, blocks, units[last])
     for unit in units[last + 1 :]:
         if unit.weights and not _inside(unit, own):
             groups.append(Group("trunk", [unit], unit.path))
@@ -140,6 +140,26 @@ def _reads(recording: Recording, unit: Unit, previous: Unit) -> bool:
         if not reached.isdisjoint(op.sources):
             reached.add(op.index)
     return any(op.index in reached for op in recording.ops[unit.calls[0].start : unit.calls[0].end])
+
+
+def _own_stages(recording: Recording, blocks: list[Unit], block: Unit) -> list[str]:
+    """Return the stage modules that the first or the last of `blocks` lies in.
+
+    These have numbered siblings, one of which feeds the next: members of an ensemble are none.
+    """
+    containers = _numbered_containers([unit.path for unit in blocks])
+    own = []
+    for path in containers:
+        siblings = [other for other in containers if other != path and _family(other) == _family(path)]
+        inside, beside = (
+            [unit for unit in blocks if unit.calls and _inside(unit, paths)] for paths in ([path], siblings)
+        )
+        if block not in inside or not beside:
+            continue
+        before, after = (inside, beside) if block is blocks[0] else (beside, inside)
+        if _reads(recording, after[0], before[-1]):
+            own.append(path)
+    return own
 
 
 def _numbered_containers(blocks: list[str]) -> list[str]:

@@ -1130,3 +1130,22 @@ def test_an_embedding_before_single_layers_is_a_stem() -> None:
     assert layers["stem"].parameters == ("words.weight",)
     normed = layer_map(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
     assert normed.names == ("1", "3")
+
+
+class Ensemble(nn.Module):
+    """The mean of networks that are kept in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(SmallResNet() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([net(x) for net in self.nets]).mean(0)
+
+
+def test_members_of_an_ensemble_in_a_list_are_no_stages() -> None:
+    # each has its first layers apart from its blocks, as if it stood alone
+    alone = layer_map(SmallResNet(), image()).names[:-1]
+    layers = layer_map(Ensemble(), image())
+    assert layers.names == (*(f"nets.{n}.{name}" for n in range(2) for name in alone), "nets.0.fc")
+    assert layers["stem"].modules == ("nets.0.conv1", "nets.0.bn1")
