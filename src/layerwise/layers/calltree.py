@@ -12,8 +12,9 @@ layer, or a single convolution of the stem. What decides is what the module comp
    stacks (see 4) if it has any: a residual connection. Blocks are units wherever they occur, also where a
    stage's first one has no shortcut.
 4. Any other kind that occurs several times is opened if, somewhere, it holds a *stack*, several
-   siblings of one kind with two or more weighted layers each: a ResNet stage, a dense block, a
-   cross-stage-partial stage. Wrappers of what differs (``Residual(Attention)``, ``Residual(MLP)``) are none.
+   siblings of one kind with two or more weighted layers each, one of which reads another: a ResNet stage, a
+   dense block, a cross-stage-partial stage. Branches and experts are none, nor are wrappers of what differs
+   (``Residual(Attention)``, ``Residual(MLP)``).
 5. A kind that occurs once is kept whole if its path differs only in numbers from a block's (the one
    ``DepthwiseSeparable`` at ``blocks.0.0`` among inverted residuals), or for a list from another list's
    that is kept whole (a first layer that has no norm). Else it is opened if it holds a stack, or is a plain
@@ -226,7 +227,9 @@ class CallTree:
                 if self.weights(child) >= 2:
                     family = re.sub(r"\d+$", "#", child.path)
                     families[family, self.kind(child.module)].append(child)
-            stacks = [calls for calls in families.values() if self._are_alike(calls)]
+            stacks = [
+                calls for calls in families.values() if self._are_alike(calls) and self._is_in_series(calls)
+            ]
             stacks += [[child] for child in self.children(call) if child in found]
             if stacks:
                 found[call] = stacks
@@ -236,6 +239,22 @@ class CallTree:
         """Whether calls of one kind are of several modules, and not each of them wraps something else."""
         wrapped = {call.module: self._wrapped(call) for call in calls}
         return len(wrapped) >= 2 and (None in wrapped.values() or len(set(wrapped.values())) < len(wrapped))
+
+    def _is_in_series(self, calls: list[Call]) -> bool:
+        """Whether something in one of the calls depends on another: branches and experts do not."""
+        calls = sorted(calls, key=lambda call: call.start)
+        starts = [call.start for call in calls]
+        made_by: dict[int, set[nn.Module]] = {}  # operation -> those of the modules that it depends on
+        for op in self._recording.ops[starts[0] : calls[-1].end]:
+            behind = {module for source in op.sources for module in made_by.get(source, ())}
+            around = calls[bisect.bisect_right(starts, op.index) - 1]
+            if op.index < around.end:
+                if behind - {around.module}:
+                    return True
+                behind = {around.module}
+            if behind:
+                made_by[op.index] = behind
+        return False
 
     def _wrapped(self, call: Call) -> type[nn.Module] | None:
         """Return the class of what a call wraps, where one child has all its weighted layers, and so on."""

@@ -1149,3 +1149,28 @@ def test_members_of_an_ensemble_in_a_list_are_no_stages() -> None:
     layers = layer_map(Ensemble(), image())
     assert layers.names == (*(f"nets.{n}.{name}" for n in range(2) for name in alone), "nets.0.fc")
     assert layers["stem"].modules == ("nets.0.conv1", "nets.0.bn1")
+
+
+class Branched(nn.Module):
+    """Branches of one kind beside one another, as experts and Inception modules have them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(3 * width, width, 1), nn.ReLU(), nn.Conv2d(width, width + 1, 3, padding=1)
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+def test_branches_of_one_kind_are_no_stack() -> None:
+    # none reads another, so they are one step of depth
+    branched = [Branched(width) for width in (2, 3, 4)]
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), *branched, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(15, 2)
+    )
+    assert layer_map(net, torch.zeros(2, 3, 8, 8)).names == ("0", "1", "2", "3", "6")
