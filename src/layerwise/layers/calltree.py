@@ -53,10 +53,10 @@ class CallTree:
     def __init__(self, recording: Recording, order: Order) -> None:
         self._recording = recording
         self._order = order
-        self._weighted = [order.weights(op) for op in recording.ops]
+        self._modules = dict(recording.model.named_modules())
+        self._applied = [self._applied_layer(order.weights(op)) for op in recording.ops]
         self._parametric: dict[nn.Module, bool] = {}
         self._children: dict[Call, list[Call]] = {}
-        self._modules = dict(recording.model.named_modules())
         self._called = {call.module for call in recording.calls}
         self._kinds: dict[nn.Module, Hashable] = {}
         self._weights: dict[Call, int] = {}
@@ -186,16 +186,16 @@ class CallTree:
         weights enter one product or several depends on the kernel.
         """
         if call not in self._weights:
-            used = [names for names in self._weighted[call.start : call.end] if names]
-            recurrent = {owner for names in used if (owner := self._recurrent_owner(names[0])) is not None}
-            single = {names[0] for names in used if self._recurrent_owner(names[0]) is None}
-            counts = (module.num_layers * (1 + module.bidirectional) for module in recurrent)
-            self._weights[call] = len(single) + sum(max(2, count) for count in counts)
+            layers = {layer for layer in self._applied[call.start : call.end] if layer is not None}
+            self._weights[call] = sum(
+                1 if isinstance(layer, str) else _recurrences(layer) for layer in layers
+            )
         return self._weights[call]
 
-    def _recurrent_owner(self, name: str) -> nn.RNNBase | None:
-        owner = self._modules.get(module_of(name))
-        return owner if isinstance(owner, nn.RNNBase) else None
+    def _applied_layer(self, weights: tuple[str, ...]) -> str | nn.RNNBase | None:
+        """Return what a product with `weights` counts for: its first weight, or a recurrent module."""
+        owner = self._modules.get(module_of(weights[0])) if weights else None
+        return owner if isinstance(owner, nn.RNNBase) else next(iter(weights), None)
 
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a module has parameters, and is none that only makes another's weight."""
@@ -316,6 +316,10 @@ def is_itself_a_layer(recording: Recording, order: Order) -> bool:
     weights = {name for op in recording.ops for name in order.weights(op)[:1]}
     of_torch = type(recording.model).__module__.startswith("torch.nn.")
     return not recording.root.children and (of_torch or len(weights) < 2)
+
+
+def _recurrences(module: nn.RNNBase) -> int:
+    return max(2, module.num_layers * (1 + module.bidirectional))
 
 
 def _numberless(path: str) -> str:
