@@ -97,7 +97,7 @@ def replace_head(
     >>> net[2]
     Linear(in_features=8, out_features=3, bias=True)
     """
-    if not isinstance(num_classes, int | np.integer) or num_classes < 1:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int | np.integer) or num_classes < 1:
         raise ModelError(f"num_classes is {num_classes!r}; expected a whole number of at least 1.")
     if class_names is not None and len(class_names) != num_classes:
         raise ModelError(f"{len(class_names)} class_names were given for {num_classes} classes.")

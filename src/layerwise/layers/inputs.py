@@ -16,6 +16,7 @@ from layerwise.layers.isolation import check_ready
 from layerwise.layers.recording import record
 from layerwise.layers.structures import Arguments, map_tensors, tensors_in
 
+_TIMM = "timm's pretrained_cfg"
 _TOKENS = 8  # length of a made-up text
 _AUDIO_S = 1  # length of a made-up waveform
 _SMALL_SIDE, _LARGE_SIDE = 64, 128  # pixels: networks halve an image five times
@@ -78,9 +79,22 @@ def example_arguments(model: nn.Module, example_input: Any = None) -> tuple[Argu
 def other_arguments(model: nn.Module) -> Iterator[tuple[Arguments, tuple[str, ...]]]:
     """Yield what else to call `model` with, and notes: where the example that was derived did not do.
 
-    A vision transformer may begin with a linear layer on patches, which tells no size of an image; a model of
-    texts may register its output layer before its embedding.
+    timm's configuration is that of the weights; a model may be made with other channels or another size.
+    One of videos takes several images a sample. A vision transformer may begin with a linear layer on
+    patches, which tells no size of an image; a model of texts may register its output layer before its
+    embedding.
     """
+    (args, kwargs), source = _derived(model)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if source == _TIMM and first is not None:
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or args[0].shape[2:]
+        own = _floats(model, 2, first.in_channels, *size)
+        yield _with_note(((own,), {}), f"{source} and the model's own channels and size")
+    config: Any = getattr(model, "config", None)
+    frames = _first(_first(config, "vision_config") or config, "num_frames")
+    if frames and "pixel_values" in kwargs:
+        video = kwargs["pixel_values"][:, None].repeat(1, frames, 1, 1, 1)
+        yield _with_note((args, {**kwargs, "pixel_values": video}), source)
     yield _with_note(*_image(model, 3))
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)), None)
     if embedding is not None:
@@ -112,7 +126,7 @@ def _with_note(arguments: Arguments, source: str) -> tuple[Arguments, tuple[str,
 def _derived(model: nn.Module) -> tuple[Arguments, str]:
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
-        return ((_floats(model, 2, *config["input_size"]),), {}), "timm's pretrained_cfg"
+        return ((_floats(model, 2, *config["input_size"]),), {}), _TIMM
     base = getattr(model, "base_model", None)
     holder = next((m for m in (model, base) if hasattr(getattr(m, "config", None), "model_type")), None)
     if holder is not None:

@@ -153,6 +153,7 @@ def test_heads_of_different_sizes_need_a_choice() -> None:
         (0, {}, "at least 1"),
         (2.0, {}, r"num_classes is 2\.0; expected a whole number of at least 1"),
         ("3", {}, "num_classes is '3'; expected a whole number"),
+        (True, {}, "num_classes is True; expected a whole number"),
         (3, {"class_names": ["a"]}, "1 class_names were given for 3"),
         (3, {"class_names": ["a", "b", "a"]}, "class_names: 'a' names outputs 0 and 2; expected a name of"),
         (3, {"outputs": ["fcc"]}, "no module of SmallResNet.*Did you mean 'fc'"),

@@ -255,6 +255,34 @@ def test_a_pooler_whose_result_is_kept_for_the_loop_is_used() -> None:
     assert "pooler.weight" in layers.head.parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("resnet18", {"in_chans": 1}, "2x1x224x224"),
+        ("vit_tiny_patch16_224", {"img_size": 64}, "2x3x64x64"),
+        ("vit_tiny_patch16_224", {"img_size": (32, 64), "in_chans": 4}, "2x4x32x64"),
+    ],
+)
+def test_timm_models_made_for_other_images(name: str, options: dict[str, Any], shape: str) -> None:
+    # timm's configuration of the weights does not follow the channels and size that a model is made with
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    layers = layer_map(model)
+    assert shape in layers.notes[0]
+    assert layers.head is not None
+
+
+def test_videos_are_derived_from_the_configuration() -> None:
+    # several frames a sample
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.VideoMAEConfig(image_size=32, num_frames=4, **sizes)
+    with torch.device("meta"):
+        model = transformers.VideoMAEForVideoClassification(config)
+    assert "pixel_values 2x4x3x32x32" in layer_map(model).notes[0]
+
+
 def test_a_model_of_texts_may_register_its_output_layer_first() -> None:
     # registration order plays no part, in the input that is derived either
     layers = layer_map(Texts())
