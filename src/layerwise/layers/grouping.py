@@ -157,7 +157,7 @@ def _own_stages(recording: Recording, blocks: list[Unit], block: Unit) -> list[s
         if block not in inside or not beside:
             continue
         before, after = (inside, beside) if block is blocks[0] else (beside, inside)
-        if _reads(recording, after[0], before[-1]):
+        if any(_reads(recording, unit, before[-1]) for unit in after):
             own.append(path)
     return own
 
