@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ _MOST_ROWS = 40
 _MOST_ROWS_OF_GROUPS = 80
 _PHASE_WIDTH, _LEAST_PHASE_WIDTH = 44, 20
 _FIRST_TO_GO = ("start", "end", "highest peak", "length")
+_LEAST_COLUMNS, _GAP = 16, 2  # of the heat map, and between the names and it
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Explanation:
                 break
         yield Text(self._title())
         yield self._table(without)
-        yield self._heat_map()
+        yield self._heat_map(options.max_width)
         yield Text(self._footnote(), style="dim")
 
     def _title(self) -> str:
@@ -217,32 +218,42 @@ class Explanation:
         peaks = [group.peak for group in phase.groups]
         return [f"{words} ({len(names)})", _rate(max(peaks)), _rate(min(peaks))]
 
-    def _heat_map(self) -> Table:
-        """Return groups (output on top) x time; darker and warmer is faster, on a logarithmic scale."""
+    def _heat_map(self, width: int) -> Table:
+        """Return groups (output on top) x time; darker and warmer is faster, on a logarithmic scale.
+
+        Where `width` is too little it has fewer columns, and then names without their beginnings, which
+        tell least apart.
+        """
+        most = max(width - _GAP - _LEAST_COLUMNS, 2)
+        names = [name if len(name) <= most else f"…{name[1 - most :]}" for name in self.groups]
+        columns = len(self.heat_steps)
+        room = min(columns, max(width - _GAP - max(map(len, names)), _LEAST_COLUMNS))
+        shown = [columns * i // room for i in range(room)]
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(justify="right")
         table.add_column(no_wrap=True)
         highest = max((rate for row in self.heat for rate in row), default=0.0)
         positive = [rate for row in self.heat for rate in row if rate > highest * 1e-3]
         lowest = min(positive, default=0.0)
-        for name, row in reversed(list(zip(self.groups, self.heat))):
+        for name, row in reversed(list(zip(names, self.heat))):
             cells = Text()
-            for rate in row:
-                cells.append(*_cell(rate, lowest, highest))
+            for column in shown:
+                cells.append(*_cell(row[column], lowest, highest))
             table.add_row(Text(name), cells)
-        table.add_row("", Text(self._axis()))
+        table.add_row("", Text(self._axis([self.heat_steps[column] for column in shown])))
         return table
 
-    def _axis(self) -> str:
-        """Return a line that marks where each phase starts, by its number."""
-        line = [" "] * len(self.heat_steps)
+    def _axis(self, steps: Sequence[int]) -> str:
+        """Return a line that marks where each phase starts, by its number; `steps` has one a column."""
+        line = [" "] * len(steps)
         for number, phase in enumerate(self.phases):
-            column = next((i for i, step in enumerate(self.heat_steps) if step >= phase.first_step), None)
+            inside = range(phase.first_step, phase.first_step + phase.steps)
+            column = next((i for i, step in enumerate(steps) if step in inside), None)
             label = str(number + 1)
             # a blank before each, or two numbers would read as one
             if column is not None and all(c == " " for c in line[max(column - 1, 0) : column + len(label)]):
                 line[column : column + len(label)] = label
-        return "".join(line[: len(self.heat_steps)])
+        return "".join(line[: len(steps)])
 
 
 def _cell(rate: float, lowest: float, highest: float) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.settings import Norms, Schedule
 from layerwise.plans.storage import parse, to_yaml
 from layerwise.plans.strategies import discriminative, full, linear_probe
-from layerwise.plans.unfreezing import ulmfit
+from layerwise.plans.unfreezing import lp_ft, ulmfit
 
 
 def one(**changes: Any) -> dict[str, Any]:
@@ -492,6 +492,23 @@ def test_explain_is_whole_on_a_narrow_terminal(count: int) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("width", [60, 40])
+def test_the_heat_map_tells_groups_apart_on_a_narrow_terminal(width: int) -> None:
+    """It has fewer columns; of names that are too long the ends stay, which differ."""
+    import io
+
+    from rich.console import Console
+
+    layers = named_map(*(f"encoder.layers.encoder_layer_{i}" for i in range(12)))
+    console = Console(file=io.StringIO(), width=width)
+    console.print(lp_ft(layers).explain(layers))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    shown = [line.split()[0] for line in lines if line.endswith("█" * 8)]
+    assert [name.rpartition("_")[2] for name in shown] == [str(number) for number in reversed(range(12))]
+    assert ["1", "2"] in [line.split() for line in lines]
+    assert max(map(len, lines)) <= width
+
+
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 2], [48], [24, 24], [1, 1, 1000], [700, 1, 3], [1] * 60])
 def test_columns_of_the_heat_map_begin_at_phases(lengths: list[int]) -> None:
     """At most 48 columns, each of a step at least; every phase begins one, unless there are more phases."""
@@ -508,7 +525,7 @@ def test_numbers_of_phases_do_not_run_together() -> None:
     """Under the heat map each number of a phase has a blank before it."""
     layers = named_map(*(f"layer.{i}" for i in range(18)))
     told = ulmfit(layers).explain(layers)
-    numbers = told._axis().split()
+    numbers = told._axis(told.heat_steps).split()
     assert set(numbers) <= {str(i) for i in range(1, len(told.phases) + 1)}
     assert "10" in numbers
 
