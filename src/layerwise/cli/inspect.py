@@ -33,7 +33,7 @@ def inspect(
 
     The names are what plans and --strategy take.
     """
-    from layerwise.layers.table import LayerTable, trainable_numel
+    from layerwise.layers.table import trainable_numel
 
     opened = _open_without_weights(model, input_size)
     if opened.tokenizer is not None and input_size is not None:
@@ -47,7 +47,7 @@ def inspect(
         ]
         print_json({"model": model, **layers.to_dict(), "groups": groups})
     else:
-        print_table(LayerTable(layers, opened.model))
+        print_table(layers.table(opened.model))
 
 
 def _open_without_weights(spec: str, input_size: int | None) -> Any:

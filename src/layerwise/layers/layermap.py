@@ -12,6 +12,8 @@ from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.norms import Kind
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from layerwise.layers.difference import MapDifference
     from layerwise.layers.table import LayerTable
 
@@ -181,15 +183,26 @@ class LayerMap:
         check_map(other)
         return difference(self, other)
 
+    def table(self, model: nn.Module) -> LayerTable:
+        """Return the table that ``print`` shows, with how much of each group of `model` is trainable now.
+
+        Args:
+            model: a live one of this map, as its ``requires_grad`` are; unchanged.
+
+        Raises:
+            PlanError: `model` has a parameter that is not in this map.
+        """
+        from layerwise.layers.table import LayerTable
+
+        return LayerTable(self, model)
+
     def __rich__(self) -> LayerTable:
         from layerwise.layers.table import LayerTable
 
         return LayerTable(self)
 
     def __str__(self) -> str:
-        from layerwise.layers.table import as_text
-
-        return as_text(self)
+        return str(self.__rich__())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the map as plain data for JSON; `from_dict` is its inverse."""

@@ -36,29 +36,36 @@ class LayerTable:
     """
 
     def __init__(self, layers: LayerMap, model: nn.Module | None = None) -> None:
-        self._layers, self._model = layers, model
+        self._layers = layers
+        self._trainable = None if model is None else trainable_numel(layers, model)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table with as many columns as there is room for."""
         unbounded = options.update(width=10_000)
         for count in range(len(_FIRST_TO_GO) + 1):
-            table = _table(self._layers, self._model, without=_FIRST_TO_GO[:count])
+            table = _table(self._layers, self._trainable, without=_FIRST_TO_GO[:count])
             if console.measure(table, options=unbounded).maximum <= options.max_width:
                 break
         yield table
 
+    def __str__(self) -> str:
+        """Return the table as plain text, 110 columns wide."""
+        buffer = io.StringIO()
+        Console(file=buffer, width=_WIDTH).print(self)
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
-def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) -> Table:
+
+def _table(layers: LayerMap, trainable: dict[str, int] | None, without: Collection[str]) -> Table:
     title = f"{layers.model_class.rpartition('.')[2]}, {plural(len(layers), layers.granularity[:-1])}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    trainable = {} if model is None else trainable_numel(layers, model)
+    counts = (trainable or {}).values()
     flops = sum(group.flops or 0 for group in layers)
     columns = {
         "group": [*(group.name + _role(group) for group in layers), "total"],
         "depth": [*map(str, range(len(layers) - 1, -1, -1)), ""],
         "modules": [*(_shown(group.modules) for group in layers), ""],
         "parameters": [*(f"{group.numel:,}" for group in layers), f"{layers.numel:,}"],
-        "trainable": [f"{count:,}" for count in (*trainable.values(), sum(trainable.values()))],
+        "trainable": [f"{count:,}" for count in (*counts, sum(counts))],
         "share": [*(f"{percent(group.numel, layers.numel)}%" for group in layers), ""],
         "MFLOPs": [
             *("" if group.flops is None else f"{group.flops / 1e6:,.1f}" for group in layers),
@@ -69,7 +76,7 @@ def _table(layers: LayerMap, model: nn.Module | None, without: Collection[str]) 
             "",
         ],
     }
-    left_out = {*without, *(["trainable"] if model is None else [])}
+    left_out = {*without, *(["trainable"] if trainable is None else [])}
     columns = {name: column for name, column in columns.items() if name not in left_out}
     for name in columns:
         if name == "group":
@@ -100,13 +107,6 @@ def trainable_numel(layers: LayerMap, model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad:
             counts[layers.group_of(name)] += parameter.numel()
     return counts
-
-
-def as_text(layers: LayerMap) -> str:
-    """Return the table as plain text, as ``print(layers)`` shows it."""
-    buffer = io.StringIO()
-    Console(file=buffer, width=_WIDTH).print(LayerTable(layers))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def _shown(modules: tuple[str, ...]) -> str:

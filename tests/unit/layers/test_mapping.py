@@ -21,7 +21,7 @@ from layer_nets import ConvBlock, Residual, SmallResNet, Texts, Tokens, image
 from layerwise import layer_map
 from layerwise.errors import ModelError, PlanError, RecordingError
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerMap
-from layerwise.layers.table import LayerTable, trainable_numel
+from layerwise.layers.table import trainable_numel
 
 
 def test_granularities_of_a_residual_network() -> None:
@@ -402,9 +402,14 @@ def test_prints_as_a_table() -> None:
     counts = trainable_numel(layers, model)
     assert counts["layer1"] == 0
     assert counts["layer2"] == layers["layer2"].numel
+    told = str(layers.table(model))
+    rows = {line.split()[0]: line.split() for line in told.splitlines() if line.strip()}
+    assert "trainable" in rows["group"]
+    assert rows["layer1"][4] == "0"
+    assert rows["total"][2] == f"{layers.numel - layers['layer1'].numel:,}"
+    with pytest.raises(PlanError, match="is not in this layer map of"):
+        layers.table(nn.Sequential(nn.Linear(2, 2)))
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(LayerTable(layers, model))
-    assert "trainable" in console.export_text()
     console.print(layers)
     assert "layer2" in console.export_text()
 
@@ -422,7 +427,7 @@ def test_a_narrow_table_leaves_out_columns_and_cuts_no_name_or_number(width) -> 
     model = SmallResNet()
     layers = layer_map(model, granularity="stages")
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(LayerTable(layers, model))
+    console.print(layers.table(model))
     text = console.export_text()
     assert "parameters" in text
     assert "modules" not in text
