@@ -118,6 +118,12 @@ def larger_images(arguments: Arguments) -> Arguments | None:
     return enlarged
 
 
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the first convolution of a model of images reads; 3 where that is none."""
+    first = _first_with_size(model)
+    return first.in_channels if isinstance(first, nn.Conv2d) else 3
+
+
 def _with_note(arguments: Arguments, source: str) -> tuple[Arguments, tuple[str, ...]]:
     described = ", ".join(_describe(name, value) for name, value in _named(arguments))
     return arguments, (f"example input made up from {source}: {described}",)
@@ -131,7 +137,7 @@ def _derived(model: nn.Module) -> tuple[Arguments, str]:
     holder = next((m for m in (model, base) if hasattr(getattr(m, "config", None), "model_type")), None)
     if holder is not None:
         return _for_transformers(holder)
-    first = next((m for m in model.modules() if isinstance(m, _WITH_INPUT_SIZE)), None)
+    first = _first_with_size(model)
     if isinstance(first, nn.Linear):
         return ((_floats(model, 2, first.in_features),), {}), "the first linear layer"
     if isinstance(first, nn.Embedding | nn.EmbeddingBag):
@@ -142,7 +148,11 @@ def _derived(model: nn.Module) -> tuple[Arguments, str]:
         return ((_floats(model, 2, first.in_channels, 1024),), {}), "the first convolution"
     if isinstance(first, nn.Conv3d):
         return ((_floats(model, 2, first.in_channels, 16, 112, 112),), {}), "the first convolution"
-    return _image(model, first.in_channels if isinstance(first, nn.Conv2d) else 3)
+    return _image(model, image_channels(model))
+
+
+def _first_with_size(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if isinstance(m, _WITH_INPUT_SIZE)), None)
 
 
 def _image(model: nn.Module, channels: int) -> tuple[Arguments, str]:

@@ -28,6 +28,7 @@ TIMM_HUB = ("hf-hub:", "hf_hub:")
 TIMM_FOLDER = "local-dir:"
 TIMM_ELSEWHERE = (*TIMM_HUB, TIMM_FOLDER)
 DEFAULT_PREPROCESSING = Preprocessing(crop=(224, 224), resize=256)
+GREY_PREPROCESSING = Preprocessing(crop=(224, 224), resize=256, mean=(0.449,), std=(0.226,))
 
 
 def open_model(
@@ -100,8 +101,14 @@ def open_model(
     found = {"timm": _open_timm, "torchvision": _open_torchvision, "file": _open_file}[kind](wanted)
     model, own, notes = found.model, found.preprocessing, list(found.notes)
     if preprocessing is None and own is None:
-        own = DEFAULT_PREPROCESSING
-        notes.append("preprocessing not known: images cropped to 224 px, normalised as for ImageNet")
+        from layerwise.layers.inputs import image_channels
+
+        grey = image_channels(model) == 1
+        own = GREY_PREPROCESSING if grey else DEFAULT_PREPROCESSING
+        colours = "read as grey, " if grey else ""
+        notes.append(
+            f"preprocessing not known: images {colours}cropped to 224 px, normalised as for ImageNet"
+        )
     settings = preprocessing or own
     assert settings is not None  # one of the two is set
     if input_size is not None:

@@ -294,6 +294,10 @@ def user_file(tmp_path):
             def fixed():
                 return build(7), {"crop": [32, 32], "resize": 36}
 
+            def grey():
+                pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+                return nn.Sequential(nn.Conv2d(1, 4, 3), *pool, nn.Linear(4, 7))
+
             def broken():
                 raise KeyError("no weights here")
 
@@ -314,6 +318,14 @@ def test_a_users_own_function(user_file):
     assert opened.model(opened.example_input).shape == (1, 4)
     assert any("preprocessing not known" in note for note in opened.notes)
     assert isinstance(pickle.loads(pickle.dumps(opened.model)), nn.Sequential)
+
+
+def test_a_users_own_network_of_grey_images_gets_grey_images(user_file):
+    # three channels, the usual number, ended in the RuntimeError of its first convolution
+    opened = open_model(f"{user_file}:grey", num_classes=2)
+    assert opened.preprocessing.channels == 1
+    assert opened.model(opened.example_input).shape == (1, 2)
+    assert any("images read as grey" in note for note in opened.notes)
 
 
 def test_a_users_own_function_with_a_fixed_head(user_file):
