@@ -25,6 +25,10 @@ def predict(
             help="Image files, folders of them, tables of their paths; files of texts; - is standard input."
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="FILE.py:FUNCTION of a run whose model came from one; it is run."),
+    ] = None,
     form: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="How to print.")
     ] = "table",
@@ -60,7 +64,7 @@ def predict(
     from layerwise.training.predict import predict_images
     from layerwise.training.run import load_run
 
-    loaded = load_run(run)
+    loaded = load_run(run, model=model)
     if loaded.tokenizer is not None:
         refuse(context, ["skip_bad_images", "path_column"], f"{run} is a run on texts")
         text.predict_and_print(

@@ -91,9 +91,12 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
         yield per_class_table(rows, where)
     if (confusion := tables.get("confusion")) and len(confusion) <= 12:
         yield confusion_table(confusion, result.task.classes)
-    if result.out is None or not can_rebuild(read_run(result.out)):
+    if result.out is None:
         return
+    about = read_run(result.out)
     command = f"Predict with it: layerwise predict {pasted(result.out)}"
+    if not can_rebuild(about):  # its Python file, which is run where it is named
+        command += f" --model {pasted(about['model']['spec'])}"
     if result.task.name == "image_classification":
         yield Text(f"{command} IMAGE...")
     elif (result.out / "transformers").is_dir():

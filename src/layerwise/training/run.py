@@ -267,16 +267,17 @@ def can_rebuild(about: Mapping[str, Any]) -> bool:
     return spec is not None and ".py:" not in spec
 
 
-def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
+def load_run(path: str | Path, *, model: nn.Module | str | None = None) -> Run:
     """Return a run with its model, ready to predict.
 
     The model is built anew from the spec it was opened with, and gets the run's weights. Nothing in the
-    folder is executed. Where the run's model was an object of the caller's own, or came from a Python
-    file (``file.py:function``), it must be given as `model`.
+    folder is executed, nor a Python file that the model came from (``file.py:function``), unless `model`
+    names it. A model that was an object of the caller's own must be given.
 
     Args:
         path: the run's folder.
-        model: a model of the same architecture, to put the weights into. It is changed.
+        model: a model of the same architecture, to put the weights into: it is changed. Or a name, as
+            `layerwise.sources.models.open_model` takes it, to build one from; a Python file is run.
 
     Raises:
         RunError: there is no run, its weights are missing, damaged or do not fit, or the run does not
@@ -285,12 +286,18 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
     folder = Path(path)
     about = read_run(folder)
     spec = about["model"].get("spec")
-    if model is None and not can_rebuild(about):
-        what = "was given as an object" if spec is None else f"came from the Python file {spec!r}"
+    if model is None and spec is None:
         raise RunError(
-            f"the model of {folder} ({about['model'].get('class')}) {what}, which loading does not run. "
-            "Build it yourself and pass it: layerwise.load_run(path, model=model)."
+            f"the model of {folder} ({about['model'].get('class')}) was given as an object. Build it "
+            "yourself and pass it: layerwise.load_run(path, model=model)."
         )
+    if model is None and not can_rebuild(about):
+        raise RunError(
+            f"the model of {folder} ({about['model'].get('class')}) came from the Python file {spec!r}, "
+            "which loading does not run unasked. Name it: layerwise predict RUN --model FILE.py:FUNCTION "
+            "(model= of layerwise.load_run, which also takes the model itself)."
+        )
+    named, model = (model, None) if isinstance(model, str) else (None, model)
     task = task_from_dict(about["task"])
     tokenizer = None
     saved = folder / "transformers"  # a finished run of texts has its own configuration and tokenizer
@@ -301,7 +308,7 @@ def load_run(path: str | Path, *, model: nn.Module | None = None) -> Run:
         record = {"num_classes": len(task.classes) or None, **about["model"]}
         try:
             # With the size of its images too: a vision transformer's positions depend on it.
-            opened = reopen(record, spec=f"hf:{saved}" if saved.is_dir() else None)
+            opened = reopen(record, spec=named or (f"hf:{saved}" if saved.is_dir() else None))
             opened = mean_pooled(opened) if record.get("pooling") == "mean" else opened
         except ModelError as error:
             raise RunError(f"the model of {folder} cannot be built again: {error}") from error

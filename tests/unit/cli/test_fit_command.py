@@ -463,9 +463,9 @@ def test_the_command_to_predict_takes_no_run_for_an_option(
     assert predicted.exit_code == 0, predicted.output
 
 
-def test_predict_is_not_advised_where_it_refuses(images: Path, tmp_path: Path) -> None:
-    # predict does not run a Python file.
-    (tmp_path / "net.py").write_text(
+def test_predict_runs_a_python_file_only_where_it_is_named(images: Path, tmp_path: Path) -> None:
+    # The command that fit prints names it; without that predict refuses and says what to name.
+    (tmp_path / "my net.py").write_text(
         "from torch import nn\n"
         "from layerwise.sources.preprocessing import Preprocessing\n"
         "def net(num_classes=2):\n"
@@ -474,11 +474,18 @@ def test_predict_is_not_advised_where_it_refuses(images: Path, tmp_path: Path) -
         "    return net, Preprocessing(crop=(32, 32), resize=None)\n"
     )
     result = command(
-        "fit", "--model", f"{tmp_path / 'net.py'}:net", "--data", images, "--out", tmp_path / "run",
+        "fit", "--model", f"{tmp_path / 'my net.py'}:net", "--data", images, "--out", tmp_path / "run",
         "--strategy", "full", "--epochs", "1",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "Predict with it" not in result.stdout
+    told = re.search(r"layerwise (predict .*) IMAGE", result.stdout.replace("\n", " "))
+    assert told is not None, result.output
+    picture = images / "red" / "2.png"
+    predicted = command(*shlex.split(told[1]), picture, "--json")
+    assert predicted.exit_code == 0, predicted.output
+    assert json.loads(predicted.stdout)["predictions"][0]["image"] == str(picture)
+    refused = command("predict", tmp_path / "run", picture)
+    assert refused.exit_code == 1
+    assert "does not run unasked. Name it: layerwise predict RUN --model" in refused.stderr
 
 
 def test_files_left_out_come_without_the_advice_to_leave_them_out(
