@@ -58,10 +58,10 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
     """Put the weights of a safetensors file into `model`.
 
     Raises:
-        RunError: the file is missing, damaged or altered, or does not fit the model; each name is told.
+        RunError: the file is missing, damaged or altered, or does not fit the model, and in what.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_model
+    from safetensors.torch import load_file, load_model
 
     require_weights_file(path)
     if not path.is_file() and expected_sha256 is not None:
@@ -75,5 +75,13 @@ def load_weights(model: nn.Module, path: Path, *, expected_sha256: str | None = 
         )
     try:
         load_model(model, str(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    except RuntimeError as error:  # it tells every name, which may be hundreds
+        from layerwise.sources.weights import compare
+
+        mismatch = compare(load_file(path), model)
+        raise RunError(
+            f"{path} does not fit {type(model).__name__}: {mismatch or error}. Expected a model of the "
+            "architecture, and with the classes, that the run trained."
+        ) from error

@@ -92,7 +92,7 @@ def test_weights_that_do_not_fit_the_model_are_told(tmp_path: Path) -> None:
     ):
         load_weights(nn.Linear(2, 1), file, expected_sha256="0" * 64)
     save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, file)
-    with pytest.raises(RunError, match=r"does not fit Linear: (.|\n)*size mismatch for weight"):
+    with pytest.raises(RunError, match=r"does not fit Linear: .* of another shape \(weight: "):
         load_weights(nn.Linear(2, 1), file)
     file.write_bytes(b"no weights")
     with pytest.raises(RunError, match=r"does not fit Linear: .*header"):
