@@ -78,7 +78,8 @@ def parse_strategy(text: str, layers: LayerMap, **common: Any) -> Plan:
     if positional:
         first = next(iter(hints))
         if first in given or first in PhaseOptions.__annotations__:
-            raise PlanError(f"strategy {text!r}: {positional[0]!r} has no name; write option=value")
+            a_list = f", and a list in brackets: {first}=[a, b]" if first in given else ""
+            raise PlanError(f"strategy {text!r}: {positional[0]!r} has no name; write option=value{a_list}")
         given[first] = positional[0] if len(positional) == 1 else positional
     problems = []
     arguments: dict[str, Any] = {

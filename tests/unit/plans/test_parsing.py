@@ -91,6 +91,7 @@ def test_common_options_are_passed_on_and_the_text_wins() -> None:
         ("top_k(k=2", "the parenthesis is not closed"),
         ("blocks([a)", "its brackets do not match"),
         ("linear_probe:3", "'3' has no name"),
+        ("pattern:train=bn,fc", "'fc' has no name; write option=value, and a list in brackets: train="),
         ("full:schedule=cos", "schedule = 'cos' is not .*one of constant, linear, cosine"),
         ("full:epochs=-1", "epochs is -1"),
         ("top_k:k=9", "k is a whole number from 1 to 5"),
