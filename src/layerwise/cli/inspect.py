@@ -12,6 +12,7 @@ from layerwise.cli.output import JsonFlag, friendly, print_json, print_table, sa
 if TYPE_CHECKING:
     from layerwise.layers.layermap import Granularity, LayerMap
     from layerwise.sources.opened import OpenedModel
+    from layerwise.sources.preprocessing import Preprocessing
 
 
 @friendly
@@ -100,17 +101,18 @@ def _example(opened: OpenedModel, input_size: int | None) -> Any:
     text on meta is token ids without values.
     """
     import torch
-    from torch import nn
 
+    from layerwise.layers.inputs import image_channels
     from layerwise.layers.structures import tensors_in
-    from layerwise.sources.models import DEFAULT_PREPROCESSING
+    from layerwise.sources.models import DEFAULT_PREPROCESSING, GREY_PREPROCESSING
 
-    if ".py:" in opened.spec:
-        if input_size is None and opened.preprocessing == DEFAULT_PREPROCESSING:
+    supposed: tuple[Preprocessing, ...] = (DEFAULT_PREPROCESSING, GREY_PREPROCESSING)
+    if input_size is not None:
+        supposed = tuple(one.at(input_size) for one in supposed)
+    if ".py:" in opened.spec and opened.preprocessing in supposed:
+        if input_size is None:
             return None
-        if input_size is not None and opened.preprocessing == DEFAULT_PREPROCESSING.at(input_size):
-            first = next((m for m in opened.model.modules() if isinstance(m, nn.Conv2d)), None)
-            return torch.zeros(1, 3 if first is None else first.in_channels, input_size, input_size)
+        return torch.zeros(1, image_channels(opened.model), input_size, input_size)
     example = opened.example_input
     tensors: list[torch.Tensor] = tensors_in(example)
     on_meta = any(t.device.type == "meta" and not t.is_floating_point() for t in tensors)
