@@ -284,7 +284,6 @@ def fit(
 
     def save(*, inside: bool) -> None:
         """Write a checkpoint of the moment; `inside` says that the epoch at hand is not over."""
-        check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)
         randoms = gather_objects(accelerator, get_random_state())
         if folder is None or not accelerator.is_main_process:
             return
@@ -391,6 +390,7 @@ def fit(
                 every = checkpoint_every_steps
                 due = every is not None and tuner.step_count % every == 0
                 if due or changed or interrupt.requested:
+                    check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)
                     save(inside=True)
                     interrupt.raise_if_requested(go_on)
                 if changed:  # after the checkpoint: resuming from it enters the phase
@@ -398,6 +398,7 @@ def fit(
 
             del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
             tuner.optimizer.zero_grad()  # of a window that a loader with fewer batches than it told left open
+            check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)  # they may be kept
             if prefix is not None and (told := setup.cache_note(prefix)) not in ("", described):
                 described = told
                 reporter.say(told)

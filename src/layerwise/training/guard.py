@@ -125,7 +125,7 @@ def check_start(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module, *, step: int, out: Path | None, clip_norm: float | None = None) -> None:
-    """Raise `TrainingError` if a trainable parameter is not finite, so that no checkpoint keeps it."""
+    """Raise `TrainingError` if a trainable parameter is not finite, so that nothing keeps it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not _is_finite(parameter):
             raise TrainingError(

@@ -472,6 +472,24 @@ def test_a_weight_that_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path) 
     assert latest.step == 4
 
 
+def test_a_weight_that_is_not_finite_never_replaces_the_kept_ones(tmp_path: Path) -> None:
+    # Without validation every epoch's weights are kept: those of an epoch whose last step went wrong are not.
+    class Bursts(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            super().step(closure)
+            Bursts.steps += 1
+            if Bursts.steps == 14:
+                self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    with pytest.raises(TrainingError, match=r"not finite after step 14.*step-00000007"):
+        run(val=None, optimizer=Bursts, out=tmp_path / "run", plan=one_phase(epochs=3))
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert len(read_history(tmp_path / "run" / "history.jsonl")) == 1
+
+
 class Fails(Tiny):
     """Raises an error in the n-th forward pass in train mode."""
 
