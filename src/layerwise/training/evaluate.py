@@ -40,7 +40,7 @@ def evaluate(
         task: what a batch means.
         device: where batches go; None leaves them.
         autocast: context of the forward pass.
-        on_batch: called after each batch, for progress and interruption.
+        on_batch: called after each batch.
         cache: keeps what the frozen prefix gives for this data set too.
 
     Raises:

@@ -410,7 +410,7 @@ def fit(
                     task,
                     device=accelerator.device,
                     autocast=accelerator.autocast,
-                    on_batch=lambda: interrupt.raise_if_requested(go_on),
+                    on_batch=lambda: interrupt.tell_what_is_waited_for(reporter.say),
                     cache=prefix,
                 )
             monitored = monitored_value(scores, task)

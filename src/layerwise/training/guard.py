@@ -9,7 +9,7 @@ import re
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,12 +39,13 @@ _WORKER_GONE = re.compile(r"DataLoader worker \(pid.* (is killed by signal|exite
 class Interrupt:
     """Turns the first Ctrl-C into a request that the loop answers between two steps.
 
-    So the checkpoint that it then writes is of a whole step. The second Ctrl-C interrupts at once.
+    So the checkpoint that it then writes is of a whole step; in validation it is that of the whole epoch. The
+    second Ctrl-C interrupts at once.
     Outside of the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._told = False
         self._before: Any = None
 
     def __enter__(self) -> Interrupt:
@@ -60,6 +61,12 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+
+    def tell_what_is_waited_for(self, say: Callable[[str], object]) -> None:
+        """Say once, if Ctrl-C was pressed, that the run stops after the validation at hand."""
+        if self.requested and not self._told:
+            self._told = True
+            say("Ctrl-C: the validation of this epoch is finished first, and saved; once more stops at once")
 
     def raise_if_requested(self, told: str = "") -> None:
         """Raise `KeyboardInterrupt` with the message `told` if Ctrl-C was pressed."""

@@ -585,6 +585,28 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
     assert resumed.history == undisturbed.history
 
 
+def test_ctrl_c_in_validation_loses_nothing_of_the_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Stopped at once it would lose all steps since the last checkpoint: the epoch is finished and saved.
+    class Presses(Tiny):
+        left = 2
+
+        def forward(self, x):
+            self.left -= not self.training
+            if self.left == 0 and not self.training:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().forward(x)
+
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        run(Presses(), out=tmp_path / "run", progress=True)
+    latest = load_latest(tmp_path / "run" / "checkpoints")
+    assert latest is not None
+    assert latest.step == 7
+    assert len(read_history(tmp_path / "run" / "history.jsonl")) == 1
+    assert capsys.readouterr().err.count("validation of this epoch is finished first") == 1
+
+
 def test_it_stops_early() -> None:
     # A rate too low to change anything: two epochs without improvement end the run.
     result = run(plan=one_phase(epochs=30), lr=1e-12, optimizer="sgd", early_stopping=2)
