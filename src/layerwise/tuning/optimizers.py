@@ -70,6 +70,8 @@ class OptimizerBuilder:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise PlanError(_LBFGS)
         _check_rates_are_read(optimizer)
+        # as torch adds when it loads a state, or what joins a resumed run would have an option more (Adafactor)
+        optimizer.defaults.setdefault("differentiable", False)
         self.name = type(optimizer).__name__
         if self.weight_decay is not None and "weight_decay" not in optimizer.param_groups[0]:
             raise PlanError(

@@ -915,7 +915,7 @@ PLANS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, Eager])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adafactor, Eager])
 def test_interrupted_runs_end_bit_for_bit_like_whole_ones(name: str, optimizer: Any, tmp_path: Any) -> None:
     """Saved and loaded anew after every single step, a run ends in the same weights, rates and state."""
 
@@ -954,11 +954,12 @@ def test_interrupted_runs_end_bit_for_bit_like_whole_ones(name: str, optimizer: 
     assert not changed(snapshot(whole_model), snapshot(model))
     assert tuner.rates() == whole.rates()
     assert (tuner.epoch, tuner.step_count) == (whole.epoch, whole.step_count)
-    mine, theirs = tuner.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
-    assert mine.keys() == theirs.keys()
-    for number, state in mine.items():
+    mine, theirs = tuner.optimizer.state_dict(), whole.optimizer.state_dict()
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert mine["state"].keys() == theirs["state"].keys()
+    for number, state in mine["state"].items():
         for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[number][key]))
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][number][key]))
 
 
 def test_state_of_another_run_is_refused() -> None:
