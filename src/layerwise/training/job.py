@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
 from layerwise.training.options import check_options
 from layerwise.training.result import Result
-from layerwise.training.run import read_run
+from layerwise.training.run import LANGUAGE_MODEL, read_run, whole_of
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -263,7 +264,8 @@ def assemble(job: Job, opened: OpenedModel, data: ImageData, *, plan: Plan | Non
 def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None, **more: Any) -> Result:
     """Go on with the run in the folder `path`, which knows its own model, data and options.
 
-    The weights file that it began with need not be there any more, once there is a checkpoint.
+    Also where only the first half of one with ``--lm-epochs`` was begun in it. The weights file that it began
+    with need not be there any more, once there is a checkpoint.
 
     Args:
         path: the run's folder.
@@ -274,16 +276,15 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
         RunError: there is no run, or it is part of a search or of a run with ``--lm-epochs``, or it was
             started from Python with objects that have no names.
     """
-    from layerwise.training.text_job import LANGUAGE_MODEL, stage_exists
-
-    if not stage_exists(Path(path)) and stage_exists(Path(path) / LANGUAGE_MODEL):
-        raise RunError(
-            f"{path} was interrupted in its language model's part (--lm-epochs), before there was a run to "
-            "resume. Give the command or the call again that made it; it goes on there."
-        )
-    about = read_run(path)
+    begun_alone = whole_of(Path(path))
+    about = begun_alone or read_run(path)
     if about.get("job") is None:
         folder = Path(path).resolve()
+        if about.get("whole"):
+            raise RunError(
+                f"{path} is the first half of a run, which goes on with it: layerwise fit --resume "
+                f"{shlex.quote(str(folder.parent))}"
+            )
         named = Path(str(about.get("winner") or folder))
         if named.name != folder.name:
             raise RunError(
@@ -292,7 +293,7 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
                 f"{str(named.parent)!r}."
             )
         winner = folder.name.startswith("winner-trial-")
-        if winner or (folder.name == "language-model" and about["model"].get("spec") is not None):
+        if winner or (folder.name == LANGUAGE_MODEL and about["model"].get("spec") is not None):
             raise RunError(
                 f"{path} is part of a {'search' if winner else 'run with --lm-epochs'}, which goes on with "
                 f"it. Give the command or the call again that made {str(folder.parent)!r}."
@@ -309,7 +310,7 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
     prepared = open_job(job, plan=Plan.model_validate(about["plan"]), **more)
     for note in prepared.notes:
         say(note)
-    return prepared.fit(out=path, resume=True, **more)
+    return prepared.fit(out=path, resume=begun_alone is None, **more)
 
 
 def job_from_dict(data: Mapping[str, Any]) -> Job:

@@ -154,6 +154,7 @@ def tune_language_model(
             "model": opened.to_dict(),
             "data": {"source": job.data, "task": kind, "max_length": data.max_length},
             "table": {"text_column": column, "encoding": options.encoding},  # a pair is two texts here
+            "whole": {"job": prepared.about["job"], "plan": prepared.plan.model_dump(mode="json")},
         },
         **settings,
     )

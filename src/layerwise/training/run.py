@@ -59,7 +59,10 @@ _PACKAGES = (
 )
 
 
-_BEGUN = ("language-model", "layerwise")
+LANGUAGE_MODEL = "language-model"
+"""Name of the folder of the language model's run, inside the classifier's."""
+
+_BEGUN = (LANGUAGE_MODEL, "layerwise")
 """What may lie in a folder before its ``run.json``: the first half of ULMFiT, and a tracker's files."""
 
 
@@ -156,6 +159,17 @@ def read_run(path: str | Path) -> dict[str, Any]:
             f"{file} does not tell {', '.join(missing)}, so it was altered or cut short. {PUT_BACK}"
         )
     return data
+
+
+def whole_of(folder: Path) -> dict[str, Any] | None:
+    """Return job and plan of a run of which only the language model's part was begun; None for other folders.
+
+    That part knows them (one that an older version wrote does not: None).
+    """
+    first = folder / LANGUAGE_MODEL
+    if (folder / "run.json").exists() or not (first / "run.json").exists():
+        return None
+    return read_run(first).get("whole")
 
 
 def runs_beside(folder: Path) -> str:

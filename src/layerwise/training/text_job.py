@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from layerwise.training.fit import fit
 from layerwise.training.known_tasks import task_of
 from layerwise.training.progress import Reporter
 from layerwise.training.result import Result
-from layerwise.training.run import read_run
+from layerwise.training.run import LANGUAGE_MODEL, read_run
 from layerwise.training.tasks import Task
 from layerwise.training.transformers_folder import FOLDER, save_transformers
 
@@ -32,8 +33,6 @@ DEBIAN = "demo:debian"
 """Data of this name are Debian's package descriptions; ``demo:debian:200`` says how many of each topic."""
 MAX_LENGTH = 256
 """Tokens of a sample where nothing else is said; the model may take fewer."""
-LANGUAGE_MODEL = "language-model"
-"""Name of the folder of the language model's run, inside the classifier's."""
 _OF_ALL_TEXTS = ("path_column", "max_length", "padding", "pooling", "lm_epochs", "lm_lr", "lm_strategy")
 """What can be said of texts that are no table (in vain of the paths of images, which is told)."""
 
@@ -121,7 +120,7 @@ class PreparedText:
 
         With `out` the tuned model also lies there as a transformers folder (``transformers/``), and the
         language model's run in ``language-model/``. Interrupted in that, the job goes on when it is started
-        again; interrupted later, with `resume`.
+        again, or with `layerwise.training.job.resume_job`; interrupted later, with `resume` or that.
 
         Args:
             out: folder of the run.
@@ -139,7 +138,11 @@ class PreparedText:
             try:
                 notes += tune_language_model(self, out=below, say=reporter.say, **more)
             except KeyboardInterrupt as error:
-                how = "" if below is None else "; the same command goes on with it"
+                how = (
+                    ""
+                    if folder is None
+                    else f"; go on with it: layerwise fit --resume {shlex.quote(str(folder))}"
+                )
                 raise KeyboardInterrupt(f"that was the language model's part{how}") from error
         result = fit(
             self.opened.model,

@@ -70,7 +70,7 @@ class OptimizerBuilder:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise PlanError(_LBFGS)
         _check_rates_are_read(optimizer)
-        # as torch adds when it loads a state, or what joins a resumed run would have an option more (Adafactor)
+        # torch adds it when it loads a state: what joins a resumed run would have one more (Adafactor's)
         optimizer.defaults.setdefault("differentiable", False)
         self.name = type(optimizer).__name__
         if self.weight_decay is not None and "weight_decay" not in optimizer.param_groups[0]:

@@ -271,7 +271,7 @@ def test_a_configuration_that_is_not_of_transformers_is_left_alone():
 
 
 def test_interrupted_in_the_language_model_it_says_how_to_go_on(work, tmp_path, monkeypatch):
-    # The same command: it goes on with the epoch that was saved, to the end of a run in one go.
+    # By its folder, or by the same command: from the epoch that was saved, to the end of a run in one go.
     whole = open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "whole", progress=False)
     real = language_first.fit
 
@@ -283,17 +283,22 @@ def test_interrupted_in_the_language_model_it_says_how_to_go_on(work, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(language_first, "fit", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="part; the same command goes on with it"):
-            open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "cut", progress=False)
+        for name in ("cut", "by command"):
+            with pytest.raises(KeyboardInterrupt, match=f"part; go on with it: .* --resume .*{name}"):
+                open_job(job(work, lm_epochs=2)).fit(out=tmp_path / name, progress=False)
         with pytest.raises(KeyboardInterrupt, match=r"language model's part$"):  # without a folder it is lost
             open_job(job(work, lm_epochs=2)).fit(progress=False)
     history = tmp_path / "cut/language-model/history.jsonl"
     assert len(history.read_text().splitlines()) == 1
-    with pytest.raises(RunError, match="cut was interrupted in its language model's part"):
-        resume_job(tmp_path / "cut")
-    again = open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "cut", progress=False)
+    with pytest.raises(RunError, match=r"first half of a run.*: layerwise fit --resume .*cut'?$"):
+        resume_job(tmp_path / "cut" / "language-model")
+    again = resume_job(tmp_path / "cut", progress=False)
     assert len(history.read_text().splitlines()) == 2
-    assert again.metrics == whole.metrics
+    by_command = open_job(job(work, lm_epochs=2)).fit(out=tmp_path / "by command", progress=False)
+    for result in (again, by_command):
+        assert result.metrics == whole.metrics
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(result.model.state_dict()[name], value)
 
 
 def test_the_language_model_needs_no_validation_texts(work):
