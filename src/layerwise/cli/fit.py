@@ -22,6 +22,7 @@ from layerwise.cli.output import (
     seed_of_all,
     share,
 )
+from layerwise.errors import plural
 
 if TYPE_CHECKING:
     from layerwise.training.job import Job
@@ -268,6 +269,11 @@ def fit(
         raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
     if weights is None:
         refuse(context, ["mismatched"], "it is for the file of --weights, which is not given")
+    if strategy == "auto" and dry_run:
+        raise typer.BadParameter(
+            "--dry-run shows a plan, and auto has to look for one first. See the advice: layerwise advise "
+            "MODEL --data DATA -o plan.yaml; then give --plan plan.yaml --dry-run."
+        )
     if strategy != "auto":
         refuse(context, ["budget_minutes", "search_share"], "only --strategy auto searches")
 
@@ -367,6 +373,8 @@ def _dry_run(job: Job, workers: int, as_json: bool) -> None:
     prepared = open_job(job, workers=workers)
     for note in prepared.notes:
         say(note)
+    if epochs := (job.text or {}).get("lm_epochs"):
+        say(f"not in what follows: {plural(epochs, 'epoch')} of the language model (--lm-epochs) before it")
     found = prepared.dry_run()
     if as_json:
         print_json(found.to_dict())

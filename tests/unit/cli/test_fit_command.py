@@ -177,6 +177,13 @@ def test_a_dry_run_prints_and_trains_nothing(images: Path, tmp_path: Path) -> No
     assert not out.exists()
 
 
+def test_a_dry_run_of_auto_is_refused_with_the_way_to_it(tmp_path: Path) -> None:
+    # There is no plan yet that could be shown; before data are read.
+    result = fit("--data", tmp_path / "nowhere", "--dry-run", strategy="auto")
+    assert result.exit_code == 2
+    assert "advise" in result.output
+
+
 def test_a_plan_file_is_used_and_kept(images: Path, run: Path, tmp_path: Path) -> None:
     # The plan of one run trains another the same way.
     result = command(

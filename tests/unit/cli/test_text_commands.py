@@ -41,6 +41,16 @@ def work(tmp_path_factory):
     return folder
 
 
+def test_a_dry_run_tells_that_the_language_model_comes_first(work):
+    # Its part is not measured and may be the longest.
+    result = command(
+        *("fit", "--model", f"hf:{work / 'bert'}", "--data", work / "train.csv", "--label-column", "topic"),
+        *("--strategy", "linear_probe", "--lm-epochs", 2, "--dry-run"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "2 epochs of the language model (--lm-epochs)" in result.stderr
+
+
 def test_files_lines_and_standard_input_give_the_same(work, tmp_path):
     # The same texts get the same labels, whichever way they come in.
     fit(work / "bert", work / "train.csv", tmp_path / "run", "--label-column", "topic", "--strategy", "full")
