@@ -30,6 +30,7 @@ FORMAT = 1
 """Version of the checkpoint format; another one is refused."""
 
 _PREFIX = "step-"
+_CUT_SHORT = re.compile("enforce fail|PytorchStreamWriter")
 _NAME = re.compile(rf"{_PREFIX}[0-9]{{8,}}")
 
 
@@ -82,12 +83,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_folder(path, fill)
-    except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as RuntimeError
-        room = "" if isinstance(error, OSError) else f" ({free_room(folder)} free there)"
+    except (OSError, RuntimeError) as error:
+        told = _first_line(error)
+        if not isinstance(error, OSError):  # how torch's own writer reports a full disk
+            part = "only a part of its file could be written" if _CUT_SHORT.search(told) else told
+            told = f"{part} ({free_room(folder)} free there)"
         left = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
         raise RunError(
-            f"the checkpoint of step {step} could not be written to {folder}: {_first_line(error)}"
-            f"{room}. Checkpoints that are whole: {left}. "
+            f"the checkpoint of step {step} could not be written to {folder}: {told}. "
+            f"Checkpoints that are whole: {left}. "
             f"Make room, then go on with: layerwise fit --resume {shlex.quote(str(folder.parent))}"
         ) from error
     there = list_checkpoints(folder)
