@@ -35,7 +35,7 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
         last_epoch: number of the last step, -1 for a new run (torch's name for it).
 
     Raises:
-        PlanError: `total_steps` is not a whole number above 0.
+        PlanError: `total_steps` is not a whole number above 0, or `join_steps` one of at least 0.
 
     >>> weight = torch.nn.Parameter(torch.ones(1))
     >>> late = torch.nn.Parameter(torch.ones(1))
@@ -58,6 +58,8 @@ class LayerwiseLR(torch.optim.lr_scheduler.LRScheduler):
     ) -> None:
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise PlanError(f"total_steps is {total_steps!r}; expected a whole number of at least 1")
+        if isinstance(join_steps, bool) or not isinstance(join_steps, int) or join_steps < 0:
+            raise PlanError(f"join_steps is {join_steps!r}; expected a whole number of at least 0")
         if not isinstance(schedule, Schedule | str):
             raise PlanError(f"schedule is {schedule!r}; expected a layerwise.Schedule or the name of a shape")
         self.schedule = Schedule(shape=schedule) if isinstance(schedule, str) else schedule

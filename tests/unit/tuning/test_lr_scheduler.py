@@ -120,6 +120,13 @@ def test_a_length_of_nothing_is_refused() -> None:
         LayerwiseLR(optimizer(1.0), total_steps=0)
 
 
+@pytest.mark.parametrize("join_steps", [-1, 2.5])
+def test_a_warm_up_of_less_than_nothing_is_refused(join_steps: object) -> None:
+    """join_steps has to be a whole number, or late groups would join without the warm-up."""
+    with pytest.raises(PlanError, match=rf"join_steps is {join_steps}; expected a whole number"):
+        LayerwiseLR(optimizer(1.0), total_steps=3, join_steps=join_steps)
+
+
 @pytest.mark.parametrize("schedule", [None, {"shape": "linear"}])
 def test_a_schedule_is_a_schedule_or_the_name_of_a_shape(schedule: object) -> None:
     """Anything else would fail at the first step."""
