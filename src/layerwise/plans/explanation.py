@@ -21,6 +21,7 @@ _SHADES = "·░▒▓█"
 _MOST_ROWS = 40
 _MOST_ROWS_OF_GROUPS = 80
 _PHASE_WIDTH, _LEAST_PHASE_WIDTH = 44, 20
+_LEAST_WORDS_WIDTH = 16
 _FIRST_TO_GO = ("start", "end", "highest peak", "length")
 _LEAST_COLUMNS, _GAP = 16, 2  # of the heat map, and between the names and it
 
@@ -119,7 +120,8 @@ class Explanation:
         unbounded = options.update(width=10_000)
         for count in range(len(_FIRST_TO_GO) + 1):
             without = _FIRST_TO_GO[:count]
-            least = self._table(without, phase_width=_LEAST_PHASE_WIDTH)
+            # words of groups fold only where the lengths would have to go else
+            least = self._table(without, narrow=True, fold=_FIRST_TO_GO[count : count + 1] == ("length",))
             if console.measure(least, options=unbounded).maximum <= options.max_width:
                 break
         yield Text(self._title())
@@ -147,7 +149,9 @@ class Explanation:
         rates = "rates are multiples of the learning rate" if self.lr is None else f"base rate {self.lr:g}"
         steps = f"{plural(self.steps_per_epoch, 'step')} an epoch{' (assumed)' if self.assumed else ''}"
         frozen = (
-            "groups that are not named are frozen" if self._is_long else "a group without a row is frozen"
+            "other groups are frozen; rates at start and end: --json"
+            if self._is_long
+            else "a group without a row is frozen"
         )
         return f"{rates}; {steps}; {frozen}"
 
@@ -156,12 +160,13 @@ class Explanation:
         """Whether a row for each phase and group would be too many: they grow with the square of groups."""
         return len(self.phases) > 2 and sum(len(phase.groups) for phase in self.phases) > _MOST_ROWS
 
-    def _table(self, without: Collection[str] = (), *, phase_width: int = _PHASE_WIDTH) -> Table:
+    def _table(self, without: Collection[str] = (), *, narrow: bool = False, fold: bool = False) -> Table:
         """Return a row for each phase and group that learns; for a long plan a row for each phase.
 
         Args:
             without: titles of columns to leave out.
-            phase_width: of the first column at most; its words go on in the next line.
+            narrow: the first column is as narrow as it may be; its words go on in the next line.
+            fold: so is that of the groups in a long plan.
         """
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         words = "groups that learn" if self._is_long else "group"
@@ -170,9 +175,14 @@ class Explanation:
         shown = [title for title in titles if title not in without]
         for title in shown:
             if title == "phase":
-                table.add_column(title, max_width=phase_width, overflow="fold")
+                width = _LEAST_PHASE_WIDTH if narrow else _PHASE_WIDTH
+                table.add_column(title, max_width=width, overflow="fold")
+            elif title == words and self._is_long:
+                longest = max(map(len, self.groups))
+                least = max(longest, _LEAST_WORDS_WIDTH)
+                table.add_column(title, max_width=least if fold else None, overflow="fold")
             elif title == words:
-                table.add_column(title, no_wrap=not self._is_long, overflow="fold")
+                table.add_column(title, no_wrap=True, overflow="fold")
             else:
                 table.add_column(title, justify="right", no_wrap=True)
         common = self._common_notes()

@@ -509,6 +509,25 @@ def test_the_heat_map_tells_groups_apart_on_a_narrow_terminal(width: int) -> Non
     assert max(map(len, lines)) <= width
 
 
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_explain_of_a_long_plan_keeps_the_lengths_of_its_phases_at_80_columns(schedule: Any) -> None:
+    """Words wrap before the lengths go, and the way to the rates that have no column is told."""
+    import io
+
+    from rich.console import Console
+
+    from layerwise.plans.unfreezing import gradual_unfreezing
+
+    layers = named_map("patch_embed", *(f"blocks.{i}" for i in range(12)), "head")
+    plan = gradual_unfreezing(layers, epochs_per_group=7, patience_epochs=2, schedule=schedule)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(plan.explain(layers))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(re.findall(r"^ \d+ from .* 7 epochs .* head", text, re.MULTILINE)) == 13
+    assert max(map(len, text.splitlines())) <= 80
+    assert "start and end: --json" in text
+
+
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 2], [48], [24, 24], [1, 1, 1000], [700, 1, 3], [1] * 60])
 def test_columns_of_the_heat_map_begin_at_phases(lengths: list[int]) -> None:
     """At most 48 columns, each of a step at least; every phase begins one, unless there are more phases."""
