@@ -16,6 +16,7 @@ from layerwise.tuning.norms import NormRecord
 
 def check_first_step(
     phase: str,
+    model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     told: set[str],
@@ -24,13 +25,14 @@ def check_first_step(
 
     Args:
         phase: the phase's name, for messages.
-        parameters: all parameters of the model, by name.
+        model: as it is now.
+        parameters: all parameters that the model had when the Tuner was made, by name.
         optimizer: the optimiser, which may be wrapped.
         told: names of parameters that were warned of before; grows.
 
     Raises:
         ModelError: trainable parameters that the optimiser does not hold, held ones that are not trainable,
-            or no gradient at all.
+            or no gradient at all; or some of them are not the model's any more.
 
     Warns:
         LayerwiseWarning: some trainable parameters have no gradient.
@@ -42,8 +44,15 @@ def check_first_step(
     if stray or lost or len(held) != len(learning):
         raise ModelError(
             f"phase {phase!r}: the optimiser does not hold what should learn (trainable but not held: "
-            f"{some(stray)}; held but not trainable: {some(lost)}). Something else changed requires_grad, or "
-            "replaced the parameters after the Tuner was made"
+            f"{some(stray)}; held but not trainable: {some(lost)}). Something else changed requires_grad "
+            "after the Tuner was made"
+        )
+    there = set(map(id, model.parameters()))
+    if replaced := [name for name, p in learning.items() if id(p) not in there]:
+        raise ModelError(
+            f"phase {phase!r}: {some(replaced)} should learn, and what the optimiser holds by that name is "
+            "not of the model any more: it was replaced after the Tuner was made. Change the model first (a "
+            "new head), then make the layer map and the Tuner"
         )
     idle = [name for name, p in learning.items() if p.grad is None]
     if len(idle) == len(learning):

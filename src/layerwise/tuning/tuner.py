@@ -290,7 +290,7 @@ class Tuner:
         if self._unchecked:
             self._unchecked = False
             name = self.phase.name
-            check_first_step(name, self._parameters, self.optimizer, self._warned)
+            check_first_step(name, self._model, self._parameters, self.optimizer, self._warned)
             check_norms(name, self._model, self.norms)
             if self._progress.step_in_phase == 0:
                 check_calibrated(name, self._model, self.norms)

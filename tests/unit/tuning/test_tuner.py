@@ -848,6 +848,20 @@ def test_meddling_with_requires_grad_is_noticed() -> None:
         tuner.step()
 
 
+@pytest.mark.parametrize("name", ["head", "b0"])
+def test_a_module_replaced_after_the_tuner_was_made_is_an_error(name: str) -> None:
+    """What the optimiser holds of it would never learn, and the new one neither."""
+    tuner = make(strategies.full)
+    model = tuner._model
+    new = copy.deepcopy(getattr(model, name))
+    setattr(model, name, new)
+    ((inputs, labels),) = batches(1, (6,), classes=3)
+    F.cross_entropy(model(inputs), labels).backward()
+    told = rf"phase 'train': .*'{name}\..*not of the model any more.*then make the layer map and the Tuner"
+    with pytest.raises(ModelError, match=told):
+        tuner.step()
+
+
 def test_an_epoch_without_steps_is_an_error() -> None:
     """A loop that forgets tuner.step() does not run for ever."""
     tuner = make(strategies.full)
