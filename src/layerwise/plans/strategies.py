@@ -250,7 +250,12 @@ def surgical(
             )
         chosen = thirds(body)[("first", "middle", "last").index(which)]
     else:
-        chosen = select_groups(layers, which)
+        try:
+            chosen = select_groups(layers, which)
+        except PlanError as error:
+            raise PlanError(
+                f"surgical(which={which!r}): expected 'first', 'middle' or 'last', or groups; {error}"
+            ) from error
     trained = [*chosen, last] if head == "train" and last not in chosen else list(chosen)
     strategy = call("surgical", which=which, head=None if head == "train" else head)
     require_freezing(layers, trained, strategy)

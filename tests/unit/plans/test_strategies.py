@@ -231,6 +231,10 @@ REFUSED: dict[str, tuple[Callable[[LayerMap], Plan], str]] = {
         lambda m: strategies.full(m, schedule="cos"),
         "schedule 'cos' is not known .* 'cosine'",
     ),  # type: ignore[arg-type]
+    "a part that is neither a third nor a group": (
+        lambda m: strategies.surgical(m, which="frist"),
+        r"surgical\(which='frist'\): expected 'first', 'middle' or 'last', or groups; group 'frist' is not",
+    ),
     "a head neither trained nor frozen": (
         lambda m: strategies.surgical(m, head="frozen"),  # type: ignore[arg-type]
         r"surgical\(head='frozen'\): expected 'train' or 'freeze'",
