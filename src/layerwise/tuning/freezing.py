@@ -17,6 +17,8 @@ from layerwise.tuning.modes import first_encoder_layers, pin_eval, unpin
 
 _SWITCHED: WeakSet[nn.Module] = WeakSet()
 """Modules that `freeze` pinned or `unfreeze` let go, in this process: not those that somebody else pinned."""
+_HELD: WeakSet[nn.Module] = WeakSet()
+"""Those of them that were pinned and not let go since."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ class FreezeRecord:
         after = {module for module, _ in _wholly_frozen(self._model)}
         others = (module for module in before ^ after if module in _SWITCHED)
         if self.action == "freeze":
-            unpin((*self._modules, *others))
+            _HELD.difference_update(unpin((*self._modules, *others)))
         else:
-            pin_eval((*(module for module in self._modules if module in after), *others))
+            _HELD.update(pin_eval((*(module for module in self._modules if module in after), *others)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data for JSON."""
@@ -187,13 +189,16 @@ def _switch(
         if not parameter.requires_grad:
             parameter.grad = None
     still = dict(_wholly_frozen(model))
-    if wanted:
+    if wanted:  # what was unfrozen by hand is held still
+        still_before = {m: path for path, m in model.named_modules() if m in still_before or m in _HELD}
         changed = unpin(module for module in still_before if module not in still)
+        _HELD.difference_update(changed)
     else:
         named = {id(every[name]) for name in chosen}
         whole = (module for module in still if any(id(p) in named for p in module.parameters()))
         inside = {below for module in whole for below in module.modules()}
         changed = pin_eval(module for module in still if module in inside)
+        _HELD.update(changed)
     _SWITCHED.update(changed)
     paths = still_before if wanted else still
     return FreezeRecord(

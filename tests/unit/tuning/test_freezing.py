@@ -178,6 +178,20 @@ def test_records_are_undone_in_any_order() -> None:
         assert state(model) == before
 
 
+def test_unfreeze_lets_go_what_was_unfrozen_by_hand() -> None:
+    """``requires_grad`` alone wakes no module that `freeze` holds; others' pins stay all the same."""
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.BatchNorm1d(2)).train()
+    freeze(net, "0")
+    freeze_batchnorm(net[1], affine=False)
+    net.requires_grad_(True)
+    assert not net[0][1].training
+    assert unfreeze(net, "0.0").modules == ("0", "0.0", "0.1")
+    assert net[0][1].training and not net[1].training
+    freeze_batchnorm(net, affine=False)
+    unfreeze(net)
+    assert not net[0][1].training
+
+
 def test_undo_leaves_other_peoples_pins() -> None:
     """A norm that was held before by itself is held after the record of its surroundings is undone."""
     model = tiny_cnn()
