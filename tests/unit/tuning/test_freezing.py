@@ -186,7 +186,8 @@ def test_unfreeze_lets_go_what_was_unfrozen_by_hand() -> None:
     net.requires_grad_(True)
     assert not net[0][1].training
     assert unfreeze(net, "0.0").modules == ("0", "0.0", "0.1")
-    assert net[0][1].training and not net[1].training
+    assert net[0][1].training
+    assert not net[1].training
     freeze_batchnorm(net, affine=False)
     unfreeze(net)
     assert not net[0][1].training
