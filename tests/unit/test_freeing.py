@@ -64,7 +64,7 @@ def refused(model: nn.Module) -> None:
 def fitted(model: nn.Module) -> None:
     layers = layerwise.layer_map(model, torch.ones(2, 3, 8, 8))
     plan = layerwise.gradual_unfreezing(layers, epochs_per_group=1, last_epochs=1)
-    layerwise.fit(model, images(), images(), plan=plan, lr=0.1, layers=layers, progress=False)
+    layerwise.fit(model, images(16), images(), plan=plan, lr=0.1, layers=layers, progress=False)
 
 
 @pytest.fixture
