@@ -7,6 +7,7 @@ frozen dataclass with the members of `Task` and one line in `layerwise.training.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 Batch = Any
-"""What a data loader yields: ``(inputs, labels)``, or a mapping with the key ``"labels"``."""
+"""What a data loader yields: ``(inputs, labels)``, or a mapping with the key ``"labels"``, whose other keys
+are the arguments of the model's forward."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,21 @@ def run_model(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's output tensor for a batch: its ``logits`` where it returns a structure.
 
     Raises:
-        DataError: it returns no tensor, or a single number.
+        DataError: its forward does not take a key of the batch; it returns no tensor, or a single number.
     """
     args, kwargs, _ = split_batch(batch)
-    output = model(*args, **kwargs)
+    try:
+        output = model(*args, **kwargs)
+    except TypeError as error:
+        taken = inspect.signature(model.forward).parameters
+        unknown = [str(key) for key in kwargs if key not in taken]
+        if not unknown or any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+            raise
+        raise DataError(
+            f"a batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does not take "
+            f"(it takes {', '.join(taken)}). All keys but 'labels' are its arguments: rename or leave out what "
+            "is none in the data set, or give fit a task whose forward picks them."
+        ) from error
     if isinstance(output, Tensor):
         logits: Any = output
     elif isinstance(output, Mapping):

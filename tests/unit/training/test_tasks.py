@@ -53,3 +53,16 @@ def test_two_outputs_of_one_name_are_refused(kind) -> None:
     # By name a prediction has room for one of them: the other's probability was lost.
     with pytest.raises(DataError, match="'bee' names outputs 0 and 2; expected a name of its own for each"):
         kind(("bee", "ant", "bee")).check(torch.zeros(2, 3), {"labels": torch.zeros(2, 3).long()})
+
+
+def test_keys_that_the_model_does_not_take_are_told_with_those_that_it_takes() -> None:
+    # A data set of somebody's own has paths and ids in its samples; a bare TypeError named one of them.
+    class Takes(nn.Module):
+        def forward(self, pixels: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return pixels * torch.as_tensor(scale + None if scale == 2.0 else scale)
+
+    batch = {"image": torch.zeros(2, 3), "path": ["a", "b"], "labels": torch.zeros(2)}
+    with pytest.raises(DataError, match=r"'image', 'path', which Takes.forward .*takes pixels, scale.*task"):
+        run_model(Takes(), batch)
+    with pytest.raises(TypeError, match="unsupported operand"):  # an error of the model's own is its own
+        run_model(Takes(), {"pixels": torch.zeros(2, 3), "scale": 2.0, "labels": None})
