@@ -55,6 +55,11 @@ def task_from_dict(data: dict[str, Any]) -> Task:
         ) from error
 
 
+def is_known(task: Task) -> bool:
+    """Return whether `task_from_dict` makes it again of its data: it is no class of somebody else's."""
+    return type(task) in (Classification, MultiLabel, Regression, TokenClassification, LanguageModelling)
+
+
 def task_of(data: Any) -> Task | None:
     """Return the task that a data set of texts names itself, None for other data sets.
 
@@ -97,7 +102,8 @@ def infer_task(
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         raise DataError(
             f"labels of the first batch are {kind_of(labels)}; task='auto' knows one integer for each "
-            "sample. Give fit a task object that says what they mean: fit(..., task=...)."
+            "sample. Give fit a task that says what they mean, of layerwise.training.text_tasks: "
+            "task=MultiLabel(classes) for 0 and 1 in [N, classes], Regression.fitted(labels) for numbers."
         )
     names = tuple(str(name) for name in (classes if classes is not None else range(outputs)))
     name = "text_classification" if kwargs else "image_classification"

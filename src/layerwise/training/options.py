@@ -125,7 +125,8 @@ def check_options(values: Mapping[str, Any]) -> None:
     expect(
         "task",
         is_task,
-        "'auto' or a task object, as layerwise.training.classification.Classification(classes)",
+        "'auto' or a task object: Classification(classes) of layerwise.training.classification, "
+        "MultiLabel(classes) or Regression() of layerwise.training.text_tasks, or one of your own",
     )
     classes = values["classes"]  # a set has no order, and a text would be one class a letter
     listed = isinstance(classes, Iterable) and not isinstance(classes, str | set | frozenset | Mapping)

@@ -281,21 +281,22 @@ def can_rebuild(about: Mapping[str, Any]) -> bool:
     return spec is not None and ".py:" not in spec
 
 
-def load_run(path: str | Path, *, model: nn.Module | str | None = None) -> Run:
+def load_run(path: str | Path, *, model: nn.Module | str | None = None, task: Task | None = None) -> Run:
     """Return a run with its model, ready to predict.
 
     The model is built anew from the spec it was opened with, and gets the run's weights. Nothing in the
     folder is executed, nor a Python file that the model came from (``file.py:function``), unless `model`
-    names it. A model that was an object of the caller's own must be given.
+    names it. A model that was an object of the caller's own must be given, and so must a task of that kind.
 
     Args:
         path: the run's folder.
         model: a model of the same architecture, to put the weights into: it is changed. Or a name, as
             `layerwise.sources.models.open_model` takes it, to build one from; a Python file is run.
+        task: what the outputs mean; of the run's classes. None takes the run's own.
 
     Raises:
-        RunError: there is no run, its weights are missing, damaged or do not fit, or the run does not
-            know how to build its model and none is given.
+        RunError: there is no run, its weights are missing, damaged or do not fit, the run does not know how
+            to build its model or task and none is given, or `task` has other classes.
     """
     folder = Path(path)
     about = read_run(folder)
@@ -312,7 +313,18 @@ def load_run(path: str | Path, *, model: nn.Module | str | None = None) -> Run:
             "(model= of layerwise.load_run, which also takes the model itself)."
         )
     named, model = (model, None) if isinstance(model, str) else (None, model)
-    task = task_from_dict(about["task"])
+    if task is None and (name := about.get("task_class")):
+        raise RunError(
+            f"the task of {folder} ({name}) is your own, and its code is not in the run. Make it and pass it: "
+            "layerwise.load_run(path, task=task)."
+        )
+    if task is None:
+        task = task_from_dict(about["task"])
+    elif list(task.classes) != about["task"].get("classes", []):
+        raise RunError(
+            f"the task has the classes {list(task.classes)}, and {folder} was trained on "
+            f"{about['task'].get('classes')}. Give the task the run's classes, in that order."
+        )
     tokenizer = None
     saved = folder / "transformers"  # a finished run of texts has its own configuration and tokenizer
     if model is None:

@@ -21,7 +21,7 @@ from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
 from layerwise.training.evaluate import first_output
 from layerwise.training.fingerprint import fingerprint
-from layerwise.training.known_tasks import infer_task, task_of
+from layerwise.training.known_tasks import infer_task, is_known, task_of
 from layerwise.training.labels import balanced_class_weights, labels_of
 from layerwise.training.options import CacheMode
 from layerwise.training.tasks import Batch, Task, run_model
@@ -315,6 +315,7 @@ def describe(
         **more,
         "model": {"class": type(model).__qualname__, **more.get("model", {})},
         "task": task.to_dict(),
+        **({} if is_known(task) else {"task_class": type(task).__qualname__}),
         "data": {
             "train_samples": samples_in(train.data),
             "val_samples": None if val is None else samples_in(val.data),

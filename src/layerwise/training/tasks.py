@@ -1,7 +1,8 @@
 """`Task`: what a batch means: its loss, its metrics, and how an output reads for people.
 
 A task is a small object that `fit` asks; the loop itself never looks into a batch. A new task is a
-frozen dataclass with the members of `Task` and one line in `layerwise.training.known_tasks.TASKS`.
+frozen dataclass with the members of `Task`; one of layerwise's own also has a line in
+`layerwise.training.known_tasks.TASKS`, from which `load_run` makes it. Others are given to `load_run`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Task(Protocol):
     """What `fit` needs to know about the meaning of a batch.
 
     Attributes:
-        name: key in `layerwise.training.known_tasks.TASKS`; stored in the run.
+        name: of the kind of task, stored in the run: of `layerwise.training.known_tasks.TASKS`, or another.
         classes: names of the classes in the order of the model's outputs; empty where there are none.
         monitor: the metric (or ``"loss"``) that picks the best epoch and stops early.
         mode: whether a higher (``"max"``) or a lower monitor is better.
@@ -50,7 +51,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Key in `TASKS`."""
+        """The kind of task."""
         ...
 
     @property
@@ -105,7 +106,7 @@ class Task(Protocol):
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the task as plain data for ``run.json``; `task_from_dict` is its inverse."""
+        """Return the task as plain data for ``run.json``; of layerwise's own, `task_from_dict` makes it."""
         ...
 
 
@@ -154,9 +155,9 @@ def run_model(model: nn.Module, batch: Batch) -> Tensor:
         if not unknown or any(each.kind is each.VAR_KEYWORD for each in taken.values()):
             raise
         raise DataError(
-            f"a batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does not take "
-            f"(it takes {', '.join(taken)}). All keys but 'labels' are its arguments: rename or leave out what "
-            "is none in the data set, or give fit a task whose forward picks them."
+            f"a batch has {', '.join(map(repr, unknown))}, which {type(model).__name__}.forward does not "
+            f"take (it takes {', '.join(taken)}). All keys but 'labels' are its arguments: rename or leave "
+            "out what is none in the data set, or give fit a task whose forward picks them."
         ) from error
     if isinstance(output, Tensor):
         logits: Any = output

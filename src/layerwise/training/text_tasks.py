@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """Any number of labels for each text, each on or off by itself.
+    """Any number of labels for each sample, each on or off by itself.
 
     The loss is the mean over samples and labels of the binary cross-entropy of each output.
 
@@ -152,7 +152,7 @@ class MultiLabel:
 
 @dataclass(frozen=True)
 class Regression:
-    """One or several numbers for each text.
+    """One or several numbers for each sample.
 
     The loss is the mean squared error of *standardised* numbers, ``(y - mean) / scale``, so that prices
     in thousands and scores in [0, 1] learn at the same rates; metrics and predictions are in the

@@ -7,7 +7,7 @@ import torch
 
 from layerwise.errors import DataError
 from layerwise.training.classification import Classification
-from layerwise.training.known_tasks import TASKS, infer_task, task_from_dict
+from layerwise.training.known_tasks import TASKS, infer_task, is_known, task_from_dict
 from layerwise.training.text_tasks import MultiLabel, Regression
 from layerwise.training.token_tasks import LanguageModelling, TokenClassification
 
@@ -32,6 +32,7 @@ def test_a_task_comes_back_from_json(task):
 def test_every_task_is_in_the_table():
     # A run of any task must be readable by load_run, which looks into TASKS.
     assert [task.name for task in ALL] == list(TASKS)
+    assert all(is_known(task) for task in ALL)
 
 
 def test_an_unknown_name_is_told_with_the_close_one() -> None:
@@ -51,5 +52,5 @@ def test_the_first_batch_tells_the_task() -> None:
     mapping = {"input_ids": torch.zeros(2, 5), "labels": torch.tensor([0, 1])}
     assert infer_task(mapping, classes=CLASSES, outputs=3).name == "text_classification"
     assert infer_task(mapping, classes=[7, 8, 9], outputs=3).classes == ("7", "8", "9")
-    with pytest.raises(DataError, match="float32"):
+    with pytest.raises(DataError, match=r"float32.*text_tasks: task=MultiLabel.*Regression.fitted"):
         infer_task((torch.zeros(2, 3), torch.zeros(2)), classes=None, outputs=3)

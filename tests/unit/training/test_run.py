@@ -1,6 +1,7 @@
 """A run's folder: where it can be made, and what is said of one that cannot be read."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.plans.plan import Plan
 from layerwise.training import run
+from layerwise.training.classification import Classification
 from layerwise.training.fit import fit
 from layerwise.training.kept_weights import load_weights, save_weights
 from layerwise.training.run import create_run, load_run, read_run, require_free
@@ -161,3 +163,35 @@ def test_the_record_holds_the_plan_as_it_was(tmp_path: Path) -> None:
     # Validated again from JSON it is the same plan.
     create_run(tmp_path / "run", plan=tiny_plan(), about=about())
     assert Plan.model_validate(read_run(tmp_path / "run")["plan"]) == tiny_plan()
+
+
+@dataclass(frozen=True)
+class Shouts(Classification):
+    """A task of the caller's own, with a setting and a reading of its own."""
+
+    mark: str = "!"
+
+    def decode(self, output: torch.Tensor) -> list[dict]:
+        return [{**row, "label": row["label"] + self.mark} for row in super().decode(output)]
+
+
+def test_a_run_with_a_task_of_its_own_is_loaded_with_that_task(tmp_path: Path) -> None:
+    # Its code is not in the run; without it the error blamed another version, or another class decoded.
+    task = Shouts(("a", "b", "c"))
+    fit(
+        Tiny(),
+        tiny_data(),
+        plan=tiny_plan(),
+        layers=tiny_layers(Tiny()),
+        task=task,
+        out=tmp_path / "a",
+        progress=False,
+        audit=False,
+    )
+    with pytest.raises(RunError, match=r"task of .*a \(Shouts\) is your own.*load_run\(path, task=task\)"):
+        load_run(tmp_path / "a", model=Tiny())
+    with pytest.raises(RunError, match=r"has the classes \['a', 'b'\].*on \['a', 'b', 'c'\]"):
+        load_run(tmp_path / "a", model=Tiny(), task=Shouts(("a", "b")))
+    loaded = load_run(tmp_path / "a", model=Tiny(), task=task)
+    assert loaded.task is task
+    assert loaded.predict(torch.zeros(1, 8))[0]["label"] in {"a!", "b!", "c!"}
