@@ -135,6 +135,7 @@ class Tuner:
         self._rgn = RelativeGradientNorms()
         self._warned: set[str] = set()
         self._open = False  # inside an epoch
+        self._whole = False  # inside one that had all its steps when it was loaded
         self._unchecked = True  # the next step is the first since groups changed
 
         self._progress.enter(0, plan)
@@ -287,6 +288,14 @@ class Tuner:
         """
         if not self._open:
             self.begin_epoch()
+        if self._whole:
+            self._whole = False
+            self._warn(
+                "whole",
+                f"epoch {self.epoch} had all its {plural(self._progress.step_in_epoch, 'step')} when its "
+                "state was saved, and now gets more. Call tuner.end_epoch() before state_dict() where an "
+                "epoch is over, or leave out the batches that it had",
+            )
         if self._unchecked:
             self._unchecked = False
             name = self.phase.name
@@ -342,7 +351,7 @@ class Tuner:
                 f"Tuner was made for steps_per_epoch={self._steps_per_epoch}; schedules are computed for "
                 "the latter",
             )
-        self._open = False
+        self._open = self._whole = False
         progress.epoch += 1
         progress.step_in_epoch = 0
         if self.done:
@@ -372,7 +381,8 @@ class Tuner:
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model's weights, as data that ``weights_only=True`` loads.
 
-        Tensors are the live ones, as in torch's own state dicts: copy or save before the next step.
+        Tensors are the live ones, as in torch's own state dicts: copy or save before the next step. Where an
+        epoch is over, call `end_epoch` first: until then it is the running one, which `epochs` goes on with.
         """
         return {
             **self._run(),
@@ -399,6 +409,7 @@ class Tuner:
         check_run(state, self._run())
         self._progress = Progress.from_dict(dict(state["progress"]))
         self._open = bool(state["open"])
+        self._whole = self._open and self._progress.step_in_epoch >= self._steps_per_epoch
         self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
         self._run_plateau = Stall(**state.get("run_plateau", state["plateau"]))
         self._rgn = RelativeGradientNorms.from_dict(state["rgn"])

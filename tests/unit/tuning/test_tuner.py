@@ -878,6 +878,27 @@ def test_another_number_of_steps_warns_and_keeps_epochs() -> None:
     assert (tuner.epoch, tuner.step_count) == (4, 4 * STEPS)
 
 
+def test_an_epoch_that_was_saved_whole_is_not_trained_twice_in_silence() -> None:
+    """A loop that saves in its last line, without end_epoch(), gets the same epoch again: told at once."""
+
+    def go_on(saved: Tuner) -> int:
+        tuner = make(strategies.full)
+        tuner.load_state_dict(saved.state_dict())
+        epoch = next(tuner.epochs())
+        F.cross_entropy(tuner._model(torch.zeros(2, 6)), torch.zeros(2).long()).backward()
+        tuner.step()
+        return epoch
+
+    tuner = make(strategies.full)
+    train(tuner, stop=STEPS)
+    with pytest.warns(
+        LayerwiseWarning, match=r"epoch 0 had all its 3 steps.*end_epoch\(\) before state_dict"
+    ):
+        assert go_on(tuner) == 0
+    tuner.end_epoch()
+    assert go_on(tuner) == 1  # and no warning
+
+
 def test_steps_after_the_end_are_an_error() -> None:
     """A finished Tuner does not train on in another loop."""
     tuner = make(lambda layers: strategies.full(layers, epochs=1))
