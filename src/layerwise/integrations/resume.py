@@ -16,7 +16,8 @@ def save_with_optimizer(tuner: Tuner) -> None:
 
     Frameworks save and load the optimiser's state in their own way and at their own time. An optimiser that
     is loaded in another phase than it was saved in has other param groups, which torch refuses; so the
-    Tuner goes into the right phase just before. States without the entry load as always.
+    Tuner goes into the right phase just before. Call it before the first save, and in the process that goes
+    on before the load, which else fails in another phase. States without the entry load as always.
 
     Args:
         tuner: its optimiser gets two hooks; calling twice adds nothing.
