@@ -34,12 +34,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerwise.errors import ModelError, RunError, shorten
+from layerwise.errors import DataError, ModelError, RunError, shorten
 from layerwise.files import remove_leftovers, sha256, with_nulls, write_json
 from layerwise.plans.plan import Plan
 from layerwise.training.kept_weights import PUT_BACK, load_weights, weights_file
 from layerwise.training.known_tasks import task_from_dict
-from layerwise.training.tasks import Task
+from layerwise.training.tasks import Scores, Task
 
 FORMAT = 1
 """Version of the format of ``run.json``."""
@@ -226,7 +226,7 @@ def finish_run(out: Path, result: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or interrupted run, ready to predict.
+    """A finished or interrupted run, ready to predict and to be measured.
 
     Attributes:
         path: its folder.
@@ -274,6 +274,34 @@ class Run:
         whole = {**batch, "labels": None} if isinstance(batch, Mapping) else (batch, None)
         return self.task.decode(first_output(self.model, self.task.forward, whole))
 
+    def evaluate(self, data: Any, *, batch_size: int = 32) -> Scores:
+        """Return loss, metrics and tables on labelled data, as `fit` measures ``test``.
+
+        Args:
+            data: as `fit` takes it: a map-style data set, prepared as in training, or a `DataLoader`.
+            batch_size: samples of one forward pass, for data sets.
+
+        Raises:
+            DataError: labels and outputs do not belong together, or the data set has other classes.
+        """
+        from layerwise.training.data import open_batches
+        from layerwise.training.evaluate import evaluate, first_output
+        from layerwise.training.setup import class_names, first_batch
+
+        batches = open_batches(
+            data, train=False, batch_size=batch_size, name="data", collate=self.task.collate
+        )
+        names = class_names(batches.data)
+        if names is not None and tuple(names) != self.classes:
+            raise DataError(
+                f"the data have the classes {list(names)}, and {self.path} was trained on "
+                f"{list(self.classes)}: their numbers would mean other classes. Give data of all its classes "
+                "and no others."
+            )
+        first = first_batch(batches)
+        self.task.check(first_output(self.model, self.task.forward, first), first)
+        return evaluate(self.model, batches, self.task)
+
 
 def can_rebuild(about: Mapping[str, Any]) -> bool:
     """Return whether a run's model can be built from its name: it is no object and from no Python file."""
@@ -315,8 +343,8 @@ def load_run(path: str | Path, *, model: nn.Module | str | None = None, task: Ta
     named, model = (model, None) if isinstance(model, str) else (None, model)
     if task is None and (name := about.get("task_class")):
         raise RunError(
-            f"the task of {folder} ({name}) is your own, and its code is not in the run. Make it and pass it: "
-            "layerwise.load_run(path, task=task)."
+            f"the task of {folder} ({name}) is your own, and its code is not in the run. Make it and "
+            "pass it: layerwise.load_run(path, task=task)."
         )
     if task is None:
         task = task_from_dict(about["task"])

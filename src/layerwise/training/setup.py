@@ -117,7 +117,7 @@ def find_task(
         task = named
     output = first_output(model, run_model if task == "auto" else task.forward, first)
     if task == "auto":
-        names = classes if classes is not None else _class_names(batches.data)
+        names = classes if classes is not None else class_names(batches.data)
         found = infer_task(first, classes=names, outputs=output.shape[-1], label_smoothing=label_smoothing)
         found.check(output, first)
         if class_weights is not None:
@@ -144,7 +144,8 @@ def find_task(
     return task
 
 
-def _class_names(data: Any) -> Sequence[str] | None:
+def class_names(data: Any) -> Sequence[str] | None:
+    """Return the names of the classes that a data set, or one that it wraps, tells; None where none does."""
     while data is not None:
         if isinstance(names := getattr(data, "classes", None), list | tuple):
             return [str(name) for name in names]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from layerwise.errors import RunError
+from layerwise.errors import DataError, RunError
 from layerwise.plans.plan import Plan
 from layerwise.training import run
 from layerwise.training.classification import Classification
@@ -195,3 +196,36 @@ def test_a_run_with_a_task_of_its_own_is_loaded_with_that_task(tmp_path: Path) -
     loaded = load_run(tmp_path / "a", model=Tiny(), task=task)
     assert loaded.task is task
     assert loaded.predict(torch.zeros(1, 8))[0]["label"] in {"a!", "b!", "c!"}
+
+
+def test_a_loaded_run_measures_data_as_fit_did(tmp_path: Path) -> None:
+    # The kept weights on the test data give the run's own figures, of data sets and of loaders.
+    fitted = fit(
+        Tiny(),
+        tiny_data(),
+        tiny_data(20, seed=2),
+        test=tiny_data(30, seed=3),
+        plan=tiny_plan(),
+        layers=tiny_layers(Tiny()),
+        out=tmp_path / "a",
+        progress=False,
+        audit=False,
+    )
+    loaded = load_run(tmp_path / "a", model=Tiny())
+    found = loaded.evaluate(tiny_data(30, seed=3))
+    assert found.values == fitted.test
+    assert found.tables["confusion"] == fitted.test_tables["confusion"]
+    loader = DataLoader(tiny_data(30, seed=3), batch_size=7)
+    assert loaded.evaluate(loader).values["accuracy"] == found.values["accuracy"]
+
+
+def test_data_of_other_classes_are_not_measured(tmp_path: Path) -> None:
+    # Classes are numbered by name: a folder that lacks one would give all after it other numbers.
+    fit(Tiny(), tiny_data(), plan=tiny_plan(), layers=tiny_layers(Tiny()), out=tmp_path / "a", progress=False)
+    loaded = load_run(tmp_path / "a", model=Tiny())
+    data = tiny_data(6, classes=2)
+    data.classes = ["0", "2"]
+    with pytest.raises(DataError, match=r"have the classes \['0', '2'\].*trained on \['0', '1', '2'\]"):
+        loaded.evaluate(data)
+    with pytest.raises(DataError, match="labels"):
+        loaded.evaluate(TensorDataset(torch.zeros(4, 8), torch.tensor([0, 9, 1, 2])))
