@@ -17,7 +17,6 @@ from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
-from layerwise.plans.storage import to_yaml
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class Advice:
         lines += [f"  {r.about} ({r.confidence}): {r.text}" for r in self.reasons]
         lines += ["", "alternatives:"]
         lines += [f"  {a.described}, lr={a.lr:g}: {a.why}" for a in self.alternatives]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "", to_yaml(self.plan)])
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "", str(self.plan)])
 
 
 def advise(

@@ -82,7 +82,6 @@ def show(found: Advice) -> None:
     """Print advice: what, why, what else, and the plan."""
     from layerwise.cli.choosing_tables import transfer_table
     from layerwise.cli.tables import new_table
-    from layerwise.plans.storage import to_yaml
 
     print_table(transfer_table(found.transfer))
     table = new_table("Reasons", ["", "confidence", "finding"], left=3)
@@ -99,4 +98,4 @@ def show(found: Advice) -> None:
     print_table(table)
     for note in found.notes:
         typer.echo(f"note: {note}")
-    typer.echo(to_yaml(found.plan))
+    typer.echo(str(found.plan))

@@ -226,6 +226,12 @@ class Plan(Data):
 
         return explain(self, layers, lr=lr, steps_per_epoch=steps_per_epoch)
 
+    def __str__(self) -> str:
+        """Return the text of the plan's file."""
+        from layerwise.plans.storage import to_yaml
+
+        return to_yaml(self)
+
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML made to be edited by hand: defaults are left out, frozen groups too.
 

@@ -710,3 +710,10 @@ def test_aliases_of_aliases_are_told_in_few_words(tmp_path):
     with pytest.raises(PlanError, match=r"groups\[0\] is \[\[\[") as caught:
         Plan.load(tmp_path / "plan.yaml")
     assert len(str(caught.value)) < 100_000
+
+
+def test_a_printed_plan_is_its_file(tmp_path: Path) -> None:
+    """Not every default of every phase in one line of a thousand characters."""
+    plan = Plan.model_validate(one())
+    plan.save(tmp_path / "plan.yaml")
+    assert str(plan) == (tmp_path / "plan.yaml").read_text()
