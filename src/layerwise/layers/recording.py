@@ -107,7 +107,8 @@ def record(
         raise RecordingError(
             f"the forward pass of {type(model).__name__} failed with this example input "
             f"({described(arguments)}): {told}. Pass example_input= as the model's forward takes it, batch "
-            f"dimension first: a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+            f"dimension first: a tensor, a tuple of positional arguments, or a dict of keyword arguments (to "
+            f"fit, layers=layerwise.layer_map(model, example))."
         ) from error
     filled = ", with random weights for those on meta" if on_meta else ""
     recording.notes += (

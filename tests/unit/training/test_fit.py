@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from helpers import changed
-from layerwise.errors import DataError, LayerwiseWarning, PlanError, RunError, TrainingError
+from layerwise.errors import DataError, LayerwiseWarning, PlanError, RecordingError, RunError, TrainingError
 from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
 from layerwise.plans.unfreezing import gradual_unfreezing
@@ -753,6 +753,23 @@ def test_a_window_with_a_smaller_batch_is_the_gradient_of_its_samples() -> None:
     assert len(gradients) == 2
     for ours, theirs in zip(gradients, expected):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_task_that_feeds_the_model_otherwise_is_told_to_give_the_map() -> None:
+    """The map's input is made of the batch's keys; fit has no example_input= that the error could mean."""
+
+    class Picks(Classification):
+        def forward(self, model, batch):
+            return model(batch["image"])
+
+    x, y = tiny_data().tensors
+    data = [{"image": one, "labels": label} for one, label in zip(x, y)]
+    task = Picks(("a", "b", "c"))
+    with pytest.raises(
+        RecordingError, match=r"'image'.*to fit, layers=layerwise.layer_map\(model, example\)"
+    ):
+        fit(Tiny(), data, plan=tiny_plan(), task=task, progress=False)
+    fit(Tiny(), data, plan=tiny_plan(), task=task, layers=tiny_layers(Tiny()), progress=False)
 
 
 def test_mappings_are_understood() -> None:
