@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerwise.errors import DataError, shorten
 from layerwise.sources.imagefile import read_image
 from layerwise.sources.preprocessing import Augment, Preprocessing
 
@@ -81,6 +82,23 @@ class ImageSet:
         other = copy.copy(self)
         other.paths = tuple(self.paths[index] for index in indices)
         other.targets = tuple(self.targets[index] for index in indices)
+        return other
+
+    def in_order(self, classes: Sequence[str]) -> ImageSet:
+        """Return the same images, their classes numbered as in `classes`: those of a model, for example.
+
+        Args:
+            classes: of all the names there are; may have more.
+
+        Raises:
+            DataError: one of the set's own is missing.
+        """
+        number = {name: index for index, name in enumerate(classes)}
+        if missing := [name for name in self.classes if name not in number]:
+            raise DataError(f"no class {shorten(missing)} among {shorten(classes)}; leave its images out.")
+        other = copy.copy(self)
+        other.classes = tuple(classes)
+        other.targets = tuple(number[self.classes[target]] for target in self.targets)
         return other
 
     def fingerprint(self) -> str:

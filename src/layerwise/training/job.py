@@ -377,9 +377,8 @@ def option_name(name: str) -> str:
 def _prepared(part: ImageSet, preprocessing: Preprocessing, classes: tuple[str, ...]) -> ImageSet:
     from layerwise.sources.imageset import ImageSet
 
-    number = {name: index for index, name in enumerate(classes)}
-    targets = [number[part.classes[target]] for target in part.targets]
-    return ImageSet(part.paths, targets, classes, preprocessing, augment=part.augment)
+    made = ImageSet(part.paths, part.targets, part.classes, preprocessing, augment=part.augment)
+    return made.in_order(classes)
 
 
 def _digest(part: ImageSet) -> str:

@@ -107,6 +107,17 @@ def test_subset_keeps_samples_and_settings(tmp_path):
     assert torch.equal(part[0][0], data.train[8][0])
 
 
+def test_classes_are_numbered_as_a_model_has_them(tmp_path):
+    # A model may know more classes than a folder has, and have them in another order.
+    whole = open_images(tree(tmp_path), SMALL, val_frac=0.0).train
+    names = [*reversed(whole.classes), "none of them"]
+    other = whole.in_order(names)
+    assert [other.classes[t] for t in other.targets] == [whole.classes[t] for t in whole.targets]
+    assert other[0][1] == other.targets[0] != whole.targets[0]
+    with pytest.raises(DataError, match=f"no class {whole.classes[0]} among {whole.classes[1]}"):
+        whole.in_order(whole.classes[1:])
+
+
 def test_fingerprint_changes_with_files_labels_and_transform(tmp_path):
     root = tree(tmp_path)
     first = open_images(root, SMALL, val_frac=0.0).train
