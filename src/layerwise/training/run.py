@@ -295,8 +295,8 @@ class Run:
         if names is not None and tuple(names) != self.classes:
             raise DataError(
                 f"the data have the classes {list(names)}, and {self.path} was trained on "
-                f"{list(self.classes)}: their numbers would mean other classes. Give data with these classes, in "
-                "this order (a folder's images: data.in_order(run.classes))."
+                f"{list(self.classes)}: their numbers would mean other classes. Give data with these "
+                "classes, in this order (a folder's images: data.in_order(run.classes))."
             )
         first = first_batch(batches)
         self.task.check(first_output(self.model, self.task.forward, first), first)
