@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from layerwise.tuning.modes import pin_eval, unpin
 def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed: int) -> tuple[str, ...]:
     """Initialise all parameters of `groups` anew, and the buffers that belong to their modules.
 
-    A transformers model does it with its own ``_init_weights``, any other with each module's
-    ``reset_parameters``. Vectors that a block holds itself (a layer scale) have neither and keep their
-    values, with a warning. The global random state is put back afterwards.
+    A transformers model does it with its own ``_init_weights``, which draws some weights where it is given
+    the module around them; any other with each module's ``reset_parameters``. Vectors that a block holds
+    itself (a layer scale) have neither and keep their values, with a warning. The global random state is put
+    back afterwards.
 
     Args:
         model: changed in place; not to be undone (keep a copy).
@@ -44,29 +47,22 @@ def reinit(model: nn.Module, layers: LayerMap, groups: tuple[str, ...], *, seed:
             f"started anew: {', '.join(groups)}, but {keep} values, as their "
             f"modules have no reset_parameters(): {', '.join(kept)}",
         )
-    elsewhere = [  # tied weights that stand in another group
-        (parameter, parameter.detach().clone())
-        for module, own in modules
-        for name, parameter in zip(own, module.parameters(recurse=False))
-        if layers.aliases.get(name, name) not in wanted
-    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     held = unpin(module for module, _ in modules)  # a held norm keeps its statistics in reset_parameters
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _out_of_reach(model, layers, wanted):
             torch.manual_seed(seed)
-            for module, _ in modules:
-                if init_weights is not None:
+            if init_weights is None:
+                for module, _ in modules:
+                    initialise = _initialiser(module)
+                    assert initialise is not None
+                    initialise()
+            else:
+                for module in _with_parents(model, {module for module, _ in modules}):
                     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                         if hasattr(tensor, "_is_hf_initialized"):
                             del tensor._is_hf_initialized  # or transformers passes the tensor over
                     init_weights(module)
-                else:
-                    initialise = _initialiser(module)
-                    assert initialise is not None
-                    initialise()
-            for parameter, value in elsewhere:
-                parameter.copy_(value)
     finally:
         pin_eval(held)
     return tuple(name for _, own in modules for name in own if layers.aliases.get(name, name) in wanted)
@@ -113,6 +109,31 @@ def _modules_in(
             f"{', '.join(unknown)}. Give the class one, or leave the group out of `reinit`"
         )
     return modules, kept
+
+
+@contextlib.contextmanager
+def _out_of_reach(model: nn.Module, layers: LayerMap, wanted: set[str]) -> Iterator[None]:
+    """Put others, on meta, in place of all parameters but `wanted`, so that nothing is written to those."""
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if layers.aliases.get(full, full) not in wanted:
+                kept.append((module, name, parameter))
+    try:
+        for module, name, parameter in kept:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
+def _with_parents(module: nn.Module, started: set[nn.Module]) -> list[nn.Module]:
+    """Return `started` modules and those around them, children first, as transformers does it."""
+    inside = [below for child in module.children() for below in _with_parents(child, started)]
+    return [*dict.fromkeys(inside), module] if inside or module in started else []
 
 
 def _is_of_transformers(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 import layerwise
 from layerwise.training.classification import Classification
 from layerwise.training.token_tasks import LanguageModelling
+from layerwise.tuning.reinit import reinit
 from layerwise.tuning.tuner import Tuner
 from tiny_text import CONFIGS, DECODERS, ENCODERS, tiny_model, tiny_tokenizer
 
@@ -228,3 +229,20 @@ def test_the_last_layer_starts_anew_and_no_other(family):
     last = layers.group_of(first_parameters(model, LAYER[family])[-1])
     assert last in changed
     assert not changed & set(layers.names[: layers.names.index(last)])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_that_start_anew_are_spread_as_those_of_a_new_model(family):
+    # T5, ModernBERT and GPT-2 draw some where transformers gives them the module around a layer.
+    model, _, layers = classifier(family)
+    new = weights(tiny_model(family, num_labels=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(9.0)
+    names = reinit(model, layers, layers.names[-2:], seed=0)
+    assert {layers.group_of(name) for name in names} == set(layers.names[-2:])
+    for name, parameter in model.named_parameters():
+        if name not in names:
+            assert torch.equal(parameter, torch.full_like(parameter, 9.0))
+        elif parameter.ndim == 2 and parameter.numel() >= 48:
+            assert float(parameter.detach().std()) == pytest.approx(float(new[name].std()), rel=0.4), name
