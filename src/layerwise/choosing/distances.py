@@ -326,8 +326,8 @@ def interval(
     *,
     level: float = 0.9,
     unbiased: bool = False,
-    floor: float | None = 0.0,
-    ceiling: float | None = None,
+    floor: float = 0.0,
+    ceiling: float = np.inf,
 ) -> Estimate:
     """Return an estimate with its interval from bootstrap draws.
 
@@ -341,7 +341,7 @@ def interval(
         level: share of draws inside the interval, above 0 and below 1.
         unbiased: the figure itself has no such excess; only the draws are re-centred.
         floor: lowest possible value of the true figure: 0 for distances; ends and value are not allowed
-            below. None for none.
+            below. ``-np.inf`` for none.
         ceiling: highest possible value likewise.
     """
     draws = np.asarray(drawn, dtype=np.float64)
@@ -358,8 +358,8 @@ def bootstrap(
     level: float = 0.9,
     seed: int = 0,
     unbiased: bool = False,
-    floor: float | None = 0.0,
-    ceiling: float | None = None,
+    floor: float = 0.0,
+    ceiling: float = np.inf,
 ) -> Estimate:
     """Return `figure` of `samples` with an interval, re-drawing the rows of each array on its own.
 
