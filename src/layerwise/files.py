@@ -110,7 +110,7 @@ def _named(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
+        told = re.search(r"(?:\(os error |Os { code: )(\d+)", str(error))  # the latter before safetensors 0.6
         if type(error).__name__ == "SafetensorError" and told:
             found = OSError(int(told[1]), os.strerror(int(told[1])))
         elif isinstance(error, OSError) and error.errno is not None:  # one with a text alone would lose it
