@@ -38,6 +38,7 @@ def tiny_tokenizer() -> Any:
         sep_token="[SEP]",
         mask_token="[MASK]",
         eos_token="[SEP]",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -65,6 +65,11 @@ FORMS: dict[str, tuple[Function, Function, str]] = {
 def test_exact_in_whatever_form_a_frozen_module_gives_values(name) -> None:
     # what cannot be stored is made anew of what can
     form, plain, site = FORMS[name]
+    if name in ("unsigned", "float8", "powers of two"):
+        try:
+            form(torch.ones(2, 8))[[0]]
+        except (AttributeError, RuntimeError) as error:
+            pytest.skip(f"this torch cannot pick samples of them: {error}")
     cached = both(lambda: Net(form, plain), images, "head")
     assert f"memory, cut at {site} " in cached.text
     assert cached.loads[1:] == [0, 0]

@@ -12,9 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import layerwise
 from cache_loops import assert_same, train
 from unlisted_models import CASES, Net
+from versions import needs_operators_in_modes
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=needs_operators_in_modes) if n == "flexible attention" else n for n in CASES],
+)
 @pytest.mark.filterwarnings("ignore:The prefix cache is off", "ignore:flex_attention called without")
 def test_exact_or_refused_with_a_reason(name) -> None:
     # two shuffled epochs with a smaller last batch: same losses, weights, buffers and random state

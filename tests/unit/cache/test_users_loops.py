@@ -926,7 +926,7 @@ def exported_on_the_way(run: Run) -> None:
     for _ in range(2):
         for number, (x, y) in enumerate(run.batches(loader)):
             if number == 1:
-                run.losses.append(torch.export.export(run.model, (x,)).module()(x).sum().item())
+                run.losses.append(torch.export.export(run.model, (x,), strict=False).module()(x).sum().item())
             run.step((x, y))
 
 

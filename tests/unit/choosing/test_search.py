@@ -601,8 +601,9 @@ class Counted(torch.nn.Conv2d):
         return super().forward(x)
 
 
-def test_a_second_trial_of_a_depth_does_not_compute_its_prefix_again(data):
+def test_a_second_trial_of_a_depth_does_not_compute_its_prefix_again(data, monkeypatch):
     # with the shared cache a trial is one check on a few batches; without, trials x epochs x samples
+    monkeypatch.setattr(optuna_module().trial.Trial, "should_prune", lambda self: False)
     counts, trials = {}, {}
     for cache in ("memory", "off"):
         torch.manual_seed(0)
@@ -823,6 +824,7 @@ def test_a_setting_that_was_pruned_is_pruned_again_and_one_that_was_cut_off_is_t
 ):
     # a trial that failed, without an error, is one that was cut off
     optuna, made = optuna_module(), counted_fits(monkeypatch)
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda self: False)
     options = {"depths": (1, 2), "storage": tmp_path / "j.log", "refit": "none"}
     searched(model, data, trials=2, **options)
     storage = optuna.storages.JournalStorage(

@@ -25,6 +25,7 @@ from layerwise.cli.choosing_tables import transfer_table
 from layerwise.cli.tables import new_table, prediction_table
 from layerwise.errors import DataError, LayerwiseWarning
 from layerwise.files import write_file
+from versions import is_told
 
 
 def test_python_m_layerwise_is_the_command_line() -> None:
@@ -301,7 +302,7 @@ def test_a_number_out_of_range_is_named_with_its_option(arguments: list[str], sa
     # The value too, and what is legal; before a model is opened.
     result = CliRunner().invoke(main.app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert is_told(said, result.stderr)
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,8 @@ def bad_inputs(folder: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_trials_store_no_keys_and_values(work, tmp_path, monkeypatch, name, family):
     # Only generation needs them; `fit` alone stores none either.
+    if family == "t5":
+        pytest.importorskip("transformers", minversion="5", reason="T5 rounded by the place in the batch")
     from layerwise.choosing import auto, curve, trials
 
     told = []

@@ -19,6 +19,7 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
 from layerwise.layers.recording import record
 from layerwise.plans.strategies import linear_probe
+from versions import needs_operators_in_modes
 
 RESNET_STAGES = ("conv1", "layer1", "layer2", "fc")
 
@@ -484,8 +485,7 @@ def test_encoder_decoder(family: str) -> None:
 def test_several_heads_are_one_group() -> None:
     # a distilled DeiT has two output layers; they learn together
     timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
     layers = layer_map(model)
     assert layers.outputs == ("head", "head_dist")
     assert layers.head is not None
@@ -622,7 +622,7 @@ def test_control_flow_that_depends_on_data() -> None:
 
 def test_mixture_of_experts_without_data() -> None:
     # the experts' grouped product is recorded on meta, whatever its size
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5", reason="experts looped over before")
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_hidden_layers=4))
     layers = layer_map(model)
@@ -737,6 +737,7 @@ def test_ddp_wrapped(process_group: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # FSDP on a CPU warns of itself
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="this torch shards on GPUs alone")
 def test_fsdp_wrapped(process_group: None) -> None:
     # parameters sharded by fully_shard are mapped by their full shapes, and training goes on
     from torch.distributed.device_mesh import init_device_mesh
@@ -982,6 +983,7 @@ def test_a_pass_that_reads_no_parameter_is_told() -> None:
         layer_map(Idle(), torch.zeros(2, 4))
 
 
+@needs_operators_in_modes
 def test_a_branch_written_as_an_operator() -> None:
     # torch.cond: the branch that is taken is seen, on real samples
     class Conditional(nn.Module):

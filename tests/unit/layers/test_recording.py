@@ -17,6 +17,7 @@ from layer_nets import SmallResNet, Tokens, image
 from layerwise.errors import ModelError, RecordingError
 from layerwise.layers.recording import record
 from layerwise.layers.structures import map_tensors, tensors_in
+from versions import needs_operators_in_modes
 
 
 def _op(recording: Any, name: str, nth: int = 0) -> Any:
@@ -177,6 +178,7 @@ def test_a_branch_on_computed_values_falls_back_to_two_real_samples() -> None:
     assert len(recording.unread) == 2  # the expert not taken
 
 
+@needs_operators_in_modes
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("fake", [True, False])
 def test_an_operator_that_takes_functions_is_seen_operation_by_operation(fake: bool) -> None:

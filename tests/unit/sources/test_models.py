@@ -212,11 +212,11 @@ def test_a_failed_download_names_the_way_out(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("config.json", "{"), ("config.json", "{}"), ("pytorch_model.bin", None), ("model.safetensors", "cut")],
+    [("config.json", "{"), ("config.json", "{}"), ("model.safetensors", None), ("model.safetensors", "cut")],
 )
 def test_a_folder_of_timm_that_is_damaged_is_told(name, content, tmp_path):
     # One message, whatever timm raises; whole, the folder is opened.
-    timm.models.save_for_hf(timm.create_model("test_efficientnet"), tmp_path)
+    timm.models.save_for_hf(timm.create_model("test_efficientnet"), tmp_path, safe_serialization=True)
     open_model(f"timm:local-dir:{tmp_path}")
     (tmp_path / name).unlink(missing_ok=True)
     if content is not None:

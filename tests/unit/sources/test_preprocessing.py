@@ -51,6 +51,8 @@ def test_oblong_pixels_equal_timms(name, size):
     model = timm.create_model(name)
     config = timm.data.resolve_data_config({"input_size": (3, *size)}, model=model)
     theirs = timm.data.create_transform(**config)
+    if theirs.transforms[0].interpolation.value != config["interpolation"]:
+        pytest.skip("this timm resizes oblongs by another filter than it names")
     for image in (picture(), picture(250, 330), picture(501, 380)):
         got = from_timm(model, size).transform()(image)
         assert torch.equal(got, theirs(image))
@@ -137,6 +139,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_a_processor_does_beyond_is_refused_by_name(tmp_path, kind):
     settings, message = REFUSED[kind]
+    if not hasattr(pytest.importorskip("transformers"), kind):
+        pytest.skip(f"this transformers has no {kind}")
     processor = processor_of(tmp_path, {"image_processor_type": kind, **settings})
     with pytest.raises(ModelError, match=message) as caught:
         from_image_processor(processor.to_dict())

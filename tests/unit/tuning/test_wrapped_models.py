@@ -18,6 +18,7 @@ from layerwise.errors import ModelError
 from layerwise.plans.strategies import full, linear_probe, top_k
 from layerwise.plans.unfreezing import gradual_unfreezing, lp_ft
 from layerwise.tuning.audit import audit
+from layerwise.tuning.audit_graph import COMPILE_NOTICES_SINCE
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import watch
 
@@ -118,6 +119,9 @@ def test_ddp_that_waits_for_frozen_gradients_is_refused() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("LAYERWISE_SKIP_COMPILE") == "1", reason="no compiler")
+@pytest.mark.skipif(
+    torch.__version__ < COMPILE_NOTICES_SINCE, reason="compiled code of this torch is blind to it"
+)
 def test_a_compiled_model_trains_what_is_unfrozen_later() -> None:
     """Compiled before the plan unfreezes, the model still trains the joiners (pytorch #139476)."""
     model = tiny_mlp()
