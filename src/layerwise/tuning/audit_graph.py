@@ -81,9 +81,13 @@ def _ties_that_came_apart(root: nn.Module) -> tuple[str, ...]:
         return ()
     if not (hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")):
         return ()
+    if (
+        model.get_output_embeddings() is None
+    ):  # else, without embeddings, transformers 4 raises of the input's
+        return ()
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(end, "weight", None) for end in ends]
-    if None in ends or any(weight is None for weight in weights) or weights[0] is weights[1]:
+    if ends[0] is None or any(weight is None for weight in weights) or weights[0] is weights[1]:
         return ()
     return tuple(path for path, module in root.named_modules() if any(module is end for end in ends))
 
