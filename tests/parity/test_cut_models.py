@@ -56,6 +56,8 @@ def test_transformers(name) -> None:
 @pytest.mark.parametrize("before", [True, False])
 def test_outputs_collected_by_hooks(name, what, before) -> None:
     # the first call hangs the hooks on the layers for good; what they collect is part of the output
+    pytest.importorskip("transformers", minversion="5", reason="older ones collect them otherwise")
+
     def make(batch):
         model = NAMES[name].build()
         model.set_attn_implementation("eager")  # the others compute no attentions

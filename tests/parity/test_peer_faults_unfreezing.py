@@ -218,7 +218,8 @@ def test_reentrant_checkpointing_in_transformers_gives_no_gradients(reentrant):
         patch_size=4,
     )
     model = transformers.ViTForImageClassification(config)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})  # the second is transformers 4's name
     layerwise.freeze(model, "vit.embeddings")
     model.train()
     x = torch.randn(2, 3, 8, 8)
