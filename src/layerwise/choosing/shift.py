@@ -220,7 +220,13 @@ def early_share(values: list[float]) -> float:
 def _input_shifts(
     target: Features, reference: Signature | None, draws: int, level: float, seed: int
 ) -> tuple[InputShift, ...]:
-    options: dict[str, Any] = {"draws": draws, "level": level, "seed": seed, "unbiased": True, "floor": -np.inf}
+    options: dict[str, Any] = {
+        "draws": draws,
+        "level": level,
+        "seed": seed,
+        "unbiased": True,
+        "floor": -np.inf,
+    }
     found = []
     for name, ours in target.inputs.items():
         theirs = None if reference is None else reference.inputs.get(name)

@@ -81,9 +81,7 @@ def _ties_that_came_apart(root: nn.Module) -> tuple[str, ...]:
         return ()
     if not (hasattr(model, "get_input_embeddings") and hasattr(model, "get_output_embeddings")):
         return ()
-    if (
-        model.get_output_embeddings() is None
-    ):  # else, without embeddings, transformers 4 raises of the input's
+    if model.get_output_embeddings() is None:  # transformers 4 raises of the input's where there are none
         return ()
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(end, "weight", None) for end in ends]
