@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 import layerwise
-from cache_loops import assert_same, both, freeze_prefix, images, off, train
+from cache_loops import Counted, assert_same, both, freeze_prefix, images, off, train
 from gated import Gated, silu_is_uneven
 from helpers import TinyCNN
 from layerwise.cache.cutting.cut import CallId, Site
@@ -292,3 +292,25 @@ def test_a_state_that_begins_with_a_batch_of_another_size(large) -> None:
     cached = run(True)
     assert_same(run(False), cached)
     assert "off" not in cached.text  # looked at is a batch of the same size, if one comes
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_batch_with_gaps_tells_that_one_without_is_packed() -> None:
+    # torch lays samples end to end where all padding of a batch stands at the end: not in the first batch
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(50, 8)
+            self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.body(self.embed(x), src_key_padding_mask=x == 0).mean(1))
+
+    def texts():
+        tokens = torch.randint(1, 50, (22, 6), generator=torch.Generator().manual_seed(3))
+        tokens[:, 4:] = 0
+        tokens[::3, 2] = 0
+        return Counted(tokens, torch.arange(22) % 4)
+
+    assert "lays the samples of a batch end to end" in off(Padded, texts, "head")

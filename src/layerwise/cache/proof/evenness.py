@@ -31,6 +31,7 @@ from layerwise.errors import CacheError
 from layerwise.layers.operators import facts_of, run_inside
 
 _PACKING = frozenset({"_nested_tensor_from_mask", "_nested_from_padded", "_pack_padded_sequence"})
+_MAY_PACK = "_nested_tensor_from_mask_left_aligned"  # where it says no, another batch may be packed
 _OF_TORCH = frozenset({"aten", "prim", "prims", "quantized", "mkldnn", "mkl", "profiler"})
 _TRIED = 256  # numbers for which both routines are compared: 4 % of them differ for silu, 18 % for gelu
 _COUNTED = 50  # integers are drawn below it
@@ -96,7 +97,8 @@ class OpLog(TorchDispatchMode):
 
     Attributes:
         runs: in order.
-        packing: the first operation that lays samples of several lengths end to end; ``""`` if none does.
+        packing: the first operation that lays samples of several lengths end to end, or would those of
+            another batch; ``""`` if none does.
         foreign: the first operation of a library other than torch; ``""`` if there is none.
         enters_autocast: an operation ran within an autocast that what runs entered by itself.
     """
@@ -125,7 +127,7 @@ class OpLog(TorchDispatchMode):
         output = func(*args, **kwargs)
         name = facts_of(func).name
         self.enters_autocast = self.enters_autocast or _autocasts() > self._around
-        if name in _PACKING:
+        if name in _PACKING or (name == _MAY_PACK and not output):
             self.packing = self.packing or name
         if func.namespace not in _OF_TORCH:
             self.foreign = self.foreign or func._schema.name
