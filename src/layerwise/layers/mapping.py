@@ -19,6 +19,8 @@ from layerwise.layers.outputs import head_parameters, output_layers
 from layerwise.layers.recording import record_without_data
 from layerwise.layers.units import Unit, filled_forward, find_units, neighbours_of_unread, together
 
+_MOST_GROWN = 4  # a pass on larger images that takes so many times the operations loops over positions
+
 
 def layer_map(model: nn.Module, example_input: Any = None, granularity: Granularity = "blocks") -> LayerMap:
     """Return the layer groups of any model, in the order in which its input flows through them.
@@ -60,7 +62,8 @@ def layer_map(model: nn.Module, example_input: Any = None, granularity: Granular
         raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to group.")
     recording, arguments, notes = record_example(model, example_input, mode="eval")
     larger = larger_images(arguments)
-    telling = None if larger is None else record_without_data(model, *larger)
+    most_ops = _MOST_GROWN * len(recording.ops)
+    telling = None if larger is None else record_without_data(model, *larger, most_ops=most_ops)
     return map_recording(recording, granularity, notes=notes, telling=telling)
 
 

@@ -49,6 +49,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             (`layerwise.layers.running`).
         draws: look before each operation whether Python's or numpy's generators have drawn; that takes longer
             than to record it.
+        most_ops: more operations than these raise RecordingError; None for any number.
 
     Attributes:
         ops: the operations so far.
@@ -59,14 +60,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, *, fake: bool, draws: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, fake: bool, draws: bool = False, most_ops: int | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.calls: list[Call] = []
         self.values = Values(model)
         self.drawn_from: int | None = None
         self._undrawn = drawn_outside_torch() if draws else None
-        self._model = model
+        self._model, self._most_ops = model, most_ops
         self._running = FakeRun(self.values, model) if fake else RealRun(self.values)
         self._stack: list[Call] = []
         self._times_called: dict[nn.Module, int] = {}
@@ -163,6 +166,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
     ) -> None:
         """Add an operation of the innermost call to `ops`; its fields are those of `Op`."""
         index = len(self.ops)
+        if self._most_ops is not None and index >= self._most_ops:
+            raise RecordingError(f"the forward pass takes more than {self._most_ops} operations")
         if self._undrawn is not None and self.drawn_from is None and drawn_outside_torch() != self._undrawn:
             self.drawn_from = index
         values = [self.values.all[key] for key in reads]

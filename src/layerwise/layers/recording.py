@@ -119,13 +119,17 @@ def record(
 
 
 def record_without_data(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, most_ops: int
 ) -> Recording | None:
-    """Return a recording on fake tensors in evaluation mode; None where the model does not take these."""
+    """Return a recording on fake tensors in evaluation mode; None where the model does not take these.
+
+    None as well where it takes more than `most_ops` operations.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _attempt(model, (tuple(args), dict(kwargs)), fake=True, grad=False, mode="eval")
+            arguments = tuple(args), dict(kwargs)
+            return _attempt(model, arguments, fake=True, grad=False, mode="eval", most_ops=most_ops)
     except Exception:  # anything: it is the model's own code that runs
         return None
 
@@ -138,6 +142,7 @@ def _attempt(
     grad: bool,
     mode: Literal["keep", "eval"],
     draws: bool = False,
+    most_ops: int | None = None,
 ) -> Recording:
     given = arguments
     arguments = map_tensors(arguments, lambda tensor: _on_device_of(model, tensor))
@@ -152,7 +157,9 @@ def _attempt(
         inputs = list(map(without_data, tensors_in(arguments)))
         contents = {name: (p, p.detach()) for name, p in model.named_parameters()}
         undrawn = drawn_outside_torch()
-        recorder, output, changes = _pass(model, arguments, fake=fake, grad=grad, draws=draws)
+        recorder, output, changes = _pass(
+            model, arguments, fake=fake, grad=grad, draws=draws, most_ops=most_ops
+        )
         has_drawn = drawn_outside_torch() != undrawn
         keeping = {
             module: tuple(names) for module, names in changes.items() if Change.MOVED not in names.values()
@@ -184,7 +191,7 @@ def _attempt(
             drawn_from=recorder.drawn_from,
         )
     if has_drawn and not draws:
-        return _attempt(model, given, fake=fake, grad=grad, mode=mode, draws=True)
+        return _attempt(model, given, fake=fake, grad=grad, mode=mode, draws=True, most_ops=most_ops)
     return recording
 
 
@@ -195,9 +202,10 @@ def _pass(
     fake: bool,
     grad: bool,
     draws: bool = False,
+    most_ops: int | None = None,
 ) -> tuple[Recorder, Any, dict[nn.Module, dict[str, Change]]]:
     """Return a recorder that has seen one forward pass, its output, and what became of attributes."""
-    recorder = Recorder(model, fake=fake, draws=draws)
+    recorder = Recorder(model, fake=fake, draws=draws, most_ops=most_ops)
     args, kwargs = map_tensors(arguments, recorder.add_input)
     attributes = Attributes(model)
     with contextlib.ExitStack() as stack:

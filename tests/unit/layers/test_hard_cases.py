@@ -904,6 +904,26 @@ def test_the_head_does_not_depend_on_the_size_of_the_images() -> None:
     assert small.groups[0].flops < large.groups[0].flops  # costs are those of the images given
 
 
+def test_larger_images_are_left_out_where_a_model_goes_through_positions_one_by_one() -> None:
+    # with 16 times the height it takes 16 times the steps; over pixels it would be 256 times
+    steps: list[int] = []
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.cell, self.fc = nn.Conv2d(3, 3, 1), nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = x.new_zeros(len(x), 4)
+            for row in self.stem(x).mean(3).unbind(2):
+                steps.append(1)
+                state = self.cell(row, state)
+            return self.fc(state)
+
+    assert layer_map(Rows(), torch.zeros(2, 3, 8, 8)).names == ("stem", "cell", "fc")
+    assert len(steps) < 8 + 128 // 2
+
+
 class Bare(nn.Module):
     """Has parameters of its own before, between and instead of layers."""
 
