@@ -34,6 +34,7 @@ from layerwise.cache.replay.replaying import Replay, check_replayed
 from layerwise.cache.samples.batchshape import OtherShapeError
 from layerwise.cache.samples.supply import COMPILED, one_line
 from layerwise.cache.store.room import give_back_memory
+from layerwise.cache.store.shelf import NoPlaceError
 from layerwise.cache.telling import told
 from layerwise.cache.traceless import apart, normal_tensors
 from layerwise.errors import CacheError, LayerwiseError
@@ -269,4 +270,4 @@ def _compare(live: Live, compare: Callable[[Any], None], output: Any) -> None:
             compare(output)
         logger.info("prefix cache: %s", told(live.phase))
     except (CacheError, OSError) as error:
-        live.supply.refuse(str(error), live.phase)
+        live.supply.refuse(str(error), live.phase, warns=isinstance(error, NoPlaceError))

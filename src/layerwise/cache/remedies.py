@@ -13,6 +13,7 @@ LET_IT_LEARN = (
 )
 KEEP_APART = ". Keep what no forward pass reads outside of the model"
 FREEZE_BEFORE = ". Freeze the groups before it, and hold them in eval mode (layerwise.Tuner does both)."
+STORE_ELSEWHERE = '. Make room there, or name another folder=, or pass storage="memory"'
 
 MOVE_HOOK = (
     ". Set the hook behind the frozen part, or remove it (that of transformers' gradient checkpointing: "
@@ -26,6 +27,7 @@ def without_remedies(reason: str) -> str:
     >>> without_remedies("off: samples are random. A PrefixCache with views=V stores V draws of each sample")
     'off: samples are random'
     """
-    for remedy in (STORE_VIEWS, CALL_IT, LET_IT_LEARN, KEEP_APART, FREEZE_BEFORE, MOVE_HOOK):
+    remedies = STORE_VIEWS, CALL_IT, LET_IT_LEARN, KEEP_APART, FREEZE_BEFORE, MOVE_HOOK, STORE_ELSEWHERE
+    for remedy in remedies:
         reason = reason.replace(remedy, "")
     return reason

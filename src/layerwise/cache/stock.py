@@ -21,7 +21,7 @@ from layerwise.cache.samples.feed import Feed, SiteColumn
 from layerwise.cache.store.column import Column, RowSpec, Where
 from layerwise.cache.store.decision import Decision, Storage, decide, process_count
 from layerwise.cache.store.room import format_bytes, free_memory_bytes
-from layerwise.cache.store.shelf import Shelf
+from layerwise.cache.store.shelf import NoPlaceError, Shelf
 from layerwise.files import free_disk_bytes
 
 logger = logging.getLogger("layerwise.cache")
@@ -221,7 +221,7 @@ class Stock:
         """Make the columns of `cut` and of the batch's own tensors that do not exist yet.
 
         Raises:
-            OSError: the disk is full.
+            NoPlaceError: see `Shelf.create`.
         """
         for site, spec in self._lacking_sites(feed, cut, values).items():
             source, what = cut.sources[site], f"{type(self._model).__name__} {site}"
@@ -261,7 +261,7 @@ class Stock:
                     try:
                         self.provide(feed, cut, ghosts, values, place)
                         break
-                    except OSError as error:  # less room than the disk says: a quota, another process
+                    except NoPlaceError as error:  # less room than the disk says: a quota, another process
                         why = str(error)
             else:
                 logger.info(

@@ -423,12 +423,27 @@ def test_a_compiled_model_is_refused() -> None:
         next(cache.batches())
 
 
-def test_full_disk_falls_back_with_a_warning(monkeypatch) -> None:
+@pytest.mark.parametrize("storage", ["disk", "auto"])
+def test_full_disk_falls_back_with_a_warning(monkeypatch, storage) -> None:
     def full(descriptor, size, folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("layerwise.cache.store.column.reserve_file", full)
-    assert "No space left" in off(TinyCNN, images, *LAST, storage="disk")
+    monkeypatch.setattr("layerwise.cache.stock.free_memory_bytes", lambda: 0)
+    monkeypatch.setattr("layerwise.cache.store.decision._LEAST_GAIN", 0.0)
+    text = off(TinyCNN, images, *LAST, storage=storage)
+    told = (
+        r"off: nothing can be stored in '.*': No space left on device \([\d,]+ MiB free there\)\. Make room"
+    )
+    assert re.search(told, text)
+
+
+@pytest.mark.parametrize("storage", ["disk", "auto"])
+def test_a_folder_that_is_none_is_told_with_what_to_do(tmp_path, storage, monkeypatch) -> None:
+    monkeypatch.setattr("layerwise.cache.store.decision._LEAST_GAIN", 0.0)
+    (tmp_path / "notes").write_text("mine")
+    text = off(TinyCNN, images, *LAST, storage=storage, folder=tmp_path / "notes")
+    assert f"nothing can be stored in {str(tmp_path / 'notes')!r}: File exists. Make room there, or" in text
 
 
 def test_budget() -> None:

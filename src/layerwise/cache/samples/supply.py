@@ -91,14 +91,20 @@ class Supply:
     changes: int = 0
     _begun: WeakSet[GeneratorType[Any, None, None]] = field(default_factory=WeakSet, repr=False)
 
-    def refuse(self, reason: str, phase: Phase | None = None) -> None:
-        """Note why this loader is not cached, or one of its phases."""
+    def refuse(self, reason: str, phase: Phase | None = None, *, warns: bool = False) -> None:
+        """Note why this loader is not cached, or a phase; warn if `warns` or a cache was asked for.
+
+        Args:
+            reason: a sentence.
+            phase: the one; None for the loader.
+            warns: although nobody asked for a cache.
+        """
         if phase is not None:
             phase.refuse(reason)
         else:
             self.reason = reason
         logger.info("prefix cache off: %s", reason)
-        if self.asked:
+        if self.asked or warns:
             warn(f"The prefix cache is off: {reason.rstrip('.')}.")
 
     def read(self, reader: LoaderReader) -> None:

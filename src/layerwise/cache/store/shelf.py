@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from layerwise.cache.remedies import STORE_ELSEWHERE
 from layerwise.cache.store.column import Column, RowSpec
 from layerwise.errors import CacheError
-from layerwise.files import sha256, write_json
+from layerwise.files import FULL, free_room, sha256, write_json
 
 logger = logging.getLogger("layerwise.cache")
 
@@ -39,6 +40,10 @@ _STALE_S = 3600
 _LOCK = "lock"
 _PART = ".part-"
 _TEMPORARY = "layerwise-part-"
+
+
+class NoPlaceError(CacheError):
+    """Values cannot be stored: the disk is full, or the folder no place for files."""
 
 
 @dataclass(frozen=True)
@@ -146,18 +151,25 @@ class Shelf:
             what: where in which model it is taken.
 
         Raises:
-            OSError: there is no room for it.
+            NoPlaceError: there is no room for it, or no file can be made there.
         """
-        if self._work is None:
-            self._work = _Workroom(self.root, _PART if self.lasting else _TEMPORARY)
-            weakref.finalize(self, self._work.close)
-        folder = self._work.folder / secrets.token_hex(8)
-        folder.mkdir()
         try:
-            column = Column(rows, spec, file=folder / "rows.bin")
-        except BaseException:
-            self._work.remove(folder)
-            raise
+            if self._work is None:
+                self._work = _Workroom(self.root, _PART if self.lasting else _TEMPORARY)
+                weakref.finalize(self, self._work.close)
+            folder = self._work.folder / secrets.token_hex(8)
+            folder.mkdir()
+            try:
+                column = Column(rows, spec, file=folder / "rows.bin")
+            except BaseException:
+                self._work.remove(folder)
+                raise
+        except OSError as error:
+            place = self._lasting or Path(tempfile.gettempdir())
+            room = f" ({free_room(place)} free there)" if error.errno in FULL else ""
+            raise NoPlaceError(
+                f"nothing can be stored in {str(place)!r}: {error.strerror}{room}{STORE_ELSEWHERE}"
+            ) from error
         self._work.filling[column] = folder, key, what
         weakref.finalize(column, self._work.remove, folder)  # its values are worth nothing any more
         return column
