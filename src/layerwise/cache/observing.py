@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -259,6 +259,10 @@ class Observer:
                 feed, phase.cut, phase.ghosts, values,
                 batch=len(rows), prefix_s=prefix_s, suffix_s=suffix_s, epochs=epochs,
             )  # fmt: skip
+        why = "" if self._keep_inputs else feed.why_loaded_again(phase.ghosts)
+        if why:
+            reason = f"{phase.decision.reason}; samples are loaded again in each epoch: {why}"
+            phase.decision = replace(phase.decision, reason=reason)
         where = phase.decision.storage
         if where == "off":
             raise CacheError(phase.decision.reason)

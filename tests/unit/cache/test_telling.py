@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import layerwise
+from cache_loops import Counted, both, images
+from helpers import TinyCNN
 from layerwise.cache.samples.feed import Phase
 from layerwise.cache.store.decision import Decision
 from layerwise.cache.telling import merged
@@ -131,3 +133,29 @@ def test_the_speed_that_is_lost_where_frozen_layers_run_is_told(first, told) -> 
             model(x).sum().backward()
         assert told in cache.describe()
         assert ("frozen operations" in cache.describe()) == bool(told)
+
+
+class Named(Counted):
+    """With what tells samples apart: a path, or a number."""
+
+    tell = staticmethod(lambda index: f"{index}.png")
+
+    def __getitem__(self, index):
+        return *super().__getitem__(index), self.tell(index)
+
+
+class Numbered(Named):
+    tell = staticmethod(int)
+
+
+def test_that_samples_with_texts_are_loaded_in_each_epoch_is_told() -> None:
+    def run(kind, **options):
+        data = images()
+        return both(TinyCNN, lambda: kind(data.inputs, data.labels), "layer2", "fc", **options)
+
+    named, numbered, asked = run(Named), run(Numbered), run(Named, keep_inputs=True)
+    assert "samples are loaded again in each epoch: they hold what is no tensor" in named.text
+    assert "hand out its number instead" in named.text
+    assert numbered.loads[1:] == [0, 0] != named.loads[1:]  # which helps
+    assert "loaded again" not in numbered.text
+    assert "loaded again" not in asked.text

@@ -379,8 +379,17 @@ class Feed:
         So they are where batches hold something that is not stored, or a real input is large. Of several
         draws large inputs are stored as well: another loading is another draw.
         """
-        is_large = self.views == 1 and not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts
-        return self.reload or is_large
+        return bool(self.why_loaded_again(ghosts))
+
+    def why_loaded_again(self, ghosts: frozenset[int]) -> str:
+        """Return why samples are loaded in each epoch (see `loads_again`), for people; ``""`` if they are not."""
+        if self.reload:
+            return (
+                "they hold what is no tensor and is not stored (a path, a text: hand out its number instead)"
+            )
+        if self.views == 1 and not _large_inputs(self.shape.rows, self.link.leaves) <= ghosts:
+            return "what runs reads an input that is too large to be stored"
+        return ""
 
     def stored_leaves(self, ghosts: frozenset[int]) -> list[int]:
         """Return the leaves of the batch that are stored; none if samples are loaded again."""
