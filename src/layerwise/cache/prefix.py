@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -111,7 +112,7 @@ class PrefixCache:
         epochs: int | None = None,
         pool: CachePool | None = None,
     ) -> None:
-        _check_options(storage, budget_bytes, views, dtype, exact)
+        _check_options(storage, budget_bytes, views, dtype, exact, folder, tuner, epochs, pool)
         self.model = unwrap(model)
         self.loader = loader
         self.storage: Storage = storage
@@ -347,7 +348,17 @@ def _copied(loader: DataLoader[Any] | None) -> PrefixCache:
     return made
 
 
-def _check_options(storage: Any, budget_bytes: Any, views: Any, dtype: Any, exact: bool) -> None:
+def _check_options(
+    storage: Any,
+    budget_bytes: Any,
+    views: Any,
+    dtype: Any,
+    exact: bool,
+    folder: Any,
+    tuner: Any,
+    epochs: Any,
+    pool: Any,
+) -> None:
     problems = []
     if storage not in ("auto", "memory", "disk", "off"):
         problems.append(f"storage must be 'auto', 'memory', 'disk' or 'off', got {storage!r}")
@@ -359,5 +370,13 @@ def _check_options(storage: Any, budget_bytes: Any, views: Any, dtype: Any, exac
         problems.append(f"dtype must be None, torch.bfloat16 or torch.float16, got {dtype!r}")
     if dtype is not None and exact:
         problems.append(f"values stored as {dtype} are not exact: pass exact=False as well")
+    if not isinstance(folder, str | os.PathLike | None):
+        problems.append(f"folder must be None or a path, got {folder!r}")
+    if tuner is not None and not hasattr(tuner, "phase_index"):
+        problems.append(f"tuner must be None or a layerwise.Tuner, got a {type(tuner).__name__}")
+    if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+        problems.append(f"epochs must be None or an integer of at least 1, got {epochs!r}")
+    if not isinstance(pool, CachePool | None):
+        problems.append(f"pool must be None or a layerwise.CachePool, got a {type(pool).__name__}")
     if problems:
         raise CacheError("; ".join(problems) + ".")

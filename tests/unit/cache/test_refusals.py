@@ -452,8 +452,13 @@ def test_budget() -> None:
 
 def test_options_are_checked_together() -> None:
     with pytest.raises(CacheError) as caught:
-        layerwise.PrefixCache(TinyCNN(), None, storage="ram", budget_bytes=-1, views=0, dtype=torch.int8)
-    for part in ("got 'ram'", "got -1", "got 0", "torch.int8"):
+        layerwise.PrefixCache(
+            TinyCNN(), None, storage="ram", budget_bytes=-1, views=0, dtype=torch.int8,
+            folder=3, tuner="ulmfit", epochs=0.5, pool={},
+        )  # fmt: skip
+    for part in (
+        "got 'ram'", "got -1", "got 0", "torch.int8", "got 3", "Tuner, got a str", "got 0.5", "got a dict",
+    ):  # fmt: skip
         assert part in str(caught.value)
 
 

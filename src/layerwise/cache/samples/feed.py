@@ -382,7 +382,7 @@ class Feed:
         return bool(self.why_loaded_again(ghosts))
 
     def why_loaded_again(self, ghosts: frozenset[int]) -> str:
-        """Return why samples are loaded in each epoch (see `loads_again`), for people; ``""`` if they are not."""
+        """Return for people why samples are loaded in each epoch (see `loads_again`); ``""`` if not."""
         if self.reload:
             return (
                 "they hold what is no tensor and is not stored (a path, a text: hand out its number instead)"
