@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import tempfile
 import time
@@ -267,7 +268,7 @@ def remove(folder: Path, keys: list[str] | None = None) -> list[Entry]:
         if unknown:
             raise CacheError(
                 f"no cached value in {folder} has a key that begins with {unknown[0]!r}. List them: "
-                f"layerwise cache ls {folder}"
+                f"layerwise cache ls {shlex.quote(str(folder))}"
             )
         chosen = [e for e in present if any(e.key.startswith(key) for key in keys)]
     for entry in chosen:

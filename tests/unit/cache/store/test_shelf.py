@@ -310,6 +310,12 @@ def test_temporary_shelf_leaves_nothing() -> None:
     assert not folder.exists()
 
 
+def test_the_command_that_lists_keys_can_be_pasted(tmp_path) -> None:
+    published(tmp_path / "my cache")
+    with pytest.raises(CacheError, match=r"layerwise cache ls '/.*/my cache'$"):
+        remove(tmp_path / "my cache", ["zz"])
+
+
 def test_list_and_remove(tmp_path) -> None:
     published(tmp_path)
     published(tmp_path, "b" * 40)
