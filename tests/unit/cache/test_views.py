@@ -120,3 +120,20 @@ def test_a_mode_that_changes_where_labels_are_of_no_draw() -> None:
             return self.inputs[index] * (1 + torch.rand(()) * 1e-8), torch.ones(())
 
     assert "cut at" in train(Labelled(), epochs=6, mode=lambda epoch, step: step % 3 != 1)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_workers_draw_anew_for_each_view(filled) -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    model.body.requires_grad_(False)
+    loader = DataLoader(Drawn(), 4, num_workers=1)
+    cache = layerwise.PrefixCache(model, loader, storage="memory", views=3)
+    epochs = []
+    for _ in range(7):
+        epochs.append(torch.cat([model(x).detach()[:, 1] for x, *_ in cache.batches()]))
+        if filled and len(epochs) == 1:
+            cache.fill()
+    first, second, third = (set(epoch.tolist()) for epoch in epochs[:3])
+    assert len(first | second | third) == 3 * 22
+    assert [set(epoch.tolist()) for epoch in epochs[3:]] == [first, second, third, first]

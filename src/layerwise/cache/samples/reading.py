@@ -117,6 +117,7 @@ class LoaderReader:
         self.has_drawn = False
         self.digest = ""
         self._seeded: WeakSet[DataLoader[Any]] = WeakSet()
+        self._times_loaded = 0
         self._own = Snapshot([])  # the dataset's own generators
 
     @property
@@ -155,11 +156,14 @@ class LoaderReader:
     def load(self, batches: Iterator[list[int]]) -> Iterator[Any]:
         """Yield the collated batches of the given indices, by the loader's own workers.
 
-        Draws nothing from the global random numbers in this process, unless the dataset does.
+        Draws nothing from the global random numbers in this process, unless the dataset does. What workers
+        draw differs from call to call, and depends on the seed that torch was given.
         """
         if not self.loader.num_workers and not self.loader.pin_memory:
             return map(self.load_now, batches)
         noting = Noting(self.loader)
+        self._times_loaded += 1
+        seed = (torch.initial_seed() + self._times_loaded) % 2**63
         inner: DataLoader[Any] = DataLoader(
             self.loader.dataset,
             batch_sampler=batches,
@@ -169,7 +173,7 @@ class LoaderReader:
             timeout=self.loader.timeout,
             worker_init_fn=noting.prepare,
             multiprocessing_context=self.loader.multiprocessing_context,
-            generator=torch.Generator(),
+            generator=torch.Generator().manual_seed(seed),
             prefetch_factor=self.loader.prefetch_factor,
         )
         return map(self._noted, iter(inner))
