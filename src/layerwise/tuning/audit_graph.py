@@ -12,6 +12,7 @@ from torch import nn
 
 from layerwise.errors import plural
 from layerwise.tuning.audit_setup import Finding, Setup
+from layerwise.tuning.processes import count_averaged
 
 COMPILE_NOTICES_SINCE = (2, 14)
 """First version of torch on which compiled code was seen here to notice a change of requires_grad."""
@@ -136,8 +137,7 @@ def ddp_before_unfreezing(setup: Setup) -> Iterator[Finding]:
     for path, module in setup.model.named_modules():
         if not isinstance(module, nn.parallel.DistributedDataParallel):
             continue
-        told: Any = module
-        reduced = int(told._get_ddp_logging_data()["num_parameter_tensors"])
+        reduced = count_averaged(module)
         now = sum(parameter.requires_grad for parameter in module.parameters())
         if now > reduced:
             yield Finding(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from layerwise.tuning.calibration import CALIBRATED
 from layerwise.tuning.matching import some
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norms import NormRecord
+from layerwise.tuning.processes import count_averaged
 
 
 def check_first_step(
@@ -68,6 +70,49 @@ def check_first_step(
             f"phase {phase!r}: {plural(len(new), 'parameter')} should learn but got no gradient at its "
             f"first step: {some(new)}. The forward pass does not use them, or is cut from the loss",
         )
+
+
+def check_averaged(phase: str, ever: Collection[nn.Parameter], told: set[str]) -> None:
+    """Check that a DistributedDataParallel around the model averages the gradients of all that learns now.
+
+    It only ever averages those of parameters that required them when it was built. The Tuner may have been
+    made before it and hold the model alone, so it is looked for among all objects.
+
+    Args:
+        phase: the phase's name, for messages.
+        ever: the parameters that learn in some phase.
+        told: what was warned of before; grows.
+
+    Raises:
+        ModelError: gradients of what learns now stay with each process.
+
+    Warns:
+        LayerwiseWarning: those of a later phase would.
+    """
+    later = {id(parameter) for parameter in ever}
+    most: dict[nn.Module, int] = {}  # a model that was wrapped anew may have its old wrapper still
+    for wrapper in gc.get_objects():
+        if issubclass(type(wrapper), nn.parallel.DistributedDataParallel):
+            most[wrapper.module] = max(most.get(wrapper.module, 0), count_averaged(wrapper))
+    for module, averaged in most.items():
+        parameters = list(module.parameters())
+        now = sum(p.requires_grad for p in parameters)
+        planned = sum(p.requires_grad or id(p) in later for p in parameters)
+        why = (
+            f"DistributedDataParallel averages the gradients of {plural(averaged, 'parameter')}, those that "
+            "required them when it was built, but"
+        )
+        fix = (
+            "each process would train its own copy of the others. Wrap the model inside of `with "
+            "tuner.all_phases():`, with find_unused_parameters=True"
+        )
+        if later.isdisjoint(map(id, parameters)):
+            continue
+        if now > averaged:
+            raise ModelError(f"phase {phase!r}: {why} {now} learn now: {fix}")
+        if planned > averaged and "!averaged" not in told:
+            told.add("!averaged")
+            warn(f"{why} {planned} learn in the whole plan: {fix}, or anew when a phase unfreezes")
 
 
 def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:

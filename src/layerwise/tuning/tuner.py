@@ -29,13 +29,14 @@ from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.timeline import joining, learning
-from layerwise.tuning.checks import check_calibrated, check_first_step, check_norms
+from layerwise.tuning.checks import check_averaged, check_calibrated, check_first_step, check_norms
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.learners import Learners
 from layerwise.tuning.matching import check_ddp, check_numbers, check_plan, layers_for
 from layerwise.tuning.norms import NormRecord
 from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
 from layerwise.tuning.param_groups import GroupSpec
+from layerwise.tuning.processes import distributed
 from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates, rates_by_name
 from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained_names
@@ -262,8 +263,9 @@ class Tuner:
                 wrapped optimiser has its own, as Accelerate's does.
 
         Raises:
-            ModelError: on the first step of a phase: no trainable parameter has a gradient, or what the
-                optimiser holds is not what should learn.
+            ModelError: on the first step of a phase: no trainable parameter has a gradient; what the
+                optimiser holds is not what should learn; or a DistributedDataParallel was built while some
+                of it was frozen, and leaves its gradients to each process.
         """
         if self.done:
             self._after_the_end()
@@ -297,12 +299,15 @@ class Tuner:
                 "epoch is over, or leave out the batches that it had",
             )
         if self._unchecked:
-            self._unchecked = False
             name = self.phase.name
             check_first_step(name, self._model, self._parameters, self.optimizer, self._warned)
+            if distributed():
+                ever = [self._parameters[key] for key in self._learners.names_ever()]
+                check_averaged(name, ever, self._warned)
             check_norms(name, self._model, self.norms)
             if self._progress.step_in_phase == 0:
                 check_calibrated(name, self._model, self.norms)
+            self._unchecked = False
         phase = self.phase
         if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
             self._set_rates()

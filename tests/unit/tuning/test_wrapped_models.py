@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 
 from helpers import batches, changed, map_by_children, snapshot, tiny_cnn, tiny_mlp
-from layerwise.errors import ModelError
+from layerwise.errors import LayerwiseWarning, ModelError
 from layerwise.plans.strategies import full, linear_probe, top_k
 from layerwise.plans.unfreezing import gradual_unfreezing, lp_ft
 from layerwise.tuning.audit import audit
@@ -116,6 +116,37 @@ def test_ddp_that_waits_for_frozen_gradients_is_refused() -> None:
     with pytest.raises(ModelError, match="find_unused_parameters=True"):
         Tuner(wrapped, linear_probe(layers), torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)
     Tuner(wrapped, full(layers), torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("tuner_first", [False, True])
+def test_ddp_that_would_not_average_later_groups_is_told_at_once_and_refused_then(tuner_first: bool) -> None:
+    """Built while a group is frozen, it leaves that group's gradients to each process."""
+    model = tiny_mlp()
+    layers = map_by_children(model)
+    model.requires_grad_(False)
+    model.get_submodule("head").requires_grad_(True)
+    bystander = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    wrapped: nn.Module = model
+    if not tuner_first:
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    plan = lp_ft(layers, epochs=2)
+    tuner = Tuner(wrapped, plan, torch.optim.AdamW, lr=0.1, steps_per_epoch=2, layers=layers)
+    if tuner_first:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    with (
+        pytest.warns(LayerwiseWarning, match="gradients of 2 parameters.*8 learn in the whole plan"),
+        pytest.raises(ModelError, match=r"phase 'tune'.*2 parameters.*8 learn now.*tuner\.all_phases"),
+    ):
+        run(wrapped, tuner)
+    assert tuner.step_count == 2  # those of the first phase
+
+    again = nn.parallel.DistributedDataParallel(model)  # wrapped anew, the phase can begin
+    for inputs, labels in batches(2, (6,), classes=3, seed=1):
+        F.cross_entropy(again(inputs), labels).backward()
+        tuner.step()
+    assert (tuner.phase_index, tuner.step_in_phase) == (1, 2)
+    del bystander  # it lived until here, and is not of this model
 
 
 @pytest.mark.skipif(os.environ.get("LAYERWISE_SKIP_COMPILE") == "1", reason="no compiler")
