@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -49,10 +49,7 @@ class LayerTable:
         yield table
 
     def __str__(self) -> str:
-        """Return the table as plain text, 110 columns wide."""
-        buffer = io.StringIO()
-        Console(file=buffer, width=_WIDTH).print(self)
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        return as_text(self)
 
 
 def _table(layers: LayerMap, trainable: dict[str, int] | None, without: Collection[str]) -> Table:
@@ -107,6 +104,13 @@ def trainable_numel(layers: LayerMap, model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad:
             counts[layers.group_of(name)] += parameter.numel()
     return counts
+
+
+def as_text(table: RenderableType) -> str:
+    """Return a table as plain text, 110 columns wide."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=_WIDTH).print(table)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
 def _shown(modules: tuple[str, ...]) -> str:

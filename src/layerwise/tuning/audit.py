@@ -110,18 +110,18 @@ class Audit:
         }
 
     def __str__(self) -> str:
-        if not self.findings:
-            return "audit: no findings"
-        return "\n".join(
+        from layerwise.layers.table import as_text
+
+        findings = [
             f"{found.severity}: {found.code}: {found.module}\n  {found.why}\n  fix: {found.fix}"
             for found in self.findings
-        )
+        ]
+        rates = [as_text(self._rate_table())] if self.rates else []
+        return "\n".join((*(findings or ["audit: no findings"]), *rates, *self.notes))
 
     def __rich__(self) -> Any:
-        from rich import box
         from rich.console import Group
         from rich.padding import Padding
-        from rich.table import Table
         from rich.text import Text
 
         shown: list[Any] = [] if self.findings else [Text("audit: no findings", style="bold")]
@@ -131,15 +131,22 @@ class Audit:
             shown.append(Padding(Text(found.why), (0, 0, 0, 2)))
             shown.append(Padding(Text(f"Fix: {found.fix}"), (0, 0, 1, 2)))
         if self.rates:
-            rates = Table(title="Rates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-            for column in ("group", "learning rate", "weight decay", "learns", "does not"):
-                rates.add_column(column, justify="left" if column == "group" else "right")
-            for row in self.rates:
-                rate = " .. ".join(f"{rate:g}" for rate in dict.fromkeys(row.lr or ()))
-                settings = (rate or "its own", f"{row.weight_decay:g}") if row.trainable else ("-", "-")
-                rates.add_row(Text(row.name), *settings, f"{row.trainable:,}", f"{row.frozen:,}")
-            shown.append(rates)
+            shown.append(self._rate_table())
         return Group(*shown, *map(Text, self.notes))
+
+    def _rate_table(self) -> Any:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        rates = Table(title="Rates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("group", "learning rate", "weight decay", "learns", "does not"):
+            rates.add_column(column, justify="left" if column == "group" else "right")
+        for row in self.rates:
+            rate = " .. ".join(f"{rate:g}" for rate in dict.fromkeys(row.lr or ()))
+            settings = (rate or "its own", f"{row.weight_decay:g}") if row.trainable else ("-", "-")
+            rates.add_row(Text(row.name), *settings, f"{row.trainable:,}", f"{row.frozen:,}")
+        return rates
 
 
 def audit(

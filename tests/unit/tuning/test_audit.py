@@ -86,7 +86,8 @@ def test_a_sound_set_up_has_no_findings(net):
     frozen(net, "stem")
     report = audit(net, no_decay_groups(net), layers=map_by_children(net), loader=data())
     assert report.findings == ()
-    assert str(report) == "audit: no findings"
+    assert str(report).startswith("audit: no findings\n")
+    assert str(audit(net)) == "audit: no findings"  # no empty table
     console = Console(file=io.StringIO())
     console.print(report)
     assert "what and why" not in console.file.getvalue()  # no empty table
@@ -799,6 +800,23 @@ def test_the_table_of_rates_does_not_speak_against_the_findings(net):
     shown = {row[0]: row[1:3] for row in rows if len(row) > 3}
     assert shown["stem"] == shown["mid"] == ["-", "-"]
     assert shown["fc"] == ["0.1", "0.5"]
+
+
+def test_a_printed_report_has_the_table_of_rates_and_the_notes(net):
+    # As on the command line: print() knows nothing of Rich.
+    lines = str(audit(net, no_decay_groups(net), layers=map_by_children(net))).splitlines()
+    head = next(number for number, line in enumerate(lines) if line.split() == ["Rates"])
+    assert [line.split()[0] for line in lines[head:] if " 0.1 " in line] == ["stem", "mid", "fc"]
+
+    class TakesTwo(Net):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    two = TakesTwo()
+    groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip(two.children(), (0.1, 0.2, 0.3))]
+    report = audit(two, SGD(groups))
+    assert report.notes
+    assert str(report).endswith(report.notes[-1])
 
 
 @pytest.mark.parametrize("width", [80, 120])
