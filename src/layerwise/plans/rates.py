@@ -25,7 +25,7 @@ def rate(eta: float, alpha: float, depth: int) -> float:
 
     Args:
         eta: the base rate η, that of the head; at least 0.
-        alpha: the decay α from one group to the one before it; above 0.
+        alpha: the decay α from one group to the one before it; above 0, at most 1.
         depth: ``L - l``; 0 is the head.
 
     >>> f"{rate(3e-5, 0.9, 3):.3g}"
@@ -38,7 +38,7 @@ def decayed(names: Sequence[str], alpha: float) -> dict[str, float]:
     """Return the multiplier ``alpha ** (L - l)`` of each of the groups `names`, given input -> output.
 
     Raises:
-        PlanError: `alpha` is not a number above 0.
+        PlanError: `alpha` is not a number above 0 and at most 1.
 
     >>> decayed(["stem", "block", "head"], 0.5)
     {'stem': 0.25, 'block': 0.5, 'head': 1.0}
@@ -59,12 +59,19 @@ def rate_table(layers: int, eta: float, alphas: Sequence[float]) -> dict[float, 
 
 
 def check_decay(alpha: float) -> None:
-    """Raise `PlanError` unless `alpha` is a number above 0."""
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-        raise PlanError(
-            f"decay is {alpha!r}; expected a number above 0, usually between 0.7 (aggressive) and 0.99 "
-            "(gentle). To freeze groups, use `frozen=` or a strategy that freezes"
+    """Raise `PlanError` unless `alpha` is a number above 0 and at most 1."""
+    if isinstance(alpha, int | float) and 0 < alpha <= 1:
+        return
+    told = (
+        f"decay is {alpha!r}; expected a number above 0 and at most 1, usually between 0.7 (aggressive) and "
+        "0.99 (gentle). To freeze groups, use `frozen=` or a strategy that freezes"
+    )
+    if isinstance(alpha, int | float) and 1 < alpha < math.inf:
+        told += (
+            f". To divide the rate by {alpha!r} from group to group, the decay is 1 / {alpha!r}; rates that "
+            "rise towards the input are given by name (`rates` of discriminative)"
         )
+    raise PlanError(told)
 
 
 def multipliers(phase: Phase, layers: LayerMap) -> dict[str, float]:

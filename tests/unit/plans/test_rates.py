@@ -39,3 +39,10 @@ def test_a_decay_out_of_range_is_refused(alpha: float) -> None:
     """The received value and the usual range stand in the message."""
     with pytest.raises(PlanError, match=r"usually between 0\.7"):
         decayed(["a", "b"], alpha)
+
+
+def test_a_divisor_in_place_of_a_decay_is_told() -> None:
+    """ULMFiT's 2.6 would train the input 2.6 times faster a group; rising rates are given by name."""
+    with pytest.raises(PlanError, match=r"decay is 2\.6.*at most 1.*1 / 2\.6.*`rates`"):
+        decayed(["a", "b"], 2.6)
+    assert decayed(["a", "b"], 1) == {"a": 1, "b": 1}
