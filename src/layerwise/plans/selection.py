@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from layerwise.errors import PlanError, did_you_mean
 from layerwise.layers.layermap import LayerMap
@@ -76,7 +76,9 @@ def _named(layers: LayerMap, name: str) -> list[str]:
     return [layers[name].name]
 
 
-def match_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+def match_names(
+    patterns: Sequence[str], names: Iterable[str], *, apart: Mapping[str, str] | None = None
+) -> list[str]:
     """Return those of `names` that at least one of `patterns` matches, in the order of `names`.
 
     Args:
@@ -90,6 +92,7 @@ def match_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
             - ``re:`` and a regular expression that is searched for in the name
 
         names: dotted names of parameters.
+        apart: other names -> what is said of a pattern that matches these alone.
 
     Raises:
         PlanError: a pattern matches nothing (closest names are listed), or is not a valid regular
@@ -113,7 +116,9 @@ def match_names(patterns: Sequence[str], names: Iterable[str]) -> list[str]:
             continue
         chosen.update(found)
         if not found:
-            problems.append(f"pattern {pattern!r} matches no parameter.{_close(pattern, names)}")
+            known = (why for name, why in (apart or {}).items() if _matches(pattern, name))
+            why = next(known, f"matches no parameter.{_close(pattern, names)}")
+            problems.append(f"pattern {pattern!r} {why}")
     if problems:
         raise PlanError(
             "; ".join(problems)

@@ -12,6 +12,7 @@ from torch import nn
 
 from layerwise.errors import ModelError, percent, plural
 from layerwise.layers.isolation import require_module
+from layerwise.layers.norms import find_norms
 from layerwise.plans.selection import match_names
 from layerwise.tuning.modes import first_encoder_layers, pin_eval, unpin
 
@@ -174,7 +175,7 @@ def _switch(
 ) -> FreezeRecord:
     require_module(model)
     every = dict(model.named_parameters(remove_duplicate=False))
-    chosen = match_names(patterns, every) if patterns else list(every)
+    chosen = match_names(patterns, every, apart=_without_parameters(model)) if patterns else list(every)
     wanted = action == "unfreeze"
     still_before = dict(_wholly_frozen(model))
     switched: dict[int, tuple[str, nn.Parameter]] = {}
@@ -213,6 +214,20 @@ def _switch(
         _parameters=tuple(parameter for _, parameter in switched.values()),
         _modules=changed,
     )
+
+
+def _without_parameters(model: nn.Module) -> dict[str, str]:
+    """Return what to say of a pattern that names a module without parameters, by the module's path."""
+    told = {
+        path: f"names a {type(module).__name__} without parameters, which has nothing to freeze."
+        for path, module in model.named_modules()
+        if path and next(module.parameters(), None) is None
+    }
+    for norm in find_norms(model):
+        if norm.name in told and norm.kind == "running":
+            call = f"layerwise.freeze_batchnorm(model.get_submodule({norm.name!r}))"
+            told[norm.name] += f" {call} holds its statistics."
+    return told
 
 
 def _wholly_frozen(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -210,6 +210,23 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     assert count_parameters(model).frozen == 0
 
 
+def test_a_module_without_parameters_is_told_from_an_unknown_name() -> None:
+    """A norm without gains has statistics to hold all the same, and the message says by what."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False), nn.ReLU())
+    model.add_module("bn_last", nn.BatchNorm1d(2, affine=False))
+    with pytest.raises(
+        PlanError, match=r"'1' names a BatchNorm1d without parameters.*freeze_batchnorm\(model"
+    ):
+        freeze(model, "0", "1")
+    with pytest.raises(PlanError, match=r"'bn\*' names a BatchNorm1d without parameters"):
+        freeze(model, "bn*")
+    with pytest.raises(PlanError, match=r"'2' names a ReLU without parameters, which has nothing to freeze"):
+        freeze(model, "2")
+    assert all(parameter.requires_grad for parameter in model.parameters())  # all or nothing
+    freeze_batchnorm(model.get_submodule("1"))
+    assert not model.train().get_submodule("1").training
+
+
 def test_shared_parameters_are_counted_and_named_once() -> None:
     """Tied weights are one parameter, whatever name freezes it."""
     model = tiny_mlp(blocks=1, classes=6)
