@@ -18,6 +18,7 @@ from layerwise.tuning.passes import Forward, feed
 
 CHECKS: tuple[Callable[[Setup], Iterator[Finding]], ...] = (
     audit_modes.frozen_norms_in_train_mode,
+    audit_modes.norms_with_old_statistics,
     audit_modes.norms_that_move_in_frozen_parts,
     audit_modes.norms_without_statistics,
     audit_modes.dropout_in_frozen_parts,

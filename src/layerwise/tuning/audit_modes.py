@@ -67,6 +67,29 @@ def frozen_norms_in_train_mode(setup: Setup) -> Iterator[Finding]:
         )
 
 
+def norms_with_old_statistics(setup: Setup) -> Iterator[Finding]:
+    """Batch-norm that learns and has statistics, which it neither reads in train mode nor moves."""
+    frozen = {norm.module for norm in setup.frozen_norms}
+    names = [
+        norm.name
+        for norm in setup.norms
+        if norm.kind == "running"
+        and norm.module not in frozen
+        and setup.training[norm.module]
+        and not getattr(norm.module, "track_running_stats", True)
+    ]
+    if names:
+        yield Finding(
+            "error",
+            "norm-keeps-old-statistics",
+            tuple(names),
+            "These batch-norms learn with track_running_stats=False (left behind by Lightning's "
+            "freeze(train_bn=False)): in train mode they normalise by the batch, in eval mode by the old "
+            "statistics, which no longer fit.",
+            "set track_running_stats back to True; if statistics should hold, freeze the norms",
+        )
+
+
 def norms_that_move_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
     """Batch-norm that learns between frozen layers."""
     frozen = {norm.module for norm in setup.frozen_norms}

@@ -122,8 +122,8 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
         ModelError: one of them was replaced by another module since the phase began.
 
     Warns:
-        LayerwiseWarning: one that should move is in eval mode; or a policy asks for norms to adapt, and the
-            model, or the group that it is of, has none that do.
+        LayerwiseWarning: one that should move is in eval mode, or does not track; or a policy asks for norms
+            to adapt, and the model, or the group that it is of, has none that do.
     """
     asked = norms.policy in ("adapt", "freeze_until", "calibrate")
     if asked and not (norms.adapting or norms.fixed or norms.trainable):
@@ -146,13 +146,20 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
             "and Lightning's sync_batchnorm=True make new ones). Convert the model first, then make the "
             "layer map and the Tuner"
         )
-    moving = (path for path in norms.adapting if path in modules and not pinned(modules[path]))
+    moving = [path for path in norms.adapting if path in modules and not pinned(modules[path])]
     asleep = [path for path in moving if not modules[path].training]
     if asleep:
         warn(
             f"phase {phase!r}: the statistics of {some(asleep)} should move, but these are in eval mode. "
             "Call model.train() in each epoch: modes put back one by one after validation leave what was "
             "frozen then in eval mode. To hold the statistics, use the norm policy 'freeze'",
+        )
+    untracked = [path for path in moving if not getattr(modules[path], "track_running_stats", True)]
+    if untracked:
+        warn(
+            f"phase {phase!r}: the statistics of {some(untracked)} should move, but are not tracked "
+            "(Lightning's freeze(train_bn=False) leaves that behind): train mode normalises by the batch, "
+            "eval mode by the old statistics. Before the Tuner is made, set track_running_stats to True",
         )
 
 

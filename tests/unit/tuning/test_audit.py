@@ -142,6 +142,15 @@ def test_a_frozen_norm_without_tracking_normalises_by_the_batch(net):
     assert "frozen-norm-uses-batch" in audit(net).codes
 
 
+def test_a_norm_that_learns_without_tracking_keeps_its_old_statistics(net):
+    # What Lightning's freeze(train_bn=False) leaves behind: train and eval mode part as the net learns.
+    net.stem[1].track_running_stats = False
+    found = {f.code: f.modules for f in audit(net)}
+    assert found == {"norm-keeps-old-statistics": ("stem.1",)}
+    net.stem[1] = nn.BatchNorm1d(4, track_running_stats=False)  # built so, it has none
+    assert audit(net).findings == ()
+
+
 def test_a_norm_that_learns_between_frozen_layers(net):
     net.stem.requires_grad_(False)
     net.stem[1].requires_grad_(True)

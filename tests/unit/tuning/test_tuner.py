@@ -151,6 +151,18 @@ def test_norms_that_should_move_and_are_in_eval_mode_are_told() -> None:
     steps()  # those of layer1.1 move as well, and nothing is told
 
 
+def test_statistics_that_should_move_and_are_not_tracked_are_told() -> None:
+    """Where tracking was switched off, a norm that learns keeps its old statistics for eval mode."""
+    model = tiny_cnn().train()
+    for path in ("stem.1", "layer2.1"):
+        model.get_submodule(path).track_running_stats = False  # type: ignore[assignment]
+    tuner = make(lambda layers: strategies.blocks(layers, ["layer2", "head"], epochs=1), model=model)
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    told = r"statistics of 'layer2\.1' should move, but .*set track_running_stats to True"
+    with pytest.warns(LayerwiseWarning, match=told):
+        tuner.step()
+
+
 def test_norm_policies_decide_over_the_affine_parameters() -> None:
     """Policy freeze takes norms out of learning groups; adapt adds those of frozen ones, at its rate."""
     norms = {f"{part}.1.{kind}" for part in ("stem", "layer1", "layer2") for kind in ("weight", "bias")}
