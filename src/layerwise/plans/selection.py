@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from layerwise.errors import PlanError, did_you_mean
@@ -105,7 +106,8 @@ def match_names(
     chosen: set[str] = set()
     if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise PlanError(
-            f"{odd[0]!r} is no pattern; give each one as a text of its own: freeze(model, 'a', 'b')"
+            f"{reprlib.repr(odd[0])} is no pattern; give each one as a text of its own: "
+            "freeze(model, 'a', 'b')"
         )
     problems = []
     for pattern in patterns:

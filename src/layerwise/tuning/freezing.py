@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from layerwise.errors import ModelError, percent, plural
+from layerwise.errors import ModelError, PlanError, percent, plural
 from layerwise.layers.isolation import require_module
 from layerwise.layers.norms import find_norms
 from layerwise.plans.selection import match_names
@@ -119,7 +119,7 @@ def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
         The record of the change; its ``undo()`` takes it back.
 
     Raises:
-        PlanError: a pattern matches no parameter; the closest names are listed.
+        PlanError: a pattern matches no parameter (the closest names are listed), or is no text.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
     >>> freeze(model, "0").names
@@ -145,7 +145,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> FreezeRecord:
         The record of the change; its ``undo()`` takes it back.
 
     Raises:
-        PlanError: a pattern matches no parameter.
+        PlanError: a pattern matches no parameter, or is no text.
     """
     return _switch(model, patterns, "unfreeze")
 
@@ -174,6 +174,12 @@ def _switch(
     model: nn.Module, patterns: tuple[str, ...], action: Literal["freeze", "unfreeze"]
 ) -> FreezeRecord:
     require_module(model)
+    for given in patterns:
+        if isinstance(given, nn.Module):
+            raise PlanError(
+                f"{action}(model, {type(given).__name__}(...)): patterns are texts, such as a module's path; "
+                f"to {action} a module itself: {action}(module)"
+            )
     every = dict(model.named_parameters(remove_duplicate=False))
     chosen = match_names(patterns, every, apart=_without_parameters(model)) if patterns else list(every)
     wanted = action == "unfreeze"

@@ -271,6 +271,18 @@ def test_patterns_are_given_one_by_one() -> None:
         freeze(nn.Sequential(nn.Linear(2, 2)), ["0", "1"])  # type: ignore[arg-type]
 
 
+def test_a_module_in_the_place_of_a_pattern_is_told_how() -> None:
+    """As other libraries take modules; what would be printed of a large one is no help."""
+    model = tiny_cnn()
+    told = r"freeze\(model, Sequential\(\.\.\.\)\): patterns are texts.*a module itself: freeze\(module\)"
+    with pytest.raises(PlanError, match=told) as caught:
+        freeze(model, model.get_submodule("stem"))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PlanError, match=r"unfreeze\(model, Sequential"):
+        unfreeze(model, "head", model.get_submodule("stem"))  # type: ignore[arg-type]
+    assert count_parameters(model).frozen == 0
+
+
 def test_the_record_is_plain_data() -> None:
     """JSON holds all of it, and none of the live parameters that undo() needs."""
     record = freeze(tiny_cnn(), "stem")
