@@ -11,7 +11,7 @@ from weakref import WeakSet
 from torch import nn
 
 from layerwise.errors import ModelError, PlanError, percent, plural
-from layerwise.layers.isolation import require_module
+from layerwise.layers.isolation import require_module, unwrap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.selection import match_names
 from layerwise.tuning.modes import first_encoder_layers, pin_eval, unpin
@@ -112,8 +112,9 @@ def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
 
     Args:
         model: changed in place; `unfreeze`, or the record's ``undo()``, takes it back.
-        *patterns: full names, whole name components (``"layer1"``; ``"bn"`` never matches ``subnet``),
-            globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression.
+        *patterns: paths from the root (``"layer1"``), else whole name components (``"bn"`` never matches
+            ``subnet``), globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression. Paths and names
+            are those of the model inside ``torch.compile`` and DistributedDataParallel.
 
     Returns:
         The record of the change; its ``undo()`` takes it back.
@@ -180,8 +181,10 @@ def _switch(
                 f"{action}(model, {type(given).__name__}(...)): patterns are texts, such as a module's path; "
                 f"to {action} a module itself: {action}(module)"
             )
-    every = dict(model.named_parameters(remove_duplicate=False))
-    chosen = match_names(patterns, every, apart=_without_parameters(model)) if patterns else list(every)
+    every = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    chosen = (
+        match_names(patterns, every, apart=_without_parameters(unwrap(model))) if patterns else list(every)
+    )
     wanted = action == "unfreeze"
     still_before = dict(_wholly_frozen(model))
     switched: dict[int, tuple[str, nn.Parameter]] = {}

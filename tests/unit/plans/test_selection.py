@@ -30,8 +30,11 @@ NAMES = [
         ("bn?.bias", ["layer1.0.bn1.bias"]),
         ("*.bias", ["layer1.0.bn1.bias", "encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias"]),
         ("layer.1", ["encoder.layer.1.fc.bias"]),
-        ("fc", ["encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias", "fc.weight"]),
+        ("fc", ["fc.weight"]),
+        ("*.fc.*", ["encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias"]),
+        ("fc*", ["encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias", "fc.weight"]),
         ("fc.weight", ["fc.weight"]),
+        ("1.fc", ["encoder.layer.1.fc.bias"]),
         ("conv1.weight", ["conv1.weight"]),
         ("re:^fc", ["fc.weight"]),
         ("re:bn[0-9]", ["layer1.0.bn1.weight", "layer1.0.bn1.bias"]),
@@ -42,7 +45,7 @@ NAMES = [
     ],
 )
 def test_patterns(pattern: str, expected: list[str]) -> None:
-    """Words match whole components, globs components or whole names, re: anywhere."""
+    """Words are paths from the root, else whole components; globs components or whole names; re: anywhere."""
     assert match_names([pattern], NAMES) == expected
 
 

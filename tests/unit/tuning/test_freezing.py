@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models import resnet18
 
 import layerwise
 from helpers import changed, snapshot, tiny_cnn, tiny_mlp
@@ -55,6 +56,15 @@ def test_freeze_by_component_and_glob() -> None:
     }  # fmt: skip
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(record.names)
     assert record.numel == sum(model.get_parameter(name).numel() for name in record.names)
+
+
+def test_a_path_from_the_root_is_that_module_alone() -> None:
+    """As torchvision's users write it: ResNet's first convolution, and none of its name in the blocks."""
+    model = resnet18()
+    assert freeze(model, "conv1", "bn1").names == ("conv1.weight", "bn1.weight", "bn1.bias")
+    compiled = torch.compile(resnet18(), backend="eager")
+    assert freeze(compiled, "conv1.weight").numel == 64 * 3 * 7 * 7  # also through a wrapper
+    assert len(freeze(resnet18(), "conv1*").names) == 9
 
 
 def test_frozen_stays_frozen_after_train_deepcopy_and_steps() -> None:
