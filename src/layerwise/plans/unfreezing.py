@@ -40,8 +40,9 @@ def gradual_unfreezing(
 ) -> Plan:
     """Return a plan that trains the head first and unfreezes one group after another, towards the input.
 
-    The last phase trains everything, for several epochs. Rates are decayed: group l of L learns at
-    ``eta * decay ** (L - l)`` in every phase it learns in. A group that joins warms up over `join_steps`.
+    Without a head the last group is the first to learn. The last phase trains everything, for several epochs.
+    Rates are decayed: group l of L learns at ``eta * decay ** (L - l)`` in every phase it learns in. A group
+    that joins warms up over `join_steps`.
 
     By epochs: `epochs_per_group` (1 where nothing is given) and `last_epochs` (3).
     By steps: `steps_per_group` and `last_steps` (three times as long where not given).
@@ -70,7 +71,6 @@ def gradual_unfreezing(
     everything above; the last phase is trained until convergence.
     """
     check_decay(decay)
-    require_head(layers, "gradual_unfreezing")
     require_groups(layers, "gradual_unfreezing")
     lengths, last, per_phase = _lengths(
         len(layers),

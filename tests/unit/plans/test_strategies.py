@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -253,8 +254,6 @@ def test_what_makes_no_sense_is_refused(name: str) -> None:
 
 def test_models_without_the_needed_parts_are_refused() -> None:
     """No head for a probe, no stem for frozen embeddings, too few groups to divide."""
-    import dataclasses
-
     layers = named_map("a", "b", "c")
     headless = dataclasses.replace(
         layers, groups=tuple(dataclasses.replace(group, role="trunk") for group in layers)
@@ -267,6 +266,17 @@ def test_models_without_the_needed_parts_are_refused() -> None:
         strategies.freeze_embeddings(headless)
     with pytest.raises(PlanError, match="finer granularity"):
         strategies.surgical(layers)
+
+
+def test_gradual_unfreezing_without_a_head_begins_with_the_last_group() -> None:
+    """A detector has several output layers, a language model may have none of its own: both can unfreeze."""
+    layers = named_map("a", "b", "c")
+    headless = dataclasses.replace(
+        layers, groups=tuple(dataclasses.replace(group, role="trunk") for group in layers)
+    )
+    plan = unfreezing.gradual_unfreezing(headless, decay=0.5)
+    assert plan.phases == unfreezing.gradual_unfreezing(layers, decay=0.5).phases
+    assert plan.phases[0].rates == {"c": 1.0}
 
 
 @pytest.mark.parametrize(
