@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakSet
@@ -113,8 +113,8 @@ def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
     Args:
         model: changed in place; `unfreeze`, or the record's ``undo()``, takes it back.
         *patterns: paths from the root (``"layer1"``), else whole name components (``"bn"`` never matches
-            ``subnet``), globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression. Paths and names
-            are those of the model inside ``torch.compile`` and DistributedDataParallel.
+            ``subnet``), globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression. The root is the
+            model inside ``torch.compile`` and DistributedDataParallel.
 
     Returns:
         The record of the change; its ``undo()`` takes it back.
@@ -181,10 +181,8 @@ def _switch(
                 f"{action}(model, {type(given).__name__}(...)): patterns are texts, such as a module's path; "
                 f"to {action} a module itself: {action}(module)"
             )
-    every = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    chosen = (
-        match_names(patterns, every, apart=_without_parameters(unwrap(model))) if patterns else list(every)
-    )
+    every = dict(model.named_parameters(remove_duplicate=False))
+    chosen = _matched(model, patterns, every) if patterns else list(every)
     wanted = action == "unfreeze"
     still_before = dict(_wholly_frozen(model))
     switched: dict[int, tuple[str, nn.Parameter]] = {}
@@ -223,6 +221,16 @@ def _switch(
         _parameters=tuple(parameter for _, parameter in switched.values()),
         _modules=changed,
     )
+
+
+def _matched(model: nn.Module, patterns: tuple[str, ...], names: Collection[str]) -> list[str]:
+    """Return those of `names` that `patterns` match; a wrapper's part of them may be left out."""
+    root = unwrap(model)
+    path = next(path for path, module in model.named_modules() if module is root)
+    prefix = f"{path}." if path else ""
+    full = {name.removeprefix(prefix): name for name in names}
+    wanted = [p.removeprefix(prefix) if isinstance(p, str) else p for p in patterns]
+    return [full[name] for name in match_names(wanted, full, apart=_without_parameters(root))]
 
 
 def _without_parameters(model: nn.Module) -> dict[str, str]:

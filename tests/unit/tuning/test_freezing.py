@@ -63,7 +63,9 @@ def test_a_path_from_the_root_is_that_module_alone() -> None:
     model = resnet18()
     assert freeze(model, "conv1", "bn1").names == ("conv1.weight", "bn1.weight", "bn1.bias")
     compiled = torch.compile(resnet18(), backend="eager")
-    assert freeze(compiled, "conv1.weight").numel == 64 * 3 * 7 * 7  # also through a wrapper
+    record = freeze(compiled, "conv1", "_orig_mod.bn1")  # in a wrapper, by either name
+    assert record.names == ("_orig_mod.conv1.weight", "_orig_mod.bn1.weight", "_orig_mod.bn1.bias")
+    assert record.modules == ("_orig_mod.conv1", "_orig_mod.bn1")
     assert len(freeze(resnet18(), "conv1*").names) == 9
 
 
