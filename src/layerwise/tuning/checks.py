@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -72,47 +72,30 @@ def check_first_step(
         )
 
 
-def check_averaged(phase: str, ever: Collection[nn.Parameter], told: set[str]) -> None:
+def check_averaged(phase: str, model: nn.Module) -> None:
     """Check that a DistributedDataParallel around the model averages the gradients of all that learns now.
 
     It only ever averages those of parameters that required them when it was built. The Tuner may have been
     made before it and hold the model alone, so it is looked for among all objects.
 
-    Args:
-        phase: the phase's name, for messages.
-        ever: the parameters that learn in some phase.
-        told: what was warned of before; grows.
-
     Raises:
-        ModelError: gradients of what learns now stay with each process.
-
-    Warns:
-        LayerwiseWarning: those of a later phase would.
+        ModelError: it was built while some of them were frozen.
     """
-    later = {id(parameter) for parameter in ever}
+    own = {id(parameter) for parameter in model.parameters()}
     most: dict[nn.Module, int] = {}  # a model that was wrapped anew may have its old wrapper still
     for wrapper in gc.get_objects():
         if issubclass(type(wrapper), nn.parallel.DistributedDataParallel):
             most[wrapper.module] = max(most.get(wrapper.module, 0), count_averaged(wrapper))
     for module, averaged in most.items():
         parameters = list(module.parameters())
-        now = sum(p.requires_grad for p in parameters)
-        planned = sum(p.requires_grad or id(p) in later for p in parameters)
-        why = (
-            f"DistributedDataParallel averages the gradients of {plural(averaged, 'parameter')}, those that "
-            "required them when it was built, but"
-        )
-        fix = (
-            "each process would train its own copy of the others. Wrap the model inside of `with "
-            "tuner.all_phases():`, with find_unused_parameters=True"
-        )
-        if later.isdisjoint(map(id, parameters)):
-            continue
-        if now > averaged:
-            raise ModelError(f"phase {phase!r}: {why} {now} learn now: {fix}")
-        if planned > averaged and "!averaged" not in told:
-            told.add("!averaged")
-            warn(f"{why} {planned} learn in the whole plan: {fix}, or anew when a phase unfreezes")
+        now = sum(parameter.requires_grad for parameter in parameters)
+        if now > averaged and not own.isdisjoint(map(id, parameters)):
+            raise ModelError(
+                f"phase {phase!r}: DistributedDataParallel averages the gradients of "
+                f"{plural(averaged, 'parameter')}, those that required them when it was built, but {now} "
+                "learn now: each process would train its own copy of the others. Wrap the model inside of "
+                "`with tuner.all_phases():`, with find_unused_parameters=True, or anew when a phase begins"
+            )
 
 
 def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:

@@ -75,10 +75,6 @@ class Learners:
             )
         return self._names[number]
 
-    def names_ever(self) -> frozenset[str]:
-        """Return the names of the parameters that learn in some phase of the plan."""
-        return frozenset[str]().union(*map(self.names_in, range(len(self._plan.phases))))
-
     def draw(self, number: int, generator: torch.Generator) -> list[str] | None:
         """Return the trunk groups that learn until the next draw (LISA), input -> output.
 
@@ -125,8 +121,10 @@ class Learners:
     @contextmanager
     def all_phases(self) -> Iterator[None]:
         """Within: everything that any phase trains requires gradients."""
+        numbers = range(len(self._plan.phases))
+        ever = frozenset[str]().union(*map(self.names_in, numbers))
         before = {name: parameter.requires_grad for name, parameter in self.parameters.items()}
-        for name in self.names_ever():
+        for name in ever:
             self.parameters[name].requires_grad = True
         try:
             yield

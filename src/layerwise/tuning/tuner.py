@@ -302,8 +302,7 @@ class Tuner:
             name = self.phase.name
             check_first_step(name, self._model, self._parameters, self.optimizer, self._warned)
             if distributed():
-                ever = [self._parameters[key] for key in self._learners.names_ever()]
-                check_averaged(name, ever, self._warned)
+                check_averaged(name, self._model)
             check_norms(name, self._model, self.norms)
             if self._progress.step_in_phase == 0:
                 check_calibrated(name, self._model, self.norms)
