@@ -338,7 +338,7 @@ def fit(
         contextlib.nullcontext() if written is None else hold_run(written),
     ):
         runner: nn.Module = model
-        wrapped_phase = -1
+        wrapped_for = frozenset[str]()
         for epoch in () if now.stopped_early else tuner.epochs():
             began_s = time.perf_counter()
             now.begin(epoch, tuner.phase.name, get_random_state())
@@ -352,8 +352,8 @@ def fit(
                 if index == count:
                     setup.warn_of_more_batches(count)
                     break
-                if world > 1 and wrapped_phase != tuner.phase_index:  # DDP must know what learns now
-                    runner, wrapped_phase = joined(accelerator, model), tuner.phase_index
+                if world > 1 and wrapped_for != tuner.trainable_names():  # DDP must know what learns now
+                    runner, wrapped_for = joined(accelerator, model), tuner.trainable_names()
                 batch = send_to_device(batch, accelerator.device)
                 with accelerator.autocast():
                     output = task.forward(runner, batch)

@@ -48,6 +48,25 @@ assert PartialState().num_processes == 2
 print("EQUAL", flush=True)
 """
 
+DRAWN = """
+import torch
+import layerwise
+from torch import nn
+from torch.utils.data import TensorDataset
+
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)], nn.Linear(6, 2))
+x = torch.randn(64, 6)
+data = TensorDataset(x, (x[:, 0] > 0).long())
+layers = layerwise.layer_map(model, x[:2], granularity="layers")
+plan = layerwise.lisa(layers, groups=1, every_steps=2, epochs=2)
+layerwise.fit(
+    model, data, data, plan=plan, layers=layers, batch_size=8, lr=1e-2, device="cpu", progress=False,
+    cache="off",
+)
+print([parameter.sum().item() for parameter in model.parameters()], flush=True)
+"""
+
 
 def of_two_processes(rank: int, port: str) -> dict[str, str]:
     """Return what ``python -m torch.distributed.run --nproc_per_node 2`` puts into the environment."""
@@ -71,3 +90,15 @@ def test_two_processes_with_the_cache_are_two_without_it(tmp_path: Path) -> None
         assert done.returncode == 0, done.stderr
         assert done.stdout == "EQUAL\n"
     assert not list(shared.glob(".part-*"))  # no leftovers
+
+
+def test_groups_that_are_drawn_within_a_phase_are_averaged_too(tmp_path: Path) -> None:
+    # LISA: what learns changes every two steps
+    path, port = tmp_path / "train.py", free_port()
+    path.write_text(DRAWN)
+    started = [
+        Forked(script, path, environment={**os.environ, **of_two_processes(rank, port)}) for rank in (0, 1)
+    ]
+    done = [process.finish() for process in started]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert done[0].stdout == done[1].stdout
