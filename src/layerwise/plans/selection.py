@@ -85,10 +85,11 @@ def match_names(
     Args:
         patterns: each is one of
 
-            - a path from the root, of a parameter or of a module: ``"conv1"`` is that convolution, and none
-              of the same name further in; where nothing stands at that path, the word or dotted path
-              matches whole components: ``"bn"`` matches ``layer1.bn.weight`` and never ``subnet.weight``,
-              ``"layer.1"`` matches ``encoder.layer.1.fc.bias`` and never ``encoder.layer.11.fc.bias``
+            - a word, which matches whole components: ``"bn"`` matches ``layer1.bn.weight`` and never
+              ``subnet.weight``; so does a dotted path: ``"layer.1"`` matches ``encoder.layer.1.fc.bias`` and
+              never ``encoder.layer.11.fc.bias``
+            - a dotted path at which a parameter or module stands, from the root: that alone.
+              ``"conv1.weight"`` is that of no block
             - a glob (``*``, ``?``, ``[...]``), tried on the whole name and component by component:
               ``"bn*"`` matches ``layer1.bn1.weight``, ``"*.bias"`` every bias
             - ``re:`` and a regular expression that is searched for in the name
@@ -102,7 +103,7 @@ def match_names(
 
     >>> match_names(["bn*", "re:^fc"], ["conv.weight", "bn1.bias", "fc.weight"])
     ['bn1.bias', 'fc.weight']
-    >>> match_names(["conv"], ["conv.weight", "block.conv.weight"])
+    >>> match_names(["conv.weight"], ["conv.weight", "block.conv.weight"])
     ['conv.weight']
     """
     names = list(names)
@@ -115,7 +116,7 @@ def match_names(
     problems = []
     for pattern in patterns:
         try:
-            found = [name for name in names if f"{name}.".startswith(f"{pattern}.")]
+            found = [name for name in names if "." in pattern and f"{name}.".startswith(f"{pattern}.")]
             found = found or [name for name in names if _matches(pattern, name)]
         except re.error as error:
             problems.append(f"{pattern!r} is not a regular expression: {error}.")
@@ -128,8 +129,7 @@ def match_names(
     if problems:
         raise PlanError(
             "; ".join(problems)
-            + " A word is a path from the root, or else matches whole name components; `*` matches any text, "
-            "and `re:` starts a regular expression."
+            + " A word matches whole name components, `*` any text, and `re:` starts a regular expression."
         )
     return [name for name in names if name in chosen]
 

@@ -116,8 +116,8 @@ def pattern(
 
     Args:
         layers: the model's layer map.
-        train: patterns as `layerwise.plans.selection.match_names` takes them: paths from the root, else whole
-            components (``"bn"`` never matches ``subnet``), globs, ``re:`` expressions.
+        train: patterns as `layerwise.plans.selection.match_names` takes them: full names, whole components
+            (``"bn"`` never matches ``subnet``), globs, ``re:`` expressions.
         freeze: the same.
         **options: see `PhaseOptions`.
 

@@ -112,9 +112,9 @@ def freeze(model: nn.Module, *patterns: str) -> FreezeRecord:
 
     Args:
         model: changed in place; `unfreeze`, or the record's ``undo()``, takes it back.
-        *patterns: paths from the root (``"layer1"``), else whole name components (``"bn"`` never matches
-            ``subnet``), globs (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression. The root is the
-            model inside ``torch.compile`` and DistributedDataParallel.
+        *patterns: full names, whole name components (``"layer1"``; ``"bn"`` never matches ``subnet``), globs
+            (``"bn*"``, ``"*.bias"``), or ``re:`` and a regular expression (``"re:^conv1"`` is that of no
+            block). Names are those in the model inside ``torch.compile`` and DistributedDataParallel.
 
     Returns:
         The record of the change; its ``undo()`` takes it back.

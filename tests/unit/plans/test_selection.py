@@ -30,7 +30,7 @@ NAMES = [
         ("bn?.bias", ["layer1.0.bn1.bias"]),
         ("*.bias", ["layer1.0.bn1.bias", "encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias"]),
         ("layer.1", ["encoder.layer.1.fc.bias"]),
-        ("fc", ["fc.weight"]),
+        ("fc", ["encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias", "fc.weight"]),
         ("*.fc.*", ["encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias"]),
         ("fc*", ["encoder.layer.1.fc.bias", "encoder.layer.11.fc.bias", "fc.weight"]),
         ("fc.weight", ["fc.weight"]),
@@ -45,7 +45,7 @@ NAMES = [
     ],
 )
 def test_patterns(pattern: str, expected: list[str]) -> None:
-    """Words are paths from the root, else whole components; globs components or whole names; re: anywhere."""
+    """Words match whole components, full names themselves, globs components or whole names, re: anywhere."""
     assert match_names([pattern], NAMES) == expected
 
 

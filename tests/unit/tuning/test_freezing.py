@@ -58,15 +58,15 @@ def test_freeze_by_component_and_glob() -> None:
     assert record.numel == sum(model.get_parameter(name).numel() for name in record.names)
 
 
-def test_a_path_from_the_root_is_that_module_alone() -> None:
-    """As torchvision's users write it: ResNet's first convolution, and none of its name in the blocks."""
-    model = resnet18()
-    assert freeze(model, "conv1", "bn1").names == ("conv1.weight", "bn1.weight", "bn1.bias")
-    compiled = torch.compile(resnet18(), backend="eager")
-    record = freeze(compiled, "conv1", "_orig_mod.bn1")  # in a wrapper, by either name
-    assert record.names == ("_orig_mod.conv1.weight", "_orig_mod.bn1.weight", "_orig_mod.bn1.bias")
-    assert record.modules == ("_orig_mod.conv1", "_orig_mod.bn1")
-    assert len(freeze(resnet18(), "conv1*").names) == 9
+def test_a_full_name_is_that_parameter_alone() -> None:
+    """ResNet's first convolution, and none of its name in the blocks; in a wrapper too, by either name."""
+    assert freeze(resnet18(), "conv1.weight", "layer1.0.bn1").names == (
+        "conv1.weight", "layer1.0.bn1.weight", "layer1.0.bn1.bias"
+    )  # fmt: skip
+    record = freeze(torch.compile(resnet18(), backend="eager"), "re:^conv1", "_orig_mod.fc.bias")
+    assert record.names == ("_orig_mod.conv1.weight", "_orig_mod.fc.bias")
+    assert record.modules == ("_orig_mod.conv1",)
+    assert len(freeze(resnet18(), "conv1").names) == 9
 
 
 def test_frozen_stays_frozen_after_train_deepcopy_and_steps() -> None:
