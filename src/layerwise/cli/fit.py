@@ -33,7 +33,7 @@ _MODEL = "Model"
 _DATA = "Data"
 _PLAN = "Plan"
 _TRAINING = "Training"
-_ALSO_RESUMED = {"resume", "workers", "cache", "as_json"}
+_ALSO_RESUMED = {"resume", "workers", "cache", "cache_folder", "as_json"}
 """Parameters that may be given beside ``--resume``: they do not shape the result."""
 
 
@@ -232,6 +232,10 @@ def fit(
         Literal["auto", "memory", "disk", "off"],
         typer.Option(help="Where outputs of the frozen part are kept.", rich_help_panel=_TRAINING),
     ] = "auto",
+    cache_folder: Annotated[
+        Path | None,
+        typer.Option(help="Keep them here for later runs (layerwise cache ls).", rich_help_panel=_TRAINING),
+    ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes that load images.", min=0, rich_help_panel=_TRAINING)
     ] = 0,
@@ -252,11 +256,12 @@ def fit(
         if extra := [option for name, option in named.items() if name not in _ALSO_RESUMED]:
             raise typer.BadParameter(
                 f"a resumed run goes on as it began, so {', '.join(extra)} cannot be given beside --resume "
-                "(only --workers, --cache and --json). For other options start a new run: --out."
+                "(only --workers, --cache, --cache-folder and --json). For others start a new run: --out."
             )
         from layerwise.training.job import resume_job
 
         more: dict[str, Any] = {"cache": cache} if "cache" in named else {}
+        more |= {"cache_folder": cache_folder} if "cache_folder" in named else {}
         _show(resume_job(resume, say=say, workers=workers, **more), as_json)
         return
     if missing := [n for n, v in given.items() if v is None and not (dry_run and n == "--out")]:
@@ -297,6 +302,7 @@ def fit(
         "checkpoint_every_steps": checkpoint_every_steps,
         "keep_checkpoints": keep_checkpoints,
         "cache": cache,
+        "cache_folder": None if cache_folder is None else str(cache_folder.resolve()),
     }
     job = Job(
         model=str(model),

@@ -71,6 +71,23 @@ def test_the_command_line_and_python_do_the_same(images: Path, run: Path) -> Non
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in opened.model.state_dict().items())
 
 
+def test_what_the_frozen_part_gives_is_kept_for_later_runs(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The second run finds it in the folder; both end in the weights of one without a cache.
+    kept = ["--cache", "disk", "--cache-folder", tmp_path / "kept"]
+    weights = {}
+    for name, options in {"plain": [], "first": kept, "second": kept}.items():
+        caplog.clear()
+        with caplog.at_level("INFO", logger="layerwise.cache"):
+            result = fit("--data", images, "--val-frac", "0", "--out", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        assert ("computed before" in caplog.text) is (name == "second")
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert weights["plain"] == weights["first"] == weights["second"]
+    assert "EfficientNet" in command("cache", "ls", tmp_path / "kept").output
+
+
 def test_a_table_of_images_by_its_own_column_names(images: Path, tmp_path: Path) -> None:
     # A table whose columns have other names trains an image model; unlabelled rows can be left out.
     files = sorted(images.rglob("*.png")) + sorted(images.rglob("*.jpg"))
