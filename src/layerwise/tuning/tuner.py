@@ -413,7 +413,8 @@ class Tuner:
         check_run(state, self._run())
         self._progress = Progress.from_dict(dict(state["progress"]))
         self._open = bool(state["open"])
-        self._whole = self._open and self._progress.step_in_epoch >= self._steps_per_epoch
+        is_whole = self._progress.step_in_epoch >= self._steps_per_epoch
+        self._whole = self._open and is_whole and self.phase.epochs is not None  # by steps, none need end
         self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
         self._run_plateau = Stall(**state.get("run_plateau", state["plateau"]))
         self._rgn = RelativeGradientNorms.from_dict(state["rgn"])
