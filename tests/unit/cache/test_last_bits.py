@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import layerwise
 from cache_loops import Counted, assert_same, both, freeze_prefix, images, off, train
@@ -314,3 +314,34 @@ def test_a_batch_with_gaps_tells_that_one_without_is_packed() -> None:
         return Counted(tokens, torch.arange(22) % 4)
 
     assert "lays the samples of a batch end to end" in off(Padded, texts, "head")
+
+
+class Attending(nn.Module):
+    """Small products, of which torch makes another operation where a batch is one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attend = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = self.embed(x)
+        return (values + self.attend(values, values, values)[0]).mean(1)
+
+
+def test_a_last_batch_of_one_sample_hides_no_place(monkeypatch) -> None:
+    # Its operations are others than those of a whole batch, so the two cannot be compared one by one; and
+    # the values of the first batch may well agree at all places by chance.
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(body=Attending(), head=nn.Linear(8, 3)))
+    model.body.requires_grad_(False)
+    sample = torch.randn(3, 5)
+    placed = model.body.embed(sample.expand(5, 3, 5).contiguous())
+    if torch.equal(placed, placed[:1].expand_as(placed)):
+        pytest.skip("this processor multiplies alike at all places")
+    monkeypatch.setattr("layerwise.cache.proof.proving.size_sensitive", lambda *given: True)
+    data = TensorDataset(torch.randn(16, 3, 5), torch.arange(16) % 3)
+    cache = layerwise.PrefixCache(model, DataLoader(data, batch_size=5, shuffle=True), storage="memory")
+    batches = cache.batches()
+    x, _ = next(batches)
+    with pytest.warns(LayerwiseWarning, match="last bits of aten.addmm.default depend on a sample's place"):
+        model(x)

@@ -41,6 +41,7 @@ _SMALL = 4096  # numbers that a product gives for a batch: of more, the values t
 _COMPARED = 256  # numbers of a product that are compared
 _SAMPLES, _DRAWN = 128, 2**20  # of a sum so many samples, unless their batches hold more numbers than these
 _TELLING = 4  # of those that differ, how many are used
+OTHER_ORDER = "another order of operations"
 _FOUND: dict[tuple[Any, ...], list[list[Any]]] = {}  # `_telling_numbers` of torch's operations
 
 
@@ -163,7 +164,7 @@ def uneven_places(
         first that gives other bits, or depends on the place, with `part_batch` samples; ``""`` for none.
     """
     if [run.function for run in full] != [run.function for run in part]:  # in pieces of so many samples, say
-        return next((str(run.function) for run in full if _is_uneven(run)), ""), "another order of operations"
+        return next((str(run.function) for run in full if _is_uneven(run)), ""), OTHER_ORDER
     pairs = {
         f"{one.function} {one.arguments} {other.arguments}": (one, other) for one, other in zip(full, part)
     }

@@ -12,7 +12,7 @@ import torch
 
 from layerwise.cache.comparing import same_bits
 from layerwise.cache.cutting.cut import Cut, Values
-from layerwise.cache.proof.evenness import OpLog, uneven_places
+from layerwise.cache.proof.evenness import OTHER_ORDER, OpLog, uneven_places
 from layerwise.cache.proof.mixing import (
     PlaceError,
     at_other_places,
@@ -111,6 +111,12 @@ def prove(
         feed.sizes = None
         return
     within, between = ("", "") if place else uneven_places(log.runs, count, part_log.runs, part_count)
+    if between == OTHER_ORDER and not within and count > 1:  # torch multiplies one sample otherwise
+        twice, twice_log = [torch.cat([leaf, leaf]) for leaf in leaves], OpLog()
+        run_prefix(link, cuts, link.build(twice), batch=2 * count, log=twice_log)
+        within, again = uneven_places(log.runs, count, twice_log.runs, 2 * count)
+        if again == OTHER_ORDER:  # in pieces of so many samples: what is not tried is not proved
+            within = within or next((str(run.function) for run in log.runs if run.is_by_sample), "")
     if place or within:
         feed.keep_places(place or within, count)
     else:
