@@ -355,7 +355,7 @@ def _start(job: Job, out: Path, budget: dict[str, Any], **more: Any) -> Result:
     """Run a new job; `budget` are the options of a strategy "auto"."""
     from layerwise.training.job import open_job
     from layerwise.training.processes import check_trackers
-    from layerwise.training.run import require_free
+    from layerwise.training.run_folder import require_free
 
     check_trackers(more["trackers"])
     require_free(out, data=job.data)  # before a model is downloaded or an image is read

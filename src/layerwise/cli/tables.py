@@ -71,7 +71,8 @@ def new_table(title: str, columns: Sequence[str], *, left: int = 1, spare: int =
 
 def result_tables(result: Result) -> Iterator[Table | Text]:
     """Yield what a person wants to see at the end of a run."""
-    from layerwise.training.run import can_rebuild, read_run
+    from layerwise.training.run import can_rebuild
+    from layerwise.training.run_folder import read_run
 
     summary = new_table("Result", ["", ""])
     for name, value in result.metrics.items():

@@ -14,7 +14,7 @@ from layerwise.errors import RunError, figure, percent, plural
 from layerwise.files import write_text
 from layerwise.report import pictures
 from layerwise.training.history import read_history
-from layerwise.training.run import read_run, runs_beside, runs_in
+from layerwise.training.run_folder import read_run, runs_beside, runs_in
 
 Section = tuple[str, str]
 """A heading and its HTML."""

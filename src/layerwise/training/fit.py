@@ -47,7 +47,7 @@ from layerwise.training.processes import gather_objects, joined, open_accelerato
 from layerwise.training.progress import Reporter
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.result import Result
-from layerwise.training.run import create_run, finish_run, hold_run, read_run, require_free
+from layerwise.training.run_folder import create_run, finish_run, hold_run, read_run, require_free
 from layerwise.training.standing import Best, Standing
 from layerwise.training.tasks import Scores, Task, split_batch
 from layerwise.tuning.tuner import Tuner

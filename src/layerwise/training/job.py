@@ -18,7 +18,7 @@ from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
 from layerwise.training.options import check_options
 from layerwise.training.result import Result
-from layerwise.training.run import LANGUAGE_MODEL, read_run, whole_of
+from layerwise.training.run_folder import LANGUAGE_MODEL, read_run, whole_of
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap

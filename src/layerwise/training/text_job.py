@@ -17,7 +17,7 @@ from layerwise.training.fit import fit
 from layerwise.training.known_tasks import task_of
 from layerwise.training.progress import Reporter
 from layerwise.training.result import Result
-from layerwise.training.run import LANGUAGE_MODEL, read_run
+from layerwise.training.run_folder import LANGUAGE_MODEL, read_run
 from layerwise.training.tasks import Task
 from layerwise.training.transformers_folder import FOLDER, save_transformers
 

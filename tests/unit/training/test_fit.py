@@ -38,7 +38,8 @@ from layerwise.training.data import open_batches
 from layerwise.training.fit import fit
 from layerwise.training.history import read_history
 from layerwise.training.result import Result
-from layerwise.training.run import hold_run, load_run, read_run
+from layerwise.training.run import load_run
+from layerwise.training.run_folder import hold_run, read_run
 from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 

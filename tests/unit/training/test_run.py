@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from layerwise.errors import DataError, RunError
+from layerwise.files import sha256
 from layerwise.plans.plan import Plan
-from layerwise.training import run
 from layerwise.training.classification import Classification
 from layerwise.training.fit import fit
 from layerwise.training.kept_weights import load_weights, save_weights
-from layerwise.training.run import create_run, load_run, read_run, require_free
+from layerwise.training.run import load_run
+from layerwise.training.run_folder import create_run, read_run, require_free
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
 TASK = {"name": "text_classification", "classes": ["a", "b"]}
@@ -137,7 +138,7 @@ def test_weights_that_cannot_be_written_leave_the_old_ones(
     monkeypatch.setattr(writer, "save_model", full)
     with pytest.raises(RunError, match=r"could not be written to .*No space left.*Make room and resume"):
         save_weights(nn.Linear(2, 1), file)
-    assert run.sha256(file) == kept
+    assert sha256(file) == kept
     assert list(tmp_path.iterdir()) == [file]
 
 
