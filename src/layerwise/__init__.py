@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from layerwise.sources.preprocessing import Preprocessing as Preprocessing
     from layerwise.training.bylength import by_length as by_length
     from layerwise.training.fit import fit as fit
+    from layerwise.training.labelled import open_labelled as open_labelled
     from layerwise.training.result import Result as Result
     from layerwise.training.run import Run as Run
     from layerwise.training.run import load_run as load_run
@@ -106,6 +107,7 @@ _HOME = {
     "load_run": "layerwise.training.run",
     "lp_ft": "layerwise.plans.unfreezing",
     "open_images": "layerwise.sources.images",
+    "open_labelled": "layerwise.training.labelled",
     "open_model": "layerwise.sources.models",
     "param_groups": "layerwise.tuning.param_groups",
     "parse_strategy": "layerwise.plans.parsing",

@@ -19,6 +19,7 @@ from layerwise.cli import (
     curve,
     demo,
     diagnose,
+    evaluate,
     fit,
     inspect,
     output,
@@ -85,6 +86,7 @@ app.command("inspect")(inspect.inspect)
 app.command("fit")(fit.fit)
 app.command("plan")(plan.plan)
 app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
 app.add_typer(cache.app, name="cache")

@@ -16,6 +16,7 @@ from layerwise.errors import figure, percent
 
 if TYPE_CHECKING:
     from layerwise.training.result import Result
+    from layerwise.training.tasks import Scores
 
 
 _LEAST_WORDS = 16
@@ -86,12 +87,8 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
     if result.out is not None:
         summary.add_row("run", str(result.out))
     yield summary
-    tables = result.test_tables or result.tables
-    if rows := tables.get("per_class"):
-        where = "test" if result.test_tables else f"validation, epoch {result.best_epoch + 1}"
-        yield per_class_table(rows, where)
-    if (confusion := tables.get("confusion")) and len(confusion) <= 12:
-        yield confusion_table(confusion, result.task.classes)
+    where = "test" if result.test_tables else f"validation, epoch {result.best_epoch + 1}"
+    yield from class_tables(result.test_tables or result.tables, where, result.task.classes)
     if result.out is None:
         return
     about = read_run(result.out)
@@ -105,9 +102,29 @@ def result_tables(result: Result) -> Iterator[Table | Text]:
         yield Text(f"For transformers: {result.out / 'transformers'}")
 
 
+def scores_tables(scores: Scores, samples: int, classes: Sequence[str]) -> Iterator[Table]:
+    """Yield what a person wants to see of a run's scores on a data set of so many samples."""
+    summary = new_table("Scores", ["", ""])
+    summary.add_row("samples", f"{samples:,}")
+    for name, value in scores.values.items():
+        summary.add_row(name, figure(value))
+    yield summary
+    yield from class_tables(scores.tables, "", classes)
+
+
+def class_tables(tables: Mapping[str, Any], where: str, classes: Sequence[str]) -> Iterator[Table]:
+    """Yield the tables of `Scores`, those that there are; a confusion matrix of 12 classes at most."""
+    if rows := tables.get("per_class"):
+        yield per_class_table(rows, where)
+    if (confusion := tables.get("confusion")) and len(confusion) <= 12:
+        yield confusion_table(confusion, classes)
+
+
 def per_class_table(rows: Sequence[Mapping[str, Any]], where: str) -> Table:
     """Return precision, recall and F1 of each class."""
-    table = new_table(f"Per class ({where})", ["class", "precision", "recall", "F1", "samples"])
+    table = new_table(
+        f"Per class ({where})" if where else "Per class", ["class", "precision", "recall", "F1", "samples"]
+    )
     for row in rows:
         numbers = (f"{row[key]:.3f}" for key in ("precision", "recall", "f1"))
         table.add_row(row["class"], *numbers, f"{row['samples']:,}")

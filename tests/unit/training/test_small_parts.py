@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from file_limit import file_limit
 from layerwise import files
 from layerwise.errors import RunError, TrainingError
-from layerwise.training import history, kept_weights, memory, run
+from layerwise.training import history, kept_weights, memory, run_folder
 from layerwise.training.guard import explained
 from layerwise.training.memory import peak_memory
 from layerwise.training.progress import Reporter, format_rates, format_seconds
@@ -400,7 +400,7 @@ def test_packages_that_are_not_there_have_no_version(monkeypatch: pytest.MonkeyP
             raise PackageNotFoundError
         return "1.0"
 
-    monkeypatch.setattr(run, "version", version)
-    found = run.versions()
+    monkeypatch.setattr(run_folder, "version", version)
+    found = run_folder.versions()
     assert "timm" not in found
     assert found["torch"] == "1.0"
