@@ -10,6 +10,7 @@ import layerwise
 
 SRC = Path(layerwise.__file__).parent
 ORDER = [
+    "shown",
     "errors",
     "files",
     "layers",

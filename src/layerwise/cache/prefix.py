@@ -240,6 +240,11 @@ class PrefixCache:
             warn(f"prefix cache: {note}.")
         return filled
 
+    def __repr__(self) -> str:
+        return (
+            f"<PrefixCache of {type(self.model).__name__}: {self.describe().removeprefix('prefix cache: ')}>"
+        )
+
     def describe(self) -> str:
         """Return, for people, what is cached, where, why, and what it is expected to gain."""
         return described(self._supplies)

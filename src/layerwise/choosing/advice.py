@@ -17,6 +17,7 @@ from layerwise.choosing.shift_result import Shift
 from layerwise.errors import DataError, PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
+from layerwise.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Advice:
+class Advice(Shown):
     """What to do with a model on given data, and why.
 
     Attributes:

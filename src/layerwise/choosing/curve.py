@@ -31,6 +31,7 @@ from layerwise.files import write_json
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.settings import Schedule
+from layerwise.shown import Shown
 from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 
@@ -66,7 +67,7 @@ class TransferPoint:
 
 
 @dataclass(frozen=True)
-class TransferCurve:
+class TransferCurve(Shown):
     """What training on top of each depth came to.
 
     Attributes:

@@ -14,6 +14,7 @@ from layerwise.choosing.features import Features, mapped_features
 from layerwise.choosing.tables import text_table
 from layerwise.errors import DataError
 from layerwise.layers.layermap import LayerMap
+from layerwise.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DepthScores:
 
 
 @dataclass(frozen=True)
-class Transferability:
+class Transferability(Shown):
     """Scores at every depth, input to output, and what they are of.
 
     Attributes:

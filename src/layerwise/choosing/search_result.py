@@ -16,6 +16,7 @@ from layerwise.choosing.tables import text_table
 from layerwise.errors import figure
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
+from layerwise.shown import Shown
 from layerwise.training.result import Result
 from layerwise.tuning.stall import Mode
 
@@ -70,7 +71,7 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Shown):
     """What a search has found so far.
 
     Attributes:

@@ -11,6 +11,7 @@ import numpy as np
 from layerwise.choosing.depths import Transferability
 from layerwise.choosing.distances import Estimate
 from layerwise.choosing.tables import text_table
+from layerwise.shown import Shown
 
 Method = Literal["norms", "signature", "source"]
 Where = Literal["none", "early", "late", "throughout"]
@@ -100,7 +101,7 @@ class LabelSide:
 
 
 @dataclass(frozen=True)
-class Shift:
+class Shift(Shown):
     """How far a target lies from the source, and where.
 
     Attributes:

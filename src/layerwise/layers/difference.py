@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerwise.errors import shorten
+from layerwise.shown import Shown
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -14,7 +15,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class MapDifference:
+class MapDifference(Shown):
     """What changes from one layer map to another; false if nothing does.
 
     Attributes:

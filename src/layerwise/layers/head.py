@@ -20,12 +20,13 @@ from layerwise.layers.order import order_of
 from layerwise.layers.outputs import is_borrowed, output_layers
 from layerwise.layers.owners import module_of
 from layerwise.layers.randomness import kept_random_state
+from layerwise.shown import Shown
 
 _SIZE_ATTRIBUTES = ("num_classes", "num_labels", "n_classes")
 
 
 @dataclass(frozen=True)
-class HeadChange:
+class HeadChange(Shown):
     """What `replace_head` did.
 
     Attributes:

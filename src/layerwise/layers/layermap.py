@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.norms import Kind
+from layerwise.shown import Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,7 +60,7 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
-class LayerMap:
+class LayerMap(Shown):
     """The layer groups of a model in the order in which its input flows through them.
 
     Attributes:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from layerwise.errors import percent, plural, shorten
 from layerwise.layers.isolation import unwrap
+from layerwise.shown import Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ _WIDTH = 110
 _FIRST_TO_GO = ("modules", "share", "MFLOPs", "output KiB")
 
 
-class LayerTable:
+class LayerTable(Shown):
     """A map's groups for Rich, input first: depth, modules, parameters, share, and costs per sample.
 
     Where the console is too narrow for all columns, some are left out.

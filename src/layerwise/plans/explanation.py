@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.errors import percent, plural
+from layerwise.shown import Shown
 
 JOINING = "joining groups warm up for"
 """How the note of a phase begins that holds from the second phase on."""
@@ -72,7 +73,7 @@ class PhaseSummary:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """What a plan does: ``print`` it, or take `to_dict` for a machine.
 
     Attributes:

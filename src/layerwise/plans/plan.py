@@ -20,6 +20,7 @@ from pydantic import Field
 from layerwise.errors import PlanError, did_you_mean
 from layerwise.plans.data import Data, by_name, fields_of
 from layerwise.plans.settings import Multiplier, NormKind, Norms, Schedule, Shape
+from layerwise.shown import Shown
 
 if TYPE_CHECKING:
     from layerwise.layers.layermap import LayerMap
@@ -100,7 +101,7 @@ class Phase(Data):
         return self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
 
 
-class Plan(Data):
+class Plan(Shown, Data):
     """A whole strategy: phases in order, over the groups of a layer map.
 
     Attributes:

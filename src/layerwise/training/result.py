@@ -9,11 +9,12 @@ from typing import Any, Literal
 from torch import nn
 
 from layerwise.errors import plural
+from layerwise.shown import Shown
 from layerwise.training.tasks import Task
 
 
 @dataclass
-class Result:
+class Result(Shown):
     """What a run came to.
 
     Attributes:

@@ -11,6 +11,7 @@ from torch import nn
 
 from layerwise.errors import ModelError
 from layerwise.layers.layermap import LayerMap, check_map
+from layerwise.shown import Shown
 from layerwise.tuning import audit_graph, audit_modes, audit_optimizer, audit_schedulers
 from layerwise.tuning.audit_probe import probe
 from layerwise.tuning.audit_setup import Finding, Setup, optimizers_of
@@ -63,7 +64,7 @@ class RateRow:
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Shown):
     """The findings of an audit, gravest first. Print it, iterate over it, or take ``to_dict()``.
 
     Attributes:

@@ -14,6 +14,7 @@ from layerwise.errors import ModelError, PlanError, percent, plural
 from layerwise.layers.isolation import require_module, unwrap
 from layerwise.layers.norms import find_norms
 from layerwise.plans.selection import match_names
+from layerwise.shown import Shown
 from layerwise.tuning.modes import first_encoder_layers, pin_eval, unpin
 
 _SWITCHED: WeakSet[nn.Module] = WeakSet()
@@ -23,7 +24,7 @@ _HELD: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
-class FreezeRecord:
+class FreezeRecord(Shown):
     """What `freeze` or `unfreeze` changed.
 
     Attributes:
@@ -72,7 +73,7 @@ class FreezeRecord:
 
 
 @dataclass(frozen=True)
-class ParameterCount:
+class ParameterCount(Shown):
     """Numbers of scalars in a model's parameters, shared ones counted once.
 
     Attributes:

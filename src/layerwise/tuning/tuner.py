@@ -144,6 +144,11 @@ class Tuner:
         self.optimizer = self._builder.build(self._set_learners())
         self._set_rates()
 
+    def __repr__(self) -> str:
+        number, name = self.phase_index + 1, self.phase.name
+        at = "done" if self.done else f"phase {number} of {len(self.plan.phases)}, {name!r}"
+        return f"<Tuner of {self.plan.strategy!r}: {at}, epoch {self.epoch}, step {self.step_count}>"
+
     # ------------------------------------------------------------------ where the run stands
 
     @property

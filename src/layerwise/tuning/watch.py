@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from layerwise.errors import ModelError, plural, shorten
 from layerwise.layers.forms import tensor_digest
 from layerwise.layers.isolation import unwrap
+from layerwise.shown import Shown
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 
 
 @dataclass(frozen=True)
-class WatchReport:
+class WatchReport(Shown):
     """What moved between the beginning and the end of a watched run.
 
     A parameter is *frozen* if it required no gradients at the beginning and at the end and is not among
