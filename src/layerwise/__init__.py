@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from layerwise.training.result import Result as Result
     from layerwise.training.run import Run as Run
     from layerwise.training.run import load_run as load_run
+    from layerwise.training.run_list import list_runs as list_runs
     from layerwise.tuning.audit import audit as audit
     from layerwise.tuning.calibration import calibrate_batchnorm as calibrate_batchnorm
     from layerwise.tuning.freezing import count_parameters as count_parameters
@@ -104,6 +105,7 @@ _HOME = {
     "layer_map": "layerwise.layers.mapping",
     "linear_probe": "layerwise.plans.strategies",
     "lisa": "layerwise.plans.recipes",
+    "list_runs": "layerwise.training.run_list",
     "load_run": "layerwise.training.run",
     "lp_ft": "layerwise.plans.unfreezing",
     "open_images": "layerwise.sources.images",

@@ -26,6 +26,7 @@ from layerwise.cli import (
     plan,
     predict,
     report,
+    runs,
     search,
     signature,
 )
@@ -87,6 +88,7 @@ app.command("fit")(fit.fit)
 app.command("plan")(plan.plan)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("runs")(runs.runs)
 app.command("demo")(demo.demo)
 app.command("audit")(audit.audit)
 app.add_typer(cache.app, name="cache")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from layerwise.errors import figure, percent
 
 if TYPE_CHECKING:
     from layerwise.training.result import Result
+    from layerwise.training.run_list import RunSummary
     from layerwise.training.tasks import Scores
 
 
@@ -150,3 +152,17 @@ def prediction_table(rows: Sequence[Mapping[str, Any]], classes: Sequence[str], 
         every = (f"{row['probabilities'][name]:.3f}" for name in shown)
         table.add_row(row["image"], row["label"], f"{row['probability']:.3f}", *every)
     return table
+
+
+def runs_tables(runs: Sequence[RunSummary]) -> Iterator[Table]:
+    """Yield a table for the runs of each metric; a narrow console goes without their models and rates."""
+    columns = ["run", "strategy", "validation", "test", "trained", "seconds", "state", "lr", "model"]
+    for metric, of_metric in itertools.groupby(runs, lambda run: run.monitor):
+        table = new_table(metric, columns, left=2, spare=2)
+        for run in of_metric:
+            numbers = ("" if value is None else figure(value) for value in (run.validation, run.test))
+            share = "" if run.trained_frac is None else f"{percent(run.trained_frac, 1)}%"
+            seconds = "" if run.seconds is None else f"{run.seconds:.0f}"
+            made = (f"{run.lr:.1e}", run.model)
+            table.add_row(str(run.path), run.strategy, *numbers, share, seconds, run.state, *made)
+        yield table
