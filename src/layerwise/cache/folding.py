@@ -170,7 +170,7 @@ def relative_difference(one: Values, other: Values) -> float:
     found = [0.0]
     for site, value in one.items():
         wide = torch.complex128 if value.is_complex() else torch.float64
-        a, b = value.to(wide), other[site].to(wide)
+        a, b = value.cpu().to(wide), other[site].cpu().to(wide)
         gaps, sizes = (a - b).abs()[a != b], a.abs()[a.isfinite()]
         gap, scale = (float(part.max()) if part.numel() else 0.0 for part in (gaps, sizes))
         found.append(gap / scale if scale else gap)

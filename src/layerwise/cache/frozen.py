@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import time
 from collections.abc import Iterable, Iterator
 from threading import get_ident
 from typing import Any
@@ -27,6 +26,7 @@ from layerwise.cache.samples.feed import Feed
 from layerwise.cache.samples.supply import Supply
 from layerwise.cache.traceless import BeforePass, traceless
 from layerwise.errors import CacheError
+from layerwise.layers.devices import clock_s
 from layerwise.layers.holding import told
 from layerwise.layers.isolation import uncompiled
 from layerwise.layers.randomness import drawn_outside_torch, seed_everything
@@ -115,9 +115,9 @@ class FrozenPart:
                 seed_everything(seed)
             if log is not None:
                 stack.enter_context(self._logged(log))
-            started = time.perf_counter()
+            started_s = clock_s(link.device)
             found = capture(self.model, cuts, link.apart(given), batch=batch, skeletons=skeletons)
-            found.seconds = time.perf_counter() - started
+            found.seconds = clock_s(link.device) - started_s
         if found.not_come:
             raise CacheError(
                 f"{min(found.not_come).path} runs for some samples of a batch and not for others."

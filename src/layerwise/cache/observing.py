@@ -7,7 +7,6 @@ compared with the plain one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +34,7 @@ from layerwise.cache.stock import Stock
 from layerwise.cache.store.decision import kept
 from layerwise.cache.traceless import traceless
 from layerwise.errors import CacheError
+from layerwise.layers.devices import clock_s
 from layerwise.layers.structures import Arguments, map_tensors
 
 
@@ -235,9 +235,9 @@ class Observer:
                     phase.cut, fresh, phase.fixed.skeletons, batch=len(seen.live.indices), device=link.device,
                     answered=lambda: checkpointed.append(is_checkpointed()),
                 ) as replay:  # fmt: skip
-                    started = time.perf_counter()
+                    started_s = clock_s(link.device)
                     output = self._model(*args, **kwargs)
-                    suffix_s = time.perf_counter() - started
+                    suffix_s = clock_s(link.device) - started_s
                 if any(checkpointed):
                     check_backward(output, self._model.parameters())
             except CacheError:

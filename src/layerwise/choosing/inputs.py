@@ -115,4 +115,4 @@ def measure_images(images: Tensor) -> dict[str, Array]:
             "of at least 3."
         )
     values = images.detach().float()
-    return {name: figure(values).double().cpu().numpy() for name, figure in MEASURES.items()}
+    return {name: figure(values).cpu().double().numpy() for name, figure in MEASURES.items()}

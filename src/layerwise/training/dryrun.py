@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count, cycle, islice
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.layers.devices import clock_s
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.randomness import kept_random_state
 from layerwise.plans.explain import explain
@@ -27,7 +26,7 @@ from layerwise.training.guard import require_values
 from layerwise.training.key_cache import without_key_cache
 from layerwise.training.memory import peak_memory
 from layerwise.training.options import find_optimizer
-from layerwise.training.processes import open_accelerator
+from layerwise.training.processes import open_accelerator, to_device
 from layerwise.training.progress import format_seconds
 from layerwise.training.tasks import Task, split_batch
 from layerwise.tuning.matching import constants_of, layers_for
@@ -172,8 +171,6 @@ def dry_run(
     Raises:
         LayerwiseError: as `layerwise.fit` would before training.
     """
-    from accelerate.utils import send_to_device
-
     require_values(model)
     accelerator = open_accelerator(precision, device, None, None)
     share: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
@@ -219,11 +216,11 @@ def dry_run(
         step_s = min(seconds for seconds, size in timed[1:] or timed if size == samples)
         validation_s = 0.0
         if held_out is not None:
-            began_s = time.perf_counter()
-            batch = send_to_device(next(held_out.epoch(0)), accelerator.device)
+            began_s = clock_s(accelerator.device)
+            batch = to_device(next(held_out.epoch(0)), accelerator.device)
             first_output(tried, task.forward, batch)
             sizes = _batch_sizes(held_out)
-            validation_s = (time.perf_counter() - began_s) / sizes[0] * sum(sizes)
+            validation_s = (clock_s(accelerator.device) - began_s) / sizes[0] * sum(sizes)
         costs.append(
             PhaseCost(
                 name=phase.name,
@@ -252,22 +249,18 @@ def _timed_steps(
 
     A tiny data set is repeated.
     """
-    from accelerate.utils import send_to_device
-
     timed: list[tuple[float, int]] = []
     sizes = cycle(_batch_sizes(batches))
     stream = chain.from_iterable(batches.epoch(0) for _ in count())
     while len(timed) <= MEASURED_STEPS and not tuner.done:
-        began_s = time.perf_counter()
+        began_s = clock_s(accelerator.device)
         for batch in islice(stream, accumulate):
-            batch = send_to_device(batch, accelerator.device)
+            batch = to_device(batch, accelerator.device)
             with accelerator.autocast():
                 loss = task.loss(task.forward(model, batch), batch)
             accelerator.backward(loss / accumulate)
         tuner.step()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
-        timed.append((time.perf_counter() - began_s, sum(islice(sizes, accumulate))))
+        timed.append((clock_s(accelerator.device) - began_s, sum(islice(sizes, accumulate))))
     return timed
 
 

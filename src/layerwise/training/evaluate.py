@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from layerwise.cache.prefix import PrefixCache
 from layerwise.errors import DataError
+from layerwise.layers.devices import widest_float
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches
+from layerwise.training.processes import to_device
 from layerwise.training.tasks import Scores, Task
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.processes import distributed
+
+_CPU = torch.device("cpu")
 
 
 def evaluate(
@@ -46,19 +50,21 @@ def evaluate(
     Raises:
         DataError: nothing in the data is scored.
     """
-    from accelerate.utils import send_to_device
-
-    metrics = task.metrics().to(device) if device is not None else task.metrics()
+    # Metrics may count in float64; where the device has none they stay on the CPU.
+    home = device if device is None or widest_float(device) == torch.float64 else _CPU
+    metrics = task.metrics().to(home) if home is not None else task.metrics()
     total = torch.zeros(2, dtype=torch.float64)
     with held_modes(model), torch.no_grad(), kept_random_state():
         model.eval()
         for batch in batches.epoch(0, cache=cache):
-            batch = batch if device is None else send_to_device(batch, device)
+            batch = batch if device is None else to_device(batch, device)
             with autocast():
                 output = task.forward(model, batch)
                 loss = task.loss(output, batch)
             size = task.size(batch)
             total += torch.tensor([float(loss) * size, size], dtype=torch.float64)
+            if home != device:
+                output, batch = output.cpu(), to_device(batch, _CPU)
             task.update(metrics, output.float(), batch)
             on_batch()
     if distributed():

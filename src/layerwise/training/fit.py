@@ -43,7 +43,13 @@ from layerwise.training.options import (
     check_same_run,
     find_optimizer,
 )
-from layerwise.training.processes import gather_objects, joined, open_accelerator, sum_over_processes
+from layerwise.training.processes import (
+    gather_objects,
+    joined,
+    open_accelerator,
+    sum_over_processes,
+    to_device,
+)
 from layerwise.training.progress import Reporter
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.result import Result
@@ -186,8 +192,6 @@ def fit(
         The result; `model` itself holds the kept weights.
     """
     options = dict(locals())
-    from accelerate.utils import send_to_device
-
     check_options(options)
     require_values(model)
     folder = None if out is None else Path(out)
@@ -213,7 +217,7 @@ def fit(
         )
     test_batches = None if test is None else open_batches(test, train=False, name="test", **share)
     model.to(accelerator.device)
-    first = send_to_device(setup.first_batch(batches), accelerator.device)
+    first = to_device(setup.first_batch(batches), accelerator.device)
     task = setup.find_task(
         model,
         batches,
@@ -354,7 +358,7 @@ def fit(
                     break
                 if world > 1 and wrapped_for != tuner.trainable_names():  # DDP must know what learns now
                     runner, wrapped_for = joined(accelerator, model), tuner.trainable_names()
-                batch = send_to_device(batch, accelerator.device)
+                batch = to_device(batch, accelerator.device)
                 with accelerator.autocast():
                     output = task.forward(runner, batch)
                     loss = task.loss(output, batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import TrainingError
+from layerwise.layers.devices import widest_float
 from layerwise.training.options import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -71,6 +72,21 @@ def joined(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """
     device = accelerator.device
     return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch on a device; its float64 numbers in the widest type that there is.
+
+    A loader makes float64 of Python's numbers, and Apple's GPUs have none.
+    """
+    from accelerate.utils import recursively_apply, send_to_device
+
+    widest = widest_float(device)
+    if widest != torch.float64:
+        batch = recursively_apply(
+            lambda tensor: tensor.to(widest) if tensor.dtype == torch.float64 else tensor, batch
+        )
+    return send_to_device(batch, device)
 
 
 def gather_objects(accelerator: Accelerator, value: Any) -> list[Any]:

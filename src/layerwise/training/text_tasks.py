@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.errors import DataError
+from layerwise.layers.devices import widest_float
 from layerwise.training.tasks import (
     Batch,
     Scores,
@@ -228,7 +229,7 @@ class Regression:
         in float32, would all be about the same number before the mean is taken off.
         """
         labels: Tensor = split_batch(batch)[2].reshape(output.shape)
-        exact = labels.to(torch.float32 if labels.device.type == "mps" else torch.float64)
+        exact = labels.to(widest_float(labels.device))
         standard = (exact - self._constant(exact, self.mean, 0.0)) / self._constant(exact, self.scale, 1.0)
         return standard.to(output.device, torch.float32)
 
@@ -293,7 +294,7 @@ class Regression:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they say that variances are near 0: see above
                 try:
-                    found = metric.compute().detach().double().cpu().reshape(-1).tolist()
+                    found = metric.compute().detach().cpu().double().reshape(-1).tolist()
                 except ValueError:  # R2 of fewer than two samples
                     found = []
             found = found or [0.0] * len(self.classes)

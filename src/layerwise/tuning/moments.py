@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from layerwise.errors import DataError
+from layerwise.layers.devices import widest_float
 from layerwise.layers.norms import NormLayer
 from layerwise.tuning.processes import distributed
 
@@ -34,8 +35,7 @@ class Moments:
         self.calls += 1
         if not len(x):  # a detector's head that sees no region
             return
-        # Apple's GPUs have no float64; there one batch is summed in float32.
-        wide = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
+        wide = x.detach().to(widest_float(x.device))
         if self.instance:
             variance, mean = torch.var_mean(wide.flatten(2), dim=2, correction=1)  # (N, C)
             count, mean, squares = len(wide), mean.mean(0), variance.sum(0)

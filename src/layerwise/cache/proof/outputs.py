@@ -53,7 +53,7 @@ class Result:
                     f"{other.dtype}"
                 )
             if not same_bits(one, other.detach()):
-                gap = float((one.double() - other.detach().double()).abs().max())
+                gap = float((one.cpu().double() - other.detach().cpu().double()).abs().max())
                 return f"output {number} differs by up to {gap:.3g}"
         learning, operations = _flow(output)
         if self.learning != learning:
