@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from layerwise.errors import DataError
+from layerwise.layers import devices
 from layerwise.training import dryrun
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
@@ -35,7 +36,7 @@ def test_a_smaller_last_batch_is_no_measure_of_the_others(
 ) -> None:
     # nor are the others one of it, in training and in validation
     train, model = Clock(samples), Tiny()
-    monkeypatch.setattr(dryrun, "time", train)
+    monkeypatch.setattr(devices, "time", train)
     found = dryrun.dry_run(
         model, train, train, plan=tiny_plan(), layers=tiny_layers(model), batch_size=5, accumulate=accumulate
     )
@@ -47,7 +48,7 @@ def test_a_smaller_last_batch_is_no_measure_of_the_others(
 def test_the_batches_of_a_loader_are_taken_for_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     # of one with an order of its own, which does not tell their sizes
     train, model = Clock(12), Tiny()
-    monkeypatch.setattr(dryrun, "time", train)
+    monkeypatch.setattr(devices, "time", train)
     loader = DataLoader(train, batch_sampler=[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
     found = dryrun.dry_run(model, loader, loader, plan=tiny_plan(), layers=tiny_layers(model))
     assert [cost.epoch_s for cost in found.costs] == [24, 24]
