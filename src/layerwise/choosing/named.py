@@ -165,7 +165,7 @@ def _texts(opened: OpenedModel, data: str, text: dict[str, Any]) -> Any:
     from layerwise.training.text_job import TextOptions, length_for
     from layerwise.training.text_predict import read_texts
 
-    options = TextOptions(**{name: value for name, value in text.items() if name != "path_column"})
+    options = TextOptions.of(text)
     rows = read_texts(
         [data],
         text_column=options.text_column or "text",

@@ -43,7 +43,7 @@ def open_labelled(
     told |= {name: value for name, value in table.items() if value not in (None, False)}
     found: ImageData | TextData
     if run.tokenizer is not None:
-        found = _open_texts(run, data, TextOptions(**told))
+        found = _open_texts(run, data, TextOptions.of(told))
     elif run.preprocessing is not None:
         found = _open_images(run, data, skip_bad_images, told)
     else:

@@ -86,6 +86,11 @@ class TextOptions:
     lm_lr: float = 5e-5
     lm_strategy: str = "discriminative:decay=0.9"
 
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> TextOptions:
+        """Return the options in `Job.text`, without the column of images that may stand there in vain."""
+        return cls(**{name: value for name, value in table.items() if name != "path_column"})
+
 
 @dataclass(frozen=True)
 class PreparedText:
@@ -200,18 +205,16 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     from layerwise.sources.pooled import mean_pooled
     from layerwise.sources.text import MODEL_TASKS, encode
 
-    given = dict(job.text or {})
+    given = job.text or {}
     unused = {
         "--augment": job.augment != "none",
         "--skip-bad-images": job.skip_bad_images,
         "--input-size": job.input_size is not None,
-        "--path-column": given.pop("path_column", None) is not None,
+        "--path-column": given.get("path_column") is not None,
     }
-    options = TextOptions(**given)
-    if options.lm_epochs:
-        check_strategy(
-            options.lm_strategy, epochs=options.lm_epochs
-        )  # what is quick to find wrong comes first
+    options = TextOptions.of(given)
+    if options.lm_epochs:  # what is quick to find wrong comes first
+        check_strategy(options.lm_strategy, epochs=options.lm_epochs)
     if not job.model.startswith("hf:"):
         raise ModelError(
             f"texts need a model that brings its tokenizer; {job.model!r} does not. Give hf:FOLDER_OR_ID."
@@ -276,7 +279,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     ignored = [
         f"{name} is for images; {job.model} reads texts, so it is not used" for name in unused if unused[name]
     ]
-    ignored += _not_used(job.text or {}, options)
+    ignored += _not_used(given, options)
     notes = (*ignored, *opened.notes, *data.notes, *skipped)
     return PreparedText(job, options, opened, table, data, layers, plan, task, about, notes)
 

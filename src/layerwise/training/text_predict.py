@@ -254,7 +254,7 @@ def _complete(
     new_tokens = min(new_tokens, limit - 1)
     # Of what the model can take, the new tokens may use what the prompts leave, and half at any rate.
     room = min(length or limit, max(limit - new_tokens, limit // 2))
-    options = TextOptions(**run.table)
+    options = TextOptions.of(run.table)
     template = options.prompt_template if options.response_column else "{prompt}"
     prompts = [template.replace("{prompt}", text.text) for text in part]
     rows = encode_givens(tokenizer, prompts, max_length=room)

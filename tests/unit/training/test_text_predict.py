@@ -11,6 +11,7 @@ import torch
 from layerwise.errors import DataError, RunError
 from layerwise.sources import encoding
 from layerwise.training.job import Job, open_job
+from layerwise.training.labelled import open_labelled
 from layerwise.training.run import load_run
 from layerwise.training.text_predict import Text, predict_texts, read_texts
 from tiny_text import save_tiny, write_csv
@@ -82,6 +83,15 @@ def test_prompts_have_the_template_of_training_where_none_is_named(work, monkeyp
     )
     predict_texts(run, ["red"], new_tokens=4)
     assert prompts == open_job(Job(**run.about["job"])).table.parts["train"].texts[:1] == ["red\n"]
+
+
+def test_what_a_run_on_texts_was_told_for_images_in_vain_is_passed_over_later(work):
+    # The job keeps --path-column, of which fit says that it is not used.
+    save_tiny(work / "vain", "gpt2", "CausalLM")
+    rows = [{"text": "red", "answer": "fast slow"}] * 10
+    run = trained(work, "vain", rows, task="causal_lm", response_column="answer", path_column="file")
+    assert predict_texts(run, ["red"], new_tokens=4)
+    assert len(open_labelled(run, work / "vain.csv")[0]) == 10
 
 
 def test_completions_of_several_lengths_are_those_of_each_alone(writer):
