@@ -78,26 +78,11 @@ def _open_texts(run: Run, data: str | Path, options: TextOptions) -> TextData:
     from layerwise.sources.text import encode
     from layerwise.sources.texttable import read_texts
 
-    table = read_texts(
-        data,
-        task=cast(Any, run.task.name),
-        text_column=options.text_column,
-        pair_column=options.pair_column,
-        label_column=options.label_column,
-        response_column=options.response_column,
-        split_column=options.split_column,
-        val_frac=0.0,
-        encoding=options.encoding,
-        label_separator=options.label_separator,
-        prompt_template=options.prompt_template,
-        skip_bad_rows=options.skip_bad_rows,
-    )
+    table = read_texts(data, task=cast(Any, run.task.name), val_frac=0.0, **options.of_table())
     _check(run, data, table.classes)
     length = run.about["data"].get("max_length") or MAX_LENGTH
     found = encode(dataclasses.replace(table, classes=run.classes), run.tokenizer, max_length=length)
-    for each in found.parts().values():
-        each.pads_samples = options.padding == "auto"
-        each.pad_to = max(each.lengths) if options.padding == "all" else None
+    options.pad(found)
     return found
 
 

@@ -36,6 +36,19 @@ MAX_LENGTH = 256
 _OF_ALL_TEXTS = ("path_column", "max_length", "padding", "pooling", "lm_epochs", "lm_lr", "lm_strategy")
 """What can be said of texts that are no table (in vain of the paths of images, which is told)."""
 
+_OF_TABLE = (
+    "text_column",
+    "pair_column",
+    "label_column",
+    "response_column",
+    "split_column",
+    "encoding",
+    "label_separator",
+    "prompt_template",
+    "skip_bad_rows",
+)
+"""What is said of any table, also of one that is not split: all but the column of groups."""
+
 
 @dataclass(frozen=True)
 class TextOptions:
@@ -90,6 +103,16 @@ class TextOptions:
     def of(cls, table: Mapping[str, Any]) -> TextOptions:
         """Return the options in `Job.text`, without the column of images that may stand there in vain."""
         return cls(**{name: value for name, value in table.items() if name != "path_column"})
+
+    def of_table(self) -> dict[str, Any]:
+        """Return what `layerwise.sources.texttable.read_texts` is told of columns and rows."""
+        return {name: getattr(self, name) for name in _OF_TABLE}
+
+    def pad(self, data: TextData) -> None:
+        """Make the parts of `data` be padded as `padding` says."""
+        for part in data.parts().values():
+            part.pads_samples = self.padding == "auto"
+            part.pad_to = max(part.lengths) if self.padding == "all" else None
 
 
 @dataclass(frozen=True)
@@ -256,9 +279,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
             cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
         )
     plan.check(layers)
-    for part in data.parts().values():
-        part.pads_samples = options.padding == "auto"
-        part.pad_to = max(part.lengths) if options.padding == "all" else None
+    options.pad(data)
     about = {
         "model": {**opened.to_dict(), "pooling": options.pooling},
         "data": {
@@ -349,21 +370,13 @@ def open_texts(job: Job, options: TextOptions) -> TextTable:
     return read_texts(
         job.data,
         task=cast(Any, options.task),
-        text_column=options.text_column,
-        pair_column=options.pair_column,
-        label_column=options.label_column,
-        response_column=options.response_column,
         group_column=options.group_column,
-        split_column=options.split_column,
         val=options.val,
         test=options.test,
         val_frac=job.val_frac,
         test_frac=job.test_frac,
         seed=job.seed,
-        encoding=options.encoding,
-        label_separator=options.label_separator,
-        prompt_template=options.prompt_template,
-        skip_bad_rows=options.skip_bad_rows,
+        **options.of_table(),
     )
 
 
