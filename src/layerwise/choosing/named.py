@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from layerwise.training.text_job import PreparedText
 
 
-NAMED = ("demo:", "hf:")
-"""How the names of data sets that are no paths begin."""
-
-
 def open_task(
     model: str,
     data: str,
@@ -53,11 +49,11 @@ def open_task(
     Raises:
         LayerwiseError: model, weights or data cannot be opened.
     """
-    from layerwise.training.job import Job, open_job
+    from layerwise.training.job import Job, data_name, open_job
 
     job = Job(
         model=model,
-        data=data if data.startswith(NAMED) else str(Path(data).resolve()),
+        data=data_name(data),
         strategy="full",
         weights=weights,
         mismatched=mismatched,
@@ -105,6 +101,7 @@ def open_inputs(
     from layerwise.layers.mapping import layer_map
     from layerwise.layers.randomness import seed_everything
     from layerwise.sources.models import open_model, takes_texts
+    from layerwise.training.job import NAMED
 
     given: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "input_size": input_size}
     given["mismatched"] = mismatched

@@ -282,7 +282,7 @@ def fit(
     if strategy != "auto":
         refuse(context, ["budget_minutes", "search_share"], "only --strategy auto searches")
 
-    from layerwise.training.job import Job
+    from layerwise.training.job import Job, data_name
 
     options: dict[str, Any] = {
         "lr": lr,
@@ -306,7 +306,7 @@ def fit(
     }
     job = Job(
         model=str(model),
-        data=text.data_name(str(data)),
+        data=data_name(str(data)),
         strategy=strategy,
         plan=None if plan is None else str(plan.resolve()),
         weights=None if weights is None else str(weights.resolve()),

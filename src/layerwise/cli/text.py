@@ -95,12 +95,6 @@ def text_options(**given: Any) -> dict[str, Any] | None:
     return found or None
 
 
-def data_name(data: Path | str) -> str:
-    """Return ``--data`` as a job keeps it: names of data sets as they are, paths absolute."""
-    name = str(data)
-    return name if name.startswith(("demo:", "hf:")) else str(Path(name).resolve())
-
-
 def predict_and_print(
     run: Run,
     inputs: Sequence[Path],

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DEMO_DATA = "demo:elpv"
 """Data of this name are the packaged solar cells; ``demo:elpv:800/400/600`` says how many of them."""
+NAMED = ("demo:", "hf:")
+"""How the names of data sets that are no paths begin."""
 IMAGE_TABLE = ("path_column", "label_column", "split_column", "skip_bad_rows")
 """What can be said of a table of images (`layerwise.sources.images.open_images`)."""
 
@@ -340,7 +342,7 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
     if job.text and (job.data.startswith(DEMO_DATA) or Path(job.data).is_dir()):
         given = ", ".join(map(option_name, job.text))
         raise DataError(f"{given}: {job.data!r} is no table. Leave it out, or give a table.")
-    if job.data.startswith(("hf:", "demo:")) and not job.data.startswith(DEMO_DATA):
+    if job.data.startswith(NAMED) and not job.data.startswith(DEMO_DATA):
         raise DataError(
             f"data {job.data!r} is no set of images: named are {DEMO_DATA} alone, and hf: data are "
             "texts, for hf: models that read them. Give a folder with a folder of images a class, or a table."
@@ -367,6 +369,12 @@ def _open_data(job: Job, preprocessing: Preprocessing) -> ImageData:
     data = elpv_images(preprocessing, seed=job.seed, augment=augment, **sizes)
     _, unused = fracs_to_split(data.parts(), val_frac=job.val_frac, test_frac=job.test_frac)
     return dataclasses.replace(data, notes=(*data.notes, *unused))
+
+
+def data_name(data: str | Path) -> str:
+    """Return data as a job keeps them: names of data sets as they are, paths absolute."""
+    name = str(data)
+    return name if name.startswith(NAMED) else str(Path(name).resolve())
 
 
 def option_name(name: str) -> str:

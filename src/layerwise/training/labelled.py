@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from layerwise.errors import DataError, RunError, shorten
-from layerwise.training.job import IMAGE_TABLE
+from layerwise.training.job import IMAGE_TABLE, data_name
 from layerwise.training.run import Run
 from layerwise.training.text_job import MAX_LENGTH, TextOptions
 
@@ -38,7 +38,7 @@ def open_labelled(
         RunError: the run was started from Python and knows neither.
         DataError: the data cannot be read, have other classes, or no such part.
     """
-    is_own = str(Path(data).resolve()) == run.about["data"].get("source")
+    is_own = data_name(data) == run.about["data"].get("source")
     told = {name: value for name, value in run.table.items() if is_own or name != "split_column"}
     told |= {name: value for name, value in table.items() if value not in (None, False)}
     found: ImageData | TextData

@@ -135,3 +135,16 @@ def test_options_of_another_kind_of_data_are_refused(images: Path, run: tuple[Pa
     assert result.exit_code == 2
     assert "--text-column" in result.stderr.replace("\x1b[0m", "")
     assert "on images" in result.stderr
+
+
+def test_data_of_a_name_are_known_as_those_of_training(tmp_path: Path, monkeypatch) -> None:
+    # A name of the hub is no path that could be made absolute; its columns are those of training too.
+    pytest.importorskip("transformers")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(topic_rows(18))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": rows})
+    model = ["--model", f"hf:{save_tiny(tmp_path / 'bert', 'bert')}", "--label-column", "topic"]
+    fit(*model, "--data", "hf:topics", "--strategy", "full", "--out", tmp_path / "run")
+    result = command("evaluate", tmp_path / "run", "hf:topics")
+    assert result.exit_code == 0, result.output
+    assert "the run learned from these data" in result.stderr
