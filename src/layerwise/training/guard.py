@@ -27,10 +27,8 @@ from layerwise.training.options import Precision
 
 _UNWRITABLE = (*FULL, errno.EROFS)
 
-
 _ONE_SAMPLE = "Expected more than 1 value per channel when training"
 """How torch's batch-norm begins its complaint of a batch without a variance."""
-
 
 _WORKER_GONE = re.compile(r"DataLoader worker \(pid.* (is killed by signal|exited unexpectedly)")
 """How torch tells that a process of a loader is gone."""
@@ -146,14 +144,14 @@ def _clipping(clip_norm: float | None) -> str:
 
 
 @contextlib.contextmanager
-def explained(where: Any, *, out: Path | None, precision: Precision = "fp32") -> Iterator[None]:
+def explained(steps: Callable[[], int], *, out: Path | None, precision: Precision = "fp32") -> Iterator[None]:
     """Turn what torch tells tersely in the body into an error of ours that names the step.
 
     That is: running out of memory or of disk, a process that loads samples gone, and a batch of one sample in
     batch-norm over vectors.
 
     Args:
-        where: called for the number of optimiser steps made so far.
+        steps: called for the number of optimiser steps made so far.
         out: the run's folder.
         precision: of the run, so that its own is not proposed.
     """
@@ -161,26 +159,24 @@ def explained(where: Any, *, out: Path | None, precision: Precision = "fp32") ->
 
     try:
         yield
-    except RunError:
-        raise
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
         raise RunError(
-            f"writing failed after step {where()}: {error}. Make room on the disk. {_last_checkpoint(out)}"
+            f"writing failed after step {steps()}: {error}. Make room on the disk. {_last_checkpoint(out)}"
         ) from error
     except ValueError as error:
         if _ONE_SAMPLE not in str(error):
             raise
         raise TrainingError(
-            f"the batch of step {where() + 1} holds one sample, and batch-norm over vectors cannot train on "
+            f"the batch of step {steps() + 1} holds one sample, and batch-norm over vectors cannot train on "
             f"one ({error}). Leave out a smaller last batch with drop_last=True (--drop-last, or the "
             f"loader's own), or take another batch_size. {_last_checkpoint(out, remedied=True)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if _WORKER_GONE.match(str(error)):
             raise TrainingError(
-                f"a process that loads samples ended after step {where()}: {str(error).strip(' .')}. The "
+                f"a process that loads samples ended after step {steps()}: {str(error).strip(' .')}. The "
                 "system ends one when memory is short: take fewer workers (--workers). What it said itself "
                 f"stands above. {_last_checkpoint(out)}"
             ) from error
@@ -191,7 +187,7 @@ def explained(where: Any, *, out: Path | None, precision: Precision = "fp32") ->
         less = "a plan that trains less, or precision='bf16'"
         less = less if precision == "fp32" else "or a plan that trains less"
         raise TrainingError(
-            f"memory ran out at step {where() + 1} ({told[0].rstrip('.')}). "
+            f"memory ran out at step {steps() + 1} ({told[0].rstrip('.')}). "
             f"Take a smaller batch_size and raise accumulate by the same factor, {less}, in a new run. "
             f"{_last_checkpoint(out)}"
         ) from error
