@@ -232,21 +232,7 @@ def prepare(job: Job, *, plan: Plan | None = None) -> Prepared:
         name: _prepared(part, opened.preprocessing, classes) for name, part in found.parts().items()
     }
     data = dataclasses.replace(found, **prepared, classes=classes, notes=(*found.notes, *told))
-    return assemble(job, opened, data, plan=plan)
-
-
-def assemble(job: Job, opened: OpenedModel, data: ImageData, *, plan: Plan | None = None) -> Prepared:
-    """Return a job with a model and data that are open already, and its plan laid out."""
-    from layerwise.layers.mapping import layer_map
-    from layerwise.plans.parsing import parse_strategy
-
-    granularity = cast(Any, plan.granularity if plan is not None else job.granularity)
-    layers = layer_map(opened.model, opened.example_input, granularity=granularity)
-    if plan is None:
-        plan = parse_strategy(
-            cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
-        )
-    plan.check(layers)
+    layers, plan = lay_out(job, opened, plan)
     about = {
         "model": opened.to_dict(),
         "data": {
@@ -261,6 +247,25 @@ def assemble(job: Job, opened: OpenedModel, data: ImageData, *, plan: Plan | Non
     }
     skipped = [f"left out {path}: {reason}" for path, reason in data.skipped]
     return Prepared(job, opened, data, layers, plan, about, (*opened.notes, *data.notes, *skipped))
+
+
+def lay_out(job: Job, opened: OpenedModel, plan: Plan | None) -> tuple[LayerMap, Plan]:
+    """Return an opened model's layer map at the plan's granularity, and the plan; None is the job's strategy.
+
+    Raises:
+        PlanError: they do not fit each other.
+    """
+    from layerwise.layers.mapping import layer_map
+    from layerwise.plans.parsing import parse_strategy
+
+    granularity = cast(Any, plan.granularity if plan is not None else job.granularity)
+    layers = layer_map(opened.model, opened.example_input, granularity=granularity)
+    if plan is None:
+        plan = parse_strategy(
+            cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
+        )
+    plan.check(layers)
+    return layers, plan
 
 
 def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None, **more: Any) -> Result:
@@ -281,29 +286,7 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
     begun_alone = whole_of(Path(path))
     about = begun_alone or read_run(path)
     if about.get("job") is None:
-        folder = Path(path).resolve()
-        if about.get("whole"):
-            raise RunError(
-                f"{path} is the first half of a run, which goes on with it: layerwise fit --resume "
-                f"{shlex.quote(str(folder.parent))}"
-            )
-        named = Path(str(about.get("winner") or folder))
-        if named.name != folder.name:
-            raise RunError(
-                f"{path} is the run of a search's winner under another name, so the search does not know it. "
-                f"Move it back to {str(named)!r}; then give the command or the call again that made "
-                f"{str(named.parent)!r}."
-            )
-        winner = folder.name.startswith("winner-trial-")
-        if winner or (folder.name == LANGUAGE_MODEL and about["model"].get("spec") is not None):
-            raise RunError(
-                f"{path} is part of a {'search' if winner else 'run with --lm-epochs'}, which goes on with "
-                f"it. Give the command or the call again that made {str(folder.parent)!r}."
-            )
-        raise RunError(
-            f"{path} was started from Python with a model or data that have no names. Resume it there: "
-            f"layerwise.fit(model, train, val, plan=plan, out={str(path)!r}, resume=True)."
-        )
+        raise RunError(_without_job(path, about))
     job = job_from_dict(about["job"])
     begun = list_checkpoints(Path(path) / "checkpoints")
     if job.weights is not None and begun and not Path(job.weights).exists():
@@ -313,6 +296,33 @@ def resume_job(path: str | Path, *, say: Callable[[str], None] = lambda _: None,
     for note in prepared.notes:
         say(note)
     return prepared.fit(out=path, resume=begun_alone is None, **more)
+
+
+def _without_job(path: str | Path, about: Mapping[str, Any]) -> str:
+    """Return how to go on with a run that knows no job: what it is part of, or that it was made in Python."""
+    folder = Path(path).resolve()
+    if about.get("whole"):
+        return (
+            f"{path} is the first half of a run, which goes on with it: layerwise fit --resume "
+            f"{shlex.quote(str(folder.parent))}"
+        )
+    named = Path(str(about.get("winner") or folder))
+    if named.name != folder.name:
+        return (
+            f"{path} is the run of a search's winner under another name, so the search does not know it. "
+            f"Move it back to {str(named)!r}; then give the command or the call again that made "
+            f"{str(named.parent)!r}."
+        )
+    winner = folder.name.startswith("winner-trial-")
+    if winner or (folder.name == LANGUAGE_MODEL and about["model"].get("spec") is not None):
+        return (
+            f"{path} is part of a {'search' if winner else 'run with --lm-epochs'}, which goes on with "
+            f"it. Give the command or the call again that made {str(folder.parent)!r}."
+        )
+    return (
+        f"{path} was started from Python with a model or data that have no names. Resume it there: "
+        f"layerwise.fit(model, train, val, plan=plan, out={str(path)!r}, resume=True)."
+    )
 
 
 def job_from_dict(data: Mapping[str, Any]) -> Job:

@@ -14,6 +14,7 @@ from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training.checkpoint import list_checkpoints
 from layerwise.training.fit import fit
+from layerwise.training.job import DEMO_DATA, Job, lay_out, option_name
 from layerwise.training.known_tasks import task_of
 from layerwise.training.progress import Reporter
 from layerwise.training.result import Result
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from layerwise.sources.text import TextData
     from layerwise.sources.texttable import TextTable
     from layerwise.training.dryrun import DryRun
-    from layerwise.training.job import Job
 
 DEBIAN = "demo:debian"
 """Data of this name are Debian's package descriptions; ``demo:debian:200`` says how many of each topic."""
@@ -221,8 +221,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
     Raises:
         LayerwiseError: model, tokenizer, texts or plan cannot be opened, or do not fit each other.
     """
-    from layerwise.layers.mapping import layer_map
-    from layerwise.plans.parsing import check_strategy, parse_strategy
+    from layerwise.plans.parsing import check_strategy
     from layerwise.sources.models import open_model
     from layerwise.sources.opened import in_order_of_outputs
     from layerwise.sources.pooled import mean_pooled
@@ -268,17 +267,7 @@ def prepare_text(job: Job, *, plan: Plan | None = None) -> PreparedText:
         classes, told = in_order_of_outputs(table.classes, opened)
         table = dataclasses.replace(table, classes=classes, notes=(*table.notes, *told))
     data = encode(table, opened.tokenizer, max_length=length_for(options, opened))
-
-    layers = layer_map(
-        opened.model,
-        opened.example_input,
-        granularity=cast(Any, plan.granularity if plan is not None else job.granularity),
-    )
-    if plan is None:
-        plan = parse_strategy(
-            cast(str, job.strategy), layers, epochs=job.epochs, schedule=job.schedule, norms=job.norms
-        )
-    plan.check(layers)
+    layers, plan = lay_out(job, opened, plan)
     options.pad(data)
     about = {
         "model": {**opened.to_dict(), "pooling": options.pooling},
@@ -347,7 +336,6 @@ def open_texts(job: Job, options: TextOptions) -> TextTable:
     from layerwise.sources.debian import debian_texts
     from layerwise.sources.splits import fracs_to_split
     from layerwise.sources.texttable import read_texts
-    from layerwise.training.job import DEMO_DATA, option_name
 
     if job.data.startswith(DEMO_DATA):
         raise DataError(
