@@ -14,25 +14,16 @@ from layerwise.training.tasks import Batch, Task, kind_of, split_batch
 from layerwise.training.text_tasks import MultiLabel, Regression
 from layerwise.training.token_tasks import LanguageModelling, TokenClassification
 
-
-def _from_dict(build: Callable[..., Task]) -> Callable[[dict[str, Any]], Task]:
-    def from_dict(data: dict[str, Any]) -> Task:
-        # JSON knows no tuples
-        return build(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
-
-    return from_dict
-
-
-TASKS: dict[str, Callable[[dict[str, Any]], Task]] = {
-    "image_classification": _from_dict(Classification),
-    "text_classification": _from_dict(Classification),
-    "multi_label": _from_dict(MultiLabel),
-    "regression": _from_dict(Regression),
-    "token_classification": _from_dict(TokenClassification),
-    "causal_lm": _from_dict(LanguageModelling),
-    "masked_lm": _from_dict(LanguageModelling),
+TASKS: dict[str, Callable[..., Task]] = {
+    "image_classification": Classification,
+    "text_classification": Classification,
+    "multi_label": MultiLabel,
+    "regression": Regression,
+    "token_classification": TokenClassification,
+    "causal_lm": LanguageModelling,
+    "masked_lm": LanguageModelling,
 }
-"""Task name -> function that builds the task from what its ``to_dict`` returned."""
+"""Task name -> class of the task, which takes the fields that its ``to_dict`` returned."""
 
 
 def task_from_dict(data: dict[str, Any]) -> Task:
@@ -46,8 +37,9 @@ def task_from_dict(data: dict[str, Any]) -> Task:
         raise DataError(
             f"task {data.get('name')!r} is not known ({', '.join(TASKS)}).{did_you_mean(name, TASKS)}"
         )
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}  # JSON knows no tuples
     try:
-        return TASKS[name](data)
+        return TASKS[name](**fields)
     except TypeError as error:
         raise DataError(
             f"the task {name!r} does not have the fields that it was saved with ({error}). Another version "
@@ -57,7 +49,7 @@ def task_from_dict(data: dict[str, Any]) -> Task:
 
 def is_known(task: Task) -> bool:
     """Return whether `task_from_dict` makes it again of its data: it is no class of somebody else's."""
-    return type(task) in (Classification, MultiLabel, Regression, TokenClassification, LanguageModelling)
+    return type(task) in TASKS.values()
 
 
 def task_of(data: Any) -> Task | None:
