@@ -22,6 +22,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 _LIBRARIES = (os.path.dirname(__file__) + os.sep, os.path.dirname(os.__file__) + os.sep, "<frozen ")
 
@@ -184,6 +185,15 @@ def listed(summary: str, problems: Sequence[str], count: int = 10) -> str:
     return f"{summary}:{''.join(shown)}{more}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its full stop, its class where it has none.
+
+    >>> first_line(OSError("no room.")), first_line(MemoryError())
+    ('no room', 'MemoryError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """Return ``" Did you mean 'layer4'?"`` for the closest of `known`, or ``""`` when none is close.
 
@@ -196,3 +206,8 @@ def did_you_mean(name: str, known: Iterable[str], *, count: int = 3) -> str:
     """
     close = difflib.get_close_matches(name, [other for other in known if other != name], n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def did_you_mean_beside(path: Path, pattern: str = "*") -> str:
+    """Return what `did_you_mean` says of a path that is not there and of what lies in its folder."""
+    return did_you_mean(path.name, (entry.name for entry in path.parent.glob(pattern)))

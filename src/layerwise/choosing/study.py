@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from layerwise.choosing.locks import JournalLock
 from layerwise.choosing.space import Space
-from layerwise.errors import MissingExtraError, RunError
+from layerwise.errors import MissingExtraError, RunError, first_line
 
 State = Literal["complete", "pruned", "running", "failed", "waiting"]
 SETTINGS = {"choice", "lr", "decay"}
@@ -118,10 +118,9 @@ def open_study(
         try:
             where = _storage_at(str(storage))
         except Exception as error:  # SQLAlchemy and the drivers of its databases raise all kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(
-                f"the storage {str(storage)!r} cannot be opened ({reason}). Expected the path of a journal "
-                "file, or a URL that Optuna knows, such as sqlite:///search.db."
+                f"the storage {str(storage)!r} cannot be opened ({first_line(error)}). Expected the path of "
+                "a journal file, or a URL that Optuna knows, such as sqlite:///search.db."
             ) from error
     elif storage is not None:
         path = Path(storage)

@@ -177,7 +177,7 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from layerwise.errors import LayerwiseError
+        from layerwise.errors import LayerwiseError, first_line
 
         try:
             with warnings.catch_warnings():
@@ -192,10 +192,9 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             raise  # the reader of stdout has enough: typer's own affair
         except Exception as error:
             if not debug and _too_large(error):
-                reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 say(
-                    f"memory does not suffice ({reason}). Take a smaller model, or smaller numbers: of "
-                    "pixels, classes, samples of a batch."
+                    f"memory does not suffice ({first_line(error)}). Take a smaller model, or smaller "
+                    "numbers: of pixels, classes, samples of a batch."
                 )
                 raise typer.Exit(1) from error
             cause: BaseException = error

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from layerwise.errors import PlanError, did_you_mean, named_kind
+from layerwise.errors import PlanError, did_you_mean_beside, named_kind
 from layerwise.files import write_text
 from layerwise.plans.plan import Plan
 from layerwise.plans.settings import Norms
@@ -78,9 +78,8 @@ def load(path: Path) -> Plan:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise PlanError(
-            f"the plan file {str(path)!r} does not exist.{did_you_mean(path.name, siblings)} "
+            f"the plan file {str(path)!r} does not exist.{did_you_mean_beside(path)} "
             "Make one: layerwise plan MODEL --strategy NAME -o FILE"
         ) from error
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from layerwise.errors import ModelError
+from layerwise.errors import ModelError, first_line
 
 T = TypeVar("T")
 
@@ -87,8 +87,3 @@ def is_download_error(error: BaseException) -> bool:
     # huggingface_hub lets errors of its HTTP library through, which are no OSErrors, beside its own.
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, OSError) or bool(names & {"HTTPError", "HfHubHTTPError", "TransportError"})
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from layerwise.errors import DataError, did_you_mean, listed, plural
+from layerwise.errors import DataError, did_you_mean_beside, listed, plural
 from layerwise.sources.copies import images_with_content, tell_copies
 from layerwise.sources.imagefile import find_bad_images
 from layerwise.sources.imagelisting import (
@@ -111,9 +111,8 @@ def open_images(
     elif source.is_file():
         listing = list_table(source, path_column, label_column, split_column, skip_bad_rows)
     else:
-        siblings = [entry.name for entry in source.parent.iterdir()] if source.parent.is_dir() else []
         raise DataError(
-            f"data {str(source)!r} does not exist.{did_you_mean(source.name, siblings)} Expected a folder "
+            f"data {str(source)!r} does not exist.{did_you_mean_beside(source)} Expected a folder "
             f"with a folder of images a class, or a table of paths and labels."
         )
     notes = list(listing.notes)

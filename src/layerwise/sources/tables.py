@@ -12,7 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import DataError, MissingExtraError, did_you_mean, named_kind, plural, shorten
+from layerwise.errors import (
+    DataError,
+    MissingExtraError,
+    did_you_mean,
+    did_you_mean_beside,
+    named_kind,
+    plural,
+    shorten,
+)
 
 Row = dict[str, Any]
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -56,10 +64,9 @@ def read_rows(
     path = Path(path)
     suffix = path.suffix.lower()
     if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         if path.is_dir():
             raise DataError(f"table {str(path)!r} is a folder; expected a file.")
-        raise DataError(f"table {str(path)!r} does not exist.{did_you_mean(path.name, siblings)}")
+        raise DataError(f"table {str(path)!r} does not exist.{did_you_mean_beside(path)}")
     if suffix in DELIMITERS:
         names, rows = _read_delimited(path, DELIMITERS[suffix], encoding)
     elif suffix in JSON_LINES:

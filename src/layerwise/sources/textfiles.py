@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import DataError, MissingExtraError, did_you_mean, listed
-from layerwise.sources.fetching import first_line, hub_if_found
+from layerwise.errors import DataError, MissingExtraError, did_you_mean_beside, first_line, listed
+from layerwise.sources.fetching import hub_if_found
 from layerwise.sources.tables import PARTS, TABLES, Row, read_rows, read_text, require_columns
 
 CONLL = (".conll", ".bio", ".iob", ".iob2")
@@ -112,9 +112,8 @@ def _read_source(source: str | Path, encoding: str) -> TextRows:
     if path.is_file():
         return TextRows({"train": read_table(path, encoding)})
     if not path.is_dir():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(
-            f"data {text!r} does not exist.{did_you_mean(path.name, siblings)} Expected a table "
+            f"data {text!r} does not exist.{did_you_mean_beside(path)} Expected a table "
             f"({', '.join(TABLES)}), a folder of tables, or hf:ID for a data set on the hub."
         )
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):

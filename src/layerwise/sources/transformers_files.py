@@ -8,8 +8,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import MissingExtraError, ModelError, did_you_mean
-from layerwise.sources.fetching import first_line, hub_if_found, is_download_error
+from layerwise.errors import MissingExtraError, ModelError, did_you_mean_beside, first_line
+from layerwise.sources.fetching import hub_if_found, is_download_error
 
 
 def import_transformers(spec: str) -> Any:
@@ -50,9 +50,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def _no_folder(name: str) -> str:
-    path = Path(name).expanduser()
-    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f"there is no folder {name!r}.{did_you_mean(path.name, siblings)}"
+    return f"there is no folder {name!r}.{did_you_mean_beside(Path(name).expanduser())}"
 
 
 def read(spec: str, call: Any, what: str = "model") -> Any:

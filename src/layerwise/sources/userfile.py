@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import ModelError, did_you_mean, named_kind
+from layerwise.errors import ModelError, did_you_mean, did_you_mean_beside, named_kind
 from layerwise.sources.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ def check_file(spec: str) -> Path:
     if not text:
         raise ModelError(f"{spec!r} names no function. Give FILE.py:FUNCTION.")
     if not path.is_file():
-        siblings = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise ModelError(
-            f"model file {text!r} does not exist.{did_you_mean(path.name, siblings)} "
+            f"model file {text!r} does not exist.{did_you_mean_beside(path, '*.py')} "
             f"Give FILE.py:FUNCTION, where the function returns an nn.Module."
         )
     return path

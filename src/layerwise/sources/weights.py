@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerwise.errors import ModelError, did_you_mean, named_kind, shorten
+from layerwise.errors import ModelError, did_you_mean_beside, named_kind, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +67,8 @@ def _weights_file(path: str | Path) -> Path:
         hint = f"Name the file in it: {', '.join(inside)}." if inside else "It holds no weight file."
         raise ModelError(f"weights {str(path)!r} is a folder; expected a file. {hint}")
     if not path.is_file():
-        siblings = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(
-            f"weights file {str(path)!r} does not exist.{did_you_mean(path.name, siblings)} "
+            f"weights file {str(path)!r} does not exist.{did_you_mean_beside(path)} "
             f"Give the path of a .safetensors or .pth file."
         )
     if path.suffix not in SAFETENSORS + PICKLES:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from layerwise.errors import RunError
+from layerwise.errors import RunError, first_line
 from layerwise.files import free_room, remove_leftovers, sha256, write_folder, write_json
 
 FORMAT = 1
@@ -84,7 +84,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         folder.mkdir(parents=True, exist_ok=True)
         write_folder(path, fill)
     except (OSError, RuntimeError) as error:
-        told = _first_line(error)
+        told = first_line(error)
         if not isinstance(error, OSError):  # how torch's own writer reports a full disk
             part = "only a part of its file could be written" if _CUT_SHORT.search(told) else told
             told = f"{part} ({free_room(folder)} free there)"
@@ -138,7 +138,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise RunError(
             f"checkpoint {path} cannot be read: state.pt holds something else than tensors and plain data, "
-            f"or is no file of torch ({_first_line(error)})."
+            f"or is no file of torch ({first_line(error)})."
         ) from error
     return state
 
@@ -169,8 +169,3 @@ def load_latest(folder: Path) -> Checkpoint | None:
             + "\nStart the run anew in another folder."
         )
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.cache.replay.ghost import Ghost
-from layerwise.errors import ModelError, RunError, TrainingError, plural, shorten
+from layerwise.errors import ModelError, RunError, TrainingError, first_line, plural, shorten
 from layerwise.files import FULL
 from layerwise.layers.isolation import require_module
 from layerwise.layers.structures import tensors_in
@@ -183,11 +183,10 @@ def explained(steps: Callable[[], int], *, out: Path | None, precision: Precisio
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (out_of_memory or should_reduce_batch_size(error)):
             raise
-        told = str(error).splitlines() or [type(error).__name__]
         less = "a plan that trains less, or precision='bf16'"
         less = less if precision == "fp32" else "or a plan that trains less"
         raise TrainingError(
-            f"memory ran out at step {steps() + 1} ({told[0].rstrip('.')}). "
+            f"memory ran out at step {steps() + 1} ({first_line(error)}). "
             f"Take a smaller batch_size and raise accumulate by the same factor, {less}, in a new run. "
             f"{_last_checkpoint(out)}"
         ) from error
