@@ -8,6 +8,7 @@ The list changes with the archive: figures belong to a release and a day, which 
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
 import random
@@ -244,7 +245,7 @@ def fetch_lists(folder: str | Path) -> Path:
             *("-o", f"Dir::State::lists={lists}"),
             *("-o", f"Dir::Cache={cache}"),
             *("-o", "Acquire::Languages=en"),
-            *("-o", f"APT::Sandbox::User={_user()}"),  # apt's own user cannot write here
+            *("-o", f"APT::Sandbox::User={getpass.getuser()}"),  # apt's own user cannot write here
             *("-o", "APT::Update::Error-Mode=any"),  # an unreachable archive is a failure, no warning
             "update",
         ]
@@ -262,12 +263,6 @@ def _long_descriptions(folder: Path) -> dict[str, str]:
             if "Description-md5" in stanza and "Description-en" in stanza:
                 found[stanza["Description-md5"]] = stanza["Description-en"]
     return found
-
-
-def _user() -> str:
-    import getpass
-
-    return getpass.getuser()
 
 
 def _run(command: Sequence[str]) -> str:

@@ -85,15 +85,14 @@ def encode_words(
             "tags of words need a fast tokenizer, which knows the word of each piece; this one is a "
             f"{type(tokenizer).__name__}. Convert it to tokenizer.json."
         )
-    samples = []
-    truncated = longest = unknown = total = 0
+    samples, every_id = [], []
+    truncated = 0
     for sentence, numbers in zip(words, tags, strict=True):
         given = as_in_text(tokenizer, sentence)
         with _no_length_warning(tokenizer):
-            whole = tokenizer(given, is_split_into_words=True, truncation=False)
-        found = whole
-        longest = max(longest, len(whole["input_ids"]))
-        if len(whole["input_ids"]) > max_length:
+            found = tokenizer(given, is_split_into_words=True, truncation=False)
+        every_id.append(found["input_ids"])
+        if len(found["input_ids"]) > max_length:
             truncated += 1
             found = tokenizer(given, is_split_into_words=True, truncation=True, max_length=max_length)
         labels, previous = [], None
@@ -101,9 +100,8 @@ def encode_words(
             labels.append(IGNORED if word is None or word == previous else numbers[word])
             previous = word
         samples.append({**{name: found[name] for name in found}, "labels": labels})
-        few, all_ = _unknown(tokenizer, [whole["input_ids"]])
-        unknown, total = unknown + few, total + all_
-    return Encodings(tuple(samples), truncated, longest, unknown=(unknown, total))
+    longest = max(map(len, every_id), default=0)
+    return Encodings(tuple(samples), truncated, longest, unknown=_unknown(tokenizer, every_id))
 
 
 def padding_side(tokenizer: Any) -> Literal["left", "right"]:

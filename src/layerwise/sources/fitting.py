@@ -73,7 +73,7 @@ def load_file(
     state, added = files.add_prefix(state, model)
     notes += [f"put {added!r} before the names in {path.name}"] if added else []
     state, unread = files.drop_unread(state, model)
-    notes += _not_used(unread)
+    notes += tell_unused(unread)
     mismatch = files.compare(state, model)
     if not mismatch:
         files.load_state(model, state)
@@ -117,7 +117,7 @@ def load_file(
         if all(name.startswith(of_head) for name in mismatch.missing):
             files.load_state(model, kept)
             notes.append(f"loaded {len(kept)} tensors of {path.name}, which has no output layer")
-            notes += _not_used(mismatch.unexpected)
+            notes += tell_unused(mismatch.unexpected)
             new = dict.fromkeys(name.rpartition(".")[0] for name in mismatch.missing)
             return Loaded(tuple(notes), head_is_new=True, new=tuple(new))
     raise ModelError(
@@ -126,7 +126,7 @@ def load_file(
     )
 
 
-def _not_used(names: Sequence[str]) -> list[str]:
+def tell_unused(names: Sequence[str]) -> list[str]:
     """Return a line about tensors of a file that go nowhere; none where there are none."""
     count = plural(len(names), "tensor of the file is", "tensors of the file are")
     return [f"{count} not used ({shorten(names)})"] if names else []

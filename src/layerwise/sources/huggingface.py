@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import ModelError, plural
-from layerwise.sources.fitting import Mismatched, load_file
+from layerwise.sources.fitting import Mismatched, load_file, tell_unused
 from layerwise.sources.image_processors import check_pixels, from_image_processor
 from layerwise.sources.opened import TASKS, OpenedModel, ReplacedHead, Task, example_image
 from layerwise.sources.preprocessing import Preprocessing
@@ -164,9 +164,9 @@ def max_length_of(model: nn.Module, tokenizer: Any) -> int:
     A table of learned positions sets one, less the rows before the first position that RoBERTa's kind
     leaves out (its index starts after the padding index).
     """
-    limits = [DEFAULT_MAX_LENGTH]
+    limits = []
     if tokenizer.model_max_length < 10**9:  # transformers writes 1e30 for "none"
-        limits = [int(tokenizer.model_max_length)]
+        limits.append(int(tokenizer.model_max_length))
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions:
         padding = [
@@ -174,9 +174,8 @@ def max_length_of(model: nn.Module, tokenizer: Any) -> int:
             for name, table in model.named_modules()
             if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None
         ]
-        limit = int(positions) - (padding[0] + 1 if padding else 0)
-        limits = [limit] if tokenizer.model_max_length >= 10**9 else [*limits, limit]
-    return min(limits)
+        limits.append(int(positions) - (padding[0] + 1 if padding else 0))
+    return min(limits, default=DEFAULT_MAX_LENGTH)
 
 
 def open_tokenizer(spec: str, name: str, model: nn.Module, notes: list[str]) -> Any:
@@ -285,12 +284,7 @@ def _loading_notes(
             f"the weights of {spec!r} do not fit its configuration: {count} missing or of another shape "
             f"({', '.join(in_body[:5])}). Expected weights and config.json of one model."
         )
-    notes = []
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected:
-        shown = ", ".join(unexpected[:3]) + (", ..." if len(unexpected) > 3 else "")
-        count = plural(len(unexpected), "tensor of the file is", "tensors of the file are")
-        notes.append(f"{count} not used ({shown})")
+    notes = tell_unused(sorted(info["unexpected_keys"]))
     modules = tuple(dict.fromkeys(n.rpartition(".")[0] for n in new))
     if not modules:
         return None, notes

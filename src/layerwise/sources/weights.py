@@ -28,6 +28,9 @@ WRAPPERS = ("model_ema", "state_dict_ema", "state_dict", "model_state_dict", "mo
 # What wrappers of a module (DataParallel and DDP, torch.compile, Lightning, timm's EMA) put before names, and
 # programs that pretrain one under a head of their own.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
+_COUNTER = "num_batches_tracked"
+# What transformers passes over in every file, and a pooler.
+_PASSED_OVER = (r"position_ids$", r"rotary_emb\.inv_freq$", r"(^|\.)pooler\.")
 SHOWN = 5
 
 
@@ -191,7 +194,7 @@ def compare(state: Mapping[str, Tensor], model: nn.Module) -> Mismatch:
             name
             for name in own
             if name not in state
-            and not name.endswith("num_batches_tracked")
+            and not name.endswith(_COUNTER)
             and not any(other in state for other in tied.get(name, ()))
         ),
         unexpected=tuple(name for name in state if name not in own and not name.endswith(_COUNTER)),
@@ -201,9 +204,6 @@ def compare(state: Mapping[str, Tensor], model: nn.Module) -> Mismatch:
             if name in state and state[name].shape != own[name].shape
         },
     )
-
-
-_COUNTER = "num_batches_tracked"
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:
@@ -268,9 +268,6 @@ def drop_unread(state: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str
     own, unread = set(model.state_dict()), re.compile("|".join(passed))
     dropped = [name for name in state if name not in own and unread.search(name)]
     return {name: value for name, value in state.items() if name not in dropped}, dropped
-
-
-_PASSED_OVER = (r"position_ids$", r"rotary_emb\.inv_freq$", r"(^|\.)pooler\.")
 
 
 def match_in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor] | None:
