@@ -69,9 +69,10 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
     """
     given = inner(loader)
     batch_size, drop_last, shuffle, rank, world = _way(given)
+    data: Any = given.dataset
     collate: Callable[[list[Any]], Any] = given.collate_fn
     with kept_random_state():
-        shapes = [_shape(collate([sample])) for sample in _samples(given.dataset)]
+        shapes = [_shape(collate([data[index]])) for index in range(len(data))]
         if len(set(shapes)) == 1:
             return loader
         ragged = _ragged(shapes)
@@ -91,15 +92,15 @@ def by_length(loader: DataLoader[Any], *, seed: int = 0) -> DataLoader[Any]:
         for one in set(order.padded):
             members = [index for index, padded in enumerate(order.padded) if padded == one]
             longest[one] = sorted({max(members, key=lambda i: shapes[i][position]) for position in ragged})
-        padding = functools.partial(_collate, collate, _Longest(given.dataset, longest))
-        data = _WithLength(given.dataset, order.padded)
+        padding = functools.partial(_collate, collate, _Longest(data, longest))
+        with_length = _WithLength(data, order.padded)
         for one, fillers in longest.items():
-            _check(padding, data, [order.padded.index(one), *fillers])
+            _check(padding, with_length, [order.padded.index(one), *fillers])
         for position in ragged:
             by_size = sorted(range(len(shapes)), key=lambda index: shapes[index][position])
-            _check_order(collate, given.dataset, by_size[0], by_size[-1])
+            _check_order(collate, data, by_size[0], by_size[-1])
     made = ByLength(
-        data,
+        with_length,
         batch_sampler=order,
         collate_fn=padding,
         num_workers=given.num_workers,
@@ -208,10 +209,6 @@ def _way(loader: Any) -> tuple[int, bool, bool, int, int]:
             f"random or sequential order. Give it DataLoader(data, batch_size, shuffle=True, collate_fn=...)."
         )
     return batches.batch_size // parts, batches.drop_last, isinstance(sampler, RandomSampler), rank, world
-
-
-def _samples(data: Any) -> Iterator[Any]:
-    return (data[index] for index in range(len(data)))
 
 
 def _shape(batch: Any) -> Shape:

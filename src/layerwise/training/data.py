@@ -111,14 +111,10 @@ class EpochBatches(Sampler[list[int]]):
         yield from batches[self.rank :: self.world][self.start :]
 
     def __len__(self) -> int:
-        batches = self._count()
-        if self.shuffle:
+        batches = self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+        if self.shuffle:  # the first ones are repeated
             return -(-batches // self.world)
         return len(range(self.rank, batches, self.world))
-
-    def _count(self) -> int:
-        """Return the number of batches of all processes, before the first ones are repeated."""
-        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
 
 
 class SeededSamples(Dataset[Any]):
@@ -273,13 +269,10 @@ def open_batches(
     what = name or ("train" if train else "val")
     if isinstance(data, DataLoader):
         loader = data
-        sampler = getattr(
-            loader.batch_sampler, "sampler", None
-        )  # with batch_sampler=, loader.sampler is idle
-        ours = type(loader.batch_sampler) is BatchSampler and type(sampler) in (
-            RandomSampler,
-            SequentialSampler,
-        )
+        # with batch_sampler=, loader.sampler is idle
+        sampler = getattr(loader.batch_sampler, "sampler", None)
+        is_torchs = type(sampler) in (RandomSampler, SequentialSampler)
+        ours = type(loader.batch_sampler) is BatchSampler and is_torchs
         if isinstance(loader.dataset, IterableDataset) or not ours:
             if weighted:
                 raise DataError(
@@ -299,21 +292,7 @@ def open_batches(
         batch_size, drop_last = grouping.batch_size, grouping.drop_last
         collate, workers = loader.collate_fn, loader.num_workers
     else:
-        if isinstance(data, IterableDataset):  # has __getitem__ too, which raises
-            raise DataError(
-                f"{what} is an iterable data set ({type(data).__name__}); expected a map-style data set or a "
-                f"DataLoader. Wrap it: DataLoader({what}, batch_size=...)."
-            )
-        if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(p, Tensor) for p in data):
-            raise DataError(
-                f"{what} is a pair of tensors; expected a map-style data set or a DataLoader. Make one: "
-                f"torch.utils.data.TensorDataset(inputs, labels)."
-            )
-        if isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-            raise DataError(
-                f"{what} is {named_kind(data)}; expected a map-style data set (with __len__ and "
-                "__getitem__) or a DataLoader. Of a folder of images: layerwise.open_images(...).train"
-            )
+        _require_map_style(data, what)
         source, shuffle = data, train
         collate = getattr(data, "collate", collate)  # texts know their own padding
     if not len(source):
@@ -339,6 +318,25 @@ def open_batches(
         pin_memory=torch.cuda.is_available(),
     )
     return Batches(ours_loader, source, exact=True)
+
+
+def _require_map_style(data: Any, what: str) -> None:
+    """Raise `DataError` for what is no map-style data set, with how to make one of it."""
+    if isinstance(data, IterableDataset):  # has __getitem__ too, which raises
+        raise DataError(
+            f"{what} is an iterable data set ({type(data).__name__}); expected a map-style data set or a "
+            f"DataLoader. Wrap it: DataLoader({what}, batch_size=...)."
+        )
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(p, Tensor) for p in data):
+        raise DataError(
+            f"{what} is a pair of tensors; expected a map-style data set or a DataLoader. Make one: "
+            f"torch.utils.data.TensorDataset(inputs, labels)."
+        )
+    if isinstance(data, str) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise DataError(
+            f"{what} is {named_kind(data)}; expected a map-style data set (with __len__ and "
+            "__getitem__) or a DataLoader. Of a folder of images: layerwise.open_images(...).train"
+        )
 
 
 def samples_in(data: Any) -> int | None:

@@ -103,12 +103,10 @@ class DryRun:
                 format_seconds(cost.epoch_s),
                 f"{'' if self.exact_memory else '<= '}{cost.peak_bytes / 2**20:,.0f} MiB",
             )
+        measured = "the whole process" if self.device == "cpu" else "torch's tensors"
         note = (
             f"measured on {self.device}: {MEASURED_STEPS} steps a phase, with loading, without a cache; the "
-            f"whole plan takes about {format_seconds(self.total_s)}. Memory is that of the whole process."
-            if self.device == "cpu"
-            else f"measured on {self.device}: {MEASURED_STEPS} steps a phase, with loading, without a cache; "
-            f"the whole plan takes about {format_seconds(self.total_s)}. Memory is that of torch's tensors."
+            f"whole plan takes about {format_seconds(self.total_s)}. Memory is that of {measured}."
         )
         return Group(self.explanation, table, Text(note, style="dim"))
 

@@ -29,9 +29,9 @@ def labels_of(data: Any) -> Tensor:
             f"the labels of an iterable data set ({type(data).__name__}) are not known before it is read. "
             "Give class_weights as one number for each class, or use a map-style data set."
         )
-    found: Any = None
     if isinstance(data, Subset):
         return labels_of(data.dataset)[torch.as_tensor(data.indices)]
+    found: Any = None
     if isinstance(data, TensorDataset) and len(data.tensors) > 1:
         found = data.tensors[1]
     for name in ("targets", "labels"):

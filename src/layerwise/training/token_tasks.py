@@ -44,6 +44,7 @@ class TokenClassification:
     Attributes:
         classes: the tags, in the order of the model's outputs.
         name: key in `layerwise.training.known_tasks.TASKS`.
+        mode: ``"max"``, as more of either monitor is better.
     """
 
     classes: tuple[str, ...]
