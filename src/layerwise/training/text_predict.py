@@ -186,22 +186,20 @@ def predict_texts(
     return [{**text, **rows[index]} for index, text in enumerate(shown)]
 
 
-def _encode(tokenizer: Any, part: list[Text], length: int | None, **options: Any) -> dict[str, Any]:
+def _encode(tokenizer: Any, part: list[Text], length: int | None) -> Any:
+    """Return the texts, or pairs of texts, as one padded batch."""
+    pairs = [text.pair for text in part]
+    options = {} if pairs[0] is None else {"text_pair": pairs}  # if one has a second text, all have
+    return _batch(tokenizer, [text.text for text in part], length, **options)
+
+
+def _batch(tokenizer: Any, texts: Sequence[Any], length: int | None, **options: Any) -> Any:
     from layerwise.sources.encoding import padding_side
 
-    if part[0].pair is not None:  # then all have one
-        options["text_pair"] = [text.pair for text in part]
-    limit = {"max_length": length} if length else {}
-    batch = tokenizer(
-        [text.text for text in part],
-        padding=True,
-        padding_side=padding_side(tokenizer),
-        truncation=True,
-        return_tensors="pt",
-        **limit,
-        **options,
-    )
-    return dict(batch)
+    if length:
+        options["max_length"] = length
+    side = padding_side(tokenizer)
+    return tokenizer(texts, padding=True, padding_side=side, truncation=True, return_tensors="pt", **options)
 
 
 def _tag(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list[dict[str, Any]]:
@@ -209,23 +207,14 @@ def _tag(run: Run, tokenizer: Any, part: list[Text], length: int | None) -> list
 
     Words that were cut off have no tag, and are counted.
     """
-    from layerwise.sources.encoding import as_in_text, padding_side
+    from layerwise.sources.encoding import as_in_text
     from layerwise.training.entities import spans
 
     words = [text.text.split() for text in part]
     given = [as_in_text(tokenizer, row) for row in words]
-    limit = {"max_length": length} if length else {}
-    batch = tokenizer(
-        given,
-        is_split_into_words=True,
-        padding=True,
-        padding_side=padding_side(tokenizer),
-        truncation=True,
-        return_tensors="pt",
-        **limit,
-    )
+    batch = _batch(tokenizer, given, length, is_split_into_words=True)
     found = []
-    for index, decoded in enumerate(run.predict(dict(batch))):
+    for index, decoded in enumerate(run.predict(batch)):
         tags: list[str | None] = [None] * len(words[index])
         seen: set[int] = set()
         for position, word in enumerate(batch.word_ids(index)):

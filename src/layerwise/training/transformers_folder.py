@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from layerwise.errors import ModelError, RunError
 from layerwise.files import write_folder
 from layerwise.sources.pooled import MeanPooledClassifier
+from layerwise.sources.transformers_files import no_progress_bars
 from layerwise.training.text_tasks import Regression
 
 if TYPE_CHECKING:
@@ -86,26 +85,13 @@ def save_transformers(
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _no_progress_bars():
+        with no_progress_bars():
             write_folder(folder, fill)
     except OSError as error:
         raise RunError(
             f"the transformers folder {folder} could not be written: {error}. Make room."
         ) from error
     return folder
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def name_labels(model: nn.Module, task: Task | None) -> None:
