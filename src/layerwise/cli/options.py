@@ -82,11 +82,6 @@ class TaskOptions:
             )
 
     @property
-    def weights_file(self) -> str | None:
-        """The weights file as a text."""
-        return None if self.weights is None else str(self.weights)
-
-    @property
     def text(self) -> dict[str, Any] | None:
         """What was said of a table; None for nothing."""
         return text.text_options(
@@ -96,6 +91,13 @@ class TaskOptions:
             pair_column=self.pair_column,
             max_length=self.max_length,
         )
+
+    @property
+    def _how_opened(self) -> dict[str, Any]:
+        """How model and data are opened, with labels or without."""
+        names = ("mismatched", "pretrained", "input_size", "granularity", "seed", "text")
+        weights = None if self.weights is None else str(self.weights)
+        return {"weights": weights, **{name: getattr(self, name) for name in names}}
 
     def fit_command(self) -> str:
         """Return the beginning of the ``layerwise fit`` command for the same model and data."""
@@ -113,17 +115,7 @@ class TaskOptions:
         from layerwise.choosing.named import open_task
 
         prepared = open_task(
-            self.model,
-            self.data,
-            weights=self.weights_file,
-            mismatched=self.mismatched,
-            pretrained=self.pretrained,
-            input_size=self.input_size,
-            granularity=self.granularity,
-            val_frac=val_frac,
-            test_frac=test_frac,
-            seed=self.seed,
-            text=self.text,
+            self.model, self.data, val_frac=val_frac, test_frac=test_frac, **self._how_opened
         )
         for note in prepared.notes:
             say(note)
@@ -133,17 +125,7 @@ class TaskOptions:
         """Return model, data without labels, and layer map; print the notes of the model."""
         from layerwise.choosing.named import open_inputs
 
-        found = open_inputs(
-            self.model,
-            self.data,
-            weights=self.weights_file,
-            mismatched=self.mismatched,
-            pretrained=self.pretrained,
-            input_size=self.input_size,
-            granularity=self.granularity,
-            seed=self.seed,
-            text=self.text,
-        )
+        found = open_inputs(self.model, self.data, **self._how_opened)
         for note in found[0].notes:
             say(note)
         return found
