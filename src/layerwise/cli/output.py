@@ -15,6 +15,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from layerwise.errors import LayerwiseError, LayerwiseWarning, first_line
 from layerwise.files import FULL, is_special, with_nulls
 
 P = ParamSpec("P")
@@ -67,8 +68,6 @@ def print_table(table: Any) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    from layerwise.errors import LayerwiseWarning
-
     if issubclass(category, LayerwiseWarning):
         say(f"warning: {message}")
     elif category.__name__ != "DecompressionBombWarning":  # Pillow's; `read_image` names the file
@@ -159,6 +158,27 @@ def check_output(
         raise typer.BadParameter(f"{option} {path} cannot be written: no right to write in {above}.")
 
 
+def _told(error: Exception) -> str:
+    """Return what to tell of an error of layerwise, of the system or of memory; ``""`` for all others."""
+    if isinstance(error, LayerwiseError):
+        return f"{type(error).__name__}: {error}"
+    if _too_large(error):
+        return (
+            f"memory does not suffice ({first_line(error)}). Take a smaller model, or smaller numbers: of "
+            "pixels, classes, samples of a batch."
+        )
+    cause: BaseException = error
+    if str(error).startswith("Symlink loop") and isinstance(error.__context__, OSError):
+        cause = error.__context__  # of Path.resolve, before Python 3.13
+    if type(cause).__name__ == "SafetensorError":
+        return str(cause)
+    if not isinstance(cause, OSError):
+        return ""
+    where = f"{cause.filename} cannot be read or written: " if cause.filename else ""
+    what_next = ". Make room, or name another place." if cause.errno in FULL else ""
+    return f"{where}{cause.strerror or cause}{what_next}"
+
+
 def _too_large(error: Exception) -> bool:
     """Return whether Python or torch says that something does not fit into memory, or into any."""
     told = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
@@ -177,41 +197,20 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        from layerwise.errors import LayerwiseError, first_line
-
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
-        except LayerwiseError as error:
-            if debug:
-                raise
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
-            raise typer.Exit(1) from error
         except BrokenPipeError:
             raise  # the reader of stdout has enough: typer's own affair
         except Exception as error:
-            if not debug and _too_large(error):
-                say(
-                    f"memory does not suffice ({first_line(error)}). Take a smaller model, or smaller "
-                    "numbers: of pixels, classes, samples of a batch."
-                )
-                raise typer.Exit(1) from error
-            cause: BaseException = error
-            if str(error).startswith("Symlink loop") and isinstance(error.__context__, OSError):
-                cause = error.__context__  # of Path.resolve, before Python 3.13
-            if debug or not (isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError"):
+            told = "" if debug else _told(error)
+            if not told:
                 raise
-            where = (
-                f"{getattr(cause, 'filename', '')} cannot be read or written: "
-                if getattr(cause, "filename", None)
-                else ""
-            )
-            what_next = ". Make room, or name another place." if getattr(cause, "errno", None) in FULL else ""
-            typer.echo(f"{where}{getattr(cause, 'strerror', None) or cause}{what_next}", err=True)
+            say(told)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            typer.echo(f"Interrupted; {error}" if str(error) else "Interrupted.", err=True)
+            say(f"Interrupted; {error}" if str(error) else "Interrupted.")
             raise typer.Exit(130) from error
 
     return run
