@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         raise RunError(
             f"the checkpoint of step {step} could not be written to {folder}: {told}. "
             f"Checkpoints that are whole: {left}. "
-            f"Make room, then go on with: layerwise fit --resume {shlex.quote(str(folder.parent))}"
+            f"Make room, then go on with: {resume_command(folder.parent)}"
         ) from error
     there = list_checkpoints(folder)
     kept = [p for p in there if p.name <= path.name][-keep:]
@@ -100,6 +100,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         if other not in kept:
             shutil.rmtree(other, ignore_errors=True)
     return path
+
+
+def resume_command(run: Path) -> str:
+    """Return the command that goes on with the run in a folder."""
+    return f"layerwise fit --resume {shlex.quote(str(run))}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
 from layerwise.training.accumulating import Window
-from layerwise.training.checkpoint import load_latest, save_checkpoint
+from layerwise.training.checkpoint import load_latest, resume_command, save_checkpoint
 from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
 from layerwise.training.guard import (
@@ -282,7 +281,7 @@ def fit(
 
     # What changes during the run, and how it is saved and put back.
     history, now = History(None), Standing()
-    go_on = "" if folder is None else f"go on with it: layerwise fit --resume {shlex.quote(str(folder))}"
+    go_on = "" if folder is None else f"go on with it: {resume_command(folder)}"
     described = ""  # what was said of the cache last
     notes: list[str] = []
 

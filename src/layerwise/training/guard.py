@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import re
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from layerwise.errors import ModelError, RunError, TrainingError, first_line, pl
 from layerwise.files import FULL
 from layerwise.layers.isolation import require_module
 from layerwise.layers.structures import tensors_in
-from layerwise.training.checkpoint import list_checkpoints
+from layerwise.training.checkpoint import list_checkpoints, resume_command
 from layerwise.training.options import Precision
 
 _UNWRITABLE = (*FULL, errno.EROFS)
@@ -202,7 +201,7 @@ def _last_checkpoint(out: Path | None, *, remedied: bool = False) -> str:
     last = f"The last good checkpoint is {there[-1]}"
     if remedied:
         return f"{last}; a resumed run keeps its settings and data, so begin a new one with others (--out)."
-    return f"{last}; go on from it: layerwise fit --resume {shlex.quote(str(out))}"
+    return f"{last}; go on from it: {resume_command(out)}"
 
 
 def _is_finite(tensor: Tensor) -> bool:

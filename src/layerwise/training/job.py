@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from layerwise.errors import DataError, ModelError, PlanError, RunError, shorten
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
-from layerwise.training.checkpoint import list_checkpoints
+from layerwise.training.checkpoint import list_checkpoints, resume_command
 from layerwise.training.fit import fit
 from layerwise.training.options import check_options
 from layerwise.training.result import Result
@@ -302,10 +301,7 @@ def _without_job(path: str | Path, about: Mapping[str, Any]) -> str:
     """Return how to go on with a run that knows no job: what it is part of, or that it was made in Python."""
     folder = Path(path).resolve()
     if about.get("whole"):
-        return (
-            f"{path} is the first half of a run, which goes on with it: layerwise fit --resume "
-            f"{shlex.quote(str(folder.parent))}"
-        )
+        return f"{path} is the first half of a run, which goes on with it: {resume_command(folder.parent)}"
     named = Path(str(about.get("winner") or folder))
     if named.name != folder.name:
         return (

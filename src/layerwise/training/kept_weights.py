@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from torch import nn
 
 from layerwise.errors import RunError
 from layerwise.files import sha256, write_file
+from layerwise.training.checkpoint import resume_command
 
 PUT_BACK = "Put the run's own file back, or start the run anew in another folder."
 """What to do about a damaged file of a run."""
@@ -29,7 +29,7 @@ def require_weights_file(path: Path) -> None:
         raise RunError(
             f"{path} is a folder, and a run keeps its weights in a file of that name. Move the folder away. "
             "Then put the run's own file back, or, where the run was not finished, go on with it: "
-            f"layerwise fit --resume {shlex.quote(str(path.parent))}"
+            f"{resume_command(path.parent)}"
         )
 
 

@@ -23,7 +23,6 @@ import difflib
 import errno
 import json
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,6 +33,7 @@ from typing import Any
 from layerwise.errors import RunError, shorten
 from layerwise.files import remove_leftovers, sha256, with_nulls, write_json
 from layerwise.plans.plan import Plan
+from layerwise.training.checkpoint import resume_command
 from layerwise.training.kept_weights import PUT_BACK, weights_file
 
 FORMAT = 1
@@ -73,7 +73,7 @@ def require_free(out: Path, *, data: str | None = None) -> None:
     """
     if (out / "run.json").exists():
         raise RunError(
-            f"{out} already holds a run. Go on with it: layerwise fit --resume {shlex.quote(str(out))} (in "
+            f"{out} already holds a run. Go on with it: {resume_command(out)} (in "
             "Python: resume=True), or name another folder: --out (out=)."
         )
     if out.exists() and not out.is_dir():

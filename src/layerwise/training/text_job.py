@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
-from layerwise.training.checkpoint import list_checkpoints
+from layerwise.training.checkpoint import list_checkpoints, resume_command
 from layerwise.training.fit import fit
 from layerwise.training.job import DEMO_DATA, Job, lay_out, option_name
 from layerwise.training.known_tasks import task_of
@@ -166,11 +165,7 @@ class PreparedText:
             try:
                 notes += tune_language_model(self, out=below, say=reporter.say, **more)
             except KeyboardInterrupt as error:
-                how = (
-                    ""
-                    if folder is None
-                    else f"; go on with it: layerwise fit --resume {shlex.quote(str(folder))}"
-                )
+                how = "" if folder is None else f"; go on with it: {resume_command(folder)}"
                 raise KeyboardInterrupt(f"that was the language model's part{how}") from error
         result = fit(
             self.opened.model,
