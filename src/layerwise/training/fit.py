@@ -52,7 +52,14 @@ from layerwise.training.processes import (
 from layerwise.training.progress import Reporter
 from layerwise.training.randomness import get_random_state, set_random_state
 from layerwise.training.result import Result
-from layerwise.training.run_folder import create_run, finish_run, hold_run, read_run, require_free
+from layerwise.training.run_folder import (
+    create_run,
+    finish_run,
+    hold_run,
+    read_run,
+    require_free,
+    write_audit,
+)
 from layerwise.training.standing import Best, Standing
 from layerwise.training.tasks import Scores, Task, split_batch
 from layerwise.tuning.tuner import Tuner
@@ -275,7 +282,7 @@ def fit(
     if written is not None and not resume:  # nothing is written before all of the above went well
         create_run(written, plan=plan, about=record)
         if inspected is not None:
-            setup.write_audit(written, before=inspected.to_dict())
+            write_audit(written, before=inspected.to_dict())
     elif written is not None and not (written / "plan.yaml").exists():  # killed right after run.json
         plan.save(written / "plan.yaml")
 

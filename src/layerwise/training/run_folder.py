@@ -219,6 +219,36 @@ def finish_run(out: Path, result: Mapping[str, Any]) -> None:
     write_json(out / "run.json", {**read_run(out), **added})
 
 
+def read_audit(out: Path) -> dict[str, Any]:
+    """Return what ``audit.json`` of a run tells so far.
+
+    Raises:
+        RunError: what is there cannot be read.
+    """
+    file = out / "audit.json"
+    there: Any = {}
+    if file.exists():
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            there = None
+    if not isinstance(there, dict):
+        raise RunError(
+            f"{file} cannot be read, so it was altered or cut short. Put the run's own file back, or remove "
+            "it, and resume."
+        )
+    return {"before": None, "phases": {}, "after": None, **there}
+
+
+def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
+    """Write ``audit.json`` of a run: before it, as phases began, and after; what is not given stays.
+
+    Raises:
+        RunError: what is there cannot be read.
+    """
+    write_json(out / "audit.json", {**read_audit(out), **parts})
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that shape a run, where installed."""
     found = {"python": platform.python_version(), "platform": sys.platform}

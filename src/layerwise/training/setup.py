@@ -15,8 +15,7 @@ from layerwise.cache.prefix import PrefixCache
 from layerwise.cache.remedies import without_remedies
 from layerwise.cache.samples.draws import own_generators
 from layerwise.cache.stock import CachePool
-from layerwise.errors import DataError, ModelError, PlanError, RunError, TrainingError, shorten, warn
-from layerwise.files import write_json
+from layerwise.errors import DataError, ModelError, PlanError, TrainingError, shorten, warn
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
 from layerwise.training.evaluate import first_output
@@ -24,6 +23,7 @@ from layerwise.training.fingerprint import fingerprint
 from layerwise.training.known_tasks import infer_task, is_known, task_of
 from layerwise.training.labels import balanced_class_weights, labels_of
 from layerwise.training.options import CacheMode
+from layerwise.training.run_folder import read_audit, write_audit
 from layerwise.training.tasks import Batch, Task, run_model
 from layerwise.tuning.audit import Audit, audit
 from layerwise.tuning.norm_layers import small_batch_warning
@@ -247,36 +247,6 @@ def inspect(model: nn.Module, tuner: Tuner, batch_size: int | None) -> Audit:
     found = audit(model, tuner.optimizer, layers=tuner.layers, batch_size=batch_size)
     found.raise_for_errors()
     return found
-
-
-def read_audit(out: Path) -> dict[str, Any]:
-    """Return what ``audit.json`` of a run tells so far.
-
-    Raises:
-        RunError: what is there cannot be read.
-    """
-    file = out / "audit.json"
-    there: Any = {}
-    if file.exists():
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            there = None
-    if not isinstance(there, dict):
-        raise RunError(
-            f"{file} cannot be read, so it was altered or cut short. Put the run's own file back, or remove "
-            "it, and resume."
-        )
-    return {"before": None, "phases": {}, "after": None, **there}
-
-
-def write_audit(out: Path, **parts: Mapping[str, Any]) -> None:
-    """Write ``audit.json`` of a run: before it, as phases began, and after; what is not given stays.
-
-    Raises:
-        RunError: what is there cannot be read.
-    """
-    write_json(out / "audit.json", {**read_audit(out), **parts})
 
 
 def report_watch(report: WatchReport, out: Path | None) -> list[str]:

@@ -39,7 +39,7 @@ from layerwise.training.fit import fit
 from layerwise.training.history import read_history
 from layerwise.training.result import Result
 from layerwise.training.run import load_run
-from layerwise.training.run_folder import hold_run, read_run
+from layerwise.training.run_folder import hold_run, read_run, write_audit
 from layerwise.training.text_tasks import MultiLabel
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 
@@ -1091,7 +1091,7 @@ def test_an_audit_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     for content in ("[]", '{"before', "[" * 100_000):
         (tmp_path / "audit.json").write_text(content)
         with pytest.raises(RunError, match=r"audit.json cannot be read.*or remove it, and resume"):
-            setup.write_audit(tmp_path, after={})
+            write_audit(tmp_path, after={})
         assert (tmp_path / "audit.json").read_text() == content
 
 
