@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,31 +33,15 @@ class Listing:
 
 def list_folders(root: Path) -> Listing:
     """Return the images of a folder, a class a subfolder, in parts where there are part folders."""
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    part_folders = {folder: PARTS[folder.name.lower()] for folder in folders if folder.name.lower() in PARTS}
-    names = list(part_folders.values())
-    if len(set(names)) < len(names):
-        both = ", ".join(folder.name for folder in part_folders)
-        raise DataError(
-            f"data folder {str(root)!r} has two folders for one part ({both}); "
-            f"expected one of each of train, val and test."
-        )
-    if "train" not in names:
-        if part_folders and len(part_folders) == len(folders):
-            raise DataError(
-                f"data folder {str(root)!r} has {', '.join(f.name for f in folders)} but no train folder. "
-                f"Add one, or give the folder above the classes."
-            )
-        part_folders = {root: "train"}
+    folders = _folders_in(root)
+    part_folders = _part_folders(root, folders)
     parts: dict[str, Samples] = {}
     problems = [f"{str(link)!r} is a link to nothing" for link in _broken_links(root, *part_folders)]
     others = 0
     outside = sum(is_image(entry) for folder in {root, *part_folders} for entry in folder.iterdir())
     for folder, part in part_folders.items():
         samples: Samples = []
-        for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-            if class_folder.name.startswith("."):
-                continue
+        for class_folder in _folders_in(folder):
             files = files_in(class_folder)
             images = [file for file in files if is_image(file)]
             others += len(files) - len(images)
@@ -94,6 +78,33 @@ def list_folders(root: Path) -> Listing:
             if folder not in part_folders
         ]
     return Listing(parts, tuple(problems), tuple(notes))
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _part_folders(root: Path, folders: Sequence[Path]) -> dict[Path, str]:
+    """Return which of `folders` hold a part, and which; `root` itself as train where none does.
+
+    Raises:
+        DataError: two hold the same part, or all hold some, and none train.
+    """
+    found = {folder: PARTS[folder.name.lower()] for folder in folders if folder.name.lower() in PARTS}
+    names = list(found.values())
+    if both := [folder.name for folder, part in found.items() if names.count(part) > 1]:
+        raise DataError(
+            f"data folder {str(root)!r} has two folders for one part ({', '.join(both)}); "
+            f"expected one of each of train, val and test."
+        )
+    if "train" in names:
+        return found
+    if found and len(found) == len(folders):
+        raise DataError(
+            f"data folder {str(root)!r} has {', '.join(f.name for f in folders)} but no train folder. "
+            f"Add one, or give the folder above the classes."
+        )
+    return {root: "train"}
 
 
 def _broken_links(*folders: Path) -> list[Path]:

@@ -318,7 +318,7 @@ def test_folders_that_are_no_data(tmp_path):
     tree(tmp_path / "two" / "train")
     tree(tmp_path / "two" / "val")
     tree(tmp_path / "two" / "valid")
-    with pytest.raises(DataError, match="two folders for one part"):
+    with pytest.raises(DataError, match=r"two folders for one part \(val, valid\)"):
         open_images(tmp_path / "two", SMALL)
     tree(tmp_path / "hole" / "train")
     (tmp_path / "hole" / "val").mkdir()
