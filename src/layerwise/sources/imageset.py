@@ -104,8 +104,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """Return a short hash of what the set yields: files (path, size, time), labels, transform.
 
-        A cache keyed by it is refused when a file was changed, a label moved or the transform differs.
-        Augmented sets yield something else each time; their fingerprint says only from what.
+        It is another one when a file was changed, a label moved or the transform differs. Augmented sets
+        yield something else each time; their fingerprint says only from what.
         """
         settings = {"preprocessing": self.preprocessing.to_dict(), "augment": self.augment}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -50,18 +50,8 @@ class TextPart:
 
     def take(self, indices: Sequence[int]) -> TextPart:
         """Return the rows at `indices`."""
-
-        def pick(values: list[Any] | None) -> list[Any] | None:
-            return None if values is None else [values[index] for index in indices]
-
-        return TextPart(
-            (pick(self.texts) or []) if self.texts else [],  # words stand in their own list
-            pick(self.pairs),
-            pick(self.words),
-            pick(self.targets),
-            pick(self.responses),
-            pick(self.groups),
-        )
+        lists = vars(self).items()  # of token classification the texts are empty, of others some are None
+        return TextPart(**{name: own and [own[index] for index in indices] for name, own in lists})
 
 
 @dataclass(frozen=True)
