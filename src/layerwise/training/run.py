@@ -134,18 +134,7 @@ def load_run(path: str | Path, *, model: nn.Module | str | None = None, task: Ta
             "(model= of layerwise.load_run, which also takes the model itself)."
         )
     named, model = (model, None) if isinstance(model, str) else (None, model)
-    if task is None and (name := about.get("task_class")):
-        raise RunError(
-            f"the task of {folder} ({name}) is your own, and its code is not in the run. Make it and "
-            "pass it: layerwise.load_run(path, task=task)."
-        )
-    if task is None:
-        task = task_from_dict(about["task"])
-    elif list(task.classes) != about["task"].get("classes", []):
-        raise RunError(
-            f"the task has the classes {list(task.classes)}, and {folder} was trained on "
-            f"{about['task'].get('classes')}. Give the task the run's classes, in that order."
-        )
+    task = _task_of(folder, about, task)
     tokenizer = None
     saved = folder / "transformers"  # a finished run of texts has its own configuration and tokenizer
     if model is None:
@@ -174,3 +163,24 @@ def load_run(path: str | Path, *, model: nn.Module | str | None = None, task: Ta
 
         preprocessing = Preprocessing.from_dict(preprocessing)
     return Run(folder, model.eval(), task, about, preprocessing, tokenizer)
+
+
+def _task_of(folder: Path, about: Mapping[str, Any], given: Task | None) -> Task:
+    """Return the task of a run: its own, or the one that is given, of its classes.
+
+    Raises:
+        RunError: none is given and the run's is no task of layerwise, or the one given has other classes.
+    """
+    if given is None and (name := about.get("task_class")):
+        raise RunError(
+            f"the task of {folder} ({name}) is your own, and its code is not in the run. Make it and "
+            "pass it: layerwise.load_run(path, task=task)."
+        )
+    if given is None:
+        return task_from_dict(about["task"])
+    if list(given.classes) != about["task"].get("classes", []):
+        raise RunError(
+            f"the task has the classes {list(given.classes)}, and {folder} was trained on "
+            f"{about['task'].get('classes')}. Give the task the run's classes, in that order."
+        )
+    return given

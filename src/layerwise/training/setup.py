@@ -120,18 +120,10 @@ def find_task(
         names = classes if classes is not None else class_names(batches.data)
         found = infer_task(first, classes=names, outputs=output.shape[-1], label_smoothing=label_smoothing)
         found.check(output, first)
-        if class_weights is not None:
-            if class_weights == "balanced":
-                weights: Sequence[float] = balanced_class_weights(labels_of(batches.data), found.classes)
-            else:
-                weights = [float(w) for w in class_weights]
-            if len(weights) != len(found.classes):
-                raise DataError(
-                    f"class_weights has {len(weights)} numbers for {len(found.classes)} classes "
-                    f"({', '.join(found.classes)})."
-                )
-            found = dataclasses.replace(found, class_weights=tuple(weights))
-        return found
+        if class_weights is None:
+            return found
+        weights = _weights(class_weights, batches, found.classes)
+        return dataclasses.replace(found, class_weights=weights)
     given = [n for n, v in (("class_weights", class_weights), ("label_smoothing", label_smoothing)) if v]
     if lacking := [name for name in given if not hasattr(task, name)]:
         raise TrainingError(
@@ -142,6 +134,24 @@ def find_task(
         raise TrainingError(f"{' and '.join(given)} and a task object are both given; set them on the task.")
     task.check(output, first)
     return task
+
+
+def _weights(
+    class_weights: Literal["balanced"] | Sequence[float], batches: Batches, classes: Sequence[str]
+) -> tuple[float, ...]:
+    """Return the weight of each class in the loss.
+
+    Raises:
+        DataError: there are fewer or more numbers than classes, or a class to be balanced has no sample.
+    """
+    if class_weights == "balanced":
+        return balanced_class_weights(labels_of(batches.data), classes)
+    if len(class_weights) != len(classes):
+        raise DataError(
+            f"class_weights has {len(class_weights)} numbers for {len(classes)} classes "
+            f"({', '.join(classes)})."
+        )
+    return tuple(float(weight) for weight in class_weights)
 
 
 def class_names(data: Any) -> Sequence[str] | None:
