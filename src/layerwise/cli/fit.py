@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layerwise.cli import text
-from layerwise.cli.options import refuse
+from layerwise.cli.options import refuse, require_one_plan
 from layerwise.cli.output import (
     JsonFlag,
     above_zero,
@@ -268,10 +268,7 @@ def fit(
         raise typer.BadParameter(
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing (or --resume RUN)."
         )
-    if (strategy is None) == (plan is None):
-        raise typer.BadParameter("give exactly one of --strategy and --plan.")
-    if plan is not None and "granularity" in given_options(context):
-        raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
+    require_one_plan(context, strategy, plan)
     if weights is None:
         refuse(context, ["mismatched"], "it is for the file of --weights, which is not given")
     if strategy == "auto" and dry_run:

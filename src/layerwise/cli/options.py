@@ -174,6 +174,18 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
         raise typer.BadParameter(f"{', '.join(typed)}: {why}; leave it out.")
 
 
+def require_one_plan(context: typer.Context, strategy: str | None, plan: Path | None) -> None:
+    """Refuse a strategy and a plan file at once, or neither, and a granularity beside the file.
+
+    Raises:
+        BadParameter: so it is.
+    """
+    if (strategy is None) == (plan is None):
+        raise typer.BadParameter("give exactly one of --strategy and --plan.")
+    if plan is not None and "granularity" in given_options(context):
+        raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
+
+
 def numbers(
     text: str, option: str, *, kind: Callable[[str], Any] = int, least: int | None = None
 ) -> list[Any]:

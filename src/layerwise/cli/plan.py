@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from layerwise.cli.options import numbers, refuse
+from layerwise.cli.options import numbers, refuse, require_one_plan
 from layerwise.cli.output import (
     JsonFlag,
     above_zero,
     check_output,
     friendly,
-    given_options,
     pasted,
     print_json,
     print_table,
@@ -104,10 +103,7 @@ def plan(
     refuse(ctx, ["layers", "decay"], "only --rate-table uses it")
     if model is None:
         raise typer.BadParameter("MODEL is missing (or give --rate-table).")
-    if (strategy is None) == (plan_file is None):
-        raise typer.BadParameter("give exactly one of --strategy and --plan.")
-    if plan_file is not None and "granularity" in given_options(ctx):
-        raise typer.BadParameter("--granularity and --plan are both given; a plan file has its own.")
+    require_one_plan(ctx, strategy, plan_file)
     check_output(out, "-o", new=True)
     from layerwise.plans.explain import explain
     from layerwise.plans.parsing import check_strategy, load_alone, parse_strategy
