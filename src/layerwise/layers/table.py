@@ -108,9 +108,9 @@ def trainable_numel(layers: LayerMap, model: nn.Module) -> dict[str, int]:
 
 
 def as_text(table: RenderableType) -> str:
-    """Return a table as plain text, 110 columns wide."""
+    """Return a table as plain text, 110 columns wide, whatever the environment says of colours."""
     buffer = io.StringIO()
-    Console(file=buffer, width=_WIDTH).print(table)
+    Console(file=buffer, width=_WIDTH, no_color=True, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.errors import percent, plural
+from layerwise.layers.table import as_text
 from layerwise.shown import Shown
 
 JOINING = "joining groups warm up for"
@@ -110,11 +110,7 @@ class Explanation(Shown):
         return {**asdict(self), "steps": self.steps}
 
     def __str__(self) -> str:
-        """Return the text of `__rich_console__` without colours, 110 columns wide."""
-        console = Console(file=io.StringIO(), width=110, no_color=True, force_terminal=False)
-        console.print(self)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return as_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the timeline, with as many columns as there is room for, and the heat map."""

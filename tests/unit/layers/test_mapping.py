@@ -387,6 +387,12 @@ def test_aliases_of_group_names() -> None:
         layers["layer1"]
 
 
+def test_the_text_of_a_map_has_no_colours(monkeypatch) -> None:
+    """A log or a file gets no escape codes, though the environment asks for colours everywhere."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in str(layer_map(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+
+
 def test_prints_as_a_table() -> None:
     # group, depth, modules, parameters, share; with the live model also what is trainable now
     model = SmallResNet()
