@@ -32,6 +32,7 @@ from torch import nn
 
 DEPTH = 4  # containers and objects in others
 LARGE = 1000  # items: longer containers are data, and are not looked into
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device)
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 LEAVES = frozenset({
@@ -50,7 +51,6 @@ _APART = (  # machinery of libraries: large, of no effect on a forward pass, or 
     "logging.", "threading.", "queue.", "concurrent.", "multiprocessing.", "asyncio.", "weakref.", "_io.",
 )  # fmt: skip
 _ITERATORS = ("builtins", "itertools")  # Python modules of iterators without attributes
-_RANDOM = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def home(thing: Any) -> str:
@@ -145,7 +145,7 @@ def _is_state(value: Any) -> bool:
 
 def is_fleeting(thing: Any) -> bool:
     """Whether something changes by being used, and has no attributes: a random generator, an iterator."""
-    return _is_iterator(thing) or type(thing) is torch.Generator or isinstance(thing, _RANDOM)
+    return _is_iterator(thing) or isinstance(thing, GENERATORS)
 
 
 def _is_iterator(thing: Any) -> bool:

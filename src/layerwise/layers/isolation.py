@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from layerwise.errors import ModelError, named_kind, shorten
+from layerwise.layers.holding import home
 from layerwise.layers.memory import global_hooks
 from layerwise.layers.randomness import kept_random_state
 from layerwise.layers.snapshot import Snapshot
@@ -233,6 +234,4 @@ def _scripted(module: nn.Module) -> bool:
 
 
 def _of_distributed(hook: Any) -> bool:
-    function = getattr(hook, "func", hook)  # functools.partial
-    function = getattr(function, "__func__", function)
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed")
+    return home(getattr(hook, "func", hook)).startswith("torch.distributed.")  # func: of a partial function

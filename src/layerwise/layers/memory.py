@@ -22,18 +22,19 @@ from layerwise.layers.holding import (
     LARGE,
     LEAVES,
     OF_EVERY_MODULE,
+    attributes_of,
     class_attributes,
     classes_of,
+    home,
     is_fleeting,
     is_object,
-    slots_of,
     told,
 )
 
 _UNREAD = OF_EVERY_MODULE - {"_buffers", "training"}  # of no effect on a forward pass, or recorded
 _LIBRARIES = ("torch.", "layerwise.")  # their hooks do what the recording sees, or are the recording's own
 
-_COLLECTS = "transformers.utils.output_capturing"  # hooks that keep outputs for `output_hidden_states=True`
+_COLLECTS = "transformers.utils.output_capturing."  # hooks that keep outputs for `output_hidden_states=True`
 
 GLOBAL_HOOKS = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
 _VALUES = (int, float, complex, str, bytes, np.generic)
@@ -117,7 +118,7 @@ def _content(value: Any, known: dict[tuple[int, int], Any], depth: int = 0) -> A
     elif is_fleeting(value) or isinstance(value, np.ndarray):
         return told(value)
     elif is_object(value):
-        items = getattr(value, "__dict__", {}) | slots_of(value)
+        items = attributes_of(value)
     else:
         return value
     known[key] = {name: _content(item, known, below + 1) for name, item in items.items()}
@@ -186,8 +187,8 @@ def watched(model: nn.Module) -> dict[nn.Module, str]:
             continue
         hooks: Iterable[Any] = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         for hook in (*hooks, *global_hooks()):
-            home, name = _origin(hook)
-            if home != _COLLECTS and not f"{home}.".startswith(_LIBRARIES):
+            origin, name = _origin(hook)
+            if origin != _COLLECTS and not origin.startswith(_LIBRARIES):
                 found[module] = name
     return found
 
@@ -206,7 +207,6 @@ def collects_below(module: nn.Module) -> bool:
 
 
 def _origin(hook: Any) -> tuple[str, str]:
-    """Return the module that defines a hook, and its name."""
+    """Return the home of a hook, and its name."""
     function = getattr(hook, "func", hook)  # functools.partial
-    home = getattr(function, "__module__", None) or type(function).__module__
-    return home, getattr(function, "__qualname__", type(function).__name__)
+    return home(function), getattr(function, "__qualname__", type(function).__name__)

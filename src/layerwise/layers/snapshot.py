@@ -25,6 +25,7 @@ from torch import nn
 from layerwise.layers.holding import (
     CONTAINERS,
     DEPTH,
+    GENERATORS,
     LARGE,
     LEAVES,
     OF_EVERY_MODULE,
@@ -47,9 +48,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _LIBRARIES = ("torch.", "layerwise.")  # what their hooks write is their own affair
 _HELPERS = 2  # functions that a hook calls, and those that they call
 
-_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
-
-_Restore = Callable[[], None]
+_Restore = Callable[[], object]
 
 
 class Snapshot:
@@ -82,7 +81,7 @@ class Snapshot:
             self._keep_class(kind)
         for name in dict.fromkeys(kind.__module__ for kind in kinds):
             for value in getattr(sys.modules.get(name), "__dict__", {}).values():
-                if isinstance(value, _GENERATORS):
+                if isinstance(value, GENERATORS):
                     self._keep(value, 1)
         for root in roots:
             if not isinstance(root, nn.Module):
@@ -237,7 +236,7 @@ def _notable(attributes: dict[Any, Any]) -> list[tuple[Any, Any]]:
 
 def _late(now: dict[Any, Any], before: dict[Any, Any]) -> list[Any]:
     """Return the names of random generators that a dictionary did not hold before."""
-    return [n for n, v in now.items() if isinstance(v, _GENERATORS) and before.get(n) is not v]
+    return [n for n, v in now.items() if isinstance(v, GENERATORS) and before.get(n) is not v]
 
 
 def _put_back(now: dict[Any, Any], before: dict[Any, Any]) -> None:
@@ -282,7 +281,7 @@ def _is_filled(cell: CellType) -> bool:
 def _generator_state(thing: Any) -> _Restore | None:
     """Return what puts a random generator back; None for anything else."""
     if isinstance(thing, torch.Generator):
-        return functools.partial(_set_state, thing, thing.get_state())
+        return functools.partial(thing.set_state, thing.get_state())
     if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):
         return functools.partial(thing.setstate, thing.getstate())
     if isinstance(thing, np.random.RandomState):
@@ -290,10 +289,6 @@ def _generator_state(thing: Any) -> _Restore | None:
     if isinstance(thing, np.random.Generator):
         return functools.partial(setattr, thing.bit_generator, "state", thing.bit_generator.state)
     return None
-
-
-def _set_state(generator: torch.Generator, state: torch.Tensor) -> None:
-    generator.set_state(state)
 
 
 def _container_state(thing: Any) -> _Restore:

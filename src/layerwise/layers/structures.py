@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.layers.holding import LEAVES, slots_of
+from layerwise.layers.holding import LEAVES, attributes_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Of a call: ``(args, kwargs)``."""
@@ -52,7 +52,7 @@ def _opaque(thing: Any) -> bool:
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    own = getattr(thing, "__dict__", {}) | slots_of(thing)
+    own = attributes_of(thing)
     if not dataclasses.is_dataclass(thing):
         return own
     # where some fields are slots and some are not, or bases have slots, the order is that of `map_tensors`

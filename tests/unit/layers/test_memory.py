@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections import deque
@@ -38,7 +39,7 @@ class Remembering(nn.Module):
         self.nested, self.inner = {"a": [SimpleNamespace(n=0)]}, (SimpleNamespace(inner={"n": 0}),)
         self.iterator, self.number, self.yields = iter(range(9)), itertools.count(), (n for n in range(9))
         self.array, self.slotted, self.long = np.zeros(2), Slotted(), deque([torch.ones(1)] * 2000, 2000)
-        self.left = [1, 2, 3]
+        self.left, self.bound = [1, 2, 3], functools.partial(list.pop, [1, 2, 3])
         self.own, self.numpy_own, self.torch_own = (
             random.Random(1),
             np.random.default_rng(1),
@@ -73,6 +74,7 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: next(m.yields), "yields"),
         (lambda m, x: m.array.__iadd__(1), "array"),
         (lambda m, x: m.left.pop(), "left"),
+        (lambda m, x: m.bound(), "bound"),
         (lambda m, x: m.own.random(), "own"),
         (lambda m, x: m.numpy_own.random(), "numpy_own"),
         (lambda m, x: torch.rand(1, generator=m.torch_own), "torch_own"),
