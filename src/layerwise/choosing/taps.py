@@ -17,6 +17,7 @@ from layerwise.choosing.pooling import pool_all
 from layerwise.choosing.samples import tensors
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.layers.norms import find_norms
+from layerwise.layers.owners import is_under
 
 Floats = npt.NDArray[np.float32]
 CHUNKS = 64
@@ -233,7 +234,7 @@ def _norm_groups(layers: LayerMap, modules: Mapping[str, nn.Module]) -> dict[str
 
 def _holds(group: LayerGroup, path: str) -> bool:
     return any(p.rpartition(".")[0] == path for p in group.parameters) or any(
-        path == module or path.startswith(module + ".") for module in group.modules
+        is_under(path, module) for module in group.modules
     )
 
 

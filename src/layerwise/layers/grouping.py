@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from layerwise.layers.graph import Recording
 from layerwise.layers.layermap import Role
 from layerwise.layers.order import Order
-from layerwise.layers.owners import is_leaf, is_list, module_of
+from layerwise.layers.owners import is_leaf, is_list, is_under, module_of, paths_above
 from layerwise.layers.units import Unit
 
 
@@ -164,14 +164,9 @@ def _own_stages(recording: Recording, blocks: list[Unit], block: Unit) -> list[s
 
 def _numbered_containers(blocks: list[str]) -> list[str]:
     """Return the paths above blocks that differ from another such path only in their last number."""
-    above = {path for block in blocks for path in _paths_above(block)}
+    above = {path for block in blocks for path in paths_above(block)[1:]}
     families = collections.Counter(_family(path) for path in above)
     return [path for path in above if families[_family(path)] > 1]
-
-
-def _paths_above(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def _family(path: str) -> str:
@@ -179,7 +174,7 @@ def _family(path: str) -> str:
 
 
 def _inside(unit: Unit, containers: list[str]) -> bool:
-    return any(unit.path.startswith(path + ".") for path in containers)
+    return any(is_under(unit.path, path) for path in containers)
 
 
 def _common(one: str, other: str) -> int:

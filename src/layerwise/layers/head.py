@@ -18,7 +18,7 @@ from layerwise.layers.inputs import record_example
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.order import order_of
 from layerwise.layers.outputs import is_borrowed, output_layers
-from layerwise.layers.owners import module_of
+from layerwise.layers.owners import is_under, module_of, paths_above
 from layerwise.layers.randomness import kept_random_state
 from layerwise.shown import Shown
 
@@ -175,7 +175,7 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
         name
         for names in recording.names.values()
         for name in names
-        if name.startswith(path + ".") and name.endswith("weight") and _owners(recording.model, names) > 1
+        if is_under(name, path) and name.endswith("weight") and _owners(recording.model, names) > 1
     ]
     if tied:
         other = next(names for names in recording.names.values() if tied[0] in names)
@@ -311,8 +311,7 @@ def _follow(
 ) -> tuple[str, ...]:
     """Set the attributes that hold the number of classes; return their paths."""
     changed: list[str] = []
-    parts = [path.split(".") for path in paths]
-    holders = {".".join(names[:depth]): None for names in parts for depth in range(len(names))}
+    holders = dict.fromkeys(above for path in paths for above in paths_above(path))
     for path, attribute in itertools.product(holders, _SIZE_ATTRIBUTES):
         holder: Any = model.get_submodule(path)
         if type(vars(holder).get(attribute)) is int and vars(holder)[attribute] == old:

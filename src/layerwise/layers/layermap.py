@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from layerwise.errors import PlanError, did_you_mean, named_kind
 from layerwise.layers.norms import Kind
+from layerwise.layers.owners import is_under
 from layerwise.shown import Shown
 
 if TYPE_CHECKING:
@@ -144,11 +145,10 @@ class LayerMap(Shown):
 
     def inside(self, path: str) -> tuple[LayerGroup, ...]:
         """Return the groups that hold a parameter or a module at or below the module path `path`."""
-        dotted = path + "."
         return tuple(
             group
             for group in self.groups
-            if any(name == path or name.startswith(dotted) for name in (*group.modules, *group.parameters))
+            if any(is_under(name, path) for name in (*group.modules, *group.parameters))
         )
 
     def group_of(self, parameter: str) -> str:

@@ -16,6 +16,7 @@ from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, La
 from layerwise.layers.norms import Kind, find_norms
 from layerwise.layers.order import Order, order_of
 from layerwise.layers.outputs import head_parameters, output_layers
+from layerwise.layers.owners import is_under, paths_above
 from layerwise.layers.recording import record_without_data
 from layerwise.layers.units import Unit, filled_forward, find_units, neighbours_of_unread, together
 
@@ -107,7 +108,7 @@ def map_recording(
     groups = _trunk(recording, order, _without(units, set(head)), set(head), granularity)
     if head:
         aliases = {alias for name in head for alias in recording.names[name]}
-        output = next((path for path in outputs if any(_under(alias, path) for alias in aliases)), head[0])
+        output = next((path for path in outputs if any(is_under(alias, path) for alias in aliases)), head[0])
         groups.append(Group("head", [Unit(output, output, [], 0, 1, head)], output))
     groups = [group for group in groups if group.parameters]
     layers = _Finished(recording, order, groups).layer_groups()
@@ -164,7 +165,7 @@ def _head_note(outputs: tuple[str, ...], has_head: bool, recording: Recording) -
         tied = [
             names[0]
             for names in recording.names.values()
-            if len(names) > 1 and any(_under(name, path) for name in names for path in outputs)
+            if len(names) > 1 and any(is_under(name, path) for name in names for path in outputs)
         ]
         return (
             f"the output layer {', '.join(outputs)} has no weights of its own: it is tied to "
@@ -198,10 +199,6 @@ def _trunk(
         return groups
     groups = group_blocks(recording, units)
     return group_stages(recording, groups) if granularity == "stages" else groups
-
-
-def _under(parameter: str, path: str) -> bool:
-    return parameter == path or parameter.startswith(path + ".")
 
 
 class _Finished:
@@ -247,9 +244,7 @@ class _Finished:
         inside: dict[str, set[int]] = {path: set() for path in self._modules}
         for first, names in self._recording.names.items():
             for name in names:
-                parts = name.split(".")[:-1]
-                for depth in range(len(parts) + 1):
-                    path = ".".join(parts[:depth])
+                for path in paths_above(name):
                     if path in inside:
                         inside[path].add(self._group_of[first])
         return inside
@@ -285,9 +280,8 @@ class _Finished:
             begins[call.path] = number
             if not self._inside.get(call.path) and not call.children:
                 group = self._group_of_plain(call)
-                parts = call.path.split(".")
-                for depth in range(len(parts) + 1):
-                    inside[".".join(parts[:depth])].add(group)
+                for path in (*paths_above(call.path), call.path):
+                    inside[path].add(group)
         tops: list[list[str]] = [[] for _ in self._groups]
         whole: set[str] = set()
         for path in self._modules:
@@ -297,7 +291,7 @@ class _Finished:
                 whole.add(path)
         last = len(begins)
         earliest = {
-            path: min((n for called, n in begins.items() if _under(called, path)), default=last)
+            path: min((n for called, n in begins.items() if is_under(called, path)), default=last)
             for paths in tops
             for path in paths
         }
@@ -351,4 +345,4 @@ class _Finished:
         """
         if group.role != "stem" and modules and group.core:
             return group.stage or group.core
-        return next((path for name in names for path in modules if _under(name, path)), names[0])
+        return next((path for name in names for path in modules if is_under(name, path)), names[0])

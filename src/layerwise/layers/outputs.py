@@ -12,7 +12,7 @@ from torch import nn
 from layerwise.layers.calltree import is_itself_a_layer
 from layerwise.layers.graph import Call, Op, Recording
 from layerwise.layers.order import Order
-from layerwise.layers.owners import is_leaf, module_of
+from layerwise.layers.owners import is_leaf, is_under, module_of, paths_above
 from layerwise.layers.structures import tensors_in
 from layerwise.layers.units import Unit
 
@@ -176,7 +176,7 @@ def head_parameters(
     if last_block >= 0:
         for output in outputs:
             container = _own_container(recording.model, output, before)
-            head |= {name for name in after if container and name.startswith(container + ".")}
+            head |= {name for name in after if container and is_under(name, container)}
     if borrowed and all(recording.model.get_parameter(name).ndim < 2 for name in head):
         return ()  # the bias of an output layer is none without its weight
     fed = _descendants(recording, {order.position[name] for name in head if name in order.position})
@@ -206,11 +206,9 @@ def _in_any(calls: Sequence[Call], index: int) -> bool:
 
 def _own_container(model: nn.Module, output: str, earlier: set[str]) -> str:
     """Return the outermost module above `output` that starts after the last block and is no plain list."""
-    parts = output.split(".")
     container = ""
-    for depth in range(len(parts) - 1, 0, -1):
-        path = ".".join(parts[:depth])
-        if any(name.startswith(path + ".") for name in earlier):
+    for path in reversed(paths_above(output)[1:]):
+        if any(is_under(name, path) for name in earlier):
             break
         if type(model.get_submodule(path)) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
             container = path

@@ -23,6 +23,25 @@ def module_of(name: str) -> str:
     return _PARAMETRIZED.sub("", name.rpartition(".")[0])
 
 
+def is_under(name: str, path: str) -> bool:
+    """Return whether a parameter or module stands at the module path `path` or below it.
+
+    >>> is_under("layer1.0.weight", "layer1"), is_under("layer10.weight", "layer1")
+    (True, False)
+    """
+    return name == path or name.startswith(f"{path}.")
+
+
+def paths_above(name: str) -> list[str]:
+    """Return the module paths above a parameter or module, the root (``""``) first and the closest last.
+
+    >>> paths_above("layer1.0.weight")
+    ['', 'layer1', 'layer1.0']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
+
+
 def is_list(module: nn.Module) -> bool:
     """Return whether a module only keeps parameters, each of which may be another layer's."""
     return isinstance(module, nn.ParameterList | nn.ParameterDict)

@@ -12,7 +12,7 @@ from torch import nn
 from layerwise.layers.calltree import CallTree
 from layerwise.layers.graph import Call, Recording
 from layerwise.layers.order import Order
-from layerwise.layers.owners import is_leaf, is_list, module_of
+from layerwise.layers.owners import is_leaf, is_list, module_of, paths_above
 
 
 @dataclass(eq=False)
@@ -119,23 +119,17 @@ def neighbours_of_unread(recording: Recording, position: dict[str, int]) -> dict
     under: dict[str, list[str]] = collections.defaultdict(list)
     for name in names:
         if name in position:
-            for parent in _parents(name):
+            for parent in paths_above(name):
                 under[parent].append(name)
     neighbours: dict[str, str] = {}
     for name in names:
         if name in position:
             continue
-        candidates = next((under[parent] for parent in _parents(name) if under[parent]), [])
+        candidates = next((under[parent] for parent in reversed(paths_above(name)) if under[parent]), [])
         if candidates:
             place = bisect.bisect_left([number[other] for other in candidates], number[name])
             neighbours[name] = candidates[max(place - 1, 0)]
     return neighbours
-
-
-def _parents(name: str) -> list[str]:
-    """Return the module paths above a parameter, the closest first and the root (``""``) last."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
 def _bare_units(recording: Recording, order: Order, units: Iterable[Unit]) -> list[Unit]:

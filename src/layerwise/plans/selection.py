@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from layerwise.errors import PlanError, did_you_mean
 from layerwise.layers.layermap import LayerMap
+from layerwise.layers.owners import paths_above
 
 GroupSelection = str | int | Sequence[str | int]
 
@@ -148,9 +149,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _close(pattern: str, names: Sequence[str]) -> str:
     """Return a hint with names close to `pattern`: full names, prefixes and components."""
-    paths = {
-        ".".join(parts[:end]) for name in names for parts in [name.split(".")] for end in range(1, len(parts))
-    }
+    paths = {path for name in names for path in paths_above(name)[1:]}
     components = {part for name in names for part in name.split(".") if not part.isdigit()}
     return did_you_mean(pattern, sorted({*names, *paths, *components})) or (
         f" There are, for example: {', '.join(list(names)[:3])}." if names else ""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import plural
+from layerwise.layers.owners import is_under
 from layerwise.tuning.audit_setup import Finding, Setup
 from layerwise.tuning.processes import count_averaged
 
@@ -65,15 +66,11 @@ def _flags_beside(setup: Setup, name: str, identity: int) -> set[bool]:
     path = name.rpartition(".")[0]
     if setup.layers is not None:
         # a map lists a shared parameter once; its other names stand in the group that holds their module
-        groups = [group for group in setup.layers if _inside(path, group.modules)]
+        groups = [group for group in setup.layers if any(is_under(path, m) for m in group.modules)]
         beside = [setup.root.get_parameter(key) for group in groups for key in group.parameters]
     else:
         beside = list(setup.root.get_submodule(path).parameters())
     return {parameter.requires_grad for parameter in beside if id(parameter) != identity}
-
-
-def _inside(path: str, modules: tuple[str, ...]) -> bool:
-    return any(path == module or path.startswith(f"{module}.") for module in modules)
 
 
 def _ties_that_came_apart(root: nn.Module) -> tuple[str, ...]:
