@@ -310,7 +310,8 @@ def group_layers(recording: Recording, order: Order, position: dict[str, int]) -
     """
     model = recording.model
     owner_of = {name: module_of(name) for name in position}
-    weighted = {owner_of[name] for op in recording.ops for name in order.weights(op)[:1] if name in owner_of}
+    applied = {name for op in recording.ops for name in order.weights(op)[:1]}
+    weighted = {owner_of[name] for name in applied if name in owner_of}
     leaf = {owner: is_leaf(model.get_submodule(owner)) for owner in set(owner_of.values())}
     free = {owner for owner in leaf if not owner or is_list(model.get_submodule(owner))}
     groups: dict[str, Group] = {}
@@ -325,7 +326,7 @@ def group_layers(recording: Recording, order: Order, position: dict[str, int]) -
             current = groups[owner]
             current.units[0].parameters[:0] = waiting
             waiting = []
-        elif owner in free and name in {w for op in recording.ops for w in order.weights(op)[:1]}:
+        elif owner in free and name in applied:
             current = groups[name] = Group("trunk", [Unit(name, name, [], position[name], 1, [name])], name)
         elif current is None:
             waiting.append(name)

@@ -95,8 +95,9 @@ def map_recording(
         )
     units = find_units(recording, order)
     outputs = output_layers(recording, order)
-    head = _head(recording, order, units)
-    if telling is not None:
+    if telling is None:
+        head = _head(recording, order, units)
+    else:
         theirs = order_of(telling)
         head = _head(telling, theirs, find_units(telling, theirs))
     idle = _leading_nowhere(recording, order, head)

@@ -18,7 +18,6 @@ PRODUCTS = COUNTED | {
     "miopen_convolution",
     "mkldnn_convolution",
     "mkldnn_linear",
-    "mkldnn_rnn_layer",
 }
 """Operations by which a layer's weights act on its input: matrix products, convolutions, fused RNNs."""
 

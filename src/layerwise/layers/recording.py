@@ -144,7 +144,6 @@ def _attempt(
     draws: bool = False,
     most_ops: int | None = None,
 ) -> Recording:
-    given = arguments
     arguments = map_tensors(arguments, lambda tensor: _on_device_of(model, tensor))
     with untouched(model), plain_execution(model):
         if not fake:
@@ -191,7 +190,7 @@ def _attempt(
             drawn_from=recorder.drawn_from,
         )
     if has_drawn and not draws:
-        return _attempt(model, given, fake=fake, grad=grad, mode=mode, draws=True, most_ops=most_ops)
+        return _attempt(model, arguments, fake=fake, grad=grad, mode=mode, draws=True, most_ops=most_ops)
     return recording
 
 

@@ -265,6 +265,7 @@ def _compare(
     learning = {
         name for name in both if before.requires_grad[name] or after.requires_grad[name] or name in trained
     }
+    still = learning.difference(moved)
     held = {
         name
         for name, speakers in before.held.items()
@@ -275,7 +276,7 @@ def _compare(
     ]
     return WatchReport(
         moved=tuple(moved),
-        still=tuple(name for name in both if name in learning and name not in set(moved)),
+        still=tuple(name for name in both if name in still),
         frozen_moved=tuple(name for name in moved if name not in learning),
         buffers_moved=tuple(buffers_moved),
         frozen_buffers_moved=tuple(
