@@ -274,14 +274,18 @@ class _Finished:
     def _top_modules(self) -> list[list[str]]:
         """Return for each group the top-most modules that lie wholly in it, in order of execution."""
         inside = {path: set(groups) for path, groups in self._inside.items()}
-        begins: dict[str, int] = {}
+        earliest: dict[str, int] = {}  # of the calls at and below a path
+        seen: set[str] = set()
         for number, call in enumerate(self._recording.calls):
-            if call.path in begins:
+            if call.path in seen:
                 continue
-            begins[call.path] = number
+            seen.add(call.path)
+            around = (*paths_above(call.path), call.path)
+            for path in around:
+                earliest.setdefault(path, number)
             if not self._inside.get(call.path) and not call.children:
                 group = self._group_of_plain(call)
-                for path in (*paths_above(call.path), call.path):
+                for path in around:
                     inside[path].add(group)
         tops: list[list[str]] = [[] for _ in self._groups]
         whole: set[str] = set()
@@ -290,13 +294,8 @@ class _Finished:
                 tops[next(iter(inside[path]))].append(path)
             if path and (len(inside[path]) == 1 or path.rpartition(".")[0] in whole):
                 whole.add(path)
-        last = len(begins)
-        earliest = {
-            path: min((n for called, n in begins.items() if is_under(called, path)), default=last)
-            for paths in tops
-            for path in paths
-        }
-        return [sorted(paths, key=earliest.__getitem__) for paths in tops]
+        last = len(self._recording.calls)
+        return [sorted(paths, key=lambda path: earliest.get(path, last)) for paths in tops]
 
     def _group_of_plain(self, call: Call) -> int:
         """Return the group of a module without parameters: where it runs, a head's dropout in the head."""

@@ -387,6 +387,27 @@ def test_aliases_of_group_names() -> None:
         layers["layer1"]
 
 
+class HoldsTwice(nn.Module):
+    """Its layer also stands in a module that is never called, as T5's embeddings do in ``shared``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.act, self.used = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+        self.used.weight, self.used.bias = self.shared.weight, self.shared.bias
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = self.act(x)
+        return self.last(self.used(x))
+
+
+def test_a_module_that_is_never_called_comes_last_in_its_group() -> None:
+    """However often others were called before those of its group."""
+    layers = layer_map(HoldsTwice(), torch.zeros(2, 4))
+    assert layers["used"].modules == ("act", "used", "shared")
+
+
 def test_the_text_of_a_map_has_no_colours(monkeypatch) -> None:
     """A log or a file gets no escape codes, though the environment asks for colours everywhere."""
     monkeypatch.setenv("FORCE_COLOR", "1")
