@@ -34,8 +34,10 @@ def rate(eta: float, alpha: float, depth: int) -> float:
     return float(eta * alpha**depth)
 
 
-def decayed(names: Sequence[str], alpha: float) -> dict[str, float]:
+def decayed(names: Sequence[str], alpha: float | None) -> dict[str, float]:
     """Return the multiplier ``alpha ** (L - l)`` of each of the groups `names`, given input -> output.
+
+    Without a decay (None) it is 1 for all.
 
     Raises:
         PlanError: `alpha` is not a number above 0 and at most 1.
@@ -43,6 +45,8 @@ def decayed(names: Sequence[str], alpha: float) -> dict[str, float]:
     >>> decayed(["stem", "block", "head"], 0.5)
     {'stem': 0.25, 'block': 0.5, 'head': 1.0}
     """
+    if alpha is None:
+        return dict.fromkeys(names, 1.0)
     check_decay(alpha)
     return {name: rate(1.0, alpha, len(names) - 1 - index) for index, name in enumerate(names)}
 

@@ -116,7 +116,7 @@ def reinit_last(
             f"reinit_last(k={k!r}): k is a whole number from 1 to {len(trunk)}, the groups between stem "
             f"and head ({', '.join(trunk)})"
         )
-    table = decayed(layers.names, decay) if decay is not None else dict.fromkeys(layers.names, 1.0)
+    table = decayed(layers.names, decay)
     return one_phase(
         layers, call("reinit_last", k=k, decay=decay), table, options, reinit=(*trunk[-k:], head)
     )

@@ -285,7 +285,7 @@ def freeze_embeddings(
             f"freeze_embeddings: this layer map has nothing before its first block "
             f"({', '.join(layers.names)}); name what to freeze with pattern(freeze=[...])"
         )
-    table = decayed(layers.names, decay) if decay is not None else dict.fromkeys(layers.names, 1.0)
+    table = decayed(layers.names, decay)
     learning = {name: rate for name, rate in table.items() if name not in stem}
     return one_phase(layers, call("freeze_embeddings", decay=decay), learning, options)
 

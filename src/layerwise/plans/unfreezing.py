@@ -195,7 +195,7 @@ def lp_ft(
             "both need at least 1"
         )
     fields = settings(options)
-    table = decayed(layers.names, decay) if decay is not None else dict.fromkeys(layers.names, 1.0)
+    table = decayed(layers.names, decay)
     return make_plan(
         layers,
         call("lp_ft", tune_rate=None if tune_rate == 1.0 else tune_rate, decay=decay),
