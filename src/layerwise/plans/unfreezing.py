@@ -100,6 +100,8 @@ def gradual_unfreezing(
         decay=decay,
         epochs_per_group=epochs_per_group,
         steps_per_group=steps_per_group,
+        last_epochs=last_epochs,
+        last_steps=last_steps,
         patience_epochs=patience_epochs,
     )
     return make_plan(layers, strategy, phases)
@@ -198,7 +200,13 @@ def lp_ft(
     table = decayed(layers.names, decay)
     return make_plan(
         layers,
-        call("lp_ft", tune_rate=None if tune_rate == 1.0 else tune_rate, decay=decay),
+        call(
+            "lp_ft",
+            probe_epochs=probe_epochs,
+            probe_steps=probe_steps,
+            tune_rate=None if tune_rate == 1.0 else tune_rate,
+            decay=decay,
+        ),
         [
             Phase(name="probe", rates={head: 1.0}, **{**fields, unit: probe}),
             Phase(
@@ -259,7 +267,7 @@ def fine_tune(
     alpha = (1 / lr_mult) ** (1 / (len(layers) - 1))
     return make_plan(
         layers,
-        call("fine_tune", freeze_epochs=freeze_epochs),
+        call("fine_tune", freeze_epochs=freeze_epochs, lr_mult=None if lr_mult == 100 else lr_mult),
         [
             Phase(
                 name="frozen",

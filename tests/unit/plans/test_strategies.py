@@ -30,6 +30,24 @@ def bert() -> LayerMap:
 
 
 @pytest.mark.parametrize(
+    "told",
+    [
+        "gradual_unfreezing(decay=0.5, epochs_per_group=2, last_epochs=4, patience_epochs=1)",
+        "gradual_unfreezing(decay=0.5, steps_per_group=2, last_steps=4)",
+        "ulmfit(epochs_per_group=2, last_epochs=4)",
+        "lp_ft(probe_epochs=1, tune_rate=0.1, decay=0.5)",
+        "lp_ft(probe_steps=1, steps=9)",
+        "fine_tune(freeze_epochs=2, lr_mult=10)",
+        "surgical(which='last', head='freeze')",
+        "lisa(groups=2, every_steps=5)",
+    ],
+)
+def test_a_plan_says_by_which_options_it_was_made(told: str) -> None:
+    """Two plans that differ by an option of the strategy are not called the same; lengths are left out."""
+    assert parse_strategy(told, resnet_map()).strategy == told.replace(", steps=9", "")
+
+
+@pytest.mark.parametrize(
     ("plan", "expected"),
     [
         (strategies.linear_probe, [[0, 0, 0, 0, 0, 1]]),
