@@ -69,14 +69,10 @@ def frozen_norms_in_train_mode(setup: Setup) -> Iterator[Finding]:
 
 def norms_with_old_statistics(setup: Setup) -> Iterator[Finding]:
     """Batch-norm that learns and has statistics, which it neither reads in train mode nor moves."""
-    frozen = {norm.module for norm in setup.frozen_norms}
     names = [
         norm.name
-        for norm in setup.norms
-        if norm.kind == "running"
-        and norm.module not in frozen
-        and setup.training[norm.module]
-        and not getattr(norm.module, "track_running_stats", True)
+        for norm in setup.learning_norms
+        if setup.training[norm.module] and not getattr(norm.module, "track_running_stats", True)
     ]
     if names:
         yield Finding(
@@ -92,13 +88,10 @@ def norms_with_old_statistics(setup: Setup) -> Iterator[Finding]:
 
 def norms_that_move_in_frozen_parts(setup: Setup) -> Iterator[Finding]:
     """Batch-norm that learns between frozen layers."""
-    frozen = {norm.module for norm in setup.frozen_norms}
     moving = [
         norm.name
-        for norm in setup.norms
-        if norm.kind == "running"
-        and norm.module not in frozen
-        and norm.module not in ADAPTING
+        for norm in setup.learning_norms
+        if norm.module not in ADAPTING
         and setup.training[norm.module]
         and _surroundings_frozen(setup, norm.name)
     ]
@@ -174,12 +167,10 @@ def small_batches(setup: Setup) -> Iterator[Finding]:
         return
     message = small_batch_warning(setup.root, setup.batch_size)
     if message is not None:
-        frozen = {norm.module for norm in setup.frozen_norms}
-        names = [n.name for n in setup.norms if n.kind == "running" and n.module not in frozen]
         yield Finding(
             "warning",
             "small-batch-norm",
-            tuple(names),
+            tuple(norm.name for norm in setup.learning_norms),
             message,
             "Norms(policy='freeze') or Norms(policy='calibrate') in the plan, or larger batches",
         )

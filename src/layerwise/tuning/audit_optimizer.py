@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 from layerwise.errors import plural
+from layerwise.layers.layermap import LayerMap
 from layerwise.tuning.audit_setup import Finding, Setup
 from layerwise.tuning.lr_scheduler import LayerwiseLR
 
@@ -292,11 +294,11 @@ def head_slower_than_backbone(setup: Setup) -> Iterator[Finding]:
     """A head, fresh from initialisation, that learns more slowly than the pretrained layers."""
     if len({float(group["lr"]) for _, group in setup.rated}) < 2 or _of_two_kinds(setup):
         return
-    rates = rates_by_group(setup)
     layers = setup.map
-    if rates is None or layers is None or layers.head is None or layers.head.name not in rates:
+    if layers is None or layers.head is None:
         return
-    head = rates.pop(layers.head.name)
+    rates = _rates_by_group(setup, layers)
+    head = rates.pop(layers.head.name, math.inf)  # than one that does not learn none is faster
     faster = {name: rate for name, rate in rates.items() if rate > head * (1 + 1e-9)}
     if faster:
         name = max(faster, key=faster.__getitem__)
@@ -314,9 +316,9 @@ def uneven_decay(setup: Setup) -> Iterator[Finding]:
     """One step in an otherwise even layer-wise decay that is skipped or taken twice."""
     if len({float(group["lr"]) for _, group in setup.rated}) < 4 or _of_two_kinds(setup):
         return
-    rates = rates_by_group(setup)
-    if rates is None or setup.map is None:
+    if setup.map is None:
         return
+    rates = _rates_by_group(setup, setup.map)
     neighbours = itertools.pairwise(setup.map.names)
     steps = [(a, b, rates[a] / rates[b]) for a, b in neighbours if rates.get(a) and rates.get(b)]
     usual = sorted(ratio for _, _, ratio in steps)[len(steps) // 2] if steps else 1.0
@@ -340,11 +342,8 @@ def _of_two_kinds(setup: Setup) -> bool:
     return len({type(optimizer) for optimizer in setup.optimizers}) > 1
 
 
-def rates_by_group(setup: Setup) -> dict[str, float] | None:
-    """Return the highest rate of each layer group, input to output; None without a layer map."""
-    layers = setup.map
-    if layers is None:
-        return None
+def _rates_by_group(setup: Setup, layers: LayerMap) -> dict[str, float]:
+    """Return the highest rate of each layer group of which something learns, input to output."""
     found: dict[str, float] = {}
     for _, group in setup.rated:
         for name in setup.named(p for p in group["params"] if p.requires_grad):

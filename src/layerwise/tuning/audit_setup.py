@@ -99,6 +99,12 @@ class Setup:
         return frozen_norms(self.root)
 
     @cached_property
+    def learning_norms(self) -> tuple[NormLayer, ...]:
+        """The others with running statistics."""
+        frozen = {norm.module for norm in self.frozen_norms}
+        return tuple(norm for norm in self.norms if norm.kind == "running" and norm.module not in frozen)
+
+    @cached_property
     def training(self) -> dict[nn.Module, bool]:
         """The mode that each module has after ``model.train()``, which trainers call all the time.
 
