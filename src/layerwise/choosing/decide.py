@@ -19,6 +19,7 @@ STEPS_A_GROUP = 60
 """Optimiser steps that gradual unfreezing needs for each group: groups that join warm up for 20."""
 PLAIN_RATE = 2e-4
 """Base rate for networks without batch-norm (transformers) of `REFERENCE_WIDTH`; see `body_rate`."""
+_LOWEST_FIRST: tuple[Confidence, ...] = ("low", "medium", "high")
 BASELINE = "the baseline that every other plan has to beat; takes minutes with the cache"
 
 
@@ -108,9 +109,8 @@ def decide(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Decisio
         )
     choice = _finished(evidence, choice, reasons, calibrating=calibrating)
     alternatives = list(_alternatives(layers, choice, cell, epochs, adapted=calibrating or gain is None))
-    order: dict[Confidence, int] = {"low": 0, "medium": 1, "high": 2}
     decisive = {"similarity", "depth", *(["size"] if evidence.at_least else [])}
-    confidence = min((r.confidence for r in reasons if r.about in decisive), key=lambda c: order[c])
+    confidence = min((r.confidence for r in reasons if r.about in decisive), key=_LOWEST_FIRST.index)
     choice, *alternatives = (_with_rate(found, evidence) for found in (choice, *alternatives))
     return Decision(choice, tuple(alternatives), tuple(reasons), confidence, cell.strategy)
 
@@ -151,14 +151,12 @@ def _enough_steps(
 
 def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: list[Reason]) -> Choice:
     """Return the choice after looking at where in depth the features are best and where the shift sits."""
-    where = evidence.shift.where if evidence.shift is not None else "none"
-    share = evidence.shift.early_share if evidence.shift is not None else 0.5
+    best = evidence.transfer.best
     if evidence.gap_errors >= STRONG:
-        names = [d.group for d in evidence.transfer.depths if d.depth == evidence.best_depth]
         reasons.append(
             Reason(
                 "depth",
-                f"a probe on {names[0]} reaches {evidence.best_probe:.1%}, at the end of the network "
+                f"a probe on {best.group} reaches {best.accuracy:.1%}, at the end of the network "
                 f"{evidence.probe:.1%} ({evidence.gap_errors:.1f} standard errors): the groups after it are "
                 "too special for this task and have to learn",
                 "high",
@@ -167,45 +165,46 @@ def _by_depth(evidence: Evidence, layers: LayerMap, choice: Choice, reasons: lis
         )
         if evidence.level in ("dissimilar", "unknown"):
             return full("the frozen features lose much of what this task needs, from early on")
-        k = max(evidence.best_depth, 2)
-        return last_groups(k, len(layers), f"all groups after {names[0]}, whose frozen features are the best")
+        k = max(best.depth, 2)
+        return last_groups(
+            k, len(layers), f"all groups after {best.group}, whose frozen features are the best"
+        )
     if evidence.gap_errors >= SOME:
         reasons.append(
             Reason(
                 "depth",
-                f"the best probe is {evidence.best_depth} group{'s' * (evidence.best_depth > 1)} before the "
-                f"head ({evidence.best_probe:.1%} against {evidence.probe:.1%}, "
-                f"{evidence.gap_errors:.1f} standard errors)",
+                f"the best probe is {plural(best.depth, 'group')} before the head ({best.accuracy:.1%} "
+                f"against {evidence.probe:.1%}, {evidence.gap_errors:.1f} standard errors)",
                 "medium",
                 evidence.gap,
             )
         )
         if choice.strategy == "linear_probe":
-            return last_groups(max(evidence.best_depth, 2), len(layers), "the groups after the best probe")
+            return last_groups(max(best.depth, 2), len(layers), "the groups after the best probe")
         few = last_groups(3, len(layers), "").strategy
         if choice.strategy == few and evidence.level in ("dissimilar", "unknown"):
-            k = max(evidence.best_depth, round(MOST * len(layers)))
+            k = max(best.depth, round(MOST * len(layers)))
             return last_groups(k, len(layers), "the last groups may be too special: most groups learn")
     elif evidence.transfer.last.depth == 0:
         reasons.append(
             Reason(
                 "depth",
-                f"no depth beats the end of the network clearly (best {evidence.best_probe:.1%}, end "
+                f"no depth beats the end of the network clearly (best {best.accuracy:.1%}, end "
                 f"{evidence.probe:.1%}): nothing speaks against its last features",
                 "medium",
                 evidence.gap,
             )
         )
-    body = [name for name in layers.names if layers.head is None or name != layers.head.name]
-    if where == "early" and evidence.level != "similar" and len(body) >= 3:
+    shift, body = evidence.shift, len(layers) - (layers.head is not None)
+    if shift is not None and shift.where == "early" and evidence.level != "similar" and body >= 3:
         reasons.append(
             Reason(
                 "where",
-                f"{percent(share, 1, digits=0)}% of the shift sits in the first third of the "
+                f"{percent(shift.early_share, 1, digits=0)}% of the shift sits in the first third of the "
                 f"groups{_moved(evidence)}: the inputs changed, not what they mean, so the first groups are "
                 "the ones to tune",
                 "medium",
-                share,
+                shift.early_share,
             )
         )
         return Choice("surgical(which=first)", "the shift sits in the first groups")
@@ -245,7 +244,7 @@ def _finished(evidence: Evidence, choice: Choice, reasons: list[Reason], *, cali
                 DECAY[evidence.pretraining],
             )
         )
-    return Choice(choice.strategy, choice.why, options, choice.lr)
+    return replace(choice, options=options)
 
 
 def _alternatives(
@@ -258,7 +257,7 @@ def _alternatives(
     if not adapted:
         kept = {key: value for key, value in cell.options.items() if key != "norms"}
         why = BASELINE if cell.strategy == "linear_probe" else cell.why
-        cell = Choice(cell.strategy, why, kept, cell.lr)
+        cell = replace(cell, why=why, options=kept)
     found = [
         cell,
         probe(BASELINE),
@@ -271,8 +270,7 @@ def _alternatives(
     different: dict[str, Choice] = {}
     for other in found:
         if other.strategy != choice.strategy and other.strategy not in different:
-            options = {**norms, **other.options}
-            different[other.strategy] = Choice(other.strategy, other.why, options, other.lr)
+            different[other.strategy] = replace(other, options={**norms, **other.options})
     return tuple(different.values())[:4]
 
 

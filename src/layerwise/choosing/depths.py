@@ -44,6 +44,11 @@ class DepthScores:
     probe: float
     lead: float | None = None
 
+    @property
+    def accuracy(self) -> float:
+        """Held-out accuracy of the probe; of the neighbours where there is none."""
+        return self.knn if np.isnan(self.probe) else self.probe
+
     def cells(self) -> list[str]:
         """Return the scores as a row of a table; a probe that could not be fitted is a dash."""
         figures = (self.probe, self.knn, self.logme, self.leep, self.h_score)
@@ -71,8 +76,8 @@ class Transferability(Shown):
 
     @property
     def best(self) -> DepthScores:
-        """The depth with the highest probe accuracy, the nearest to the output among equals."""
-        return max(self.depths, key=lambda d: (np.nan_to_num(d.probe), -d.depth))
+        """The depth with the highest accuracy, the nearest to the output among equals."""
+        return max(self.depths, key=lambda d: (d.accuracy, -d.depth))
 
     @property
     def last(self) -> DepthScores:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Sized
 from dataclasses import dataclass, replace
 from functools import cache
@@ -105,11 +104,11 @@ class Evidence:
         shift: the shift, or None.
         transfer: transferability at every depth.
         measured: samples the transferability was measured on.
+        recalibrated: `transfer` after batch-norm statistics were set to the target's; None if not tried.
         width: number of features that the head gets.
         at_least: whether there may be more samples, as the data do not say how many there are.
         weighting: what class weights do to a probe; None if not tried (no imbalance, or a class with a
             single sample).
-        recalibrated: the same after batch-norm statistics were set to the target's; None if not tried.
         unknown: why nothing could be compared; empty where something was.
         notes: what else could not be measured.
     """
@@ -146,24 +145,12 @@ class Evidence:
     @property
     def probe(self) -> float:
         """Held-out accuracy of a linear probe where the head stands; of neighbours where there is none."""
-        return _accuracy(self.transfer, -1)
-
-    @property
-    def best_probe(self) -> float:
-        """The highest such accuracy of any depth."""
-        return max(_accuracy(self.transfer, i) for i in range(len(self.transfer.depths)))
-
-    @property
-    def best_depth(self) -> int:
-        """Depth (groups to the head) at which it is reached, the nearest to the output among equals."""
-        values = [_accuracy(self.transfer, i) for i in range(len(self.transfer.depths))]
-        best = max(values)
-        return min(d.depth for d, v in zip(self.transfer.depths, values) if v == best)
+        return self.transfer.last.accuracy
 
     @property
     def gap(self) -> float:
         """How much accuracy the last groups lose against the best depth: they are too special."""
-        return self.best_probe - self.probe
+        return self.transfer.best.accuracy - self.probe
 
     @property
     def gap_errors(self) -> float:
@@ -171,10 +158,10 @@ class Evidence:
 
         Where there are no probes, of two independent proportions, which is on the careful side.
         """
-        lead = next(d.lead for d in self.transfer.depths if d.depth == self.best_depth)
-        if lead is not None:
-            return max(lead, 0.0)
-        return self.gap / float(np.hypot(self.error_of(self.probe), self.error_of(self.best_probe)))
+        best = self.transfer.best
+        if best.lead is not None:
+            return max(best.lead, 0.0)
+        return self.gap / float(np.hypot(self.error_of(self.probe), self.error_of(best.accuracy)))
 
     def error_of(self, accuracy: float) -> float:
         """Return the standard error of an accuracy on the measured sample, above 0 at 0 and 1 as well.
@@ -188,12 +175,7 @@ class Evidence:
     @property
     def gain_of_recalibration(self) -> float | None:
         """Accuracy of the probe after batch-norm recalibration minus before; None if not tried."""
-        return None if self.recalibrated is None else _accuracy(self.recalibrated, -1) - self.probe
-
-
-def _accuracy(transfer: Transferability, index: int) -> float:
-    scores = transfer.depths[index]
-    return scores.knn if math.isnan(scores.probe) else scores.probe
+        return None if self.recalibrated is None else self.recalibrated.last.accuracy - self.probe
 
 
 @cache
@@ -258,7 +240,8 @@ def gather_evidence(
     total = found.total or found.samples
     _check_classes(classes, found, total)
     transfer = score_depths(found, seed=seed)
-    counts = np.bincount(np.unique(np.asarray(found.labels), return_inverse=True)[1])
+    counts = np.unique(np.asarray(found.labels), return_counts=True)[1]
+    last = next(reversed(found.groups.values()))
     unknown = ""
     measured: Shift | None = None
     method, reference = open_reference(model, source, layers, found, **options)
@@ -281,7 +264,7 @@ def gather_evidence(
         classes=len(classes) if isinstance(classes, Sized) else transfer.classes,
         imbalance=float(counts.max() / counts.min()),
         imbalance_p=chance_of(counts),
-        width=next(reversed(found.groups.values())).shape[1],
+        width=last.shape[1],
         at_least=found.total is None,
         batch_size=batch_size,
         pretraining=pretraining,
@@ -296,7 +279,6 @@ def gather_evidence(
         notes=found.notes,
     )
     if evidence.imbalanced and counts.min() >= 2:
-        last = next(reversed(found.groups.values()))
         evidence = replace(evidence, weighting=try_weights(last, found.labels, seed=seed))
     return evidence, layers
 

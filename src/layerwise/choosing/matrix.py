@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from layerwise.choosing.choice import Choice, full, last_groups, probe
-from layerwise.choosing.evidence import Evidence, Pretraining
+from layerwise.choosing.evidence import CALIBRATION_SAMPLES, Evidence, Pretraining
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.settings import Norms
 
@@ -87,5 +87,5 @@ def matrix_cell(evidence: Evidence, layers: LayerMap, *, epochs: int = 10) -> Ch
 
 
 def calibrated(evidence: Evidence) -> Norms:
-    """Return batch-norm statistics of the target, from at most 256 samples."""
-    return Norms(policy="calibrate", samples=min(evidence.samples, 256))
+    """Return batch-norm statistics of the target, from as many samples as their gain was measured with."""
+    return Norms(policy="calibrate", samples=min(evidence.samples, CALIBRATION_SAMPLES))

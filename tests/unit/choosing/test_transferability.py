@@ -240,6 +240,13 @@ def reference_knn(points, labels, neighbours=5):
     return right / len(points)
 
 
+def test_the_best_depth_is_told_by_neighbours_where_there_is_no_probe() -> None:
+    """As the advice takes them then: the depth nearest to the output is not the best for want of a figure."""
+    missing = float("nan")
+    rows = (DepthScores("a", 1, 0, 0, 0, 0.9, missing), DepthScores("b", 0, 0, 0, 0, 0.5, missing))
+    assert Transferability(rows, 9, 3, 0.4, None).best.group == "a"
+
+
 def test_knn_equals_votes_counted_one_by_one():
     # many ties: five classes at random on a line, any number of neighbours
     rng = np.random.default_rng(0)
