@@ -237,7 +237,7 @@ def _opened(
         lost = take_over_lost()
         for params in experiment.space.first()[: budget.trials]:
             study.enqueue_trial(params, user_attrs={"seed": experiment.seed}, skip_if_exists=True)
-    notes = [f"{lost} trial{'s' * (lost > 1)} cut off before will be run again"] if lost else []
+    notes = [f"{plural(lost, 'trial')} cut off before will be run again"] if lost else []
     return study, take_over_lost, notes
 
 

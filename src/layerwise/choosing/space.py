@@ -118,7 +118,7 @@ def make_space(
             space.plan(layers, text, 1.0)
         except PlanError as error:
             found.append(str(error))
-    known = [*(f"last {k}" for k in chosen), *strategies]
+    known = list(space.choices)
     for choice, rate in begin_with:
         if choice not in known or not lr[0] <= rate <= lr[1]:
             found.append(f"begin_with has {choice!r} at {rate:g}; expected one of {known}, at a rate in {lr}")

@@ -20,7 +20,7 @@ from layerwise.errors import MissingExtraError, RunError, first_line
 
 State = Literal["complete", "pruned", "running", "failed", "waiting"]
 SETTINGS = {"choice", "lr", "decay"}
-"""What a trial draws, in this order."""
+"""What a trial draws."""
 NAMELESS_S = 60.0
 """A running trial without the name of its worker is given up after so many seconds."""
 MEETING_S = 30.0

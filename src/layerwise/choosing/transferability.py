@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from layerwise.choosing.distances import Array, as_features
+from layerwise.choosing.distances import Array, as_features, squared_distances
 from layerwise.errors import DataError, MissingExtraError
 
 Labels = npt.NDArray[np.int64]
@@ -234,8 +234,7 @@ def knn_accuracy(features: npt.ArrayLike, labels: npt.ArrayLike, *, neighbours: 
     x, y = _checked(features, labels)
     spread = x.std(0)
     x = (x - x.mean(0)) / np.where(spread > 0, spread, 1)
-    squares = (x**2).sum(1)
-    distance = squares[:, None] + squares[None] - 2 * x @ x.T
+    distance = squared_distances(x, x)
     np.fill_diagonal(distance, np.inf)
     nearest = np.argsort(distance, axis=1, kind="stable")[:, : min(neighbours, len(x) - 1)]
     votes = np.eye(int(y.max()) + 1)[y[nearest]]  # (n, neighbours, classes)
