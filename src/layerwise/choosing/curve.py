@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch import nn
 
 from layerwise.cache.stock import CachePool
@@ -20,11 +20,12 @@ from layerwise.choosing.space import names_by_depth, spread_depths
 from layerwise.choosing.tables import text_table
 from layerwise.choosing.terms import (
     SET_FOR_ALL,
+    about_data,
     check_fit_options,
+    mean_and_error,
     metric_and_mode,
     outcome_of,
     plain,
-    weights_of,
 )
 from layerwise.errors import DataError, PlanError, RunError, figure, plural
 from layerwise.files import write_json
@@ -157,12 +158,7 @@ def transfer_curve(
     if wrong := [k for k in chosen if not 1 <= k <= groups]:
         raise PlanError(f"depths {wrong} are not between 1 and the {groups} groups of the layer map")
     about = {
-        "model": layers.model_class,
-        "weights": weights_of(model),
-        "groups": list(layers.names),
-        "train_samples": len(train) if hasattr(train, "__len__") else None,
-        "train_data": fingerprint(train),
-        "val_data": fingerprint(val),
+        **about_data(model, layers, train, val),
         "epochs": epochs,
         "lr": lr,
         "metric": metric,
@@ -171,41 +167,36 @@ def transfer_curve(
     }
     done = read_values(out, about)
     pool = CachePool(upcoming=names_by_depth(layers, chosen, epochs=epochs))
-    for k in chosen:
-        for series in SERIES:
-            for seed in range(seeds):
-                key = f"{series}/{k}/{seed}"
-                if key in done:
-                    continue
-                same = f"frozen/{k}/{seed}"
-                if k == groups and same in done:  # nothing is kept, so there is nothing to freeze
-                    done[key], told = done[same], " (as frozen: nothing is kept)"
-                else:
-                    gc.collect()  # pins of frozen modules are reference cycles: the model before would stay
-                    result = fit(
-                        copy.deepcopy(model),
-                        train,
-                        val,
-                        plan=cut_plan(layers, k, series, epochs=epochs),
-                        lr=lr,
-                        seed=seed,
-                        layers=layers,
-                        batch_size=batch_size,
-                        cache_pool=pool,
-                        **{"progress": False, **options},
-                    )
-                    done[key], told = outcome_of(metric, result.metrics), ""
-                if out is not None:
-                    write_json(Path(out), {"about": about, "values": done})
-                say(f"{series}, {plural(k, 'new group')}, seed {seed}: {metric} {figure(done[key])}{told}")
+    for k, series, seed in itertools.product(chosen, SERIES, range(seeds)):
+        key = f"{series}/{k}/{seed}"
+        if key in done:
+            continue
+        same = f"frozen/{k}/{seed}"
+        if k == groups and same in done:  # nothing is kept, so there is nothing to freeze
+            done[key], told = done[same], " (as frozen: nothing is kept)"
+        else:
+            gc.collect()  # pins of frozen modules are reference cycles: the model before would stay
+            result = fit(
+                copy.deepcopy(model),
+                train,
+                val,
+                plan=cut_plan(layers, k, series, epochs=epochs),
+                lr=lr,
+                seed=seed,
+                layers=layers,
+                batch_size=batch_size,
+                cache_pool=pool,
+                **{"progress": False, **options},
+            )
+            done[key], told = outcome_of(metric, result.metrics), ""
+        if out is not None:
+            write_json(Path(out), {"about": about, "values": done})
+        say(f"{series}, {plural(k, 'new group')}, seed {seed}: {metric} {figure(done[key])}{told}")
     points = []
     for series in SERIES:
         for k in chosen:
             values = [done[f"{series}/{k}/{seed}"] for seed in range(seeds)]
-            error = float(np.std(values, ddof=1) / seeds**0.5) if seeds > 1 else 0.0
-            points.append(
-                TransferPoint(series, k, layers.names[groups - k], float(np.mean(values)), error, seeds)
-            )
+            points.append(TransferPoint(series, k, layers.names[groups - k], *mean_and_error(values), seeds))
     return TransferCurve(metric, tuple(points))
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow
 from layerwise.choosing.tables import text_table
-from layerwise.errors import figure
+from layerwise.choosing.terms import mean_and_error
+from layerwise.errors import figure, plural
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.shown import Shown
@@ -103,8 +104,8 @@ class SearchResult(Shown):
             "interrupted" if trial.state == "failed" and not trial.error else trial.state
             for trial in self.trials
         )
-        many = "trial" if len(self.trials) == 1 else "trials"
-        return f"{len(self.trials)} {many}: " + ", ".join(f"{n} {state}" for state, n in states.items())
+        ended = ", ".join(f"{n} {state}" for state, n in states.items())
+        return f"{plural(len(self.trials), 'trial')}: {ended}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tuned model as plain data for JSON."""
@@ -169,6 +170,7 @@ def depth_curve(
         compared = {setting: own for setting, own in settings.items() if len(own) >= wanted}
         (lr, decay), values = max(compared.items(), key=lambda item: sign * float(np.mean(item[1])))
         k = space.trained_groups(choice)
+        mean, error = mean_and_error(values)
         found.append(
             CurvePoint(
                 choice=choice,
@@ -176,8 +178,8 @@ def depth_curve(
                 first=choice if k is None else layers.names[len(layers) - k],
                 lr=lr,
                 decay=decay,
-                mean=float(np.mean(values)),
-                error=float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0,
+                mean=mean,
+                error=error,
                 seeds=len(values),
             )
         )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
 from layerwise.cache.changes.fingerprint import named_tensors, weights_digest
 from layerwise.errors import DataError, TrainingError, did_you_mean
+from layerwise.layers.layermap import LayerMap
 from layerwise.training.classification import Classification
+from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 from layerwise.training.known_tasks import task_of
 from layerwise.training.options import check_options
@@ -127,6 +130,24 @@ def check_fit_options(options: Mapping[str, Any], taken: tuple[str, ...], what: 
     given = inspect.signature(fit).bind_partial(**options)
     given.apply_defaults()
     check_options(given.arguments)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of what several seeds came to, and its standard error; 0 of a single one."""
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(error)
+
+
+def about_data(model: nn.Module, layers: LayerMap, train: Any, val: Any) -> dict[str, Any]:
+    """Return what tells trainings of one model on one task from others, as plain data."""
+    return {
+        "model": layers.model_class,
+        "weights": weights_of(model),
+        "groups": list(layers.names),
+        "train_samples": len(train) if hasattr(train, "__len__") else None,
+        "train_data": fingerprint(train),
+        "val_data": fingerprint(val),
+    }
 
 
 def weights_of(model: nn.Module) -> str:

@@ -14,11 +14,10 @@ from torch import nn
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.space import Space
 from layerwise.choosing.study import TrialRow, give_up, optuna_module, rows_of, worker_name
-from layerwise.choosing.terms import outcome_of, plain, value_of, weights_of
+from layerwise.choosing.terms import about_data, outcome_of, plain, value_of
 from layerwise.errors import DataError, LayerwiseError, figure
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
-from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 from layerwise.training.result import Result
 from layerwise.tuning.stall import Mode
@@ -59,12 +58,7 @@ class Experiment:
     def about(self) -> dict[str, Any]:
         """Return what must be equal in all workers and after an interruption, as plain data."""
         return {
-            "model": self.layers.model_class,
-            "weights": weights_of(self.model),
-            "groups": list(self.layers.names),
-            "train_samples": len(self.train) if hasattr(self.train, "__len__") else None,
-            "train_data": fingerprint(self.train),
-            "val_data": fingerprint(self.val),
+            **about_data(self.model, self.layers, self.train, self.val),
             "space": dataclasses.asdict(self.space),
             "metric": self.metric,
             "batch_size": self.batch_size,
