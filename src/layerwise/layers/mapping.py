@@ -13,7 +13,7 @@ from layerwise.layers.grouping import blocks_of as find_blocks
 from layerwise.layers.inputs import larger_images, record_example
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import GRANULARITIES, Granularity, LayerGroup, LayerMap
-from layerwise.layers.norms import Kind, find_norms
+from layerwise.layers.norms import norm_parameters
 from layerwise.layers.order import Order, order_of
 from layerwise.layers.outputs import head_parameters, output_layers
 from layerwise.layers.owners import is_under, paths_above
@@ -123,19 +123,8 @@ def map_recording(
         unused=unread,
         outputs=outputs,
         notes=(*notes, *recording.notes, *extra),
-        norms=_norms(recording.model, layers),
+        norms=norm_parameters(recording.model, recording.names),
     )
-
-
-def _norms(model: nn.Module, layers: list[LayerGroup]) -> dict[str, Kind]:
-    """Return the parameters of norms, and of which kind these are."""
-    names = {id(model.get_parameter(name)): name for group in layers for name in group.parameters}
-    return {
-        names[id(parameter)]: norm.kind
-        for norm in find_norms(model)
-        for parameter in norm.module._parameters.values()
-        if parameter is not None and id(parameter) in names
-    }
 
 
 def _head(recording: Recording, order: Order, units: list[Unit]) -> list[str]:

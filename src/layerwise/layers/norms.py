@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,3 +79,14 @@ def find_norms(model: nn.Module) -> tuple[NormLayer, ...]:
         for name, module in model.named_modules()
         if (kind := _kind(module)) is not None
     )
+
+
+def norm_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Kind]:
+    """Return those of the parameters `names` that are a norm's own -> the kind of that norm."""
+    named = {id(model.get_parameter(name)): name for name in names}
+    return {
+        named[id(parameter)]: norm.kind
+        for norm in find_norms(model)
+        for parameter in norm.module._parameters.values()
+        if parameter is not None and id(parameter) in named
+    }

@@ -8,7 +8,7 @@ leaves a "frozen" network drifting; here a frozen norm is pinned in eval mode (`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from layerwise.errors import ModelError
 from layerwise.layers.isolation import require_module, unwrap
 from layerwise.layers.layermap import LayerMap
-from layerwise.layers.norms import find_norms
+from layerwise.layers.norms import Kind, find_norms, norm_parameters
 from layerwise.plans.settings import NormKind, Norms, affine_learns, moves_and_learns
 from layerwise.tuning.modes import first_encoder_layers, held_modes, pin_eval, pinned, unpin
 from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
@@ -209,35 +209,21 @@ def apply_norms(
     owners = module_owners(root, layers)
     place = {name: number for number, name in enumerate(layers.names)}
     home = {name: group.name for group in layers for name in group.parameters}
-    canonical = {id(root.get_parameter(name)): name for name in home}
+    home_by_id = {id(root.get_parameter(name)): group for name, group in home.items()}
 
-    adapting, fixed, batch_only, held = [], [], [], []
+    woken, held, rates = _affine(norms, layers, norm_parameters(root, home), frozen, first)
+    adapting, fixed, batch_only = [], [], []
     policies: dict[str, NormKind] = {}
-    rates: dict[str, float] = {}
-    woken: list[str] = []
-    reached: set[str] = set()
+    reached = {home[name] for name in woken}
     keep_awake: set[nn.Module] = set()
     keep_still: set[nn.Module] = set()
     for norm in find_norms(root):
-        affine = [
-            canonical[id(parameter)]
-            for parameter in norm.module._parameters.values()
-            if parameter is not None and id(parameter) in canonical
-        ]
         # One that shares its weight with a norm of another group stands wholly in neither.
-        groups = owners.get(norm.module) or {home[name] for name in affine}
+        own_parameters = map(id, norm.module._parameters.values())
+        groups = owners.get(norm.module) or {home_by_id[key] for key in own_parameters if key in home_by_id}
         group_frozen = bool(groups) and groups <= frozen
         position = min(map(place.__getitem__, groups), default=0)
         own = norms.of(layers.names[position])
-        for name in affine:
-            group = home[name]
-            is_late = place[group] >= first
-            learns, rate = affine_learns(norms.of(group), norm.kind, group in frozen, is_late)
-            if not learns:
-                held += [] if group in frozen else [name]
-            elif rate is not None:
-                rates[name] = rate
-                woken += [name] if group in frozen and rate else []
         if norm.kind != "running":
             batch_only += [norm.name] if norm.kind == "batch" and group_frozen else []
             continue
@@ -256,14 +242,13 @@ def apply_norms(
             fixed.append(norm.name)
             keep_still.update(norm.module.modules())
 
-    reached.update(home[name] for name in woken)
     still = keep_still if frozen_dropout else keep_still | _still_modules(root, layers, frozen, owners)
     pin_eval(module for module in root.modules() if module in still - keep_awake)
     return NormRecord(
         policy=norms.policy,
         policies=policies,
-        trainable=tuple(dict.fromkeys(woken)),
-        frozen=tuple(dict.fromkeys(held)),
+        trainable=tuple(woken),
+        frozen=tuple(held),
         rates=rates,
         adapting=tuple(adapting),
         fixed=tuple(fixed),
@@ -275,6 +260,34 @@ def apply_norms(
             if own.policy in ("adapt", "calibrate") and name not in reached
         ),
     )
+
+
+def _affine(
+    norms: Norms, layers: LayerMap, kinds: Mapping[str, Kind], frozen: set[str], first: int
+) -> tuple[list[str], list[str], dict[str, float]]:
+    """Return `NormRecord.trainable`, `.frozen` and `.rates`, the policy carried out on affine parameters.
+
+    Args:
+        norms: the policy, and those of single groups.
+        layers: the layer map.
+        kinds: affine parameter -> kind of its norm.
+        frozen: the groups that do not learn.
+        first: number of the first group whose norms adapt by ``"freeze_until"``.
+    """
+    trainable: list[str] = []
+    held: list[str] = []
+    rates: dict[str, float] = {}
+    for number, group in enumerate(layers):
+        is_frozen = group.name in frozen
+        for name in filter(kinds.__contains__, group.parameters):
+            learns, rate = affine_learns(norms.of(group.name), kinds[name], is_frozen, number >= first)
+            if not learns and not is_frozen:
+                held.append(name)
+            elif learns and rate is not None:
+                rates[name] = rate
+                if is_frozen and rate:
+                    trainable.append(name)
+    return trainable, held, rates
 
 
 def release_norms(model: nn.Module) -> None:
