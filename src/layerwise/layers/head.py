@@ -22,6 +22,7 @@ from layerwise.layers.owners import is_under, module_of, paths_above
 from layerwise.layers.randomness import kept_random_state
 from layerwise.shown import Shown
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SIZE_ATTRIBUTES = ("num_classes", "num_labels", "n_classes")
 
 
@@ -110,7 +111,6 @@ def replace_head(
     found = output_layers(recording, order)
     paths = tuple(dict.fromkeys(outputs)) if outputs is not None else found
     _check_paths(model, paths, found)
-    layers = [model.get_submodule(path) for path in paths]
     for path in paths:
         if any(
             module_of(name) == path and is_borrowed(recording, order, name, paths) for name in order.position
@@ -119,7 +119,7 @@ def replace_head(
                 f"the output layer {path!r} also runs earlier in the model, which applies its weight again "
                 "at the end; a new one would break that. Untie it first."
             )
-    sizes = {path: _size(path, layer, recording) for path, layer in zip(paths, layers)}
+    sizes = {path: _checked_sizes(path, model.get_submodule(path), recording) for path in paths}
     if len({size for _, size in sizes.values()}) > 1:
         described = ", ".join(f"{path} ({size} outputs)" for path, (_, size) in sizes.items())
         raise ModelError(
@@ -127,18 +127,18 @@ def replace_head(
             f"Say which to replace: outputs=[...]."
         )
     old = next(size for _, size in sizes.values())
-    auxiliary = _unused_of_size(model, recording, old)
-    replacements = {
-        layer: _new_layer(path, layer, num_classes)
-        for path, layer in [*zip(paths, layers), *((p, model.get_submodule(p)) for p in auxiliary)]
-    }
+    auxiliary = _unused_of_size(recording, old)
+    replacements = {}
+    for path, (features, _) in (sizes | auxiliary).items():
+        layer = model.get_submodule(path)
+        replacements[layer] = _new_layer(path, layer, features, old, num_classes)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:  # a module may be registered under several names
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, replacements[module])
     return HeadChange(
         modules=paths,
-        auxiliary=auxiliary,
+        auxiliary=tuple(auxiliary),
         in_features=tuple(features for features, _ in sizes.values()),
         old_classes=old,
         num_classes=num_classes,
@@ -152,7 +152,7 @@ def _check_paths(model: nn.Module, paths: tuple[str, ...], found: tuple[str, ...
             f"no output layer was found in {type(model).__name__}: it ends in a norm or a block. Add one "
             f"(nn.Sequential(model, nn.Linear(features, classes))), or name it: outputs=[...]."
         )
-    if isinstance(model, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(model, (nn.Linear, *_CONVOLUTIONS)):
         raise ModelError(f"the {type(model).__name__} is itself the output layer; make a new one instead.")
     modules = dict(model.named_modules())
     for path in paths:
@@ -169,7 +169,7 @@ def _check_paths(model: nn.Module, paths: tuple[str, ...], found: tuple[str, ...
         )
 
 
-def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
+def _checked_sizes(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
     """Return (values read, values made) per position, or raise for a layer that cannot be replaced."""
     tied = [
         name
@@ -184,24 +184,19 @@ def _size(path: str, layer: nn.Module, recording: Recording) -> tuple[int, int]:
             f"that. Use the model's classification variant, or untie it first."
         )
     further = {name for name, _ in layer.named_parameters()} - {"weight", "bias"}
-    if further and isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if further and isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
         raise ModelError(
             f"the output layer {path!r} makes its weight of others ({', '.join(sorted(further))}), as "
             f"weight_norm and spectral_norm do; a new one would lose that. Replace it yourself: "
             f"model.{path} = weight_norm(nn.Linear(...))"
         )
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if layer.groups != 1:
-            raise ModelError(
-                f"the output layer {path!r} is a convolution in {layer.groups} groups, each with inputs "
-                f"and outputs of its own. Replace it yourself: model.{path} = ..."
-            )
-        return layer.in_channels, layer.out_channels
-    if _is_conv1d(layer):
-        weight: Any = layer.weight
-        return int(weight.shape[0]), int(weight.shape[1])
+    if isinstance(layer, _CONVOLUTIONS) and layer.groups != 1:
+        raise ModelError(
+            f"the output layer {path!r} is a convolution in {layer.groups} groups, each with inputs "
+            f"and outputs of its own. Replace it yourself: model.{path} = ..."
+        )
+    if (sizes := _sizes(layer)) is not None:
+        return sizes
     kind = type(layer)
     is_torchs_name = getattr(nn, kind.__name__, kind) is not kind
     described = f"{kind.__module__}.{kind.__name__}" if is_torchs_name else kind.__name__
@@ -216,23 +211,27 @@ def _owners(model: nn.Module, names: tuple[str, ...]) -> int:
     return len({id(model.get_submodule(name.rpartition(".")[0])) for name in names})
 
 
-def _is_conv1d(layer: nn.Module) -> bool:
-    return type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers.")
-
-
-def _new_layer(path: str, layer: nn.Module, num_classes: int) -> nn.Module:
-    kind: Any = type(layer)
-    make: Callable[..., nn.Module]
-    given: dict[str, Any] = {"bias": getattr(layer, "bias", None) is not None}
+def _sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Return (values read, values made) per position; None for a layer that is never replaced."""
     if isinstance(layer, nn.Linear):
-        make, old_classes = functools.partial(kind, layer.in_features), layer.out_features
-    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        make, old_classes = functools.partial(kind, layer.in_channels), layer.out_channels
+        return layer.in_features, layer.out_features
+    if isinstance(layer, _CONVOLUTIONS):
+        return (layer.in_channels, layer.out_channels) if layer.groups == 1 else None
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers."):
+        read, made = layer.get_parameter("weight").shape
+        return read, made
+    return None
+
+
+def _new_layer(path: str, layer: nn.Module, features: int, old_classes: int, num_classes: int) -> nn.Module:
+    kind: Any = type(layer)
+    make: Callable[..., nn.Module] = functools.partial(kind, features)
+    given: dict[str, Any] = {"bias": getattr(layer, "bias", None) is not None}
+    if isinstance(layer, _CONVOLUTIONS):
         names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         given |= {name: getattr(layer, name) for name in names}
-    else:  # transformers' Conv1D takes the number of classes first
-        weight: Any = layer.weight
-        make, given, old_classes = kind, {"nx": int(weight.shape[0])}, int(weight.shape[1])
+    elif not isinstance(layer, nn.Linear):  # transformers' Conv1D takes the number of classes first
+        make, given = kind, {"nx": features}
     if not kind.__init__.__module__.startswith(("torch.", "transformers.")):
         given = _arguments(path, layer, make, given, old_classes)
     new = make(num_classes, **given)
@@ -292,18 +291,11 @@ def _lost(layer: nn.Module, same: nn.Module) -> str:
     return ""
 
 
-def _unused_of_size(model: nn.Module, recording: Recording, size: int) -> tuple[str, ...]:
-    """Return paths of layers that the recorded pass never read and that have `size` outputs."""
+def _unused_of_size(recording: Recording, size: int) -> dict[str, tuple[int, int]]:
+    """Return the layers that the recorded pass never read and that have `size` outputs -> their sizes."""
     unread = {name.rpartition(".")[0] for name in recording.unread}
-    return tuple(
-        path
-        for path, module in model.named_modules()
-        if path in unread
-        and (
-            (isinstance(module, nn.Linear) and module.out_features == size)
-            or (isinstance(module, nn.Conv2d) and module.out_channels == size and module.groups == 1)
-        )
-    )
+    found = {path: _sizes(module) for path, module in recording.model.named_modules() if path in unread}
+    return {path: sizes for path, sizes in found.items() if sizes is not None and sizes[1] == size}
 
 
 def _follow(

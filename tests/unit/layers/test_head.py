@@ -78,6 +78,25 @@ def test_both_heads_of_a_distilled_model() -> None:
     assert model.head.out_features == model.head_dist.out_features == 3
 
 
+class LabelsEachStep(nn.Module):
+    """Gives each step of a series a class, and in training once more from the layer before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out, self.aux = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 5, 1), nn.Conv1d(8, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.body(x).relu()
+        return (self.out(x), self.aux(x)) if self.training else self.out(x)
+
+
+def test_an_auxiliary_layer_of_any_kind_that_can_be_replaced_follows() -> None:
+    """One that was left would still have the old number of outputs in training."""
+    model = LabelsEachStep()
+    assert replace_head(model, 2, example_input=torch.zeros(2, 3, 16)).auxiliary == ("aux",)
+    assert [out.shape[1] for out in model.train()(torch.zeros(2, 3, 16))] == [2, 2]
+
+
 def test_auxiliary_classifiers_follow() -> None:
     # GoogLeNet's extra classifiers run in training only, and must agree with the labels then
     models = pytest.importorskip("torchvision.models")
