@@ -37,7 +37,7 @@ SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic, torch.
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 LEAVES = frozenset({
     bool, int, float, complex, str, bytes, type(None), type, torch.Size, torch.device, torch.dtype,
-    FunctionType, BuiltinFunctionType, MethodType, ModuleType,
+    FunctionType, BuiltinFunctionType, ModuleType,
 })  # fmt: skip
 """Types of what is never looked into."""
 _HOOK_UNDER_WAY = "_current_fx_name"  # Lightning notes in its modules which of their methods it calls
@@ -64,7 +64,9 @@ def is_object(thing: Any) -> bool:
     return (
         kind not in LEAVES
         and (isinstance(getattr(thing, "__dict__", None), dict) or "__slots__" in vars(kind))
-        and not isinstance(thing, (nn.Module, torch.Tensor, type, ModuleType, *CONTAINERS, *SCALARS))
+        and not isinstance(
+            thing, (nn.Module, torch.Tensor, type, ModuleType, MethodType, *CONTAINERS, *SCALARS)
+        )
         and not f"{kind.__module__}.".startswith(_APART)
     )
 
@@ -88,12 +90,17 @@ def attributes_of(thing: Any) -> dict[str, Any]:
 
 
 def held(thing: Any, most: int = LARGE) -> list[Any]:
-    """Return what a container or an object holds and may be looked into; nothing of one with more items."""
+    """Return what a container or an object holds and may be looked into; nothing of one with more items.
+
+    A method holds the object that it belongs to.
+    """
     items: Iterable[Any]
     if isinstance(thing, CONTAINERS):
         items = () if len(thing) > most else thing.values() if isinstance(thing, dict) else thing
     elif is_object(thing):
         items = attributes_of(thing).values()
+    elif isinstance(thing, MethodType):
+        items = [thing.__self__]
     else:
         return []
     return [item for item in items if type(item) not in LEAVES]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from enum import IntEnum
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,8 @@ class Attributes:
 
 def _content(value: Any, known: dict[tuple[int, int], Any], depth: int = 0) -> Any:
     """Return what is compared of an attribute: itself, its state, or a copy of what it holds."""
+    if isinstance(value, MethodType):
+        value = value.__self__
     if type(value) in LEAVES or isinstance(value, nn.Module | torch.Tensor):
         return value
     key = id(value), depth

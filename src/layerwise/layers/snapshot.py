@@ -114,7 +114,9 @@ class Snapshot:
         if state is not None:
             self.generators.append(thing)
             self._restores.append(state)
-        elif depth <= DEPTH and (isinstance(thing, (*CONTAINERS, np.ndarray)) or is_object(thing)):
+        elif depth <= DEPTH and (
+            isinstance(thing, (*CONTAINERS, np.ndarray, MethodType)) or is_object(thing)
+        ):
             names = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
             if not self._only:
                 self._keep_content(thing)

@@ -26,6 +26,16 @@ class Slotted:
         self.n = 0
 
 
+class Counter:
+    """Known to a module by its method alone."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def step(self) -> None:
+        self.n += 1
+
+
 class Remembering(nn.Module):
     """A layer that calls `act` on itself in every forward pass."""
 
@@ -40,6 +50,7 @@ class Remembering(nn.Module):
         self.iterator, self.number, self.yields = iter(range(9)), itertools.count(), (n for n in range(9))
         self.array, self.slotted, self.long = np.zeros(2), Slotted(), deque([torch.ones(1)] * 2000, 2000)
         self.left, self.bound = [1, 2, 3], functools.partial(list.pop, [1, 2, 3])
+        self.step = Counter().step
         self.own, self.numpy_own, self.torch_own = (
             random.Random(1),
             np.random.default_rng(1),
@@ -75,6 +86,7 @@ def replace_buffer(module: nn.Module, x: torch.Tensor) -> None:
         (lambda m, x: m.array.__iadd__(1), "array"),
         (lambda m, x: m.left.pop(), "left"),
         (lambda m, x: m.bound(), "bound"),
+        (lambda m, x: m.step(), "step"),
         (lambda m, x: m.own.random(), "own"),
         (lambda m, x: m.numpy_own.random(), "numpy_own"),
         (lambda m, x: torch.rand(1, generator=m.torch_own), "torch_own"),
@@ -84,7 +96,7 @@ def test_what_changes_from_call_to_call_is_named(act, attribute) -> None:
     net = nn.Sequential(Remembering(act), nn.Linear(3, 2))
     recording = record(net, (torch.zeros(4, 3),))
     assert recording.remembering == {net[0]: attribute}
-    assert net[0].calls == 0  # the recording leaves no trace
+    assert (net[0].calls, net[0].step.__self__.n) == (0, 0)  # the recording leaves no trace
 
 
 @pytest.mark.parametrize(
