@@ -113,32 +113,7 @@ def open_study(
         MissingExtraError: Optuna is not installed.
     """
     optuna = optuna_module()
-    where: Any = None
-    if storage is not None and "://" in str(storage):
-        try:
-            where = _storage_at(str(storage))
-        except Exception as error:  # SQLAlchemy and the drivers of its databases raise all kinds
-            raise RunError(
-                f"the storage {str(storage)!r} cannot be opened ({first_line(error)}). Expected the path of "
-                "a journal file, or a URL that Optuna knows, such as sqlite:///search.db."
-            ) from error
-    elif storage is not None:
-        path = Path(storage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
-            where = optuna.storages.JournalStorage(backend)
-            where.get_all_studies()
-            with path.open("rb") as lines:  # Optuna passes over a last line that it cannot read
-                for line in lines:
-                    if line.endswith(b"\n"):  # else it is cut short, or half written by another worker
-                        json.loads(line)
-        except Exception as error:  # Optuna asserts, and reads with keys that are not there
-            raise RunError(
-                f"the journal {path} cannot be read ({type(error).__name__}: {error}), so it was altered or "
-                "is none of a search's. Put the old one back, or name another folder for a new search."
-            ) from error
-    begun = len(space.first())
+    where, begun = _storage_of(storage), len(space.first())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
@@ -167,6 +142,37 @@ def open_study(
             "Give the same values to go on with it, or another name or folder for a new one."
         )
     return study
+
+
+def _storage_of(storage: str | Path | None) -> Any:
+    """Return what Optuna stores a study in; see `open_study`."""
+    if storage is None:
+        return None
+    if "://" in str(storage):
+        try:
+            return _storage_at(str(storage))
+        except Exception as error:  # SQLAlchemy and the drivers of its databases raise all kinds
+            raise RunError(
+                f"the storage {str(storage)!r} cannot be opened ({first_line(error)}). Expected the path of "
+                "a journal file, or a URL that Optuna knows, such as sqlite:///search.db."
+            ) from error
+    path, storages = Path(storage), optuna_module().storages
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        journal = storages.JournalStorage(
+            storages.journal.JournalFileBackend(str(path), lock_obj=JournalLock(path))
+        )
+        journal.get_all_studies()
+        with path.open("rb") as lines:  # Optuna passes over a last line that it cannot read
+            for line in lines:
+                if line.endswith(b"\n"):  # else it is cut short, or half written by another worker
+                    json.loads(line)
+    except Exception as error:  # Optuna asserts, and reads with keys that are not there
+        raise RunError(
+            f"the journal {path} cannot be read ({type(error).__name__}: {error}), so it was altered or "
+            "is none of a search's. Put the old one back, or name another folder for a new search."
+        ) from error
+    return journal
 
 
 def _storage_at(url: str) -> Any:
