@@ -78,10 +78,17 @@ def check_decay(alpha: float) -> None:
     raise PlanError(told)
 
 
-def multipliers(phase: Phase, layers: LayerMap) -> dict[str, float]:
-    """Return each parameter's multiplier in a phase: its override (by any of its names), or its group's."""
+def multipliers(phase: Phase, layers: LayerMap, resting: Collection[str] = ()) -> dict[str, float]:
+    """Return each parameter's multiplier in a phase: its override (by any of its names), or its group's.
+
+    0 in `resting` groups, which are not drawn (LISA).
+    """
     own = overridden(phase, layers)
-    return {name: own.get(name, phase.rate(group.name)) for group in layers for name in group.parameters}
+    return {
+        name: 0.0 if group.name in resting else own.get(name, phase.rate(group.name))
+        for group in layers
+        for name in group.parameters
+    }
 
 
 def overridden(phase: Phase, layers: LayerMap) -> dict[str, float]:
@@ -100,12 +107,10 @@ def trained(
         resting: groups that are not drawn (LISA).
         held: parameters that no plan trains (`layerwise.tuning.matching.never_trained`).
     """
-    values, norms, kinds = multipliers(phase, layers), phase.norms, layers.norms or {}
+    values, norms, kinds = multipliers(phase, layers, resting), phase.norms, layers.norms or {}
     singled_out = overridden(phase, layers)
     first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
     for number, group in enumerate(layers):
-        if group.name in resting:
-            values |= dict.fromkeys(group.parameters, 0.0)
         frozen = not any(values[name] for name in group.parameters)
         own = norms.of(group.name)
         for name in filter(kinds.__contains__, group.parameters):

@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.norms import find_norms
-from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.plan import Plan
 from layerwise.plans.rates import multipliers, overridden
 from layerwise.plans.timeline import learning
 from layerwise.tuning.matching import (
@@ -134,8 +134,8 @@ class Learners:
 
     def _multipliers(self, number: int, drawn: list[str] | None) -> tuple[dict[str, float], NormRecord]:
         """Return each parameter's multiplier in a phase, and give the model that phase's modes and pins."""
-        phase, model, held = self._plan.phases[number], self._model, self._held
-        values = _planned(self._layers, phase, drawn, held)
+        phase, model, held = self._plan.phases[number], self._model, dict.fromkeys(self._held, 0.0)
+        values = multipliers(phase, self._layers, _resting(self._layers, drawn)) | held
         frozen = {group.name for group in self._layers if not any(values[name] for name in group.parameters)}
         record = apply_norms(model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout)
         still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
@@ -143,7 +143,7 @@ class Learners:
         singled_out = overridden(phase, self._layers).keys() - set(record.trainable)
         values |= {name: rate for name, rate in record.rates.items() if name not in singled_out}
         values |= dict.fromkeys(record.frozen, 0.0)
-        return {name: 0.0 if name in held else value for name, value in values.items()}, record
+        return values | held, record
 
 
 def _with_frozen_held(model: nn.Module, frozen: Set[int], record: NormRecord) -> NormRecord:
@@ -174,12 +174,6 @@ def _with_frozen_held(model: nn.Module, frozen: Set[int], record: NormRecord) ->
     )
 
 
-def _planned(
-    layers: LayerMap, phase: Phase, drawn: Collection[str] | None, held: Collection[str]
-) -> dict[str, float]:
-    """Return the multipliers of the plan alone."""
-    resting: set[str] = set()
-    if phase.sample_groups is not None and drawn is not None:
-        resting = {group.name for group in layers if group.role == "trunk"} - set(drawn)
-    still = {name for group in layers if group.name in resting for name in group.parameters} | set(held)
-    return {name: 0.0 if name in still else value for name, value in multipliers(phase, layers).items()}
+def _resting(layers: LayerMap, drawn: Collection[str] | None) -> set[str]:
+    """Return the groups that rest until the next draw; none where a phase draws none."""
+    return set() if drawn is None else {g.name for g in layers if g.role == "trunk"}.difference(drawn)
