@@ -11,7 +11,8 @@ from layerwise.errors import percent, plural, points
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.settings import Norms
 
-SMALL_BATCH = 16
+LEAST_BATCH = 16
+"""Samples in a batch from which on batch-norm is advised to learn; a run warns from half of it down."""
 SATURATED = 0.97
 STRONG, SOME = 2.5, 1.5
 """Standard errors of the gap between the best depth and the last one from which on it counts."""
@@ -218,13 +219,13 @@ def _finished(evidence: Evidence, choice: Choice, reasons: list[Reason], *, cali
     if evidence.has_batchnorm:
         if calibrating:
             options["norms"] = calibrated(evidence)
-        elif evidence.batch_size < SMALL_BATCH and choice.strategy != "linear_probe":
+        elif evidence.batch_size < LEAST_BATCH and choice.strategy != "linear_probe":
             options["norms"] = Norms(policy="freeze")
             reasons.append(
                 Reason(
                     "batch size",
                     f"batches of {evidence.batch_size} are too small for batch-norm to learn from "
-                    f"(below {SMALL_BATCH}): its statistics stay those of pretraining",
+                    f"(below {LEAST_BATCH}): its statistics stay those of pretraining",
                     "high",
                     float(evidence.batch_size),
                 )

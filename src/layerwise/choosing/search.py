@@ -13,7 +13,7 @@ from torch import nn
 
 from layerwise.cache.stock import CachePool
 from layerwise.choosing.budget import Budget
-from layerwise.choosing.decide import SMALL_BATCH
+from layerwise.choosing.decide import LEAST_BATCH
 from layerwise.choosing.features import map_for
 from layerwise.choosing.locks import lock_beside
 from layerwise.choosing.search_result import CurvePoint, SearchResult, best_point, depth_curve, values_by_seed
@@ -150,7 +150,7 @@ def search(
     metric, mode = metric_and_mode(metric, train, options)
     layers = map_for(model, train, layers, example_input, batch_size=batch_size)
     if norms is None:
-        norms = "freeze" if batch_size < SMALL_BATCH else "follow"
+        norms = "freeze" if batch_size < LEAST_BATCH else "follow"
     space = make_space(
         layers,
         depths=depths,
