@@ -132,9 +132,8 @@ def check_plan(plan: Any) -> None:
         )
 
 
-def check_numbers(lr: float, steps_per_epoch: int, weight_decay: float | None) -> None:
-    """Raise `PlanError` unless all are numbers that a run can have."""
-    needed = {"lr": lr, "steps_per_epoch": steps_per_epoch}
+def check_numbers(*, weight_decay: float | None, **needed: float) -> None:
+    """Raise `PlanError` unless all are numbers that a run can have; None is none but for `weight_decay`."""
     problems = [f"{name} is None; expected a number" for name, value in needed.items() if value is None]
     problems += run_problems(**needed, weight_decay=weight_decay)
     if problems:

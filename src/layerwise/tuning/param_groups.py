@@ -13,7 +13,7 @@ from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
 from layerwise.plans.rates import multipliers
-from layerwise.tuning.matching import check_plan, parameters_of
+from layerwise.tuning.matching import check_numbers, check_plan, parameters_of
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,14 @@ def param_groups(
         Dicts with ``params``, ``lr``, ``name``, ``layer_group``, and ``weight_decay`` where it is 0 or given.
 
     Raises:
-        PlanError: the plan was made for another model, or has no such phase.
+        PlanError: the plan was made for another model, or has no such phase; `lr` or `weight_decay` is out of
+            range.
         ModelError: the model's parameters are not those of the layer map.
 
     Source: decay on matrices only: Loshchilov and Hutter 2019 leave it open; this is the rule of GPT-2, BEiT
     and timm.
     """
+    check_numbers(lr=lr, weight_decay=weight_decay)
     if isinstance(plan_or_layers, LayerMap):
         layers = plan_or_layers
         wanted = {name: 1.0 for group in layers for name in group.parameters}

@@ -112,7 +112,7 @@ class Tuner:
         seed: int = 0,
         **optimizer_options: Any,
     ) -> None:
-        check_numbers(lr, steps_per_epoch, weight_decay)
+        check_numbers(lr=lr, steps_per_epoch=steps_per_epoch, weight_decay=weight_decay)
         check_plan(plan)
         self._model = unwrap(model)
         self.layers = layers_for(self._model, plan, layers, example_input)

@@ -94,6 +94,14 @@ def test_the_name_of_a_strategy_is_no_plan() -> None:
         param_groups(tiny_mlp(), "full", lr=0.1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("numbers", [{"lr": -0.1}, {"lr": None}, {"lr": 0.1, "weight_decay": -1}])
+def test_numbers_that_no_run_can_have_are_told(numbers) -> None:
+    """As a Tuner tells them: a negative rate climbs the loss, and no error would say so."""
+    model = tiny_mlp()
+    with pytest.raises(PlanError, match=r"(lr|weight_decay) is .*; expected a number"):
+        param_groups(model, map_by_children(model), **numbers)
+
+
 def test_the_map_is_made_where_it_is_not_given() -> None:
     """A plan alone is enough; the model is mapped at the plan's granularity."""
     from layerwise.layers.mapping import layer_map
