@@ -17,7 +17,7 @@ from torch import nn
 
 from layerwise.choosing.depths import Transferability, score_depths
 from layerwise.choosing.features import Features, collect_features, mapped_features
-from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, tensors, to_device
+from layerwise.choosing.samples import KeptBatches, open_sample, parts_of, reading, to_device
 from layerwise.choosing.shift import measure, open_reference
 from layerwise.choosing.shift_result import Shift
 from layerwise.choosing.transferability import probe_predictions
@@ -324,7 +324,7 @@ def _recalibrated(
         for batch in loader:
             args, kwargs, _ = parts_of(batch)
             inputs.append(kwargs or args)
-            if sum(len(next(tensors(entry))) for entry in inputs) >= CALIBRATION_SAMPLES:
+            if sum(len(tensors_in(entry)[0]) for entry in inputs) >= CALIBRATION_SAMPLES:
                 break
     copied = copy.deepcopy(model)
     device = next(copied.parameters()).device

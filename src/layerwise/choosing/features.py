@@ -20,7 +20,6 @@ from layerwise.choosing.samples import (
     parts_of,
     reading,
     split_inputs,
-    tensors,
     to_device,
 )
 from layerwise.choosing.taps import OUTPUT, Floats, NormInputs, Taps
@@ -28,6 +27,7 @@ from layerwise.choosing.tokens import measure_tokens
 from layerwise.errors import DataError, ModelError
 from layerwise.layers.isolation import untouched
 from layerwise.layers.layermap import LayerMap, check_map
+from layerwise.layers.structures import tensors_in
 from layerwise.tuning.modes import held_modes
 from layerwise.tuning.norms import look_through
 
@@ -118,7 +118,7 @@ def collect_features(
         for batch in loader:
             args, kwargs, given = split_inputs(batch)
             args, kwargs = to_device(args, device), to_device(kwargs, device)
-            first = next(tensors((args, kwargs)), None)
+            first = next(iter(tensors_in((args, kwargs))), None)
             if first is None:
                 raise DataError("a batch holds no tensor; the model has nothing to run on.")
             if not samples:

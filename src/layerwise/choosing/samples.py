@@ -12,23 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from layerwise.errors import DataError, named_kind
+from layerwise.layers.structures import tensors_in
 from layerwise.training.data import SeededSamples
 from layerwise.training.randomness import sample_randomness
 from layerwise.tuning.passes import generators_of
 
 NO_SAMPLES = "the data holds no samples. Give at least one batch."
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a structure, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors(part)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -112,7 +101,7 @@ class KeptBatches:
         with reading(stream, seed):
             for batch in stream:
                 self.batches.append(batch)
-                samples += len(next(tensors(parts_of(batch)), ()))
+                samples += len(next(iter(tensors_in(parts_of(batch))), ()))
                 if max_samples is not None and samples >= max_samples:
                     return
         self.total = samples

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from layerwise.choosing.pooling import pool_all
-from layerwise.choosing.samples import tensors
 from layerwise.layers.layermap import LayerGroup, LayerMap
 from layerwise.layers.norms import find_norms
 from layerwise.layers.owners import is_under
+from layerwise.layers.structures import tensors_in
 
 Floats = npt.NDArray[np.float32]
 CHUNKS = 64
@@ -109,9 +109,9 @@ class Taps:
         self._seen, self._size, self._inside, self._furthest = {}, size, 0, 0
         mask = kwargs.get("attention_mask") if isinstance(kwargs, Mapping) else None
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        first = next(tensors((args, kwargs)))
+        first = tensors_in((args, kwargs))[0]
         self._ratio = first.shape[-2] / first.shape[-1] if first.ndim == 4 else 1.0
-        result = next(tensors(_logits(model(*args, **kwargs))), None)
+        result = next(iter(tensors_in(_logits(model(*args, **kwargs)))), None)
         if result is not None and result.ndim == 2 and len(result) == size and result.is_floating_point():
             self._seen[OUTPUT] = result.float().cpu()
         return self._seen
@@ -138,7 +138,7 @@ class Taps:
     def _store(self, name: str, value: Any) -> None:
         rows = [
             tensor
-            for tensor in tensors(value)
+            for tensor in tensors_in(value)
             if tensor.is_floating_point() and tensor.ndim >= 2 and len(tensor) == self._size
         ]
         if not rows:
@@ -150,7 +150,7 @@ class Taps:
 
     def _count(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            value = next(tensors((args, kwargs)))
+            value = tensors_in((args, kwargs))[0]
             rows = value.detach().float().flatten(2) if value.ndim > 2 else value.detach().float()[..., None]
             own = isinstance(module, _InstanceNorm)
             unbiased = int(own and rows.shape[2] > 1)

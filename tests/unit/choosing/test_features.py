@@ -1,5 +1,6 @@
 """Pooled features: the right axis, the right samples, and norm inputs that are the true statistics."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -141,6 +142,43 @@ def test_a_block_hands_on_its_own_output_and_not_that_of_a_module_inside(granula
     np.testing.assert_allclose(found.groups[layers.names[0]], embedded, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(trunk, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@dataclasses.dataclass
+class Step:
+    """What a block of `Stepwise` hands on."""
+
+    x: torch.Tensor
+
+
+class StepBlock(nn.Module):
+    """Two layers on what the block before hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, step: Step) -> Step:
+        return Step(step.x + self.two(self.one(step.x).relu()))
+
+
+class Stepwise(nn.Module):
+    """Blocks that hand on an object of a class of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.fc = nn.Sequential(StepBlock(), StepBlock()), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.blocks(Step(x)).x)
+
+
+def test_features_may_be_handed_on_in_an_object() -> None:
+    """A layer map sees the tensors in it, and so do its features."""
+    model, data = Stepwise(), torch.randn(8, 4)
+    found = collect_features(model, data, layer_map(model, data[:2]))
+    assert list(found.groups) == ["blocks.0", "blocks.1", "fc"]
+    assert not found.notes
 
 
 def test_a_group_without_features_is_named():
