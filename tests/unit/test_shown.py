@@ -48,7 +48,7 @@ def test_what_is_under_way_says_where_it_stands() -> None:
         for (x,) in cache.batches():
             model(x).sum().backward()
             tuner.step()
-    of = "<Tuner of 'gradual_unfreezing(decay=0.9)': "
+    of = "<Tuner of 'gradual_unfreezing(decay=0.9, last_epochs=1)': "
     assert found[0] == f"{of}phase 1 of 2, 'from 1', epoch 0, step 0>"
     assert found[1] == f"{of}phase 2 of 2, 'all groups', epoch 1, step 2>"
     assert repr(tuner) == f"{of}done, epoch 2, step 4>"

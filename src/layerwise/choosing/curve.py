@@ -33,7 +33,6 @@ from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.settings import Schedule
 from layerwise.shown import Shown
-from layerwise.training.fingerprint import fingerprint
 from layerwise.training.fit import fit
 
 Series = Literal["frozen", "fine-tuned"]
