@@ -51,68 +51,28 @@ def open_model(
     labels and `save_pretrained` writes a folder that others can load. Weights are float32, whatever they
     are stored in: see `layerwise.fit` for training in mixed precision.
     """
-    import torch
-
     transformers = import_transformers(spec)
     folder = local_folder(name)
     name = str(folder or name)
     config = read(spec, lambda: transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
     task = task or _task_of(spec, config)
-    if task not in TASKS:
-        raise ModelError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
-    if problem not in (None, *PROBLEMS):
-        raise ModelError(f"problem is {problem!r}; expected one of {', '.join(PROBLEMS)}.")
+    _check_wanted(task, num_classes, problem)
     labelled = task.endswith("classification")
-    if num_classes is not None and not labelled:
-        raise ModelError(f"num_classes is {num_classes}, but a model for {task} has no classes.")
     old_classes = config.num_labels if labelled else None
     if num_classes is not None and num_classes != config.num_labels:
         config.num_labels = num_classes
     if problem is not None:
         config.problem_type = problem
-
+    notes = _told_of_precision(config)
     auto = getattr(transformers, AUTO_CLASSES[task])
-    notes: list[str] = []
-    stored = getattr(config, "dtype", None)
-    if stored in (torch.float16, torch.bfloat16):
-        # In half precision an optimiser's steps are mostly smaller than the weights' last bit.
-        notes.append(
-            f"weights are stored as {str(stored).removeprefix('torch.')}; opened as float32, to learn"
-        )
     download = pretrained and weights is None
     if download:
         if folder is not None:
             _require_weights(folder)
-        model, info = read(
-            spec,
-            lambda: auto.from_pretrained(
-                name,
-                config=config,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-            ),
-        )
-        replaced, found = _loading_notes(spec, model, info, old_classes, num_classes)
-        notes.extend(found)
+        model, replaced, told = _pretrained(spec, auto, name, config, old_classes, num_classes)
     else:
-        made = read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
-        model = made.float()  # transformers 4.56 asks the configuration all the same
-        replaced = None
-    if weights is not None:
-        loaded = load_file(
-            spec,
-            model,
-            Path(weights),
-            num_classes=num_classes,
-            outputs=lambda: (*_head_modules(model), *_poolers(model)),
-            resize=None,  # its labels are set by the configuration, before it is built
-            mismatched=mismatched,
-        )
-        notes.extend(loaded.notes)
-        if loaded.head_is_new and num_classes is not None:
-            replaced = ReplacedHead(loaded.new or _head_modules(model), None, num_classes)
+        model, replaced, told = _from_config(spec, auto, config, weights, num_classes, mismatched)
+    notes += told
     if replaced is not None:
         notes.append(str(replaced))
 
@@ -144,6 +104,78 @@ def open_model(
         max_length=None if tokenizer is None else max_length_of(model, tokenizer),
         problem=problem,
     )
+
+
+def _check_wanted(task: str, num_classes: int | None, problem: str | None) -> None:
+    if task not in TASKS:
+        raise ModelError(f"task is {task!r}; expected one of {', '.join(TASKS)}.")
+    if problem not in (None, *PROBLEMS):
+        raise ModelError(f"problem is {problem!r}; expected one of {', '.join(PROBLEMS)}.")
+    if num_classes is not None and not task.endswith("classification"):
+        raise ModelError(f"num_classes is {num_classes}, but a model for {task} has no classes.")
+
+
+def _told_of_precision(config: Any) -> list[str]:
+    """Return a line about weights of half precision, none of others.
+
+    In half precision an optimiser's steps are mostly smaller than the weights' last bit.
+    """
+    import torch
+
+    stored = getattr(config, "dtype", None)
+    if stored not in (torch.float16, torch.bfloat16):
+        return []
+    return [f"weights are stored as {str(stored).removeprefix('torch.')}; opened as float32, to learn"]
+
+
+def _pretrained(
+    spec: str, auto: Any, name: str, config: Any, old_classes: int | None, num_classes: int | None
+) -> tuple[nn.Module, ReplacedHead | None, list[str]]:
+    """Return the model at `name` with its own weights, its output layer if that is new, and notes."""
+    import torch
+
+    model, info = read(
+        spec,
+        lambda: auto.from_pretrained(
+            name,
+            config=config,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        ),
+    )
+    return model, *_loading_notes(spec, model, info, old_classes, num_classes)
+
+
+def _from_config(
+    spec: str,
+    auto: Any,
+    config: Any,
+    weights: str | Path | None,
+    num_classes: int | None,
+    mismatched: Mismatched,
+) -> tuple[nn.Module, ReplacedHead | None, list[str]]:
+    """Return a model of random weights, or of those in a file; see `_pretrained`."""
+    import torch
+
+    made = read(spec, lambda: auto.from_config(config, trust_remote_code=False, dtype=torch.float32))
+    model: nn.Module = made.float()  # transformers 4.56 asks the configuration all the same
+    if weights is None:
+        return model, None, []
+    loaded = load_file(
+        spec,
+        model,
+        Path(weights),
+        num_classes=num_classes,
+        outputs=lambda: (*_head_modules(model), *_poolers(model)),
+        resize=None,  # its labels are set by the configuration, before it is built
+        mismatched=mismatched,
+    )
+    replaced = None
+    if loaded.head_is_new and num_classes is not None:
+        replaced = ReplacedHead(loaded.new or _head_modules(model), None, num_classes)
+    return model, replaced, [*loaded.notes]
 
 
 def task_of(spec: str, name: str) -> Task:
