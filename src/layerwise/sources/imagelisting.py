@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.errors import DataError, did_you_mean, listed, plural
 from layerwise.sources.imagefile import EXTENSIONS
-from layerwise.sources.tables import PARTS, label_name, read_rows, unused_split
+from layerwise.sources.tables import PARTS, label_name, read_rows, unknown_class, unused_split
 
 Samples = list[tuple[Path, str]]
 
@@ -178,8 +178,10 @@ def list_paths(table: Path, path_column: str) -> list[Path]:
     return [table.parent / str(row[path_column]) for row in rows]
 
 
-def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples]) -> None:
-    """Raise one error with all that is wrong with the classes of a data set."""
+def raise_problems(
+    source: Path, listing: Listing, parts: Mapping[str, Samples], known: Collection[str]
+) -> None:
+    """Raise one error with all that is wrong with the classes of a data set; `known` are those of a model."""
     problems = [*listing.problems]
     classes = {part: {label for _, label in samples} for part, samples in parts.items()}
     before = {part: {label for _, label in samples} for part, samples in listing.parts.items()}
@@ -194,20 +196,22 @@ def raise_problems(source: Path, listing: Listing, parts: Mapping[str, Samples])
             problems.append(f"there are no images; expected {missing}")
     elif not train:
         problems.append("the train part has no images")
-    elif len(train) == 1:
+    elif len(train) == 1 and not known:
         problems.append(
             f"there is one class ({next(iter(train))!r}); expected at least two. Add images of another"
         )
     for part, labels in classes.items():
+        if known:
+            problems += [unknown_class(label, part, known) for label in sorted(labels.difference(known))]
         if part == "train" or not train:
             continue
         if not labels:
             problems.append(f"the {part} part has no images")
-            continue
-        for label in sorted(labels - train):
-            close = did_you_mean(label, train, count=1)
-            problems.append(f"class {label!r} is in {part} and not in train.{close}".rstrip("."))
-        problems += [f"class {label!r} is in train and not in {part}" for label in sorted(train - labels)]
+        elif not known:
+            for label in sorted(labels - train):
+                close = did_you_mean(label, train, count=1)
+                problems.append(f"class {label!r} is in {part} and not in train.{close}".rstrip("."))
+            problems += [f"class {label!r} is in train and not in {part}" for label in sorted(train - labels)]
     if problems:
         raise DataError(listed(f"data {str(source)!r} cannot be used", problems))
 

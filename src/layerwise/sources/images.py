@@ -36,7 +36,7 @@ class ImageData:
         train: with the augmentation that was asked for.
         val: None where there is none.
         test: likewise.
-        classes: name of each class number, sorted as texts ("10" before "9").
+        classes: name of each class number.
         skipped: (path, reason) of the files that were left out because they cannot be read.
         notes: what was chosen, for people: how the split was made, files that are no images; and, up to 5,000
             images, which stand in several classes or parts.
@@ -69,6 +69,7 @@ def open_images(
     label_column: str = "label",
     split_column: str | None = None,
     skip_bad_rows: bool = False,
+    classes: Sequence[str] = (),
 ) -> ImageData:
     """Return the images under `source`, split and ready for a model.
 
@@ -98,11 +99,13 @@ def open_images(
         split_column: of a table: holds train, val or test for each row.
         skip_bad_rows: of a table: leave out rows without a path or a label and list them in
             `ImageData.skipped`.
+        classes: of a model, in the order of its outputs; the data, and each part, may lack some. None given
+            are those of the data, at least two, sorted as texts.
 
     Raises:
         DataError: the source is missing, has no images, one class, an empty class, classes that differ
-            between its parts, or (without `skip_bad_images`) files that cannot be read. All problems
-            found are in one message.
+            between its parts or are none of `classes`, or (without `skip_bad_images`) files that cannot be
+            read. All problems found are in one message.
         MissingExtraError: Pillow or torchvision is not installed.
     """
     source = Path(source)
@@ -117,9 +120,9 @@ def open_images(
         )
     notes = list(listing.notes)
     parts, skipped = _readable(listing.parts, skip_bad_images, check)
-    raise_problems(source, listing, parts)
+    raise_problems(source, listing, parts, classes)
 
-    classes = sorted({label for samples in parts.values() for _, label in samples})
+    classes = tuple(classes or sorted({label for samples in parts.values() for _, label in samples}))
     fracs, unused = fracs_to_split(parts, val_frac=val_frac, test_frac=test_frac)
     notes += unused
     if any(fracs):
@@ -145,7 +148,7 @@ def open_images(
     train_set = make("train")
     assert train_set is not None  # raise_problems saw to it
     left_out = (*listing.skipped, *skipped)
-    return ImageData(train_set, make("val"), make("test"), tuple(classes), left_out, tuple(notes))
+    return ImageData(train_set, make("val"), make("test"), classes, left_out, tuple(notes))
 
 
 def image_list(

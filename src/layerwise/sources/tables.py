@@ -7,7 +7,7 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,12 @@ def label_name(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # whole numbers of a column with gaps
     return str(value).strip() or None
+
+
+def unknown_class(label: str, part: str, known: Collection[str]) -> str:
+    """Return what is wrong with a label of a part that is none of the classes of a model."""
+    close = did_you_mean(label, known, count=1)
+    return f"class {label!r} of {part} is none of the model's ({shorten(known)}).{close}".rstrip(".")
 
 
 def read_text(path: Path, encoding: str) -> str:

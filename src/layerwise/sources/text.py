@@ -20,7 +20,8 @@ from layerwise.sources.encoding import (
     pack_texts,
     padding_side,
 )
-from layerwise.sources.texttable import TextPart, TextTable, TextTask
+from layerwise.sources.textlabels import TextTask
+from layerwise.sources.texttable import TextPart, TextTable
 
 if TYPE_CHECKING:
     from torch import Tensor

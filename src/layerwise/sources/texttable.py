@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from layerwise.errors import DataError, did_you_mean, listed, named_kind, plural
 from layerwise.sources.copies import Sample, tell_copies
 from layerwise.sources.splits import VAL_FRAC, fracs_to_split, grouped_split, stratified_split
-from layerwise.sources.tables import Row, label_name, require_columns, unused_split
+from layerwise.sources.tables import Row, require_columns, unused_split
 from layerwise.sources.textfiles import read_parts
+from layerwise.sources.textlabels import (
+    SEVERAL,
+    TEXT_TASKS,
+    BadRowError,
+    TextTask,
+    classes_in,
+    in_order,
+    is_nan,
+    label_parser,
+    labels_in,
+)
 
-TextTask = Literal[
-    "text_classification", "multi_label", "regression", "token_classification", "causal_lm", "masked_lm"
-]
-TEXT_TASKS: tuple[str, ...] = get_args(TextTask)
-SEVERAL = ("multi_label", "token_classification")  # labels of a row
 MAX_CHARS = 1_000_000
-# As pandas and `datasets` write a list to CSV: ['a', 'b'], ["a"], [0, 3], [].
-WRITTEN_LIST = re.compile(r"""\[\s*(?:(['"]).*\1|[\d\s,]*)\s*\]""", re.DOTALL)
 
 
 @dataclass
@@ -94,6 +96,7 @@ def read_texts(
     prompt_template: str = "{prompt}\n",
     max_chars: int = MAX_CHARS,
     skip_bad_rows: bool = False,
+    classes: Sequence[str] = (),
 ) -> TextTable:
     """Return the texts and labels of `source`, checked and split.
 
@@ -120,11 +123,14 @@ def read_texts(
         prompt_template: how a prompt is written, with ``{prompt}`` in it.
         max_chars: longer texts are an error: nearly always a file that was read as one cell.
         skip_bad_rows: leave out rows without text or label, or with too long a text, and list them.
+        classes: of a model, in the order of its outputs; the data may lack some. None given are those of the
+            training rows, at least two.
 
     Raises:
         DataError: a column is missing (those there are are named), rows have no text or label or too
-            long a text, there is one class only, or validation has labels that training has not (or a
-            split leaves it none of). All such rows are in one message, and then all such labels.
+            long a text, there is one class only or one that is none of `classes`, or validation has labels
+            that training has not (or a split leaves it none of). All such rows are in one message, and then
+            all such labels.
         MissingExtraError: a package that the format needs is not installed.
     """
     if task not in TEXT_TASKS:
@@ -154,7 +160,7 @@ def read_texts(
     reader = _Reader(
         text_column=text_column,
         label_column=label_column if labelled else None,
-        parse_label=_label_parser(task, found.label_names.get(label_column), label_separator),
+        parse_label=label_parser(task, found.label_names.get(label_column), label_separator),
         tags=tags,
         pair_column=pair_column,
         response_column=response_column,
@@ -182,7 +188,8 @@ def read_texts(
     if not len(parts["train"]):
         reasons = [f"{row} {reason}" for row, reason in bad]
         raise DataError(listed(f"data {str(source)!r} has no training row that can be used", reasons))
-    classes = _classes(source, task, parts, found.label_names.get(label_column))
+    targets = {name: part.targets or [] for name, part in parts.items()}
+    classes = classes_in(source, task, targets, found.label_names.get(label_column), classes)
     if set(found.parts) == {"train"}:
         notes += unused_split(found.parts["train"], split_column)
     notes += _split(task, parts, val_frac, test_frac, seed)
@@ -231,7 +238,7 @@ class _Reader:
         for number, row in enumerate(rows, start=1):
             try:
                 self._read_row(part, row)
-            except _BadRowError as error:
+            except BadRowError as error:
                 problems.append((f"row {number} of {name}", str(error)))
         return part, problems
 
@@ -242,10 +249,10 @@ class _Reader:
         response = self._text(row, self.response_column) if self.response_column else None
         group = row[self.group_column] if self.group_column else None
         if not isinstance(group, Hashable):
-            raise _BadRowError(f"has {named_kind(group)} in {self.group_column!r}; expected one value")
+            raise BadRowError(f"has {named_kind(group)} in {self.group_column!r}; expected one value")
         target: Any = None if self.label_column is None else self.parse_label(row[self.label_column])
         if words is not None and len(target) != len(words):
-            raise _BadRowError(f"has {plural(len(words), 'word')} and {plural(len(target), 'tag')}")
+            raise BadRowError(f"has {plural(len(words), 'word')} and {plural(len(target), 'tag')}")
         # Only now that nothing can fail any more, so that all lists stay of one length.
         columns: list[tuple[list[Any] | None, Any]] = [
             (part.words, words),
@@ -262,14 +269,14 @@ class _Reader:
 
     def _text(self, row: Row, column: str) -> str:
         value = row[column]
-        if isinstance(value, int | float) and not isinstance(value, bool) and not _is_nan(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and not is_nan(value):
             value = str(value)  # a column of numbers that are meant as text
-        if value is None or _is_nan(value) or (isinstance(value, str) and not value.strip()):
-            raise _BadRowError(f"has an empty {column!r}")
+        if value is None or is_nan(value) or (isinstance(value, str) and not value.strip()):
+            raise BadRowError(f"has an empty {column!r}")
         if not isinstance(value, str):
-            raise _BadRowError(f"has {named_kind(value)} in {column!r}; expected a text")
+            raise BadRowError(f"has {named_kind(value)} in {column!r}; expected a text")
         if len(value) > self.max_chars:
-            raise _BadRowError(
+            raise BadRowError(
                 f"has {len(value):,} characters in {column!r}; expected at most {self.max_chars:,} (cut it "
                 f"into texts, or raise max_chars)"
             )
@@ -279,108 +286,10 @@ class _Reader:
         value = row[self.text_column]
         words = value.split() if isinstance(value, str) else value
         if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
-            raise _BadRowError(f"has no list of words in {self.text_column!r}")
+            raise BadRowError(f"has no list of words in {self.text_column!r}")
         if not words:
-            raise _BadRowError(f"has an empty {self.text_column!r}")
+            raise BadRowError(f"has an empty {self.text_column!r}")
         return list(words)
-
-
-class _BadRowError(Exception):
-    """Why one row cannot be used."""
-
-
-def _label_parser(task: TextTask, names: tuple[str, ...] | None, separator: str) -> Callable[[Any], Any]:
-    def name_of(value: Any) -> str:
-        if isinstance(value, list | dict):
-            raise _BadRowError(
-                f"has {named_kind(value)} as label; expected one (several: --task multi_label)"
-            )
-        label = label_name(value)
-        if label is None:
-            raise _BadRowError("has no label")
-        if names is not None and isinstance(value, int):
-            if not 0 <= value < len(names):
-                raise _BadRowError(f"has the class number {value}; expected 0 to {len(names) - 1}")
-            return names[value]
-        return label
-
-    def listed(value: Any, split: Callable[[str], list[str]]) -> tuple[str, ...]:
-        if isinstance(value, str) and WRITTEN_LIST.fullmatch(value.strip()):
-            between = repr(separator) if task == "multi_label" else "blanks"
-            raise _BadRowError(
-                f"has the list {value:.40} as text; expected names joined by {between}, or a real list "
-                "(JSON lines or Parquet)"
-            )
-        entries = split(value) if isinstance(value, str) else value
-        if not isinstance(entries, Sequence):
-            raise _BadRowError(f"has {value!r} as labels; expected a list or a text")
-        return tuple(name_of(entry) for entry in entries)
-
-    def several(value: Any) -> tuple[str, ...]:
-        if value is None or _is_nan(value):
-            return ()  # none of the labels
-        found = listed(value, lambda text: [name for name in text.split(separator) if name.strip()])
-        return tuple(dict.fromkeys(found))
-
-    def number(value: Any) -> float:
-        try:
-            found = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise _BadRowError(f"has {value!r} as label; expected a number") from None
-        if not math.isfinite(found):
-            raise _BadRowError(f"has {value!r} as label; expected a finite number")
-        return found
-
-    parsers: dict[str, Callable[[Any], Any]] = {
-        "text_classification": name_of,
-        "multi_label": several,
-        "regression": number,
-        "token_classification": lambda value: listed(value, str.split),
-    }
-    return parsers.get(task, lambda value: None)
-
-
-def _classes(
-    source: str | Path, task: TextTask, parts: Mapping[str, TextPart], names: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    """Return the class names in order; raise one error with all that is wrong with the labels."""
-    if task in ("regression", "causal_lm", "masked_lm"):
-        return ()
-    seen: dict[str, set[str]] = {}
-    for name, part in parts.items():
-        seen[name] = _labels_in(task, part)
-    train = seen["train"]
-    problems = []
-    if len(train) == 1:
-        problems.append(
-            f"there is one class ({next(iter(train))!r}); expected at least two. Add texts of another"
-        )
-    if not train:
-        problems.append("no training row has a label")
-    for name, labels in seen.items():
-        for label in _in_order(labels - train):
-            close = did_you_mean(label, train, count=1).rstrip("?")
-            problems.append(f"label {label!r} is in {name} and never in train.{close}".rstrip("."))
-    if problems:
-        raise DataError(listed(f"labels of {str(source)!r} cannot be used", problems))
-    if names is not None:
-        return tuple(name for name in names if name in train)
-    return tuple(_in_order(train))
-
-
-def _labels_in(task: TextTask, part: TextPart) -> set[str]:
-    """Return the class names that a part shows; none for numbers and language models."""
-    targets = part.targets or []
-    if task == "text_classification":
-        return set(targets)
-    return {label for row in targets for label in row} if task in SEVERAL else set()
-
-
-def _in_order(labels: set[str]) -> list[str]:
-    """Return names sorted, numbers by value, and those of one value ("7", "07") by name."""
-    if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels):
-        return sorted(labels, key=lambda label: (int(label), label))
-    return sorted(labels)
 
 
 def _split(
@@ -404,7 +313,7 @@ def _split(
             parts[name] = train.take(indices)
             notes.append(f"{name}: {plural(len(indices), 'row')} split off from train, {how}, seed {seed}")
     parts["train"] = train.take(split[0])
-    if lost := _in_order(_labels_in(task, train) - _labels_in(task, parts["train"])):
+    if lost := in_order(labels_in(task, train.targets or []) - labels_in(task, parts["train"].targets or [])):
         kind = "groups" if train.groups is not None else "rows"
         raise DataError(
             f"no training row is left of {', '.join(map(repr, lost))} after the split {how} with seed {seed}"
@@ -422,7 +331,3 @@ def _keep_rare(targets: Sequence[Any], split: list[list[int]]) -> None:
                 part.remove(index)
                 split[0].append(index)
                 shown.update(targets[index])
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)

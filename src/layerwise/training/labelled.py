@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from layerwise.errors import DataError, RunError, shorten
+from layerwise.errors import DataError, RunError
 from layerwise.training.job import IMAGE_TABLE, data_name
 from layerwise.training.run import Run
 from layerwise.training.text_job import MAX_LENGTH, TextOptions
@@ -66,29 +65,23 @@ def _open_images(run: Run, data: str | Path, skip_bad_images: bool, table: dict[
     from layerwise.sources.images import open_images
 
     options = {name: value for name, value in table.items() if name in IMAGE_TABLE}
-    found = open_images(
-        data, run.preprocessing, val_frac=0.0, test_frac=0.0, skip_bad_images=skip_bad_images, **options
+    return open_images(
+        data,
+        run.preprocessing,
+        val_frac=0.0,
+        skip_bad_images=skip_bad_images,
+        classes=run.classes,
+        **options,
     )
-    _check(run, data, found.classes)
-    parts: dict[str, Any] = {name: each.in_order(run.classes) for name, each in found.parts().items()}
-    return dataclasses.replace(found, classes=run.classes, **parts)
 
 
 def _open_texts(run: Run, data: str | Path, options: TextOptions) -> TextData:
     from layerwise.sources.text import encode
     from layerwise.sources.texttable import read_texts
 
-    table = read_texts(data, task=cast(Any, run.task.name), val_frac=0.0, **options.of_table())
-    _check(run, data, table.classes)
+    task = cast(Any, run.task.name)
+    table = read_texts(data, task=task, val_frac=0.0, classes=run.classes, **options.of_table())
     length = run.about["data"].get("max_length") or MAX_LENGTH
-    found = encode(dataclasses.replace(table, classes=run.classes), run.tokenizer, max_length=length)
+    found = encode(table, run.tokenizer, max_length=length)
     options.pad(found)
     return found
-
-
-def _check(run: Run, data: str | Path, classes: tuple[str, ...]) -> None:
-    if unknown := sorted({*classes} - {*run.classes}):
-        raise DataError(
-            f"data {str(data)!r} have the classes {shorten(unknown)}, unknown to {run.path} (it knows "
-            f"{shorten(run.classes)}). Leave them out, or rename them."
-        )

@@ -85,7 +85,7 @@ class Run:
             data, train=False, batch_size=batch_size, name="data", collate=self.task.collate
         )
         names = class_names(batches.data)
-        if names is not None and tuple(names) != self.classes:
+        if names and tuple(names) != self.classes:
             raise DataError(
                 f"the data have the classes {list(names)}, and {self.path} was trained on "
                 f"{list(self.classes)}: their numbers would mean other classes. Give data with these "

@@ -72,13 +72,21 @@ def test_fewer_classes_keep_the_runs_numbers(images: Path, run: tuple[Path, dict
     assert [row["recall"] for row in found["tables"]["per_class"][1:]] == [row["recall"] for row in rows]
 
 
+def test_one_class_alone_is_measured(images: Path, run: tuple[Path, dict], tmp_path: Path) -> None:
+    (tmp_path / "red").symlink_to(images / "test" / "red")
+    rows = run[1]["test_tables"]["per_class"]
+    found = evaluate(run[0], tmp_path)
+    assert found["samples"] == 7
+    assert found["metrics"]["accuracy"] == pytest.approx(rows[2]["recall"], abs=1e-6)
+
+
 def test_classes_that_the_run_does_not_know_are_named(run: tuple[Path, dict], tmp_path: Path) -> None:
     make_images(tmp_path / "photos", count=2)
-    (tmp_path / "photos" / "red").rename(tmp_path / "photos" / "rouge")
+    (tmp_path / "photos" / "red").rename(tmp_path / "photos" / "rod")
     result = command("evaluate", run[0], tmp_path / "photos")
     assert result.exit_code == 1
-    assert "have the classes rouge, unknown to" in result.stderr
-    assert "blue, green, red" in result.stderr
+    told = "class 'rod' of train is none of the model's (blue, green, red). Did you mean 'red'?"
+    assert told in result.stderr
 
 
 def test_a_part_that_is_not_there_is_named(run: tuple[Path, dict], tmp_path: Path) -> None:
@@ -118,7 +126,6 @@ def test_texts_are_measured_as_fit_measured_them(task: str, label, samples: int,
     assert found["metrics"] == pytest.approx(result["test"], rel=1e-4)  # last digits: other order of batches
     assert found["tables"].keys() == result["test_tables"].keys()
     assert command("evaluate", tmp_path / "run", tmp_path / "texts.csv").exit_code == 0
-
     with_column = (tmp_path / "texts.csv").read_text()
     (tmp_path / "new.csv").write_text(with_column.replace(",part", ",month"))  # a column of splits no more
     assert command("evaluate", tmp_path / "run", tmp_path / "new.csv").exit_code == 0
