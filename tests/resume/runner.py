@@ -82,7 +82,8 @@ def run(out: str, *, resume: bool, at: int, task: str = "tiny") -> None:
 def run_demo_task(out: Path, *, resume: bool) -> None:
     """Unfreeze EfficientNet-Lite0 stage by stage on solar cells; a checkpoint every second step."""
     from layerwise.sources.demo import DEMO_MODEL, lite0_weights
-    from layerwise.training.job import Job, prepare, resume_job
+    from layerwise.training.job import Job, prepare
+    from layerwise.training.resuming import resume_job
 
     if resume:
         resume_job(out, progress=False)

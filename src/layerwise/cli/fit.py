@@ -258,7 +258,7 @@ def fit(
                 f"a resumed run goes on as it began, so {', '.join(extra)} cannot be given beside --resume "
                 "(only --workers, --cache, --cache-folder and --json). For others start a new run: --out."
             )
-        from layerwise.training.job import resume_job
+        from layerwise.training.resuming import resume_job
 
         more: dict[str, Any] = {"cache": cache} if "cache" in named else {}
         more |= {"cache_folder": cache_folder} if "cache_folder" in named else {}

@@ -147,7 +147,7 @@ class PreparedText:
 
         With `out` the tuned model also lies there as a transformers folder (``transformers/``), and the
         language model's run in ``language-model/``. Interrupted in that, the job goes on when it is started
-        again, or with `layerwise.training.job.resume_job`; interrupted later, with `resume` or that.
+        again, or with `layerwise.training.resuming.resume_job`; interrupted later, with `resume` or that.
 
         Args:
             out: folder of the run.

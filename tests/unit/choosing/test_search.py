@@ -40,7 +40,7 @@ from layerwise.layers.mapping import layer_map
 from layerwise.plans.plan import Plan
 from layerwise.report.page import write_report
 from layerwise.training.classification import Classification
-from layerwise.training.job import resume_job
+from layerwise.training.resuming import resume_job
 from layerwise.training.run_folder import read_run
 from layerwise.training.tasks import Scores
 from layerwise.training.text_tasks import Regression

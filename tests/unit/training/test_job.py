@@ -11,8 +11,9 @@ from image_folders import make_images
 from layerwise.errors import DataError, ModelError, RunError
 from layerwise.sources.models import open_model
 from layerwise.training.fit import fit
-from layerwise.training.job import Job, open_job, resume_job
+from layerwise.training.job import Job, open_job
 from layerwise.training.kept_weights import save_weights
+from layerwise.training.resuming import resume_job
 from layerwise.training.run import load_run
 from tiny_fit import Tiny, tiny_data, tiny_layers, tiny_plan
 from tiny_text import save_tiny, topic_rows, write_csv

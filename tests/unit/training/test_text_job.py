@@ -13,9 +13,10 @@ from layerwise.sources.texttable import TextPart, TextTable
 from layerwise.training import language_first, text_job
 from layerwise.training.data import open_batches
 from layerwise.training.fit import fit
-from layerwise.training.job import Job, open_job, resume_job
+from layerwise.training.job import Job, open_job
 from layerwise.training.key_cache import without_key_cache
 from layerwise.training.language_first import language_model_of, texts_of
+from layerwise.training.resuming import resume_job
 from layerwise.training.run import load_run
 from tiny_text import save_tiny, tiny_model, tiny_tokenizer, topic_rows, write_csv
 
