@@ -45,8 +45,8 @@ class Skeleton:
         if made is None or made.stands_for.was_written:
             layout, meta = self.layouts[slot], tensors_in(self.output)[slot]
             shape = tuple(meta.shape) if layout is None else layout.shape(tuple(meta.shape), batch)
-            order = memory_order(meta) if layout is None else layout.order
-            made = self._ghosts[slot, batch, device] = ghost(shape, meta.dtype, device, order=order)
+            made = ghost(shape, meta.dtype, device, order=memory_order(meta))
+            self._ghosts[slot, batch, device] = made
         return made
 
 
@@ -97,14 +97,12 @@ class _Watch(Intercepted):
     def answer(self, call: CallId, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call, and look at its arguments and its output."""
         self.found.not_come.discard(call)
-        if call in self._wanted:
-            self._take(call, "in", tensors_in((args, kwargs)))
+        self._take(call, "in", tensors_in((args, kwargs)))
         output = original(*args, **kwargs)
         if call in self._shaped:
             self.found.skeletons[call] = Skeleton(map_tensors(output, without_data), self._batch)
             self._waiting.discard(call)
-        if call in self._wanted or call in self._shaped:
-            self._take(call, "out", tensors_in(output))
+        self._take(call, "out", tensors_in(output))
         return output
 
     def _take(self, call: CallId, side: str, tensors: list[torch.Tensor]) -> None:
