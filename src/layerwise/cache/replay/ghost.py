@@ -9,7 +9,6 @@ when it is written into a real tensor.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +42,7 @@ class Ghost(torch.Tensor):
     @staticmethod
     def __new__(cls, meta: torch.Tensor, device: torch.device, content: Content | None = None) -> Ghost:
         """Make the tensor; `__init__` keeps what it stands for."""
-        inference = torch.is_inference_mode_enabled()
-        with torch.inference_mode(False) if inference else _AS_IT_IS:  # a view of a normal one is normal
+        with torch.inference_mode(False):  # a view of a normal one is normal
             made = torch.Tensor._make_wrapper_subclass(
                 cls, meta.size(), strides=meta.stride(), dtype=meta.dtype, device=device
             )
@@ -131,7 +129,6 @@ def _refused(name: str) -> Callable[..., Any]:
 for _name in PAST_THE_DISPATCHER:
     setattr(Ghost, _name, _refused(_name))
 
-_AS_IT_IS = contextlib.nullcontext()
 _storage = torch.Tensor.untyped_storage
 _refuse_address = torch._C._set_storage_data_ptr_access_error_msg  # else C code that asks for it crashes
 _NO_DATA = "a tensor whose samples the prefix cache did not load has no address: pass x.clone() in its place"
@@ -178,9 +175,7 @@ def ghost(
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, Ghost):
-        return tensor.shaped
-    return without_data(tensor) if tensor.device.type != "meta" else tensor
+    return tensor.shaped if isinstance(tensor, Ghost) else without_data(tensor)
 
 
 def _any_values(one: Ghost) -> torch.Tensor:
@@ -190,8 +185,6 @@ def _any_values(one: Ghost) -> torch.Tensor:
 def written_to(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the tensors that an operation writes to."""
     facts = facts_of(func)
-    if not facts.written:
-        return []
     names = [name for name in facts.arguments if name in facts.written]
     return tree_leaves([argument_of(facts, args, kwargs, name) for name in names])
 

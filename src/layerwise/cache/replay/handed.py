@@ -29,8 +29,9 @@ from layerwise.layers.forms import place_of
 from layerwise.layers.operators import SHAPE_ONLY, facts_of
 
 _COPIES = frozenset({"_to_copy", "clone", "_pin_memory"})
+"""Operations on one tensor that may return the same values."""
 _VIEWS = frozenset({"detach", "alias", "lift_fresh", "view", "_reshape_alias", "expand", "slice"})
-"""Operations that may return the same elements of the same memory."""
+"""Operations on one tensor that may return the same elements of the same memory."""
 
 
 class Handed(Ghost):
@@ -102,18 +103,14 @@ class Handed(Ghost):
             return super().__torch_dispatch__(func, types, args, kwargs)
         ghosts = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Ghost)]
         readable = all([isinstance(one, Handed) and one.is_readable for one in ghosts])
-        source = args[0] if args and isinstance(args[0], Handed) else None
-        if source is not None and name in _VIEWS:
-            alias = _alias(source, func, args, kwargs)
+        if name in _VIEWS:
+            alias = _alias(args[0], func, args, kwargs)
             if alias is not None:
                 return alias
-        is_copy = source is not None and name in _COPIES and not source.stands_for.is_changed
-        if readable and not is_copy:
+        if readable and (name not in _COPIES or args[0].stands_for.is_changed):
             return _run_for_real(func, args, kwargs)
         output = super().__torch_dispatch__(func, types, args, kwargs)
-        if source is not None and name in _COPIES and isinstance(output, Ghost):
-            return _copied(source, func, args, kwargs, output)
-        return output
+        return _copied(args[0], func, args, kwargs, output) if name in _COPIES else output
 
 
 def _past_the_dispatcher(name: str) -> Callable[..., Any]:

@@ -24,14 +24,12 @@ RAISED = object()
 class OnlyHere:
     """A hook that works on one model; deepcopies and pickles of the model carry a dead one."""
 
-    def __init__(self, model: nn.Module | None, function: Callable[..., Any] | None) -> None:
+    def __init__(self, model: nn.Module | None, function: Any) -> None:
         self.model, self.function = model, function
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         """Call the function."""
-        if self.function is None or module is not self.model:
-            return None
-        return self.function(*arguments)
+        return self.function(*arguments) if module is self.model else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnlyHere:
         return OnlyHere(None, None)
