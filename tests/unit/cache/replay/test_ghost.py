@@ -30,6 +30,8 @@ def test_shape_work_needs_no_value(phantom: Ghost) -> None:
         (torch.cat([phantom, torch.zeros(1, 3)]), (3, 3)),
         (phantom.mean(1), (2,)),
         (phantom[:, 0], (2,)),
+        (phantom.split(2, dim=1)[1], (2, 1)),
+        (phantom.unbind()[1], (3,)),
         (nn.functional.relu(phantom, inplace=True), (2, 3)),
     ]:
         assert isinstance(made, Ghost)
@@ -42,6 +44,12 @@ def test_type_and_layout_survive() -> None:
     assert phantom.is_contiguous(memory_format=torch.channels_last)
     assert phantom.relu().stride() == phantom.stride()
     assert phantom.to(torch.bfloat16).dtype == torch.bfloat16
+    assert phantom.to("meta").device.type == "meta"
+
+
+def test_gradients_may_be_asked_for(phantom: Ghost) -> None:
+    # as checkpointing asks for those of a frozen embedding's output
+    assert (phantom.requires_grad_() * 2).shape == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,14 @@ def test_the_tag_marks_copies_and_nothing_else() -> None:
     assert not isinstance(phantom.flip(0), Handed)
 
 
+def test_bits_that_a_cast_takes_away_are_not_taken_back() -> None:
+    # a cast to a narrower type is the input, moved or copied after it as well; the way back is another
+    narrow = handed((2, 3), torch.float32, tag="x").half()
+    for same in (narrow, narrow.clone(), narrow.detach(), narrow.view(2, 3)):
+        assert same.tag == "x"
+        assert same.float().tag is None
+
+
 def pair() -> tuple[Handed, torch.Tensor]:
     """Return a ghost that can be loaded, and the tensor that a plain loop has in its place."""
     given = torch.arange(12.0).view(4, 3)
@@ -50,6 +58,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "in": lambda x: 3.0 in x,
     "format": lambda x: f"{x.mean():.3f}",
     "bool": lambda x: bool(x[0, 0]),
+    "two results": lambda x: torch.nn.functional.rrelu(x, 0.25, 0.25, training=True),
     "address": lambda x: x.data_ptr() == x.view(-1).data_ptr() != 0,
     "gradient": lambda x: torch.func.grad(lambda t: (t**2).sum())(x),
 }
@@ -73,7 +82,7 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "item": lambda x: x.__setitem__((slice(None), 0), 5.0),
     "out": lambda x: torch.add(x, 1, out=x),
     "list": lambda x: torch._foreach_add_([x], 1.0),
-    "apply": lambda x: x.apply_(lambda number: number + 1),
+    "apply": lambda x: x.apply_(lambda number: number + 1).t_(),
     "unsqueeze": lambda x: x.unsqueeze_(1),
     "transpose in place": lambda x: x.t_(),
     "resize": lambda x: x.resize_(2, 3),
@@ -155,6 +164,31 @@ def test_aliases_keep_the_tag() -> None:
         assert getattr(other, "tag", None) is None
 
 
+def test_aliases_keep_their_shape() -> None:
+    # where another one changes its own in place
+    shapes = []
+    for x in pair():
+        aliases = x.detach(), x.view(4, 3)
+        x.t_()
+        shapes.append([x.shape, *(real(alias).shape for alias in aliases)])
+    assert shapes[0] == shapes[1]
+
+
+def test_what_asks_for_the_shape_alone_loads_nothing() -> None:
+    phantom, _ = pair()
+    assert torch.equal(torch.zeros_like(phantom), torch.zeros(4, 3))
+    assert phantom.loaded is None
+
+
+def test_what_is_made_of_it_and_of_a_ghost_is_a_ghost() -> None:
+    # a model kept what a replay did not compute, and the loop adds it to the input
+    phantom, _ = pair()
+    for made in (phantom + ghost((4, 3), torch.float32), ghost((4, 3), torch.float32) + phantom):
+        with pytest.raises(CacheError, match="needs the value"):
+            made.sum().item()
+    assert phantom.loaded is None
+
+
 def test_a_compiled_function_reads_it() -> None:
     # what loads the samples is not traced
     phantom, plain = pair()
@@ -184,7 +218,14 @@ def test_a_gradient_flows_back_from_where_samples_take_its_place() -> None:
     assert torch.equal(phantom.grad, plain.grad)
 
 
-@pytest.mark.parametrize("made", [lambda: handed((2, 3), torch.float32, tag="x"), lambda: without(pair()[0])])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: handed((2, 3), torch.float32, tag="x"),
+        lambda: handed((2, 3), torch.float32, tag="x").double(),
+        lambda: without(pair()[0]),
+    ],
+)
 def test_what_cannot_be_loaded_has_no_real_tensor(made: Callable[[], Handed]) -> None:
     # another draw of the same sample is another one; and of a ghost in its place nobody knows the numbers
     with pytest.raises(CacheError, match="needs the value"):
@@ -212,11 +253,14 @@ def test_nothing_is_read_during_a_replay() -> None:
                 read()
 
 
+@pytest.mark.parametrize("was_read", [False, True])
 @pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[0].add_(1), lambda x: x.detach().add_(1)])
-def test_what_a_replay_wrote_is_not_read_afterwards(write: Callable[[Any], Any]) -> None:
-    # nobody knows what it would be; a copy made before is what it was
+def test_what_a_replay_wrote_is_not_read_afterwards(write: Callable[[Any], Any], was_read: bool) -> None:
+    # nobody knows what it would be, also where the loop had read it; a copy made before is what it was
     phantom, plain = pair()
     before = phantom.clone()
+    if was_read:
+        phantom.numpy()
     with OnlyShapes():
         write(phantom)
         after = phantom.clone()
@@ -226,3 +270,11 @@ def test_what_a_replay_wrote_is_not_read_afterwards(write: Callable[[Any], Any])
     with pytest.raises(CacheError, match="needs the value"):
         after.sum().item()
     assert torch.equal(real(before), plain)
+
+
+def test_what_a_replay_wrote_to_something_made_of_it() -> None:
+    phantom, plain = pair()
+    with OnlyShapes():
+        (phantom * 2).add_(1)
+    assert phantom.tag == "x"
+    assert torch.equal(real(phantom), plain)
