@@ -63,6 +63,30 @@ def test_one_number_for_the_batch() -> None:
     assert "cut at layer1" in outcome.text
 
 
+class Led(nn.Module):
+    """What learns comes before the frozen part, and needs as many numbers as it has samples, or a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck, self.body, self.head = nn.Linear(3, 5), nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, steer: Tensor, images: Tensor) -> Tensor:
+        led = self.neck(images.mean((2, 3)))
+        led = led * steer if len(steer) == len(images) else led @ steer
+        return self.head(self.body(images).relu().mean((2, 3))) + led
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["for each sample", "a table"])
+def test_it_comes_first_and_is_read_first(size) -> None:
+    # in the cache's own passes, too, which are of fewer samples
+    def led(model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(model(torch.rand(size or len(x), 5), x), y)
+
+    outcome = both(Led, images, "neck", "head", step=led)
+    assert "cut at input of head" in outcome.text
+
+
 def test_a_number_given_by_name_that_is_counted_from_the_labels() -> None:
     # as Hugging Face's Trainer gives `num_items_in_batch`
     def counted(model, batch):
