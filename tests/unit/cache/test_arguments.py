@@ -259,6 +259,7 @@ WAYS: dict[str, Any] = {
     "by other names": [lambda m, x: m(x, late=torch.rand(())), lambda m, x: m(x, early=torch.rand(()))],
     "equal, and not the same": [lambda m, x: m(x, scale=1), lambda m, x: m(x, scale=True)],
     "another zero": [lambda m, x: m(x, scale=0.0), lambda m, x: m(x, scale=-0.0)],
+    "another beside it": [lambda m, x: m(x), lambda m, x: m(x, None, torch.rand(()))],
     "left out": [lambda m, x: m(x, None, torch.rand(())), lambda m, x: m(x)],
 }
 

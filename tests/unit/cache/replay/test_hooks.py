@@ -81,6 +81,20 @@ def test_all_is_done_though_the_first_thing_raises(net: nn.Module, seen: list[An
     assert net(torch.ones(1)).item() == 2
 
 
+def test_of_several_blocks_the_first_counts(seen: list[Any]) -> None:
+    # in whatever order they end; the model is as it was after the last
+    hook = RootHook(model := Net())
+    blocks = [hook.attached(lambda args, kwargs, number=number: seen.append(number)) for number in range(2)]
+    for block in blocks:
+        block.__enter__()
+    model(torch.ones(1))
+    for block in blocks:
+        block.__exit__(None, None, None)
+        model(torch.ones(1))
+    assert seen == [0, 0]
+    assert not model._forward_pre_hooks
+
+
 def test_a_copy_takes_nothing_along_and_has_hooks_of_its_own(net: nn.Module, seen: list[Any]) -> None:
     hook, its = RootHook(twin := copy.deepcopy(net)), []
     twin(torch.ones(1))

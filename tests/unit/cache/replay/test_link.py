@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.cache.replay.ghost import Ghost
+from layerwise.cache.replay.ghost import Ghost, ghost
 from layerwise.cache.replay.handed import handed
 from layerwise.cache.replay.kernels import backend_state
 from layerwise.cache.replay.layout import memory_order
-from layerwise.cache.replay.link import Link, find_link, versions_of
+from layerwise.cache.replay.link import Link, find_link, known_arguments, versions_of
 
 
 def images() -> torch.Tensor:
@@ -119,7 +119,35 @@ def test_another_caches_ghost_is_the_loops_own() -> None:
     # it is not looked at
     x = images()
     other = handed((2, 3), torch.float32, load=lambda: pytest.fail("it was loaded"))
-    assert link_of(x, other, leaves=[x]).form.changing == {1}
+    assert link_of(x, other, torch.ones(2), leaves=[x]).form.changing == {1, 2}
+
+
+def test_a_ghost_of_a_replay_is_no_batch() -> None:
+    # a model kept it, and the loop passes it on
+    x = images()
+    assert not link_of(x, leaves=[x]).recognises((ghost(tuple(x.shape), x.dtype),), {}, [x], None, [0])
+
+
+def test_an_argument_of_the_loops_own_in_another_form() -> None:
+    # a model may look at any of these
+    x, own = images(), torch.ones(3)
+    link = link_of(x, own, leaves=[x])
+    assert link.recognises((x, own + 1), {}, [x], None, [0])
+    for other in (own.double(), own.clone().requires_grad_(), handed((3,), torch.float32), own[:2]):
+        assert not link.recognises((x, other), {}, [x], None, [0])
+
+
+def test_an_argument_of_the_loops_own_may_have_a_batchs_form() -> None:
+    # noise like the images; a weight for each sample, where the batch also holds a number for each
+    x = images()
+    leaves = [x, torch.rand(2), torch.rand(2, 5)]
+    assert link_of(x, torch.rand_like(x), torch.rand(2), leaves=leaves).leaves == (0, None, None)
+    assert find_link(leaves, (x, torch.rand(2, 5)), {}) is None  # other samples
+
+
+def test_arguments_are_known_by_what_they_hold() -> None:
+    x, y = images(), torch.arange(2)
+    assert known_arguments([x, y], (x.double(), y.clone()), {"other": torch.ones(2)}) == 2
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
@@ -144,6 +172,9 @@ def test_arguments_with_other_constants() -> None:
     assert link is not None
     assert link.build([x])[1] == {"scale": 2}
     assert link.build([x], ((x,), {"scale": 3}))[1] == {"scale": 3}
+    assert link.same_constants((x,), {"scale": 2})
+    for other in ({"scale": 3}, {"size": 2}, {}):
+        assert not link.same_constants((x,), other)
 
 
 def test_the_fast_path_of_attention_chooses_kernels() -> None:
@@ -162,6 +193,7 @@ def test_tensors_that_are_equal_in_the_first_batch_are_told_apart() -> None:
     found = find_link(leaves, (leaves[1].double(), leaves[2].double(), leaves[0]), {})
     assert found is not None
     assert found.leaves == (1, 2, 0)  # in their order, but for one that is known by who it is
+    assert link_of(leaves[1], leaves=leaves).leaves == (1,)
     found = find_link(leaves[:1], (leaves[0].double(), leaves[0].double()), {})
     assert found is not None
     assert found.leaves == (0, 0)
