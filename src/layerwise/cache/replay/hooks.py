@@ -126,8 +126,7 @@ class RootHook:
             self.hook = OnlyHere(model, before)
             self._handle = model.register_forward_pre_hook(self.hook, with_kwargs=True)
             self._call = self._calls.setdefault(model, _Call())
-            if not self._call.hooks:
-                vars(model)["_call_impl"] = _seen(model, self._call)
+            vars(model)["_call_impl"] = _seen(model, self._call)
             self._call.hooks += 1
         try:
             yield

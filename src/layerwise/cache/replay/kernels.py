@@ -22,15 +22,9 @@ def backend_state(device: torch.device) -> list[Any]:
 
 def _function_modes() -> list[Any]:
     """Return the modes of others that see functions; ``with torch.device(...)`` changes no numbers."""
-    if not torch._C._len_torch_function_stack():
-        return []
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     others = (mode for mode in modes if not type(mode).__module__.startswith("layerwise."))
     return [mode for mode in others if type(mode) is not DeviceContext]
-
-
-def _dispatch_modes() -> list[Any]:
-    return _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
 
 
 def _precisions(backend: str) -> list[Any]:
@@ -63,7 +57,7 @@ _CHOOSING = (
     lambda: _TINIEST > 0,  # not so under torch.set_flush_denormal
     torch.backends.mha.get_fastpath_enabled,
     _function_modes,
-    _dispatch_modes,
+    _get_current_dispatch_mode_stack,
 )
 _CHOOSING_CUDNN = (
     torch._C._get_cudnn_enabled,

@@ -6,7 +6,6 @@ choose another kernel, and so other last bits, for another order.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,18 +54,13 @@ class Layout:
         physical = (rows.movedim(1, 0) if self.apart else rows).flatten(0, 1)
         if self.order[0] != self.dim:
             physical = physical.movedim(0, self.order.index(self.dim)).contiguous()
-        if not self._is_usual:
-            physical = physical.permute([self.order.index(dim) for dim in range(len(self.order))])
+        physical = physical.permute([self.order.index(dim) for dim in range(len(self.order))])
         if self.repeated:
             sizes = dict(self.repeated)
             return physical.expand([sizes.get(dim, size) for dim, size in enumerate(physical.shape)])
         if self.strides is None:
             return physical
         return physical.new_empty_strided(physical.shape, self.strides).copy_(physical)
-
-    @functools.cached_property
-    def _is_usual(self) -> bool:
-        return self.order == tuple(range(len(self.order)))
 
     def shape(self, recorded: tuple[int, ...], batch: int) -> tuple[int, ...]:
         """Return the shape of the tensor for another batch size."""
@@ -109,7 +103,7 @@ def has_gaps(tensor: torch.Tensor) -> bool:
             return False
         gaps |= stride > reach
         reach = stride * tensor.shape[dim]
-    return gaps and tensor.numel() > 0
+    return gaps
 
 
 def repeated_dims(tensor: torch.Tensor) -> list[int]:

@@ -238,10 +238,7 @@ def find_link(
 
 def known_arguments(leaves: Sequence[torch.Tensor], args: Any, kwargs: Any) -> int:
     """Return how many arguments of a call are tensors of a batch."""
-    return sum(
-        _number_of(tensor, leaves) is not None or bool(_numbers_alike(tensor, leaves))
-        for tensor in tensors_in((args, kwargs))
-    )
+    return sum(bool(_numbers_alike(tensor, leaves)) for tensor in tensors_in((args, kwargs)))
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
