@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +107,28 @@ def test_a_copy_takes_nothing_along_and_has_hooks_of_its_own(net: nn.Module, see
     assert its == [1]
     assert not seen
     net(torch.ones(1))
+    assert seen == [1, 2]
+
+
+def test_a_copy_that_is_called_in_another_thread(net: nn.Module, seen: list[Any]) -> None:
+    # an average of the weights that is validated meanwhile: the model's call ends while the copy's goes on
+    inside, may_end = threading.Event(), threading.Event()
+    twin = copy.deepcopy(net)
+    thread = threading.Thread(target=twin, args=(torch.ones(1),))
+
+    def stays(*call: Any) -> None:
+        inside.set()
+        may_end.wait(10)
+
+    def meanwhile(*call: Any) -> None:
+        thread.start()
+        inside.wait(10)
+
+    twin.register_forward_pre_hook(stays)
+    with net.register_forward_pre_hook(meanwhile):
+        net(torch.ones(1))
+    may_end.set()
+    thread.join()
     assert seen == [1, 2]
 
 
