@@ -108,7 +108,6 @@ class Calls:
             self._hook.at_end(lambda output: self.end_leavers())
         if peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
             for live in self._lives:  # their tensors have no memory that could be looked at
-                live.seen = True
                 if not live.supply.reason:
                     live.supply.refuse(
                         "a transform of torch.func, or forward differentiation, calls the model"

@@ -282,6 +282,10 @@ def test_a_batch_is_freed_as_soon_as_the_loop_drops_it() -> None:
             seen.append(weakref.ref(x))
         assert isinstance(x, Ghost)
         assert [ref() for ref in seen] == [None, None, None, x]
+        x, _ = next(iter(cache.batches()))  # and goes no further
+        left = weakref.ref(x)
+        del x
+        assert left() is None
     finally:
         gc.enable()
 
@@ -742,6 +746,39 @@ def test_nothing_is_left_on_the_model_where_nothing_can_be_cached() -> None:
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
         model(x)
+
+
+def test_nothing_is_left_after_a_loop_that_asks_ahead_either() -> None:
+    model = TinyCNN()
+    ahead = []
+    for x, _ in layerwise.PrefixCache(model, DataLoader(images(), batch_size=4)).batches():
+        ahead.append(x)
+        if len(ahead) > 1:
+            model(ahead.pop(0))
+    assert not model._forward_pre_hooks
+    model(ahead.pop())
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_hook_of_the_users_before_each_call(is_early) -> None:
+    # one that comes while the loop runs is seen at the next call, and ours comes after it from then on
+    model, calls = TinyCNN(), []
+    freeze_prefix(model, "fc")
+
+    def before(module: nn.Module, args: Any) -> None:
+        calls.append(module)
+
+    if is_early:
+        model.register_forward_pre_hook(before)
+    cache = layerwise.PrefixCache(model, DataLoader(images(), batch_size=4), storage="memory")
+    for epoch in range(2):
+        for number, (x, _) in enumerate(cache.batches()):
+            if epoch == number == 0 and not is_early:
+                model.register_forward_pre_hook(before)
+            model(x)
+        assert "cut at" in cache.describe()
+    (supply,) = cache._supplies
+    assert supply.replays == 6
 
 
 def test_numpy_between_modules() -> None:
