@@ -759,6 +759,16 @@ def test_nothing_is_left_after_a_loop_that_asks_ahead_either() -> None:
     model(ahead.pop())
 
 
+def test_of_several_batches_that_the_loop_has_got_the_one_that_comes_is_looked_at() -> None:
+    model = TinyCNN()
+    freeze_prefix(model, "fc")
+    cache = layerwise.PrefixCache(model, DataLoader(images(), batch_size=4), storage="memory")
+    batches = iter(cache.batches())
+    (x, _), _ = next(batches), next(batches)
+    model(x)
+    assert "cut at" in cache.describe()
+
+
 @pytest.mark.parametrize("is_early", [True, False])
 def test_a_hook_of_the_users_before_each_call(is_early) -> None:
     # one that comes while the loop runs is seen at the next call, and ours comes after it from then on
