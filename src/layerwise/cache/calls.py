@@ -150,10 +150,11 @@ class Calls:
 
     def _begin_replay(self, live: Live, link: Link, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         feed, phase, self._frozen.thread = live.feed, live.phase, get_ident()
-        if phase is not None and phase.reason and not live.replayed:
+        assert phase is not None
+        if phase.reason and not live.replayed:
             live.supply.called_in = self._state.number()  # perhaps not that for which it was made
             return None
-        if phase is None or not (live.replayed or self._is_completed(live)):
+        if not (live.replayed or self._is_completed(live)):
             return None  # it was handed out real
         if self._frozen.weights_moved(live.supply):
             live.supply.refuse(MOVING)
