@@ -173,6 +173,39 @@ def test_a_module_that_hands_out_what_can_change_runs_and_what_is_in_it_is_skipp
     assert "cut at encoder.linear" in text
 
 
+class Mixing(nn.Module):
+    """Writes to one argument and reads two; what it adds is nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero, self.out = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, 4)
+        nn.init.zeros_(self.zero.weight)
+        nn.init.zeros_(self.zero.bias)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        one += self.zero(one.clone())
+        return self.out(one * other)
+
+
+class Pooled(nn.Module):
+    """Hands one pooled tensor on as both arguments: less to store than what is pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(1, SIZE), Mixing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.body(x[..., None]).mean(1)
+        return self.head(pooled, pooled)
+
+
+def test_an_argument_that_is_passed_twice_and_written_to_is_not_stored_as_two() -> None:
+    plain, _ = trained(Pooled, ("head",), cached=False)
+    cached, text = trained(Pooled, ("head",), cached=True)
+    assert_same(plain, cached)
+    assert "cut at body " in text
+
+
 class Recurrent(nn.Module):
     """An LSTM, whose kernel rounds in another way where gradients are off."""
 

@@ -67,9 +67,9 @@ class Guards:
         return {door.call for door, read in doors.items() if not self._dirt.is_clean(read)}
 
     def _written_twice(self, doors: Mapping[Door, Read], written: Set[int]) -> set[Call]:
-        """Return the calls that return one tensor twice: stored, it is two, and a write to one is lost."""
-        returned = Counter(read.key for door, read in doors.items() if door.side == "out")
-        return {door.call for door, read in doors.items() if read.key in written and returned[read.key] > 1}
+        """Return the calls at which one tensor enters twice: stored, it is two, and a write to one is lost."""
+        entering = Counter(read.key for read in doors.values())
+        return {door.call for door, read in doors.items() if read.key in written and entering[read.key] > 1}
 
     def _collected_outside(self, owner: Mapping[int, Call], wanted: Set[Read]) -> set[Call]:
         """Return the calls in which a hook of an inner call hands what that returned to code outside."""
