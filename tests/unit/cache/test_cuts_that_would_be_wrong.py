@@ -114,6 +114,9 @@ MODELS: dict[str, Callable[[], Net]] = {
     "view of what learning layers made": lambda: Net(lambda e, x, y, start: start[:, :4], of_learning),
     "what learning layers made, detached": lambda: Net(lambda e, x, y, start: start.detach(), of_learning),
     "appended to a list": lambda: Net(lambda e, x, y, kept: kept.append(y), side_adapters),
+    "appended to a list and not returned": lambda: Net(
+        lambda e, x, y, kept: kept.append(y.tanh()), side_adapters
+    ),
     "object with a state": lambda: Net(lambda e, x, y: SimpleNamespace(count=1), counted),
     "object with slots": lambda: Net(lambda e, x, y: Slotted(), counted),
     "deque": lambda: Net(lambda e, x, y: deque([1]), counted),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Set
 
 from torch import nn
 
@@ -59,8 +59,8 @@ class Guards:
     def _with_side_door(self, owner: Mapping[int, Call], wanted: Set[Read]) -> set[Call]:
         """Return the calls that a value leaves by another way than as an output: an attribute, a closure."""
         returned = {read for call in set(owner.values()) for read in given(call)}
-        makers = (read.writer for read in wanted - returned if read.writer is not None)
-        return {owner[maker] for maker in makers if maker in owner}
+        makers = {read.writer for read in wanted - returned}
+        return {call for maker, call in owner.items() if maker in makers}
 
     def _of_others(self, doors: Mapping[Door, Read]) -> set[Call]:
         """Return the calls that return a view of a weight, or of what learning layers made."""
@@ -81,28 +81,14 @@ class Guards:
             and _is_collected_outside(call, around)
         }
 
-    def cheap_to_run(
-        self, owner: Mapping[int, Call], doors: Mapping[Door, Read], kept: Set[int]
-    ) -> set[Call]:
+    def cheap_to_run(self, doors: Iterable[Door], kept: Set[int]) -> set[Call]:
         """Return the calls at a door that only look up or shape inputs which are at hand anyway.
 
         The decoder's token embedding of a sequence-to-sequence model is one: running it costs less than
         storing its output. `kept` are the inputs that are at hand; for the others see `must_run`.
         """
-        at_hand: list[bool] = []
-        for op in self._recording.ops:
-            runs = op.index not in owner and not self._dirt.flags[op.index] and set(op.inputs) <= kept
-            at_hand.append(runs and all(at_hand[source] for source in op.sources))
-        return {call for call in {door.call for door in doors} if self._is_cheap(call, at_hand, kept)}
-
-    def _is_cheap(self, call: Call, at_hand: Sequence[bool], kept: Set[int]) -> bool:
-        ops = self._ops_in(call)
-        outside = {source for op in ops for source in op.sources if not call.start <= source < call.end}
-        return (
-            not any(op.flops for op in ops)
-            and all(set(op.inputs) <= kept for op in ops)
-            and all(at_hand[source] for source in outside)
-        )
+        costly = self._recording.fed_by(lambda op: op.flops > 0 or not set(op.inputs) <= kept)
+        return {door.call for door in doors if not any(costly[door.call.start : door.call.end])}
 
     def _ops_in(self, call: Call) -> list[Op]:
         return self._recording.ops[call.start : call.end]

@@ -124,7 +124,7 @@ class _Search:
         while True:
             owner = self._skippable(running)
             needs = self._needs(owner, returned)
-            must_run = needs.must_run | self.guards.cheap_to_run(owner, needs.doors, self.kept_inputs)
+            must_run = needs.must_run | self.guards.cheap_to_run(needs.doors, self.kept_inputs)
             if not must_run:
                 return owner, needs
             running |= must_run

@@ -265,6 +265,32 @@ def test_the_input_itself_is_read_after_the_cut() -> None:
     assert found.inputs == {0}
 
 
+@pytest.mark.parametrize("ids", [torch.zeros(4, 10, dtype=torch.long), torch.zeros(4, 10)])
+def test_what_only_looks_up_or_shapes_what_is_at_hand_runs(ids) -> None:
+    # tokens are loaded anyway: their embeddings are not stored, but what is left of a layer's output is;
+    # of numbers that are not loaded, what only shapes them is stored
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 6)
+
+        def forward(self, ids):
+            words = self.table(ids) if not ids.is_floating_point() else ids[..., None].expand(-1, -1, 6)
+            return words * 2 - 1
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.scaled, self.low = Words(), nn.Tanh(), nn.Sequential(Words(), nn.Linear(6, 6))
+            self.pool, self.head = nn.MaxPool1d(2), nn.Linear(3, 2)
+
+        def forward(self, ids):
+            return self.head(self.pool(self.low(ids)) * self.scaled(self.words(ids))[..., :3])
+
+    found = cut(Net(), ids, "head", at_inputs=False)
+    assert sites(found) == (["pool", "scaled"] if ids.is_floating_point() else ["pool"])
+
+
 def test_a_passed_through_value_is_not_stored_twice() -> None:
     class Carry(nn.Module):
         def __init__(self) -> None:
