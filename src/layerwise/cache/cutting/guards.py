@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 
 from torch import nn
 
@@ -23,7 +24,7 @@ class Guards:
     def __init__(self, recording: Recording, dirt: Dirt) -> None:
         self._recording, self._dirt = recording, dirt
         self._keeping = _calls_with(recording, recording.keeping)
-        self._collected = [call for call in recording.calls if call.end > call.start and call.is_collected]
+        self._collected = [call for call in recording.calls if call.is_collected]
 
     def may_skip(self, call: Call) -> bool:
         """Return whether a call may be skipped, as far as it can be told from the call alone.
@@ -73,12 +74,13 @@ class Guards:
 
     def _collected_outside(self, owner: Mapping[int, Call], wanted: Set[Read]) -> set[Call]:
         """Return the calls in which a hook of an inner call hands what that returned to code outside."""
+        skipped = set(owner.values())  # hooks of what is skipped itself do run
         return {
-            around
+            outer
             for call in self._collected
-            if (around := owner.get(call.start)) not in (None, call)  # hooks of what is skipped itself do run
-            and not wanted.isdisjoint(given(call))
-            and _is_collected_outside(call, around)
+            if not wanted.isdisjoint(given(call))
+            for outer in itertools.takewhile(lambda outer: not outer.collects, _around(call))
+            if outer in skipped
         }
 
     def cheap_to_run(self, doors: Iterable[Door], kept: Set[int]) -> set[Call]:
@@ -96,19 +98,12 @@ class Guards:
 
 def _calls_with(recording: Recording, modules: Container[nn.Module]) -> set[Call]:
     """Return the calls of some modules, and those that they are in."""
-    found: set[Call] = set()
-    for call in recording.calls:
-        around: Call | None = call if call.module in modules else None
-        while around is not None and around not in found:
-            found.add(around)
-            around = around.parent
-    return found
+    calls = (call for call in recording.calls if call.module in modules)
+    return {one for call in calls for one in (call, *_around(call))}
 
 
-def _is_collected_outside(call: Call, around: Call) -> bool:
-    """Whether a hook hands what `call` returned to code outside of another call, which it is in."""
-    while call is not around and call.parent is not None:
+def _around(call: Call) -> Iterator[Call]:
+    """Yield the calls that a call is in, the innermost first."""
+    while call.parent is not None:
         call = call.parent
-        if call.collects:
-            return False
-    return True
+        yield call

@@ -366,3 +366,32 @@ def test_a_tensor_that_is_returned_twice_and_written_to_is_made_anew() -> None:
             return self.head(one) + self.head(other)
 
     assert sites(cut(Model().eval(), X, "head", at_inputs=False)) == ["body"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_hooks_that_collect_for_a_module_inside_are_no_reason_to_run_it(whole) -> None:
+    # what they collect stays in the encoder that asks for it; where it is called in parts, nobody asks
+    transformers = pytest.importorskip("transformers", minversion="5", reason="older ones collect otherwise")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(vocab_size=9, output_hidden_states=True, **sizes)
+    ids = torch.ones(4, 5, dtype=torch.long)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert, self.head = transformers.BertModel(config).eval(), nn.Linear(8, 3)
+            self.bert(ids)  # hangs them on the layers for good
+
+        def forward(self, ids):
+            if whole:
+                return self.head(self.bert(ids).last_hidden_state[:, 0])
+            x = self.bert.embeddings(ids)
+            for layer in self.bert.encoder.layer:
+                x = layer(x)
+            return self.head(x[:, 0])
+
+    if whole:
+        assert [call.path for call in cut(Net(), ids, "head").skipped] == ["bert"]
+    else:
+        found = cut(Net(), ids, "bert.encoder.layer.1.output", "head")
+        assert sites(found) == ["bert.encoder.layer.1.attention", "bert.encoder.layer.1.intermediate"]
