@@ -84,8 +84,13 @@ def side_adapters(net: Net, x: Tensor, encoder: Encoder) -> Tensor:
 
 def counted(net: Net, x: Tensor, encoder: Encoder) -> Tensor:
     y, state = encoder(x)
-    if isinstance(state, deque):
+    if isinstance(state, dict):
+        state = state["in it"]
+    if isinstance(state, deque | bytearray):
         state.append(1)
+        return y * len(state)
+    if isinstance(state, set):
+        state.add(len(state))
         return y * len(state)
     state.count += 1
     return y * state.count
@@ -119,7 +124,10 @@ MODELS: dict[str, Callable[[], Net]] = {
     ),
     "object with a state": lambda: Net(lambda e, x, y: SimpleNamespace(count=1), counted),
     "object with slots": lambda: Net(lambda e, x, y: Slotted(), counted),
+    "object in a dictionary": lambda: Net(lambda e, x, y: {"in it": SimpleNamespace(count=1)}, counted),
     "deque": lambda: Net(lambda e, x, y: deque([1]), counted),
+    "set": lambda: Net(lambda e, x, y: {0}, counted),
+    "bytearray": lambda: Net(lambda e, x, y: bytearray(1), counted),
     "tolist": lambda: Net(nothing, by_python(Tensor.tolist)),
     "numpy": lambda: Net(nothing, by_python(Tensor.numpy)),
 }
@@ -170,7 +178,10 @@ def test_exact_whatever_a_frozen_module_hands_out(name: str) -> None:
     assert SAYS.get(name, "cut at encoder.linear ") in text
 
 
-@pytest.mark.parametrize("name", ["object with a state", "object with slots", "deque"])
+@pytest.mark.parametrize(
+    "name",
+    ["object with a state", "object with slots", "object in a dictionary", "deque", "set", "bytearray"],
+)
 def test_a_module_that_hands_out_what_can_change_runs_and_what_is_in_it_is_skipped(name: str) -> None:
     _, text = trained(MODELS[name], ("zero", "head"), cached=True)
     assert "cut at encoder.linear" in text
