@@ -862,3 +862,33 @@ def test_a_number_read_from_the_data() -> None:
             return self.head(x.mean((2, 3))) / peak
 
     assert "cut at body.conv" in both(Net, images, "head").text
+
+
+@pytest.mark.parametrize("form", [lambda n: int(n), lambda n: (0.5, float(n)), lambda n: {"all": bool(n > 6)}])
+def test_a_number_read_from_tokens(form) -> None:
+    # decides nothing that a recording cannot see, but is another in batches to come: the module has to run
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+        def forward(self, ids):
+            return self.linear(self.table(ids)).mean(1), form(ids.max())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Counting(), nn.Linear(6, 4)
+
+        def forward(self, ids):
+            x, told = self.body(ids)
+            number = told["all"] if isinstance(told, dict) else told[1] if isinstance(told, tuple) else told
+            return self.head(x) * (1 + number)
+
+    def tokens() -> Counted:
+        ids = torch.arange(16 * 6).reshape(16, 6) % 9  # in each batch of the first half there is an 8
+        ids[8:] %= 5
+        return Counted(ids, torch.arange(16) % 4)
+
+    found = both(Net, tokens, "head", loader_options={"shuffle": False})
+    assert "cut at input of head" in found.text

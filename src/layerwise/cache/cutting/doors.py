@@ -144,7 +144,7 @@ def is_rebuildable(call: Call) -> bool:
 
 def has_numbers(output: Any) -> bool:
     """Whether an output holds Python numbers, which may have been read from data by ``item()``."""
-    if isinstance(output, bool | int | float):
+    if isinstance(output, int | float):
         return True
     if isinstance(output, tuple | list):
         return any(map(has_numbers, output))
