@@ -118,6 +118,7 @@ MODELS: dict[str, Callable[[], Net]] = {
     ),
     "view of what learning layers made": lambda: Net(lambda e, x, y, start: start[:, :4], of_learning),
     "what learning layers made, detached": lambda: Net(lambda e, x, y, start: start.detach(), of_learning),
+    "what learning layers made": lambda: Net(lambda e, x, y, start: start, of_learning),
     "appended to a list": lambda: Net(lambda e, x, y, kept: kept.append(y), side_adapters),
     "appended to a list and not returned": lambda: Net(
         lambda e, x, y, kept: kept.append(y.tanh()), side_adapters
@@ -133,6 +134,7 @@ MODELS: dict[str, Callable[[], Net]] = {
 }
 SAYS = {  # of the others the encoder runs, and the layer in it is skipped
     "constant that is written to": "cut at encoder ",
+    "what learning layers made": "cut at encoder ",
     "appended to a list": "gradients reach 2 parameters, and 4 in the plain one",
     "tolist": "'cos' in the model's own forward reads 'zero.bias', which learns",
     "numpy": "'cos' in the model's own forward reads 'zero.bias', which learns",

@@ -52,6 +52,80 @@ def test_cut_at_the_output_where_nothing_is_gained_by_the_input() -> None:
     assert sites(cut(Tokens().eval(), X, "blocks.1", "norm", "head")) == ["blocks.0"]
 
 
+class Pair(nn.Module):
+    """Mixes two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, one, other):
+        return (one * other) @ self.weight
+
+
+class Sides(nn.Module):
+    """A frozen body, pooled; a side that learns; `end(model, pooled, head's output)` is returned."""
+
+    def __init__(self, end) -> None:
+        super().__init__()
+        self.body, self.side, self.head, self.tail = nn.Linear(6, 8), nn.Linear(6, 8), Pair(), nn.Linear(3, 3)
+        self.end = end
+
+    def forward(self, x):
+        pooled = self.body(x).mean(1)
+        return self.end(self, pooled, self.head(pooled, self.side(x).mean(1)))
+
+
+@pytest.mark.parametrize(
+    ("end", "where"),
+    [
+        (lambda model, pooled, y: model.tail(y), "input of head"),
+        (lambda model, pooled, y: y * pooled[:, :3], "body"),
+        (lambda model, pooled, y: model.tail(y) * pooled[:, :3], "body"),
+    ],
+    ids=["inside only", "right behind", "later"],
+)
+def test_an_argument_is_stored_where_it_is_read_inside_the_call_only(end, where) -> None:
+    assert sites(cut(Sides(end), X, "side", "head", "tail")) == [where]
+
+
+def test_what_runs_without_being_read_gets_what_it_reads() -> None:
+    # a batch-norm that only follows the statistics
+    class Followed(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.statistics = nn.BatchNorm1d(10)
+
+        def forward(self, x):
+            x = self.embed(x)
+            self.statistics(x)
+            return self.head(self.norm(x)[:, 0])
+
+    assert sites(cut(Followed().train(), X, "head")) == ["embed", "input of head"]
+
+
+def test_a_length_that_a_frozen_module_counts_and_python_reads_is_stored() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+        def forward(self, ids):
+            return self.linear(self.table(ids)), (ids != 0).sum(1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Counted(), nn.Linear(6, 2)
+
+        def forward(self, ids):
+            x, lengths = self.body(ids)
+            return self.head(x[:, : int(lengths.max())])
+
+    ids = torch.ones(4, 10, dtype=torch.long)
+    assert sites(cut(Net(), ids, "head", at_inputs=False)) == ["body", "body[1]"]
+
+
 def test_a_trained_parameter_in_the_glue_is_dirty() -> None:
     # position belongs to no submodule: the add that reads it runs, and what feeds it is cached
     found = cut(Tokens().eval(), X, "position")
@@ -291,14 +365,15 @@ def test_what_only_looks_up_or_shapes_what_is_at_hand_runs(ids) -> None:
     assert sites(found) == (["pool", "scaled"] if ids.is_floating_point() else ["pool"])
 
 
-def test_a_passed_through_value_is_not_stored_twice() -> None:
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_passed_through_value_is_not_stored_twice(detached) -> None:
     class Carry(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(6, 6)
 
         def forward(self, x, skip):
-            return self.layer(x), skip
+            return self.layer(x), skip.detach() if detached else skip
 
     class Net(nn.Module):
         def __init__(self) -> None:
