@@ -223,7 +223,7 @@ class _Search:
         if self._depends(read):
             return True
         shape, batch = door.tensor.shape, self.recording.batch_size
-        return read.writer is not None and batch > 1 and len(shape) > 1 and shape[0] == batch
+        return batch > 1 and len(shape) > 1 and shape[0] == batch
 
     def _cut(self, owner: dict[int, Call], needs: _Needs, only_returned: int) -> Cut:
         ops = self.recording.ops

@@ -80,10 +80,11 @@ class Sides(nn.Module):
     ("end", "where"),
     [
         (lambda model, pooled, y: model.tail(y), "input of head"),
+        (lambda model, pooled, y: y * torch.ones_like(pooled)[:, :3], "input of head"),
         (lambda model, pooled, y: y * pooled[:, :3], "body"),
         (lambda model, pooled, y: model.tail(y) * pooled[:, :3], "body"),
     ],
-    ids=["inside only", "right behind", "later"],
+    ids=["inside only", "its shape behind", "right behind", "later"],
 )
 def test_an_argument_is_stored_where_it_is_read_inside_the_call_only(end, where) -> None:
     assert sites(cut(Sides(end), X, "side", "head", "tail")) == [where]
@@ -296,7 +297,7 @@ def test_what_stays_the_same_and_is_not_worth_storing_is_named(frozen, why) -> N
 
 
 def test_frozen_output_next_to_a_trained_one() -> None:
-    # a frozen by-product of the output is part of the frontier
+    # a frozen by-product of the output is part of the frontier; the input is one, too, and is not stored
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -304,10 +305,40 @@ def test_frozen_output_next_to_a_trained_one() -> None:
             self.head = nn.Linear(6, 2)
 
         def forward(self, x):
-            x = self.body(x)
-            return {"logits": self.head(x.mean(1)), "features": x}
+            features = self.body(x)
+            return {"logits": self.head(features.mean(1)), "features": features, "input": x}
 
-    assert sites(cut(Two(), X, "head")) == ["body"]
+    found = cut(Two(), X, "head")
+    assert sites(found) == ["body"]
+    assert found.inputs == {0}
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "by_sample"),
+    [((4, 8), 4, True), ((5, 8), 4, False), ((4,), 4, False), ((1, 8), 1, False)],
+)
+def test_a_table_as_long_as_the_batch_is_taken_for_one_of_its_samples(shape, batch, by_sample) -> None:
+    # DETR repeats its positions for each sample; a vector, or what is one row long, is a constant
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.table = nn.Linear(6, 8), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            return self.linear(x), self.table * 2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Positions(), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x, table = self.body(x)
+            return self.head(x).sum() * table.sum()
+
+    found = cut(Net(), X[:batch], "head")
+    assert ("body[1]" in sites(found)) == by_sample
+    assert [str(site) for site in found.constants] == ([] if by_sample else ["body[1]"])
 
 
 def test_what_is_stored_for_the_output_alone_is_told() -> None:
