@@ -97,10 +97,8 @@ class _Search:
         self.reads, returned = reads_of(recording)
         kept = (Read(key, recording.values[key].writer) for key in recording.kept_keys)
         self.returned = frozenset([*returned, *kept])
-        self.kept_inputs = frozenset(  # cheap to load, and a ghost could not decide a branch
-            number
-            for number, tensor in enumerate(recording.inputs)
-            if not tensor.is_floating_point() or tensor.numel() <= 1
+        self.kept_inputs = frozenset(  # cheap to load
+            number for number, tensor in enumerate(recording.inputs) if not tensor.is_floating_point()
         )
 
     def find(self, at_inputs: bool) -> Cut:
