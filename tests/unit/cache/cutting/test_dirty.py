@@ -53,6 +53,44 @@ def test_a_branch_by_integer_inputs_is_trusted() -> None:
     assert dirty_calls(lambda model, ids, x: bool((ids == 0).any())) == []
 
 
+@pytest.mark.parametrize("ask", [lambda table, x: (x > 0).any(), lambda table, x: table[x.long()].any()])
+@pytest.mark.parametrize("dtype", [torch.float, torch.long])
+def test_a_branch_by_numbers_of_the_input_makes_all_after_it_dirty(ask, dtype) -> None:
+    # no weight is needed for it; of integers alone it is trusted, of what a table of numbers gives for them not
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(9))
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = self.first(x.float())
+            return self.second(y) if ask(self.table, x) else y
+
+    recording = record(Asking(), (torch.ones(4, 6, dtype=dtype),))
+    flags = find_dirty(recording, frozenset()).flags
+    second = next(call for call in recording.calls if call.path == "second")
+    trusted = dtype == torch.long and not any(op.buffers for op in recording.ops)
+    assert any(flags[second.start : second.end]) != trusted
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+@pytest.mark.parametrize("start", [0, 35, 36])
+def test_what_overlaps_a_weight_that_learns_in_memory_is_dirty(kind, start) -> None:
+    # what lies right beside it is another
+    flat = torch.randn(72)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 6)).eval()
+    model[2].weight = nn.Parameter(flat[:36].view(6, 6))
+    if kind == "parameter":
+        model[0].weight = nn.Parameter(flat[start : start + 36].view(6, 6))
+    else:
+        model[1].running_mean = flat[start : start + 6]
+    recording = record(model, (torch.ones(4, 6),))
+    flags = find_dirty(recording, frozenset({"2.weight"})).flags
+    call = recording.calls[1 if kind == "parameter" else 2]
+    assert any(flags[call.start : call.end]) == (start < 36)
+
+
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
 def test_what_runs_after_a_draw_outside_of_torch_is_dirty(draw) -> None:
     # Python may decide by it what runs, and numpy's arrays come back as constants
