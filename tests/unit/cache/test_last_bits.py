@@ -345,3 +345,27 @@ def test_a_last_batch_of_one_sample_hides_no_place(monkeypatch) -> None:
     x, _ = next(batches)
     with pytest.warns(LayerwiseWarning, match="last bits of aten.addmm.default depend on a sample's place"):
         model(x)
+
+
+class InPieces(nn.Module):
+    """Computes two samples at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 8)
+
+    def forward(self, x):
+        return torch.cat([self.linear(piece) for piece in x.flatten(1).split(2)])
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_product_in_pieces_that_no_other_batch_has_proves_nothing(shuffle) -> None:
+    # how many pieces there are depends on the batch: in none of another size the same operations run
+    def make() -> nn.Module:
+        return nn.Sequential(OrderedDict(body=InPieces(), head=nn.Linear(8, 4)))
+
+    data = lambda: images(24)  # noqa: E731
+    if shuffle:
+        assert "aten.addmm.default" in off(make, data, "head")
+    else:
+        assert "memory, cut at" in both(make, data, "head", loader_options={"shuffle": False}).text

@@ -864,7 +864,9 @@ def test_a_number_read_from_the_data() -> None:
     assert "cut at body.conv" in both(Net, images, "head").text
 
 
-@pytest.mark.parametrize("form", [lambda n: int(n), lambda n: (0.5, float(n)), lambda n: {"all": bool(n > 6)}])
+@pytest.mark.parametrize(
+    "form", [lambda n: int(n), lambda n: (0.5, float(n)), lambda n: {"all": bool(n > 6)}]
+)
 def test_a_number_read_from_tokens(form) -> None:
     # decides nothing that a recording cannot see, but is another in batches to come: the module has to run
     class Counting(nn.Module):
