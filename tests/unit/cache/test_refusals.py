@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 import layerwise
 from cache_loops import Counted, both, freeze_prefix, images, off
@@ -168,6 +168,22 @@ def test_of_many_branches_that_read_other_samples_what_is_before_them_is_cached(
             return self.fc(torch.stack([branch(x).relu() for branch in self.branches]).sum((0, 3, 4)))
 
     assert "cut at body " in both(Net, images, "fc").text
+
+
+def test_one_sample_of_a_batch_that_depends_on_those_collated_with_it() -> None:
+    # its rank among their labels: that of the smallest label is the same in any company, its own included
+    def ranked(samples):
+        x, y = default_collate(samples)
+        ranks = [len({int(other) for other in y if other < one}) for one in y]
+        return x + torch.tensor(ranks)[:, None, None, None], y
+
+    def data():
+        base = images()
+        base.labels = torch.tensor([1, 2, 3, 0] * 5 + [1, 0])
+        return base
+
+    text = off(TinyCNN, data, *LAST, loader_options={"shuffle": False, "collate_fn": ranked})
+    assert "depends on the other samples that are collated with it" in text
 
 
 def test_where_all_that_is_frozen_mixes_samples_the_value_that_showed_it_is_named() -> None:
