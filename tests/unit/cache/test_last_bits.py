@@ -248,6 +248,21 @@ def test_a_sample_that_stands_twice_in_a_batch_tells_nothing_new(indices, more) 
     assert len(runs) == more
 
 
+@pytest.mark.parametrize("sensitive", [False, True])
+def test_others_of_the_batch_are_computed_until_one_has_other_bits(sensitive) -> None:
+    # few numbers: equal bits can be luck; the samples that are computed already tell nothing new
+    site = Site(CallId("body", 0), "out", 0)
+    full, ran = {site: torch.rand(8, 100) + 1}, []
+
+    def run(positions: list[int], seed: int) -> dict[Site, torch.Tensor]:
+        ran.append(sorted(positions))
+        return {site: full[site][positions]}
+
+    part = {site: full[site][[7, 6]] * (1 + 1e-6 * sensitive)}
+    assert size_sensitive(full, part, [7, 6], run, range(8)) == sensitive
+    assert (ran == [list(range(8))]) if sensitive else (len(ran) == 1 and not {6, 7} & {*ran[0]})
+
+
 class InTurn(Sampler[list[int]]):
     """Batches of several sizes."""
 

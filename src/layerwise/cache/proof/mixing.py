@@ -85,15 +85,11 @@ def find_layouts(
                 f"{batch} and for {part_batch} samples: it mixes the samples of a batch.",
                 site,
             )
-        apart = dataclasses.replace(layout, apart=True)
-        if layout.per_sample > 1 and not _fits(layout, full[site], part[site], chosen):
-            layout = apart if _fits(apart, full[site], part[site], chosen) else layout
+        rows, part_rows = layout.to_rows(full[site]), layout.to_rows(part[site])
+        if layout.per_sample > 1 and not is_near(rows[chosen], part_rows[: len(chosen)]):
+            layout = dataclasses.replace(layout, apart=True)  # if that is wrong, too, samples are mixed
         layouts[site] = layout
     return layouts
-
-
-def _fits(layout: Layout, full: torch.Tensor, part: torch.Tensor, chosen: list[int]) -> bool:
-    return is_near(layout.to_rows(full)[chosen], layout.to_rows(part)[: len(chosen)])
 
 
 def size_sensitive(full: Values, part: Values, chosen: list[int], run: Run, indices: Sequence[int]) -> bool:
