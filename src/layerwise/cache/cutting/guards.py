@@ -68,7 +68,7 @@ class Guards:
         return {door.call for door, read in doors.items() if not self._dirt.is_clean(read)}
 
     def _written_twice(self, doors: Mapping[Door, Read], written: Set[int]) -> set[Call]:
-        """Return the calls at which one tensor enters twice: stored, it is two, and a write to one is lost."""
+        """Return the calls where one tensor enters twice: stored, it is two, and a write to one is lost."""
         entering = Counter(read.key for read in doors.values())
         return {door.call for door, read in doors.items() if read.key in written and entering[read.key] > 1}
 

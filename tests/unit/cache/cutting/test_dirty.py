@@ -56,7 +56,7 @@ def test_a_branch_by_integer_inputs_is_trusted() -> None:
 @pytest.mark.parametrize("ask", [lambda table, x: (x > 0).any(), lambda table, x: table[x.long()].any()])
 @pytest.mark.parametrize("dtype", [torch.float, torch.long])
 def test_a_branch_by_numbers_of_the_input_makes_all_after_it_dirty(ask, dtype) -> None:
-    # no weight is needed for it; of integers alone it is trusted, of what a table of numbers gives for them not
+    # no weight is needed for it; integers are trusted, and what a table of numbers gives for them is not
     class Asking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
