@@ -11,13 +11,13 @@ Source: Howard and Ruder 2018 (ULMFiT), section 3.2; Clark et al. 2020 (ELECTRA)
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from layerwise.errors import PlanError
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase
-from layerwise.plans.settings import affine_learns
+from layerwise.plans.settings import Norms, affine_learns
 
 
 def rate(eta: float, alpha: float, depth: int) -> float:
@@ -78,48 +78,80 @@ def check_decay(alpha: float) -> None:
     raise PlanError(told)
 
 
-def multipliers(phase: Phase, layers: LayerMap, resting: Collection[str] = ()) -> dict[str, float]:
+def multipliers(
+    phase: Phase, layers: LayerMap, resting: Collection[str] = (), held: Collection[str] = ()
+) -> dict[str, float]:
     """Return each parameter's multiplier in a phase: its override (by any of its names), or its group's.
 
-    0 in `resting` groups, which are not drawn (LISA).
+    0 in `resting` groups, which are not drawn (LISA), and where no plan trains the parameter: see `trained`.
     """
-    own = overridden(phase, layers)
+    own = {layers.aliases.get(name, name): value for name, value in phase.overrides.items()}
     return {
-        name: 0.0 if group.name in resting else own.get(name, phase.rate(group.name))
+        name: 0.0 if group.name in resting or name in held else own.get(name, phase.rate(group.name))
         for group in layers
         for name in group.parameters
     }
 
 
-def overridden(phase: Phase, layers: LayerMap) -> dict[str, float]:
-    """Return the multipliers of the parameters that do not follow their group, by their names in the map."""
-    return {layers.aliases.get(name, name): value for name, value in phase.overrides.items()}
+def frozen_groups(values: Mapping[str, float], layers: LayerMap) -> frozenset[str]:
+    """Return the groups of which nothing learns, by the `multipliers` of their parameters."""
+    return frozenset(group.name for group in layers if not any(values[name] for name in group.parameters))
+
+
+def affine_rates(
+    norms: Norms, layers: LayerMap, kinds: Mapping[str, str], frozen: Collection[str]
+) -> Iterator[tuple[str, bool, bool, float | None]]:
+    """Yield each affine parameter of a norm: its name, whether its group is frozen, and what it does.
+
+    Args:
+        norms: the policy of a phase.
+        layers: the layer map.
+        kinds: affine parameter -> kind of its norm.
+        frozen: names of the groups that do not learn.
+
+    Yields:
+        (name, whether its group is frozen, whether it learns, its multiplier): see `affine_learns`.
+    """
+    first = first_late(norms, layers)
+    for number, group in enumerate(layers):
+        is_frozen, own = group.name in frozen, norms.of(group.name)
+        for name in filter(kinds.__contains__, group.parameters):
+            yield name, is_frozen, *affine_learns(own, kinds[name], is_frozen, number >= first)
+
+
+def first_late(norms: Norms, layers: LayerMap) -> int:
+    """Return the number of the group `Norms.until`, from which on norms adapt; 0 without one."""
+    return 0 if norms.until is None else layers.names.index(layers[norms.until].name)
 
 
 def trained(
-    phase: Phase, layers: LayerMap, resting: Collection[str] = (), held: Collection[str] = ()
+    phase: Phase,
+    layers: LayerMap,
+    resting: Collection[str] = (),
+    held: Collection[str] = (),
+    *,
+    kinds: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Return each parameter's multiplier in a phase, the norm policy carried out; 0 does not learn.
 
     Args:
         phase: of a plan that fits `layers`.
-        layers: the layer map; one that does not know its norms leaves them to their groups.
+        layers: the layer map.
         resting: groups that are not drawn (LISA).
         held: parameters that no plan trains (`layerwise.tuning.matching.never_trained`).
+        kinds: affine parameter of a norm -> kind of the norm; None takes those that the map knows. Others
+            are left to their groups.
     """
-    values, norms, kinds = multipliers(phase, layers, resting), phase.norms, layers.norms or {}
-    singled_out = overridden(phase, layers)
-    first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
-    for number, group in enumerate(layers):
-        frozen = not any(values[name] for name in group.parameters)
-        own = norms.of(group.name)
-        for name in filter(kinds.__contains__, group.parameters):
-            learns, affine_rate = affine_learns(own, kinds[name], frozen, number >= first)
-            if not learns:
-                values[name] = 0.0
-            elif affine_rate is not None and (frozen or name not in singled_out):
-                values[name] = affine_rate
-    return values | dict.fromkeys(held, 0.0)
+    values = multipliers(phase, layers, resting, held)
+    kinds = (layers.norms or {}) if kinds is None else kinds
+    singled_out = {layers.aliases.get(name, name) for name in phase.overrides}
+    frozen = frozen_groups(values, layers)
+    for name, is_frozen, learns, own_rate in affine_rates(phase.norms, layers, kinds, frozen):
+        if not learns or name in held:
+            values[name] = 0.0
+        elif own_rate is not None and (is_frozen or name not in singled_out):
+            values[name] = own_rate
+    return values
 
 
 def run_problems(**numbers: Any) -> list[str]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Plan
-from layerwise.plans.rates import multipliers
+from layerwise.plans.rates import frozen_groups, multipliers
 from layerwise.plans.schedules import factor
 
 
 def learning(plan: Plan, phase: int, layers: LayerMap) -> frozenset[str]:
     """Return the groups of which something learns in phase number `phase`, by rates and overrides."""
-    given = multipliers(plan.phases[phase], layers)
-    return frozenset(group.name for group in layers if any(given[name] > 0 for name in group.parameters))
+    return frozenset(layers.names) - frozen_groups(multipliers(plan.phases[phase], layers), layers)
 
 
 def joining(plan: Plan, phase: int, layers: LayerMap) -> frozenset[str]:

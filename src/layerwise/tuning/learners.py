@@ -10,17 +10,11 @@ import torch
 from torch import nn
 
 from layerwise.layers.layermap import LayerMap
-from layerwise.layers.norms import find_norms
-from layerwise.plans.plan import Plan
-from layerwise.plans.rates import multipliers, overridden
+from layerwise.layers.norms import find_norms, norm_parameters
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.rates import frozen_groups, multipliers, trained
 from layerwise.plans.timeline import learning
-from layerwise.tuning.matching import (
-    check_learning,
-    check_trains,
-    never_trained,
-    parameters_of,
-    phases_of_norms_alone,
-)
+from layerwise.tuning.matching import check_learning, check_trains, never_trained, parameters_of
 from layerwise.tuning.modes import pin_eval
 from layerwise.tuning.norms import NormRecord, apply_norms
 from layerwise.tuning.param_groups import GroupSpec, group_specs, no_decay_names
@@ -30,7 +24,7 @@ class Learners:
     """Makes those parameters of a live model learn that a phase of a plan trains.
 
     Args:
-        model: changed in place: it gets the modes of the first phase.
+        model: `set` changes it in place.
         plan: fits `layers`.
         layers: the model's layer map.
 
@@ -51,11 +45,11 @@ class Learners:
         self._model, self._plan, self._layers = model, plan, layers
         self._held = never_trained(model, layers, self.parameters)
         self._exempt = no_decay_names(model, layers)
-        self._names: dict[int, frozenset[str]] = {}  # by phase
-        self._standing: tuple[int, list[str] | None] = 0, None  # the phase and the draw that are set
+        self._kinds = norm_parameters(model, self.parameters)
         check_learning(plan, layers, self._held)
-        for number in phases_of_norms_alone(model, plan, layers, self._held):
-            check_trains(plan.phases[number], self.names_in(number))
+        self._names = [self._find_names(phase) for phase in plan.phases]
+        for phase, names in zip(plan.phases, self._names):
+            check_trains(phase, names)
 
     def names_now(self) -> frozenset[str]:
         """Return the names of the parameters that learn now."""
@@ -63,16 +57,6 @@ class Learners:
 
     def names_in(self, number: int) -> frozenset[str]:
         """Return the names of the parameters that learn in a phase, or may be drawn in it (LISA)."""
-        if number not in self._names:
-            # Where groups are drawn, norms may learn just while their group is not.
-            draws: list[list[str] | None] = [None]
-            if self._plan.phases[number].sample_groups:
-                draws.append([])
-            found = [self._multipliers(number, drawn)[0] for drawn in draws]
-            self._multipliers(*self._standing)  # asking must not change the model
-            self._names[number] = frozenset(
-                name for values in found for name, value in values.items() if value > 0
-            )
         return self._names[number]
 
     def draw(self, number: int, generator: torch.Generator) -> list[str] | None:
@@ -108,8 +92,15 @@ class Learners:
             number: of the phase.
             drawn: see `draw`.
         """
-        self._standing = number, drawn
-        values, self.norms = self._multipliers(number, drawn)
+        phase, resting = self._plan.phases[number], _resting(self._layers, drawn)
+        given = multipliers(phase, self._layers, resting, self._held)
+        frozen = frozen_groups(given, self._layers)
+        record = apply_norms(
+            self._model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout
+        )
+        still = {id(self._model.get_parameter(name)) for name, value in given.items() if value == 0}
+        self.norms = _with_frozen_held(self._model, still, record)
+        values = self._trained(phase, resting)
         for name, parameter in self.parameters.items():
             learns = values[name] > 0
             if parameter.requires_grad != learns:
@@ -132,18 +123,15 @@ class Learners:
             for name, wanted in before.items():
                 self.parameters[name].requires_grad = wanted
 
-    def _multipliers(self, number: int, drawn: list[str] | None) -> tuple[dict[str, float], NormRecord]:
-        """Return each parameter's multiplier in a phase, and give the model that phase's modes and pins."""
-        phase, model, held = self._plan.phases[number], self._model, dict.fromkeys(self._held, 0.0)
-        values = multipliers(phase, self._layers, _resting(self._layers, drawn)) | held
-        frozen = {group.name for group in self._layers if not any(values[name] for name in group.parameters)}
-        record = apply_norms(model, self._layers, frozen, phase.norms, frozen_dropout=phase.frozen_dropout)
-        still = {id(model.get_parameter(name)) for name, value in values.items() if value == 0}
-        record = _with_frozen_held(model, still, record)
-        singled_out = overridden(phase, self._layers).keys() - set(record.trainable)
-        values |= {name: rate for name, rate in record.rates.items() if name not in singled_out}
-        values |= dict.fromkeys(record.frozen, 0.0)
-        return values | held, record
+    def _trained(self, phase: Phase, resting: Collection[str]) -> dict[str, float]:
+        """Return each parameter's multiplier in a phase, by the norms of the live model."""
+        return trained(phase, self._layers, resting, self._held, kinds=self._kinds)
+
+    def _find_names(self, phase: Phase) -> frozenset[str]:
+        # Where groups are drawn, norms may learn just while their group is not.
+        draws: list[list[str] | None] = [None, []] if phase.sample_groups else [None]
+        found = [self._trained(phase, _resting(self._layers, drawn)) for drawn in draws]
+        return frozenset(name for values in found for name, value in values.items() if value > 0)
 
 
 def _with_frozen_held(model: nn.Module, frozen: Set[int], record: NormRecord) -> NormRecord:

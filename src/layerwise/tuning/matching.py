@@ -11,7 +11,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from layerwise.errors import ModelError, PlanError, named_kind, shorten
 from layerwise.layers.layermap import LayerMap, check_map
-from layerwise.layers.norms import find_norms
 from layerwise.plans.plan import Phase, Plan
 from layerwise.plans.rates import multipliers, run_problems
 from layerwise.tuning.modes import pinned
@@ -96,17 +95,6 @@ def check_learning(plan: Plan, layers: LayerMap, held: Set[str]) -> None:
                 "their requires_grad to True; let PEFT train the head with modules_to_save=[...]; or use a "
                 "strategy whose first groups have adapters"
             )
-
-
-def phases_of_norms_alone(model: nn.Module, plan: Plan, layers: LayerMap, held: Set[str]) -> list[int]:
-    """Return the numbers of the phases whose rates let nothing but norms learn: their policy may hold all."""
-    norms = {id(parameter) for norm in find_norms(model) for parameter in norm.module.parameters()}
-    others = {n for g in layers for n in g.parameters if id(model.get_parameter(n)) not in norms} - held
-    return [
-        number
-        for number, phase in enumerate(plan.phases)
-        if not any(value > 0 for name, value in multipliers(phase, layers).items() if name in others)
-    ]
 
 
 def check_trains(phase: Phase, learning: Set[str]) -> None:

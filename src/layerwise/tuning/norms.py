@@ -8,7 +8,7 @@ leaves a "frozen" network drifting; here a frozen norm is pinned in eval mode (`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,9 @@ from torch import nn
 from layerwise.errors import ModelError
 from layerwise.layers.isolation import require_module, unwrap
 from layerwise.layers.layermap import LayerMap
-from layerwise.layers.norms import Kind, find_norms, norm_parameters
-from layerwise.plans.settings import NormKind, Norms, affine_learns, moves_and_learns
+from layerwise.layers.norms import find_norms, norm_parameters
+from layerwise.plans.rates import affine_rates, first_late
+from layerwise.plans.settings import NormKind, Norms, moves_and_learns
 from layerwise.tuning.modes import first_encoder_layers, held_modes, pin_eval, pinned, unpin
 from layerwise.tuning.norm_layers import ADAPTING, frozen_norms
 
@@ -202,7 +203,7 @@ def apply_norms(
         ModelError: `layers` was made from another model.
     """
     frozen = {layers[name].name for name in frozen_groups}
-    first = 0 if norms.until is None else layers.names.index(layers[norms.until].name)
+    first = first_late(norms, layers)
     norms = norms.with_changes(groups={layers[name].name: own for name, own in norms.groups.items()})
     root = look_through(model, layers)
     release_norms(root)
@@ -211,7 +212,16 @@ def apply_norms(
     home = {name: group.name for group in layers for name in group.parameters}
     home_by_id = {id(root.get_parameter(name)): group for name, group in home.items()}
 
-    woken, held, rates = _affine(norms, layers, norm_parameters(root, home), frozen, first)
+    woken: list[str] = []
+    held: list[str] = []
+    rates: dict[str, float] = {}
+    for name, is_frozen, learns, rate in affine_rates(norms, layers, norm_parameters(root, home), frozen):
+        if not learns and not is_frozen:
+            held.append(name)
+        elif learns and rate is not None:
+            rates[name] = rate
+            if is_frozen and rate:
+                woken.append(name)
     adapting, fixed, batch_only = [], [], []
     policies: dict[str, NormKind] = {}
     reached = {home[name] for name in woken}
@@ -260,34 +270,6 @@ def apply_norms(
             if own.policy in ("adapt", "calibrate") and name not in reached
         ),
     )
-
-
-def _affine(
-    norms: Norms, layers: LayerMap, kinds: Mapping[str, Kind], frozen: set[str], first: int
-) -> tuple[list[str], list[str], dict[str, float]]:
-    """Return `NormRecord.trainable`, `.frozen` and `.rates`, the policy carried out on affine parameters.
-
-    Args:
-        norms: the policy, and those of single groups.
-        layers: the layer map.
-        kinds: affine parameter -> kind of its norm.
-        frozen: the groups that do not learn.
-        first: number of the first group whose norms adapt by ``"freeze_until"``.
-    """
-    trainable: list[str] = []
-    held: list[str] = []
-    rates: dict[str, float] = {}
-    for number, group in enumerate(layers):
-        is_frozen = group.name in frozen
-        for name in filter(kinds.__contains__, group.parameters):
-            learns, rate = affine_learns(norms.of(group.name), kinds[name], is_frozen, number >= first)
-            if not learns and not is_frozen:
-                held.append(name)
-            elif learns and rate is not None:
-                rates[name] = rate
-                if is_frozen and rate:
-                    trainable.append(name)
-    return trainable, held, rates
 
 
 def release_norms(model: nn.Module) -> None:

@@ -6,11 +6,13 @@ from torch import nn
 
 from layerwise.layers.layermap import LayerMap
 from layerwise.layers.mapping import layer_map
+from layerwise.plans.explain import explain
 from layerwise.plans.plan import Plan
 from layerwise.plans.recipes import lisa
 from layerwise.plans.settings import Norms
 from layerwise.plans.strategies import full, linear_probe, pattern, top_k
 from layerwise.plans.unfreezing import gradual_unfreezing
+from layerwise.tuning.matching import constants_of
 from layerwise.tuning.tuner import Tuner
 
 POLICIES = (
@@ -120,6 +122,19 @@ def test_norms_of_two_groups_that_share_a_parameter(kind, shared: str, granulari
             plan = strategy(layers, epochs=1, norms=norms)
             (told,) = plan.explain(layers, steps_per_epoch=2).phases
             assert [told.trainable] == trained(tied(), plan, layers), norms
+
+
+def test_a_group_whose_rates_reach_constants_alone_is_frozen_and_its_norms_are_tuned() -> None:
+    model = net()
+    model[3][0].weight.requires_grad = False
+    layers = layer_map(model, torch.randn(2, 4), granularity="blocks")
+    name = next(group.name for group in layers if "3.0.weight" in group.parameters)
+    others = {one: 0.0 for one in layers[name].parameters if one != "3.0.weight"}
+    phase = {"name": "a", "rates": {name: 1.0, "5": 1.0}, "overrides": others, "epochs": 1}
+    plan = Plan(granularity="blocks", groups=layers.names, phases=[phase | {"norms": Norms(tune=True)}])
+    (told,) = explain(plan, layers, lr=None, steps_per_epoch=2, held=constants_of(model, layers)).phases
+    tuned, head = 2 * 6 + 2 * 7, 4 * 2 + 2
+    assert [told.trainable] == trained(model, plan, layers) == [tuned + head]
 
 
 def test_the_row_of_a_group_tells_of_norms_that_learn_beside_its_overrides() -> None:

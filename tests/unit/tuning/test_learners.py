@@ -39,7 +39,6 @@ def test_each_phase_makes_those_learn_that_it_names() -> None:
 
 
 def test_asking_for_another_phase_leaves_the_model_as_it_is() -> None:
-    # the answer depends on norms, which are looked for by giving the model that phase's modes
     model = tiny_cnn()
     learners, plan = make(model)
     learners.set(0, None)
