@@ -1,19 +1,25 @@
-"""Where a run stands in its plan: counters alone, as plain data."""
+"""Where a run stands in its plan: counters, as plain data, and how they move on."""
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from layerwise.plans.plan import Plan
+from layerwise.layers.layermap import LayerMap
+from layerwise.plans.plan import Phase, Plan
+from layerwise.plans.timeline import joining, learning
 
 
 @dataclass
 class Progress:
-    """The counters of a `Tuner`; everything in it is saved.
+    """The counters of a `Tuner`; all but the plan and the length of an epoch are saved.
 
     Attributes:
+        plan: what is carried out.
+        steps_per_epoch: optimiser steps in an epoch, as the Tuner was told.
         phase: number of the phase.
         epoch: number of the epoch, which is that of finished epochs.
         step: optimiser steps so far.
@@ -29,6 +35,8 @@ class Progress:
         done: whether the plan is over.
     """
 
+    plan: Plan = field(repr=False)
+    steps_per_epoch: int
     phase: int = 0
     epoch: int = 0
     step: int = 0
@@ -43,41 +51,82 @@ class Progress:
     begun: bool = False
     done: bool = False
 
-    def enter(self, phase: int, plan: Plan) -> None:
+    @property
+    def row(self) -> Phase:
+        """The phase itself."""
+        return self.plan.phases[self.phase]
+
+    @property
+    def phase_over(self) -> bool:
+        """Whether the phase had all its epochs, or all its steps."""
+        if self.whole_epochs:
+            return self.epochs_in_phase >= (self.row.epochs or 0)
+        return self.step_in_phase >= self.row.length_steps(self.steps_per_epoch)
+
+    @property
+    def steps_left(self) -> int:
+        """Optimiser steps until the end of the plan, no phase ending early."""
+        if self.done:
+            return 0
+        return self._left() - (self.step_in_epoch if self.whole_epochs else 0)
+
+    @property
+    def epochs_left(self) -> int:
+        """Epochs until then, the running one included, a last partial one counted as one."""
+        if self.done:
+            return 1 if self.step_in_epoch else 0
+        steps = self._left() + (0 if self.whole_epochs else self.step_in_epoch)
+        return math.ceil(steps / self.steps_per_epoch)
+
+    def enter(self, phase: int) -> None:
         """Stand at the start of phase number `phase`."""
         self.phase = phase
         self.step_in_phase = self.epochs_in_phase = self.stalls = 0
-        self.whole_epochs = plan.phases[phase].epochs is not None and self.step_in_epoch == 0
+        self.whole_epochs = self.row.epochs is not None and self.step_in_epoch == 0
         self.drawn, self.begun = None, False
 
-    def steps_left(self, plan: Plan, steps_per_epoch: int) -> int:
-        """Return the optimiser steps until the end of the plan, no phase ending early."""
-        if self.done:
-            return 0
-        later = sum(phase.length_steps(steps_per_epoch) for phase in plan.phases[self.phase + 1 :])
-        return self._left(plan, steps_per_epoch) - (self.step_in_epoch if self.whole_epochs else 0) + later
+    def enter_next(self, layers: LayerMap) -> None:
+        """Stand at the start of the next phase, with the groups of `layers` that join in it; or be done."""
+        if self.phase + 1 == len(self.plan.phases):
+            self.done = True
+            return
+        self.enter(self.phase + 1)
+        now, new = learning(self.plan, self.phase, layers), joining(self.plan, self.phase, layers)
+        self.joined = {name: join for name, join in self.joined.items() if name in now}
+        self.joined |= dict.fromkeys(new, (self.step, self.row.join_steps))
 
-    def epochs_left(self, plan: Plan, steps_per_epoch: int) -> int:
-        """Return the epochs until then, the running one included, a last partial one counted as one."""
-        if self.done:
-            return 1 if self.step_in_epoch else 0
-        later = sum(phase.length_steps(steps_per_epoch) for phase in plan.phases[self.phase + 1 :])
-        steps = self._left(plan, steps_per_epoch) + (0 if self.whole_epochs else self.step_in_epoch) + later
-        return math.ceil(steps / steps_per_epoch)
+    def count_step(self) -> None:
+        """Take in that an optimiser step was taken."""
+        self.step += 1
+        self.step_in_phase += 1
+        self.step_in_epoch += 1
 
-    def _left(self, plan: Plan, steps_per_epoch: int) -> int:
-        """Return the steps left in the phase: from the start of the epoch where it ends with one."""
-        phase = plan.phases[self.phase]
-        if self.whole_epochs and phase.epochs is not None:
-            return (phase.epochs - self.epochs_in_phase) * steps_per_epoch
-        return max(0, phase.length_steps(steps_per_epoch) - self.step_in_phase)
+    def count_epoch(self) -> None:
+        """Take in that the epoch is over."""
+        self.epoch += 1
+        self.step_in_epoch = 0
+        if self.done:
+            return
+        if self.step_in_phase:
+            self.epochs_in_phase += 1
+        else:  # the phase before ended with this epoch's last step
+            self.whole_epochs = self.row.epochs is not None
+
+    def _left(self) -> int:
+        """Return the steps left in the plan: from the start of the epoch where the phase ends with one."""
+        later = self.plan.phases[self.phase + 1 :]
+        if self.whole_epochs and self.row.epochs is not None:
+            left = (self.row.epochs - self.epochs_in_phase) * self.steps_per_epoch
+        else:
+            left = max(0, self.row.length_steps(self.steps_per_epoch) - self.step_in_phase)
+        return left + sum(phase.length_steps(self.steps_per_epoch) for phase in later)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the counters as plain data; ``Progress.from_dict`` is its inverse."""
-        return asdict(self)
+        """Return the counters as plain data; `loaded` is its inverse."""
+        given = ("plan", "steps_per_epoch")
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in given})
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Progress:
-        """Build the counters from what `to_dict` returned, once with one count of stalls for both spans."""
-        joined = {name: (int(step), int(size)) for name, (step, size) in data["joined"].items()}
-        return cls(**{"run_stalls": data["stalls"], **data, "joined": joined})
+    def loaded(self, counters: Mapping[str, Any]) -> Progress:
+        """Return where `to_dict` was called, once with one count of stalls for both spans."""
+        joined = {name: (int(step), int(size)) for name, (step, size) in counters["joined"].items()}
+        return replace(self, **{"run_stalls": counters["stalls"], **counters, "joined": joined})

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from layerwise.plans.plan import Plan
 from layerwise.plans.schedules import join_factor
 from layerwise.plans.timeline import phase_factor
 from layerwise.tuning.optimizers import set_rate
@@ -21,16 +20,14 @@ class Rates:
     joined, and what `layerwise.tuning.gradient_norms` measured.
 
     Args:
-        plan: its schedules.
         lr: the base rate.
-        steps_per_epoch: optimiser steps in an epoch.
 
     Attributes:
         multipliers: of each param group of the phase, by name.
     """
 
-    def __init__(self, plan: Plan, lr: float, steps_per_epoch: int) -> None:
-        self._plan, self._lr, self._steps_per_epoch = plan, lr, steps_per_epoch
+    def __init__(self, lr: float) -> None:
+        self._lr = lr
         self.multipliers: dict[str, float] = {}
 
     def give(self, optimizer: Any, progress: Progress, measured: Mapping[str, float]) -> None:
@@ -41,11 +38,11 @@ class Rates:
             progress: where the run stands.
             measured: factors by layer group; used where the phase asks for them.
         """
-        phase = self._plan.phases[progress.phase]
+        phase, steps_per_epoch = progress.row, progress.steps_per_epoch
         # An epoch with more steps than were told goes on at the last rate, not at the foot of the schedule.
-        step = min(progress.step_in_phase, phase.length_steps(self._steps_per_epoch) - 1)
+        step = min(progress.step_in_phase, phase.length_steps(steps_per_epoch) - 1)
         stalls = progress.run_stalls if phase.schedule.span == "run" else progress.stalls
-        factor = phase_factor(self._plan, progress.phase, step, self._steps_per_epoch, stalls=stalls)
+        factor = phase_factor(progress.plan, progress.phase, step, steps_per_epoch, stalls=stalls)
         for group in optimizer.param_groups:
             value = self._lr * self.multipliers[group["name"]] * factor
             start, length = progress.joined.get(group["layer_group"], (0, 0))

@@ -28,7 +28,6 @@ from layerwise.errors import PlanError, plural, shorten, warn
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
-from layerwise.plans.timeline import joining, learning
 from layerwise.tuning.checks import check_averaged, check_calibrated, check_first_step, check_norms
 from layerwise.tuning.gradient_norms import RelativeGradientNorms
 from layerwise.tuning.learners import Learners
@@ -119,7 +118,6 @@ class Tuner:
         plan.check(self.layers)
         self.plan = plan
         self._lr = lr
-        self._steps_per_epoch = steps_per_epoch
         self._seed = seed
         self._builder = OptimizerBuilder(
             optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
@@ -129,8 +127,7 @@ class Tuner:
         self._learners = Learners(self._model, plan, self.layers)
         self._parameters = self._learners.parameters
         self._generator = torch.Generator().manual_seed(seed)
-        self._progress = Progress()
-        self._rates = Rates(plan, lr, steps_per_epoch)
+        self._rates = Rates(lr)
         self._stall, self._plateau, self._run_plateau = Stall(), Stall(), Stall()
         self._l2_sp = L2SP()
         self._rgn = RelativeGradientNorms()
@@ -139,7 +136,8 @@ class Tuner:
         self._whole = False  # inside one that had all its steps when it was loaded
         self._unchecked = True  # the next step is the first since groups changed
 
-        self._progress.enter(0, plan)
+        self._progress = Progress(plan, steps_per_epoch)
+        self._progress.enter(0)
         self._draw()
         self.optimizer = self._builder.build(self._set_learners())
         self._set_rates()
@@ -154,7 +152,7 @@ class Tuner:
     @property
     def phase(self) -> Phase:
         """The phase that is being carried out (the last one, when the plan is done)."""
-        return self.plan.phases[self._progress.phase]
+        return self._progress.row
 
     @property
     def phase_index(self) -> int:
@@ -184,17 +182,17 @@ class Tuner:
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in an epoch, as the Tuner was told."""
-        return self._steps_per_epoch
+        return self._progress.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
         """Length of the run in steps, those of phases that ended early left out."""
-        return self._progress.step + self._progress.steps_left(self.plan, self._steps_per_epoch)
+        return self._progress.step + self._progress.steps_left
 
     @property
     def total_epochs(self) -> int:
         """Length of the run in epochs, a last partial one counted as one."""
-        return self._progress.epoch + self._progress.epochs_left(self.plan, self._steps_per_epoch)
+        return self._progress.epoch + self._progress.epochs_left
 
     @property
     def done(self) -> bool:
@@ -320,14 +318,12 @@ class Tuner:
 
     def after_step(self) -> None:
         """Move the schedule and the phases on after an optimiser step that a framework took itself."""
-        progress, phase = self._progress, self.phase
-        progress.step += 1
-        progress.step_in_phase += 1
-        progress.step_in_epoch += 1
-        if not progress.whole_epochs and progress.step_in_phase >= phase.length_steps(self._steps_per_epoch):
+        self._progress.count_step()
+        if self._progress.phase_over:
             self._next_phase()
             return
-        if phase.sample_every_steps and progress.step_in_phase % phase.sample_every_steps == 0:
+        every = self.phase.sample_every_steps
+        if every and self._progress.step_in_phase % every == 0:
             self._draw()
             self._builder.sync(self.optimizer, self._set_learners())
             self._take_references()
@@ -353,25 +349,19 @@ class Tuner:
                 f"epoch {progress.epoch} ended without an optimiser step; call tuner.step() in the loop "
                 "after loss.backward(), and check that the loader is not empty"
             )
-        if progress.step_in_epoch != self._steps_per_epoch and not self.done:
+        if progress.step_in_epoch != self.steps_per_epoch and not self.done:
             self._warn(
                 "steps",
                 f"epoch {progress.epoch} had {plural(progress.step_in_epoch, 'optimiser step')}, the "
-                f"Tuner was made for steps_per_epoch={self._steps_per_epoch}; schedules are computed for "
+                f"Tuner was made for steps_per_epoch={self.steps_per_epoch}; schedules are computed for "
                 "the latter",
             )
         self._open = self._whole = False
-        progress.epoch += 1
-        progress.step_in_epoch = 0
+        progress.count_epoch()
         if self.done:
             return
-        if progress.step_in_phase == 0:  # the phase before ended with this epoch's last step
-            progress.whole_epochs = self.phase.epochs is not None
-        else:
-            progress.epochs_in_phase += 1
         stalled = self._take_in(metric, mode)
-        over = progress.whole_epochs and progress.epochs_in_phase >= (self.phase.epochs or 0)
-        if over or stalled:
+        if stalled or progress.phase_over:
             self._next_phase()
         else:
             self._set_rates()
@@ -416,9 +406,9 @@ class Tuner:
             PlanError: the state is of another plan, base rate or number of steps, or of another version.
         """
         check_run(state, self._run())
-        self._progress = Progress.from_dict(dict(state["progress"]))
+        self._progress = self._progress.loaded(state["progress"])
         self._open = bool(state["open"])
-        is_whole = self._progress.step_in_epoch >= self._steps_per_epoch
+        is_whole = self._progress.step_in_epoch >= self.steps_per_epoch
         self._whole = self._open and is_whole and self.phase.epochs is not None  # by steps, none need end
         self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
         self._run_plateau = Stall(**state.get("run_plateau", state["plateau"]))
@@ -439,7 +429,7 @@ class Tuner:
         return run_of(
             self.plan,
             lr=self._lr,
-            steps_per_epoch=self._steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
             seed=self._seed,
             optimizer_class=self._builder.name,
             weight_decay=self._builder.weight_decay,
@@ -474,16 +464,9 @@ class Tuner:
         self._l2_sp.remember({name: p for name, p in self._parameters.items() if name in wanted})
 
     def _next_phase(self) -> None:
-        progress = self._progress
-        if progress.phase + 1 == len(self.plan.phases):
-            progress.done = True
+        self._progress.enter_next(self.layers)
+        if self.done:
             return
-        number = progress.phase + 1
-        progress.enter(number, self.plan)
-        row = self.plan.phases[number]
-        now, new = learning(self.plan, number, self.layers), joining(self.plan, number, self.layers)
-        progress.joined = {name: join for name, join in progress.joined.items() if name in now}
-        progress.joined |= dict.fromkeys(new, (progress.step, row.join_steps))
         self._stall, self._plateau = Stall(), Stall()
         self._rgn = RelativeGradientNorms()
         self._draw()
