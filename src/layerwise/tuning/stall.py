@@ -1,12 +1,14 @@
-"""When a validation metric has stopped to improve."""
+"""When a validation metric has stopped to improve, and what of a plan ends or falls then."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from layerwise.errors import PlanError
+from layerwise.tuning.progress import Progress
 
 Mode = Literal["max", "min"]
 
@@ -51,3 +53,52 @@ class Stall:
         if over:
             self.bad_epochs = 0
         return over
+
+
+@dataclass
+class Stalls:
+    """What of a plan waits for validation: the end of a phase, and the falls of plateau schedules.
+
+    Attributes:
+        stall: epochs of the phase without improvement, for its patience.
+        plateau: those since the last fall, for a plateau of the phase.
+        run_plateau: the same for a plateau that spans the run.
+    """
+
+    stall: Stall = field(default_factory=Stall)
+    plateau: Stall = field(default_factory=Stall)
+    run_plateau: Stall = field(default_factory=Stall)
+
+    def start_phase(self) -> None:
+        """Count anew what is counted in a phase."""
+        self.stall, self.plateau = Stall(), Stall()
+
+    def take_in(self, progress: Progress, metric: float, mode: Mode) -> bool:
+        """Take in the metric of the epoch that has just ended; return whether the phase is to end for it.
+
+        An epoch whose last step ended a phase counts for a plateau of the run alone.
+
+        Args:
+            progress: where the run stands; its counts of stalls move on.
+            metric: of the epoch.
+            mode: whether more of it is better (``"max"``) or less.
+        """
+        phase, schedule = progress.row, progress.row.schedule
+        before = progress.step_in_phase == 0
+        if schedule.shape == "plateau" and schedule.span == "run":
+            progress.run_stalls += self.run_plateau.runs_out(metric, mode, schedule.patience_epochs)
+        if before:
+            return False
+        if schedule.shape == "plateau" and schedule.span == "phase":
+            progress.stalls += self.plateau.runs_out(metric, mode, schedule.patience_epochs)
+        return self.stall.update(metric, mode) >= (phase.patience_epochs or math.inf)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts as plain data; ``Stalls.from_dict`` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Stalls:
+        """Build what `to_dict` was called on, once with one count for the plateaus of both spans."""
+        run_plateau = data.get("run_plateau", data["plateau"])
+        return cls(Stall(**data["stall"]), Stall(**data["plateau"]), Stall(**run_plateau))

@@ -15,8 +15,6 @@ that go on learning go on too.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,7 +38,7 @@ from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates, rates_by_name
 from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained_names
 from layerwise.tuning.reinit import check_reinit, reinit
-from layerwise.tuning.stall import Mode, Stall
+from layerwise.tuning.stall import Mode, Stalls
 from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
 
 
@@ -128,7 +126,7 @@ class Tuner:
         self._parameters = self._learners.parameters
         self._generator = torch.Generator().manual_seed(seed)
         self._rates = Rates(lr)
-        self._stall, self._plateau, self._run_plateau = Stall(), Stall(), Stall()
+        self._stalls = Stalls()
         self._l2_sp = L2SP()
         self._rgn = RelativeGradientNorms()
         self._warned: set[str] = set()
@@ -360,7 +358,9 @@ class Tuner:
         progress.count_epoch()
         if self.done:
             return
-        stalled = self._take_in(metric, mode)
+        if metric is None:
+            self._warn_of_no_metric()
+        stalled = metric is not None and self._stalls.take_in(progress, metric, mode)
         if stalled or progress.phase_over:
             self._next_phase()
         else:
@@ -387,9 +387,7 @@ class Tuner:
             **self._run(),
             "progress": self._progress.to_dict(),
             "open": self._open,
-            "stall": dataclasses.asdict(self._stall),
-            "plateau": dataclasses.asdict(self._plateau),
-            "run_plateau": dataclasses.asdict(self._run_plateau),
+            **self._stalls.to_dict(),
             "rgn": self._rgn.to_dict(),
             "generator": self._generator.get_state(),
             "references": dict(self._l2_sp.references),
@@ -410,8 +408,7 @@ class Tuner:
         self._open = bool(state["open"])
         is_whole = self._progress.step_in_epoch >= self.steps_per_epoch
         self._whole = self._open and is_whole and self.phase.epochs is not None  # by steps, none need end
-        self._stall, self._plateau = Stall(**state["stall"]), Stall(**state["plateau"])
-        self._run_plateau = Stall(**state.get("run_plateau", state["plateau"]))
+        self._stalls = Stalls.from_dict(state)
         self._rgn = RelativeGradientNorms.from_dict(state["rgn"])
         self._generator.set_state(state["generator"].cpu())
         self._l2_sp.references = {
@@ -467,38 +464,13 @@ class Tuner:
         self._progress.enter_next(self.layers)
         if self.done:
             return
-        self._stall, self._plateau = Stall(), Stall()
+        self._stalls.start_phase()
         self._rgn = RelativeGradientNorms()
         self._draw()
         self._builder.sync(self.optimizer, self._set_learners())
         if self._open:  # in the middle of an epoch there is no begin_epoch to wait for
             self._begin_phase()
         self._set_rates()
-
-    def _take_in(self, metric: float | None, mode: Mode) -> bool:
-        """Count epochs without improvement; return whether the phase is to end because of them."""
-        schedule, patience = self.phase.schedule, self.phase.patience_epochs
-        before = self._progress.step_in_phase == 0  # the epoch was one of the phase before
-        if before and schedule.span == "phase":
-            return False
-        if metric is None:
-            if patience is not None or schedule.shape == "plateau":
-                what = "phase ends when" if patience is not None else "schedule falls when"
-                self._warn(
-                    "metric",
-                    f"the plan's {what} validation stalls, but end_epoch() got no metric; call "
-                    "tuner.end_epoch(metric) at the end of each epoch (with layerwise.fit: give val, or "
-                    "--val-frac)",
-                )
-            return False
-        if schedule.shape == "plateau":
-            if schedule.span == "run":
-                self._progress.run_stalls += self._run_plateau.runs_out(
-                    metric, mode, schedule.patience_epochs
-                )
-            else:
-                self._progress.stalls += self._plateau.runs_out(metric, mode, schedule.patience_epochs)
-        return not before and self._stall.update(metric, mode) >= (patience or math.inf)
 
     # ------------------------------------------------------------------ who learns
 
@@ -543,6 +515,19 @@ class Tuner:
             + ". Leave the loop when tuner.done",
         )
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _warn_of_no_metric(self) -> None:
+        patience, schedule = self.phase.patience_epochs, self.phase.schedule
+        if self._progress.step_in_phase == 0 and schedule.span == "phase":
+            return  # the epoch was one of the phase before
+        if patience is not None or schedule.shape == "plateau":
+            what = "phase ends when" if patience is not None else "schedule falls when"
+            self._warn(
+                "metric",
+                f"the plan's {what} validation stalls, but end_epoch() got no metric; call "
+                "tuner.end_epoch(metric) at the end of each epoch (with layerwise.fit: give val, or "
+                "--val-frac)",
+            )
 
     def _warn(self, key: str, message: str) -> None:
         """Warn once of each kind."""

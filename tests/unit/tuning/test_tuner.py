@@ -1009,6 +1009,43 @@ def test_interrupted_runs_end_bit_for_bit_like_whole_ones(name: str, optimizer: 
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][number][key]))
 
 
+def test_the_format_of_a_saved_state_stays() -> None:
+    """States that are on disks go on: also the first ones, with one count for the plateaus of both spans."""
+    plateau = Schedule(shape="plateau", patience_epochs=0, factor=0.5)
+
+    def fresh() -> Tuner:
+        return make(lambda layers: gradual(layers, epochs_per_group=4, patience_epochs=3, schedule=plateau))
+
+    tuner = fresh()
+    train(tuner, stop=10, metric=lambda epoch: 0.3 - 0.1 * epoch)
+    counts: dict[str, Any] = {
+        "progress": {
+            "phase": 0, "epoch": 3, "step": 10, "step_in_phase": 10, "step_in_epoch": 1, "epochs_in_phase": 3,
+            "whole_epochs": True, "stalls": 2, "run_stalls": 0, "joined": {}, "drawn": None, "begun": True,
+            "done": False,
+        },
+        "open": True,
+        "stall": {"best": 0.3, "bad_epochs": 2},
+        "plateau": {"best": 0.3, "bad_epochs": 0},
+        "run_plateau": {"best": None, "bad_epochs": 0},
+        "rgn": {"weights": {}, "sums": {}, "counts": {}, "steps": 0},
+        "names": ["head", "head (no decay)"],
+    }  # fmt: skip
+    run = {"version": 1, "lr": 0.01, "steps_per_epoch": STEPS, "seed": 0, "optimizer_class": "AdamW"}
+    run |= {"weight_decay": None, "plan": tuner.plan.to_dict()}
+    state = tuner.state_dict()
+    rest = {name: state.pop(name) for name in ("generator", "references", "optimizer")}
+    assert state == run | counts
+    del counts["run_plateau"], counts["progress"]["run_stalls"]
+    again = fresh()
+    again.load_state_dict(run | counts | rest)
+    assert again.rates() == tuner.rates()
+    assert again.rates()["head"] == 0.01 * 0.5**2
+    train(again, stop=12)
+    again.end_epoch(0.0)
+    assert again.phase_index == 1
+
+
 def test_state_of_another_run_is_refused() -> None:
     """A state of another plan or rate is told apart by what differs; nothing is loaded."""
     state = make(strategies.full).state_dict()
