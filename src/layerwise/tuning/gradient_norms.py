@@ -86,6 +86,14 @@ class RelativeGradientNorms:
         return True
 
 
+def by_layer_group(optimizer: Any) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that `optimizer` holds, by layer group."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        found.setdefault(group["layer_group"], []).extend(group["params"])
+    return found
+
+
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
     if not tensors:
         return 0.0

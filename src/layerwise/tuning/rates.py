@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from layerwise.plans.schedules import join_factor
 from layerwise.plans.timeline import phase_factor
 from layerwise.tuning.optimizers import set_rate
@@ -50,12 +48,3 @@ class Rates:
             if phase.adapt_rates == "auto_rgn":
                 value *= measured.get(group["layer_group"], 1.0)
             set_rate(group, value)
-
-
-def rates_by_name(
-    optimizer: Any, parameters: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, nn.Parameter], dict[str, float]]:
-    """Return those of `parameters` that `optimizer` holds, and the rate of each, by name."""
-    rate = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    learning = {name: parameter for name, parameter in parameters.items() if id(parameter) in rate}
-    return learning, {name: rate[id(parameter)] for name, parameter in learning.items()}

@@ -27,7 +27,7 @@ from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
 from layerwise.tuning.checks import check_averaged, check_calibrated, check_first_step, check_norms
-from layerwise.tuning.gradient_norms import RelativeGradientNorms
+from layerwise.tuning.gradient_norms import RelativeGradientNorms, by_layer_group
 from layerwise.tuning.learners import Learners
 from layerwise.tuning.matching import check_ddp, check_numbers, check_plan, layers_for
 from layerwise.tuning.norms import NormRecord
@@ -35,8 +35,8 @@ from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
 from layerwise.tuning.param_groups import GroupSpec
 from layerwise.tuning.processes import distributed
 from layerwise.tuning.progress import Progress
-from layerwise.tuning.rates import Rates, rates_by_name
-from layerwise.tuning.regularisers import L2SP, has_finite_gradients, pretrained_names
+from layerwise.tuning.rates import Rates
+from layerwise.tuning.regularisers import L2SP
 from layerwise.tuning.reinit import check_reinit, reinit
 from layerwise.tuning.stall import Mode, Stalls
 from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
@@ -123,11 +123,10 @@ class Tuner:
         check_ddp(model, plan)
         check_reinit(self._model, self.layers, plan)
         self._learners = Learners(self._model, plan, self.layers)
-        self._parameters = self._learners.parameters
         self._generator = torch.Generator().manual_seed(seed)
         self._rates = Rates(lr)
         self._stalls = Stalls()
-        self._l2_sp = L2SP()
+        self._l2_sp = L2SP(plan, self.layers, self._learners)
         self._rgn = RelativeGradientNorms()
         self._warned: set[str] = set()
         self._open = False  # inside an epoch
@@ -301,7 +300,7 @@ class Tuner:
             )
         if self._unchecked:
             name = self.phase.name
-            check_first_step(name, self._model, self._parameters, self.optimizer, self._warned)
+            check_first_step(name, self._model, self._learners.parameters, self.optimizer, self._warned)
             if distributed():
                 check_averaged(name, self._model)
             check_norms(name, self._model, self.norms)
@@ -309,10 +308,10 @@ class Tuner:
                 check_calibrated(name, self._model, self.norms)
             self._unchecked = False
         phase = self.phase
-        if phase.adapt_rates == "auto_rgn" and self._rgn.measure(self._learning()):
+        if phase.adapt_rates == "auto_rgn" and self._rgn.measure(by_layer_group(self.optimizer)):
             self._set_rates()
-        if phase.l2_sp and has_finite_gradients(self._parameters.values()):  # else a scaler skips the step
-            self._l2_sp.pull(*rates_by_name(self.optimizer, self._parameters), phase.l2_sp)
+        if phase.l2_sp:
+            self._l2_sp.pull(self.optimizer, phase.l2_sp)
 
     def after_step(self) -> None:
         """Move the schedule and the phases on after an optimiser step that a framework took itself."""
@@ -324,7 +323,7 @@ class Tuner:
         if every and self._progress.step_in_phase % every == 0:
             self._draw()
             self._builder.sync(self.optimizer, self._set_learners())
-            self._take_references()
+            self._l2_sp.remember(self._progress.phase)
         self._set_rates()
 
     def end_epoch(self, metric: float | None = None, *, mode: Mode = "max") -> None:
@@ -411,10 +410,7 @@ class Tuner:
         self._stalls = Stalls.from_dict(state)
         self._rgn = RelativeGradientNorms.from_dict(state["rgn"])
         self._generator.set_state(state["generator"].cpu())
-        self._l2_sp.references = {
-            name: value.to(self._parameters[name].device, copy=True)
-            for name, value in state["references"].items()
-        }
+        self._l2_sp.load(state["references"])
         self._builder.sync(self.optimizer, self._set_learners())
         place = {name: index for index, name in enumerate(state["names"])}
         self.optimizer.param_groups.sort(key=lambda group: place.get(group["name"], len(place)))
@@ -438,27 +434,10 @@ class Tuner:
         """Do once what happens to weights when a phase starts: start groups anew, remember the pretrained."""
         self._progress.begun = True
         if self.phase.reinit:
-            names = reinit(
-                self._model, self.layers, self.phase.reinit, seed=self._seed + self._progress.phase
-            )
-            anew = (self._parameters[name] for name in names if name in self._parameters)
-            self._builder.forget(self.optimizer, anew)
-        self._take_references()
-
-    def _take_references(self) -> None:
-        """Keep the pretrained weights of what learns and is pulled to them, now or in a later phase."""
-        first = self._progress.phase
-        pulled = frozenset[str]().union(
-            *(
-                self.trainable_names(number)
-                for number, phase in enumerate(self.plan.phases)
-                if number >= first and phase.l2_sp
-            )
-        )
-        pulled &= pretrained_names(self.plan, first, self.layers)
-        self._l2_sp.forget([name for name in self._l2_sp.references if name not in pulled])
-        wanted = pulled & self.trainable_names()
-        self._l2_sp.remember({name: p for name, p in self._parameters.items() if name in wanted})
+            seed, parameters = self._seed + self._progress.phase, self._learners.parameters
+            names = reinit(self._model, self.layers, self.phase.reinit, seed=seed)
+            self._builder.forget(self.optimizer, (parameters[name] for name in names if name in parameters))
+        self._l2_sp.remember(self._progress.phase)
 
     def _next_phase(self) -> None:
         self._progress.enter_next(self.layers)
@@ -484,13 +463,6 @@ class Tuner:
         self._rates.multipliers = {spec.name: spec.multiplier for spec in specs}
         self._unchecked = True
         return specs
-
-    def _learning(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that learn, by layer group."""
-        found: dict[str, list[nn.Parameter]] = {}
-        for group in self.optimizer.param_groups:
-            found.setdefault(group["layer_group"], []).extend(group["params"])
-        return found
 
     def _set_rates(self) -> None:
         """Give each param group the rate of the next step."""

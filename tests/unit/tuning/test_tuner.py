@@ -736,7 +736,9 @@ def test_lisa_draws_groups_that_learn_by_overrides_alone() -> None:
             tuner.step()
     head = {"head.weight", "head.bias"}
     assert drawn == {frozenset(head | {"b1.0.weight", "b1.0.bias"}), frozenset(head | {"b2.0.bias"})}
-    assert summary.trainable == max(sum(tuner._parameters[n].numel() for n in names) for names in drawn)
+    assert summary.trainable == max(
+        sum(tuner._learners.parameters[n].numel() for n in names) for names in drawn
+    )
 
 
 def test_trainable_names_hold_norms_that_learn_while_lisa_lets_their_group_rest() -> None:
