@@ -1,4 +1,4 @@
-"""What is checked on the first step of each phase, with the gradients that are about to be used."""
+"""What a Tuner checks: on the first step of each phase, and where an epoch or the plan ends."""
 
 from __future__ import annotations
 
@@ -8,15 +8,114 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from layerwise.errors import ModelError, plural, warn
+from layerwise.errors import ModelError, PlanError, plural, shorten, warn
 from layerwise.tuning.calibration import CALIBRATED
+from layerwise.tuning.learners import Learners
 from layerwise.tuning.matching import some
 from layerwise.tuning.modes import pinned
 from layerwise.tuning.norms import NormRecord
-from layerwise.tuning.processes import count_averaged
+from layerwise.tuning.processes import count_averaged, distributed
+from layerwise.tuning.progress import Progress
 
 
 def check_first_step(
+    progress: Progress, model: nn.Module, learners: Learners, optimizer: torch.optim.Optimizer, told: set[str]
+) -> None:
+    """Check what is to learn and the norms, with the gradients that are about to be used.
+
+    Args:
+        progress: where the run stands.
+        model: as it is now.
+        learners: who learns, of the model that the Tuner was made for.
+        optimizer: the optimiser, which may be wrapped.
+        told: what was warned of before; grows.
+
+    Raises:
+        ModelError: see `_check_held`, `_check_averaged`, `_check_norms`.
+    """
+    phase = progress.row.name
+    _check_held(phase, model, learners.parameters, optimizer, told)
+    if distributed():
+        _check_averaged(phase, model)
+    _check_norms(phase, model, learners.norms)
+    if progress.step_in_phase == 0:
+        _check_calibrated(phase, model, learners.norms)
+
+
+def warn_of_whole_epoch(progress: Progress, told: set[str]) -> None:
+    """Warn where the epoch that a loaded run goes on with had all its steps; by steps, none need end."""
+    if progress.row.epochs is not None and progress.step_in_epoch >= progress.steps_per_epoch:
+        _warn_once(
+            told,
+            "whole",
+            f"epoch {progress.epoch} had all its {plural(progress.step_in_epoch, 'step')} when its "
+            "state was saved, and now gets more. Call tuner.end_epoch() before state_dict() where an "
+            "epoch is over, or leave out the batches that it had",
+        )
+
+
+def check_epoch(progress: Progress, told: set[str]) -> None:
+    """Check the number of steps in an epoch that is over.
+
+    Raises:
+        PlanError: there were none.
+
+    Warns:
+        LayerwiseWarning: there were more or fewer than the Tuner was told.
+    """
+    if progress.step_in_epoch == 0:
+        raise PlanError(
+            f"epoch {progress.epoch} ended without an optimiser step; call tuner.step() in the loop "
+            "after loss.backward(), and check that the loader is not empty"
+        )
+    if progress.step_in_epoch != progress.steps_per_epoch and not progress.done:
+        _warn_once(
+            told,
+            "steps",
+            f"epoch {progress.epoch} had {plural(progress.step_in_epoch, 'optimiser step')}, the "
+            f"Tuner was made for steps_per_epoch={progress.steps_per_epoch}; schedules are computed for "
+            "the latter",
+        )
+
+
+def warn_of_no_metric(progress: Progress, told: set[str]) -> None:
+    """Warn where a phase or its schedule waits for a metric, of which an epoch that is over had none."""
+    phase, schedule = progress.row, progress.row.schedule
+    if progress.step_in_phase == 0 and schedule.span == "phase":
+        return  # the epoch was one of the phase before
+    if phase.patience_epochs is not None or schedule.shape == "plateau":
+        what = "phase ends when" if phase.patience_epochs is not None else "schedule falls when"
+        _warn_once(
+            told,
+            "metric",
+            f"the plan's {what} validation stalls, but end_epoch() got no metric; call "
+            "tuner.end_epoch(metric) at the end of each epoch (with layerwise.fit: give val, or "
+            "--val-frac)",
+        )
+
+
+def warn_of_end(progress: Progress, norms: NormRecord, told: set[str]) -> None:
+    """Warn that a step comes after the end of the plan, in the epoch in which that was."""
+    moving = norms.adapting
+    message = (
+        f"the plan ended at step {progress.step}, in the middle of an epoch; this and further tuner.step() "
+        "calls change nothing"
+    )
+    if moving:
+        message += (
+            f", but batches in train mode move the statistics of {plural(len(moving), 'norm')} that learn "
+            f"({shorten(moving)}) all the same"
+        )
+    _warn_once(told, "end", f"{message}. Leave the loop when tuner.done")
+
+
+def _warn_once(told: set[str], key: str, message: str) -> None:
+    if f"!{key}" not in told:
+        told.add(f"!{key}")
+        warn(message)
+
+
+def _check_held(
     phase: str,
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
@@ -24,13 +123,6 @@ def check_first_step(
     told: set[str],
 ) -> None:
     """Check that what should learn is what the optimiser holds, and that it has gradients.
-
-    Args:
-        phase: the phase's name, for messages.
-        model: as it is now.
-        parameters: all parameters that the model had when the Tuner was made, by name.
-        optimizer: the optimiser, which may be wrapped.
-        told: names of parameters that were warned of before; grows.
 
     Raises:
         ModelError: trainable parameters that the optimiser does not hold, held ones that are not trainable,
@@ -72,7 +164,7 @@ def check_first_step(
         )
 
 
-def check_averaged(phase: str, model: nn.Module) -> None:
+def _check_averaged(phase: str, model: nn.Module) -> None:
     """Check that a DistributedDataParallel around the model averages the gradients of all that learns now.
 
     It only ever averages those of parameters that required them when it was built. The Tuner may have been
@@ -98,7 +190,7 @@ def check_averaged(phase: str, model: nn.Module) -> None:
             )
 
 
-def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
+def _check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
     """Check that the norms whose statistics the phase holds are still held, and that the others move theirs.
 
     Raises:
@@ -146,7 +238,7 @@ def check_norms(phase: str, model: nn.Module, norms: NormRecord) -> None:
         )
 
 
-def check_calibrated(phase: str, model: nn.Module, norms: NormRecord) -> None:
+def _check_calibrated(phase: str, model: nn.Module, norms: NormRecord) -> None:
     """Check that statistics were measured, if the phase wants that.
 
     Warns:

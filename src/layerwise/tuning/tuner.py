@@ -22,24 +22,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import PlanError, plural, shorten, warn
+from layerwise.errors import PlanError
 from layerwise.layers.isolation import unwrap
 from layerwise.layers.layermap import LayerMap
 from layerwise.plans.plan import Phase, Plan
-from layerwise.tuning.checks import check_averaged, check_calibrated, check_first_step, check_norms
+from layerwise.tuning.checks import (
+    check_epoch,
+    check_first_step,
+    warn_of_end,
+    warn_of_no_metric,
+    warn_of_whole_epoch,
+)
 from layerwise.tuning.gradient_norms import RelativeGradientNorms, by_layer_group
 from layerwise.tuning.learners import Learners
 from layerwise.tuning.matching import check_ddp, check_numbers, check_plan, layers_for
 from layerwise.tuning.norms import NormRecord
 from layerwise.tuning.optimizers import OptimizerBuilder, OptimizerFactory
 from layerwise.tuning.param_groups import GroupSpec
-from layerwise.tuning.processes import distributed
 from layerwise.tuning.progress import Progress
 from layerwise.tuning.rates import Rates
 from layerwise.tuning.regularisers import L2SP
 from layerwise.tuning.reinit import check_reinit, reinit
 from layerwise.tuning.stall import Mode, Stalls
-from layerwise.tuning.tuner_state import check_param_groups, check_run, run_of
+from layerwise.tuning.tuner_state import check_run, load_optimizer, run_of
 
 
 class Tuner:
@@ -115,7 +120,6 @@ class Tuner:
         self.layers = layers_for(self._model, plan, layers, example_input)
         plan.check(self.layers)
         self.plan = plan
-        self._lr = lr
         self._seed = seed
         self._builder = OptimizerBuilder(
             optimizer, lr=lr, weight_decay=weight_decay, options=optimizer_options
@@ -128,15 +132,21 @@ class Tuner:
         self._stalls = Stalls()
         self._l2_sp = L2SP(plan, self.layers, self._learners)
         self._rgn = RelativeGradientNorms()
-        self._warned: set[str] = set()
+        self._told: set[str] = set()  # what was warned of
         self._open = False  # inside an epoch
-        self._whole = False  # inside one that had all its steps when it was loaded
+        self._resumed_at: int | None = None  # step at which a state was loaded
         self._unchecked = True  # the next step is the first since groups changed
 
         self._progress = Progress(plan, steps_per_epoch)
         self._progress.enter(0)
-        self._draw()
-        self.optimizer = self._builder.build(self._set_learners())
+        self.optimizer = self._builder.build(self._draw())
+        self._settings = {
+            "lr": lr,
+            "steps_per_epoch": steps_per_epoch,
+            "seed": seed,
+            "optimizer_class": self._builder.name,
+            "weight_decay": weight_decay,
+        }
         self._set_rates()
 
     def __repr__(self) -> str:
@@ -220,9 +230,8 @@ class Tuner:
         Args:
             phase_index: number of the phase; None is now.
         """
-        if phase_index is None:
-            return self._learners.names_now()
-        return self._learners.names_in(phase_index)
+        learners = self._learners
+        return learners.names_now() if phase_index is None else learners.names_in(phase_index)
 
     # ------------------------------------------------------------------ the loop
 
@@ -244,7 +253,7 @@ class Tuner:
             PlanError: the plan is done.
         """
         if self.done:
-            raise PlanError(_over(self.plan))
+            raise PlanError(f"the plan {self.plan.strategy!r} is done; make a new Tuner to train on")
         if not self._progress.begun:
             self._begin_phase()
         if self._progress.step_in_epoch == 0:
@@ -266,9 +275,11 @@ class Tuner:
             ModelError: on the first step of a phase: no trainable parameter has a gradient; what the
                 optimiser holds is not what should learn; or a DistributedDataParallel was built while some
                 of it was frozen, and leaves its gradients to each process.
+            PlanError: the plan is done, and its last epoch.
         """
-        if self.done:
-            self._after_the_end()
+        if self.done and self._open:
+            warn_of_end(self._progress, self.norms, self._told)
+            self.optimizer.zero_grad(set_to_none=True)
             return
         self.before_step()
         if scaler is None:
@@ -290,22 +301,10 @@ class Tuner:
         """
         if not self._open:
             self.begin_epoch()
-        if self._whole:
-            self._whole = False
-            self._warn(
-                "whole",
-                f"epoch {self.epoch} had all its {plural(self._progress.step_in_epoch, 'step')} when its "
-                "state was saved, and now gets more. Call tuner.end_epoch() before state_dict() where an "
-                "epoch is over, or leave out the batches that it had",
-            )
+        if self._progress.step == self._resumed_at:
+            warn_of_whole_epoch(self._progress, self._told)
         if self._unchecked:
-            name = self.phase.name
-            check_first_step(name, self._model, self._learners.parameters, self.optimizer, self._warned)
-            if distributed():
-                check_averaged(name, self._model)
-            check_norms(name, self._model, self.norms)
-            if self._progress.step_in_phase == 0:
-                check_calibrated(name, self._model, self.norms)
+            check_first_step(self._progress, self._model, self._learners, self.optimizer, self._told)
             self._unchecked = False
         phase = self.phase
         if phase.adapt_rates == "auto_rgn" and self._rgn.measure(by_layer_group(self.optimizer)):
@@ -321,8 +320,7 @@ class Tuner:
             return
         every = self.phase.sample_every_steps
         if every and self._progress.step_in_phase % every == 0:
-            self._draw()
-            self._builder.sync(self.optimizer, self._set_learners())
+            self._builder.sync(self.optimizer, self._draw())
             self._l2_sp.remember(self._progress.phase)
         self._set_rates()
 
@@ -341,24 +339,13 @@ class Tuner:
             raise PlanError(
                 "end_epoch() ends an epoch that tuner.epochs() or begin_epoch() started; none is running"
             )
-        if progress.step_in_epoch == 0:
-            raise PlanError(
-                f"epoch {progress.epoch} ended without an optimiser step; call tuner.step() in the loop "
-                "after loss.backward(), and check that the loader is not empty"
-            )
-        if progress.step_in_epoch != self.steps_per_epoch and not self.done:
-            self._warn(
-                "steps",
-                f"epoch {progress.epoch} had {plural(progress.step_in_epoch, 'optimiser step')}, the "
-                f"Tuner was made for steps_per_epoch={self.steps_per_epoch}; schedules are computed for "
-                "the latter",
-            )
-        self._open = self._whole = False
+        check_epoch(progress, self._told)
+        self._open = False
         progress.count_epoch()
         if self.done:
             return
         if metric is None:
-            self._warn_of_no_metric()
+            warn_of_no_metric(progress, self._told)
         stalled = metric is not None and self._stalls.take_in(progress, metric, mode)
         if stalled or progress.phase_over:
             self._next_phase()
@@ -383,7 +370,7 @@ class Tuner:
         epoch is over, call `end_epoch` first: until then it is the running one, which `epochs` goes on with.
         """
         return {
-            **self._run(),
+            **run_of(self.plan, **self._settings),
             "progress": self._progress.to_dict(),
             "open": self._open,
             **self._stalls.to_dict(),
@@ -402,31 +389,16 @@ class Tuner:
         Raises:
             PlanError: the state is of another plan, base rate or number of steps, or of another version.
         """
-        check_run(state, self._run())
+        check_run(state, run_of(self.plan, **self._settings))
         self._progress = self._progress.loaded(state["progress"])
+        self._resumed_at = self._progress.step
         self._open = bool(state["open"])
-        is_whole = self._progress.step_in_epoch >= self.steps_per_epoch
-        self._whole = self._open and is_whole and self.phase.epochs is not None  # by steps, none need end
         self._stalls = Stalls.from_dict(state)
         self._rgn = RelativeGradientNorms.from_dict(state["rgn"])
         self._generator.set_state(state["generator"].cpu())
         self._l2_sp.load(state["references"])
         self._builder.sync(self.optimizer, self._set_learners())
-        place = {name: index for index, name in enumerate(state["names"])}
-        self.optimizer.param_groups.sort(key=lambda group: place.get(group["name"], len(place)))
-        check_param_groups(list(state["names"]), [group["name"] for group in self.optimizer.param_groups])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._unchecked = True
-
-    def _run(self) -> dict[str, Any]:
-        return run_of(
-            self.plan,
-            lr=self._lr,
-            steps_per_epoch=self.steps_per_epoch,
-            seed=self._seed,
-            optimizer_class=self._builder.name,
-            weight_decay=self._builder.weight_decay,
-        )
+        load_optimizer(self.optimizer, state)
 
     # ------------------------------------------------------------------ phases
 
@@ -445,17 +417,17 @@ class Tuner:
             return
         self._stalls.start_phase()
         self._rgn = RelativeGradientNorms()
-        self._draw()
-        self._builder.sync(self.optimizer, self._set_learners())
+        self._builder.sync(self.optimizer, self._draw())
         if self._open:  # in the middle of an epoch there is no begin_epoch to wait for
             self._begin_phase()
         self._set_rates()
 
     # ------------------------------------------------------------------ who learns
 
-    def _draw(self) -> None:
-        """Draw the trunk groups that learn until the next draw, where the phase draws some."""
+    def _draw(self) -> list[GroupSpec]:
+        """Draw the trunk groups that learn until the next draw, if any; set who learns."""
         self._progress.drawn = self._learners.draw(self._progress.phase, self._generator)
+        return self._set_learners()
 
     def _set_learners(self) -> list[GroupSpec]:
         """Make those learn that the phase trains; return its param groups."""
@@ -467,46 +439,3 @@ class Tuner:
     def _set_rates(self) -> None:
         """Give each param group the rate of the next step."""
         self._rates.give(self.optimizer, self._progress, self._rgn.weights)
-
-    # ------------------------------------------------------------------ messages
-
-    def _after_the_end(self) -> None:
-        if not self._open:
-            raise PlanError(_over(self.plan))
-        moving = self.norms.adapting
-        self._warn(
-            "end",
-            f"the plan ended at step {self.step_count}, in the middle of an epoch; this and further "
-            "tuner.step() calls change nothing"
-            + (
-                f", but batches in train mode move the statistics of {plural(len(moving), 'norm')} that "
-                f"learn ({shorten(moving)}) all the same"
-                if moving
-                else ""
-            )
-            + ". Leave the loop when tuner.done",
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _warn_of_no_metric(self) -> None:
-        patience, schedule = self.phase.patience_epochs, self.phase.schedule
-        if self._progress.step_in_phase == 0 and schedule.span == "phase":
-            return  # the epoch was one of the phase before
-        if patience is not None or schedule.shape == "plateau":
-            what = "phase ends when" if patience is not None else "schedule falls when"
-            self._warn(
-                "metric",
-                f"the plan's {what} validation stalls, but end_epoch() got no metric; call "
-                "tuner.end_epoch(metric) at the end of each epoch (with layerwise.fit: give val, or "
-                "--val-frac)",
-            )
-
-    def _warn(self, key: str, message: str) -> None:
-        """Warn once of each kind."""
-        if f"!{key}" not in self._warned:
-            self._warned.add(f"!{key}")
-            warn(message)
-
-
-def _over(plan: Plan) -> str:
-    return f"the plan {plan.strategy!r} is done; make a new Tuner to train on"

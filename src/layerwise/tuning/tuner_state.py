@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from layerwise.errors import PlanError
 from layerwise.plans.plan import Plan
 
@@ -40,14 +42,19 @@ def check_run(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
         raise PlanError(f"the Tuner's state is of another run: {told}. Make the Tuner as it was when saved")
 
 
-def check_param_groups(saved: list[str], now: list[str]) -> None:
-    """Refuse a saved optimiser whose param groups have other names than those of the Tuner that takes it.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give `optimizer`, which holds what learns, the saved order of its param groups and their state.
 
     Raises:
-        PlanError: they have.
+        PlanError: the saved param groups have other names.
     """
+    saved, groups = list(state["names"]), optimizer.param_groups
+    place = {name: index for index, name in enumerate(saved)}
+    groups.sort(key=lambda group: place.get(group["name"], len(place)))
+    now = [group["name"] for group in groups]
     if saved != now:
         raise PlanError(
             f"the saved optimiser has the param groups {', '.join(saved)}, this one "
             f"{', '.join(now)}; the model's parameters differ. Rebuild the model as it was when saved"
         )
+    optimizer.load_state_dict(state["optimizer"])
