@@ -178,7 +178,7 @@ def apply_norms(
     module that stands in several groups is still only when all of them are frozen. What cannot be
     reached: functional dropout that a container spanning frozen and learning groups applies itself.
 
-    ``requires_grad`` is *not* touched; the caller sets it from `NormRecord.trainable` and `.frozen`.
+    ``requires_grad`` is *not* touched; the caller sets it, a Tuner by `layerwise.plans.rates.trained`.
     The statistics of ``"calibrate"`` are not measured here either: see `calibrate_batchnorm`.
 
     | policy | statistics | affine parameters |
