@@ -329,6 +329,7 @@ def test_a_batch_with_gaps_tells_that_one_without_is_packed() -> None:
         return Counted(tokens, torch.arange(22) % 4)
 
     assert "lays the samples of a batch end to end" in off(Padded, texts, "head")
+    assert "cut at" in train(Padded, texts(), "head", cached=True, exact=False).text
 
 
 class Attending(nn.Module):

@@ -206,10 +206,12 @@ def test_a_frozen_part_that_counts_its_calls(what, why) -> None:
     assert re.search(why, train(make, images(), "1", cached=True).text)
 
 
-def test_a_head_that_is_called_the_first_time_only() -> None:
+@pytest.mark.parametrize("other", [range(1, 100), {1}])
+def test_a_head_that_is_not_called_each_time(other) -> None:
+    # in neither pass after the recording, or not in the first of them, that of the whole batch
     def make() -> nn.Module:
         counts = itertools.count()
-        heads = lambda model: model.second if next(counts) else model.head  # noqa: E731
+        heads = lambda model: model.second if next(counts) in other else model.head  # noqa: E731
         return Net(lambda model, x: heads(model)(model.body(x)[:, :4]))
 
     assert "cut at body " in train(make, images(), "head", "second", cached=True).text
