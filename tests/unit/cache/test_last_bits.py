@@ -363,6 +363,26 @@ def test_a_last_batch_of_one_sample_hides_no_place(monkeypatch) -> None:
         model(x)
 
 
+class Tabled(nn.Module):
+    """Computes a table, in a way that rounds some of it otherwise; one sample alone takes another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 4, 8), nn.Parameter(torch.ones(40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1 if len(x) == 1 else x
+        return self.conv(x).flatten(1) + nn.functional.silu(self.table).sum()
+
+
+def test_a_table_has_no_places_where_a_last_batch_runs_other_operations() -> None:
+    # the same operations of twice as many samples tell that it does not depend on the batch
+    def make() -> nn.Module:
+        return nn.Sequential(OrderedDict(body=Tabled(), head=nn.Linear(4, 4)))
+
+    assert "memory, cut at" in both(make, lambda: images(21), "head", batch=5).text
+
+
 class InPieces(nn.Module):
     """Computes two samples at a time."""
 

@@ -111,7 +111,7 @@ def prove(
         feed.sizes = None
         return
     within, between = ("", "") if place else uneven_places(log.runs, count, part_log.runs, part_count)
-    if between == OTHER_ORDER and not within and count > 1:  # torch multiplies one sample otherwise
+    if between == OTHER_ORDER and count > 1:  # torch multiplies one sample otherwise
         twice, twice_log = [torch.cat([leaf, leaf]) for leaf in leaves], OpLog()
         run_prefix(link, cuts, link.build(twice), batch=2 * count, log=twice_log)
         within, again = uneven_places(log.runs, count, twice_log.runs, 2 * count)
