@@ -199,6 +199,24 @@ class Alternating(nn.Module):
         return x * (1 + 2.0**-20 * (torch.arange(len(x)) % 2).view(-1, *[1] * (x.dim() - 1)))
 
 
+def test_a_last_batch_with_other_bits_that_only_the_values_tell() -> None:
+    # of an operation that is not tried by itself: a sample of the smaller batch is not what it is in others
+    @torch.library.custom_op("layerwise_sized::round", mutates_args=())
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 2.0**-20) if len(x) > 2 else x.clone()
+
+    class Rounding(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return rounded(x)
+
+    class Net(TinyCNN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem.append(Rounding())
+
+    assert "memory, cut at" in both(Net, images, "layer2", "fc").text
+
+
 @pytest.mark.parametrize("batch", [3, 4, 5, 7])
 @pytest.mark.parametrize("pooled", [True, False])
 def test_every_second_place_is_a_place_of_its_own(batch, pooled) -> None:
