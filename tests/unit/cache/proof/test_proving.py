@@ -256,3 +256,28 @@ def test_draws_of_samples_that_are_a_batch_each() -> None:
         giving(lambda x: (x,)), data, "1", cached=True, views=2, epochs=4, loader_options=options
     ).text
     assert "memory, cut at" in text
+
+
+# -- how many samples are tried beside the batch ----------------------------------------------------
+
+
+def test_a_last_batch_is_replayed_as_so_many_samples_were_tried() -> None:
+    cached = both(giving(lambda x: (x,)), lambda: images(23), "1")
+    assert cached.loads[1:] == [0, 0]
+
+
+class Normed(nn.Module):
+    """What learns runs before the frozen part, and cannot train on one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.body, self.head = nn.BatchNorm1d(192), nn.Linear(192, 8), nn.Linear(200, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x.flatten(1))
+        return self.head(torch.cat([normed, self.body(x.flatten(1))], 1))
+
+
+def test_one_sample_alone_is_not_tried_where_the_loader_makes_no_such_batch() -> None:
+    cached = both(Normed, lambda: images(21), "norm", "head", loader_options={"drop_last": True})
+    assert "memory, cut at body" in cached.text
