@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -402,21 +403,55 @@ def test_a_table_has_no_places_where_a_last_batch_runs_other_operations() -> Non
 
 
 class InPieces(nn.Module):
-    """Computes two samples at a time."""
+    """Computes so many samples at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(192, 8)
+        self.linear, self.size = nn.Linear(192, 8), size
 
     def forward(self, x):
-        return torch.cat([self.linear(piece) for piece in x.flatten(1).split(2)])
+        return torch.cat([self.linear(piece) for piece in x.flatten(1).split(self.size)])
+
+
+def test_samples_that_are_a_batch_each_have_no_places() -> None:
+    # though a batch of more of them, which is tried as well, runs other operations
+    def make() -> nn.Module:
+        return nn.Sequential(OrderedDict(body=InPieces(1), head=nn.Linear(8, 4)))
+
+    assert "memory, cut at" in both(make, images, "head", batch=1).text
+
+
+class AttendingInPieces(nn.Module):
+    """Attends in two samples at a time, by an operation that is not tried by itself."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.scale, self.activation = nn.Parameter(torch.ones(20)), activation
+
+    def forward(self, x):
+        rows = (x.flatten(1)[:, :160].view(-1, 1, 8, 20) * self.scale).split(2)
+        values = [nn.functional.scaled_dot_product_attention(piece, piece, piece) for piece in rows]
+        return torch.cat([self.activation(value[:, 0, 0].contiguous()) for value in values])
+
+
+@needs_two_routines
+@pytest.mark.parametrize("activation", [nn.functional.relu, nn.functional.silu])
+def test_what_runs_in_pieces_is_refused_if_numbers_in_them_have_places(activation) -> None:
+    # of two samples in a piece, 40 numbers
+    def make() -> nn.Module:
+        return nn.Sequential(OrderedDict(body=AttendingInPieces(activation), head=nn.Linear(20, 4)))
+
+    if activation is nn.functional.relu:
+        assert "memory, cut at" in both(make, lambda: images(24), "head").text
+    else:
+        assert "last bits of aten.silu.default depend on" in off(make, lambda: images(24), "head")
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_product_in_pieces_that_no_other_batch_has_proves_nothing(shuffle) -> None:
     # how many pieces there are depends on the batch: in none of another size the same operations run
     def make() -> nn.Module:
-        return nn.Sequential(OrderedDict(body=InPieces(), head=nn.Linear(8, 4)))
+        return nn.Sequential(OrderedDict(body=InPieces(2), head=nn.Linear(8, 4)))
 
     data = lambda: images(24)  # noqa: E731
     if shuffle:
