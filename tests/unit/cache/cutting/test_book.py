@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,21 @@ def test_later_phases_need_no_recording_of_their_own(monkeypatch, block, most) -
     assert sum("cut at" in line for line in told) >= 3
     assert "off: no part of the forward pass" in told[-1]
     assert all(torch.equal(value, cached[name]) for name, value in plain.items())
+
+
+def test_how_long_learns_what_learns_now_and_what_comes_later() -> None:
+    # phases of the plan and runs to come; the present set does not come later, though it comes again
+    head, both = frozenset({"head"}), frozenset({"body", "head"})
+    lengths = [(head, 2), (head, 3), (both, 4), (head, None)]
+    tuner = SimpleNamespace(
+        phase_index=0,
+        trainable_names=lambda index: lengths[index][0],
+        plan=SimpleNamespace(phases=[SimpleNamespace(epochs=epochs) for _, epochs in lengths]),
+    )
+    phases = books.Phases(tuner, {head: 7, both: 5})
+    assert phases.epochs_now() == 2 + 3 + 1
+    assert phases.later(head) == {both: 4 + 5}
+    assert books.Phases(None, {}).epochs_now() is None
 
 
 def depth(k: int, *, pool: layerwise.CachePool | None, data) -> tuple[dict[str, Tensor], int]:
