@@ -153,8 +153,7 @@ class CutBook:
         values = recording.values
         if any(values[key].input in form.changing for op in recording.ops for key in op.mutates):
             raise CacheError("the model writes to an argument that is not one of the batch's tensors.")
-        if at_inputs:
-            self._foresee(recording, form)
+        self._foresee(recording, form)
         mixed = self._mixed[form]
         cut = find_cut(recording, trainable, changing=form.changing, mixed=mixed, at_inputs=at_inputs)
         self._note(trainable, form, _Known(self.state.modes(), cut))
