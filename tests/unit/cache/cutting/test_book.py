@@ -199,11 +199,38 @@ def test_the_cut_of_a_later_phase_holds_in_the_present_modes() -> None:
     book.find((given, {}), books.Form(""))
     (found,) = book.later(books.Form(""))
     assert [call.path for call in found[1].skipped] == ["0", "1"]
+    assert book.in_or_around(found[1]) == {*model[:2]}  # the mode of a plain container does not matter
     model[1].train()
     assert book.later(books.Form("")) == []
     book.find((given, {}), books.Form(""))
     (found,) = book.later(books.Form(""))
     assert [call.path for call in found[1].skipped] == ["0"]
+
+
+class Around(nn.Module):
+    """Drops between two frozen layers, itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.mid = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.high, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.low(x), 0.5, self.training)
+        return self.head(self.high(self.mid(x)))
+
+
+def test_the_cut_of_a_later_phase_holds_in_the_mode_of_what_is_around_it() -> None:
+    model, given = Around(), (torch.randn(3, 8),)
+    freeze_prefix(model, "head")
+    later = frozenset({"high.weight", "high.bias", "head.weight", "head.bias"})
+    book = books.CutBook(model, books.Phases(None, {later: 1}))
+    model.training = False
+    book.find((given, {}), books.Form(""))
+    ((_, cut),) = book.later(books.Form(""))
+    assert [str(site) for site in cut.frontier] == ["mid"]
+    model.training = True
+    assert book.later(books.Form("")) == []
 
 
 def in_domains(cached: bool) -> dict[str, Tensor]:
