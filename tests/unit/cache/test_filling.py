@@ -90,9 +90,11 @@ def test_each_pass_of_a_row_begins_with_the_same_model(front) -> None:
 
     SEEN.clear()
     model = tiny(Net)
+    attributes = {**vars(model.front)}
     cached(model).fill()
     assert len(SEEN) > 8
     assert set(SEEN) == {0}
+    assert all(vars(model.front)[name] is value for name, value in attributes.items())
     model(torch.zeros(1, 3, 8, 8))
     assert SEEN[-1] == 0
 
