@@ -217,6 +217,15 @@ def test_a_head_that_is_not_called_each_time(other) -> None:
     assert "cut at body " in train(make, images(), "head", "second", cached=True).text
 
 
+def test_an_operation_that_draws_one_random_number_for_a_batch() -> None:
+    # torch is not told that it draws: only other random numbers tell
+    @torch.library.custom_op("layerwise_drawing::scaled", mutates_args=())
+    def scaled(x: Tensor) -> Tensor:
+        return x * torch.rand(())
+
+    assert "draws random numbers" in off(giving(lambda x: (scaled(x),)), images, "1")
+
+
 class DrawingRarely(Counted):
     """One of 60 samples draws a random number, and makes nothing of it."""
 
