@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
-from cache_loops import assert_same, images, train
+from cache_loops import assert_same, both, images, train
 from helpers import TinyCNN
 from layerwise.cache import stock
 from layerwise.cache.stock import CachePool
@@ -88,6 +88,25 @@ def test_each_cache_has_draws_of_its_own(tmp_path, lasting) -> None:
                 assert torch.equal(kinds[-1], y)
             assert "cut at" in cache.describe()
     assert not list(tmp_path.glob("[0-9a-f]*"))
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_each_tensor_of_a_batch_has_a_name_of_its_own(tmp_path, lasting) -> None:
+    # else what is found of the second is what was stored of the first, as they look the same
+    class Two(Dataset[Any]):
+        def __len__(self) -> int:
+            return 22
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.full((3, 8, 8), index / 22), torch.tensor(index % 4), torch.tensor(index % 3)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        output = model(batch[0])
+        return nn.functional.cross_entropy(output, batch[1]) - nn.functional.cross_entropy(output, batch[2])
+
+    where = {"storage": "disk", "folder": tmp_path} if lasting else {"pool": CachePool()}
+    for _ in range(2):
+        assert "cut at layer1" in both(TinyCNN, Two, *LAST, step=step, **where).text
 
 
 class Activated(TinyCNN):
