@@ -226,6 +226,31 @@ def test_an_operation_that_draws_one_random_number_for_a_batch() -> None:
     assert "draws random numbers" in off(giving(lambda x: (scaled(x),)), images, "1")
 
 
+class Noise(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self) -> Tensor:
+        return torch.rand(4, generator=self.generator)
+
+
+def test_a_generator_of_torch_s_that_draws_for_what_learns() -> None:
+    # before the frozen part runs, which has nothing of it: the recording knows where such numbers go
+    def run(model: Any, x: Tensor) -> Tensor:
+        noise = model.noise()
+        return model.head(model.body(x)[:, :4] + noise)
+
+    def make() -> nn.Module:
+        model = Net(run)
+        model.noise = Noise()
+        return model
+
+    assert "memory, cut at body" in both(make, images, "head", "second").text
+
+
 class DrawingRarely(Counted):
     """One of 60 samples draws a random number, and makes nothing of it."""
 
