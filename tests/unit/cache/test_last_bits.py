@@ -218,6 +218,23 @@ def test_a_last_batch_with_other_bits_that_only_the_values_tell() -> None:
     assert "memory, cut at" in both(Net, images, "layer2", "fc").text
 
 
+def test_what_is_missing_of_a_batch_is_computed_where_it_stands() -> None:
+    # with all samples around it
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 8), Alternating(), nn.Flatten())
+    model = nn.Sequential(OrderedDict(body=body, head=nn.Linear(4, 4)))
+    freeze_prefix(model, "head")
+    loader = DataLoader(images(8), 4)
+    cache = layerwise.PrefixCache(model, loader, storage="memory")
+    cache.fill()
+    ((feed,),) = (supply.feeds for supply in cache._supplies)
+    for stored in feed.sites.values():
+        stored.column.forget(torch.tensor([1, 6]))
+    outputs = [model(x).detach() for x, _ in cache.batches()]
+    assert "memory, cut at" in cache.describe()
+    assert all(torch.equal(one, model(x).detach()) for one, (x, _) in zip(outputs, loader, strict=True))
+
+
 @pytest.mark.parametrize("batch", [3, 4, 5, 7])
 @pytest.mark.parametrize("pooled", [True, False])
 def test_every_second_place_is_a_place_of_its_own(batch, pooled) -> None:
