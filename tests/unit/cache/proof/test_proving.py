@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import default_collate
 
 from cache_loops import Counted, both, images, off, train
+from helpers import TinyCNN
 
 
 class Net(nn.Module):
@@ -104,6 +106,19 @@ def test_names_in_a_batch_are_loaded_again() -> None:
     cached = both(giving(lambda x: (x,)), images, "1", step=step, loader_options={"collate_fn": named})
     assert "memory, cut at" in cached.text
     assert all(seen)
+
+
+@pytest.mark.filterwarnings("ignore:The prefix cache is off")
+def test_batches_that_are_loaded_again_in_another_size(monkeypatch) -> None:
+    # which nothing tells that the cache watches
+    def cropped(samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        return x[..., : int(os.environ["CROPPED_TO"])], y, [f"sample {label}" for label in y.tolist()]
+
+    def crop(model: nn.Module, epoch: int) -> None:
+        monkeypatch.setenv("CROPPED_TO", "8" if epoch < 2 else "6")
+
+    both(TinyCNN, images, "layer2", "fc", before_epoch=crop, epochs=4, loader_options={"collate_fn": cropped})
 
 
 # -- values and calls that depend on the batch ------------------------------------------------------
