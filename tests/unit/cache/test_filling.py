@@ -121,6 +121,16 @@ def test_another_batch_size_changes_no_bit(size) -> None:
     assert done.batch_size == (4 if size == 64 or done.notes else size)  # there are 32 samples
 
 
+def test_what_a_later_phase_has_no_room_for_is_not_computed() -> None:
+    model = tiny()
+    later = frozenset(name for name, _ in model.named_parameters() if name.startswith(("layer1", *LAST)))
+    cache = cached(model, budget_bytes=40_000, pool=layerwise.CachePool(upcoming={later: 3}))
+    assert cache.fill(batch_size=8).batch_size == 8
+    plain = cached(tiny())
+    plain.fill()
+    assert torch.equal(stored(cache), stored(plain))
+
+
 class Sized(TinyCNN):
     """Gives other last bits for more than 8 samples, as a kernel that is chosen by size does."""
 
