@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
-from cache_loops import freeze_prefix
+from cache_loops import both, freeze_prefix, images
+from helpers import TinyCNN
 from layerwise.cache import frozen
 
 
@@ -56,3 +57,13 @@ def test_weights_are_summed_once_for_all_shapes(monkeypatch: pytest.MonkeyPatch)
         told.append((len(sums), cache._supplies[0].replays))
     assert told[1:3] == [(1, 5), (1, 5)]
     assert told[3][1] == 0  # all shapes were looked at anew
+
+
+def test_a_frozen_module_is_taken_out() -> None:
+    # its weights are no more: what was computed with them is stale
+    def take_out(model: nn.Module, epoch: int) -> None:
+        if epoch == 2:
+            model.get_submodule("stem")[1] = nn.Identity()
+
+    cached = both(TinyCNN, images, "layer2", "fc", before_epoch=take_out, epochs=4)
+    assert "memory, cut at" in cached.text
