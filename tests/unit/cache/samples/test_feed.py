@@ -82,6 +82,16 @@ def test_values_that_are_not_all_stored_are_not_handed_out() -> None:
     assert not feed.has_values(phase, torch.arange(3))
 
 
+def test_beside_a_sample_stands_another_one_of_its_shape() -> None:
+    feed = feed_of()
+    assert [feed.neighbour(index) for index in range(4)] == [1, 2, 3, 0]
+    feed.members = [1, 3]
+    assert [feed.neighbour(index) for index in (1, 3)] == [3, 1]
+    feed.members = [2]
+    with pytest.raises(CacheError, match="only one sample has this shape"):
+        feed.neighbour(2)
+
+
 def test_sizes_of_batches_are_those_of_all_phases() -> None:
     # values are computed in batches of one of them
     feed = feed_of()
