@@ -266,7 +266,6 @@ class FrozenPart:
             names = frozenset(name for state in states for name, *_ in state if name in tensors)
             looked = states, jointly(names)
             if looked != feed.looked:
-                found = feed.forget_stale(each(names))
-                feed.looked = None if found else looked
-                stale |= found
+                stale |= feed.forget_stale(each(names))
+                feed.looked = looked
         return stale

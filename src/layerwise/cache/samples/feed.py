@@ -99,7 +99,7 @@ class Feed:
             where they do not.
         reload: batches hold something that is not stored: samples are loaded again each epoch. See
             `loads_again`.
-        looked: what weights were expected, and how they were, when none was found changed.
+        looked: what weights were expected, and how they were, when they were looked at.
         layouts: how the values at each checked site are made of samples.
         sites: stored values.
         leaves: stored tensors of the batch, by number.
@@ -151,7 +151,7 @@ class Feed:
         if self.members is not None:
             indices = [self._positions[index] for index in indices]
         first = view * self.size
-        return torch.tensor([first + index for index in indices] if first else indices, dtype=torch.int64)
+        return torch.tensor([first + index for index in indices], dtype=torch.int64)
 
     def neighbour(self, index: int) -> int:
         """Return the index of another sample of this shape.
