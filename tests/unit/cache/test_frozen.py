@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import layerwise
-from cache_loops import both, freeze_prefix, images
+from cache_loops import both, freeze_prefix, images, train
 from helpers import TinyCNN
 from layerwise.cache import frozen
 
@@ -67,3 +67,38 @@ def test_a_frozen_module_is_taken_out() -> None:
 
     cached = both(TinyCNN, images, "layer2", "fc", before_epoch=take_out, epochs=4)
     assert "memory, cut at" in cached.text
+
+
+class Tabled(nn.Linear):
+    """Hands on a table of weights of its own beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__(192, 4)
+        self.table = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x.flatten(1)), self.table * 2
+
+
+class Adding(nn.Linear):
+    """Adds them."""
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(given[0] + given[1])
+
+
+def test_a_table_whose_weights_change_is_computed_anew_and_the_rest_stays() -> None:
+    def change(model: nn.Module, epoch: int) -> None:
+        if epoch == 2:
+            model.get_submodule("0").table.data.add_(1)  # type: ignore[operator, union-attr]
+
+    cached = both(lambda: nn.Sequential(Tabled(), Adding(4, 4)), images, "1", before_epoch=change, epochs=4)
+    assert "memory, cut at" in cached.text
+    assert cached.loads[3] == 0
+
+
+def test_a_closed_cache_gives_its_memory_back() -> None:
+    cache = train(TinyCNN, images(), "layer2", "fc", cached=True).cache
+    assert len(cache.stock._held) == 2
+    cache.close()
+    assert len(cache.stock._held) == 0
