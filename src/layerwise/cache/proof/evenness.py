@@ -168,17 +168,13 @@ def uneven_places(
     pairs = {
         f"{one.function} {one.arguments} {other.arguments}": (one, other) for one, other in zip(full, part)
     }
-    telling: dict[str, list[list[Any]]] = {}
     within = between = ""
     for one, other in pairs.values():
         name = str(one.function)
-        kind = f"{name} {_scalars(one)}"
-        if kind not in telling and not one.is_by_sample:
-            telling[kind] = _telling_numbers(one)
         results: Iterable[tuple[torch.Tensor, torch.Tensor]] = (
             _of_one_sample(one, batch, other, part_batch)
             if one.is_by_sample
-            else ((_filled(one, numbers), _filled(other, numbers)) for numbers in telling[kind])
+            else ((_filled(one, numbers), _filled(other, numbers)) for numbers in _telling_numbers(one))
         )
         for rows, part_rows in results:
             try:

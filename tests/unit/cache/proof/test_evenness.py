@@ -42,6 +42,18 @@ def test_left_over_numbers(name) -> None:
     assert even == ("", "")
 
 
+def test_one_number_tells_nothing_of_many() -> None:
+    # a weight that is one number goes through the same operation first
+    if not routines_differ(nn.functional.silu):
+        pytest.skip("this processor computes it by one routine")
+
+    def function(x):
+        return nn.functional.silu(torch.tensor(0.5)) * nn.functional.silu(x)
+
+    runs = [logged(function, torch.randn(count, 9)) for count in (5, 2)]
+    assert all("silu" in found for found in uneven_places(runs[0], 5, runs[1], 2))
+
+
 def test_a_part_that_meets_another_routine() -> None:
     # 4 times 8 numbers are computed at once, 1 times 8 one by one: only the part differs
     if not routines_differ(nn.functional.silu):
