@@ -42,6 +42,15 @@ def test_left_over_numbers(name) -> None:
     assert even == ("", "")
 
 
+def test_left_over_complex_numbers() -> None:
+    x = torch.randn(4096, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    if torch.equal(x.square(), torch.cat([one.square() for one in x.split(1)])):
+        pytest.skip("this processor computes it by one routine")
+    for width, uneven in ((9, True), (128, False)):
+        runs = [logged(torch.square, torch.randn(count, width, dtype=torch.complex64)) for count in (5, 2)]
+        assert ["pow" in found for found in uneven_places(runs[0], 5, runs[1], 2)] == [uneven, uneven]
+
+
 def test_one_number_tells_nothing_of_many() -> None:
     # a weight that is one number goes through the same operation first
     if not routines_differ(nn.functional.silu):
