@@ -51,6 +51,17 @@ def test_left_over_complex_numbers() -> None:
         assert ["pow" in found for found in uneven_places(runs[0], 5, runs[1], 2)] == [uneven, uneven]
 
 
+@pytest.mark.parametrize("name", ["atan2", "logaddexp"])
+def test_many_numbers_beside_one(name) -> None:
+    def function(x):
+        return getattr(torch, name)(x, torch.tensor(0.7))
+
+    if not routines_differ(function):
+        pytest.skip("this processor computes it by one routine")
+    runs = [logged(function, torch.randn(count, 9)) for count in (5, 2)]
+    assert all(name in found for found in uneven_places(runs[0], 5, runs[1], 2))
+
+
 def test_one_number_tells_nothing_of_many() -> None:
     # a weight that is one number goes through the same operation first
     if not routines_differ(nn.functional.silu):
