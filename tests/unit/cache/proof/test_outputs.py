@@ -144,3 +144,15 @@ def by_first(model: nn.Module, batch: Any) -> Tensor:
 def test_a_text_that_tells_of_the_replay() -> None:
     text = off(Naming, images, "head", step=by_first)
     assert "its output holds 'Ghost', and the plain one 'Tensor'" in text
+
+
+def test_the_backward_pass_of_a_checkpoint_is_tried_beside_an_output_that_has_none() -> None:
+    class Together(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return checkpoint(super().forward, x, use_reentrant=False), torch.zeros(2)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0])[0], batch[1])
+
+    text = off(lambda: Together(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 4)), images, "2", step=step)
+    assert "Checkpoint them apart" in text
