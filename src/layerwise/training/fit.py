@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from layerwise.cache.prefix import PrefixCache
+from layerwise.cache.remedies import without_remedies
 from layerwise.cache.stock import CachePool
 from layerwise.errors import RunError, plural, warn
 from layerwise.files import remove_leftovers, write_json
@@ -275,7 +277,11 @@ def fit(
     if accelerator.scaler is not None:  # fp16: steps go through the loss scaler
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
-    prefix = setup.open_cache(cache, model, batches, tuner, pool=cache_pool, folder=cache_folder)
+    prefix = None
+    if cache != "off":
+        prefix = PrefixCache(
+            model, batches.loader, storage=cache, tuner=tuner, pool=cache_pool, folder=cache_folder
+        )
     inspected = setup.inspect(model, tuner, batches.batch_size) if audit else None
     if previous is None:
         check_start(model)
@@ -360,7 +366,11 @@ def fit(
             stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
             for index, batch in enumerate(stream, start):
                 if index == count:
-                    setup.warn_of_more_batches(count)
+                    warn(
+                        f"the training loader gives more than the {count} batches that its length tells; the "
+                        "epoch ends without the others. Correct the __len__ of its data set, or give each "
+                        "worker a share of the data."
+                    )
                     break
                 if world > 1 and wrapped_for != tuner.trainable_names():  # DDP must know what learns now
                     runner, wrapped_for = joined(accelerator, model), tuner.trainable_names()
@@ -409,9 +419,11 @@ def fit(
             del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
             tuner.optimizer.zero_grad()  # of a window that a loader with fewer batches than it told left open
             check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)  # they may be kept
-            if prefix is not None and (told := setup.cache_note(prefix)) not in ("", described):
-                described = told
-                reporter.say(told)
+            if prefix is not None:
+                told = without_remedies(prefix.decision_text)  # they are for those who hold the cache
+                if told not in ("", described):
+                    described = told
+                    reporter.say(told)
             scores = Scores({})
             if held_out is not None:
                 scores = evaluate(

@@ -11,10 +11,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from layerwise.cache.prefix import PrefixCache
-from layerwise.cache.remedies import without_remedies
 from layerwise.cache.samples.draws import own_generators
-from layerwise.cache.stock import CachePool
 from layerwise.errors import DataError, ModelError, PlanError, TrainingError, shorten, warn
 from layerwise.layers.randomness import kept_random_state
 from layerwise.training.data import Batches, open_batches, samples_in
@@ -22,7 +19,6 @@ from layerwise.training.evaluate import first_output
 from layerwise.training.fingerprint import fingerprint
 from layerwise.training.known_tasks import infer_task, is_known, task_of
 from layerwise.training.labels import balanced_class_weights, labels_of
-from layerwise.training.options import CacheMode
 from layerwise.training.run_folder import read_audit, write_audit
 from layerwise.training.tasks import Batch, Task, run_model
 from layerwise.tuning.audit import Audit, audit
@@ -87,14 +83,6 @@ def batch_count(batches: Batches) -> int:
             "smaller batch_size (--batch-size), or leave drop_last (--drop-last) out."
         )
     return count
-
-
-def warn_of_more_batches(count: int) -> None:
-    """Warn that the training loader gives more batches than it told; the epoch ends without them."""
-    warn(
-        f"the training loader gives more than the {count} batches that its length tells; the epoch ends "
-        "without the others. Correct the __len__ of its data set, or give each worker a share of the data.",
-    )
 
 
 def find_task(
@@ -219,33 +207,6 @@ def enter_phase(
     calibrated = calibrate_batchnorm(model, loader, **given)
     if watched is not None:
         watched.expect(measured=calibrated.norms)
-
-
-def open_cache(
-    storage: CacheMode,
-    model: nn.Module,
-    batches: Batches,
-    tuner: Tuner,
-    *,
-    pool: CachePool | None = None,
-    folder: str | Path | None = None,
-) -> PrefixCache | None:
-    """Return the cache of the frozen prefix; None where there is to be none.
-
-    Of several processes each has a cache of its own, of the samples that it sees, and decides for itself:
-    a replayed step makes the same collective calls as a plain one.
-    """
-    if storage == "off":
-        return None
-    return PrefixCache(model, batches.loader, storage=storage, tuner=tuner, pool=pool, folder=folder)
-
-
-def cache_note(prefix: PrefixCache) -> str:
-    """Return what the cache says of the training data in the present phase; ``""`` before it has looked.
-
-    What could be done about it is left out: it is for those who hold the cache.
-    """
-    return without_remedies(prefix.decision_text)
 
 
 def inspect(model: nn.Module, tuner: Tuner, batch_size: int | None) -> Audit:
