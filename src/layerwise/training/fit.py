@@ -1,9 +1,7 @@
-"""`fit`: the training loop, from top to bottom, on accelerate."""
+"""`fit`: train as a plan says, on accelerate. All is opened, `Loop` runs, and what came of it is told."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,29 +11,20 @@ import torch
 from torch import nn
 
 from layerwise.cache.prefix import PrefixCache
-from layerwise.cache.remedies import without_remedies
 from layerwise.cache.stock import CachePool
-from layerwise.errors import RunError, plural, warn
+from layerwise.errors import RunError, warn
 from layerwise.files import remove_leftovers, write_json
 from layerwise.layers.randomness import seed_everything
 from layerwise.plans.plan import Plan
 from layerwise.training import setup
-from layerwise.training.accumulating import Window
-from layerwise.training.checkpoint import load_latest, resume_command, save_checkpoint
+from layerwise.training.checkpoint import load_latest
 from layerwise.training.data import open_batches
 from layerwise.training.evaluate import evaluate
-from layerwise.training.guard import (
-    Interrupt,
-    check_start,
-    check_weights,
-    explained,
-    finite_loss,
-    require_values,
-)
-from layerwise.training.history import History, name_of, not_finite
-from layerwise.training.kept_weights import load_weights, require_weights_file, save_weights, weights_file
+from layerwise.training.guard import check_start, explained, require_values
+from layerwise.training.history import not_finite
+from layerwise.training.kept_weights import load_weights, require_weights_file, weights_file
 from layerwise.training.key_cache import without_key_cache
-from layerwise.training.monitoring import has_stalled, is_better, monitored_value
+from layerwise.training.loop import Loop
 from layerwise.training.options import (
     CacheMode,
     Keep,
@@ -44,15 +33,7 @@ from layerwise.training.options import (
     check_same_run,
     find_optimizer,
 )
-from layerwise.training.processes import (
-    gather_objects,
-    joined,
-    open_accelerator,
-    sum_over_processes,
-    to_device,
-)
-from layerwise.training.progress import Reporter
-from layerwise.training.randomness import get_random_state, set_random_state
+from layerwise.training.processes import open_accelerator, to_device
 from layerwise.training.result import Result
 from layerwise.training.run_folder import (
     create_run,
@@ -62,8 +43,7 @@ from layerwise.training.run_folder import (
     require_free,
     write_audit,
 )
-from layerwise.training.standing import Best, Standing
-from layerwise.training.tasks import Scores, Task, split_batch
+from layerwise.training.tasks import Task, split_batch
 from layerwise.tuning.tuner import Tuner
 from layerwise.tuning.watch import watch
 
@@ -243,6 +223,7 @@ def fit(
     )
     record = setup.describe(model, batches, held_out, task, options, optimizer_name, about)
 
+    # What a resumed run goes on from.
     previous, before = None, dict[str, Any]()
     if resume:
         folder = cast(Path, folder)
@@ -260,6 +241,7 @@ def fit(
             )
     accelerator.wait_for_everyone()  # all have looked before one writes
 
+    # The plan and the cache; then the folder.
     args, kwargs, _ = split_batch(first)
     tuner = Tuner(
         model,
@@ -273,7 +255,6 @@ def fit(
         seed=seed,
         **optimizer_settings,
     )
-    total_steps = tuner.total_steps
     if accelerator.scaler is not None:  # fp16: steps go through the loss scaler
         tuner.optimizer = accelerator.prepare_optimizer(tuner.optimizer)
 
@@ -292,198 +273,41 @@ def fit(
     elif written is not None and not (written / "plan.yaml").exists():  # killed right after run.json
         plan.save(written / "plan.yaml")
 
-    # What changes during the run, and how it is saved and put back.
-    history, now = History(None), Standing()
-    go_on = "" if folder is None else f"go on with it: {resume_command(folder)}"
-    described = ""  # what was said of the cache last
-    notes: list[str] = []
-
-    def save(*, inside: bool) -> None:
-        """Write a checkpoint of the moment; `inside` says that the epoch at hand is not over."""
-        randoms = gather_objects(accelerator, get_random_state())
-        if folder is None or not accelerator.is_main_process:
-            return
-        state = {
-            "model": model.state_dict(),
-            "tuner": tuner.state_dict(),
-            "random": randoms,
-            "history": history.entries,
-            **now.to_state(inside=inside, with_random=not batches.exact),
-        }
-        save_checkpoint(folder / "checkpoints", tuner.step_count, state, keep=keep_checkpoints)
-
-    if previous is not None:
-        state = previous.state
-        model.load_state_dict(state["model"])
-        tuner.load_state_dict(state["tuner"])
-        now = Standing.from_state(state)
-        over = now.stopped_early or tuner.done
-        if finished := before.get("result") and over:  # a finished run is only read
-            written, now.best.sha256 = None, now.best.sha256 or before.get("weights_sha256")
-            notes.append(f"{folder} was finished already: nothing is trained, this is its result")
-        if not over and (lost := now.forget_lost_weights(weights_file(cast(Path, folder)))):
-            notes.append(lost)
-        history = History(None if written is None else written / "history.jsonl", state["history"])
-        set_random_state(state["random"][rank if rank < len(state["random"]) else 0])
-        notes += [] if finished else [f"resumed from {previous.path} (step {previous.step})"]
-        notes += previous.skipped
-    elif folder is not None:
-        history = History(None if written is None else written / "history.jsonl")
-        save(inside=False)
-
-    began_steps = tuner.step_count
-    reporter = Reporter(
-        enabled=progress and accelerator.is_main_process,
-        total_steps=total_steps,
-        total_epochs=tuner.total_epochs,
-        done_steps=tuner.step_count,
-    )
-    for note in notes:
-        reporter.say(note)
-
+    # The epochs.
     learns = setup.names_that_learn(tuner)
     watched = watch(model, optimizer=tuner.optimizer, trained=learns) if audit else None
-    enter_phase = partial(setup.enter_phase, model, tuner, task, batches, train, share, watched, written)
-    with (
-        Interrupt() as interrupt,
-        reporter,
-        explained(lambda: tuner.step_count, out=folder, precision=precision),
-        watched or contextlib.nullcontext(),
-        without_key_cache(model),
-        prefix or contextlib.nullcontext(),
-        contextlib.nullcontext() if written is None else hold_run(written),
-    ):
-        runner: nn.Module = model
-        wrapped_for = frozenset[str]()
-        for epoch in () if now.stopped_early else tuner.epochs():
-            began_s = time.perf_counter()
-            now.begin(epoch, tuner.phase.name, get_random_state())
-            model.train()
-            phase, rates = now.within.phase or tuner.phase.name, tuner.rates()  # "" of older checkpoints
-            start = now.within.batch  # above 0 where a checkpoint inside this epoch was loaded
-            batches.begin(epoch, start)  # before a phase measures statistics on the data
-            enter_phase()
-            stream = batches.epoch(epoch, start, random_state=now.began_random, cache=prefix)
-            for index, batch in enumerate(stream, start):
-                if index == count:
-                    warn(
-                        f"the training loader gives more than the {count} batches that its length tells; the "
-                        "epoch ends without the others. Correct the __len__ of its data set, or give each "
-                        "worker a share of the data."
-                    )
-                    break
-                if world > 1 and wrapped_for != tuner.trainable_names():  # DDP must know what learns now
-                    runner, wrapped_for = joined(accelerator, model), tuner.trainable_names()
-                batch = to_device(batch, accelerator.device)
-                with accelerator.autocast():
-                    output = task.forward(runner, batch)
-                    loss = task.loss(output, batch)
-                value = finite_loss(
-                    loss,
-                    batch,
-                    step=tuner.step_count,
-                    epoch=epoch,
-                    index=index,
-                    out=folder,
-                    precision=precision,
-                    clip_norm=clip_norm,
-                )
-                if index % accumulate == 0:
-                    window = Window(accelerator, batches=min(accumulate, count - index))
-                size = task.size(batch)
-                window.backward(loss, size)
-                now.within.add(value, size)
-                if (index + 1) % accumulate and index + 1 < count:
-                    continue
-
-                window.close(model)
-                if clip_norm is not None:
-                    accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-                phase_index, rates = tuner.phase_index, tuner.rates()
-                tuner.step()
-                reporter.step(epoch=epoch, phase=phase, step=tuner.step_count, loss=value, rates=rates)
-                if tuner.done:
-                    break
-                if index + 1 == count:
-                    continue  # the end of the epoch is saved below, with its validation
-                changed = tuner.phase_index != phase_index
-                every = checkpoint_every_steps
-                due = every is not None and tuner.step_count % every == 0
-                if due or changed or interrupt.requested:
-                    check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)
-                    save(inside=True)
-                    interrupt.raise_if_requested(go_on)
-                if changed:  # after the checkpoint: resuming from it enters the phase
-                    enter_phase()
-
-            del stream  # a plan by steps may end inside an epoch; then the cache lets go of the model
-            tuner.optimizer.zero_grad()  # of a window that a loader with fewer batches than it told left open
-            check_weights(model, step=tuner.step_count, out=folder, clip_norm=clip_norm)  # they may be kept
-            if prefix is not None:
-                told = without_remedies(prefix.decision_text)  # they are for those who hold the cache
-                if told not in ("", described):
-                    described = told
-                    reporter.say(told)
-            scores = Scores({})
-            if held_out is not None:
-                scores = evaluate(
-                    model,
-                    held_out,
-                    task,
-                    device=accelerator.device,
-                    autocast=accelerator.autocast,
-                    on_batch=lambda: interrupt.tell_what_is_waited_for(reporter.say),
-                    cache=prefix,
-                )
-            monitored = monitored_value(scores, task)
-            steps = tuner.step_in_epoch
-            tuner.end_epoch(monitored, mode=task.mode)
-            loss_sum, size = sum_over_processes(accelerator, now.within.loss_sum, now.within.samples)
-            entry = {
-                "epoch": epoch,
-                "phase": phase,
-                "step": tuner.step_count,
-                "steps": steps,
-                "train_loss": loss_sum / size if size else 0.0,
-                **{name_of(metric): value for metric, value in scores.values.items()},
-                "rates": rates,
-            }
-            if note := not_finite(scores.values, f"validation of epoch {epoch + 1}"):
-                entry["note"] = note
-                reporter.say(note)
-            history.append(entry)
-            accelerator.log({k: v for k, v in entry.items() if isinstance(v, float)}, step=tuner.step_count)
-            losses = {"loss": scores.values.get("loss"), "than_loss": now.best.metrics.get("loss")}
-            if (
-                monitored is None
-                or keep == "last"
-                or is_better(monitored, now.best.value, task.mode, **losses)
-            ):
-                now.best = Best.of(epoch, task.monitor, scores)
-                if folder is None and keep == "best" and held_out is not None:
-                    now.kept = {name: t.detach().clone() for name, t in model.state_dict().items()}
-                elif folder is not None and accelerator.is_main_process:
-                    now.best.sha256 = save_weights(model, weights_file(folder))
-            if early_stopping is not None and monitored is not None:
-                monitors = history.values(task.monitor)
-                now.stopped_early = has_stalled(monitors, task.mode, patience_epochs=early_stopping)
-            now.timings.append({"epoch": epoch, "seconds": time.perf_counter() - began_s})
-            save(inside=False)
-            reporter.epoch(
-                entry,
-                monitor=name_of(task.monitor),
-                steps_left=total_steps - tuner.step_count,
-                seconds=now.timings[-1]["seconds"],
-            )
-            interrupt.raise_if_requested(go_on)
-            if on_epoch is not None:
-                on_epoch(entry)
-            if now.stopped_early:
-                patience = plural(early_stopping or 0, "epoch")
-                reporter.say(f"stopped early: {task.monitor} did not improve for {patience}")
-                break
+    loop = Loop(
+        model=model,
+        task=task,
+        tuner=tuner,
+        accelerator=accelerator,
+        batches=batches,
+        count=count,
+        reopen=partial(open_batches, train, **share),
+        held_out=held_out,
+        prefix=prefix,
+        watched=watched,
+        folder=folder,
+        written=written,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        precision=precision,
+        early_stopping=early_stopping,
+        keep=keep,
+        checkpoint_every_steps=checkpoint_every_steps,
+        keep_checkpoints=keep_checkpoints,
+        progress=progress,
+        on_epoch=on_epoch,
+    )
+    if previous is None:
+        loop.begin()
+    else:
+        loop.put_back(previous, before)
+    began_steps = tuner.step_count
+    loop.run()
 
     # The kept weights, the test data, and the record.
+    now, written, notes = loop.now, loop.written, loop.notes
     if folder is not None:
         accelerator.wait_for_everyone()
         load_weights(model, weights_file(folder), expected_sha256=now.best.sha256)
@@ -494,24 +318,20 @@ def fit(
     if test_batches is not None:
         with without_key_cache(model):
             tested = evaluate(
-                model,
-                test_batches,
-                task,
-                device=accelerator.device,
-                autocast=accelerator.autocast,
+                model, test_batches, task, device=accelerator.device, autocast=accelerator.autocast
             )
-    notes += history.notes()
+    notes += loop.history.notes()
     if tested is not None and (note := not_finite(tested.values, "test data")):
         notes.append(note)
-        reporter.say(note)
+        loop.reporter.say(note)
     if watched is not None:
         made_steps = tuner.step_count > began_steps
         notes += setup.report_watch(watched.report, written if made_steps else None)
-    notes += [described] if described else []
+    notes += [loop.told_of_cache] if loop.told_of_cache else []
     result = Result(
         model=model,
         task=task,
-        history=history.entries,
+        history=loop.history.entries,
         best_epoch=now.best.epoch,
         metrics=now.best.metrics,
         tables=now.best.tables,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,16 @@ from torch.utils.data import IterableDataset
 from layerwise.cache.samples.draws import own_generators
 from layerwise.errors import DataError, ModelError, PlanError, TrainingError, shorten, warn
 from layerwise.layers.randomness import kept_random_state
-from layerwise.training.data import Batches, open_batches, samples_in
+from layerwise.training.data import Batches, samples_in
 from layerwise.training.evaluate import first_output
 from layerwise.training.fingerprint import fingerprint
 from layerwise.training.known_tasks import infer_task, is_known, task_of
 from layerwise.training.labels import balanced_class_weights, labels_of
-from layerwise.training.run_folder import read_audit, write_audit
+from layerwise.training.run_folder import write_audit
 from layerwise.training.tasks import Batch, Task, run_model
 from layerwise.tuning.audit import Audit, audit
-from layerwise.tuning.norm_layers import small_batch_warning
 from layerwise.tuning.tuner import Tuner
-from layerwise.tuning.watch import Watch, WatchReport
+from layerwise.tuning.watch import WatchReport
 
 REMEMBERED = (
     "lr",
@@ -151,44 +150,26 @@ def class_names(data: Any) -> Sequence[str] | None:
     return None
 
 
-def enter_phase(
-    model: nn.Module,
-    tuner: Tuner,
-    task: Task,
-    batches: Batches,
-    train: Any,
-    share: Mapping[str, Any],
-    watched: Watch | None,
-    out: Path | None,
-) -> None:
-    """Do what a phase needs from the data and the watch: called at each epoch, and when a phase changes.
+def calibrate(model: nn.Module, tuner: Tuner, task: Task, reopen: Callable[..., Batches]) -> tuple[str, ...]:
+    """Measure the statistics of batch-norms with the policy "calibrate" on the training data, fed by `task`.
 
-    At the first step of a phase the statistics of batch-norms with the policy "calibrate" are measured on
-    the training data, fed by `task`, of `Norms.samples` on the first ones in the order of epoch 0. The watch
-    is told which statistics move on purpose. Where there is a watch, what is warned of goes into the audit of
-    the run in `out` too; that of the first phase is there already.
+    Those of `Norms.samples` on the first ones in the order of epoch 0.
+
+    Args:
+        model: changed in place: the statistics of these norms.
+        tuner: stands in the phase that begins.
+        task: what a batch means.
+        reopen: opens the training data, as `open_batches` does.
+
+    Returns:
+        The paths of the norms that were measured; none in phases with another policy.
 
     Raises:
         PlanError: the policy is "calibrate", and all groups with norms have another one of their own.
-
-    Warns:
-        LayerwiseWarning: batch-norm trains in this phase on batches of 1-8 samples.
     """
-    norms = tuner.norms
-    if watched is not None:
-        watched.expect(adapting=norms.adapting)
-    if tuner.step_in_phase > 0:
-        return
-    size = batches.batch_size
-    told = None if size is None else small_batch_warning(model, size)
-    if told is not None:
-        warn(f"phase {tuner.phase.name!r}: {told}")
-        if out is not None and watched is not None and tuner.phase_index > 0:
-            phases = read_audit(out)["phases"]
-            write_audit(out, phases={**phases, tuner.phase.name: told})
-    how = tuner.phase.norms.calibration
+    how, norms = tuner.phase.norms.calibration, tuner.norms
     if how is None or not norms.calibrate:
-        return
+        return ()
     from layerwise.tuning.calibration import calibrate_batchnorm
 
     if norms.policies and not norms.calibrating:
@@ -200,13 +181,11 @@ def enter_phase(
         )
     # Folders of images are sorted by class: of a share of them, or of their moving average, chance decides.
     in_order = how.samples is None and how.momentum is None
-    loader = open_batches(train, train=not in_order, **share).loader
+    loader = reopen(train=not in_order).loader
     given: dict[str, Any] = {"samples": how.samples, "names": norms.calibrating, "forward": task.forward}
     if how.momentum is not None:
         given |= {"method": "moving", "momentum": how.momentum}
-    calibrated = calibrate_batchnorm(model, loader, **given)
-    if watched is not None:
-        watched.expect(measured=calibrated.norms)
+    return calibrate_batchnorm(model, loader, **given).norms
 
 
 def inspect(model: nn.Module, tuner: Tuner, batch_size: int | None) -> Audit:
