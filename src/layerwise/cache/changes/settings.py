@@ -80,12 +80,10 @@ class Settings:
         self.last = self.new = 0
         self.changed = ""
         self._latest: dict[_Key, Any] = {}
-        self._modules: list[nn.Module] = []
         self._hidden: list[nn.Module] = []  # in lists and objects: not among the model's modules
-        self._classes: list[type] = []
-        self._at_batches, self._at_epochs = Look(), Look()
-        self._handle = -1  # number of the latest hook of all modules
-        self.refresh(modules)
+        self._handle: int  # number of the latest hook of all modules
+        self._modules = _unscripted(modules)
+        self._save()
 
     def refresh(self, modules: Iterable[nn.Module]) -> None:
         """Look again which modules there are, torch's own included; once an epoch, as it takes a while.
@@ -93,12 +91,11 @@ class Settings:
         Args:
             modules: of the model, itself first.
         """
-        modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        modules = _unscripted(modules)
         if self.new <= 1:  # one an epoch is a schedule
             self.new = 0
         if modules != self._modules or not (self._is_same() and self._at_epochs.is_same()):
             self._modules = modules
-            self._classes = list(dict.fromkeys([*classes_of(modules), *classes_held(modules)]))
             self._save()
 
     def number(self) -> int:
@@ -160,6 +157,7 @@ class Settings:
     def _save(self, number: int | None = None) -> None:
         """Take the attributes as they are now; they get `number`, if they were not met before."""
         self._at_batches, self._at_epochs = Look(), Look()
+        self._classes = list(dict.fromkeys([*classes_of(self._modules), *classes_held(self._modules)]))
         tables = [h for m in self._modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._hookable = [*tables, *GLOBAL_HOOKS]
         self._hooked = [hooks for hooks in self._hookable if hooks]
@@ -272,6 +270,10 @@ class Settings:
         tensors = (*parameters_in(own), *buffers_in(own))
         sums = [None if t.requires_grad or not _is_readable(t) else checksum(t) for t in tensors]
         return f"{_epoch_of(hidden)} {[module.training for module in own]} {sums}"
+
+
+def _unscripted(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:

@@ -253,6 +253,21 @@ def test_a_tensor_that_took_anothers_place_is_watched(layer) -> None:
     assert settings.number() != before
 
 
+@pytest.mark.parametrize("at", ["batches", "epochs"])
+def test_the_class_of_an_object_that_took_anothers_place_is_watched(at, layer) -> None:
+    class Late:
+        scale = 1.0
+
+    model = nn.Sequential(layer)
+    settings = Settings(model.modules())
+    layer.config = [Late()]
+    before = settings.number()
+    if at == "epochs":
+        settings.refresh(model.modules())
+    Late.scale = 2.0
+    assert settings.number() != before
+
+
 @pytest.mark.parametrize("name", AT_EPOCHS)
 def test_changes_of_data_are_seen_at_the_next_epoch(name, layer) -> None:
     model = nn.Sequential(layer)
