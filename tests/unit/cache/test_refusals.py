@@ -431,6 +431,13 @@ def test_a_cast_in_the_loop_is_fine() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_model_is_refused() -> None:
+    cache = layerwise.PrefixCache(torch.jit.script(TinyCNN()), DataLoader(images(), 4), storage="memory")
+    with pytest.warns(LayerwiseWarning, match="off: the model is a ScriptModule"):
+        assert len(list(cache.batches())) == 6
+
+
 def test_a_compiled_model_is_refused() -> None:
     compiled = torch.compile(TinyCNN(), backend="eager")
     cache = layerwise.PrefixCache(compiled, DataLoader(images(), 4), storage="memory")

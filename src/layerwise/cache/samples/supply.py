@@ -314,6 +314,11 @@ def _refuse_unusable(model: nn.Module) -> None:
     compiled = any(type(m).__name__ == "OptimizedModule" for m in (model, getattr(model, "module", model)))
     if compiled or any(getattr(m, "_compiled_call_impl", None) is not None for m in inner.modules()):
         raise CacheError(COMPILED)
+    if isinstance(inner, torch.jit.ScriptModule):
+        raise CacheError(
+            "the model is a ScriptModule, and torch lets nobody watch or skip calls within one. Train the "
+            "model from which torch.jit.script or torch.jit.trace made it, while the prefix is frozen"
+        )
     if process_count() > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in inner.modules()):
         raise CacheError(
             "the model's SyncBatchNorm layers talk to the other processes in each forward pass, and the "
