@@ -94,7 +94,7 @@ class Settings:
         modules = _unscripted(modules)
         if self.new <= 1:  # one an epoch is a schedule
             self.new = 0
-        if modules != self._modules or not (self._is_same() and self._at_epochs.is_same()):
+        if modules != self._modules or not self._at_epochs.is_same():
             self._modules = modules
             self._save()
 
@@ -179,9 +179,7 @@ class Settings:
                 self._look_into(owner[name], seen)
         for _, tell, thing in self._aspects():
             self._at_epochs.at_told(tell, thing)
-        state = self._attributes()
-        for key in self._moving & state.keys():
-            del state[key]
+        state = {key: value for key, value in self._attributes().items() if key not in self._moving}
         known = tuple(sorted(state.items()))
         if known not in self._numbers:
             self._numbers[known] = len(self._numbers) if number is None else number
@@ -211,8 +209,6 @@ class Settings:
         """Have what an attribute holds compared; `seen` says how deep down a thing was already met."""
         if isinstance(value, FunctionType):
             self._at_epochs.at_told(_code_of, value)
-        if isinstance(value, MethodType):
-            value = value.__self__
         if type(value) in LEAVES or seen.get(id(value), DEPTH + 1) <= depth:
             return
         seen[id(value)] = depth

@@ -92,7 +92,10 @@ class Layer(Base):
             "pair": (torch.ones(100),),
             "object": SimpleNamespace(t=self.tensor),
         }
-        self.hidden = [nn.BatchNorm1d(2).requires_grad_(False)]
+        self.hidden = [
+            nn.BatchNorm1d(2).requires_grad_(False),
+            nn.Linear(2, 2, device="meta").requires_grad_(False),  # looked at as well, without numbers
+        ]
         self.count, self.ring = itertools.count(), deque([0], maxlen=2)
         self.partial = functools.partial(torch.add, [1.0], alpha=1.0)
         self.graph, self.codes = torch.eye(9).to_sparse(), quantised(1.0)
@@ -152,6 +155,9 @@ AT_BATCHES = {
     "object of a bound method": lambda m: setattr(m.bound.__self__, "own", 2.0),
     "buffer that was none": lambda m: setattr(m, "later", torch.ones(1)),
     "new buffer": lambda m: m.register_buffer("new", torch.ones(1)),
+    "attribute that hides one of the class": lambda m: setattr(m, "limit", 1.0),
+    "child": lambda m: setattr(m, "linear", nn.Linear(2, 2)),
+    "parameter of a child": lambda m: setattr(m.linear, "weight", nn.Parameter(torch.ones(2, 2))),
     "hook": lambda m: m.linear.register_forward_hook(lambda *a: None),
     "other hook": lambda m: (m.hook.remove(), m.linear.register_forward_hook(lambda *a: None)),
 }
@@ -241,6 +247,41 @@ def test_changes_are_seen_at_the_next_batch(name, layer) -> None:
     now = settings.number()
     assert now != before
     assert settings.number() == now
+
+
+@pytest.mark.parametrize("name", ["attribute that hides one of the class", "slots", "new buffer", "child"])
+def test_changes_of_the_model_itself_are_seen_at_the_next_batch(name, layer) -> None:
+    settings = Settings(layer.modules())
+    before = settings.number()
+    AT_BATCHES[name](layer)
+    assert settings.number() != before
+
+
+def closing_over(value: float) -> Any:
+    return lambda x: x * value
+
+
+@pytest.mark.parametrize("make", [closing_over, float], ids=["functions", "numbers"])
+def test_what_lies_in_memory_where_something_else_lay_is_another(make, layer) -> None:
+    # what was stored for a function that is gone must not be replayed for the one at its address
+    settings, numbers = Settings(nn.Sequential(layer).modules()), set()
+    for value in range(20):
+        layer.function = make(value)
+        numbers.add(settings.number())
+    assert len(numbers) == 20
+
+
+def test_a_setting_that_moves_by_itself_may_be_deleted(layer) -> None:
+    settings = Settings(nn.Sequential(layer).modules())
+    for _ in range(3):
+        settings.before_forward()
+        layer.whole += 1
+        settings.after_forward()
+    before = settings.number()
+    layer.whole += 1
+    assert settings.number() == before
+    del layer.whole
+    assert settings.number() == before
 
 
 def test_a_tensor_that_took_anothers_place_is_watched(layer) -> None:
