@@ -53,6 +53,7 @@ _NOTHING = repr(None)
 
 _Key = tuple[int, str]  # number of a module, or -1 - that of a class; name of an attribute
 _Owner = Mapping[str, Any]
+_Memo = dict[tuple[int, int], tuple[str, Any]]  # identity of a value, how deep it is -> what it is; the value
 
 
 class Settings:
@@ -72,7 +73,7 @@ class Settings:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._numbers: dict[Any, int] = {}
-        self._kept: list[Any] = []  # what is known by its identity must not give it to another object
+        self._kept: list[_Memo] = []  # what is known by its identity must not give it to another object
         self._moving: set[_Key] = set()  # changed by the forward pass itself
         self._completed: set[_Key] = set()  # changed by it once
         self._remembering: set[nn.Module] | None = None  # not known
@@ -179,15 +180,14 @@ class Settings:
                 self._look_into(owner[name], seen)
         for _, tell, thing in self._aspects():
             self._at_epochs.at_told(tell, thing)
-        state = {key: value for key, value in self._attributes().items() if key not in self._moving}
+        memo: _Memo = {}
+        state = {key: value for key, value in self._attributes(memo).items() if key not in self._moving}
         known = tuple(sorted(state.items()))
         if known not in self._numbers:
             self._numbers[known] = len(self._numbers) if number is None else number
             self.new += number is None
             self.changed = self._named(state)
-            self._kept += [
-                owner[name] for owner, name, _ in self._items() if _is_known_by_identity(owner[name])
-            ]
+            self._kept.append(memo)
         self.last, self._latest = self._numbers[known], state
 
     def _named(self, state: Mapping[_Key, Any]) -> str:
@@ -236,9 +236,9 @@ class Settings:
             for name in class_attributes(kind):
                 yield vars(kind), name, (-1 - index, name)
 
-    def _attributes(self) -> dict[_Key, Any]:
+    def _attributes(self, memo: _Memo | None = None) -> dict[_Key, Any]:
         """Return what each attribute is, by value or identity, so that it can be compared and hashed."""
-        memo: dict[tuple[int, int], str] = {}
+        memo = {} if memo is None else memo
         found: dict[_Key, Any] = {
             key: _known(owner[name], memo) for owner, name, key in self._items() if not _is_ours(owner[name])
         }
@@ -282,7 +282,7 @@ def _items(index: int, module: nn.Module) -> Iterator[tuple[_Owner, str, _Key]]:
             yield module._buffers, name, (index, f"_buffers.{name}")
 
 
-def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
+def _known(value: Any, memo: _Memo, depth: int = 0) -> str:
     """Return what a value is: numbers and texts, in containers and objects too; of all else, which one."""
     if isinstance(value, SCALARS):
         return repr(value)
@@ -296,11 +296,11 @@ def _known(value: Any, memo: dict[tuple[int, int], str], depth: int = 0) -> str:
         return type(value).__name__  # what uses it is never skipped
     key = id(value), depth
     if key not in memo:
-        memo[key] = _inside(value, memo, depth)
-    return memo[key]
+        memo[key] = _inside(value, memo, depth), value
+    return memo[key][0]
 
 
-def _inside(value: Any, memo: dict[tuple[int, int], str], depth: int) -> str:
+def _inside(value: Any, memo: _Memo, depth: int) -> str:
     name = type(value).__name__
     if isinstance(value, FunctionType):
         return f"{name} {id(value)} {hash(_code_of(value))}"
@@ -339,10 +339,6 @@ def _kind(module: nn.Module) -> Any:
 
 def _own_length(attributes: Mapping[str, Any]) -> int:
     return len(attributes) - ("_call_impl" in attributes)
-
-
-def _is_known_by_identity(value: Any) -> bool:
-    return is_object(value) or (callable(value) and not isinstance(value, nn.Module | type))
 
 
 def _is_tiny(tensor: torch.Tensor) -> bool:

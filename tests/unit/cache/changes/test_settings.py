@@ -261,7 +261,11 @@ def closing_over(value: float) -> Any:
     return lambda x: x * value
 
 
-@pytest.mark.parametrize("make", [closing_over, float], ids=["functions", "numbers"])
+def listed(value: float) -> Any:
+    return [closing_over(value)]
+
+
+@pytest.mark.parametrize("make", [closing_over, listed, slice, float])
 def test_what_lies_in_memory_where_something_else_lay_is_another(make, layer) -> None:
     # what was stored for a function that is gone must not be replayed for the one at its address
     settings, numbers = Settings(nn.Sequential(layer).modules()), set()
