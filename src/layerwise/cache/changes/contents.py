@@ -86,6 +86,7 @@ class Contents:
         self._texts: _Hashes = defaultdict(_new_hash)
         self._data: _Hashes = defaultdict(_new_hash)
         self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []  # its address tells it, and is not given to another
         self._names: set[str] = set()
         self._numbers: set[str] = set()
         self._looked: dict[str, int] = defaultdict(int)
@@ -184,8 +185,10 @@ class Contents:
             self._numbers.add(path)
         if into is None and hasattr(kind, "__array_interface__"):
             into = self._data  # an image, be it one of few
-        if not attributes and self._here and into is not None:  # the pixels of an image
-            into[path].update(f"{id(thing)}\n".encode())
+        if not attributes and self._here:
+            self._kept.append(thing)
+            if into is not None:  # the pixels of an image
+                into[path].update(f"{id(thing)}\n".encode())
         if isinstance(thing, nn.Module | type):
             into = self._texts
         self._add_class(thing, path, depth, words, into)

@@ -355,6 +355,18 @@ def circle() -> list[Any]:
     return held
 
 
+def put_in_place_of(held: list[Any], value: int) -> None:
+    held[5] = None  # what is made next lies where this image lay
+    held[5] = Image.new("L", (2, 2), value)
+
+
+def nested_deeply() -> list[Any]:
+    held: list[Any] = []
+    for _ in range(2000):
+        held = [held, Same()]
+    return held
+
+
 CONTENT = {  # what `held` is, what changes a part of it that no sample of the test shows
     "through data": (lambda: torch.zeros(9), lambda h: h.data[5:].fill_(1)),
     "through numpy": (lambda: torch.zeros(9), lambda h: h.numpy().fill(1)),
@@ -388,6 +400,14 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
         lambda: [Image.new("L", (2, 2)) for _ in range(9)],
         lambda h: h.__setitem__(5, Image.new("L", (2, 2), 9)),
     ),
+    "image in place of another": (
+        lambda: [Image.new("L", (2, 2)) for _ in range(22)], lambda h: put_in_place_of(h, 9)
+    ),
+    "key of one of many": (
+        lambda: {number: torch.ones(1) for number in range(22)}, lambda h: h.update({99: h.pop(21)})
+    ),
+    "one more of very many": (lambda: [Same()] * 20_002, lambda h: h.append(h[0])),
+    "lists in lists": (nested_deeply, lambda h: h.append(1)),
     "what holds itself": (circle, lambda h: h[0].update(y=7)),
 }  # fmt: skip
 
@@ -402,6 +422,27 @@ def test_content_that_no_sample_shows(name) -> None:
     assert watch.changed(list) == ""
     change(held)
     assert watch.changed(list).startswith("held")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_large_thing_in_place_of_another(kind) -> None:
+    # of both only some numbers are read, and those are alike
+    values = np.zeros((2, 2**19))
+    values[1, 1] = 1
+    data = SimpleNamespace(held=kind(values[0]))
+    watch = DataWatch(data)
+    watch.loaded([])
+    data.held = kind(values[1])
+    assert watch.changed(list) == "held"
+
+
+ONE, TWO = SimpleNamespace(by=1), SimpleNamespace(by=2)
+
+
+@pytest.mark.parametrize(("held", "other"), [([ONE, TWO, ONE], [ONE, TWO, TWO]), (slice(0, 1), slice(0, 2))])
+def test_what_another_process_can_tell_apart(held, other) -> None:
+    texts, data = Contents(held, "anywhere").differing(Contents(other, "anywhere"))
+    assert texts | data
 
 
 def test_a_list_is_a_data_set() -> None:
