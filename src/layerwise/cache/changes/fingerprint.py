@@ -87,7 +87,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_contiguous() and tensor.numel() * tensor.element_size() % 8 == 0 and tensor.numel():
         return tensor.reshape(-1).view(torch.int64)
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
-    return tensor if width is None or tensor.dtype == torch.bool else tensor.view(width)
+    return tensor if width is None else tensor.view(width)
 
 
 def data_digest(dataset: Any, load: Any, size: int, collate: Any = None) -> str:

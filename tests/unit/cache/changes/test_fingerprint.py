@@ -97,6 +97,24 @@ def test_every_type_has_a_digest(dtype) -> None:
     assert tensor_digest(torch.zeros((), dtype=dtype)) != tensor_digest(torch.zeros(0, dtype=dtype))
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.complex128]
+)
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (3, 1021), (40, 1000)])
+@pytest.mark.parametrize("lying", ["densely", "spread"])
+def test_a_checksum_tells_which_number_is_another(dtype, shape, lying) -> None:
+    tensor = (
+        torch.zeros(shape, dtype=dtype) if lying == "densely" else torch.zeros(*shape, 2, dtype=dtype)[..., 0]
+    )
+    places, sums = {0, tensor.numel() // 2, tensor.numel() - 1}, {checksum(tensor)}
+    for place in places:
+        tensor[np.unravel_index(place, shape)] = 1
+        sums.add(checksum(tensor))
+        tensor.zero_()
+    assert len(sums) == 1 + len(places)
+    assert checksum(tensor.reshape(-1)[:0]) == checksum(torch.empty(0))
+
+
 def exchange(tensors: list[torch.Tensor]) -> None:
     tensors[0], tensors[1] = tensors[1], tensors[0]
 
@@ -104,6 +122,7 @@ def exchange(tensors: list[torch.Tensor]) -> None:
 CHANGES = {
     "a bit": lambda tensors: tensors[1].view(torch.int32)[0].add_(1),
     "a bit of a large one": lambda tensors: tensors[2].view(torch.int32)[-1].add_(1),
+    "a bit amid a large one": lambda tensors: tensors[2].view(torch.int32)[77].add_(1),
     "two exchanged": exchange,
     "a value moved on": lambda tensors: tensors.__setitem__(1, tensors[1].roll(1)),
     "another shape": lambda tensors: tensors.__setitem__(0, tensors[0].view(5, 10)),
