@@ -47,12 +47,11 @@ class ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.last = 0
         self._numbers: dict[Any, int] = {}
         self._seen: Any = None  # what `last` stands for
         self.settings = Settings(model.modules())
         self._all = list(model.modules())
-        self._still, self._still_at = Stillness(self._all), -1  # the state in which it was made
+        self._still = Stillness(self._all)
         self.moves = 0
         self.refresh()
 
@@ -67,8 +66,8 @@ class ModelState:
         ]
         self._parameters = parameters_in(self._all)
         self.settings.refresh(self._all)
-        if self.number() != self._still_at:
-            self._still, self._still_at = Stillness(self._all), self.last
+        self._still = Stillness(self._all)
+        self.number()
 
     def number(self) -> int:
         """Return a number: another one in another state, and the same again when the state is back."""
@@ -93,7 +92,7 @@ class ModelState:
     def look_at_weights(self) -> int:
         """Return `moves`, after a look at the weights that were frozen when `refresh` was last called."""
         if not self._still.holds():
-            self._still, self._still_at = Stillness(self._all), self.number()
+            self._still = Stillness(self._all)
             self.moves += 1
         return self.moves
 

@@ -32,7 +32,7 @@ class Stillness:
         written = (*frozen, *buffers_in(norms))
         self._versioned = [tensor for tensor in written if not tensor.is_inference()]  # those have none
         self._versions = [tensor._version for tensor in self._versioned]
-        self._placed = [p for p in frozen if type(p) is nn.Parameter and p.device.type != "meta"]
+        self._placed = [p for p in frozen if type(p) is nn.Parameter]
         self._places = [p.data_ptr() for p in self._placed]
         self._contents = [(probe, probe.clone()) for probe in map(_probe, _sentinels(frozen, modules[0]))]
 
@@ -50,7 +50,7 @@ def _sentinels(frozen: list[nn.Parameter], model: nn.Module) -> list[nn.Paramete
     small = sorted((p for p in frozen if p.numel() and p.device.type != "meta"), key=torch.Tensor.numel)
     order = {id(p): number for number, p in enumerate(small)}
     parts = [model]
-    while len(parts) == 1 and any(True for _ in parts[0].children()):
+    while len(parts) == 1:
         parts = list(parts[0].children())
     own = (min((order[id(p)] for p in part.parameters() if id(p) in order), default=None) for part in parts)
     chosen = sorted({number for number in own if number is not None})

@@ -17,7 +17,9 @@ def encoders() -> nn.Module:
         "memory": nn.Linear(8, 400, bias=False),
         "norm": nn.BatchNorm1d(8).eval(),
         "queries": nn.Linear(8, 400, bias=False),
+        "blank": nn.Linear(8, 8, device="meta"),
     })  # fmt: skip
+    model["memory"].unused = nn.Parameter(torch.empty(0))
     model.requires_grad_(False)["queries"].requires_grad_(True)
     return model
 
