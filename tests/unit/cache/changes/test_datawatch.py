@@ -100,6 +100,10 @@ class Warm(Level):
         return torch.tensor([float(self.epoch > 1)])
 
 
+class Inheriting(Level):
+    """All that it has is of its base class."""
+
+
 def easy(index: int) -> float:
     return float(index)
 
@@ -144,6 +148,7 @@ LEVELS = {
     "of options": ("options.level", Level, lambda d: setattr(d.options, "level", 1)),
     "of several processes": ("shared._obj", Level, lambda d: setattr(d.shared, "value", 1)),
     "of the class": ("__class__.fixed", Level, lambda d: setattr(Level, "fixed", 1)),
+    "of a base class": ("__class__.fixed", Inheriting, lambda d: setattr(Level, "fixed", 1)),
     "global": ("__class__.now.fget.global LEVEL", Level, lambda d: globals().update(LEVEL=1)),
     "in a global dictionary": (
         "__class__.__getitem__.global LEVELS_OF", ByFunction, lambda d: LEVELS_OF.update(level=1)
@@ -258,6 +263,22 @@ class Slots:
     y: int
 
 
+class ByObject:
+    """A transform with a setting of its own."""
+
+    by = 1.0
+
+    def shifted(self, x: Any) -> Any:
+        return x + self.by
+
+    def scaled(self, x: Any) -> Any:
+        return x * self.by
+
+
+def shifted(x: Any, by: float = 1.0) -> Any:
+    return x + by
+
+
 class ByClass:
     """A transform with a setting of its class."""
 
@@ -312,6 +333,13 @@ SETTINGS = {  # what `held` is, what calls it, what changes it
     "tensor of a module": (Shift, lambda d: d.held, lambda d: d.held.bias.data.fill_(1)),
     "module in a list": (lambda: [Shift()], lambda d: d.held[0], lambda d: setattr(d.held[0], "by", 2.0)),
     "number of a class": (ByClass, lambda d: d.held, lambda d: setattr(ByClass, "by", ByClass.by + 1)),
+    "object of a method": (
+        lambda: ByObject().shifted, lambda d: d.held, lambda d: setattr(d.held.__self__, "by", 2.0)
+    ),
+    "default of a function": (
+        lambda: shifted, lambda d: d.held,
+        lambda d: setattr(shifted, "__defaults__", (shifted(0, *shifted.__defaults__) + 1,)),
+    ),
     "what a function closes over": (
         lambda: closing_over(HELD), lambda d: d.held, lambda d: HELD.__setitem__(0, HELD[0] + 1)
     ),
@@ -371,6 +399,9 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
     "through data": (lambda: torch.zeros(9), lambda h: h.data[5:].fill_(1)),
     "through numpy": (lambda: torch.zeros(9), lambda h: h.numpy().fill(1)),
     "bfloat16": (lambda: torch.zeros(9, dtype=torch.bfloat16), lambda h: h.data.fill_(1)),
+    "float8": (
+        lambda: torch.zeros(9).to(torch.float8_e4m3fn), lambda h: h.view(torch.uint8).data.fill_(1)
+    ),
     "large tensor through data": (lambda: torch.zeros(2**19), lambda h: h.data[: 2**18].fill_(1)),
     "large tensor": (lambda: torch.zeros(2**19), lambda h: h[77].fill_(1)),
     "column of a large tensor": (lambda: torch.zeros(2**19, 4), lambda h: h.data[:, 3].fill_(1)),
@@ -381,6 +412,7 @@ CONTENT = {  # what `held` is, what changes a part of it that no sample of the t
     "slots": (lambda: [Slots(i) for i in range(22)], lambda h: setattr(h[5], "y", 0)),
     "cell of a table": (table, lambda h: h.__setitem__("label", 0)),
     "text of a table": (table, lambda h: h.__setitem__("file", "b.png")),
+    "name of a column": (table, lambda h: setattr(h, "columns", ["z", "label", "file"])),
     "column of a table": (lambda: table()["label"], lambda h: h.__setitem__(9, 0)),
     "sparse": (lambda: torch.eye(9).to_sparse(), lambda h: h.mul_(2)),
     "sparse rows": (lambda: torch.eye(9).to_sparse_csr(), lambda h: h.values().mul_(2)),
@@ -436,13 +468,34 @@ def test_a_large_thing_in_place_of_another(kind) -> None:
     assert watch.changed(list) == "held"
 
 
+OBJECT = ByObject()
 ONE, TWO = SimpleNamespace(by=1), SimpleNamespace(by=2)
 
 
-@pytest.mark.parametrize(("held", "other"), [([ONE, TWO, ONE], [ONE, TWO, TWO]), (slice(0, 1), slice(0, 2))])
+@pytest.mark.parametrize(
+    ("held", "other"),
+    [
+        ([ONE, TWO, ONE], [ONE, TWO, TWO]),
+        (slice(0, 1), slice(0, 2)),
+        (torch.sin, torch.cos),
+        (functools, ctypes),
+        (OBJECT.shifted, OBJECT.scaled),
+        (torch.zeros(2, dtype=torch.float16), torch.zeros(2, dtype=torch.bfloat16)),
+        (torch.zeros(2, device="meta"), torch.zeros(3, device="meta")),
+    ],
+    ids=repr,
+)
 def test_what_another_process_can_tell_apart(held, other) -> None:
     texts, data = Contents(held, "anywhere").differing(Contents(other, "anywhere"))
     assert texts | data
+
+
+def test_what_is_no_longer_there() -> None:
+    data = SimpleNamespace(held=[1.0], more=torch.ones(2))
+    watch = DataWatch(data)
+    watch.loaded([])
+    del data.more
+    assert watch.changed(list) == "more"
 
 
 def test_a_list_is_a_data_set() -> None:

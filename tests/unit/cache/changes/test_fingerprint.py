@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,29 @@ def test_every_sample_of_a_dataset_that_lists_nothing() -> None:
     changed = [*samples[:50], (torch.tensor(9.0), 50), *samples[51:]]
     assert digest(samples) == digest(list(samples))
     assert digest(changed) != digest(samples)
+
+
+class Numbered:
+    """Reads files that it does not list."""
+
+    def __init__(self, folder) -> None:
+        self.folder = str(folder)
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index):
+        return torch.tensor(float((Path(self.folder) / f"{index}.txt").read_text()))
+
+
+@pytest.mark.parametrize("changed", [0, 50])
+def test_every_sample_of_a_dataset_whose_files_are_not_listed(changed, tmp_path) -> None:
+    for index in range(100):
+        (tmp_path / f"{index}.txt").write_text("1")
+    base = digest(Numbered(tmp_path))
+    assert digest(Numbered(tmp_path)) == base
+    (tmp_path / f"{changed}.txt").write_text("2")
+    assert digest(Numbered(tmp_path)) != base
 
 
 class Labelled:
