@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -58,7 +57,6 @@ class Reporter:
     ) -> None:
         self.console = console or Console(stderr=True)
         self.enabled, self.total_epochs = enabled, total_epochs
-        self._began_s = time.monotonic()
         self._monitor = ""
         self._bar: _Bar | None = None
         self._task = TaskID(0)

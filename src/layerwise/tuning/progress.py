@@ -93,7 +93,8 @@ class Progress:
         self.enter(self.phase + 1)
         now, new = learning(self.plan, self.phase, layers), joining(self.plan, self.phase, layers)
         self.joined = {name: join for name, join in self.joined.items() if name in now}
-        self.joined |= dict.fromkeys(new, (self.step, self.row.join_steps))
+        join = self.step, self.row.join_steps
+        self.joined |= {name: join for name in layers.names if name in new}  # in an order: it is saved
 
     def count_step(self) -> None:
         """Take in that an optimiser step was taken."""

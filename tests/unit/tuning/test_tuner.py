@@ -1367,3 +1367,17 @@ def test_relative_gradient_norms_are_averages_over_the_steps_of_each_group() -> 
         measured.start_epoch()
         measured.measure({"two": [two]})
         assert measured.weights == {"one": 0.5, "two": 1.0}
+
+
+def test_groups_that_join_together_are_saved_in_the_order_of_the_map() -> None:
+    # Not in that of a set, which another process has otherwise: checkpoints of equal runs are equal files.
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+    layers = layerwise.layer_map(model, torch.zeros(2, 4), granularity="layers")
+    plan = unfreezing.lp_ft(layers, probe_epochs=1, epochs=2)
+    tuner = Tuner(model, plan, torch.optim.SGD, lr=0.1, steps_per_epoch=1, layers=layers)
+    for _ in tuner.epochs():
+        model(torch.ones(2, 4)).sum().backward()
+        tuner.step()
+    joined = [*tuner.state_dict()["progress"]["joined"]]
+    assert joined == [name for name in layers.names if name in joined]
+    assert len(joined) == 8
