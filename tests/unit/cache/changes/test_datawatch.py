@@ -483,7 +483,7 @@ ONE, TWO = SimpleNamespace(by=1), SimpleNamespace(by=2)
         (torch.zeros(2, dtype=torch.float16), torch.zeros(2, dtype=torch.bfloat16)),
         (torch.zeros(2, device="meta"), torch.zeros(3, device="meta")),
     ],
-    ids=repr,
+    ids=["objects", "slices", "functions", "modules", "methods", "dtypes", "shapes"],
 )
 def test_what_another_process_can_tell_apart(held, other) -> None:
     texts, data = Contents(held, "anywhere").differing(Contents(other, "anywhere"))
